@@ -1,0 +1,22 @@
+"""The tests on several Python and transformers versions, and the documentation: `nox`, or `nox -s docs`."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["tests"]
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+@nox.parametrize("transformers", ["==5.10.*", ">=5.10,<6"])
+def tests(session: nox.Session, transformers: str) -> None:
+    """pytest with one Python and the oldest or the newest transformers that the extras allow."""
+    session.install("-c", "constraints.txt", "-e", ".[serve,eval,bench,dev]", f"transformers{transformers}")
+    session.run("pytest", "-q", "-n", "2", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, into site/; a broken link is an error."""
+    session.install("mkdocs>=1.6,<2")
+    session.run("mkdocs", "build")

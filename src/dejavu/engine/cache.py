@@ -1,0 +1,88 @@
+"""The key/value cache: pages of a preallocated pool, handed to sequences as they grow.
+
+In: keys and values of new tokens, for every head (a selection skips reads, never writes, so the cache has no holes).
+Out: the pool of a layer and the pages of a sequence in order. A slot holds one sequence; `free` returns its pages.
+
+Letters: L layers  P pages of the pool  G key/value heads  S tokens per page  K head_dim  B slots  N pages  T tokens
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PAGE_SIZE = 16
+
+
+class PagedCache:
+    """Keys and values k_LPGSK, v_LPGSK with a block table per slot. Memory is taken at construction, all of it."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_groups: int,
+        head_dim: int,
+        num_slots: int,
+        num_pages: int,
+        page_size: int = PAGE_SIZE,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        for name, value in (("slots", num_slots), ("pages", num_pages), ("tokens per page", page_size)):
+            if value < 1:
+                raise ValueError(f"the key/value cache needs at least 1 of its {name}, not {value}")
+        shape = (num_layers, num_pages, num_groups, page_size, head_dim)
+        self.k_LPGSK = torch.empty(shape, dtype=dtype, device=device)
+        self.v_LPGSK = torch.empty(shape, dtype=dtype, device=device)
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.lengths = [0] * num_slots
+        self._tables: list[list[int]] = [[] for _ in range(num_slots)]
+        self._table_BN = torch.zeros(num_slots, num_pages, dtype=torch.int64, device=device)
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Give the slot the pages for that many more tokens. Raises ValueError, changing nothing, when the pool has too few."""
+        table = self._tables[slot]
+        needed = -(-(self.lengths[slot] + tokens) // self.page_size) - len(table)
+        if needed > len(self._free):
+            raise ValueError(
+                f"the key/value cache is full: {tokens} more tokens need {needed} pages of {self.page_size} tokens and "
+                f"{len(self._free)} of {self.num_pages} are free; shorten the text, free a sequence or give the cache more tokens"
+            )
+        for _ in range(needed):
+            page = self._free.pop()
+            self._table_BN[slot, len(table)] = page
+            table.append(page)
+
+    def write(self, layer: int, slot: int, position: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
+        """Store T tokens of one layer from `position` on, in pages reserved before."""
+        table, size, total = self._tables[slot], self.page_size, k_TGK.shape[0]
+        assert position + total <= len(table) * size, f"{position=} {total=} {len(table)=}: reserve first"
+        done = 0
+        while done < total:
+            page, offset = divmod(position + done, size)
+            count = min(size - offset, total - done)
+            for pool, new_TGK in ((self.k_LPGSK, k_TGK), (self.v_LPGSK, v_TGK)):
+                pool[layer, table[page], :, offset : offset + count] = new_TGK[done : done + count].transpose(0, 1)
+            done += count
+
+    def advance(self, slot: int, tokens: int) -> None:
+        """Count tokens as stored, once every layer has written them."""
+        self.lengths[slot] += tokens
+        assert self.lengths[slot] <= len(self._tables[slot]) * self.page_size
+
+    def pages(self, slot: int, length: int) -> Tensor:
+        """Page numbers [N] (int64) that hold the first `length` tokens, in order."""
+        return self._table_BN[slot, : -(-length // self.page_size)]
+
+    def free(self, slot: int) -> None:
+        """Forget the slot's sequence and take its pages back."""
+        self._free.extend(reversed(self._tables[slot]))
+        self._tables[slot] = []
+        self.lengths[slot] = 0

@@ -1,0 +1,239 @@
+"""The loop that writes text: prefill the prompt, then draw, decode, draw.
+
+In: an engine, a tokenizer, prompt ids and how to sample and stop. Out: pieces of text while it runs, and at the end the
+whole text with counts, speeds and densities. The first token is drawn from the prefill's logits, each later one from a
+decode step: n tokens take n - 1 steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dejavu.config import SamplingConfig
+from dejavu.engine.interface import Engine, LayerSelection, StepResult
+from dejavu.engine.sampling import Sampler
+from dejavu.engine.streaming import Detokenizer, StopStrings, TextStream
+from dejavu.model.predictor import DensityCounter
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A generated token: id, log-probability, and what the step that led to it computed, by layer.
+
+    neurons_L, heads_L: counts of neurons and query heads, None for the first token (it comes from the dense prefill).
+    selections: their indices, kept when the engine records.
+    """
+
+    token_id: int
+    logprob: float
+    neurons_L: tuple[int, ...] | None = None
+    heads_L: tuple[int, ...] | None = None
+    selections: tuple[LayerSelection, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """New text and the tokens since the last piece. Only the last piece has a finish_reason; its text may be empty."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token.token_id for token in self.tokens)
+
+
+class GeneratedText(str):
+    """The generated text, with how it came about.
+
+    finish_reason: "stop" (a stop string or stop id) or "length" (max_new_tokens or the context). token_ids: every token
+    generated, a stop token included. tok_s: decode steps per second of decode, the prompt excluded; None without a step.
+    mlp_density, head_density: mean over all layers and decode steps, a dense layer counting 1; None without a step.
+    trace: per token the selections of its layers (None for the first), when the engine records; else None.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: FinishReason
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    tok_s: float | None
+    prefill_tok_s: float | None
+    mlp_density: float | None
+    head_density: float | None
+    trace: tuple[tuple[LayerSelection, ...] | None, ...] | None
+
+
+class Generation(Iterator[Piece]):
+    """One running generation: iterate over its pieces, then ask for `result()`. `close()` ends it early, freeing the slot."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Detokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampler: Sampler,
+        stops: StopStrings,
+        stop_ids: frozenset[int],
+        slot: int,
+    ) -> None:
+        self._engine, self._slot, self._sampler, self._stops, self._stop_ids = engine, slot, sampler, stops, stop_ids
+        self._prompt_ids = list(prompt_ids)
+        self._stream = TextStream(tokenizer, prompt_ids)
+        self._max_new_tokens = max_new_tokens
+        self._tokens: list[Token] = []
+        self._text: list[str] = []
+        self._finish_reason: FinishReason | None = None
+        self._prefill_s = self._decode_s = 0.0
+        self._counter = DensityCounter(engine.info.num_layers)
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the generation early; its slot is freed. Nothing happens when it has ended."""
+        self._pieces.close()
+
+    def result(self) -> GeneratedText:
+        """Run to the end and return the whole text with its counts, speeds and densities."""
+        for _ in self:
+            pass
+        assert self._finish_reason is not None, "the generation was closed before its end"
+        text = GeneratedText("".join(self._text))
+        text.prompt_tokens = len(self._prompt_ids)
+        text.new_tokens = len(self._tokens)
+        text.finish_reason = self._finish_reason
+        text.token_ids = tuple(token.token_id for token in self._tokens)
+        text.logprobs = tuple(token.logprob for token in self._tokens)
+        text.tok_s = self._counter.tokens / self._decode_s if self._counter.tokens else None
+        text.prefill_tok_s = len(self._prompt_ids) / self._prefill_s if self._prefill_s else None
+        text.mlp_density = self._counter.mlp_density()
+        text.head_density = self._counter.head_density()
+        selections = tuple(token.selections for token in self._tokens)
+        text.trace = selections if any(layers is not None for layers in selections) else None
+        return text
+
+    def _run(self) -> Generator[Piece, None, None]:
+        try:
+            yield from self._loop()
+        finally:
+            self._engine.free(self._slot)
+
+    def _loop(self) -> Generator[Piece, None, None]:
+        unsent = 0
+        reason: FinishReason | None = "length" if self._max_new_tokens == 0 else None
+        while reason is None:
+            token = self._next_token()
+            self._tokens.append(token)
+            text = ""
+            if token.token_id in self._stop_ids:
+                reason = "stop"
+            else:
+                text = self._stops.push(self._stream.push(token.token_id))
+                if self._stops.stopped:
+                    reason = "stop"
+                elif len(self._tokens) == self._max_new_tokens or self._context_is_full():
+                    reason = "length"
+            if text and reason is None:
+                self._text.append(text)
+                yield Piece(text=text, tokens=tuple(self._tokens[unsent:]))
+                unsent = len(self._tokens)
+            elif reason is not None:
+                text += self._rest()
+                reason = "stop" if self._stops.stopped else reason
+                self._text.append(text)
+                self._finish_reason = reason
+                yield Piece(text=text, tokens=tuple(self._tokens[unsent:]), finish_reason=reason)
+        if not self._tokens:
+            self._finish_reason = "length"
+            yield Piece(text="", tokens=(), finish_reason="length")
+
+    def _rest(self) -> str:
+        """Text held back until the end; it may still hold a stop string that an unfinished character had delayed."""
+        if self._stops.stopped:
+            return ""
+        text = self._stops.push(self._stream.flush())
+        return text if self._stops.stopped else text + self._stops.flush()
+
+    def _context_is_full(self) -> bool:
+        return len(self._prompt_ids) + len(self._tokens) >= self._engine.info.max_tokens
+
+    def _next_token(self) -> Token:
+        """Prefill before the first token, one decode step before each other. The clocks run here and nowhere else."""
+        start = time.perf_counter()
+        if not self._tokens:
+            assert self._engine.length(self._slot) == 0, f"slot {self._slot} was taken since this generation was made"
+            sampled = self._sampler.draw(self._engine.prefill(self._slot, self._prompt_ids))
+            self._prefill_s += time.perf_counter() - start
+            return Token(token_id=sampled.token_id, logprob=sampled.logprob)
+        step = self._engine.step([self._tokens[-1].token_id], [self._slot])
+        sampled = self._sampler.draw(step.logits_BV[0])
+        self._decode_s += time.perf_counter() - start
+        return self._counted(sampled.token_id, sampled.logprob, step)
+
+    def _counted(self, token_id: int, logprob: float, step: StepResult) -> Token:
+        info, counter = self._engine.info, self._counter
+        neurons_L, heads_L = tuple(step.neurons_BL[0].tolist()), tuple(step.heads_BL[0].tolist())
+        counter.tokens += 1
+        for layer in range(info.num_layers):
+            counter.mlp_L[layer] += neurons_L[layer] / info.num_neurons
+            counter.heads_L[layer] += heads_L[layer] / info.num_heads
+        selections = None if step.selections is None else step.selections[0]
+        return Token(token_id=token_id, logprob=logprob, neurons_L=neurons_L, heads_L=heads_L, selections=selections)
+
+
+def generate_tokens(
+    engine: Engine,
+    tokenizer: Detokenizer,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    slot: int = 0,
+    index: int = 0,
+) -> Generation:
+    """Start a generation in an empty slot: an iterator over Pieces; `.result()` is the GeneratedText.
+
+    stop: strings that end the text before them; the prompt is not searched. stop_ids: tokens that end it, beside the
+    tokenizer's EOS (which ignore_eos passes over); they are counted but give no text. At the end of the context the
+    generation ends with "length". index: which of several choices of one request (see Sampler).
+
+    Raises ValueError, here and not at the first piece, for an empty prompt, a prompt that leaves no room in the context,
+    a negative count and an empty stop string.
+    """
+    prompt, limit = len(prompt_ids), engine.info.max_tokens
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    if prompt == 0:
+        raise ValueError("the prompt has no tokens; give at least one word")
+    if prompt > limit:
+        raise ValueError(f"the prompt has {prompt} tokens and the context holds {limit}; shorten the prompt")
+    if prompt == limit and max_new_tokens > 0:
+        raise ValueError(f"the prompt has {prompt} tokens and fills the context of {limit}: no room for a new one; shorten the prompt")
+    if engine.length(slot) > 0:
+        raise ValueError(f"slot {slot} of the engine is in use by another text; run that generation to its end or close it first")
+    return Generation(
+        engine,
+        tokenizer,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        sampler=Sampler(sampling, index=index),
+        stops=StopStrings(stop),
+        stop_ids=frozenset(stop_ids) | (frozenset() if ignore_eos else frozenset(tokenizer.eos_token_ids)),
+        slot=slot,
+    )

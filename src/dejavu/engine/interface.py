@@ -1,0 +1,103 @@
+"""What every decoding engine answers, whatever computes it.
+
+A slot holds one sequence. `prefill` runs tokens through the model densely and fills the slot's cache; `step` decodes one
+token for each of several slots, sparse where the engine has predictors; `free` empties a slot. A row's result depends on
+that row alone, never on the rows beside it.
+
+Letters: B rows of a step  V vocabulary  L layers  A selected
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSelection:
+    """What one layer computed for one token: indices int64 [A] of neurons and query heads; None where the part ran dense."""
+
+    neurons_A: Tensor | None
+    heads_A: Tensor | None
+
+    def cpu(self) -> LayerSelection:
+        neurons_A, heads_A = (None if indices is None else indices.cpu() for indices in (self.neurons_A, self.heads_A))
+        return LayerSelection(neurons_A=neurons_A, heads_A=heads_A)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One decoded step: logits fp32 [B, V] on the model's device; counts of selected neurons and query heads int64 [B, L].
+
+    A dense layer counts all of its neurons or heads. `selections` (by row, by layer, on the CPU) is kept when the engine records.
+    """
+
+    logits_BV: Tensor
+    neurons_BL: Tensor
+    heads_BL: Tensor
+    selections: tuple[tuple[LayerSelection, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine is and what it can hold. Fixed at construction.
+
+    max_positions is the model's context, cache_tokens what the key/value pool holds over all slots, both in tokens.
+    """
+
+    backend: str
+    dtype: str
+    device: str
+    sparse: bool
+    vocab_size: int
+    num_layers: int
+    num_neurons: int
+    num_heads: int
+    max_positions: int
+    num_slots: int
+    page_size: int
+    num_pages: int
+
+    @property
+    def cache_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that a slot can hold, prompt and answer together."""
+        return min(self.max_positions, self.cache_tokens)
+
+
+class Engine(Protocol):
+    """The interface of `torch`, `native` and `cuda` engines."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of the key/value pool that no slot holds."""
+        ...
+
+    def length(self, slot: int) -> int:
+        """Tokens that the slot holds."""
+        ...
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """Append tokens to the slot densely; logits fp32 [V] after the last one.
+
+        Raises ValueError for no tokens, an id outside the vocabulary, a sequence longer than the model's context, or a
+        cache without room. The slot is then as it was before.
+        """
+        ...
+
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        """Append one token to each of B different slots. Raises ValueError as `prefill` does, before any row is computed."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """Empty the slot and give its pages back; an empty slot is left as it is."""
+        ...

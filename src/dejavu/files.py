@@ -1,0 +1,206 @@
+"""Files, read and written so that a user's mistake is one clear line and a half-written result never looks whole.
+
+In: paths, globs and names as a user or a file gives them. Out: text, JSON objects, tensors and finished folders. What
+cannot be read is a ValueError that names the absolute path and the fix.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import lzma
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dejavu.version import __version__
+
+MARKER = ".dejavu"  # in every folder that new_folder wrote: such a folder may be replaced
+
+
+def absolute(path: str | Path) -> Path:
+    """The path made absolute, `~` included, symlinks kept: what error messages name."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
+def _read_bytes(path: Path, kind: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give the path of {kind}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; give the path of {kind}, or a quoted glob such as '{path}/*' where it may repeat") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of {kind}") from None
+
+
+def _decode(path: Path, content: bytes, kind: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); give {kind} in UTF-8") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file (.txt, .md, any other name) or of an .xz file of one; line ends are kept as stored.
+
+    Raises ValueError where the file is missing, broken, not UTF-8, binary or without text.
+    """
+    path = absolute(path)
+    content = _read_bytes(path, "a text file (.txt, .md or .xz)")
+    if path.suffix == ".xz":
+        try:
+            content = lzma.decompress(content)
+        except lzma.LZMAError as error:
+            raise ValueError(f"{path} is not a whole .xz file ({error}); compress or copy it again") from None
+    text = _decode(path, content, "plain text")
+    if "\0" in text:
+        raise ValueError(f"{path} holds binary data, not text; give a .txt, .md or .xz file")
+    if not text.strip():
+        raise ValueError(f"{path} holds no text; give a file with text in it")
+    return text
+
+
+def expand_paths(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths and globs (`*`, `?`, `[..]`, `**`) name, sorted, each once.
+
+    A path that exists is taken as it is, whatever its letters. Raises ValueError where a path or glob names no file.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        expanded = os.path.expanduser(pattern)
+        if os.path.lexists(expanded):
+            paths = [Path(expanded)]
+        else:
+            paths = [Path(name) for name in glob.glob(expanded, recursive=True) if os.path.isfile(name)]
+        if not paths:
+            raise ValueError(f"{absolute(pattern)} names no file; give a path or a quoted glob such as 'texts/*.txt'")
+        for path in sorted(paths):
+            found.setdefault(path.resolve(), path)
+    return sorted(found.values())
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of the text in UTF-8, as 64 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write obj as indented JSON, whole or not at all. NaN and infinity are refused: they are no JSON."""
+    path = absolute(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    content = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another path") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path) -> Any:
+    """The object in a JSON file. Raises ValueError where the file is missing or is no JSON."""
+    path = absolute(path)
+    text = _decode(path, _read_bytes(path, "a JSON file"), "JSON")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); mend or replace the file") from None
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Fill a folder and put it in place only when it is complete.
+
+    Yields a temporary folder beside `path`; when the block ends it takes the place of `path`, and when the block raises
+    it is removed and `path` stays as it was. An older folder is replaced, with everything in it, only if it is empty or
+    was written by new_folder. Raises ValueError for any other existing path, before the block runs.
+    """
+    path = Path(os.path.realpath(absolute(path)))
+    _check_replaceable(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be created ({error.strerror}); choose another folder") from None
+    try:
+        yield partial
+        (partial / MARKER).write_text(f"dejavu {__version__}\n", encoding="utf-8")
+        _check_replaceable(path)
+        _put_in_place(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; choose another folder to write")
+    if not (path / MARKER).is_file() and any(path.iterdir()):
+        raise ValueError(f"{path} holds files that dejavu did not write; choose a new or an empty folder")
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = partial.with_suffix(".old")
+    path.rename(old)
+    try:
+        partial.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def safe_member(folder: Path, name: str) -> Path:
+    """The path of the file that a file in `folder` calls `name`, e.g. a shard in an index.
+
+    The name must be relative, without `..`, backslash or drive, and must lead, after symlinks, into the folder; in a
+    snapshot of the Hugging Face cache also into the `blobs` of the same repository. Else ValueError naming it; nothing
+    is opened. Whether the file exists is not checked.
+    """
+    parts = name.split("/")
+    plain = "\\" not in name and "\0" not in name and not PureWindowsPath(name).drive and not name.startswith("/")
+    if not plain or ".." in parts or all(part in ("", ".") for part in parts):
+        raise ValueError(f"file name {name!r} in {absolute(folder)} is not a plain relative path; mend the file that lists it")
+    target = folder / name
+    try:
+        root, resolved = folder.resolve(), target.resolve()
+    except (OSError, RuntimeError):  # a loop of symlinks
+        raise ValueError(f"file name {name!r} in {absolute(folder)} is a symlink without an end; replace it by the file") from None
+    allowed = [root, *_cache_blobs(root)]
+    if not any(resolved.is_relative_to(place) for place in allowed):
+        raise ValueError(f"file name {name!r} leads out of {absolute(folder)}, to {resolved}; put the file itself into the folder")
+    return target
+
+
+def _cache_blobs(folder: Path) -> list[Path]:
+    """`blobs` of the cached repository that a folder at or below `models--.../snapshots/REVISION` belongs to."""
+    revisions = [place for place in (folder, *folder.parents) if place.parent.name == "snapshots"]
+    return [place.parent.parent / "blobs" for place in revisions if place.parent.parent.name.startswith("models--")]
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, by name, on the CPU. Raises ValueError where it is missing or not whole."""
+    path = absolute(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is no file; give the path of a safetensors file")
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); copy or download it again") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions") from None

@@ -1,0 +1,162 @@
+"""Rows of measured speed: one schema for `dejavu bench` and results/*.jsonl, which are append-only.
+
+In: `Row`s of a measurement. Out: one JSON object a line with every key, among them where and with what it was measured:
+`device`, `versions`, `commit` and `time`, which `append_rows` fills in. Times are microseconds per op, `tok_s` tokens a
+second, `gbs` useful bytes a second in 1e9. A key that does not apply is null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+
+from dejavu.config import Config, require
+from dejavu.files import read_text
+from dejavu.version import __version__
+
+PACKAGES = ("numpy", "tokenizers", "triton", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row(Config):
+    """One measurement. `model` is a name, never a path; `layers` how many layers of it ran; `synthetic` whether weights or
+    predictor are made up."""
+
+    op: str
+    mode: str
+    backend: str
+    model: str
+    layers: int
+    dtype: str
+    batch: int
+    context: int
+    threads: int
+    synthetic: bool
+    mlp_density: float | None = None
+    head_density: float | None = None
+    p20_us: float | None = None
+    p50_us: float | None = None
+    p80_us: float | None = None
+    tok_s: float | None = None
+    gbs: float | None = None
+    pct_ceiling: float | None = None
+    selection: str | None = None
+    union_density: float | None = None
+    nodes: int | None = None
+    device: str | None = None
+    versions: dict[str, str] | None = None
+    commit: str | None = None
+    time: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            require(finite, f"{field.name} of a result is {value}; a measurement that failed is not recorded")
+            absolute = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
+            require(not absolute and value != "~", f"{field.name} {value!r} is a path; results name models and tools, not folders")
+
+
+def device_name(*, cuda: bool = False) -> str:
+    """The processor's model name and its cores open to this process, or the name of the current GPU."""
+    if cuda:
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = named[0] if named else name
+    cores = len(os.sched_getaffinity(0)) if os.name == "posix" and platform.system() == "Linux" else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a measurement, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    # What runs, not what is installed: torch's own version carries its build (+cpu, +cu126).
+    return found | {"dejavu": __version__, "torch": torch.__version__}
+
+
+def commit(file: Path = Path(__file__)) -> str | None:
+    """The commit the package runs from, with "-dirty" after it where the package's own files differ from it.
+
+    None where `file` is not tracked by git (an installed package) or git is not there.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=30, check=False)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    package = file.resolve().parent.parent
+    if git("ls-files", "--error-unmatch", str(file.resolve())) is None:
+        return None
+    head = git("rev-parse", "HEAD")
+    return f"{head}-dirty" if head is not None and git("status", "--porcelain", "--", ".") else head
+
+
+def completed(rows: Sequence[Row]) -> list[Row]:
+    """The rows with device, versions, commit and time (UTC) where these are not set."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    known, head = versions(), commit()
+    return [
+        dataclasses.replace(
+            row,
+            device=row.device or device_name(cuda=row.backend == "cuda"),
+            versions=row.versions or known,
+            commit=row.commit or head,
+            time=row.time or now,
+        )
+        for row in rows
+    ]
+
+
+def append_rows(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Append rows, completed, to a JSONL file, which is made with its folder where missing; returns what was written.
+
+    The lines go out in one write, so that an interrupted run leaves earlier rows as they were.
+    """
+    written = completed(rows)
+    text = "".join(json.dumps(row.to_dict(), allow_nan=False) + "\n" for row in written)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            # A line cut short by a crash must not swallow the next row.
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
+    return written
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file. ValueError names the line that is no row."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values: Any = json.loads(line)
+            require(isinstance(values, dict), "not a JSON object")
+            rows.append(Row.from_dict(values))
+        except (json.JSONDecodeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not a row of results ({error}); remove or mend the line") from error
+    return rows

@@ -1,0 +1,299 @@
+"""An adapter: predictors, thresholds and provenance for one checkpoint; in memory and as a folder.
+
+On disk: `config.json` (AdapterConfig), `adapter.safetensors` and `README.md`, a card rendered from the config. The tensors
+of layer 7's MLP predictor are `layers.7.mlp.A` int8 [R, D] with `layers.7.mlp.A.scale` fp32 [R], `layers.7.mlp.B` int8 [O, R]
+with `layers.7.mlp.B.scale` fp32 [O], and `layers.7.mlp.bias` fp32 [O]; of its heads `layers.7.heads.*`. Names are exact.
+In memory the predictors are the dequantised fp32 values, so that what calibration measured is what every engine runs.
+
+Letters: D model  R predictor rank  O outputs (neurons F, or head groups G)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dejavu.config import Config, ModelConfig, require
+from dejavu.files import new_folder, read_json, read_safetensors, write_json
+from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.model.predictor import HEAD_LOOKAHEADS, MLP_LOOKAHEADS, LayerAdapter, Predictor
+from dejavu.version import __version__
+
+SCHEMA_VERSION = 1
+CONFIG_FILE, TENSOR_FILE, CARD_FILE = "config.json", "adapter.safetensors", "README.md"
+LOOKAHEADS = {"mlp": MLP_LOOKAHEADS, "heads": HEAD_LOOKAHEADS}
+METHODS = ("predicted",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartConfig(Config):
+    """One predictor as calibration left it. density, recall and mass are fractions measured on held-out text."""
+
+    rank: int
+    lookahead: int
+    threshold: float
+    density: float
+    recall: float
+    mass: float
+
+    def __post_init__(self) -> None:
+        require(self.rank > 0, f"predictor rank must be positive, not {self.rank}")
+        require(math.isfinite(self.threshold), f"predictor threshold must be finite, not {self.threshold}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerConfig(Config):
+    """The parts of one layer; None where the part runs dense."""
+
+    layer: int
+    mlp: PartConfig | None = None
+    heads: PartConfig | None = None
+
+    def __post_init__(self) -> None:
+        for part, config in self.parts():
+            previous = config.lookahead == LOOKAHEADS[part][-1]
+            require(
+                config.lookahead in LOOKAHEADS[part],
+                f"layer {self.layer}: {part} lookahead {config.lookahead} is none of {LOOKAHEADS[part]}",
+            )
+            require(self.layer > 0 or not previous, f"layer 0: {part} lookahead {config.lookahead} reads a layer before the first")
+
+    def parts(self) -> list[tuple[str, PartConfig]]:
+        """(part, its config) of the parts that have a predictor."""
+        return [(part, config) for part, config in (("mlp", self.mlp), ("heads", self.heads)) if config is not None]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        parts = {key: PartConfig.from_dict(values[key]) for key in ("mlp", "heads") if isinstance(values.get(key), Mapping)}
+        return super(LayerConfig, cls).from_dict({**values, **parts})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig(Config):
+    """Provenance and measurements of an adapter, what its config.json holds.
+
+    base_hashes: every accepted form of the base (see fingerprint.py). budget: allowed relative rise of perplexity.
+    quality: measured numbers by name, e.g. ppl_dense, ppl_sparse. Densities are averages over all layers.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    base_id: str
+    base_hashes: tuple[str, ...]
+    method: str
+    budget: float | None
+    calibration_text_hash: str
+    quality: dict[str, float]
+    mlp_density: float
+    head_density: float
+    seed: int
+    layers: tuple[LayerConfig, ...]
+    dejavu_version: str = __version__
+
+    def __post_init__(self) -> None:
+        require(
+            self.schema_version == SCHEMA_VERSION,
+            f"adapter schema_version {self.schema_version} is not supported (this dejavu {__version__} reads {SCHEMA_VERSION})",
+        )
+        require(self.method in METHODS, f"adapter method {self.method!r} is not supported; supported: {', '.join(METHODS)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        fields = dict(values)
+        if isinstance(fields.get("layers"), list):
+            fields["layers"] = tuple(LayerConfig.from_dict(layer) for layer in fields["layers"])
+        if isinstance(fields.get("base_hashes"), list):
+            fields["base_hashes"] = tuple(fields["base_hashes"])
+        return super(AdapterConfig, cls).from_dict(fields)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """layers[i] holds the predictors of layer i (fp32, on the CPU after load); config says where they come from."""
+
+    layers: tuple[LayerAdapter, ...]
+    config: AdapterConfig
+
+    def __post_init__(self) -> None:
+        assert [entry.layer for entry in self.config.layers] == list(range(len(self.layers))), "config and layers differ in their layers"
+        for entry, layer in zip(self.config.layers, self.layers, strict=True):
+            for config, predictor in ((entry.mlp, layer.mlp), (entry.heads, layer.heads)):
+                assert (config is None) == (predictor is None), f"layer {entry.layer}: config and predictors differ"
+                if config is not None and predictor is not None:
+                    stated = (config.rank, config.lookahead, config.threshold)
+                    held = (predictor.A_RD.shape[0], predictor.lookahead, predictor.threshold)
+                    assert stated == held, f"layer {entry.layer}: config says {stated}, predictor {held}"
+
+    def with_base(self, base_hash: str) -> Adapter:
+        """This adapter accepting one more form of its base."""
+        if base_hash in self.config.base_hashes:
+            return self
+        config = dataclasses.replace(self.config, base_hashes=(*self.config.base_hashes, base_hash))
+        return Adapter(layers=self.layers, config=config)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter folder, whole or not at all. Predictors must be `quantized`: else what was measured is not what is stored."""
+        with new_folder(folder) as partial:
+            write_adapter(self, partial)
+
+    @staticmethod
+    def load(folder: str | Path, *, model: ModelConfig, base_hash: str, accept: bool = False) -> Adapter:
+        """Read and check an adapter folder against the model it is to run with.
+
+        Raises ValueError naming both hashes where it belongs to another model (unless `accept`: the caller vouches for the
+        base, see `with_base`), the layer whose predictor is missing, a wrong shape, a truncated file, an unknown key.
+        """
+        folder = Path(folder).expanduser().absolute()
+        require((folder / CONFIG_FILE).is_file(), f"adapter not found: {folder} has no {CONFIG_FILE}")
+        config = _read_config(folder)
+        if base_hash not in config.base_hashes and not accept:
+            hashes = ", ".join(config.base_hashes)
+            raise ValueError(
+                f"adapter {folder} belongs to {config.base_id} with base hash {hashes}, but the model's is {base_hash}; "
+                "use its own model, train an adapter for this one, or pass --accept-base"
+            )
+        entries = {entry.layer: entry for entry in config.layers}
+        count = model.num_layers
+        missing = [layer for layer in range(count) if layer not in entries]
+        require(not missing, f"predictor for layer {missing[0] if missing else 0} not found: {folder / CONFIG_FILE}")
+        require(len(config.layers) == count, f"{folder / CONFIG_FILE} lists {len(config.layers)} layers, the model has {count}")
+        config = dataclasses.replace(config, layers=tuple(entries[layer] for layer in range(count)))
+        tensors = read_safetensors(folder / TENSOR_FILE)
+        layers = tuple(_read_layer(entry, tensors, model, folder / TENSOR_FILE) for entry in config.layers)
+        require(not tensors, f"{folder / TENSOR_FILE} has tensors that its {CONFIG_FILE} does not list: {', '.join(sorted(tensors)[:5])}")
+        return Adapter(layers=layers, config=config)
+
+
+def quantized(predictor: Predictor) -> Predictor:
+    """The predictor rounded to what an adapter stores (A and B int8 per row, bias fp32), in fp32 on its device."""
+    A_RD, B_OR = (dequantize_rows(*quantize_rows(matrix)) for matrix in (predictor.A_RD, predictor.B_OR))
+    return dataclasses.replace(predictor, A_RD=A_RD, B_OR=B_OR, bias_O=predictor.bias_O.float())
+
+
+def part_config(predictor: Predictor, *, density: float, recall: float, mass: float) -> PartConfig:
+    """The config entry of a predictor with what was measured of it."""
+    return PartConfig(
+        rank=predictor.A_RD.shape[0],
+        lookahead=predictor.lookahead,
+        threshold=predictor.threshold,
+        density=density,
+        recall=recall,
+        mass=mass,
+    )
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write the files of an adapter into an existing folder: for one that is itself being put together."""
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(adapter.layers):
+        for part, predictor in (("mlp", layer.mlp), ("heads", layer.heads)):
+            if predictor is None:
+                continue
+            name = f"layers.{index}.{part}"
+            for letter, matrix in (("A", predictor.A_RD), ("B", predictor.B_OR)):
+                q, scale = quantize_rows(matrix.cpu())
+                assert torch.equal(dequantize_rows(q, scale), matrix.cpu()), (
+                    f"{name}.{letter} is not quantized: calibrate quantized(predictor)"
+                )
+                tensors[f"{name}.{letter}"], tensors[f"{name}.{letter}.scale"] = q, scale
+            tensors[f"{name}.bias"] = predictor.bias_O.float().cpu().contiguous()
+    save_file(tensors, folder / TENSOR_FILE)
+    write_json(folder / CONFIG_FILE, adapter.config.to_dict())
+    (folder / CARD_FILE).write_text(card(adapter.config), encoding="utf-8")
+
+
+def _read_config(folder: Path) -> AdapterConfig:
+    values = read_json(folder / CONFIG_FILE)
+    require(isinstance(values, dict), f"{folder / CONFIG_FILE} holds no JSON object")
+    try:
+        return AdapterConfig.from_dict(values)
+    except (TypeError, ValueError) as error:  # TypeError: a field is absent
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def _read_layer(entry: LayerConfig, tensors: dict[str, Tensor], model: ModelConfig, path: Path) -> LayerAdapter:
+    outputs = {"mlp": model.intermediate_size, "heads": model.num_kv_heads}
+    predictors = {
+        part: _read_predictor(f"layers.{entry.layer}.{part}", entry.layer, config, outputs[part], model.hidden_size, tensors, path)
+        for part, config in entry.parts()
+    }
+    return LayerAdapter(**predictors)
+
+
+def _read_predictor(
+    name: str, layer: int, config: PartConfig, outputs: int, size: int, tensors: dict[str, Tensor], path: Path
+) -> Predictor:
+    """Take the tensors of one predictor out of `tensors`, checked for presence, type, shape and finite values."""
+    expected = {
+        "A": ((config.rank, size), torch.int8),
+        "A.scale": ((config.rank,), torch.float32),
+        "B": ((outputs, config.rank), torch.int8),
+        "B.scale": ((outputs,), torch.float32),
+        "bias": ((outputs,), torch.float32),
+    }
+    held: dict[str, Tensor] = {}
+    for suffix, (shape, dtype) in expected.items():
+        key = f"{name}.{suffix}"
+        require(key in tensors, f"predictor for layer {layer} not found: {key} in {path}")
+        tensor = tensors.pop(key)
+        found = (tuple(tensor.shape), tensor.dtype)
+        require(found == (shape, dtype), f"{key} in {path} is {found[1]} {list(found[0])}; this model needs {dtype} {list(shape)}")
+        bad = int((~torch.isfinite(tensor)).sum())
+        require(bad == 0, f"{key} in {path} has {bad} NaN or infinite values; train the adapter again")
+        held[suffix] = tensor
+    return Predictor(
+        A_RD=dequantize_rows(held["A"], held["A.scale"]),
+        B_OR=dequantize_rows(held["B"], held["B.scale"]),
+        bias_O=held["bias"],
+        threshold=config.threshold,
+        lookahead=config.lookahead,
+    )
+
+
+def card(config: AdapterConfig) -> str:
+    """The README.md of an adapter folder, with the front matter that the Hugging Face hub reads."""
+    budget = "none" if config.budget is None else f"{config.budget:.2%} of perplexity"
+    measured = "\n".join(f"| {name} | {value:.5g} |" for name, value in config.quality.items())
+    rows = "\n".join(_card_row(entry) for entry in config.layers)
+    hashes = "\n".join(f"* `{value}`" for value in config.base_hashes)
+    return f"""---
+library_name: dejavu
+base_model: {config.base_id}
+tags:
+- contextual-sparsity
+---
+# Contextual sparsity for {config.base_id}
+
+Predictors that tell, token by token, which MLP neurons and attention heads of `{config.base_id}` are needed
+(Deja Vu, arXiv 2310.17157). Method `{config.method}`, loss budget {budget}, seed {config.seed}, dejavu {config.dejavu_version}.
+
+MLP density {config.mlp_density:.3f}, head density {config.head_density:.3f}, averaged over all layers.
+
+| measured | value |
+|---|---|
+{measured}
+
+| layer | MLP | heads |
+|---|---|---|
+{rows}
+
+Calibration text (SHA-256): `{config.calibration_text_hash}`. Accepted forms of the base:
+
+{hashes}
+"""
+
+
+def _card_row(entry: LayerConfig) -> str:
+    def cell(part: PartConfig | None) -> str:
+        if part is None:
+            return "dense"
+        return f"density {part.density:.3f}, recall {part.recall:.3f}, mass {part.mass:.3f}, rank {part.rank}, lookahead {part.lookahead}"
+
+    return f"| {entry.layer} | {cell(entry.mlp)} | {cell(entry.heads)} |"

@@ -1,0 +1,86 @@
+"""Models as the package ships them (int8 per row), and models as other programs read them (plain Hugging Face folders).
+
+A bundled model is a folder with Hugging Face's `config.json` plus `"dejavu_format": "int8-rows"`, the tokenizer, and a
+`model.safetensors` with *our* tensor names in *our* layout: a matrix `<name>` int8 [rows, columns] and `<name>.scale` fp32
+[rows]. So each scale belongs to one output of q, k, v, up and gate, to one neuron of `down`, to one head dimension of `o`, to one
+token or position of the embeddings: a row that is skipped takes its scale with it. Vectors are fp32 without a scale.
+
+An exported folder has transformers' names and layout in fp32 or bf16, and the adapter, where there is one, in `adapter/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dejavu.config import require
+from dejavu.files import new_folder, write_json
+from dejavu.kernels.quantize import quantize_rows
+from dejavu.model.adapter import Adapter, write_adapter
+from dejavu.model.families import FAMILIES, config_to_hf, is_transposed
+from dejavu.model.fingerprint import model_hash
+from dejavu.model.tokenizer import Tokenizer
+from dejavu.model.transformer import Transformer
+
+FORMAT_KEY, INT8_ROWS = "dejavu_format", "int8-rows"
+MODELS_FOLDER = Path(__file__).resolve().parents[1] / "models"
+ADAPTER_FOLDER = "adapter"
+EXPORT_DTYPES = {"fp32": ("float32", torch.float32), "bf16": ("bfloat16", torch.bfloat16)}
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in MODELS_FOLDER.glob("*/config.json"))
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder of a bundled model."""
+    return MODELS_FOLDER / name
+
+
+def write_bundle(model: Transformer, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write an fp32 model as a bundled folder: matrices int8 per row, vectors fp32. Whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().cpu()
+        assert values.dtype == torch.float32, "quantise an fp32 model"
+        if values.dim() == 2:
+            tensors[name], tensors[f"{name}.scale"] = quantize_rows(values)
+        else:
+            tensors[name] = values.contiguous()
+    with new_folder(folder) as partial:
+        save_file(tensors, partial / "model.safetensors")
+        write_json(partial / "config.json", config_to_hf(model.config) | {"dtype": "float32", FORMAT_KEY: INT8_ROWS})
+        _write_rest(model, tokenizer, partial)
+
+
+def export(model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, dtype: str = "fp32", adapter: Adapter | None = None) -> None:
+    """Write an fp32 model as a folder that transformers loads with equal logits, dtype fp32 or bf16; its adapter in `adapter/`.
+
+    The adapter's base_hashes gain the hash of this copy. Raises ValueError for another dtype or a folder in use.
+    """
+    require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
+    hf_dtype, stored_as = EXPORT_DTYPES[dtype]
+    family = FAMILIES[model.config.family]
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32, "export an fp32 model"
+        values = parameter.detach().cpu().to(stored_as)
+        tensors[family.full_name(name)] = (values.T if is_transposed(name) else values).contiguous()
+    with new_folder(folder) as partial:
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        write_json(partial / "config.json", config_to_hf(model.config) | {"dtype": hf_dtype})
+        _write_rest(model, tokenizer, partial)
+        if adapter is not None:
+            (partial / ADAPTER_FOLDER).mkdir()
+            write_adapter(adapter.with_base(model_hash(model, stored_as=stored_as)), partial / ADAPTER_FOLDER)
+
+
+def _write_rest(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    tokenizer.save(folder)
+    hf = config_to_hf(model.config)
+    ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id") if hf[key] is not None}
+    write_json(folder / "generation_config.json", ids)

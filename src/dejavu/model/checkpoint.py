@@ -1,0 +1,323 @@
+"""Opening a model: a Hugging Face folder, a bundled folder or a GGUF file becomes a Transformer with its tokenizer.
+
+In: what the user calls the model. Out: a Checkpoint. Each parameter is assigned exactly once, from one tensor, which is
+read, dequantised to fp32, checked for NaN, hashed (fingerprint.py), laid out our way and cast; nothing is left at random.
+What is odd but harmless is a line in `Checkpoint.notes`, for the command line to show; everything else is a ValueError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from dejavu.config import ModelConfig, require
+from dejavu.files import read_json, read_safetensors, safe_member
+from dejavu.kernels.quantize import dequantize_rows
+from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
+from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, parameter_shapes
+from dejavu.model.fingerprint import base_hash, tensor_digest
+from dejavu.model.gguf import GGUFFile
+from dejavu.model.layers import inverse_frequencies
+from dejavu.model.tokenizer import Tokenizer, load_tokenizer
+from dejavu.model.transformer import Transformer
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FORMS = "a folder with config.json, a .gguf file, or a hub id (owner/name) in the local Hugging Face cache"
+HEAD, EMBED = "head.weight", "embed.weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A loaded model. stored_dtype: of most weights on disk (fp32, fp16, bf16, int8; a GGUF's own word, e.g. q4_1).
+
+    base_hash: see fingerprint.py. notes: lines for the user. path: the folder or file it came from.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: ModelConfig
+    name: str
+    base_hash: str
+    stored_dtype: str
+    notes: tuple[str, ...]
+    path: Path
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The adapter that came with the checkpoint, if one did."""
+        folder = self.path / ADAPTER_FOLDER
+        return folder if (folder / "config.json").is_file() else None
+
+
+class Stored(NamedTuple):
+    """One tensor on disk: its name there, its values dequantised to fp32, and its type there."""
+
+    name: str
+    values: Tensor
+    dtype: str
+
+
+def resolve_model(name: str, *, revision: str | None = None) -> Path:
+    """The folder or GGUF file that the user's word for a model stands for. Never touches the network.
+
+    Tried in this order: a bundled model; an existing folder or .gguf file; a hub id in the local cache. ValueError says
+    what was looked for; a word that looks like a path is never taken for a hub id.
+    """
+    require(bool(name.strip()), f"an empty name is no model; a model is {FORMS}")
+    if name in bundled_models():
+        return bundled_folder(name)
+    path = Path(name).expanduser().absolute()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    require(not path.is_file(), f"{path} is a file, but no .gguf file; a model is {FORMS}")
+    if not _looks_local(name):
+        return _cached_snapshot(name, revision)
+    if re.search(r"[/\\~]|\.gguf$", name) or name in (".", ".."):
+        raise ValueError(f"model {'file' if path.suffix == '.gguf' else 'directory'} not found: {path}")
+    bundled = ", ".join(bundled_models()) or "none"
+    raise ValueError(f"unknown model {name!r}: no bundled model ({bundled}) and no folder of that name; a model can also be {FORMS}")
+
+
+def _looks_local(name: str) -> bool:
+    """Anything but `owner/name` where no folder `owner` is here: such a word can only be a hub id."""
+    return name.startswith((".", "~")) or HUB_ID.fullmatch(name) is None or name.endswith(".gguf") or Path(name).parent.is_dir()
+
+
+def _cached_snapshot(name: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        bundled = ", ".join(bundled_models()) or "none"
+        raise ValueError(
+            f"hub model {name!r}{at} is not in the local Hugging Face cache; run `hf download {name}` first, "
+            f"or give a bundled model ({bundled}), a folder or a .gguf file"
+        ) from error
+
+
+def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", name: str | None = None) -> Checkpoint:
+    """Load a folder or a GGUF file. The model is in eval mode, its weights in `dtype` on `device`, without gradients.
+
+    fp16 on the CPU is computed in fp32, with a note. Raises ValueError (naming file, tensor and numbers) for anything
+    missing, truncated, unsupported, misshapen or not finite.
+    """
+    path = Path(path).expanduser().absolute()
+    require(path.exists(), f"model directory not found: {path}")
+    notes: list[str] = []
+    if dtype == torch.float16 and torch.device(device).type == "cpu":
+        notes.append("fp16 on the CPU is computed in fp32")
+        dtype = torch.float32
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        config = config_from_hf(file.hf_config())
+        kind = file.stored_dtype()
+        stored = (Stored(tensor_name, values, kind) for tensor_name, values in file.tensors())
+        tokenizer, targets = file.tokenizer(), foreign_targets(config)
+    else:
+        hf = read_hf_config(path)
+        config = config_from_hf(hf)
+        tokenizer = load_tokenizer(path, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
+        bundle = hf.get(FORMAT_KEY) == INT8_ROWS
+        require(
+            bundle or FORMAT_KEY not in hf,
+            f"{path / 'config.json'}: {FORMAT_KEY} {hf.get(FORMAT_KEY)!r} is not supported; supported: {INT8_ROWS}",
+        )
+        stored = _bundle_tensors(path) if bundle else _folder_tensors(path, notes)
+        targets = {own: Target(own, False) for own in parameter_shapes(config)} if bundle else foreign_targets(config)
+    assembler = Assembler(config, targets, dtype=dtype, device=device, where=path)
+    for tensor in stored:
+        assembler.add(tensor)
+    model, digests = assembler.finish()
+    return Checkpoint(
+        model=model,
+        tokenizer=tokenizer,
+        config=model.config,
+        name=name or (path.stem if path.suffix == ".gguf" else path.name),
+        base_hash=base_hash(model.config, digests),
+        stored_dtype=assembler.stored_dtype(),
+        notes=(*notes, *assembler.notes),
+        path=path,
+    )
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, with the BOS and EOS ids of generation_config.json where that file has its own."""
+    file = folder / "config.json"
+    require(file.is_file(), f"{folder} is no model folder: it has no config.json")
+    hf = read_json(file)
+    require(isinstance(hf, dict), f"{file} holds no JSON object")
+    generation = folder / "generation_config.json"
+    overrides = read_json(generation) if generation.is_file() else {}
+    return hf | {key: overrides[key] for key in ("bos_token_id", "eos_token_id") if overrides.get(key) is not None}
+
+
+class Assembler:
+    """Takes stored tensors in any order and puts each where it belongs; `finish` returns the model once all are there."""
+
+    def __init__(
+        self, config: ModelConfig, targets: Mapping[str, Target], *, dtype: torch.dtype, device: str | torch.device, where: Path
+    ) -> None:
+        self.config, self.targets, self.dtype, self.device, self.where = config, dict(targets), dtype, device, where
+        self.family = FAMILIES[config.family]
+        self.shapes = parameter_shapes(config)
+        self.values: dict[str, Tensor] = {}
+        self.digests: dict[str, bytes] = {}
+        self.unused: list[str] = []
+        self.notes: list[str] = []
+        self.sizes: Counter[str] = Counter()
+        if config.tied_head:  # such a file may hold a head all the same: equal to the embedding, or meant to be used
+            self.targets.setdefault("lm_head.weight", Target(HEAD, False))
+            self.shapes[HEAD] = self.shapes[EMBED]
+
+    def add(self, stored: Stored) -> None:
+        plain = self.family.plain_name(stored.name)
+        target = self.targets.get(plain)
+        if target is None:
+            if not self.family.is_ignored(plain):
+                self.unused.append(stored.name)
+            return
+        require(target.name not in self.values, f"{self.where} holds tensor {plain!r} twice (second: {stored.name!r}); remove one")
+        values = stored.values
+        if target.transposed and values.dim() == 2:
+            values = values.T.contiguous()
+        expected = self.shapes[target.name]
+        if tuple(values.shape) != expected:
+            wanted = list(reversed(expected)) if target.transposed else list(expected)
+            raise ValueError(f"tensor {stored.name!r} in {self.where} has shape {list(stored.values.shape)}, config.json makes it {wanted}")
+        if not torch.stack(torch.aminmax(stored.values)).isfinite().all():  # one pass without temporaries: weights are large
+            bad = int((~stored.values.isfinite()).sum())
+            raise ValueError(f"tensor {stored.name!r} in {self.where} has {bad} NaN or infinite values; the checkpoint is damaged")
+        self.sizes[stored.dtype] += values.numel()
+        self.digests[target.name] = tensor_digest(values)
+        self.values[target.name] = values.to(device=self.device, dtype=self.dtype)
+
+    def finish(self) -> tuple[Transformer, dict[str, bytes]]:
+        self._settle_head()
+        missing = [plain for plain, target in self.targets.items() if target.name not in self.values]
+        if missing:
+            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(f"{self.where} lacks {len(missing)} of {len(self.targets)} tensors: {listed}; incomplete download?")
+        biases = [name for name in self.unused if name.endswith("bias")]
+        require(not biases, f"{self.where} has {len(biases)} bias tensors that the model has no place for: {', '.join(biases[:5])}")
+        if self.unused:
+            self.notes.append(f"{len(self.unused)} tensors of the checkpoint are not used: {', '.join(self.unused[:5])}")
+        model = empty_model(self.config)
+        model.load_state_dict(self.values, strict=True, assign=True)
+        if self.config.rope is not None:
+            model.inv_freq = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.device)
+        return model.eval().requires_grad_(False), self.digests
+
+    def stored_dtype(self) -> str:
+        return self.sizes.most_common(1)[0][0]
+
+    def _settle_head(self) -> None:
+        """Decide between a tied head and one of its own from what the file holds (the rule of transformers)."""
+        held, embed = self.values.get(HEAD), self.values.get(EMBED)
+        tied = held is not None and embed is not None and torch.equal(held, embed)
+        if self.config.tied_head and held is not None and not tied:
+            self.notes.append("config.json ties the head to the embedding, but lm_head.weight differs from it: the stored head is used")
+            self.config = dataclasses.replace(self.config, tied_head=False)
+        elif self.config.tied_head or (held is None and self.family.ties_absent_head):
+            self.config = dataclasses.replace(self.config, tied_head=True)
+            for table in (self.values, self.digests):
+                table.pop(HEAD, None)
+            self.targets = {plain: target for plain, target in self.targets.items() if target.name != HEAD}
+
+
+def _as_stored(name: str, tensor: Tensor, where: Path) -> Stored:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"tensor {name!r} in {where} is {tensor.dtype}; supported: {', '.join(DTYPE_NAMES.values())}")
+    return Stored(name, tensor.float(), DTYPE_NAMES[tensor.dtype])
+
+
+def _bundle_tensors(folder: Path) -> Iterator[Stored]:
+    """Tensors of a bundled folder (bundle.py), dequantised."""
+    path = folder / "model.safetensors"
+    tensors = read_safetensors(path)
+    scales = {name.removesuffix(".scale"): tensors.pop(name) for name in list(tensors) if name.endswith(".scale")}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int8:
+            yield _as_stored(name, tensor, path)
+            continue
+        scale = scales.pop(name, None)
+        if scale is None or scale.shape != tensor.shape[:1]:
+            raise ValueError(f"{path}: {name!r} is int8 [{', '.join(map(str, tensor.shape))}] without a scale for each row")
+        yield Stored(name, dequantize_rows(tensor, scale), "int8")
+    require(not scales, f"{path}: scales without their tensor: {', '.join(sorted(scales)[:5])}")
+
+
+def _folder_tensors(folder: Path, notes: list[str]) -> Iterator[Stored]:
+    """Tensors of a Hugging Face folder: safetensors (sharded or not), else .bin files."""
+    for index, pattern in (("model.safetensors.index.json", "*.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model*.bin")):
+        files = sorted(folder.glob(pattern))
+        if (folder / index).is_file():
+            promised = _read_index(folder, index)
+            extra = [path.name for path in files if path.name not in promised]
+            if extra:
+                notes.append(f"{len(extra)} files that {index} does not name are not used: {', '.join(extra[:5])}")
+            return _indexed_tensors(folder, index, promised)
+        if files:
+            return _unindexed_tensors(files)
+    raise ValueError(f"{folder} has no weights: no *.safetensors and no pytorch_model.bin; incomplete download?")
+
+
+def _read_index(folder: Path, index: str) -> dict[str, set[str]]:
+    """Shard -> tensor names, all shards present and inside the folder."""
+    content = read_json(folder / index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()) or not weight_map:
+        raise ValueError(f"{folder / index} has no weight_map of tensor names to files; download it again")
+    promised: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        promised.setdefault(shard, set()).add(tensor)
+    absent = [shard for shard in sorted(promised) if not safe_member(folder, shard).is_file()]
+    require(not absent, f"{folder} lacks {len(absent)} files that {index} names: {', '.join(absent)}; incomplete download?")
+    return promised
+
+
+def _indexed_tensors(folder: Path, index: str, promised: Mapping[str, set[str]]) -> Iterator[Stored]:
+    for shard in sorted(promised):
+        tensors = _read_weights(safe_member(folder, shard))
+        lacking = sorted(promised[shard] - set(tensors))
+        require(
+            not lacking, f"{folder / index} promises {', '.join(map(repr, lacking[:5]))} in {shard!r}, which lacks it; download both again"
+        )
+        for tensor in sorted(promised[shard]):
+            yield _as_stored(tensor, tensors[tensor], folder / shard)
+
+
+def _unindexed_tensors(files: list[Path]) -> Iterator[Stored]:
+    seen: dict[str, str] = {}
+    for path in files:
+        for tensor, values in _read_weights(path).items():
+            require(
+                tensor not in seen, f"tensor {tensor!r} is in {seen.get(tensor)!r} and in {path.name!r} of {path.parent}; remove one file"
+            )
+            seen[tensor] = path.name
+            yield _as_stored(tensor, values, path)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than weights, or is damaged: it is not opened; convert it to safetensors") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no PyTorch file: {error}") from error
+    if not isinstance(held, dict) or not all(isinstance(values, Tensor) for values in held.values()):
+        raise ValueError(f"{path} is no state dict: it holds other things than named tensors")
+    return held

@@ -1,0 +1,54 @@
+"""The hash by which an adapter knows its base.
+
+In: the architecture and every weight as stored on disk, dequantised to fp32, under our names and layout. Out: a hex string,
+
+    SHA-256(architecture fields, then for each parameter by name: SHA-256(shape, up to 4096 of its values, bit for bit))
+
+The values are at fixed positions spread over the tensor, so that the hash of a large model costs nothing and still
+changes with any fine-tuning. Fields at their default are left out: a field added later leaves the hash of a model alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dejavu.config import ModelConfig
+from dejavu.model.transformer import Transformer
+
+SAMPLES = 4096
+STRIDE = 2654435761  # a prime: i * STRIDE mod size visits distinct positions that favour no column
+NOT_ARCHITECTURE = ("family", "bos_token_id", "eos_token_ids")
+
+
+def tensor_digest(values: Tensor) -> bytes:
+    """Digest of one fp32 parameter in our layout: its shape and up to 4096 values at fixed positions."""
+    assert values.dtype == torch.float32, "the hash is taken of fp32 values"
+    position = np.arange(min(SAMPLES, values.numel()), dtype=np.int64) * STRIDE % values.numel()
+    sampled = values.detach().reshape(-1)[torch.from_numpy(position).to(values.device)].cpu().numpy()
+    shape = ",".join(map(str, values.shape))
+    return hashlib.sha256(shape.encode() + b";" + sampled.astype("<f4").tobytes()).digest()
+
+
+def base_hash(config: ModelConfig, digests: Mapping[str, bytes]) -> str:
+    """The hash of a model from its architecture and the digest of each parameter by our name."""
+    fields = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if field.name not in NOT_ARCHITECTURE and (value := getattr(config, field.name)) != field.default
+    }
+    text = json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
+    parameters = b"".join(name.encode() + b"=" + digests[name] for name in sorted(digests))
+    return hashlib.sha256(text.encode() + b"\n" + parameters).hexdigest()
+
+
+def model_hash(model: Transformer, *, stored_as: torch.dtype = torch.float32) -> str:
+    """The hash that a copy of this fp32 model stored in dtype `stored_as` will have."""
+    digests = {name: tensor_digest(parameter.to(stored_as).float()) for name, parameter in model.named_parameters()}
+    return base_hash(model.config, digests)

@@ -1,0 +1,73 @@
+"""The building blocks of a decoder layer: norms, linear maps and rotary positions.
+
+Letters: B batch  T tokens  D model  N all heads x head_dim  H query heads  G key/value heads  K head_dim  I in  O out
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dejavu.config import ModelConfig, RopeConfig
+
+
+class Norm(nn.Module):
+    """LayerNorm, y = (x - mean) / std * weight + bias, or RMSNorm, y = x / rms(x) * weight."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.rms = config.norm == "rmsnorm"
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(size)) if config.norm_affine else None
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm_affine and not self.rms else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rms:
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        wide = x.float()
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return normed if self.weight is None else normed * self.weight
+
+
+class InputMajorLinear(nn.Module):
+    """y = x @ weight_IO + bias_O: one contiguous row for each *input*, so that an unused input is a row not read.
+
+    The MLP's down projection (a row per neuron) and the attention's output projection (K rows per head) are kept so.
+    """
+
+    def __init__(self, size_in: int, size_out: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_in, size_out))
+        self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """inv_freq [K/2] fp32 of the rotary embedding, by rope type (the rules of transformers' modeling_rope_utils)."""
+    inv_freq = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    if rope.type == "linear":
+        return inv_freq / rope.factor
+    if rope.type == "llama3":
+        wavelength = 2 * math.pi / inv_freq
+        low = rope.original_max_positions / rope.low_freq_factor
+        high = rope.original_max_positions / rope.high_freq_factor
+        smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        between = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+        scaled = torch.where(wavelength > low, inv_freq / rope.factor, inv_freq)
+        return torch.where((wavelength <= low) & (wavelength >= high), between, scaled)
+    return inv_freq
+
+
+def rotate(x_THK: Tensor, position_T: Tensor, inv_freq: Tensor) -> Tensor:
+    """Rotary embedding of x [..., T, heads, K] at positions [T] (the half-split layout of Hugging Face checkpoints)."""
+    angle_TK = torch.outer(position_T.float(), inv_freq).repeat(1, 2)[:, None, :]
+    cos, sin = angle_TK.cos().to(x_THK.dtype), angle_TK.sin().to(x_THK.dtype)
+    first, second = x_THK.chunk(2, dim=-1)
+    return x_THK * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,0 +1,144 @@
+"""Predictors: which neurons and heads a token needs, from an input that exists before they are needed.
+
+In: an input x [.., D] of the layer (which one is the predictor's lookahead). Out: scores [.., O] = B (A x) + b and the
+selection scores > threshold, O being the neurons F of an MLP or the key/value head groups G of an attention block.
+An `Adapter` holds the predictors of every layer; `MaskedSelection` applies one inside a whole-sequence forward pass and
+counts what it kept. Source: Deja Vu, section 4 (arXiv 2310.17157).
+
+Letters: B batch  T tokens  D model  R predictor rank  O outputs (neurons F, or head groups G)  H query heads  K head_dim
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dejavu.model.transformer import LayerInputs, Selection
+
+MLP_LOOKAHEADS = (0, 1, 2)
+HEAD_LOOKAHEADS = (0, 1)
+
+
+def mlp_predictor_input(inputs: LayerInputs, lookahead: int) -> Tensor:
+    """The input that an MLP predictor reads: 0 the MLP's own, 1 the attention block's, 2 the previous layer's MLP's."""
+    chosen = (inputs.mlp, inputs.attention, inputs.previous_mlp)[lookahead]
+    assert chosen is not None, f"{lookahead=} reads an input that this layer does not have"
+    return chosen
+
+
+def head_predictor_input(inputs: LayerInputs, lookahead: int) -> Tensor:
+    """The input that a head predictor reads: 0 the attention block's own, 1 the previous layer's MLP's."""
+    chosen = (inputs.attention, inputs.previous_mlp)[lookahead]
+    assert chosen is not None, f"{lookahead=} reads an input that this layer does not have"
+    return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predictor:
+    """Low-rank scorer. A_RD [R, D], B_OR [O, R], bias_O [O], all fp32 on one device; threshold and lookahead as above."""
+
+    A_RD: Tensor
+    B_OR: Tensor
+    bias_O: Tensor
+    threshold: float
+    lookahead: int
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Scores [.., O] in fp32 of inputs x [.., D] in any float dtype."""
+        return (x.float() @ self.A_RD.T) @ self.B_OR.T + self.bias_O
+
+    def neuron_mask(self, x: Tensor) -> Tensor:
+        """Boolean [.., F]: the neurons whose score exceeds the threshold; may be none."""
+        return self.scores(x) > self.threshold
+
+    def group_mask(self, x: Tensor) -> Tensor:
+        """Boolean [.., G]: the head groups whose score exceeds the threshold, and always the best one."""
+        scores = self.scores(x)
+        best = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.argmax(-1, keepdim=True), True)
+        return (scores > self.threshold) | best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerAdapter:
+    """The predictors of one layer; None where the part runs dense."""
+
+    mlp: Predictor | None = None
+    heads: Predictor | None = None
+
+
+@dataclass(slots=True)
+class DensityCounter:
+    """Adds up what was selected, per layer, over the tokens that ran sparse or masked.
+
+    A layer without a predictor counts as density 1. Fractions are of neurons and of query heads.
+    """
+
+    num_layers: int
+    mlp_L: list[float] = field(init=False)
+    heads_L: list[float] = field(init=False)
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.mlp_L = [0.0] * self.num_layers
+        self.heads_L = [0.0] * self.num_layers
+
+    def mlp_density(self) -> float | None:
+        """Selected / total neurons, averaged over all layers and counted tokens; None before the first token."""
+        return sum(self.mlp_L) / (self.num_layers * self.tokens) if self.tokens else None
+
+    def head_density(self) -> float | None:
+        return sum(self.heads_L) / (self.num_layers * self.tokens) if self.tokens else None
+
+    def mlp_per_layer(self) -> list[float]:
+        return [value / max(self.tokens, 1) for value in self.mlp_L]
+
+    def heads_per_layer(self) -> list[float]:
+        return [value / max(self.tokens, 1) for value in self.heads_L]
+
+
+class MaskedSelection(Selection):
+    """The selections of an adapter applied as masks, token by token, inside a whole-sequence forward pass.
+
+    sparse_BT marks the tokens that run sparse (all when None); the others run dense and are not counted. Decoding the
+    same tokens one by one on an engine selects the same neurons and heads: a test holds the two together.
+    """
+
+    def __init__(self, layers: tuple[LayerAdapter, ...], sparse_BT: Tensor | None = None) -> None:
+        self.layers = layers
+        self.sparse_BT = sparse_BT
+        self.counter = DensityCounter(len(layers))
+
+    def _count(self, totals_L: list[float], layer: int, mask: Tensor | None, shape: torch.Size) -> None:
+        sparse = self.sparse_BT
+        tokens = shape[0] * shape[1] if sparse is None else int(sparse.sum())
+        if mask is None:
+            totals_L[layer] += tokens
+        else:
+            kept = mask if sparse is None else mask & sparse[..., None]
+            totals_L[layer] += int(kept.sum()) / mask.shape[-1]
+        if totals_L is self.counter.mlp_L and layer == 0:
+            self.counter.tokens += tokens
+
+    def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
+        predictor = self.layers[layer].heads
+        if predictor is None:
+            self._count(self.counter.heads_L, layer, None, mixed_BTHK.shape)
+            return mixed_BTHK
+        mask_BTG = predictor.group_mask(head_predictor_input(inputs, predictor.lookahead))
+        self._count(self.counter.heads_L, layer, mask_BTG, mixed_BTHK.shape)
+        keep_BTG = mask_BTG if self.sparse_BT is None else mask_BTG | ~self.sparse_BT[..., None]
+        heads_per_group = mixed_BTHK.shape[-2] // keep_BTG.shape[-1]
+        keep_BTH = keep_BTG.repeat_interleave(heads_per_group, dim=-1)
+        return mixed_BTHK * keep_BTH[..., None].to(mixed_BTHK.dtype)
+
+    def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
+        predictor = self.layers[layer].mlp
+        if predictor is None:
+            self._count(self.counter.mlp_L, layer, None, act_BTF.shape)
+            return act_BTF
+        mask_BTF = predictor.neuron_mask(mlp_predictor_input(inputs, predictor.lookahead))
+        self._count(self.counter.mlp_L, layer, mask_BTF, act_BTF.shape)
+        keep_BTF = mask_BTF if self.sparse_BT is None else mask_BTF | ~self.sparse_BT[..., None]
+        return act_BTF * keep_BTF.to(act_BTF.dtype)

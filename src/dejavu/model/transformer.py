@@ -1,0 +1,171 @@
+"""The model: a decoder-only transformer whose families (OPT, Llama) are values of ModelConfig.
+
+In: token ids [B, T]. Out: hidden states [B, T, D] and logits [B, T, V] fp32. A layer is
+    x = x + O(attention(norm1 x));  x = x + down(activation(up(norm2 x)))                (pre-norm)
+    x = norm1(x + O(attention x));  x = norm2(x + down(activation(up x)))                (post-norm)
+A `Selection` sees every head's output and every neuron's activation on the way and may zero some: with the base class
+the model is dense; measurement, training and masked evaluation are other Selections over the same forward.
+
+Letters: B batch  T tokens  D model  F neurons  H query heads  G key/value heads  K head_dim  V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dejavu.config import ModelConfig
+from dejavu.kernels.activation import activate
+from dejavu.model.layers import InputMajorLinear, Norm, inverse_frequencies, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What exists when a layer selects. In a post-norm model these are the un-normed inputs of the two blocks.
+
+    attention [.., D] is read by q, k, v; mlp [.., D] by up and gate (None while heads are selected: it does not exist
+    yet); previous_mlp is `mlp` of the layer before (None in layer 0).
+    """
+
+    attention: Tensor
+    mlp: Tensor | None
+    previous_mlp: Tensor | None
+
+
+class Selection:
+    """What a forward pass keeps. The base class keeps everything: the dense model."""
+
+    def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
+        """Head outputs before the output projection; returns them with the heads left out set to zero."""
+        return mixed_BTHK
+
+    def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
+        """Activations (gate x up where gated) before the down projection; returns them with the rest set to zero."""
+        return act_BTF
+
+
+DENSE = Selection()
+
+
+class Block(nn.Module):
+    """One decoder layer. `down` and `o` hold a row per input, `up` and `gate` a row per neuron."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size, head = config.hidden_size, config.head_dim
+        self.config = config
+        self.norm1 = Norm(config)
+        self.q = nn.Linear(size, config.num_heads * head, bias=config.qkv_bias)
+        self.k = nn.Linear(size, config.num_kv_heads * head, bias=config.qkv_bias)
+        self.v = nn.Linear(size, config.num_kv_heads * head, bias=config.qkv_bias)
+        self.o = InputMajorLinear(config.num_heads * head, size, bias=config.out_bias)
+        self.norm2 = Norm(config)
+        self.up = nn.Linear(size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate = nn.Linear(size, config.intermediate_size, bias=config.mlp_bias) if config.gated else None
+        self.down = InputMajorLinear(config.intermediate_size, size, bias=config.mlp_bias)
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.norm1(x) if self.config.pre_norm else x
+
+    def after_attention(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual stream and MLP input, from the residual stream before and the mixed heads [.., H, K]."""
+        x = x + self.o(mixed.flatten(-2))
+        if self.config.pre_norm:
+            return x, self.norm2(x)
+        x = self.norm1(x)
+        return x, x
+
+    def after_mlp(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.config.pre_norm else self.norm2(x + y)
+
+    def query_key_value(self, x_TD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [.., T, H, K], k and v [.., T, G, K] of the attention input, rotated where positions are rotary."""
+        split = (-1, self.config.head_dim)
+        q, k, v = (project(x_TD).unflatten(-1, split) for project in (self.q, self.k, self.v))
+        if inv_freq is not None:
+            q, k = rotate(q, position_T, inv_freq), rotate(k, position_T, inv_freq)
+        return q, k, v
+
+    def activations(self, x_TD: Tensor) -> Tensor:
+        """Activation of every neuron [.., T, F]: act(up x), or act(gate x) * up x where gated."""
+        config = self.config
+        if self.gate is None:
+            return activate(self.up(x_TD), config.activation, config.activation_threshold)
+        return activate(self.gate(x_TD), config.activation, config.activation_threshold) * self.up(x_TD)
+
+    def attend(self, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> Tensor:
+        """Causal attention over the sequence itself: head outputs [B, T, H, K] before the output projection."""
+        q, k, v = (t.transpose(1, 2) for t in self.query_key_value(x_BTD, position_T, inv_freq))
+        grouped = self.config.heads_per_group > 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+class Transformer(nn.Module):
+    """The whole model. `hidden` runs the layers, `logits` applies the (tied or own) head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, width = config.hidden_size, config.embed_width
+        self.embed = nn.Embedding(config.vocab_size, width)
+        learned = config.positions == "learned"
+        self.position = nn.Embedding(config.max_positions + config.position_offset, size) if learned else None
+        self.project_in = nn.Linear(width, size, bias=False) if width != size else None
+        self.project_out = nn.Linear(size, width, bias=False) if width != size else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = Norm(config) if config.final_norm else None
+        self.head = None if config.tied_head else nn.Linear(width, config.vocab_size, bias=False)
+        inv_freq = inverse_frequencies(config.rope, config.head_dim) if config.rope is not None else None
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.layers)  # pyrefly: ignore[bad-return]  # nn.ModuleList is typed as a list of Module
+
+    def embedded(self, ids_BT: Tensor, position_T: Tensor) -> Tensor:
+        """The residual stream before layer 0, from ids [.., T] at positions [T]."""
+        x = self.embed(ids_BT)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.position is not None:
+            x = x + self.position(position_T + self.config.position_offset)
+        return x
+
+    def layer(self, index: int, x_BTD: Tensor, position_T: Tensor, previous_mlp: Tensor | None, selection: Selection) -> tuple[Tensor, Tensor]:
+        """One layer over a whole sequence: the residual stream after it and the MLP input within it."""
+        block = self.blocks[index]
+        attention_in = block.attention_input(x_BTD)
+        mixed = block.attend(attention_in, position_T, self.inv_freq)
+        mixed = selection.heads(index, LayerInputs(attention_in, None, previous_mlp), mixed)
+        x_BTD, mlp_in = block.after_attention(x_BTD, mixed)
+        act = block.activations(mlp_in)
+        act = selection.neurons(index, LayerInputs(attention_in, mlp_in, previous_mlp), act)
+        return block.after_mlp(x_BTD, block.down(act)), mlp_in
+
+    def hidden(self, ids_BT: Tensor, selection: Selection = DENSE) -> Tensor:
+        """Hidden states [B, T, D] after the final norm (before project_out), for whole sequences from position 0.
+
+        Raises ValueError when T exceeds the context of the model.
+        """
+        length = ids_BT.shape[1]
+        if length > self.config.max_positions:
+            raise ValueError(f"{length} tokens exceed the model's context of {self.config.max_positions}; shorten the text")
+        position_T = torch.arange(length, device=ids_BT.device)
+        x, mlp_in = self.embedded(ids_BT, position_T), None
+        for index in range(self.config.num_layers):
+            x, mlp_in = self.layer(index, x, position_T, mlp_in, selection)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [.., V] in fp32 from hidden states [.., D]."""
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        head = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(hidden, head).float()
+
+    def forward(self, ids_BT: Tensor, selection: Selection = DENSE) -> Tensor:
+        """Logits [B, T, V] in fp32 of whole sequences."""
+        return self.logits(self.hidden(ids_BT, selection))

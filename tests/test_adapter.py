@@ -1,0 +1,228 @@
+"""Adapters on disk: exact names, every way a folder can be wrong, and the same numbers after a round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import Tiny
+from dejavu.config import ModelConfig
+from dejavu.files import write_json
+from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, PartConfig, part_config, quantized
+from dejavu.model.fingerprint import model_hash
+from dejavu.model.predictor import LayerAdapter, Predictor
+
+LAYERS = 12
+
+
+def predictor(outputs: int, *, layer: int, lookahead: int = 0, rank: int = 5) -> Predictor:
+    """Random, quantized; its biases are the layer's index."""
+    generator = torch.Generator().manual_seed(layer)
+    A_RD, B_OR = torch.randn(rank, 32, generator=generator), torch.randn(outputs, rank, generator=generator)
+    bias_O = torch.full((outputs,), float(layer))
+    return quantized(Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=bias_O, threshold=0.1 * layer + 1e-9, lookahead=lookahead))
+
+
+def make_adapter(model: ModelConfig, base_hash: str) -> Adapter:
+    """Layer 3 has a dense MLP, heads are predicted in odd layers; MLP predictors look ahead from layer 1 on."""
+    layers = tuple(
+        LayerAdapter(
+            mlp=None if i == 3 else predictor(model.intermediate_size, layer=i, lookahead=min(i, 2)),
+            heads=predictor(model.num_kv_heads, layer=i, lookahead=1, rank=3) if i % 2 else None,
+        )
+        for i in range(model.num_layers)
+    )
+
+    def part(held: Predictor | None) -> PartConfig | None:
+        return None if held is None else part_config(held, density=0.125, recall=0.9, mass=0.99)
+
+    config = AdapterConfig(
+        base_id="tiny-opt",
+        base_hashes=(base_hash,),
+        method="predicted",
+        budget=0.005,
+        calibration_text_hash="c" * 64,
+        quality={"ppl_dense": 20.0, "ppl_sparse": 20.05},
+        mlp_density=0.2,
+        head_density=0.75,
+        seed=7,
+        layers=tuple(LayerConfig(layer=i, mlp=part(layer.mlp), heads=part(layer.heads)) for i, layer in enumerate(layers)),
+    )
+    return Adapter(layers=layers, config=config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    model: ModelConfig
+    base_hash: str
+    folder: Path
+    adapter: Adapter
+
+    def load(self, **options: Any) -> Adapter:
+        arguments: dict[str, Any] = {"model": self.model, "base_hash": self.base_hash} | options
+        return Adapter.load(self.folder, **arguments)
+
+    def edit_config(self, edit: Callable[[dict[str, Any]], object]) -> None:
+        config = json.loads((self.folder / "config.json").read_text())
+        edit(config)
+        write_json(self.folder / "config.json", config)
+
+    def edit_tensors(self, edit: Callable[[dict[str, Tensor]], object]) -> None:
+        tensors = load_file(self.folder / "adapter.safetensors")
+        edit(tensors)
+        save_file(tensors, self.folder / "adapter.safetensors")
+
+
+@pytest.fixture
+def case(tmp_path: Path, tiny: Tiny) -> Case:
+    model = tiny("opt", num_layers=LAYERS)
+    adapter = make_adapter(model.config, model_hash(model))
+    adapter.save(tmp_path / "adapter")
+    return Case(model.config, model_hash(model), tmp_path / "adapter", adapter)
+
+
+def test_round_trip_is_bit_exact(case: Case) -> None:
+    loaded = case.load()
+    assert loaded.config == case.adapter.config
+    for index, (ours, theirs) in enumerate(zip(case.adapter.layers, loaded.layers, strict=True)):
+        for before, after in ((ours.mlp, theirs.mlp), (ours.heads, theirs.heads)):
+            assert (before is None) == (after is None)
+            if before is not None and after is not None:
+                assert torch.equal(before.A_RD, after.A_RD) and torch.equal(before.B_OR, after.B_OR)
+                assert (before.threshold, before.lookahead) == (after.threshold, after.lookahead)
+                assert set(after.bias_O.tolist()) == {float(index)}, "layer 1 is not one of layers 10 to 19"
+
+
+def test_the_card_and_the_file_say_what_is_inside(case: Case) -> None:
+    card = (case.folder / "README.md").read_text()
+    assert "base_model: tiny-opt" in card and case.base_hash in card and "| 3 | dense | density 0.125, recall 0.900" in card
+    assert "| ppl_sparse | 20.05 |" in card
+    tensors = load_file(case.folder / "adapter.safetensors")
+    assert tensors["layers.7.mlp.A"].dtype == torch.int8 and tensors["layers.7.mlp.A.scale"].shape == (5,)
+    assert sorted(name for name in tensors if name.startswith("layers.3.")) == [
+        f"layers.3.heads.{suffix}" for suffix in ("A", "A.scale", "B", "B.scale", "bias")
+    ]
+
+
+def test_a_missing_predictor_names_its_layer(case: Case) -> None:
+    case.edit_config(lambda config: config["layers"].pop(7))
+    with pytest.raises(ValueError, match=rf"predictor for layer 7 not found: {re.escape(str(case.folder))}"):
+        case.load()
+    case.adapter.save(case.folder)
+    case.edit_tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("layers.7.mlp.")])
+    with pytest.raises(ValueError, match=r"predictor for layer 7 not found: layers\.7\.mlp\.A in .*adapter\.safetensors"):
+        case.load()
+    case.adapter.save(case.folder)
+    case.edit_tensors(lambda tensors: tensors.pop("layers.1.heads.bias"))
+    with pytest.raises(ValueError, match=r"layers\.1\.heads\.bias"):
+        case.load()
+
+
+def test_entries_are_found_by_layer_not_by_order(case: Case) -> None:
+    case.edit_config(lambda config: config["layers"].reverse())
+    assert case.load().config == case.adapter.config
+
+
+def test_another_model_is_refused_naming_both_hashes(case: Case, tiny: Tiny, tmp_path: Path) -> None:
+    other = model_hash(tiny("opt", num_layers=LAYERS, seed=1))
+    with pytest.raises(ValueError, match=rf"belongs to tiny-opt with base hash {case.base_hash}, but the model's is {other}"):
+        case.load(base_hash=other)
+    accepted = case.load(base_hash=other, accept=True).with_base(other)
+    accepted.save(tmp_path / "both")
+    for base_hash in (case.base_hash, other):
+        Adapter.load(tmp_path / "both", model=case.model, base_hash=base_hash)
+    assert accepted.with_base(other) is accepted
+
+
+def test_swapped_manifests_of_two_models(case: Case, tiny: Tiny, tmp_path: Path) -> None:
+    other = tiny("opt", num_layers=LAYERS, seed=1)
+    make_adapter(case.model, model_hash(other)).save(tmp_path / "other")
+    (case.folder / "config.json").write_text((tmp_path / "other" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"belongs to tiny-opt with base hash"):
+        case.load()
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 40, "num_heads": 5, "num_kv_heads": 5}, {"intermediate_size": 72}, {"num_layers": 11}])
+def test_wrong_shapes(case: Case, sizes: dict[str, Any]) -> None:
+    model = dataclasses.replace(case.model, **sizes)
+    with pytest.raises(ValueError, match=r"this model needs torch\.int8 \[|lists 12 layers, the model has 11"):
+        case.load(model=model)
+
+
+def test_damaged_files(case: Case, tmp_path: Path) -> None:
+    file = case.folder / "adapter.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])
+    with pytest.raises(ValueError, match=r"adapter\.safetensors"):
+        case.load()
+    file.write_bytes(content)
+    case.edit_tensors(lambda tensors: tensors["layers.2.mlp.bias"].fill_(float("nan")))
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.bias in .* has 64 NaN"):
+        case.load()
+    file.write_bytes(content)
+    case.edit_tensors(lambda tensors: tensors.update({"layers.12.mlp.A": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"does not list: layers\.12\.mlp\.A"):
+        case.load()
+    file.unlink()
+    with pytest.raises(ValueError, match=r"adapter\.safetensors"):
+        case.load()
+    with pytest.raises(ValueError, match=r"adapter not found: .*nowhere"):
+        Adapter.load(tmp_path / "nowhere", model=case.model, base_hash=case.base_hash)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda config: config.update(colour="red"), r"unknown keys \['colour'\]"),
+        (lambda config: config["layers"][4]["mlp"].update(colour="red"), r"unknown keys \['colour'\]"),
+        (lambda config: config.pop("base_hashes"), r"base_hashes"),
+        (lambda config: config.update(schema_version=2), r"schema_version 2 is not supported"),
+        (lambda config: config.update(method="guess"), r"method 'guess' is not supported; supported: predicted"),
+        (lambda config: config["layers"][0]["mlp"].update(lookahead=2), r"layer 0: mlp lookahead 2 reads a layer before"),
+        (lambda config: config["layers"][1]["heads"].update(lookahead=2), r"layer 1: heads lookahead 2 is none of"),
+        (lambda config: config["layers"][1]["mlp"].update(rank=0), r"rank must be positive"),
+        (lambda config: config["layers"][1]["mlp"].update(rank=6), r"layers\.1\.mlp\.A"),
+    ],
+)
+def test_bad_configs(case: Case, edit: Callable[[dict[str, Any]], object], message: str) -> None:
+    case.edit_config(edit)
+    with pytest.raises(ValueError, match=message):
+        case.load()
+
+
+def test_what_was_measured_is_what_is_stored(case: Case) -> None:
+    raw = dataclasses.replace(predictor(64, layer=1), A_RD=torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
+    layers = (LayerAdapter(mlp=raw), *case.adapter.layers[1:])
+    entry = LayerConfig(layer=0, mlp=part_config(raw, density=0.1, recall=0.9, mass=0.9))
+    adapter = Adapter(layers=layers, config=dataclasses.replace(case.adapter.config, layers=(entry, *case.adapter.config.layers[1:])))
+    before = (case.folder / "config.json").read_text()
+    with pytest.raises(AssertionError, match=r"layers\.0\.mlp\.A is not quantized"):
+        adapter.save(case.folder)
+    assert (case.folder / "config.json").read_text() == before, "the old folder is whole"
+    with pytest.raises(AssertionError, match="config and predictors differ"):
+        Adapter(layers=(LayerAdapter(), *case.adapter.layers[1:]), config=case.adapter.config)
+
+
+@given(rows=st.integers(1, 7), columns=st.integers(1, 33), seed=st.integers(0, 1000), exponent=st.integers(-25, 25))
+def test_int8_rows_are_close_and_a_fixed_point(rows: int, columns: int, seed: int, exponent: int) -> None:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    matrix[0] = 0
+    q, scale = quantize_rows(matrix)
+    again = dequantize_rows(q, scale)
+    assert (again - matrix).abs().le(matrix.abs().amax(1, keepdim=True) * (0.5 / 127 + 1e-4)).all()
+    assert torch.equal(again.double(), q.double() * scale.double()[:, None]), "the products are exact in fp32"
+    assert scale[0] == 0 and not again[0].any()
+    q2, scale2 = quantize_rows(again)
+    assert torch.equal(q, q2) and torch.equal(scale, scale2)

@@ -1,0 +1,445 @@
+"""The generation loop: stop strings, UTF-8 borders, limits, counts and speeds, on scripted and on real engines."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from conftest import Tiny
+from dejavu.config import SamplingConfig
+from dejavu.engine.generation import GeneratedText, Generation, Piece, generate_tokens
+from dejavu.engine.interface import EngineInfo, StepResult
+from dejavu.engine.streaming import StopStrings, TextStream
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer
+
+VOCAB = 300
+
+
+class ScriptedEngine:
+    """An engine that writes the given tokens, whatever it is given. Layer 0 selects 2 + step neurons of 8, layer 1 all."""
+
+    def __init__(self, script: Sequence[int], *, max_positions: int = 64) -> None:
+        self.script = list(script)
+        self.steps = 0
+        self.lengths = {0: 0, 1: 0}
+        self.frees: list[int] = []
+        self.info = EngineInfo(
+            backend="scripted",
+            dtype="fp32",
+            device="cpu",
+            sparse=True,
+            vocab_size=VOCAB,
+            num_layers=2,
+            num_neurons=8,
+            num_heads=4,
+            max_positions=max_positions,
+            num_slots=2,
+            page_size=16,
+            num_pages=100,
+        )
+        self.free_pages = 100
+
+    def length(self, slot: int) -> int:
+        return self.lengths[slot]
+
+    def free(self, slot: int) -> None:
+        self.lengths[slot] = 0
+        self.frees.append(slot)
+
+    def _logits(self, index: int) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(self.script[index]), VOCAB).float() * 9
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        self.lengths[slot] += len(token_ids)
+        return self._logits(0)
+
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        assert list(token_ids_B) == [self.script[self.steps]], "the last token is fed back"
+        self.steps += 1
+        self.lengths[slots_B[0]] += 1
+        assert self.lengths[slots_B[0]] <= self.info.max_positions
+        return StepResult(
+            logits_BV=self._logits(self.steps)[None],
+            neurons_BL=torch.tensor([[1 + self.steps, 8]]),
+            heads_BL=torch.tensor([[4, 2]]),
+        )
+
+
+class WordTokenizer:
+    """Token i is the i-th of the given strings; ids past them are EOS."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+        self.eos_token_ids = (len(words),)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.words[i] for i in ids if i < len(self.words))
+
+
+class ByteTokenizer:
+    """Token i is the byte i; 256 is EOS."""
+
+    eos_token_ids = (256,)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+def run(words: Sequence[str], *, stop: Sequence[str] = (), max_new_tokens: int | None = None) -> tuple[list[Piece], GeneratedText]:
+    """Generate exactly the given words, one token each; an EOS would follow."""
+    generation = generate_tokens(
+        ScriptedEngine([*range(len(words)), len(words)]),
+        WordTokenizer(words),
+        [0],
+        max_new_tokens=len(words) if max_new_tokens is None else max_new_tokens,
+        stop=stop,
+    )
+    pieces = list(generation)
+    return pieces, generation.result()
+
+
+def joined(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+# C04: stop strings
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "text", "reason", "tokens"),
+    [
+        (["DEF", "G", "HI", "J", "K"], ["DEFGHIJ"], "", "stop", 4),
+        (["DEF", "G", "X"], ["DEFGHIJ"], "DEFGX", "length", 3),
+        (["DEF", "G"], ["DEFGHIJ"], "DEFG", "length", 2),
+        (["a", "a", "a", "b", "c"], ["aab"], "a", "stop", 4),
+        (["one two three"], ["three", "two"], "one ", "stop", 1),  # both within one token: the first to complete
+        (["x", "ab"], ["b", "ab"], "xa", "stop", 2),  # both complete at once: the first listed
+        (["x", "ab"], ["ab", "b"], "x", "stop", 2),
+        (["x", "y"], ["z"], "xy", "length", 2),
+        (["\n", "\n"], ["\n\n"], "", "stop", 2),
+    ],
+)
+def test_stop_strings(words: list[str], stop: list[str], text: str, reason: str, tokens: int) -> None:
+    pieces, result = run(words, stop=stop)
+    assert (result, result.finish_reason, result.new_tokens) == (text, reason, tokens)
+    assert joined(pieces) == text
+
+
+def test_nothing_is_held_back_without_need() -> None:
+    pieces, _ = run(["abc", "de", "f", "x"], stop=["efg"])
+    assert [piece.text for piece in pieces] == ["abc", "d", "efx"]
+    assert [piece.token_ids for piece in pieces] == [(0,), (1,), (2, 3)]
+
+
+def test_a_lone_string_is_one_stop_string() -> None:
+    assert run(["a", "b", "ab"], stop="ba")[1] == "a"
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["x", ""]])
+def test_an_empty_stop_string_is_refused(stop: Sequence[str]) -> None:
+    if stop == "":
+        stop = [stop]
+    with pytest.raises(ValueError, match="must not be empty"):
+        run(["a"], stop=stop)
+
+
+def first_completed(text: str, stops: list[str]) -> str:
+    """Oracle: try every end, shortest first, and at each end the stops in their order."""
+    for end in range(1, len(text) + 1):
+        for stop in stops:
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)]
+    return text
+
+
+LETTERS = st.text(alphabet="abc", max_size=4)
+
+
+@given(words=st.lists(LETTERS, max_size=12), stops=st.lists(LETTERS.filter(bool), max_size=3))
+def test_stop_strings_against_the_oracle(words: list[str], stops: list[str]) -> None:
+    """Any split of any text: the pieces join to the text before the first completed stop, and nothing is sent too early or late."""
+    text = "".join(words)
+    expected = first_completed(text, stops)
+    matcher, sent, seen = StopStrings(stops), "", ""
+    for word in words:
+        seen += word
+        sent += matcher.push(word)
+        assert expected.startswith(sent), "sent what belongs to a stop string"
+        if matcher.stopped:
+            break
+        held = seen[len(sent) :]
+        assert held == "" or any(len(stop) > len(held) and stop.startswith(held) for stop in stops), "held back without need"
+    else:
+        sent += matcher.flush()
+    assert sent == expected and matcher.stopped == (expected != text or first_completed(text, stops) != text)
+
+
+@given(words=st.lists(LETTERS, min_size=1, max_size=10), stops=st.lists(LETTERS.filter(bool), max_size=3), limit=st.integers(0, 10))
+def test_the_stream_joins_to_the_text(words: list[str], stops: list[str], limit: int) -> None:
+    pieces, result = run(words, stop=stops, max_new_tokens=min(limit, len(words)))
+    text = "".join(words[:limit])
+    assert joined(pieces) == result == first_completed(text, stops)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == result.finish_reason
+    assert tuple(i for piece in pieces for i in piece.token_ids) == result.token_ids == tuple(range(result.new_tokens))
+    assert all(piece.text for piece in pieces[:-1])
+
+
+# UTF-8 at token borders
+
+
+@given(text=st.text(max_size=12), tail=st.binary(max_size=3))
+def test_characters_are_sent_whole(text: str, tail: bytes) -> None:
+    """A token per byte: nothing sent holds a replacement character that the text does not have; unfinished bytes come at the end."""
+    ids = list(text.encode() + tail)
+    stream, sent = TextStream(ByteTokenizer(), [65]), ""
+    for token_id in ids:
+        sent += stream.push(token_id)
+    final = (text.encode() + tail).decode("utf-8", errors="replace")
+    assert final.startswith(sent)
+    assert sent + stream.flush() == final
+    assert stream.flush() == ""
+
+
+def test_an_unfinished_character_is_sent_when_it_is_whole() -> None:
+    stream = TextStream(ByteTokenizer(), [])
+    assert [stream.push(byte) for byte in "é€😀!".encode()] == ["", "é", "", "", "€", "", "", "", "😀", "!"]
+
+
+def test_a_stop_string_behind_an_unfinished_character() -> None:
+    ids = [*b"ab", 0xE2]
+    generation = generate_tokens(ScriptedEngine(ids), ByteTokenizer(), [1], max_new_tokens=3, stop=["b\ufffd"])
+    assert (generation.result(), generation.result().finish_reason) == ("a", "stop")
+
+
+def metaspace_tokenizer() -> Tokenizer:
+    """SentencePiece-like: a word's space belongs to its token, and the decoder drops the first one."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁cat", "s", "▁sat"]
+    backend = BackendTokenizer(
+        models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], unk_token="<unk>", byte_fallback=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["</s>"])
+    return build_tokenizer(backend, special_tokens={"eos_token": "</s>"})
+
+
+# A token is a word of the vocabulary (from 258 on), EOS, or one byte of a character: such bytes come whole.
+CHARACTER = st.characters(exclude_characters="\ufffd", codec="utf-8").map(lambda character: [byte + 2 for byte in character.encode()])
+WORD = st.integers(257, 262).map(lambda token_id: [1 if token_id == 257 else token_id])
+TOKEN_LISTS = st.lists(CHARACTER | WORD, max_size=10).map(lambda parts: [*chain(*parts)])
+
+
+@given(prompt=TOKEN_LISTS, new=TOKEN_LISTS)
+def test_the_text_continues_the_prompt_with_its_spaces(prompt: list[int], new: list[int]) -> None:
+    tokenizer = metaspace_tokenizer()
+    prompt = [259, *prompt]
+    stream = TextStream(tokenizer, prompt)
+    text = "".join(stream.push(token_id) for token_id in new) + stream.flush()
+    assert tokenizer.decode(prompt) + text == tokenizer.decode(prompt + new)
+
+
+# Ends, counts, speeds
+
+
+def test_eos_and_stop_ids() -> None:
+    words = ["a", "b", "c"]
+
+    def generate(**options: object) -> GeneratedText:
+        engine = ScriptedEngine([0, 1, 3, 2, 1])
+        return generate_tokens(engine, WordTokenizer(words), [0], max_new_tokens=5, **options).result()  # pyrefly: ignore[bad-argument-type]
+
+    plain = generate()
+    assert (plain, plain.finish_reason, plain.token_ids, plain.new_tokens) == ("ab", "stop", (0, 1, 3), 3)
+    ignoring = generate(ignore_eos=True)
+    assert (ignoring, ignoring.finish_reason, ignoring.token_ids) == ("abcb", "length", (0, 1, 3, 2, 1))
+    assert generate(stop_ids=[1]) == "a"
+    assert generate(stop_ids=[2], ignore_eos=True) == "ab"
+    assert generate(stop=["bc"]) == "ab", "held back text is sent at the end"
+
+
+def test_counts_and_densities_are_those_of_the_steps() -> None:
+    pieces, result = run(["a", "b", "c", "d"])
+    assert (result.prompt_tokens, result.new_tokens, result.token_ids) == (1, 4, (0, 1, 2, 3))
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert [token.neurons_L for token in tokens] == [None, (2, 8), (3, 8), (4, 8)]
+    assert [token.heads_L for token in tokens] == [None, (4, 2), (4, 2), (4, 2)]
+    assert result.mlp_density == pytest.approx(((2 + 3 + 4) / 3 / 8 + 1) / 2)
+    assert result.head_density == pytest.approx(0.75)
+    assert result.logprobs == pytest.approx([float((torch.tensor([9.0] + [0.0] * (VOCAB - 1))).log_softmax(0)[0])] * 4, abs=1e-5)
+    assert result.trace is None
+
+
+def test_one_token_takes_no_step() -> None:
+    engine = ScriptedEngine([0, 0])
+    result = generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=1).result()
+    assert (result, engine.steps, result.tok_s, result.mlp_density) == ("a", 0, None, None)
+    assert result.prefill_tok_s is not None and engine.frees == [0]
+
+
+def test_no_token_wanted_runs_nothing() -> None:
+    engine = ScriptedEngine([0])
+    generation = generate_tokens(engine, WordTokenizer(["a"]), [0] * 64, max_new_tokens=0)
+    assert [(piece.text, piece.finish_reason) for piece in generation] == [("", "length")]
+    result = generation.result()
+    assert (result, result.new_tokens, result.prompt_tokens, result.prefill_tok_s) == ("", 0, 64, None)
+
+
+def test_speeds_count_steps_and_leave_out_the_prompt_and_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only the engine and the reader move: 10 s of prefill, 2 s a step, 100 s a piece in the reader's hands."""
+    now = [0.0]
+    monkeypatch.setattr("dejavu.engine.generation.time.perf_counter", lambda: now[0])
+
+    class SlowEngine(ScriptedEngine):
+        def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+            now[0] += 10
+            return super().prefill(slot, token_ids)
+
+        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+            now[0] += 2
+            return super().step(token_ids_B, slots_B)
+
+    generation = generate_tokens(SlowEngine([0, 0, 0, 0, 0]), WordTokenizer(["a"]), [0] * 30, max_new_tokens=5)
+    for _ in generation:
+        now[0] += 100
+    assert (generation.result().tok_s, generation.result().prefill_tok_s) == (0.5, 3.0)
+
+
+@pytest.mark.parametrize(("prompt", "wanted", "given_tokens"), [(30, 1, 1), (30, 2, 2), (30, 3, 2), (31, 5, 1), (1, 100, 31)])
+def test_the_context_ends_the_text(prompt: int, wanted: int, given_tokens: int) -> None:
+    engine = ScriptedEngine([0] * 40, max_positions=32)
+    result = generate_tokens(engine, WordTokenizer(["a"]), [0] * prompt, max_new_tokens=wanted).result()
+    assert (result.new_tokens, result.finish_reason) == (given_tokens, "length")
+
+
+def test_bad_input_is_refused_at_once() -> None:
+    engine, tokenizer = ScriptedEngine([0], max_positions=32), WordTokenizer(["a"])
+
+    def refused(message: str, prompt: int, count: int) -> None:
+        with pytest.raises(ValueError, match=message):
+            generate_tokens(engine, tokenizer, [0] * prompt, max_new_tokens=count)
+
+    refused("prompt has 33 tokens and the context holds 32", 33, 1)
+    refused("prompt has 33 tokens and the context holds 32", 33, 0)
+    refused("prompt has 32 tokens and fills the context of 32", 32, 1)
+    refused("no tokens", 0, 1)
+    refused("max_new_tokens must be 0 or more, not -1", 3, -1)
+    assert engine.frees == [] and engine.lengths[0] == 0
+
+
+def test_the_slot_is_freed_when_the_reader_leaves() -> None:
+    engine = ScriptedEngine([0] * 9)
+    generation = generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=9, slot=1)
+    next(generation)
+    with pytest.raises(ValueError, match="slot 1 of the engine is in use"):
+        generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=9, slot=1)
+    generation.close()
+    assert engine.lengths[1] == 0 and engine.frees == [1]
+    assert list(generation) == []
+
+
+def test_the_slot_is_freed_after_an_error() -> None:
+    class Failing(ScriptedEngine):
+        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+            raise ValueError("full")
+
+    engine = Failing([0, 0])
+    with pytest.raises(ValueError, match="full"):
+        generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=2).result()
+    assert engine.frees == [0]
+
+
+# Real engines
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tok96: BackendTokenizer) -> Tokenizer:
+    return build_tokenizer(
+        BackendTokenizer.from_str(tok96.to_str()),
+        special_tokens={"bos_token": "</s>", "eos_token": "</s>"},
+        bos_token_id=2,
+        eos_token_ids=(2,),
+    )
+
+
+@pytest.fixture(scope="session")
+def start(tiny: Tiny, tokenizer: Tokenizer) -> Callable[..., Generation]:
+    """Start a generation of a tiny model: sparse, with random predictors, unless dense."""
+    model = tiny("opt")
+    generator = torch.Generator().manual_seed(1)
+
+    def predictor(outputs: int) -> Predictor:
+        return Predictor(
+            A_RD=torch.randn(5, 32, generator=generator),
+            B_OR=torch.randn(outputs, 5, generator=generator),
+            bias_O=torch.zeros(outputs),
+            threshold=0.5,
+            lookahead=0,
+        )
+
+    layers = (LayerAdapter(mlp=predictor(64), heads=predictor(4)), LayerAdapter(mlp=predictor(64)))
+
+    def build(prompt: str, *, dense: bool = False, record: bool = False, count: int = 20, **sampling: float) -> Generation:
+        engine = TorchEngine(model, None if dense else layers, record=record)
+        return generate_tokens(
+            engine,
+            tokenizer,
+            tokenizer.encode(prompt),
+            max_new_tokens=count,
+            sampling=SamplingConfig(**sampling),  # pyrefly: ignore[bad-argument-type]
+            ignore_eos=True,
+        )
+
+    return build
+
+
+def test_greedy_text_is_the_argmax_of_the_whole_model(tiny: Tiny, tokenizer: Tokenizer, start: Callable[..., Generation]) -> None:
+    model, ids = tiny("opt"), tokenizer.encode("the cat")
+    result = start("the cat", dense=True).result()
+    for token_id, logprob in zip(result.token_ids, result.logprobs, strict=True):
+        logprob_V = model(torch.tensor([ids]))[0, -1].log_softmax(0)
+        assert token_id == int(logprob_V.argmax()) and logprob == pytest.approx(float(logprob_V[token_id]), abs=1e-5)
+        ids.append(token_id)
+    assert (result.mlp_density, result.head_density, result.new_tokens) == (1.0, 1.0, 20)
+    assert result == tokenizer.decode(ids)[len("the cat") :]
+
+
+def test_sparse_text_reports_the_density_that_was_used(start: Callable[..., Generation]) -> None:
+    result = start("the cat", record=True).result()
+    assert result.trace is not None and len(result.trace) == 20 and result.trace[0] is None
+    neurons = heads = 0
+    for layers in result.trace[1:]:
+        assert layers is not None and layers[1].heads_A is None
+        neurons += sum(len(layer.neurons_A) for layer in layers)  # pyrefly: ignore[bad-argument-type]
+        heads += len(layers[0].heads_A) + 4  # pyrefly: ignore[bad-argument-type]
+    assert result.mlp_density == pytest.approx(neurons / 19 / 128) and 0.1 < neurons / 19 / 128 < 0.6
+    assert result.head_density == pytest.approx(heads / 19 / 8) and 0.5 < heads / 19 / 8 < 1
+    assert result.tok_s is not None and result.tok_s > 0
+    assert start("the cat").result().trace is None
+
+
+def test_a_seed_reproduces_the_text(start: Callable[..., Generation]) -> None:
+    before = torch.get_rng_state()
+    alone = start("the cat", temperature=1.0, seed=11).result()
+    mine, other = start("the cat", temperature=1.0, seed=11), start("the hat", temperature=1.0)
+    for _ in range(3):
+        next(other)
+    pieces = []
+    for piece in mine:  # beside an unseeded one that runs on between
+        pieces.append(piece)
+        next(other, None)
+    assert mine.result() == alone and mine.result().token_ids == alone.token_ids
+    assert start("the cat", temperature=1.0, seed=12).result().token_ids != alone.token_ids
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_top_k_1_is_greedy(start: Callable[..., Generation]) -> None:
+    assert start("the", temperature=2.0, top_k=1, seed=1).result().token_ids == start("the").result().token_ids

@@ -1,0 +1,92 @@
+"""The repository as a whole: no machine's paths, a size that clones quickly, sources that say what they are."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAX_BYTES = 48_000_000
+# An absolute path of someone's machine: a home, a work folder. Not after a letter, digit, dot or dash (URLs, relative paths).
+MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:(?:home|Users)/\w|(?:root|work|farm|workspace)/)")
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    """Every file that git tracks and that is in the work tree."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    if not paths:
+        pytest.skip("git tracks nothing yet")
+    return [path for path in paths if path.is_file()]
+
+
+def test_no_machine_paths(tracked: list[Path]) -> None:
+    found = []
+    for path in tracked:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in MACHINE_PATH.finditer(text)]
+    assert found == []
+
+
+@pytest.mark.parametrize("text", ["/home{}x", "see /root{}", "'/work{}a'", "file:///Users{}me/a"])
+def test_machine_paths_are_recognised(text: str) -> None:
+    assert MACHINE_PATH.search(text.format("/"))
+
+
+@pytest.mark.parametrize("text", ["https://x.org/home/page", "../work/a", "src/work/", "/tmp/x", "/homework/"])
+def test_other_paths_are_allowed(text: str) -> None:
+    assert not MACHINE_PATH.search(text)
+
+
+def test_tracked_files_stay_small(tracked: list[Path]) -> None:
+    total = sum(path.stat().st_size for path in tracked)
+    largest = sorted(tracked, key=lambda path: path.stat().st_size)[-3:]
+    assert total < MAX_BYTES, f"{total} bytes; the largest are {[str(path.relative_to(ROOT)) for path in largest]}"
+
+
+def test_python_sources_start_with_a_docstring(tracked: list[Path]) -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in tracked if path.suffix == ".py"}
+    assert [str(path) for path, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))] == []
+
+
+IMPORT_UNINSTALLED = """
+import importlib.metadata, sys
+find = importlib.metadata.Distribution.from_name.__func__
+def from_name(cls, name):
+    if name == "dejavu":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(cls, name)
+importlib.metadata.Distribution.from_name = classmethod(from_name)
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in type(finder).__name__]
+import dejavu, dejavu.files, dejavu.version
+print(dejavu.__file__)
+"""
+
+
+def test_the_source_tree_imports_without_an_installation(tmp_path: Path) -> None:
+    """PYTHONPATH=src is enough: neither installed metadata nor the hook of an editable installation is needed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run([sys.executable, "-c", IMPORT_UNINSTALLED], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()) == ROOT / "src" / "dejavu" / "__init__.py"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    from dejavu.version import __version__
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -1,0 +1,143 @@
+"""Rows of results: every key of the contract, append-only files, provenance."""
+
+import dataclasses
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from dejavu.measure.results import Row, append_rows, commit, device_name, read_rows, versions
+
+KEYS = [
+    "op",
+    "mode",
+    "backend",
+    "model",
+    "layers",
+    "dtype",
+    "batch",
+    "context",
+    "threads",
+    "mlp_density",
+    "head_density",
+    "p20_us",
+    "p50_us",
+    "p80_us",
+    "tok_s",
+    "gbs",
+    "pct_ceiling",
+    "selection",
+    "union_density",
+    "nodes",
+    "device",
+    "versions",
+    "commit",
+    "time",
+    "synthetic",
+]
+
+
+def row(**changes) -> Row:
+    values: dict[str, Any] = {
+        "op": "decode",
+        "mode": "dense",
+        "backend": "torch",
+        "model": "tiny",
+        "layers": 2,
+        "dtype": "fp32",
+        "batch": 1,
+    }
+    return Row(**(values | {"context": 64, "threads": 2, "synthetic": False, "tok_s": 12.5} | changes))
+
+
+def test_row_has_exactly_the_contract_keys():
+    assert sorted(row().to_dict()) == sorted(KEYS)
+
+
+def test_append_keeps_earlier_rows_byte_for_byte_and_fills_provenance(tmp_path):
+    path = tmp_path / "new" / "speed.jsonl"
+    first = append_rows(path, [row()])
+    before = path.read_bytes()
+    second = append_rows(path, [row(mode="sparse", mlp_density=0.1), row(op="mlp")])
+    assert path.read_bytes().startswith(before)
+    assert read_rows(path) == first + second
+    written = json.loads(before)
+    assert sorted(written) == sorted(KEYS)
+    assert written["device"].endswith("cores") and written["time"].endswith("+00:00")
+    assert {"python", "torch", "dejavu"} <= set(written["versions"])
+    assert second[0].mlp_density == 0.1 and second[1].op == "mlp"
+
+
+def test_values_that_are_set_are_kept(tmp_path):
+    given = row(device="A card", versions={"peer": "1.2"}, commit="abc", time="2020-01-01T00:00:00+00:00")
+    assert append_rows(tmp_path / "r.jsonl", [given]) == [given]
+
+
+def test_line_cut_short_does_not_swallow_the_next_row(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"op": "dec')
+    append_rows(path, [row()])
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[1])["op"] == "decode"
+    with pytest.raises(ValueError, match="line 1"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("text", ['{"op": "decode"}', '{"unknown": 1}', "[1]", "not json"])
+def test_bad_line_is_named(tmp_path, text):
+    path = tmp_path / "r.jsonl"
+    append_rows(path, [row()])
+    with path.open("a") as file:
+        file.write(text + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_rows(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.jsonl"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("model", ["/home/someone/model", "C:\\models\\opt"])
+def test_machine_paths_are_refused(model):
+    with pytest.raises(ValueError, match="path"):
+        row(model=model)
+    assert row(model="facebook/opt-125m").model == "facebook/opt-125m"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_measurements_that_are_no_number_are_refused(value):
+    with pytest.raises(ValueError, match="tok_s"):
+        row(tok_s=value)
+
+
+def test_row_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row().op = "prefill"  # pyrefly: ignore[read-only]
+
+
+def test_device_and_versions_are_of_this_machine():
+    assert int(device_name().rsplit(", ", 1)[1].removesuffix(" cores")) >= 1
+    assert versions()["torch"].startswith("2.")
+
+
+def test_commit_is_null_outside_git_and_marks_changes(tmp_path):
+    package = tmp_path / "repository" / "package"
+    file = package / "measure" / "results.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("x = 1\n")
+    assert commit(file) is None
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(package), *identity, *arguments], check=True, capture_output=True)
+
+    git("init", "-q")
+    assert commit(file) is None  # not tracked: as an installed package inside somebody's repository
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    head = commit(file)
+    assert head is not None and len(head) == 40
+    file.write_text("x = 2\n")
+    assert commit(file) == f"{head}-dirty"

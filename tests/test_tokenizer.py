@@ -1,0 +1,119 @@
+"""Tokenizer: BOS once and only where it is the default, decoding, files of every generation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers
+
+from dejavu.model.tokenizer import build_tokenizer, load_tokenizer
+
+TEXTS = ["the cat sat", " the  cat", "The hat!\n\nand 123", "", '(then) that\'s "it"']
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tok96: tokenizers.Tokenizer) -> Path:
+    tok96.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "eos_token": {"content": "</s>"}}))
+    return tmp_path
+
+
+def without_post_processor(tok96: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    content = json.loads(tok96.to_str())
+    return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
+
+
+def gpt2_files(folder: Path, tok96: tokenizers.Tokenizer) -> None:
+    model = json.loads(tok96.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in model["merges"]) + "\n")
+
+
+def test_bos_once_by_the_default_of_the_post_processor(folder: Path, tok96: tokenizers.Tokenizer) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.adds_bos and (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.vocab_size) == (2, (2,), 96)
+    for text in TEXTS:
+        plain = tok96.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == [2, *plain] == tok96.encode(text).ids
+        assert tokenizer.encode_plain(text) == tokenizer.encode(text, add_bos=False) == plain
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("</s>the cat") == tokenizer.encode("the cat"), "the text brings its own"
+
+
+def test_no_bos_where_the_tokenizer_has_no_such_default(folder: Path, tok96: tokenizers.Tokenizer) -> None:
+    without_post_processor(tok96).save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert not tokenizer.adds_bos and tokenizer.bos_token_id == 2
+    assert tokenizer.encode("the cat") == tokenizer.encode_plain("the cat")
+    (folder / "tokenizer_config.json").unlink()
+    assert load_tokenizer(folder).bos_token_id is None, "as Qwen2"
+
+
+def test_ids_of_the_model_config(folder: Path) -> None:
+    assert load_tokenizer(folder, bos_token_id=0, eos_token_ids=(1, 3)).eos_token_ids == (1, 3)
+    assert load_tokenizer(folder, bos_token_id=0).bos_token_id == 2, "the tokenizer's own word first"
+    (folder / "tokenizer_config.json").unlink()
+    assert load_tokenizer(folder, bos_token_id=2).adds_bos
+    assert not load_tokenizer(folder, bos_token_id=0).adds_bos
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    assert load_tokenizer(folder, bos_token_id=2).bos_token_id == 0
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_gpt2_files_without_tokenizer_json(tmp_path: Path, tok96: tokenizers.Tokenizer, add_bos: bool) -> None:
+    gpt2_files(tmp_path, tok96)
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "add_bos_token": add_bos} | special))
+    tokenizer = load_tokenizer(tmp_path)
+    reference = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, "the</s>cat"]:
+        assert tokenizer.encode(text) == reference(text)["input_ids"]
+        assert tokenizer.encode(text)[:1] == [2] if add_bos else tokenizer.encode(text)[:1] != [2]
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+
+
+def test_saved_tokenizers_load_in_transformers_and_here(tmp_path: Path, tok96: tokenizers.Tokenizer) -> None:
+    special = {"bos_token": "</s>", "eos_token": "</s>"}
+    tokenizer = build_tokenizer(without_post_processor(tok96), special_tokens=special, adds_bos=True, chat_template="{{ messages[0] }}")
+    tokenizer.save(tmp_path)
+    again, reference = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(reference, transformers.PreTrainedTokenizerFast)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == again.encode(text) == reference(text)["input_ids"]
+    assert (again.chat_template, reference.chat_template) == ("{{ messages[0] }}", "{{ messages[0] }}")
+    assert (again.bos_token_id, again.eos_token_ids) == (reference.bos_token_id, (reference.eos_token_id,)) == (2, (2,))
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(folder: Path, tok96: tokenizers.Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(tok96.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    backend.save(str(folder / "tokenizer.json"))
+    assert len(load_tokenizer(folder).encode("the cat sat on the mat")) > 4
+    assert len(load_tokenizer(folder).encode("a")) == 2
+
+
+def test_an_unfinished_character_and_foreign_ids_decode() -> None:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[])
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = build_tokenizer(backend, special_tokens={})
+    ids = tokenizer.encode("aé🙂")
+    assert len(ids) == 7
+    assert [tokenizer.decode(ids[:n]) for n in (1, 2, 3)] == ["a", "a\ufffd", "aé"]
+    assert tokenizer.decode(ids[:-1]).startswith("aé\ufffd") and tokenizer.decode(ids) == "aé🙂"
+    assert tokenizer.decode([*ids, 1000]) == "aé🙂", "rows of the embedding without a token"
+
+
+def test_missing_and_broken_files(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer file"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"no tokenizer in .*vocab\.json with merges\.txt"):
+        load_tokenizer(folder)
