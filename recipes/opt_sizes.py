@@ -26,20 +26,21 @@ class Recipe(Config):
     warmup_steps: int = 100
     # Density is steered, not penalised: the biases of a layer are shifted until its density follows the target, which
     # falls from a half to `density_target` between these fractions of the run. A penalty kills whole layers (docs/log.md).
-    density_target: float = 0.035
+    density_target: float = 0.03
     anneal_start: float = 0.03
     anneal_stop: float = 0.35
     steer_gain: float = 0.03
     # A neuron that fires more rarely than this has its bias lifted, so that neurons stay contextual instead of dying.
     rate_floor: float = 1e-4
+    lift: float = 4.0
     control_interval: int = 4
     # Low-rank predictors are trained along from `foresight_start` on. The mass they do not foresee is penalised, and from
     # `mask_start` on half of the sequences run with the neurons they select, `mask_density` of a layer.
     predictor_rank: int = 64
     foresight_start: float = 0.4
-    foresight_penalty: float = 0.2
-    mask_start: float = 0.7
-    mask_density: float = 0.1
+    foresight_penalty: float = 0.3
+    mask_start: float = 0.6
+    mask_density: float = 0.08
     seed: int = 0
 
     def model_config(self) -> ModelConfig:
@@ -64,7 +65,20 @@ class Recipe(Config):
 
 SIZES: dict[str, Recipe] = {
     # Seconds on a CPU: for tests of the recipe itself.
-    "nano": Recipe(layers=2, hidden=64, heads=4, neurons=256, vocab_size=512, context=64, steps=20, batch=8, micro_batch=4, warmup_steps=4, control_interval=2, predictor_rank=8),
+    "nano": Recipe(
+        layers=2,
+        hidden=64,
+        heads=4,
+        neurons=256,
+        vocab_size=512,
+        context=64,
+        steps=20,
+        batch=8,
+        micro_batch=4,
+        warmup_steps=4,
+        control_interval=2,
+        predictor_rank=8,
+    ),
     # The bundled opt-mini.
     "mini": Recipe(layers=6, hidden=384, heads=12, neurons=3072, steps=5200),
     "small": Recipe(layers=12, hidden=768, heads=12, neurons=6144, steps=6000, micro_batch=64, learning_rate=2e-3, predictor_rank=128),

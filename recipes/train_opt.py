@@ -24,16 +24,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import tokens as text_tokens
 import torch
 import torch.nn.functional as F
-from opt_sizes import SIZES, Recipe
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+import tokens as text_tokens
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor, mlp_predictor_input
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
+from opt_sizes import SIZES, Recipe
 
 
 class Companion(nn.Module):
@@ -52,7 +52,16 @@ class Companion(nn.Module):
 
 
 def layer_with_losses(
-    block: Block, x: Tensor, position: Tensor, A: Tensor, B: Tensor, bias: Tensor, threshold: Tensor, look_ahead: bool, foresee: bool, mask: bool
+    block: Block,
+    x: Tensor,
+    position: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    look_ahead: bool,
+    foresee: bool,
+    mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer; the spread of its unforeseen activations, the predictor's loss and density, and how often each neuron fired."""
     attention_in = block.attention_input(x)
@@ -211,12 +220,15 @@ class Trainer:
         rate_LF = self.fired_LF / (recipe.control_interval * recipe.batch * recipe.context)
         self.density_L = rate_LF.mean(1)
         self.rare_L = (rate_LF < recipe.rate_floor).float().mean(1)
+        fade = 2 * learning_rate(self.step, recipe) - 0.4 if self.step > recipe.steps / 2 else 1.0
+        fade = min(1.0, max(0.0, fade))
         error_L = (self.density_L.clamp_min(1e-6) / self.target()).log().clamp(-1, 1)
         for index, block in enumerate(self.model.blocks):
             assert block.norm2.weight is not None
             spread_F = (block.up.weight * block.norm2.weight).norm(dim=1)
             lift_F = (rate_LF[index] < recipe.rate_floor).float()
-            block.up.bias += recipe.steer_gain * spread_F * (lift_F - error_L[index])
+            # Steering fades with the learning rate: a bias that moves when the weights no longer can only does harm.
+            block.up.bias += recipe.steer_gain * fade * spread_F * (recipe.lift * lift_F - error_L[index])
         if self.step > recipe.foresight_start * recipe.steps:
             miss_L = (self.predicted_L.clamp_min(1e-6) / recipe.mask_density).log().clamp(-1, 1)
             self.threshold_L += 0.1 * miss_L
@@ -362,10 +374,18 @@ def main() -> None:
         if trainer.step % options.log_interval == 0 or trainer.step == recipe.steps:
             density = [round(d, 4) for d in trainer.density_L.tolist()] if trainer.step >= recipe.control_interval else []
             rare = [round(r, 3) for r in trainer.rare_L.tolist()] if density else []
-            write(loss=round(float(loss), 4), unforeseen=round(float(unforeseen), 4), predictor=round(float(predictor_loss), 4), target=round(trainer.target(), 4), density=density, rare=rare, predicted=[round(p, 3) for p in trainer.predicted_L.tolist()])
+            write(
+                loss=round(float(loss), 4),
+                unforeseen=round(float(unforeseen), 4),
+                predictor=round(float(predictor_loss), 4),
+                target=round(trainer.target(), 4),
+                density=density,
+                rare=rare,
+                predicted=[round(p, 3) for p in trainer.predicted_L.tolist()],
+            )
         if trainer.step % (10 * options.log_interval) == 0:
             write(bits_per_byte=validate(trainer, valid_ids, valid_bytes, windows=64))
-        if trainer.step == int(recipe.mask_start * recipe.steps):
+        if trainer.step % (recipe.steps // 10) == 0 and recipe.foresight_start * recipe.steps < trainer.step < recipe.steps:
             write(foresight=foresight(trainer, valid_ids, valid_bytes))
     trainer.save(checkpoint)
     folder = options.output / "model"
