@@ -134,7 +134,9 @@ class Transformer(nn.Module):
             x = x + self.position(position_T + self.config.position_offset)
         return x
 
-    def layer(self, index: int, x_BTD: Tensor, position_T: Tensor, previous_mlp: Tensor | None, selection: Selection) -> tuple[Tensor, Tensor]:
+    def layer(
+        self, index: int, x_BTD: Tensor, position_T: Tensor, previous_mlp: Tensor | None, selection: Selection
+    ) -> tuple[Tensor, Tensor]:
         """One layer over a whole sequence: the residual stream after it and the MLP input within it."""
         block = self.blocks[index]
         attention_in = block.attention_input(x_BTD)

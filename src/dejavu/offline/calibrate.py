@@ -1,0 +1,118 @@
+"""Spend a loss budget where it buys the most: one threshold per layer for neurons and one for heads, chosen together.
+
+In: for every part (the MLP or the heads of a layer) candidate thresholds with the bytes a token then reads and the
+divergence they cost. Out: one candidate per part, or none where the part stays dense. For a price kappa per unit of
+divergence, each part takes the candidate with the least  bytes + kappa x divergence  (dense: all its bytes, no divergence);
+kappa is found so that the sum of divergences meets an allowance, and the allowance so that the *measured* rise of
+perplexity meets the budget.
+
+Letters: none; sizes are weights read per token (elements), divergences are nats per token
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dejavu.config import ModelConfig
+from dejavu.offline.thresholds import Quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A threshold of one part: what it selects on held-out text, what a token then reads, what it costs."""
+
+    threshold: float
+    quality: Quality
+    reads: float
+    divergence: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The MLP or the heads of a layer; dense_reads is what a token reads when nothing is predicted."""
+
+    layer: int
+    kind: str
+    dense_reads: float
+    candidates: tuple[Candidate, ...]
+
+    def best(self, kappa: float) -> Candidate | None:
+        """The cheapest choice at a price of `kappa` elements per nat; None is dense."""
+        chosen, cost = None, self.dense_reads
+        for candidate in self.candidates:
+            price = candidate.reads + kappa * candidate.divergence
+            if price < cost:
+                chosen, cost = candidate, price
+        return chosen
+
+
+def mlp_reads(config: ModelConfig, density: float, rank: int | None) -> float:
+    """Weights that a token reads in an MLP at this density, the predictor's included (none when rank is None)."""
+    matrices = 3 if config.gated else 2
+    predictor = 0 if rank is None else rank * (config.hidden_size + config.intermediate_size)
+    return density * matrices * config.hidden_size * config.intermediate_size + predictor
+
+
+def head_reads(config: ModelConfig, density: float, rank: int | None, cached_tokens: int) -> float:
+    """Weights (rows of q, columns of o) and cache entries that a token reads for its heads; k and v are always computed."""
+    weights = 2 * config.num_heads * config.head_dim * config.hidden_size
+    cache = 2 * config.num_kv_heads * config.head_dim * cached_tokens
+    predictor = 0 if rank is None else rank * (config.hidden_size + config.num_kv_heads)
+    return density * (weights + cache) + predictor
+
+
+def interpolate_divergence(masses: Sequence[float], divergences: Sequence[float], mass: float) -> float:
+    """Divergence at a kept mass, log-log linear in the mass that is lost, between measured points (sorted by mass)."""
+    points = [(math.log(max(1 - m, 1e-6)), math.log(max(d, 1e-9))) for m, d in zip(masses, divergences, strict=True)]
+    x = math.log(max(1 - mass, 1e-6))
+    if x >= points[0][0]:
+        return math.exp(points[0][1] + (x - points[0][0]))
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 >= x >= x1:
+            share = 0.0 if x0 == x1 else (x0 - x) / (x0 - x1)
+            return math.exp(y0 + share * (y1 - y0))
+    return math.exp(points[-1][1] + (x - points[-1][0]))
+
+
+def choose(parts: Sequence[Part], allowance: float) -> list[Candidate | None]:
+    """The choice per part with the fewest reads whose divergences add up to at most `allowance`."""
+    low, high = 1.0, 1e15
+    for _ in range(80):
+        kappa = math.sqrt(low * high)
+        spent = sum(c.divergence for part in parts if (c := part.best(kappa)) is not None)
+        low, high = (kappa, high) if spent > allowance else (low, kappa)
+    return [part.best(high) for part in parts]
+
+
+def meet_budget(
+    parts: Sequence[Part], budget: float, measure: Callable[[list[Candidate | None]], float], *, rounds: int = 5
+) -> list[Candidate | None]:
+    """Choose so that measure(choice), the rise of perplexity, is as close to `budget` as `rounds` trials get, never above it.
+
+    A budget of 0, or one that no trial keeps, gives the choice in which every part is dense.
+    """
+    best: list[Candidate | None] = [None] * len(parts)
+    if budget <= 0:
+        return best
+    allowance, best_rise = math.log1p(budget), -math.inf
+    low, high = 0.0, math.inf
+    for _ in range(rounds):
+        choice = choose(parts, allowance)
+        if all(candidate is None for candidate in choice):
+            break
+        rise = measure(choice)
+        if rise <= budget:
+            low = allowance
+            if rise > best_rise:
+                best, best_rise = choice, rise
+            if rise > 0.9 * budget:
+                break
+        else:
+            high = allowance
+        factor = min(4.0, max(0.25, 0.95 * budget / max(rise, 0.05 * budget)))
+        proposed = allowance * factor
+        allowance = proposed if low < proposed < high else (low + high) / 2 if math.isfinite(high) else 2 * low
+    return best

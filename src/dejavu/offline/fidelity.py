@@ -1,0 +1,98 @@
+"""How far a sparse model is from its dense self, on windows of token ids.
+
+In: a model, windows [W, T] and a Selection. Out: negative log likelihood per token, or the divergence
+KL(dense || sparse) per token of switching one part of one layer to a predictor. KL is measured rather than the change
+of the loss because it is never negative and has far less noise: a few thousand tokens rank candidates that cost 0.01 %.
+
+Letters: W windows  T tokens  D model  V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.transformer import DENSE, Selection, Transformer
+from dejavu.offline.collect import Progress
+
+
+@torch.inference_mode()
+def token_nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE, *, batch: int = 2) -> Tensor:
+    """Negative log likelihood [W, T - 1] of each token after the first of its window, natural units, fp32."""
+    rows = []
+    for first in range(0, len(ids_WT), batch):
+        ids = ids_WT[first : first + batch]
+        logits = model.logits(model.hidden(ids, selection)[:, :-1])
+        rows.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1))
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """Relative rise of perplexity of a sparse run over the dense run of the same tokens, with its standard error."""
+
+    ppl_dense: float
+    ppl_sparse: float
+    rise: float
+    stderr: float
+
+
+def rise_of(dense_nll: Tensor, sparse_nll: Tensor) -> Rise:
+    """Compare two runs over the same tokens; the error is that of the mean paired difference."""
+    difference = (sparse_nll - dense_nll).double().flatten()
+    rise = math.expm1(float(difference.mean()))
+    stderr = float(difference.std() / math.sqrt(len(difference))) * (1 + rise)
+    return Rise(math.exp(float(dense_nll.double().mean())), math.exp(float(sparse_nll.double().mean())), rise, stderr)
+
+
+class DenseStates:
+    """A dense pass over one window, kept so that a change in layer l only runs the layers from l on."""
+
+    def __init__(self, model: Transformer, ids_1T: Tensor) -> None:
+        self.model = model
+        self.position_T = torch.arange(ids_1T.shape[1])
+        x, mlp_in = model.embedded(ids_1T, self.position_T), None
+        self.states: list[tuple[Tensor, Tensor | None]] = []
+        for layer in range(model.config.num_layers):
+            self.states.append((x, mlp_in))
+            x, mlp_in = model.layer(layer, x, self.position_T, mlp_in, DENSE)
+        self.log_probs_TV = self._log_probs(x)
+
+    def _log_probs(self, x: Tensor) -> Tensor:
+        hidden = x if self.model.final_norm is None else self.model.final_norm(x)
+        return self.model.logits(hidden)[0].log_softmax(-1)
+
+    def divergence(self, layer: int, selection: Selection) -> float:
+        """Mean KL(dense || changed) per token when only `selection` acts, from `layer` on."""
+        x, mlp_in = self.states[layer]
+        for index in range(layer, self.model.config.num_layers):
+            x, mlp_in = self.model.layer(index, x, self.position_T, mlp_in, selection if index == layer else DENSE)
+        changed_TV = self._log_probs(x)
+        return max(0.0, float((self.log_probs_TV.exp() * (self.log_probs_TV - changed_TV)).sum(-1).mean()))
+
+
+Variants = Sequence[Sequence[LayerAdapter]]
+
+
+@torch.inference_mode()
+def divergences(model: Transformer, ids_WT: Tensor, variants: Variants, progress: Progress | None = None) -> list[list[float]]:
+    """KL per token of every variant of every layer: variants[l][i] is a LayerAdapter used in layer l alone."""
+    num_layers = model.config.num_layers
+    total = len(ids_WT) * sum(len(v) for v in variants)
+    sums, done = [[0.0] * len(v) for v in variants], 0
+    for window in range(len(ids_WT)):
+        dense = DenseStates(model, ids_WT[window : window + 1])
+        for layer, options in enumerate(variants):
+            for index, option in enumerate(options):
+                only_here = tuple(option if other == layer else LayerAdapter() for other in range(num_layers))
+                sums[layer][index] += dense.divergence(layer, MaskedSelection(only_here)) / len(ids_WT)
+                done += 1
+                if progress is not None:
+                    progress("what each part costs", done, total)
+    return sums

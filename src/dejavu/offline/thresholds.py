@@ -1,0 +1,84 @@
+"""From scores to thresholds: what a threshold selects, and what it keeps, on held-out tokens.
+
+density: selected / all. recall: selected among the truly active. mass: share of the contribution kept.
+For neurons the contribution is |activation| x |down row|, for head groups the norm of what the group adds.
+
+Letters: N tokens  F neurons  G head groups  O outputs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dejavu.model.predictor import Predictor
+from dejavu.model.transformer import Block
+from dejavu.offline.collect import LayerData, down_norms
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What a predictor does at a threshold, on held-out tokens; three fractions."""
+
+    density: float
+    recall: float
+    mass: float
+
+
+@dataclass
+class Scored:
+    """Scores [N, O] of a predictor with the contributions they should find and, for neurons, what was truly active."""
+
+    scores: Tensor
+    contribution: Tensor
+    active: Tensor
+    at_least_one: bool
+
+    def __post_init__(self) -> None:
+        self._sorted = self.scores.flatten().sort(descending=True)
+        cumulative = self.contribution.flatten()[self._sorted.indices].double().cumsum(0)
+        self._mass = cumulative / cumulative[-1].clamp_min(1e-30)
+
+    def threshold_for_mass(self, mass: float) -> float:
+        """The largest threshold that keeps at least this share of the contribution."""
+        return self._below(int(torch.searchsorted(self._mass, mass)))
+
+    def threshold_for_density(self, density: float) -> float:
+        return self._below(round(density * self.scores.numel()) - 1)
+
+    def _below(self, last: int) -> float:
+        """A threshold just below the score of rank `last`, so that `scores > threshold` selects it."""
+        values = self._sorted.values
+        last = min(max(last, 0), len(values) - 1)
+        score = values[last]
+        following = values[min(last + 1, len(values) - 1)]
+        return float((score + following) / 2) if following < score else float(torch.nextafter(score, score - 1))
+
+    def quality(self, threshold: float) -> Quality:
+        chosen = self.scores > threshold
+        if self.at_least_one:
+            chosen = chosen.scatter(-1, self.scores.argmax(-1, keepdim=True), True)
+        return Quality(
+            density=float(chosen.float().mean()),
+            recall=float((chosen & self.active).sum() / self.active.sum().clamp_min(1)),
+            mass=float((self.contribution * chosen).sum() / self.contribution.sum().clamp_min(1e-30)),
+        )
+
+
+@torch.inference_mode()
+def score_mlp(predictor: Predictor, data: LayerData, block: Block, tokens: slice) -> Scored:
+    """Scores of an MLP predictor on a run of tokens."""
+    first, last, _ = tokens.indices(len(data.mlp_ND))
+    act_NF = data.active.dense(first, last)
+    scores = predictor.scores(data.mlp_input(predictor.lookahead)[tokens])
+    return Scored(scores, act_NF.abs() * down_norms(block), act_NF != 0, at_least_one=False)
+
+
+@torch.inference_mode()
+def score_heads(predictor: Predictor, data: LayerData, tokens: slice) -> Scored:
+    """Scores of a head predictor; a group counts as active when it gives over half of an equal share of the contribution."""
+    norms_NG = data.group_norms_NG[tokens]
+    active = norms_NG > 0.5 * norms_NG.mean(-1, keepdim=True)
+    return Scored(predictor.scores(data.head_input(predictor.lookahead)[tokens]), norms_NG, active, at_least_one=True)

@@ -1,0 +1,350 @@
+"""From activations to an adapter: collection, oracle, predictors, thresholds, budget, profile and curves, on tiny models."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dejavu.model.adapter import Adapter, quantized
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.fingerprint import model_hash
+from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.tokenizer import build_tokenizer
+from dejavu.model.transformer import Transformer
+from dejavu.offline.calibrate import Candidate, Part, choose, interpolate_divergence, meet_budget
+from dejavu.offline.collect import ActiveNeurons, LayerData, group_norms, pack_windows, sweep_layers
+from dejavu.offline.curves import perplexity_curves, recall_curves
+from dejavu.offline.fidelity import divergences, token_nll
+from dejavu.offline.oracle import OracleHeads, OracleNeurons, mass_mask
+from dejavu.offline.predictors import contribution_loss, start_mlp, train_mlp
+from dejavu.offline.profile import profile
+from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
+from dejavu.offline.train import TrainConfig, split_windows, train_adapter
+
+
+def random_ids(count: int, seed: int = 0) -> list[int]:
+    return [random.Random(seed * 7919 + i).randrange(3, 96) for i in range(count)]
+
+
+def skewed(tiny: Tiny, **overrides: object) -> Transformer:
+    """A tiny OPT whose first MLP matrix is nearly low-rank and whose biases make it sparse: something a predictor can learn."""
+    model = tiny("opt", num_layers=3, intermediate_size=128, **overrides)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for block in model.blocks:
+            low = torch.randn(128, 4, generator=generator) @ torch.randn(4, 32, generator=generator)
+            block.up.weight.copy_(low / 4 + 0.02 * block.up.weight)
+            block.up.bias.fill_(-1.5)
+    return model
+
+
+@pytest.fixture
+def checkpoint(tiny: Tiny, tok96: object) -> Checkpoint:
+    model = skewed(tiny)
+    tokenizer = build_tokenizer(tok96, special_tokens={"bos_token": "</s>"}, bos_token_id=2, eos_token_ids=(2,))  # pyrefly: ignore
+    return Checkpoint(
+        model=model,
+        tokenizer=tokenizer,
+        config=model.config,
+        name="tiny",
+        base_hash=model_hash(model),
+        stored_dtype="fp32",
+        notes=(),
+        path=Path("tiny"),
+    )
+
+
+def data_of(model: Transformer, ids_WT: Tensor) -> list[LayerData]:
+    return list(sweep_layers(model, ids_WT))
+
+
+def test_windows_hold_every_document_behind_one_bos() -> None:
+    windows = pack_windows([[5, 6, 7], [8, 9]], context=3, bos=2)
+    assert windows.tolist() == [[2, 5, 6], [7, 2, 8]]
+    assert pack_windows([[5, 6]], context=64, bos=None).tolist() == [[5, 6]]
+    with pytest.raises(ValueError, match="1 tokens"):
+        pack_windows([[5]], context=8, bos=None)
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 10_000))
+def test_active_neurons_round_trip(tokens: int, neurons: int, seed: int) -> None:
+    act = torch.relu(torch.randn(tokens, neurons, generator=torch.Generator().manual_seed(seed))).bfloat16().float()
+    active = ActiveNeurons.joined([ActiveNeurons.of(act), ActiveNeurons.of(act.flip(0))])
+    assert torch.equal(active.dense(0, tokens), act)
+    assert torch.equal(active.dense(tokens, 2 * tokens), act.flip(0))
+    assert torch.equal(active.dense(1, tokens), act[1:])
+
+
+def test_sweep_sees_what_the_forward_pass_sees(tiny: Tiny) -> None:
+    """Layer by layer equals the whole forward: the MLP of every layer, from the recorded input, gives the recorded activations."""
+    model = skewed(tiny)
+    ids = torch.tensor([random_ids(20), random_ids(20, 1)])
+    previous = None
+    for data in data_of(model, ids):
+        act = model.blocks[data.layer].activations(data.mlp_ND.float())
+        assert data.previous_mlp_ND is previous
+        torch.testing.assert_close(data.active.dense(0, 40), act, rtol=0.02, atol=0.05)  # inputs and values are kept in bf16
+        previous = data.mlp_ND
+    assert previous is not None
+
+
+def test_group_norms_are_the_norms_of_what_heads_add(tiny: Tiny) -> None:
+    block = tiny("opt").blocks[0]
+    mixed = torch.randn(2, 5, 4, 8)
+    norms = group_norms(block, mixed, 4)
+    for head in range(4):
+        only = torch.zeros_like(mixed)
+        only[:, :, head] = mixed[:, :, head]
+        added = only.flatten(-2) @ block.o.weight
+        torch.testing.assert_close(norms[..., head], added.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    pairs = group_norms(block, mixed, 2)
+    torch.testing.assert_close(pairs[..., 0], (mixed[:, :, :2].flatten(-2) @ block.o.weight[:16]).norm(dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_oracle_keeps_the_fewest_and_all_is_dense(tiny: Tiny) -> None:
+    contribution = torch.tensor([[5.0, 1.0, 3.0, 1.0], [0.0, 0.0, 0.0, 2.0]])
+    assert mass_mask(contribution, 0.5).tolist() == [[True, False, False, False], [False, False, False, True]]
+    assert mass_mask(contribution, 0.8).tolist() == [[True, False, True, False], [False, False, False, True]]
+    model = skewed(tiny)
+    ids = torch.tensor([random_ids(30)])
+    dense = model(ids)
+    neurons = OracleNeurons(model, 1.0)
+    torch.testing.assert_close(model(ids, neurons), dense)
+    torch.testing.assert_close(model(ids, OracleHeads(model, 4)), dense)
+    assert not torch.allclose(model(ids, OracleHeads(model, 1)), dense, atol=1e-3)
+    half = OracleNeurons(model, 0.5)
+    assert not torch.allclose(model(ids, half), dense, atol=1e-3)
+    density, natural = half.counter.mlp_density(), neurons.counter.mlp_density()
+    assert density is not None and natural is not None and 0 < density < natural < 1
+
+
+def test_closed_form_start_at_full_rank_is_the_layer_itself(tiny: Tiny) -> None:
+    """With rank D and its own input, the regression is exact up to the scale of each score: it ranks neurons perfectly."""
+    model = skewed(tiny)
+    data = data_of(model, torch.tensor([random_ids(60, s) for s in range(8)]))[1]
+    block = model.blocks[1]
+    start = start_mlp(data, block, 32, 0, 480)
+    wanted = block.up(data.mlp_ND.float())
+    score = start.scores(data.mlp_ND)
+    agree = ((score > 0) == (wanted > 0)).float().mean()
+    assert agree > 0.999, float(agree)
+
+
+def test_training_beats_the_start_and_beats_bce_in_mass(tiny: Tiny) -> None:
+    model = skewed(tiny)
+    data = data_of(model, torch.tensor([random_ids(60, s) for s in range(40)]))[1]
+    block, train, held_out = model.blocks[1], 2000, slice(2000, 2400)
+    start = start_mlp(data, block, 2, 1, train)
+
+    def mass(predictor: object) -> float:
+        scored = score_mlp(predictor, data, block, held_out)  # pyrefly: ignore
+        return scored.quality(scored.threshold_for_density(0.1)).mass
+
+    def trained(loss: str) -> float:
+        generator = torch.Generator().manual_seed(0)
+        return mass(train_mlp(data, block, start, tokens=train, epochs=40, loss=loss, learning_rate=5e-3, generator=generator))
+
+    assert trained("contribution") > mass(start)
+    assert trained("bce") > 0.5 * mass(start)
+
+
+def test_contribution_loss_is_least_at_the_log_of_the_expected_contribution() -> None:
+    contribution = torch.tensor([[4.0, 1.0], [0.0, 1.0]])
+    scores = torch.zeros(1, 2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scores], max_iter=100)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = contribution_loss(scores.expand(2, 2), contribution)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    share = contribution / (contribution.sum() / 3)
+    torch.testing.assert_close(scores.detach()[0], (share.mean(0) / 0.3).log(), rtol=1e-3, atol=1e-3)
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.95))
+def test_thresholds_select_what_they_say(seed: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    contribution = torch.relu(torch.randn(50, 11, generator=generator))
+    scored = Scored(torch.randn(50, 11, generator=generator), contribution, contribution > 0, at_least_one=False)
+    by_density = scored.quality(scored.threshold_for_density(share))
+    assert abs(by_density.density - share) <= 1 / 550 + 1e-6
+    threshold = scored.threshold_for_mass(share)
+    assert scored.quality(threshold).mass >= share - 1e-5
+    above = scored.scores[scored.scores > threshold].min()
+    assert scored.quality(float(above)).mass < share + 1e-5  # one neuron fewer does not keep the mass
+    assert scored.quality(-math.inf) == Quality(1.0, 1.0, 1.0)
+    assert scored.quality(math.inf).density == 0
+
+
+def test_head_quality_counts_the_head_that_always_stays(tiny: Tiny) -> None:
+    model = skewed(tiny)
+    data = data_of(model, torch.tensor([random_ids(60)]))[1]
+    predictor = dataclasses.replace(
+        start_mlp(data, model.blocks[1], 4, 0, 60), A_RD=torch.randn(4, 32), B_OR=torch.randn(4, 4), bias_O=torch.randn(4)
+    )
+    assert score_heads(predictor, data, slice(0, 60)).quality(math.inf).density == 0.25
+
+
+def part(reads: list[float], costs: list[float], dense: float = 100.0) -> Part:
+    candidates = [
+        Candidate(threshold=-float(i), quality=Quality(r / dense, 1.0, 1.0), reads=r, divergence=c)
+        for i, (r, c) in enumerate(zip(reads, costs, strict=True))
+    ]
+    return Part(layer=0, kind="mlp", dense_reads=dense, candidates=tuple(candidates))
+
+
+def test_budget_is_spent_where_it_buys_most() -> None:
+    cheap, dear = part([10, 20, 40], [0.004, 0.001, 0.0002]), part([80, 90], [0.5, 0.2])
+    chosen = choose([cheap, dear], allowance=0.0015)
+    assert chosen[0] is not None and chosen[0].reads == 20
+    assert chosen[1] is None
+    assert choose([cheap, dear], allowance=0.0) == [None, None]
+    generous = choose([cheap, dear], allowance=10.0)
+    assert [c.reads for c in generous if c is not None] == [10, 80]
+
+
+@given(st.floats(0.2, 5.0), st.floats(0.001, 0.05))
+def test_measured_rise_never_exceeds_the_budget(ratio: float, budget: float) -> None:
+    """Whatever factor lies between divergence and the measured rise, the choice keeps the budget."""
+    parts = [part([10 + i for i in range(60)], [0.05 * 0.8**i for i in range(60)]) for _ in range(3)]
+
+    def measure(choice: list[Candidate | None]) -> float:
+        return ratio * sum(c.divergence for c in choice if c is not None)
+
+    choice = meet_budget(parts, budget, measure)
+    assert measure(choice) <= budget
+    assert measure(choice) > 0.3 * budget  # and spends it
+    assert meet_budget(parts, 0.0, measure) == [None, None, None]
+
+
+def test_interpolation_goes_through_the_measured_points() -> None:
+    masses, costs = [0.8, 0.9, 0.99], [0.1, 0.02, 0.001]
+    for mass, cost in zip(masses, costs, strict=True):
+        assert interpolate_divergence(masses, costs, mass) == pytest.approx(cost)
+    assert 0.001 < interpolate_divergence(masses, costs, 0.95) < 0.02
+    assert interpolate_divergence(masses, costs, 0.999) < 0.001
+
+
+def test_divergence_is_that_of_the_whole_masked_model(tiny: Tiny) -> None:
+    model = skewed(tiny)
+    ids = torch.tensor([random_ids(40)])
+    data = data_of(model, ids)[1]
+    predictor = dataclasses.replace(start_mlp(data, model.blocks[1], 2, 1, 40), threshold=1.0)
+    option = LayerAdapter(mlp=predictor)
+    found = divergences(model, ids, [[], [option], []])
+    dense = model(ids).log_softmax(-1)
+    masked = model(ids, MaskedSelection((LayerAdapter(), option, LayerAdapter()))).log_softmax(-1)
+    assert found[1][0] == pytest.approx(float((dense.exp() * (dense - masked)).sum(-1).mean()), rel=1e-4)
+    assert found[1][0] > 0
+
+
+def test_adapter_keeps_its_budget_and_resumes(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    documents = [random_ids(500, seed) for seed in range(6)]
+    config = TrainConfig(budget=0.01, rank=8, epochs=3, seed=1)
+    adapter, result = train_adapter(checkpoint, documents, config, text_hash="abc", work_folder=tmp_path / "work")
+    assert len(result["layers"]) == 3
+    assert result["rise"] <= 0.01 and result["within_budget"]
+    assert result["ppl_sparse"] / result["ppl_dense"] - 1 == pytest.approx(result["rise"], rel=1e-6, abs=1e-9)
+    assert 0 < result["mlp_density"] < 1
+    assert adapter.config.calibration_text_hash == "abc"
+    for row in result["layers"]:
+        assert row["lookahead"] in (0, 1, None)
+        assert (row["lookahead"] is None) == (row["density"] == 1.0)
+
+    # The rise that is reported is that of the saved adapter, on the windows that calibration did not see.
+    adapter.save(tmp_path / "adapter")
+    loaded = Adapter.load(tmp_path / "adapter", model=checkpoint.config, base_hash=checkpoint.base_hash)
+    check = split_windows(pack_windows(documents, context=64, bos=2)).check
+    nll = token_nll(checkpoint.model, check, MaskedSelection(loaded.layers))
+    assert math.exp(float(nll.double().mean())) == pytest.approx(result["ppl_sparse"], rel=1e-6)
+
+    # A second run takes finished layers from the work folder (one is lost) and gives the same adapter.
+    (tmp_path / "work" / "layer_1.json").unlink()
+    seen: list[str] = []
+    again, _ = train_adapter(
+        checkpoint, documents, config, text_hash="abc", work_folder=tmp_path / "work", progress=lambda what, done, total: seen.append(what)
+    )
+    assert again.config == adapter.config
+    assert seen.count("training predictors") == 4  # three layers swept, one of them trained
+
+
+def test_training_refuses_what_has_no_zeros(checkpoint: Checkpoint, tiny: Tiny) -> None:
+    smooth = dataclasses.replace(checkpoint, model=tiny("opt", activation="gelu"), config=tiny("opt", activation="gelu").config)
+    with pytest.raises(ValueError, match="gelu"):
+        train_adapter(smooth, [random_ids(900)], TrainConfig(), text_hash="x")
+    with pytest.raises(ValueError, match="at least 3"):
+        train_adapter(checkpoint, [random_ids(100)], TrainConfig(), text_hash="x")
+    for wrong in ({"budget": -0.1}, {"loss": "mse"}, {"rank": 0}, {"lookahead": "3"}, {"epochs": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            TrainConfig.from_dict(wrong)
+    with pytest.raises(ValueError, match="unknown keys"):
+        TrainConfig.from_dict({"budgte": 0.1})
+
+
+def test_predictors_are_rounded_before_they_are_calibrated(checkpoint: Checkpoint) -> None:
+    adapter, _ = train_adapter(checkpoint, [random_ids(2000)], TrainConfig(budget=0.05, rank=8, epochs=1), text_hash="x")
+    predictor = next(layer.mlp for layer in adapter.layers if layer.mlp is not None)
+    assert torch.equal(quantized(predictor).B_OR, predictor.B_OR)
+
+
+def test_profile_tells_dead_always_on_and_contextual_apart(tiny: Tiny) -> None:
+    model = skewed(tiny)
+    with torch.no_grad():
+        model.blocks[1].up.weight[:32].zero_()
+        model.blocks[1].up.bias[:16] = -1.0  # 16 of 128 can never fire
+        model.blocks[1].up.bias[16:32] = 1.0  # 16 always do
+    result = profile(model, {"a": random_ids(150), "b": random_ids(70, 1)}, bos=2, oracle_tokens=60)
+    row = result["layers"][1]
+    assert row["dead"] >= 16 / 128 and row["always_on"] == pytest.approx(16 / 128)
+    assert row["dead"] + row["always_on"] + row["contextual"] == pytest.approx(1.0)
+    assert result["tokens"] == 150 + 70 + 3 + 2  # one BOS for each window of 63 tokens
+    counts = []  # natural density equals a direct count
+
+    class Count(OracleNeurons):
+        def neurons(self, layer, inputs, act_BTF):  # type: ignore[no-untyped-def]
+            if layer == 1:
+                counts.append(float((act_BTF != 0).float().sum()))
+            return act_BTF
+
+    for ids in (random_ids(150), random_ids(70, 1)):
+        for first in range(0, len(ids), 63):
+            model(torch.tensor([[2, *ids[first : first + 63]]]), Count(model, 1.0))
+    assert row["mlp_density"] == pytest.approx(sum(counts) / (225 * 128), rel=1e-5)
+    for layer in result["layers"]:
+        densities, masses = zip(*layer["mass_curve"], strict=True)
+        assert list(densities) == sorted(densities) and list(masses) == sorted(masses)
+        assert masses[-1] == pytest.approx(1.0, abs=1e-4)
+        assert 0 < layer["heads90"] <= 1 and -1 <= layer["cosine"] <= 1
+        assert layer["head_curve"][-1] == [1.0, pytest.approx(1.0, abs=1e-4)]
+    mlp = [row for row in result["oracle"] if row["part"] == "mlp"]
+    assert [row["density"] for row in mlp] == sorted(row["density"] for row in mlp)
+    heads = {row["density"]: row["ppl"] for row in result["oracle"] if row["part"] == "heads"}
+    assert heads[1.0] == pytest.approx(result["ppl_dense"], rel=1e-6)
+
+
+def test_curves_reach_dense_and_mark_their_kind(checkpoint: Checkpoint) -> None:
+    adapter, _ = train_adapter(checkpoint, [random_ids(2500)], TrainConfig(budget=0.02, rank=8, epochs=2), text_hash="x")
+    ids = random_ids(600, 5)
+    curves = perplexity_curves(checkpoint.model, adapter.layers, ids, bos=2)
+    for part_name in ("mlp", "heads"):
+        kinds = {row["kind"] for row in curves[part_name]}
+        assert kinds == {"predicted", "oracle"}
+        assert all(0 < row["density"] <= 1 and row["ppl"] > 1 for row in curves[part_name])
+    rows = recall_curves(checkpoint.model, adapter.layers, ids, bos=2)
+    for row, layer in zip(rows, adapter.layers, strict=True):
+        assert (row["mlp"] is None) == (layer.mlp is None)
+        if row["mlp"] is not None:
+            masses = [mass for _, _, mass in row["mlp"]]
+            assert masses == sorted(masses)
