@@ -1,0 +1,29 @@
+"""Contextual sparsity for language models: read only the weights that the token at hand needs.
+
+    import dejavu
+    lm = dejavu.load("opt-mini")
+    print(lm.generate("The lighthouse keeper", max_new_tokens=64))
+
+Nothing heavy is imported until `load`, `LanguageModel` or `Adapter` is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dejavu.version import __version__
+
+if TYPE_CHECKING:
+    from dejavu.language_model import LanguageModel, load
+    from dejavu.model.adapter import Adapter
+
+__all__ = ["Adapter", "LanguageModel", "__version__", "load"]
+
+_LAZY = {"load": "dejavu.language_model", "LanguageModel": "dejavu.language_model", "Adapter": "dejavu.model.adapter"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dejavu' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

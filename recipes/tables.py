@@ -1,0 +1,172 @@
+"""Tables of README.md and docs/, generated from results/: nobody types a number.
+
+    dejavu eval opt-mini --text ... --tasks ... --json | tail -1 | python recipes/tables.py record eval opt-mini
+    python recipes/tables.py render
+
+`record` appends the object that a command printed to results/quality.jsonl, with device, versions, commit and time.
+`render` replaces what stands between `<!-- table: NAME -->` and `<!-- end -->` in the Markdown files by the newest figures.
+Speeds come from results/bench.jsonl (rows of `dejavu bench`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dejavu.measure.results import commit, device_name, read_rows, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+QUALITY, BENCH = ROOT / "results" / "quality.jsonl", ROOT / "results" / "bench.jsonl"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src" / "dejavu" / "models" / "opt-mini" / "README.md")
+MARK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def record(kind: str, model: str, result: dict[str, Any]) -> None:
+    """Append one command's object to results/quality.jsonl."""
+    line = {
+        "kind": kind,
+        "model": model,
+        "result": result,
+        "device": device_name(),
+        "versions": versions(),
+        "commit": commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    QUALITY.parent.mkdir(exist_ok=True)
+    with QUALITY.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def newest(kind: str, model: str) -> dict[str, Any]:
+    """The last record of a kind and model."""
+    lines = [json.loads(line) for line in QUALITY.read_text().splitlines()]
+    return [line for line in lines if (line["kind"], line["model"]) == (kind, model)][-1]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows]) + "\n"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _source(line: dict[str, Any]) -> str:
+    return f"\n{line['device']}, torch {line['versions']['torch']}, commit {str(line['commit'])[:10]}, {line['time'][:10]}.\n"
+
+
+def headline() -> str:
+    """README: dense and sparse side by side, from one run of the demo."""
+    line = newest("demo", "opt-mini")
+    demo = line["result"]
+    dense, sparse = demo["dense"], demo["sparse"]
+    ahead = sum(1 for value in demo["lookahead"] if value == 1)
+    rows = [
+        ["MLP neurons read", "100 %", _percent(demo["mlp_density"])],
+        ["attention heads read", "100 %", _percent(demo["head_density"])],
+        ["perplexity", f"{dense['ppl']:.3f}", f"{sparse['ppl']:.3f} ({100 * (sparse['ppl'] / dense['ppl'] - 1):+.2f} %)"],
+        ["tokens/s, torch backend, fp32", f"{dense['tok_s']:.0f}", f"{sparse['tok_s']:.0f} ({demo['speedup']:.2f}x)"],
+        ["layers predicted one block ahead", "", f"{ahead} of {len(demo['lookahead'])}"],
+    ]
+    return _table(["opt-mini (21 M parameters)", "dense", "sparse"], rows) + _source(line)
+
+
+def texts() -> str:
+    """Perplexity of every held-out text."""
+    line = newest("eval", "opt-mini")
+    dense, sparse = line["result"]["dense"], line["result"]["sparse"]
+    rows = []
+    for name, value in dense["texts"].items():
+        other = sparse["texts"][name]
+        rise = _percent(other["ppl"] / value["ppl"] - 1, 2)
+        rows.append(
+            [Path(name).stem, f"{value['ppl']:.2f}", f"{other['ppl']:.2f}", rise, f"{value['bits_per_byte']:.3f}", f"{value['tokens']}"]
+        )
+    return _table(["text", "dense", "sparse", "rise", "bits per byte, dense", "tokens"], rows) + _source(line)
+
+
+def tasks() -> str:
+    """Accuracy on every task."""
+    line = newest("eval", "opt-mini")
+    dense, sparse = line["result"]["dense"]["tasks"], line["result"]["sparse"]["tasks"]
+    rows = []
+    for name, value in dense.items():
+        difference = sparse[name]["acc"] - value["acc"]
+        rows.append(
+            [
+                Path(name).stem,
+                _percent(value["acc"]),
+                _percent(sparse[name]["acc"]),
+                f"{100 * difference:+.1f}",
+                _percent(value["stderr"]),
+                f"{value['n']}",
+            ]
+        )
+    return _table(["task", "dense", "sparse", "difference, points", "standard error", "items"], rows) + _source(line)
+
+
+def layers() -> str:
+    """Natural sparsity of every layer, and what its predictor does."""
+    profile, train = newest("profile", "opt-mini"), newest("train", "opt-mini")
+    rows = []
+    for index, (natural, trained) in enumerate(zip(profile["result"]["layers"], train["result"]["layers"], strict=True)):
+        ahead = "dense" if trained["lookahead"] is None else str(trained["lookahead"])
+        rows.append(
+            [
+                str(index),
+                _percent(natural["mlp_density"]),
+                _percent(natural["dead"]),
+                _percent(natural["always_on"]),
+                f"{natural['cosine']:.2f}",
+                ahead,
+                _percent(trained["density"]),
+                _percent(trained["recall"]),
+                _percent(trained["mass"], 2),
+            ]
+        )
+    header = ["layer", "fires", "dead", "always on", "cosine", "lookahead", "selected", "recall", "mass"]
+    return _table(header, rows) + _source(train)
+
+
+def speed() -> str:
+    """Decode and prefill speed, newest row of each kind."""
+    latest: dict[tuple[object, ...], Any] = {}
+    for row in read_rows(BENCH):
+        latest[row.model, row.op, row.mode, row.backend, row.dtype, row.batch, row.context, row.device] = row
+    rows = [
+        [f"{row.op} {row.mode}", row.backend, row.dtype, str(row.batch), str(row.context), _percent(row.mlp_density), f"{row.tok_s:.1f}"]
+        for row in latest.values()
+        if row.tok_s is not None
+    ]
+    last = list(latest.values())[-1]
+    source = {"device": last.device, "versions": last.versions, "commit": last.commit, "time": last.time}
+    return _table(["op", "backend", "dtype", "batch", "context", "MLP density", "tokens/s"], rows) + _source(source)
+
+
+TABLES: dict[str, Callable[[], str]] = {"headline": headline, "texts": texts, "tasks": tasks, "layers": layers, "speed": speed}
+
+
+def rendered(page: str) -> str:
+    """A page with its tables filled from results/."""
+    return MARK.sub(lambda match: match.group(1) + TABLES[match.group("name")]() + match.group(3), page)
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["record", kind, model]:
+            record(kind, model, json.loads(sys.stdin.read().strip().splitlines()[-1]))
+        case ["render"]:
+            for page in PAGES:
+                page.write_text(rendered(page.read_text()))
+        case _:
+            raise SystemExit("usage: tables.py record KIND MODEL < object | tables.py render")
+
+
+if __name__ == "__main__":
+    main()

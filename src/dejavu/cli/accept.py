@@ -1,0 +1,47 @@
+"""`--accept-base`: an adapter takes one more form of its base, after a measurement that says it is the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dejavu.cli.output import Output
+
+if TYPE_CHECKING:
+    from dejavu.language_model import LanguageModel
+    from dejavu.model.adapter import Adapter
+
+TOLERANCE = 0.02
+
+
+def accept(lm: LanguageModel, folder: Path, texts: list[str], out: Output) -> Adapter:
+    """The adapter, which accepts this model from now on, on disk too.
+
+    texts: paths of the text that it was calibrated on. Raises ValueError for another text, and where the model's dense
+    perplexity on it differs by over 2 % from the one on record.
+    """
+    from dejavu.config import require
+    from dejavu.files import absolute, write_json
+    from dejavu.measure.texts import corpus_hash, named_texts
+    from dejavu.model.adapter import CARD_FILE, CONFIG_FILE, Adapter, card
+
+    folder = absolute(folder)
+    adapter = Adapter.load(folder, model=lm.config, base_hash=lm.base_hash, accept=True)
+    if lm.base_hash in adapter.config.base_hashes:
+        return adapter
+    require(len(texts) > 0, "--accept-base needs the adapter's calibration text; give it with --text FILE")
+    contents = list(named_texts(texts).values())
+    found, recorded = corpus_hash(contents), adapter.config.calibration_text_hash
+    require(found == recorded, f"--text has hash {found}, but {folder} was calibrated on a text of hash {recorded}; give that text")
+    ppl = lm.calibration_perplexity(contents, adapter)
+    expected = adapter.config.quality["ppl_dense"]
+    require(
+        abs(ppl / expected - 1) <= TOLERANCE,
+        f"{lm.name} has a dense perplexity of {ppl:.4g} on the calibration text, but {folder} was made for one of {expected:.4g}; "
+        "they may differ by 2 %: train an adapter for this model",
+    )
+    accepted = adapter.with_base(lm.base_hash)
+    (folder / CARD_FILE).write_text(card(accepted.config), encoding="utf-8")
+    write_json(folder / CONFIG_FILE, accepted.config.to_dict())
+    out.say(f"{folder} now accepts {lm.name}: dense perplexity {ppl:.4f}, on record {expected:.4f}")
+    return accepted

@@ -1,0 +1,120 @@
+"""`dejavu eval`: perplexity of texts and accuracy on tasks, dense beside sparse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from dejavu.cli.options import AcceptBase, AdapterFolder, AsJson, Backend, Dense, Dtype, Model, OptionalTexts, Seed, Threads, open_model
+from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
+from dejavu.cli.runs import PARTS, open_run, write_sections
+
+if TYPE_CHECKING:
+    from dejavu.language_model import LanguageModel
+
+
+def evaluation(
+    model: Model,
+    text: OptionalTexts = None,
+    tasks: Annotated[list[str] | None, typer.Option("--tasks", metavar="FILE", help="A JSONL file or a quoted glob; may repeat.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens scored of each text.")] = 100_000,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", help="Items used of each task.")] = 250,
+    stride: Annotated[int | None, typer.Option("--stride", metavar="N", help="Tokens between windows (default: the context).")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Run the context of a task sparse too.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Run folder: keeps results, and resumes.")] = None,
+    adapter: AdapterFolder = None,
+    accept_base: AcceptBase = False,
+    dense: Dense = False,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity and task accuracy, dense and sparse."""
+    from dejavu.config import require
+    from dejavu.measure.resume import PartStore, evaluate_parts
+    from dejavu.measure.tasks import read_items
+    from dejavu.measure.texts import named_files, named_texts
+
+    out = Output(as_json)
+    require(bool(text or tasks), "nothing to evaluate; give a text (--text) or a task (--tasks)")
+    texts = named_texts(text or [])
+    items = {Path(name).with_suffix("").as_posix(): read_items(path) for name, path in named_files(tasks or []).items()}
+    lm = open_model(
+        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed,
+        adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
+    )  # fmt: skip
+    options: dict[str, Any] = {"max_tokens": max_tokens, "limit": limit, "stride": stride, "strict": strict}
+    folder = None if output is None else open_run(output)
+    store = PartStore({**options, **_identity(lm)}, None if folder is None else folder / PARTS)
+    hint = (
+        "nothing was kept; with -o DIR a run resumes" if folder is None else f"finished texts and tasks are kept in {folder}; run it again"
+    )
+    with resumable(hint), progress_bars() as progress:
+        result = evaluate_parts(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
+    if store.reused:
+        out.show(f"{store.reused} texts and tasks were already measured")
+    show(out, result)
+    if folder is not None:
+        out.say(f"Results: {write_sections(folder, lm, evaluation=result)}")
+    out.finish(result | {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "notes": list(lm.notes)})
+
+
+def _identity(lm: LanguageModel) -> dict[str, Any]:
+    """What must be equal for finished parts to be used again."""
+    from dejavu.files import text_hash
+
+    adapter = None if lm.adapter is None else text_hash(json.dumps(lm.adapter.config.to_dict(), sort_keys=True))
+    return {"base_hash": lm.base_hash, "dtype": lm.dtype, "adapter": adapter}
+
+
+def show(out: Output, result: dict[str, Any]) -> None:
+    """The tables of an evaluation."""
+    dense, sparse = result["dense"], result["sparse"]
+    if dense["texts"]:
+        out.show(_text_table(dense, sparse))
+    if dense["tasks"]:
+        out.show(_task_table(dense, sparse))
+    if sparse is None:
+        return
+    out.show(
+        f"MLP density [bold]{sparse['mlp_density']:.3f}[/bold], head density [bold]{sparse['head_density']:.3f}[/bold] over all layers"
+    )
+    if result["rise"] is not None:
+        error = "" if result["rise_stderr"] is None else f" ± {percent(result['rise_stderr'], 2)}"
+        out.show(f"perplexity, sparse against dense: [bold]{result['rise']:+.2%}[/bold]{error}")
+
+
+def _text_table(dense: dict[str, Any], sparse: dict[str, Any] | None) -> Any:
+    columns = ("text", "tokens", "dense ppl", "±", "bits/byte")
+    table = new_table("Perplexity", *columns, *(() if sparse is None else ("sparse ppl", "rise", "MLP density", "head density")))
+    for name, entry in dense["texts"].items():
+        row = [escape(name), f"{entry['tokens']:,}", number(entry["ppl"]), number(entry["stderr"], ".2f"), number(entry["bits_per_byte"])]
+        if sparse is not None:
+            other = sparse["texts"][name]
+            row += [number(other["ppl"]), f"{other['ppl'] / entry['ppl'] - 1:+.2%}"]
+            row += [number(other["mlp_density"]), number(other["head_density"])]
+        table.add_row(*row)
+    if len(dense["texts"]) > 1:
+        total = sum(entry["tokens"] for entry in dense["texts"].values())
+        row = ["all", f"{total:,}", number(dense["ppl"]), number(dense["stderr"], ".2f"), ""]
+        row += [] if sparse is None else [number(sparse["ppl"]), f"{sparse['ppl'] / dense['ppl'] - 1:+.2%}", "", ""]
+        table.add_row(*row, style="bold")
+    return table
+
+
+def _task_table(dense: dict[str, Any], sparse: dict[str, Any] | None) -> Any:
+    columns = ("task", "items", "dense acc", "±", "acc_norm")
+    table = new_table("Tasks", *columns, *(() if sparse is None else ("sparse acc", "acc_norm", "difference", "MLP density")))
+    for name, entry in dense["tasks"].items():
+        row = [escape(name), f"{entry['n']:,}", percent(entry["acc"]), percent(entry["stderr"]), percent(entry["acc_norm"])]
+        if sparse is not None:
+            other = sparse["tasks"][name]
+            row += [percent(other["acc"]), percent(other["acc_norm"]), f"{other['acc'] - entry['acc']:+.1%}", number(other["mlp_density"])]
+        table.add_row(*row)
+    return table

@@ -1,0 +1,36 @@
+"""`dejavu export`: a model as a plain Hugging Face folder, with its adapter beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dejavu.cli.options import AdapterFolder, AsJson, Dense, Model, open_model
+from dejavu.cli.output import Output
+
+
+def export(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="fp32 or bf16.")] = "fp32",
+    adapter: AdapterFolder = None,
+    dense: Dense = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder that transformers loads; its adapter goes to DIR/adapter, which loading DIR uses."""
+    from dejavu.config import require
+    from dejavu.files import absolute
+    from dejavu.model.bundle import EXPORT_DTYPES
+    from dejavu.model.bundle import export as write_export
+
+    out = Output(as_json)
+    require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
+    lm = open_model(model, out, backend="auto", dtype="fp32", threads=None, seed=0, adapter=adapter, dense=dense)
+    write_export(lm.model, lm.tokenizer, folder, dtype=dtype, adapter=lm.adapter)
+    path = absolute(folder)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    with_adapter = "without an adapter" if lm.adapter is None else f"with its adapter in {path / 'adapter'}"
+    out.say(f"Wrote {path} ({size / 1e6:,.1f} MB, {dtype}), {with_adapter}")
+    out.finish({"folder": str(path), "dtype": dtype, "bytes": size, "adapter": lm.adapter is not None, "model": lm.name})

@@ -1,0 +1,74 @@
+"""`dejavu generate`: text from a prompt, streamed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dejavu.cli.options import AcceptBase, AdapterFolder, AsJson, Backend, BaseTexts, Dense, Dtype, Model, Seed, Threads, open_model
+from dejavu.cli.output import Output, number, speed
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", metavar="N", help="Tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="X", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option("--top-k", metavar="N", help="Draw from the N likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens of this total.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may repeat.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
+    adapter: AdapterFolder = None,
+    accept_base: AcceptBase = False,
+    text: BaseTexts = None,
+    dense: Dense = False,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt, sparse where the model has an adapter."""
+    out = Output(as_json)
+    lm = open_model(
+        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed,
+        adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
+    )  # fmt: skip
+    running = lm.start(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+    )
+    out.write(f"\n{prompt}")
+    try:
+        for piece in running:
+            out.write(piece.text)
+    finally:
+        out.write("\n\n")
+    result = running.result()
+    what = f"{result.new_tokens} tokens at [bold]{speed(result.tok_s)}[/bold]"
+    prefill = f"prompt of {result.prompt_tokens} at {speed(result.prefill_tok_s)}"
+    densities = f"MLP density {number(result.mlp_density)}, head density {number(result.head_density)}"
+    out.show(f"{what} · {prefill} · {densities} · ended by {result.finish_reason}")
+    out.finish(
+        {
+            "text": str(result),
+            "tok_s": result.tok_s,
+            "prefill_tok_s": result.prefill_tok_s,
+            "mlp_density": result.mlp_density,
+            "head_density": result.head_density,
+            "backend": lm.backend,
+            "dtype": lm.dtype,
+            "model": lm.name,
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": result.new_tokens,
+            "finish_reason": result.finish_reason,
+            "notes": list(lm.notes),
+        }
+    )

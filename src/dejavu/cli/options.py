@@ -1,0 +1,79 @@
+"""Options that commands share, and the model they describe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from dejavu.cli.output import Output
+
+if TYPE_CHECKING:
+    from dejavu.language_model import LanguageModel
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or adapter, a folder, a GGUF file, or a cached hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout and nothing else there.")]
+Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch, native or cuda.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, fp32, fp16 or bf16.")]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Makes the command reproducible.")]
+AdapterFolder = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter instead of the one that came with MODEL.")]
+AcceptBase = Annotated[
+    bool,
+    typer.Option("--accept-base", help="Let the adapter accept MODEL, if its dense perplexity on the calibration text (--text) agrees."),
+]
+Dense = Annotated[bool, typer.Option("--dense", help="Ignore the adapter.")]
+Texts = Annotated[list[str], typer.Option("--text", metavar="FILE", help="A .txt or .xz file or a quoted glob; may repeat.")]
+OptionalTexts = Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help="A .txt or .xz file or a quoted glob; may repeat.")]
+BaseTexts = Annotated[
+    list[str] | None, typer.Option("--text", metavar="FILE", help="The adapter's calibration text, for --accept-base; may repeat.")
+]
+
+
+def open_model(
+    model: str,
+    out: Output,
+    *,
+    backend: str,
+    dtype: str,
+    threads: int | None,
+    seed: int,
+    adapter: Path | None = None,
+    dense: bool = False,
+    accept_base: bool = False,
+    texts: list[str] | None = None,
+    needs_adapter: bool = True,
+) -> LanguageModel:
+    """Load the model of a command and say what was picked. needs_adapter: whether the command would use one."""
+    import torch
+
+    from dejavu.cli.accept import accept
+    from dejavu.config import require
+    from dejavu.language_model import load
+
+    require(not (dense and adapter is not None), "--dense ignores the adapter that --adapter names; give one of the two")
+    require(not (accept_base and adapter is None), "--accept-base needs --adapter DIR, the adapter that is to accept this model")
+    require(0 <= seed < 2**64, f"seed must lie between 0 and 2^64 - 1, not {seed}")
+    torch.manual_seed(seed)
+    chosen = None if dense or accept_base or not needs_adapter else "bundled" if adapter is None else adapter
+    lm = load(model, backend=backend, dtype=dtype, threads=threads, adapter=chosen)
+    if accept_base and adapter is not None:
+        lm.adapter = accept(lm, adapter, texts or [], out)
+    out.show(describe(lm, adapter_matters=needs_adapter), *(f"[yellow]note:[/yellow] {escape(note)}" for note in lm.notes))
+    return lm
+
+
+def describe(lm: LanguageModel, *, adapter_matters: bool) -> str:
+    """One line on what runs: model, size, backend, dtype, threads, adapter."""
+    import torch
+
+    parts = [f"[bold]{escape(lm.name)}[/bold]", f"{lm.num_parameters / 1e6:,.1f} M parameters", f"backend {lm.backend}", lm.dtype]
+    parts.append(f"{torch.get_num_threads()} threads")
+    if adapter_matters and lm.adapter is None:
+        parts.append("dense")
+    elif adapter_matters and lm.adapter is not None:
+        config = lm.adapter.config
+        parts.append(f"adapter: MLP density {config.mlp_density:.3f}, head density {config.head_density:.3f}")
+    return " · ".join(parts)

@@ -1,0 +1,118 @@
+"""What a command shows: tables and notes on stdout for people, one JSON object on its last line for programs.
+
+Progress bars go to stderr, and only where that is a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+WIDTH = 120  # where stdout is no terminal
+
+
+class Output:
+    """stdout of one command. With as_json nothing but the object given to `finish` is written."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+    def show(self, *things: RenderableType) -> None:
+        """Print for a person: strings (rich markup) and tables."""
+        if not self.as_json:
+            for thing in things:
+                self.console.print(thing)
+
+    def say(self, text: str) -> None:
+        """A plain line, whatever brackets it holds."""
+        if not self.as_json:
+            self.console.print(text, markup=False)
+
+    def write(self, text: str) -> None:
+        """Plain text as it comes, at once."""
+        if not self.as_json:
+            print(text, end="", flush=True)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The object of --json. Numbers that are not finite become null: JSON has no word for them."""
+        if self.as_json:
+            print(json.dumps(plain(result), ensure_ascii=False, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """The value with infinite and undefined numbers as None."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def new_table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first `left` columns are text and whose others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number for a table cell, a dash where there is none."""
+    return "–" if value is None else format(value, form)  # noqa: RUF001
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return number(value, f".{digits}%")
+
+
+def speed(tok_s: float | None) -> str:
+    return number(tok_s, ",.1f") + " tok/s"
+
+
+def ratio(sparse: float | None, dense: float | None) -> str:
+    """How sparse compares with dense in speed, in plain words."""
+    if not sparse or not dense:
+        return "speed ratio sparse / dense: unknown"
+    value = sparse / dense
+    word = "faster" if value >= 1 else "slower"
+    return f"speed ratio sparse / dense: [bold]{value:.2f}×[/bold] (sparse is {word})"  # noqa: RUF001
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback progress(what, done, total) that draws a bar for each `what`; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                for task in tasks.values():  # earlier parts are over: only what runs is shown
+                    bars.update(task, visible=False)
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+@contextmanager
+def resumable(saved: str) -> Iterator[None]:
+    """Where work within is interrupted, say on stderr what is saved and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {saved}", file=sys.stderr)
+        raise

@@ -1,0 +1,80 @@
+"""`dejavu train`: predictors for neurons and heads, calibrated to a loss budget, as an adapter folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dejavu.cli.options import AsJson, Backend, Dtype, Model, Seed, Texts, Threads, open_model
+from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
+from dejavu.cli.runs import check_free, open_run, write_sections
+
+if TYPE_CHECKING:
+    from dejavu.model.adapter import Adapter
+
+
+def train(
+    model: Model,
+    text: Texts,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The adapter folder to write.")],
+    budget: Annotated[float, typer.Option("--budget", metavar="X", help="Allowed relative rise of perplexity.")] = 0.005,
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="predicted.")] = "predicted",
+    loss: Annotated[
+        str, typer.Option("--loss", metavar="NAME", help="contribution (weighs neurons by what they add) or bce.")
+    ] = "contribution",
+    rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of the MLP predictors.")] = 64,
+    epochs: Annotated[float, typer.Option("--epochs", metavar="X", help="Passes over the training tokens.")] = 6.0,
+    lookahead: Annotated[str, typer.Option("--lookahead", metavar="N", help="auto, 0 or 1.")] = "auto",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens used, spread evenly over the text.")] = 200_000,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train predictors and calibrate them to a loss budget; writes an adapter. Resumes where it was interrupted."""
+    from dejavu.files import new_folder
+    from dejavu.measure.texts import named_texts
+    from dejavu.model.adapter import write_adapter
+    from dejavu.offline.train import TrainConfig
+
+    out = Output(as_json)
+    options: dict[str, Any] = {"budget": budget, "method": method, "loss": loss, "rank": rank, "epochs": epochs, "lookahead": lookahead}
+    options |= {"max_tokens": max_tokens, "seed": seed}
+    TrainConfig.from_dict(options)  # an impossible value is said before a model is loaded
+    target = check_free(output)
+    texts = named_texts(text)
+    lm = open_model(model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False)
+    work = open_run(target.with_name(f"{target.name}.partial"))
+    with resumable(f"finished layers are kept in {work}; run the same command again to go on"), progress_bars() as progress:
+        adapter, measured = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
+    with new_folder(target) as folder:
+        write_adapter(adapter, folder)
+        write_sections(folder, lm, train={"source": "trained", **measured})
+    shutil.rmtree(work, ignore_errors=True)
+    show(out, adapter, measured)
+    out.say(f"Adapter: {target}\nUse it:  dejavu generate {model} --adapter {output} --prompt ...")
+    out.finish(measured | {"adapter": str(target), "model": lm.name, "dtype": lm.dtype, "notes": list(lm.notes)})
+
+
+def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
+    """The table of layers and the summary."""
+    columns = ("layer", "MLP density", "recall", "mass", "lookahead", "rank", "head density", "head mass", "head lookahead")
+    table = new_table("Predictors on held-out text", *columns)
+    for index, (layer, entry) in enumerate(zip(measured["layers"], adapter.config.layers, strict=True)):
+        heads = layer["heads"]
+        row = ["dense", "", "", "", ""] if layer["lookahead"] is None else [*_part(layer), str(entry.mlp.rank if entry.mlp else "")]
+        row += ["dense", "", ""] if heads is None else [number(heads["density"]), percent(heads["mass"]), str(heads["lookahead"])]
+        table.add_row(str(index), *row)
+    out.show(table)
+    rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}"
+    out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
+    densities = f"MLP density [bold]{measured['mlp_density']:.3f}[/bold], head density [bold]{measured['head_density']:.3f}[/bold]"
+    out.show(f"{densities} over all layers · {measured['tokens']:,} tokens · {measured['seconds']:,.0f} s")
+
+
+def _part(layer: dict[str, Any]) -> list[str]:
+    return [number(layer["density"]), percent(layer["recall"]), percent(layer["mass"]), str(layer["lookahead"])]

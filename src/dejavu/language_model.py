@@ -1,0 +1,362 @@
+"""A loaded model and everything one does with it: what `import dejavu` offers.
+
+In: what the user calls a model. Out: a LanguageModel, which generates, gives logits, profiles, trains an adapter and
+evaluates, dense or sparse, always from one model object.
+
+Letters: T tokens  V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from dejavu.config import DTYPES, SamplingConfig, require
+from dejavu.engine.backends import make_engine, pick_backend
+from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
+from dejavu.files import read_json
+from dejavu.measure.evaluate import Progress, evaluate
+from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
+from dejavu.model.adapter import Adapter
+from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
+from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint, load_checkpoint, resolve_model
+from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.transformer import DENSE
+
+MAX_TOKENS = "max_tokens"  # under `quality` of an adapter: how many tokens of its text were used
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class LanguageModel:
+    """A model with its tokenizer, its backend and, perhaps, the adapter that makes it sparse. Made by `load`.
+
+    config, tokenizer, name, base_hash: of the checkpoint. backend, dtype: what was picked. adapter: used by everything
+    below unless told otherwise; may be set; None runs dense. notes: lines about the checkpoint that a user should see.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, backend: str, adapter: Adapter | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.model, self.tokenizer, self.config = checkpoint.model, checkpoint.tokenizer, checkpoint.config
+        self.name, self.base_hash, self.notes = checkpoint.name, checkpoint.base_hash, checkpoint.notes
+        self.backend = backend
+        self.dtype = DTYPE_NAMES[checkpoint.model.embed.weight.dtype]
+        self.adapter = adapter
+
+    def __repr__(self) -> str:
+        state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"
+        return f"LanguageModel({self.name!r}, backend={self.backend!r}, dtype={self.dtype!r}, {state})"
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
+        """The predictors to run with: those of `adapter`, else of the model's own; None where it runs dense.
+
+        Raises ValueError for an adapter of another model.
+        """
+        chosen = None if dense else adapter or self.adapter
+        if chosen is None:
+            return None
+        require(
+            self.base_hash in chosen.config.base_hashes,
+            f"the adapter belongs to {chosen.config.base_id} with base hash {', '.join(chosen.config.base_hashes)}, but the hash of "
+            f"{self.name} is {self.base_hash}; use its own adapter or train one",
+        )
+        return chosen.layers
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stop: Sequence[str] = ...,
+        ignore_eos: bool = ...,
+        adapter: Adapter | None = ...,
+        dense: bool = ...,
+        stream: Literal[False] = ...,
+    ) -> GeneratedText: ...
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stop: Sequence[str] = ...,
+        ignore_eos: bool = ...,
+        adapter: Adapter | None = ...,
+        dense: bool = ...,
+        stream: Literal[True],
+    ) -> Iterator[str]: ...
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        adapter: Adapter | None = None,
+        dense: bool = False,
+        stream: bool = False,
+    ) -> GeneratedText | Iterator[str]:
+        """Continue a prompt; the prompt runs dense, each new token sparse where there is an adapter (Deja Vu, section 4).
+
+        Returns the new text as a GeneratedText: a str with prompt_tokens, new_tokens, tok_s, prefill_tok_s (tokens a
+        second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces
+        being the same text. temperature 0 is greedy. Raises ValueError, at once, for a negative count, an empty prompt,
+        one that fills the context, a sampling value out of range, an adapter of another model.
+        """
+        generation = self.start(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            adapter=adapter,
+            dense=dense,
+        )
+        return _texts(generation) if stream else generation.result()
+
+    def start(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        adapter: Adapter | None = None,
+        dense: bool = False,
+        record: bool = False,
+    ) -> Generation:
+        """As `generate`, but returns the running Generation: iterate over its Pieces, then ask for `result()`.
+
+        record: keep what every step selected, in the result's `trace`.
+        """
+        prompt_ids = self.tokenizer.encode(prompt)
+        room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
+        layers = self.layers(adapter=adapter, dense=dense)
+        engine = make_engine(self.model, layers, backend=self.backend, cache_tokens=room, record=record)
+        return generate_tokens(
+            engine,
+            self.tokenizer,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], *, adapter: Adapter | None = None, dense: bool = False) -> Tensor:
+        """Logits [T, V] fp32 of one forward pass over the ids, which are taken as they are (no BOS is added).
+
+        With an adapter every token is masked: what decode would skip is zero. Raises ValueError for no ids, an id outside
+        the vocabulary, more ids than the context holds.
+        """
+        require(len(token_ids) > 0, "no token ids; give at least one")
+        vocab = self.config.vocab_size
+        for token_id in (min(token_ids), max(token_ids)):
+            require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
+        layers = self.layers(adapter=adapter, dense=dense)
+        ids_BT = torch.tensor([list(token_ids)], device=self.model.embed.weight.device)
+        return self.model(ids_BT, DENSE if layers is None else MaskedSelection(layers))[0]
+
+    def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 20_000, progress: Progress | None = None) -> dict[str, Any]:
+        """Where the dense model is sparse by nature (Deja Vu, section 3): see `dejavu.offline.profile` for the keys.
+
+        text: one text, or several by name, of each of which the first max_tokens tokens are read. A line `<|endoftext|>`
+        ends a document. Raises ValueError for an empty text.
+        """
+        from dejavu.offline.profile import profile
+
+        texts = {"text": text} if isinstance(text, str) else text
+        ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
+        return profile(self.model, ids, bos=self._bos, progress=progress)
+
+    def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter:
+        """Train predictors and calibrate them to a loss budget (allowed relative rise of perplexity on held-out text).
+
+        Takes the options of `train_measured`, and returns its adapter alone. The model goes on as it is: set
+        `lm.adapter`, or give the adapter to `generate`.
+        """
+        return self.train_measured(text, budget=budget, **options)[0]
+
+    def train_measured(
+        self,
+        text: str | Sequence[str],
+        *,
+        budget: float = 0.005,
+        method: str = "predicted",
+        max_tokens: int = 200_000,
+        seed: int = 0,
+        work_folder: str | Path | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> tuple[Adapter, dict[str, Any]]:
+        """As `train`, with what was measured on the way: see `dejavu.offline.train` for the keys and for more options.
+
+        max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
+        layers, so that the same call goes on after an interruption. Raises ValueError for an empty text or an option out
+        of range.
+        """
+        from dejavu.offline.train import TrainConfig, train_adapter
+
+        config = TrainConfig.from_dict({"budget": budget, "method": method, "max_tokens": max_tokens, "seed": seed, **options})
+        texts = [text] if isinstance(text, str) else list(text)
+        adapter, measured = train_adapter(
+            self.checkpoint,
+            self.training_windows(texts, max_tokens=max_tokens),
+            config,
+            text_hash=corpus_hash(texts),
+            work_folder=None if work_folder is None else Path(work_folder),
+            progress=progress,
+        )
+        quality = {**adapter.config.quality, MAX_TOKENS: float(max_tokens)}
+        return Adapter(layers=adapter.layers, config=dataclasses.replace(adapter.config, quality=quality)), measured
+
+    def calibration_perplexity(self, texts: Sequence[str], adapter: Adapter) -> float:
+        """Dense perplexity of this model on the tokens that the adapter's `ppl_dense` was measured on.
+
+        texts: those that the adapter was trained on. Raises ValueError where the adapter does not say how they were cut.
+        """
+        from dejavu.offline.collect import pack_windows
+        from dejavu.offline.fidelity import token_nll
+        from dejavu.offline.train import split_windows
+
+        max_tokens = adapter.config.quality.get(MAX_TOKENS)
+        require(max_tokens is not None, f"the adapter's config.json has no {MAX_TOKENS!r} under quality; train the adapter again")
+        assert max_tokens is not None
+        windows = self.training_windows(texts, max_tokens=int(max_tokens))
+        ids_WT = pack_windows(windows, context=self.config.max_positions, bos=self.tokenizer.bos_token_id)
+        return math.exp(float(token_nll(self.model, split_windows(ids_WT).check).double().mean()))
+
+    def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
+        """The windows of a text that training reads: as long as the context, BOS included, but ids without BOS."""
+        length = self.config.max_positions - (self.tokenizer.bos_token_id is not None)
+        return spread_windows(self.tokenizer, texts, max_tokens=max_tokens, length=length)
+
+    def evaluate(
+        self,
+        *,
+        texts: Mapping[str, str] | None = None,
+        tasks: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+        max_tokens: int = 100_000,
+        limit: int = 250,
+        stride: int | None = None,
+        strict: bool = False,
+        adapter: Adapter | None = None,
+        dense: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Perplexity of texts and accuracy on tasks, dense and sparse: see `dejavu.measure.evaluate` for the keys.
+
+        texts: name -> text; tasks: name -> records as `dejavu.measure.tasks.read_items` reads them from a JSONL file.
+        """
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            self.layers(adapter=adapter, dense=dense),
+            texts=texts or {},
+            tasks=tasks or {},
+            max_tokens=max_tokens,
+            limit=limit,
+            stride=stride,
+            strict=strict,
+            progress=progress,
+        )
+
+    @property
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id if self.tokenizer.adds_bos else None
+
+
+def load(
+    name: str | Path,
+    *,
+    backend: str = "auto",
+    dtype: str = "auto",
+    adapter: Adapter | str | Path | None = "bundled",
+    threads: int | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a model by the name of a bundled model or bundled adapter, a folder, a GGUF file, or a hub id in the local cache.
+
+    adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder, an Adapter, or None to
+    run dense. dtype: auto (fp32 on the CPU), fp32, fp16, bf16. threads: of torch, for the whole process. revision: of a hub
+    id. Nothing is downloaded. Raises ValueError for what is not found, damaged, unavailable or of another model.
+    """
+    backend = pick_backend(backend)
+    torch_dtype = _torch_dtype(dtype, backend)
+    if threads is not None:
+        set_threads(threads)
+    name = str(name)
+    own_adapter: Path | None = None
+    if name in bundled_adapters():
+        own_adapter = MODELS_FOLDER / name / ADAPTER_FOLDER
+        name = read_json(own_adapter / "config.json")["base_id"]
+    path = resolve_model(name, revision=revision)
+    checkpoint = load_checkpoint(path, dtype=torch_dtype, name=name if name in bundled_models() else None)
+    if adapter == "bundled":
+        adapter = own_adapter or checkpoint.adapter_folder
+    if isinstance(adapter, str | Path):
+        adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
+    lm = LanguageModel(checkpoint, backend=backend, adapter=adapter)
+    lm.layers()
+    return lm
+
+
+def bundled_adapters() -> list[str]:
+    """Names of the adapters that come with the package without their base."""
+    named = {path.parent.parent.name for path in MODELS_FOLDER.glob(f"*/{ADAPTER_FOLDER}/config.json")}
+    return sorted(named - set(bundled_models()))
+
+
+def set_threads(threads: int) -> None:
+    """Threads that torch computes with. Raises ValueError outside 1 .. the cores of this machine."""
+    cores = os.cpu_count() or 1
+    require(1 <= threads <= cores, f"threads must lie between 1 and {cores} (the cores of this machine), not {threads}")
+    torch.set_num_threads(threads)
+
+
+def _torch_dtype(dtype: str, backend: str) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32
+    require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(TORCH_DTYPES)}")
+    require(dtype in TORCH_DTYPES, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(TORCH_DTYPES)}")
+    return TORCH_DTYPES[dtype]
+
+
+def _texts(generation: Generation) -> Iterator[str]:
+    try:
+        for piece in generation:
+            if piece.text:
+                yield piece.text
+    finally:
+        generation.close()

@@ -1,0 +1,271 @@
+"""The report: one self-contained HTML page from the results of a run.
+
+In: a dict of sections, each of them optional, as `results.json` of a run holds it. Out: one HTML file without a script or an
+external resource. A section that is not there leaves no gap. Sections:
+
+    model        name, and what is known of: parameters, layers, hidden_size, neurons, heads, activation
+    environment  device, versions, commit, time, and where it applies backend, dtype, threads
+    generation   prompt, new_tokens, runs, speedup; dense, sparse: each tok_s, text, tok_s_runs; mlp_density, head_density
+    evaluation   what measure/evaluate.py returns
+    profile      what offline/profile.py returns
+    train        source (where the predictors come from), budget, layers: recall, mass, density, lookahead (null: dense), heads
+    curves       what offline/curves.py's perplexity_curves returns
+    recall       what its recall_curves returns
+    firing       what measure/firing.py returns
+    rows         rows of speed, as measure/results.py has them
+    seconds      step -> seconds it took
+
+Everything in it is untrusted text: the template escapes all of it, and only figures drawn here are markup.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dejavu.config import require
+from dejavu.files import absolute, read_json
+from dejavu.measure import plots
+from dejavu.measure.firing import firing_svg
+from dejavu.version import __version__
+
+RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+SECTIONS = ("generation", "evaluation", "profile", "train", "curves", "recall", "firing", "rows")
+DETAILS = ("model", "environment", "seconds")
+MISSING = "\u2013"  # en dash
+
+
+def read_results(runs: Sequence[Path]) -> dict[str, Any]:
+    """The results of one run, or of several joined: each is a folder with results.json, or such a file.
+
+    Raises ValueError for a file that is no results, and for a section that two runs have.
+    """
+    require(len(runs) > 0, "no run to report; give the folder that a command wrote, e.g. runs/demo")
+    joined: dict[str, Any] = {}
+    for run in runs:
+        path = absolute(run)
+        path = path / RESULTS_FILE if path.is_dir() else path
+        results = read_json(path)
+        known = isinstance(results, dict) and any(section in results for section in SECTIONS)
+        require(known, f"{path} holds no results of dejavu (none of {', '.join(SECTIONS)}); give a run's folder")
+        twice = [section for section in SECTIONS if section in results and section in joined]
+        require(not twice, f"{path} and a run before it both have {', '.join(twice)}; report them one by one")
+        models = [found.get("model") or {} for found in (joined, results)]
+        other = all(models) and models[0].get("base_hash", models[0]["name"]) != models[1].get("base_hash", models[1]["name"])
+        require(not other, f"{path} is a run of another model than the runs before it; report them one by one")
+        joined = {**results, **joined}
+    return joined
+
+
+def write_report(results: dict[str, Any], path: Path) -> Path:
+    """Write the page, whole or not at all; returns its path. Raises ValueError where it cannot be written or has nothing to show."""
+    html = render(results)
+    path = absolute(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(html, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another path") from None
+    return path
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page as a string."""
+    unknown = sorted(set(results) - set(SECTIONS) - set(DETAILS))
+    require(not unknown, f"a report knows no section {', '.join(unknown)}; it knows {', '.join((*DETAILS, *SECTIONS))}")
+    require(any(results.get(section) for section in SECTIONS), "the results hold nothing to report; run a measurement first")
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "number": number, "signed": signed, "tokens": whole}
+    sections = {name: results.get(name) for name in (*SECTIONS, *DETAILS)}
+    generation = sections["generation"]
+    return environment.get_template("report.html.j2").render(
+        **sections,
+        figures={name: Markup(svg) for name, svg in _figures(sections).items()},
+        tiles=_tiles(sections),
+        layer_rows=_layer_rows(sections),
+        texts=None if generation is None else compare(generation["dense"]["text"], generation["sparse"]["text"]),
+        notes=_notes(sections),
+        light=Markup(plots.css_variables(plots.LIGHT)),
+        dark=Markup(plots.css_variables(plots.DARK)),
+        dejavu_version=__version__,
+    )
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return MISSING if value is None else f"{value:,.{digits}f}"
+
+
+def whole(value: int | None) -> str:
+    return MISSING if value is None else f"{value:,}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{100 * value:.{digits}f}%"
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    return MISSING if value is None else f"{100 * value:+.{digits}f}%".replace("-", "\u2212")
+
+
+def compare(dense: str, sparse: str) -> dict[str, Any]:
+    """Both texts as lists of (words, differs), and how many words at the start are the same."""
+    words = [re.findall(r"\S+|\s+", text) for text in (dense, sparse)]
+    sides: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
+    common = 0
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        if tag == "equal" and a == c == 0:
+            common = sum(not word.isspace() for word in words[0][a:b])
+        for side, part in zip(sides, (words[0][a:b], words[1][c:d]), strict=True):
+            if part:
+                side.append(("".join(part), tag != "equal"))
+    return {"dense": sides[0], "sparse": sides[1], "common": common, "equal": dense == sparse}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _tiles(sections: dict[str, Any]) -> list[dict[str, str]]:
+    """Headline numbers: what it is, its value, what it stands on, and the note that says how it was measured."""
+    tiles = []
+    generation, evaluation, train, profile = (sections[name] for name in ("generation", "evaluation", "train", "profile"))
+    if generation is not None:
+        detail = f"{number(generation['dense']['tok_s'], 1)} tok/s dense, {number(generation['sparse']['tok_s'], 1)} tok/s sparse"
+        tiles.append(
+            {"name": "Speed, sparse / dense", "value": f"{number(generation['speedup'])}\u00d7", "detail": detail, "note": "speed"}
+        )
+    if evaluation is not None and evaluation["sparse"] is not None and evaluation["sparse"]["ppl"] is not None:
+        error = "" if evaluation["rise_stderr"] is None else f"± {percent(evaluation['rise_stderr'], 2)}; "
+        detail = f"{error}{number(evaluation['dense']['ppl'])} dense, {number(evaluation['sparse']['ppl'])} sparse"
+        tiles.append({"name": "Rise of perplexity", "value": signed(evaluation["rise"]), "detail": detail, "note": "perplexity"})
+    densities = evaluation if evaluation is not None and evaluation["sparse"] is not None else generation
+    if densities is not None:
+        natural = _mean([layer["mlp_density"] for layer in profile["layers"]]) if profile is not None else None
+        detail = "of neurons are read for a token" + ("" if natural is None else f"; {percent(natural)} fire naturally")
+        tiles.append({"name": "MLP density", "value": percent(densities["mlp_density"]), "detail": detail, "note": "density"})
+        tiles.append(
+            {
+                "name": "Head density",
+                "value": percent(densities["head_density"]),
+                "detail": "of attention heads are computed for a token",
+                "note": "density",
+            }
+        )
+    predicted = [] if train is None else [layer for layer in train["layers"] if layer["lookahead"] is not None]
+    if predicted:
+        mass = _mean([layer["mass"] for layer in predicted])
+        detail = f"of active neurons are found; what is selected carries {percent(mass)} of the mass"
+        tiles.append(
+            {"name": "Recall", "value": percent(_mean([layer["recall"] for layer in predicted])), "detail": detail, "note": "recall"}
+        )
+    return tiles
+
+
+def _selected(sections: dict[str, Any]) -> list[float] | None:
+    """MLP density per layer as it was used: in the evaluation, else as calibration measured it."""
+    evaluation, train = sections["evaluation"], sections["train"]
+    if evaluation is not None and evaluation["sparse"] is not None:
+        return evaluation["sparse"]["mlp_density_per_layer"]
+    if train is not None:
+        return [layer["density"] for layer in train["layers"]]
+    return None
+
+
+def _layer_rows(sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a layer for the tables: profile, what was selected, and the predictors' quality."""
+    profile, train, evaluation = (sections[name] for name in ("profile", "train", "evaluation"))
+    selected = _selected(sections)
+    profiled = [] if profile is None else profile["layers"]
+    trained = [] if train is None else train["layers"]
+    sparse = None if evaluation is None else evaluation["sparse"]
+    heads = None if sparse is None else sparse["head_density_per_layer"]
+    count = max(len(profiled), len(trained), len(selected or ()))
+    return [
+        {
+            "layer": layer,
+            "profile": profiled[layer] if profiled else None,
+            "selected": selected[layer] if selected else None,
+            "selected_heads": heads[layer] if heads else None,
+            "mlp": trained[layer] if trained else None,
+            "heads": trained[layer].get("heads") if trained else None,
+        }
+        for layer in range(count)
+    ]
+
+
+def _figures(sections: dict[str, Any]) -> dict[str, str]:
+    """Every figure that the results allow, by name."""
+    figures: dict[str, str] = {}
+    profile, train, curves, recall, firing = (sections[name] for name in ("profile", "train", "curves", "recall", "firing"))
+    if profile is not None:
+        layers = profile["layers"]
+        figures["density"] = plots.mlp_density(layers, _selected(sections))
+        figures["mass"] = plots.layer_curves("mass", [layer["mass_curve"] for layer in layers], x="neurons kept", y="mass kept")
+        figures["head_share"] = plots.layer_curves(
+            "head-share", [layer["head_curve"] for layer in layers], x="heads kept", y="share of contribution"
+        )
+        figures["cosine"] = plots.cosine([layer["cosine"] for layer in layers])
+    if recall is None and train is not None and all("curve" in layer for layer in train["layers"]):
+        recall = [{"mlp": layer["curve"], "heads": None} for layer in train["layers"]]
+    for part, what in (("mlp", "neurons"), ("heads", "heads")):
+        if recall is not None and any(layer[part] for layer in recall):
+            found = [[(density, value) for density, value, _ in layer[part]] if layer[part] else None for layer in recall]
+            chosen = None if train is None else [_chosen(layer if part == "mlp" else layer.get("heads")) for layer in train["layers"]]
+            figures[f"recall_{part}"] = plots.layer_curves(f"recall-{part}", found, x=f"{what} selected", y="recall", chosen=chosen)
+    figures |= _perplexity_figures(sections, curves, profile)
+    if firing is not None:
+        figures["firing_neurons"] = firing_svg(firing, "neurons")
+        figures["firing_heads"] = firing_svg(firing, "heads")
+    return figures
+
+
+def _chosen(part: dict[str, Any] | None) -> tuple[float, float] | None:
+    return None if part is None or part["lookahead"] is None else (part["density"], part["recall"])
+
+
+def _perplexity_figures(sections: dict[str, Any], curves: dict[str, Any] | None, profile: dict[str, Any] | None) -> dict[str, str]:
+    """Perplexity against density; the oracle alone, from the profile, where no predictor was measured."""
+    if curves is None and profile is not None and profile["oracle"]:
+        points = [{**point, "kind": "oracle"} for point in profile["oracle"]]
+        curves = {"ppl_dense": profile["ppl_dense"]}
+        curves |= {part: [point for point in points if point["part"] == part] for part in ("mlp", "heads")}
+    if curves is None:
+        return {}
+    evaluation = sections["evaluation"]
+    figures = {}
+    for part, density, what in (("mlp", "mlp_density", "MLP density"), ("heads", "head_density", "head density")):
+        if curves[part]:
+            chosen = None if evaluation is None or evaluation["sparse"] is None else evaluation[density]
+            figures[f"ppl_{part}"] = plots.perplexity_curves(f"ppl-{part}", curves[part], curves["ppl_dense"], x=what, chosen=chosen)
+    return figures
+
+
+def _notes(sections: dict[str, Any]) -> dict[str, int]:
+    """The footnotes that apply, numbered in the order of the page."""
+    has = {name for name, value in sections.items() if value}
+    needs = {
+        "speed": {"generation"},
+        "perplexity": {"evaluation"},
+        "density": {"evaluation", "generation"},
+        "recall": {"train", "recall"},
+        "firing": {"firing"},
+        "profile": {"profile"},
+        "curves": {"curves", "profile"},
+        "rows": {"rows"},
+    }
+    return {name: index for index, name in enumerate((name for name, any_of in needs.items() if any_of & has), start=1)}

@@ -1,0 +1,268 @@
+"""Every command once on a tiny model: what it prints, the object of --json, what it leaves on disk, and how it resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from conftest import Tiny
+from dejavu.cli.main import run
+from dejavu.cli.output import plain, ratio
+from dejavu.language_model import load
+from dejavu.measure.results import read_rows
+from dejavu.model.bundle import export
+from test_language_model import PROMPT, TEXT, make_adapter, wrapped
+
+TASK = {"context": "the cat", "choices": [" sat on the mat", " ran to the hat"], "label": 0}
+
+
+@pytest.fixture(scope="module")
+def work(tiny: Tiny, tok96: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model (`model`), its adapter (`adapter`), a text and a task."""
+    path = tmp_path_factory.mktemp("cli")
+    export(tiny("opt"), wrapped(tok96), path / "model")
+    lm = load(path / "model")
+    make_adapter(lm.config, lm.base_hash).save(path / "adapter")
+    (path / "text.txt").write_text(TEXT)
+    (path / "other.txt").write_text(TEXT[::-1])
+    (path / "quiz.jsonl").write_text("\n".join(json.dumps(TASK | {"label": i % 2}) for i in range(6)))
+    return path
+
+
+@pytest.fixture
+def call(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command line in the folder `work`; its stdout, after checking the status and that stderr is empty."""
+    monkeypatch.chdir(work)
+
+    def invoke(*arguments: str, status: int = 0) -> str:
+        capsys.readouterr()
+        found = run(list(arguments))
+        captured = capsys.readouterr()
+        assert (found, captured.err) == (status, ""), captured.err
+        return captured.out
+
+    return invoke
+
+
+def obj(stdout: str) -> dict[str, Any]:
+    """The object of --json, which must be alone on stdout."""
+    assert stdout.endswith("\n") and stdout.count("\n") == 1, stdout
+    return json.loads(stdout)
+
+
+def test_help_and_version(call) -> None:
+    assert call("--version").startswith("dejavu ")
+    listed = call()
+    assert call("--help") == listed
+    for command in ("demo", "profile", "train", "eval", "generate", "bench", "report", "export", "info"):
+        assert f"\n│ {command} " in listed and "--json" in call(command, "--help")
+    for later in ("adapt", "serve"):
+        assert f"\n│ {later} " not in listed
+
+
+def test_info(call) -> None:
+    result = obj(call("info", "--json"))
+    assert {"backends", "cpu", "gpu", "threads", "versions", "models"} <= set(result)
+    assert {b["name"]: b["available"] for b in result["backends"]}["torch"] is True
+    assert "not available" in call("info") and result["cpu"] in call("info")
+
+
+def test_generate_for_people_and_programs(call) -> None:
+    arguments = ("generate", "model", "--prompt", PROMPT, "-n", "6", "--ignore-eos", "--adapter", "adapter")
+    result = obj(call(*arguments, "--json"))
+    assert {"text", "tok_s", "prefill_tok_s", "mlp_density", "head_density", "backend", "dtype"} <= set(result)
+    assert result["backend"] == "torch" and result["new_tokens"] == 6 and 0 < result["mlp_density"] < 1
+    shown = call(*arguments)
+    assert PROMPT + result["text"] in shown and "tok/s" in shown and f"{result['mlp_density']:.3f}" in shown
+    dense = obj(call("generate", "model", "--prompt", PROMPT, "-n", "6", "--ignore-eos", "--dense", "--json"))
+    assert dense["mlp_density"] == 1.0
+
+
+def test_a_seed_repeats_what_generate_draws(call) -> None:
+    def drawn(seed: str) -> str:
+        return obj(call("generate", "model", "-p", PROMPT, "-n", "12", "--temperature", "2", "--ignore-eos", "--seed", seed, "--json"))[
+            "text"
+        ]
+
+    assert drawn("3") == drawn("3") != drawn("4")
+
+
+def test_eval(call, work: Path) -> None:
+    arguments = ("eval", "model", "--text", "*.txt", "--tasks", "quiz.jsonl", "--adapter", "adapter", "--max-tokens", "150", "--limit", "4")
+    result = obj(call(*arguments, "--json"))
+    for side in ("dense", "sparse"):
+        assert set(result[side]["texts"]) == {"text.txt", "other.txt"} and result[side]["tasks"]["quiz"]["n"] == 4
+        assert {"ppl", "bits_per_byte", "stderr", "tokens"} <= set(result[side]["texts"]["text.txt"])
+    assert result["sparse"]["mlp_density"] == result["mlp_density"] < 1
+    shown = call(*arguments)
+    assert (
+        f"{result['dense']['ppl']:.3f}" in shown and f"{result['sparse']['ppl']:.3f}" in shown and f"{result['mlp_density']:.3f}" in shown
+    )
+    assert obj(call("eval", "model", "--text", "text.txt", "--dense", "--max-tokens", "60", "--json"))["sparse"] is None
+
+
+def test_eval_goes_on_where_it_was_interrupted(call, work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    arguments = ("eval", "model", "--text", "*.txt", "--max-tokens", "150", "-o", "runs/e")
+    measured = []
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        measured.append(1)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return perplexity(*given, **options)
+
+    from dejavu.measure.perplexity import perplexity
+
+    monkeypatch.setattr("dejavu.measure.resume.perplexity", interrupted)
+    assert run(list(arguments)) == 130
+    assert "runs/e" in capsys.readouterr().err and not (work / "runs/e/results.json").exists()
+    shown = call(*arguments)
+    assert "1 texts and tasks were already measured" in shown and len(measured) == 3
+    assert set(json.loads((work / "runs/e/results.json").read_text())["evaluation"]["dense"]["texts"]) == {"text.txt", "other.txt"}
+
+
+def test_profile(call, work: Path) -> None:
+    result = obj(call("profile", "model", "--text", "text.txt", "--max-tokens", "200", "-o", "runs/p", "--json"))
+    keys = {"mlp_density", "dead", "always_on", "contextual", "mass99_density", "cosine", "heads90"}
+    assert len(result["layers"]) == 2 and all(keys <= set(layer) for layer in result["layers"])
+    assert {point["part"] for point in result["oracle"]} == {"mlp", "heads"}
+    assert {"profile", "model", "environment"} <= set(json.loads((work / "runs/p/results.json").read_text()))
+    assert "contextual" in call("profile", "model", "--text", "text.txt", "--max-tokens", "200")
+
+
+def test_train_report_export_and_another_base(call, work: Path, capsys) -> None:
+    options = ("--budget", "0.1", "--rank", "4", "--epochs", "0.5", "--max-tokens", "600")
+    result = obj(call("train", "model", "--text", "text.txt", "-o", "runs/a", *options, "--json"))
+    assert {"recall", "mass", "density", "lookahead"} <= set(result["layers"][0])
+    assert {"ppl_dense", "ppl_sparse", "mlp_density", "head_density"} <= set(result)
+    lm = load(work / "model", adapter=work / "runs/a")
+    assert lm.adapter is not None and lm.adapter.config.quality["ppl_dense"] == pytest.approx(result["ppl_dense"])
+    assert not (work / "runs/a.partial").exists()
+    assert "perplexity" in call("train", "model", "--text", "text.txt", "-o", "runs/a", *options)
+
+    call("eval", "model", "--text", "text.txt", "--max-tokens", "200", "--adapter", "runs/a", "-o", "runs/b")
+    report = Path(obj(call("report", "runs/a", "runs/b", "--json"))["report"])
+    assert report == work / "runs/a/report.html" and "</html>" in report.read_text()
+
+    exported = obj(call("export", "model", "runs/hf", "--dtype", "bf16", "--adapter", "runs/a", "--json"))
+    assert exported["adapter"] is True and load(work / "runs/hf").adapter is not None
+
+    # A copy whose hash nobody has vouched for: the same weights but one, which perplexity hardly feels.
+    export(_changed(lm.model, 1e-4), lm.tokenizer, work / "copy")
+    use = ("generate", "copy", "-p", PROMPT, "-n", "2", "--adapter", "runs/a")
+    assert run([*use]) == 2 and "--accept-base" in capsys.readouterr().err
+    assert run([*use, "--accept-base"]) == 2 and "--text" in capsys.readouterr().err
+    assert run([*use, "--accept-base", "--text", "other.txt"]) == 2 and "hash" in capsys.readouterr().err
+    assert "now accepts copy" in call(*use, "--accept-base", "--text", "text.txt")
+    call(*use)
+    assert load(work / "copy").base_hash in json.loads((work / "runs/a/config.json").read_text())["base_hashes"]
+    export(_changed(lm.model, 3.0), lm.tokenizer, work / "fake")
+    assert run(["generate", "fake", *use[2:], "--accept-base", "--text", "text.txt"]) == 2
+    assert "they may differ by 2 %" in capsys.readouterr().err
+
+
+def _changed(model: Any, by: float) -> Any:
+    import copy
+
+    changed = copy.deepcopy(model)
+    changed.embed.weight.mul_(1 + by)
+    return changed
+
+
+def test_train_goes_on_where_it_was_interrupted(call, work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    arguments = [
+        "train",
+        "model",
+        "--text",
+        "text.txt",
+        "-o",
+        "runs/i",
+        "--rank",
+        "4",
+        "--epochs",
+        "0.5",
+        "--max-tokens",
+        "600",
+        "--budget",
+        "0.1",
+    ]
+    from dejavu.offline.train import train_layer
+
+    trained: list[int] = []
+
+    def interrupted(data: Any, *given: Any) -> Any:
+        trained.append(data.layer)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train_layer(data, *given)
+
+    monkeypatch.setattr("dejavu.offline.train.train_layer", interrupted)
+    assert run(arguments) == 130
+    assert "again" in capsys.readouterr().err and not (work / "runs/i").exists()
+    call(*arguments)
+    assert trained == [0, 1, 1] and (work / "runs/i/adapter.safetensors").exists()
+    assert not (work / "runs/i.partial").exists()
+
+
+def test_bench(call, work: Path) -> None:
+    arguments = (
+        "bench",
+        "model",
+        "--text",
+        "text.txt",
+        "--adapter",
+        "adapter",
+        "--steps",
+        "4",
+        "--context",
+        "16",
+        "--batch",
+        "1",
+        "--batch",
+        "2",
+    )
+    rows = obj(call(*arguments, "--results", "rows.jsonl", "-o", "runs/s", "--json"))["rows"]
+    assert [(row["op"], row["mode"], row["batch"]) for row in rows] == [
+        (op, mode, batch) for op, mode, batch in (
+            ("prefill", "dense", 1), ("decode", "dense", 1), ("decode", "sparse", 1), ("decode", "sparse+heads", 1),
+            ("prefill", "dense", 1), ("decode", "dense", 2), ("decode", "sparse", 2), ("decode", "sparse+heads", 2),
+        )
+    ]  # fmt: skip
+    dense, sparse, heads = rows[1:4]
+    assert dense["mlp_density"] == 1 and 0 < sparse["mlp_density"] < 1 == sparse["head_density"] > heads["head_density"]
+    assert all(0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] and row["tok_s"] > 0 and row["time"] for row in rows)
+    assert [row.to_dict() for row in read_rows(work / "rows.jsonl")] == rows
+    assert "speed ratio sparse / dense" in call(*arguments)
+
+
+def test_bench_reports_nothing_when_the_engine_is_wrong(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("dejavu.engine.torch_engine.sparse_mlp", lambda x_D, weights, idx_A: x_D)
+    assert run(["bench", "model", "--text", "text.txt", "--adapter", "adapter", "--steps", "4", "--context", "16"]) == 2
+    captured = capsys.readouterr()
+    assert "not timed" in captured.err and "decode" not in captured.out
+
+
+def test_demo(call, work: Path) -> None:
+    shutil.rmtree(work / "runs/demo", ignore_errors=True)
+    result = obj(call("demo", "--model", "model", "--adapter", "adapter", "-o", "runs/demo", "--json"))
+    assert {"dense", "sparse", "speedup", "mlp_density", "head_density", "lookahead", "report"} <= set(result)
+    assert all({"tok_s", "ppl", "text"} <= set(result[side]) for side in ("dense", "sparse"))
+    assert "</html>" in Path(result["report"]).read_text()
+    shown = call("demo", "--model", "model", "--adapter", "adapter", "-o", "runs/demo")
+    assert "speed ratio sparse / dense" in shown and "report.html" in shown
+
+
+def test_the_speed_ratio_is_told_also_below_one() -> None:
+    assert "0.50×" in ratio(1.0, 2.0) and "slower" in ratio(1.0, 2.0)  # noqa: RUF001
+    assert "2.00×" in ratio(2.0, 1.0) and "faster" in ratio(2.0, 1.0)  # noqa: RUF001
+
+
+def test_what_is_not_finite_is_null() -> None:
+    assert plain({"a": [float("inf"), 1.0], "b": (float("nan"), "x")}) == {"a": [None, 1.0], "b": [None, "x"]}

@@ -1,0 +1,183 @@
+"""A user's mistake: exit status 2, one line on stderr that names the value and the fix, nothing half-written, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+
+import dejavu
+from conftest import Tiny
+from dejavu.cli import main
+from dejavu.cli.main import run
+from dejavu.language_model import load
+from dejavu.model.bundle import export
+from test_language_model import PROMPT, TEXT, make_adapter, wrapped
+
+GENERATE = ("generate", "model", "-p", PROMPT)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
+
+
+@pytest.fixture(scope="module")
+def work(tiny: Tiny, tok96: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its adapter, and everything that can be wrong with them."""
+    path = tmp_path_factory.mktemp("errors")
+    export(tiny("opt"), wrapped(tok96), path / "model")
+    lm = load(path / "model")
+    make_adapter(lm.config, lm.base_hash).save(path / "adapter")
+    make_adapter(lm.config, "f" * 64).save(path / "foreign-adapter")
+    for name in ("truncated", "nan", "no-config", "no-weights"):
+        shutil.copytree(path / "model", path / name)
+    weights = path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    tensors = load_file(path / "nan" / "model.safetensors")
+    tensors["model.decoder.layers.1.fc1.weight"][3, 4] = torch.nan
+    save_file(tensors, path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    (path / "no-config" / "config.json").unlink()
+    (path / "no-weights" / "model.safetensors").unlink()
+    shutil.copytree(path / "adapter", path / "truncated-adapter")
+    weights = path / "truncated-adapter" / "adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    shutil.copytree(path / "adapter", path / "lacking-adapter")
+    config = json.loads((path / "adapter" / "config.json").read_text())
+    config["layers"] = config["layers"][:1]
+    (path / "lacking-adapter" / "config.json").write_text(json.dumps(config))
+    (path / "text.txt").write_text(TEXT)
+    (path / "empty.txt").write_text(" \n")
+    (path / "binary.txt").write_bytes(b"\x00\x01\xff")
+    (path / "short.txt").write_text("the cat")
+    (path / "bad.jsonl").write_text('{"context": "a"\n')
+    (path / "mine").mkdir()
+    (path / "mine" / "thesis.txt").write_text("precious")
+    return path
+
+
+CASES = {
+    "unknown command": (("fly",), r"No such command 'fly'.*dejavu --help"),
+    "unknown option": ((*GENERATE, "--fast"), r"No such option: --fast.*dejavu generate --help"),
+    "no model": (("generate",), r"Missing argument 'MODEL'"),
+    "no prompt": (("generate", "model"), r"Missing option.*--prompt"),
+    "not a number": ((*GENERATE, "-n", "many"), r"-n.*integer.*'many'"),
+    "wrong path": (("generate", "./nowhere", "-p", "x"), r"model directory not found: /.*nowhere"),
+    "unknown model": (("generate", "gpt-9", "-p", "x"), r"unknown model 'gpt-9'.*opt-mini"),
+    "unknown hub model": (("generate", "nobody/nothing", "-p", "x"), r"'nobody/nothing' is not in the local.*hf download"),
+    "no config": (("generate", "no-config", "-p", "x"), r"no-config is no model folder: it has no config.json"),
+    "no weights": (("generate", "no-weights", "-p", "x"), r"no-weights has no weights"),
+    "truncated weights": (("generate", "truncated", "-p", "x"), r"truncated.*model.safetensors is truncated.*again"),
+    "NaN in the weights": (("generate", "nan", "-p", "x"), r"layers.1.fc1.weight.*1 NaN"),
+    "no adapter there": ((*GENERATE, "--adapter", "nowhere"), r"adapter not found: /.*nowhere"),
+    "another model's adapter": ((*GENERATE, "--adapter", "foreign-adapter"), r"foreign-adapter belongs to tiny.*f{64}.*--accept-base"),
+    "truncated adapter": ((*GENERATE, "--adapter", "truncated-adapter"), r"adapter.safetensors is truncated"),
+    "adapter without a layer": ((*GENERATE, "--adapter", "lacking-adapter"), r"predictor for layer 1 not found: .*lacking-adapter"),
+    "adapter and dense": ((*GENERATE, "--adapter", "adapter", "--dense"), r"--dense.*--adapter"),
+    "accept-base alone": ((*GENERATE, "--accept-base"), r"--accept-base needs --adapter"),
+    "prompt beyond the context": (("generate", "model", "-p", TEXT), r"prompt has \d+ tokens and the context holds 64; shorten"),
+    "empty prompt is BOS alone, but a negative count is not": ((*GENERATE, "-n", "-3"), r"must be 0 or more, not -3"),
+    "negative temperature": ((*GENERATE, "--temperature", "-1"), r"temperature must be 0.*not -1"),
+    "top-p": ((*GENERATE, "--top-p", "1.5"), r"top_p must lie in \(0, 1\], not 1.5"),
+    "unavailable backend": ((*GENERATE, "--backend", "cuda"), r"backend 'cuda' is not available: .*available: torch"),
+    "unknown backend": ((*GENERATE, "--backend", "tpu"), r"unknown backend 'tpu'; choose one of auto, torch"),
+    "unknown dtype": ((*GENERATE, "--dtype", "foo"), r"unknown dtype 'foo'; choose one of auto, fp32"),
+    "no threads": ((*GENERATE, "--threads", "0"), r"threads must lie between 1 and \d+.*not 0"),
+    "negative seed": ((*GENERATE, "--seed", "-1"), r"seed must lie between 0 and .*not -1"),
+    "nothing to evaluate": (("eval", "model"), r"nothing to evaluate.*--text"),
+    "no text there": (("eval", "model", "--text", "nowhere.txt"), r"nowhere.txt names no file"),
+    "glob without a file": (("profile", "model", "--text", "*.rst"), r"\*.rst names no file"),
+    "empty text": (("eval", "model", "--text", "empty.txt"), r"empty.txt holds no text; give"),
+    "empty text to profile": (("profile", "model", "--text", "empty.txt"), r"empty.txt holds no text"),
+    "empty text to train": (("train", "model", "--text", "empty.txt", "-o", "new"), r"empty.txt holds no text"),
+    "binary text": (("eval", "model", "--text", "binary.txt"), r"binary.txt .*"),
+    "bad task": (("eval", "model", "--tasks", "bad.jsonl"), r"bad.jsonl, line 1: not JSON"),
+    "negative tokens": (("eval", "model", "--text", "text.txt", "--max-tokens", "-5"), r"max_tokens must be at least 1, not -5"),
+    "negative limit": (("eval", "model", "--text", "text.txt", "--limit", "0"), r"limit must be at least 1, not 0"),
+    "stride": (("eval", "model", "--text", "text.txt", "--stride", "65"), r"stride must lie between 1 and the context 64, not 65"),
+    "negative profile": (("profile", "model", "--text", "text.txt", "--max-tokens", "0"), r"at least 1, not 0"),
+    "eval into a foreign folder": (("eval", "model", "--text", "text.txt", "-o", "mine"), r"mine holds files that dejavu did not write"),
+    "train into a foreign folder": (("train", "model", "--text", "text.txt", "-o", "mine"), r"mine holds files that dejavu did not write"),
+    "train into a file": (("train", "model", "--text", "text.txt", "-o", "text.txt"), r"text.txt is a file; choose another folder"),
+    "export into a foreign folder": (("export", "model", "mine"), r"mine holds files that dejavu did not write"),
+    "budget": (("train", "model", "--text", "text.txt", "-o", "new", "--budget", "-1"), r"budget must lie in \[0, 1\).*not -1"),
+    "method": (("train", "model", "--text", "text.txt", "-o", "new", "--method", "magic"), r"method 'magic' is not supported"),
+    "loss": (("train", "model", "--text", "text.txt", "-o", "new", "--loss", "mse"), r"loss 'mse' is not supported; choose"),
+    "text too short to train": (("train", "model", "--text", "short.txt", "-o", "new"), r"give a longer text"),
+    "no output folder": (("train", "model", "--text", "text.txt"), r"Missing option '-o'"),
+    "export dtype": (("export", "model", "new", "--dtype", "int4"), r"dtype 'int4' cannot be exported; choose one of fp32, bf16"),
+    "no run": (("report", "nowhere"), r"run folder not found: /.*nowhere"),
+    "no results in the run": (("report", "mine"), r"mine has no results.json"),
+    "batch": (("bench", "model", "--text", "text.txt", "--batch", "0"), r"batch must be at least 1, not 0"),
+    "bench context": (("bench", "model", "--text", "text.txt", "--context", "99"), r"context 99 .*the model has 64"),
+    "demo without an adapter": (("demo", "--model", "model", "-o", "new"), r"model has no adapter; train one with --retrain"),
+    "retrain and adapter": (("demo", "--retrain", "--adapter", "adapter"), r"--retrain trains an adapter, --adapter names one"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mistake_is_one_line(name: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = CASES[name]
+    monkeypatch.chdir(work)
+    assert run(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("dejavu: ") and re.search(message, error), error
+    left = [path.name for path in work.iterdir() if path.name == "new" or path.name.startswith(".")]
+    assert left == [], "an output folder of a failed command looks whole"
+    assert [path.name for path in (work / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_with_json_a_mistake_leaves_stdout_empty(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(work)
+    assert run([*GENERATE, "-n", "-1", "--json"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_our_own_mistake_has_a_traceback_and_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(name: str = "auto") -> str:
+        raise AssertionError("impossible")
+
+    monkeypatch.setattr("dejavu.engine.backends.pick_backend", broken)
+    assert run(["info"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "impossible" in error and "bug" in error
+
+
+def test_the_command_itself(work: Path) -> None:
+    """`python -m dejavu` in a process of its own: status, streams, and an import that costs no torch for a usage error."""
+    command = [sys.executable, "-X", "importtime", "-m", "dejavu", "fly"]
+    usage = subprocess.run(command, cwd=work, env=ENVIRONMENT, capture_output=True, text=True)
+    assert usage.returncode == 2 and "No such command 'fly'" in usage.stderr
+    assert not re.search(r"\| +torch$", usage.stderr, re.MULTILINE), "usage errors must not wait for torch"
+    command = [sys.executable, "-m", "dejavu", *GENERATE, "--adapter", "foreign-adapter"]
+    mistake = subprocess.run(command, cwd=work, env=ENVIRONMENT, capture_output=True, text=True)
+    assert mistake.returncode == 2 and mistake.stderr.count("\n") == 1 and "Traceback" not in mistake.stderr
+
+
+INTERRUPT = """
+import os, signal, sys
+from dejavu.cli import main
+import dejavu.measure.resume as resume
+def perplexity(*given, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    while True:
+        pass
+resume.perplexity = perplexity
+sys.argv[1:] = ["eval", "model", "--text", "text.txt", "-o", "out"]
+main.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_an_interrupt_ends_with_130_and_no_traceback(work: Path) -> None:
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    found = subprocess.run([sys.executable, "-c", INTERRUPT], cwd=work, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert found.returncode == main.INTERRUPTED == 130, found.stderr
+    assert "Traceback" not in found.stderr and "kept in" in found.stderr
+    shutil.rmtree(work / "out")

@@ -1,0 +1,275 @@
+"""The Python interface: loading by every kind of name, dense and sparse from one object, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+import dejavu
+from conftest import Tiny
+from dejavu.config import ModelConfig
+from dejavu.language_model import LanguageModel, load
+from dejavu.measure.evaluate import evaluate
+from dejavu.measure.resume import PartStore, evaluate_parts
+from dejavu.measure.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
+from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, part_config, quantized
+from dejavu.model.bundle import export, write_bundle
+from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer
+
+PROMPT = "the cat sat on the mat"
+TEXT = " ".join(["the cat sat on the mat and then the other cat ran to the hat"] * 30)
+
+
+def wrapped(tok96: tokenizers.Tokenizer) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(tok96.to_str())
+    return build_tokenizer(backend, special_tokens={"bos_token": "</s>", "eos_token": "</s>"})
+
+
+def make_adapter(config: ModelConfig, base_hash: str, *, threshold: float = 0.0) -> Adapter:
+    """The MLP of every layer and the heads of the last one are predicted, at random."""
+
+    def predictor(outputs: int, layer: int) -> Predictor:
+        generator = torch.Generator().manual_seed(layer)
+        A_RD, B_OR = torch.randn(4, config.hidden_size, generator=generator), torch.randn(outputs, 4, generator=generator)
+        return quantized(Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=torch.zeros(outputs), threshold=threshold, lookahead=0))
+
+    count = config.num_layers
+    heads = {count - 1: predictor(config.num_kv_heads, 100)}
+    layers = tuple(LayerAdapter(mlp=predictor(config.intermediate_size, i), heads=heads.get(i)) for i in range(count))
+
+    def entry(index: int, layer: LayerAdapter) -> LayerConfig:
+        mlp, heads = (None if part is None else part_config(part, density=0.5, recall=0.9, mass=0.9) for part in (layer.mlp, layer.heads))
+        return LayerConfig(layer=index, mlp=mlp, heads=heads)
+
+    return Adapter(
+        layers=layers,
+        config=AdapterConfig(
+            base_id="tiny", base_hashes=(base_hash,), method="predicted", budget=0.005, calibration_text_hash="c" * 64,
+            quality={"ppl_dense": 20.0}, mlp_density=0.5, head_density=0.75, seed=0,
+            layers=tuple(entry(i, layer) for i, layer in enumerate(layers)),
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Tiny, tok96: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a Hugging Face folder with an adapter in it."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model, tokenizer = tiny("opt"), wrapped(tok96)
+    export(model, tokenizer, path)
+    lm = load(path)
+    export(model, tokenizer, path, adapter=make_adapter(lm.config, lm.base_hash))
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> LanguageModel:
+    return load(folder)
+
+
+def test_importing_the_package_is_light_and_runs_nothing() -> None:
+    code = "import sys, dejavu; assert 'torch' not in sys.modules and 'typer' not in sys.modules; print(dejavu.__version__)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
+    )
+    assert (run.returncode, run.stdout.strip()) == (0, dejavu.__version__), run.stderr
+    assert dejavu.load is load and dejavu.LanguageModel is LanguageModel and dejavu.Adapter is Adapter
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = dejavu.nothing_such
+
+
+def test_what_a_loaded_model_says_of_itself(lm: LanguageModel) -> None:
+    assert (lm.name, lm.backend, lm.dtype, lm.notes) == ("tiny", "torch", "fp32", ())
+    assert lm.config.num_layers == 2 and lm.tokenizer.bos_token_id == 2
+    assert lm.num_parameters == sum(p.numel() for p in lm.model.parameters())
+    assert "sparse" in repr(lm) and "'tiny'" in repr(lm)
+
+
+def test_the_adapter_beside_a_model_is_used_unless_told_otherwise(folder: Path, lm: LanguageModel) -> None:
+    assert lm.adapter is not None
+    assert load(folder, adapter=None).adapter is None
+    sparse, dense = (
+        lm.generate(PROMPT, max_new_tokens=8, ignore_eos=True),
+        lm.generate(PROMPT, max_new_tokens=8, ignore_eos=True, dense=True),
+    )
+    assert sparse.mlp_density is not None and 0 < sparse.mlp_density < 1 and dense.mlp_density == 1.0
+    assert load(folder, adapter=None).generate(PROMPT, max_new_tokens=8, ignore_eos=True) == dense
+    assert load(folder, adapter=folder / "adapter").generate(PROMPT, max_new_tokens=8, ignore_eos=True) == sparse
+
+
+def test_an_adapter_can_be_given_to_one_call(folder: Path, lm: LanguageModel) -> None:
+    plain = load(folder, adapter=None)
+    everything = make_adapter(plain.config, plain.base_hash, threshold=-1e9)
+    text = plain.generate(PROMPT, max_new_tokens=6, adapter=everything, ignore_eos=True)
+    assert text.mlp_density == 1.0 and text.token_ids == plain.generate(PROMPT, max_new_tokens=6, ignore_eos=True).token_ids
+    plain.adapter = lm.adapter
+    assert plain.generate(PROMPT, max_new_tokens=6, ignore_eos=True) == lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True)
+
+
+def test_streaming_gives_the_same_text(lm: LanguageModel) -> None:
+    pieces = lm.generate(PROMPT, max_new_tokens=12, stream=True, ignore_eos=True)
+    assert "".join(pieces) == lm.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
+
+
+def test_two_streams_do_not_disturb_each_other(lm: LanguageModel) -> None:
+    alone = lm.generate(PROMPT, max_new_tokens=10, ignore_eos=True)
+    streams = [lm.generate(PROMPT, max_new_tokens=10, stream=True, ignore_eos=True) for _ in range(2)]
+    texts = ["", ""]
+    for pieces in zip(*streams, strict=True):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == [alone, alone]
+
+
+def test_a_seed_repeats_a_drawn_text(lm: LanguageModel) -> None:
+    options = {"max_new_tokens": 20, "temperature": 1.5, "ignore_eos": True}
+    first, second, other = (lm.generate(PROMPT, seed=seed, **options).token_ids for seed in (1, 1, 2))  # pyrefly: ignore
+    assert first == second != other
+
+
+def test_logits_dense_and_masked(lm: LanguageModel) -> None:
+    ids = lm.tokenizer.encode(PROMPT)
+    dense, masked = lm.logits(ids, dense=True), lm.logits(ids)
+    assert dense.shape == masked.shape == (len(ids), 96) and dense.dtype == masked.dtype == torch.float32
+    assert torch.allclose(dense, lm.model(torch.tensor([ids]))[0]) and not torch.allclose(dense, masked, atol=1e-2)
+
+
+def test_logits_of_the_last_prompt_token_choose_the_first_new_one(lm: LanguageModel) -> None:
+    ids = lm.tokenizer.encode(PROMPT)
+    assert lm.generate(PROMPT, max_new_tokens=1, ignore_eos=True).token_ids == (int(lm.logits(ids, dense=True)[-1].argmax()),)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([], "no token ids"), ([96], "token id 96 is outside"), ([-1], "token id -1"), ([5] * 65, "65 tokens exceed")]
+)
+def test_logits_refuse(lm: LanguageModel, ids: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lm.logits(ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (PROMPT, {"max_new_tokens": -1}, "max_new_tokens must be 0 or more, not -1"),
+        (TEXT, {"max_new_tokens": 1}, "the context holds 64"),
+        (PROMPT, {"max_new_tokens": 1, "temperature": -1.0}, "temperature"),
+        (PROMPT, {"max_new_tokens": 1, "top_p": 0.0}, "top_p"),
+        (PROMPT, {"max_new_tokens": 1, "stop": [""]}, "stop string"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_generate_refuses_at_once(lm: LanguageModel, prompt: str, options: dict, message: str, stream: bool) -> None:
+    with pytest.raises(ValueError, match=message):
+        lm.generate(prompt, stream=stream, **options)  # pyrefly: ignore
+
+
+def test_an_adapter_of_another_model_is_refused(folder: Path, lm: LanguageModel, tmp_path: Path) -> None:
+    foreign = make_adapter(lm.config, "f" * 64)
+    with pytest.raises(ValueError, match=f"{'f' * 64}.*{lm.base_hash}"):
+        lm.generate(PROMPT, max_new_tokens=1, adapter=foreign)
+    foreign.save(tmp_path / "a")
+    for given in (foreign, tmp_path / "a"):
+        with pytest.raises(ValueError, match=f"{'f' * 64}.*{lm.base_hash}"):
+            load(folder, adapter=given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "cuda"}, "backend 'cuda' is not available"),
+        ({"backend": "x"}, "unknown backend 'x'"),
+        ({"dtype": "foo"}, "unknown dtype 'foo'; choose one of auto, fp32, fp16, bf16"),
+        ({"dtype": "int8"}, "dtype 'int8' is not available on backend 'torch'"),
+        ({"threads": 0}, "threads must lie between 1 and"),
+        ({"threads": 100_000}, "not 100000"),
+        ({"adapter": "nowhere"}, "adapter not found: .*nowhere"),
+    ],
+)
+def test_load_refuses(folder: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(folder, **options)
+
+
+def test_low_precision(folder: Path) -> None:
+    bf16, fp16 = load(folder, dtype="bf16"), load(folder, dtype="fp16")
+    assert bf16.dtype == "bf16" and bf16.logits([2, 5, 7]).dtype == torch.float32
+    assert fp16.dtype == "fp32" and "fp16" in fp16.notes[0]
+
+
+def test_names_of_bundled_models_and_adapters(folder: Path, tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr("dejavu.model.bundle.MODELS_FOLDER", tmp_path)
+    monkeypatch.setattr("dejavu.language_model.MODELS_FOLDER", tmp_path)
+    write_bundle(tiny("opt"), wrapped(tok96), tmp_path / "mine")
+    mine = load("mine")
+    assert mine.name == "mine" and mine.adapter is None
+    adapter = make_adapter(mine.config, mine.base_hash)
+    adapter = Adapter(layers=adapter.layers, config=dataclasses.replace(adapter.config, base_id="mine"))
+    adapter.save(tmp_path / "mine-sparse" / "adapter")
+    sparse = load("mine-sparse")
+    assert sparse.name == "mine" and sparse.adapter is not None and load("mine-sparse", adapter=None).adapter is None
+
+
+def test_documents_and_windows(lm: LanguageModel, tmp_path: Path) -> None:
+    text = f"one\ntwo\n{SEPARATOR}\n \n{SEPARATOR}\nthree {SEPARATOR} four\n"
+    assert documents(text) == ["one\ntwo\n", f"three {SEPARATOR} four\n"]
+    many = "".join(f"the {i} cat sat\n{SEPARATOR}\n" for i in range(50))
+    windows = spread_windows(lm.tokenizer, [many], max_tokens=60, length=63)
+    assert sum(map(len, windows)) == 60
+    numbers = [int(lm.tokenizer.decode(ids).split()[1]) for ids in windows[:-1]]
+    assert numbers == sorted(numbers) and numbers[-1] - numbers[0] > 25, "windows are in order and reach over the text"
+    assert sum(map(len, spread_windows(lm.tokenizer, [many], max_tokens=10**6, length=63))) == sum(
+        len(lm.tokenizer.encode_plain(part)) for part in documents(many)
+    )
+    assert list(document_ids(lm.tokenizer, {"a": text, "b": "the cat"}, max_tokens=3)) == ["a #1", "b"]
+    for name in ("x/a.txt", "y/a.txt", "y/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert [Path(name).name for name in named_texts([str(tmp_path / "*/*.txt")])] == ["a.txt", "a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_evaluation_in_parts_is_the_evaluation(lm: LanguageModel, tmp_path: Path, dense: bool) -> None:
+    inputs = {
+        "texts": {"one": TEXT[:500], "two": TEXT[300:]},
+        "tasks": {"quiz": [{"context": "the cat", "choices": [" sat on", " ran to it"], "label": i % 2} for i in range(5)]},
+        "max_tokens": 150,
+        "stride": 40,
+    }
+    layers = lm.layers(dense=dense)
+    whole = evaluate(lm.model, lm.tokenizer, layers, **inputs)
+    assert whole == evaluate_parts(lm.model, lm.tokenizer, layers, **inputs, store=PartStore({}))
+    store = PartStore({"a": 1}, tmp_path / "parts.json")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_parts(lm.model, lm.tokenizer, layers, **inputs, store=store, progress=_interrupt_at("two"))
+    again = PartStore({"a": 1}, tmp_path / "parts.json")
+    assert evaluate_parts(lm.model, lm.tokenizer, layers, **inputs, store=again) == whole and again.reused == 1
+    assert PartStore({"a": 2}, tmp_path / "parts.json").parts == {}
+    assert lm.evaluate(dense=dense, **inputs) == whole
+
+
+def _interrupt_at(name: str):
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith(name):
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_profile_and_train(folder: Path) -> None:
+    lm = load(folder, adapter=None)
+    profiled = lm.profile(TEXT, max_tokens=200)
+    assert len(profiled["layers"]) == 2 and 200 <= profiled["tokens"] <= 210 and 0 < profiled["layers"][0]["mlp_density"] < 1
+    adapter, measured = lm.train_measured(TEXT, budget=0.05, rank=4, epochs=0.5, max_tokens=600)
+    assert adapter.config.base_hashes == (lm.base_hash,) and adapter.config.quality["max_tokens"] == 600
+    assert lm.calibration_perplexity([TEXT], adapter) == pytest.approx(measured["ppl_dense"])
+    assert lm.generate(PROMPT, max_new_tokens=4, adapter=adapter, ignore_eos=True).new_tokens == 4
+    with pytest.raises(ValueError, match="ranks"):
+        lm.train(TEXT, ranks=4)
+    with pytest.raises(ValueError, match="budget"):
+        lm.train(TEXT, budget=-1.0)

@@ -1,0 +1,355 @@
+"""The report page: whole with any part of the results missing, self-contained, safe against hostile text, and labelled."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dejavu.measure import plots
+from dejavu.measure.report import SECTIONS, compare, read_results, render, write_report
+
+HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
+LAYERS, TOKENS, ROWS, HEADS = 3, 5, 4, 2
+VOID = {"meta", "img", "br", "input", "link", "hr", "image", "rect", "path", "use"}
+
+
+def packed(count: int) -> str:
+    return base64.b64encode(bytes(index * 37 % 256 for index in range(count))).decode()
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    """Every section, in the shape that the measurements write."""
+    curve = [[0.1, 0.5], [0.5, 0.9], [1.0, 1.0]]
+    layers = [
+        {
+            "mlp_density": 0.05 + 0.01 * layer,
+            "dead": 0.1,
+            "always_on": 0.02,
+            "contextual": 0.88,
+            "mass99_density": 0.04,
+            "cosine": 0.5 + 0.2 * layer,
+            "heads90": 0.5,
+            "mass_curve": curve,
+            "head_curve": curve,
+        }
+        for layer in range(LAYERS)
+    ]
+    dense = {"recall": 1.0, "mass": 1.0, "density": 1.0, "lookahead": None}
+    heads = {"recall": 0.9, "mass": 0.95, "density": 0.75, "lookahead": 1}
+    predicted = {"recall": 0.9876, "mass": 0.998, "density": 0.2, "lookahead": 1, "heads": heads}
+    points = [
+        {"kind": kind, "density": density, "ppl": 20 + 3 * (1 - density)} for kind in ("predicted", "oracle") for density in (0.1, 0.5, 1)
+    ]
+    text = {"ppl": 20.0, "bits_per_byte": 1.25, "stderr": 0.5, "tokens": 12345, "windows": 13}
+    sparse_text = text | {"ppl": 20.08, "mlp_density": 0.46, "head_density": 0.9}
+    picture = {
+        "neurons": packed(ROWS * TOKENS),
+        "rows": ROWS,
+        "density": 0.2,
+        "union": 0.5,
+        "predicted": True,
+        "heads": packed(HEADS * TOKENS),
+        "num_heads": HEADS,
+        "head_density": 0.75,
+        "heads_predicted": True,
+    }
+    row = {
+        "op": "decode",
+        "mode": "sparse",
+        "backend": "torch",
+        "model": "tiny",
+        "synthetic": True,
+        "dtype": "fp32",
+        "batch": 1,
+        "context": 64,
+        "threads": 2,
+        "mlp_density": 0.1,
+        "p20_us": 1.0,
+        "p50_us": 1234.5,
+        "p80_us": 3.0,
+        "tok_s": 77.7,
+        "gbs": None,
+        "pct_ceiling": None,
+    }
+    return {
+        "model": {"name": "tiny", "parameters": 1_500_000, "layers": LAYERS, "neurons": 64, "heads": HEADS, "activation": "relu"},
+        "environment": {
+            "device": "A processor, 2 cores",
+            "versions": {"python": "3.11.0", "torch": "2.9.0"},
+            "commit": "0123456789abcdef",
+            "time": "2025-01-02T03:04:05+00:00",
+            "backend": "torch",
+            "dtype": "fp32",
+            "threads": 2,
+        },
+        "generation": {
+            "prompt": "Once upon",
+            "new_tokens": 6,
+            "runs": 3,
+            "speedup": 0.8,
+            "dense": {"tok_s": 100.0, "tok_s_runs": [99.0, 100.0, 101.0], "text": " a time there was a king."},
+            "sparse": {"tok_s": 80.0, "tok_s_runs": [79.0, 80.0, 81.0], "text": " a time there was a queen."},
+            "mlp_density": 0.47,
+            "head_density": 0.92,
+        },
+        "evaluation": {
+            "dense": {"ppl": 20.0, "texts": {"a book": text}, "tasks": {"quiz": {"acc": 0.25, "stderr": 0.02, "n": 100}}},
+            "sparse": {
+                "ppl": 20.08,
+                "texts": {"a book": sparse_text},
+                "tasks": {"quiz": {"acc": 0.26, "stderr": 0.02, "n": 100}},
+                "mlp_density_per_layer": [1.0, 0.2, 0.2],
+                "head_density_per_layer": [1.0, 0.75, 0.75],
+            },
+            "rise": 0.004,
+            "rise_stderr": 0.0003,
+            "mlp_density": 0.4667,
+            "head_density": 0.8333,
+            "context": 1024,
+            "stride": 1024,
+            "bos": "once",
+        },
+        "profile": {"layers": layers, "oracle": [{"part": "mlp", "density": 0.1, "ppl": 21.0}], "ppl_dense": 20.0, "tokens": 4096},
+        "train": {"source": "trained", "budget": 0.005, "layers": [dense | {"heads": None}, predicted, predicted]},
+        "curves": {"mlp": points, "heads": points, "ppl_dense": 20.0, "tokens": 1024},
+        "recall": [{"mlp": None, "heads": None}]
+        + [{"mlp": [[0.1, 0.7, 0.9], [0.3, 0.99, 1.0]], "heads": [[0.5, 0.7, 0.8], [1, 1, 1]]}] * 2,
+        "firing": {
+            "tokens": [" a", "\n", "<b>", " there", " was"],
+            "layers": [picture | {"predicted": False, "heads_predicted": False}] + [picture] * 2,
+        },
+        "rows": [row],
+        "seconds": {"profile": 1.5, "curves": 2.5},
+    }
+
+
+class Page(HTMLParser):
+    """Elements with their attributes; checks that every element is closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def words(html: str) -> str:
+    return " ".join(" ".join(Page(html).text).split())
+
+
+def test_the_whole_report(results: dict[str, Any]) -> None:
+    html = render(results)
+    text = words(html)
+    for expected in (
+        "0.80\u00d7",
+        "+0.40%",
+        "± 0.03%",
+        "46.7%",
+        "83.3%",
+        "98.8%",
+        "12,345",
+        "0123456789ab",
+        "1,234.5",
+        "3 layers of 64 neurons",
+    ):
+        assert expected in text, expected
+    assert "still slower than dense: 0.80 times" in text
+    page = Page(html)
+    assert sum(attributes.get("role") == "img" for attributes in page.all("svg")) == 10
+    assert len(page.all("figure")) == 10
+
+
+def test_a_faster_sparse_model_is_called_faster(results: dict[str, Any]) -> None:
+    results["generation"]["speedup"] = 1.6
+    text = words(render(results))
+    assert "1.60 times the speed" in text and "slower than dense" not in text
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_any_one_section_is_enough(results: dict[str, Any], section: str) -> None:
+    Page(render({section: results[section]}))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_any_one_section_may_be_missing(results: dict[str, Any], section: str) -> None:
+    del results[section]
+    Page(render(results))
+
+
+def test_a_missing_section_leaves_no_trace(results: dict[str, Any]) -> None:
+    text = words(render({"model": results["model"], "profile": results["profile"]}))
+    assert "Residual cosine" in text
+    for absent in ("The same prompt", "Quality", "token by token", "Speed", "Neuron recall"):
+        assert absent not in text
+    assert "Perplexity against MLP density" in text, "the profile's oracle curve stands in for the curves"
+
+
+def test_dense_only_evaluation(results: dict[str, Any]) -> None:
+    evaluation = results["evaluation"] | {"sparse": None, "rise": None, "rise_stderr": None, "mlp_density": 1.0, "head_density": 1.0}
+    text = words(render({"evaluation": evaluation}))
+    assert "12,345" in text and "Rise of perplexity" not in text
+
+
+def test_the_page_loads_nothing(results: dict[str, Any]) -> None:
+    html = render(results)
+    assert not re.search(r"https?://|//[\w.]+/|@import|<link|<script|<iframe", html)
+    page = Page(html)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "data", "action", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:image/png;base64,")), f"<{tag} {name}={value}>"
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids)), "ids are unique over all figures"
+    targets = {
+        attributes[name]
+        for _, attributes in page.elements
+        for name in ("href", "xlink:href")
+        if (attributes.get(name) or "").startswith("#")
+    }
+    assert targets <= {f"#{name}" for name in ids}
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
+
+
+def _poisoned(value: Any) -> Any:
+    """Every string in the results made hostile, except the packed pictures."""
+    if isinstance(value, dict):
+        kept = ("neurons", "heads", "kind", "part")
+        return {key: item if key in kept and isinstance(item, str) else _poisoned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_poisoned(item) for item in value]
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+def test_hostile_text_stays_text(results: dict[str, Any]) -> None:
+    evil = _poisoned(results)
+    for side in ("dense", "sparse"):
+        for kind in ("texts", "tasks"):
+            found = evil["evaluation"][side][kind]
+            evil["evaluation"][side][kind] = {HOSTILE + name: value for name, value in found.items()}
+    evil["environment"]["versions"] = {HOSTILE: HOSTILE}
+    evil["seconds"] = {HOSTILE: 1.0}
+    html = render(evil)
+    page = Page(html)
+    assert page.all("script") == [] and page.all("img") == []
+    assert all(not name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert "<script>alert('x')</script>" in "".join(page.text), "the text is shown, not dropped"
+
+
+def test_figures_and_tables_are_labelled(results: dict[str, Any]) -> None:
+    page = Page(render(results))
+    for attributes in page.all("svg"):
+        assert attributes.get("role") == "img" and len(attributes.get("aria-label") or "") > 20
+    assert len(page.all("table")) == len(page.all("caption")) == 5
+    assert len(page.all("figure")) == len(page.all("figcaption"))
+    assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_differing_words_are_marked() -> None:
+    found = compare("the old man went home", "the old man went away")
+    assert found["dense"] == [("the old man went ", False), ("home", True)]
+    assert found["sparse"] == [("the old man went ", False), ("away", True)]
+    assert found["common"] == 4 and not found["equal"]
+    same = compare("a b", "a b")
+    assert same["equal"] and same["dense"] == [("a b", False)]
+    assert compare("x", "y")["common"] == 0
+    assert compare("", "") == {"dense": [], "sparse": [], "common": 0, "equal": True}
+
+
+def test_every_word_of_both_texts_is_there() -> None:
+    dense, sparse = "one  two\nthree four", "zero two three\n\nfour five"
+    found = compare(dense, sparse)
+    assert "".join(text for text, _ in found["dense"]) == dense and "".join(text for text, _ in found["sparse"]) == sparse
+
+
+def test_many_layers_fit(results: dict[str, Any]) -> None:
+    results["profile"]["layers"] *= 16
+    Page(render({"profile": results["profile"]}))
+
+
+def test_figures_follow_the_theme(results: dict[str, Any]) -> None:
+    """Every colour of a figure is a variable that both themes define."""
+    svg = plots.mlp_density(results["profile"]["layers"], [1.0, 0.2, 0.2]) + plots.perplexity_curves(
+        "p", results["curves"]["mlp"], 20.0, x="MLP density", chosen=0.4
+    )
+    assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {"#000000"}
+    used = set(re.findall(r"var\(--([\w]+)\)", svg)) - {"font"}
+    assert used and used <= set(plots.LIGHT) == set(plots.DARK)
+
+
+def test_a_figure_is_the_same_every_time(results: dict[str, Any]) -> None:
+    assert render(results) == render(copy.deepcopy(results))
+
+
+def test_writing_and_reading(tmp_path: Path, results: dict[str, Any]) -> None:
+    for name, sections in (("a", ("model", "profile", "train")), ("b", ("model", "evaluation"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({key: results[key] for key in sections}))
+    joined = read_results([tmp_path / "a", tmp_path / "b" / "results.json"])
+    assert set(joined) == {"model", "profile", "train", "evaluation"}
+    path = write_report(joined, tmp_path / "new" / "page.html")
+    assert path.read_text(encoding="utf-8") == render(joined)
+    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
+
+
+def test_runs_that_cannot_be_joined(tmp_path: Path, results: dict[str, Any]) -> None:
+    def run(name: str, content: Any) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+        return tmp_path / name
+
+    one = run("one", {"model": {"name": "x"}, "profile": results["profile"]})
+    with pytest.raises(ValueError, match="both have profile"):
+        read_results([one, one])
+    with pytest.raises(ValueError, match="another model"):
+        read_results([one, run("other", {"model": {"name": "y"}, "train": results["train"]})])
+    with pytest.raises(ValueError, match="no results of dejavu"):
+        read_results([run("strange", {"x": 1})])
+    with pytest.raises(ValueError, match="no results of dejavu"):
+        read_results([run("list", [])])
+    with pytest.raises(ValueError, match="does not exist"):
+        read_results([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="no run"):
+        read_results([])
+
+
+def test_nothing_to_report(tmp_path: Path, results: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="nothing to report"):
+        render({"model": results["model"]})
+    with pytest.raises(ValueError, match="no section surprise"):
+        render(results | {"surprise": 1})
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_report(results, tmp_path / "file" / "report.html")
