@@ -42,6 +42,7 @@ from dejavu.offline.train import TrainConfig, train_adapter
 DATA = Path(__file__).resolve().parents[1] / "data"
 PROMPT = "It was late in the autumn when the old lighthouse keeper"
 WARM_UP_TOKENS = 16
+RETRAIN_EPOCHS = 2.0  # minutes, where `dejavu train` takes its time
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)"""
@@ -60,8 +61,8 @@ class DemoSizes(Config):
     train_tokens: int = 200_000
     evaluation_tokens: int = 100_000
     oracle_tokens: int = 512
-    recall_tokens: int = 3072
-    curve_tokens: int = 3072
+    recall_tokens: int = 2048
+    curve_tokens: int = 2048
     new_tokens: int = 96
     runs: int = 3
 
@@ -152,7 +153,7 @@ def run_demo(
                 trained = train_adapter(
                     checkpoint,
                     list(_starts(calibration, sizes.train_tokens).values()),
-                    TrainConfig(seed=seed) if training is None else training,
+                    TrainConfig(seed=seed, epochs=RETRAIN_EPOCHS) if training is None else training,
                     text_hash=text_hash(text),
                     work_folder=None,
                     progress=progress,

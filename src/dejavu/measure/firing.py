@@ -145,7 +145,7 @@ def _png(packed: str, rows: int, columns: int, rgb: tuple[int, int, int], power:
 
 def _shown(token: str) -> str:
     """A token's text as a label: line ends visible, long ones cut."""
-    text = token.replace("\n", "⏎").strip() or "␣"
+    text = token.replace("\n", "¶").strip() or "·"
     return text if len(text) <= 12 else text[:11] + "…"
 
 

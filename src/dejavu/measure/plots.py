@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 WIDTH, HEIGHT, DPI = 5.4, 3.5, 72  # inches; SVG has 72 units an inch
 INK, MUTED, GRID = "#1f2328", "#5f6872", "#d5dae0"
@@ -60,7 +60,7 @@ STYLE: dict[str, Any] = {
     "figure.constrained_layout.use": True,
 }
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
-MAX_RISE = 0.3  # perplexity curves are cut here, so that one hopeless point does not flatten the rest
+MAX_RISE, MIN_POINTS = 0.3, 4  # perplexity curves are cut at this rise, but show this many points of each kind
 
 
 def css_variables(theme: dict[str, str]) -> str:
@@ -225,18 +225,36 @@ def _saturation(curves: Sequence[Sequence[tuple[float, float]]]) -> float:
     return max(reached)
 
 
-def perplexity_curves(name: str, points: Sequence[dict[str, Any]], ppl_dense: float, *, x: str, chosen: float | None = None) -> str:
-    """Perplexity against density, selected by predictors and by an oracle, beside the dense model's."""
+def perplexity_curves(
+    name: str, points: Sequence[dict[str, Any]], ppl_dense: float, *, x: str, chosen: float | None = None, join: bool = False
+) -> str:
+    """Perplexity against density, selected by predictors and by an oracle, beside the dense model's.
+
+    join: draw the curves on to density 1, where nothing is skipped and the model is the dense one.
+    """
     kinds = {"predicted": (SPARSE, "-o"), "oracle": (ORACLE, "--D")}
+    found = {kind: sorted((point["density"], point["ppl"]) for point in points if point["kind"] == kind) for kind in kinds}
+    if join:
+        found = {kind: [*[p for p in curve if p[0] < 1], (1.0, ppl_dense)] for kind, curve in found.items() if curve}
     top = ppl_dense * (1 + MAX_RISE)
+    for curve in found.values():
+        top = max([top, *sorted(ppl for _, ppl in curve)[:MIN_POINTS]])
 
     def draw(axes: Axes) -> None:
-        values = [point["ppl"] for point in points if point["ppl"] <= top] + [ppl_dense]
-        spread = max(max(values) - min(values), 0.02 * ppl_dense)
-        axes.set_ylim(min(values) - 0.2 * spread, max(values) + 0.12 * spread)
+        values = [ppl for curve in found.values() for _, ppl in curve if ppl <= top] + [ppl_dense]
+        if max(values) > 2 * ppl_dense:
+            axes.set_yscale("log")
+            axes.set_ylim(0.8 * min(values), 1.15 * max(values))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+        else:
+            spread = max(max(values) - min(values), 0.02 * ppl_dense)
+            axes.set_ylim(min(values) - 0.2 * spread, max(values) + 0.12 * spread)
+            axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.axhline(ppl_dense, color=INK, linewidth=1.2, linestyle=":")
         for kind, (colour, style) in kinds.items():
-            curve = sorted((point["density"], point["ppl"]) for point in points if point["kind"] == kind)
+            curve = found.get(kind)
             if not curve:
                 continue
             axes.plot([p[0] for p in curve], [p[1] for p in curve], style, color=colour, markersize=4.5, label=kind)
@@ -251,7 +269,6 @@ def perplexity_curves(name: str, points: Sequence[dict[str, Any]], ppl_dense: fl
         axes.set_xlim(0, None)
         _density_axis(axes, x)
         axes.set_ylabel("perplexity")
-        axes.yaxis.set_major_locator(MaxNLocator(6))
         _key_above(axes, columns=2)
 
     return _svg(name, f"Perplexity against {x}: by predictors, by an oracle, and dense ({ppl_dense:.2f})", draw)

@@ -251,7 +251,9 @@ def _perplexity_figures(sections: dict[str, Any], curves: dict[str, Any] | None,
     for part, density, what in (("mlp", "mlp_density", "MLP density"), ("heads", "head_density", "head density")):
         if curves[part]:
             chosen = None if evaluation is None or evaluation["sparse"] is None else evaluation[density]
-            figures[f"ppl_{part}"] = plots.perplexity_curves(f"ppl-{part}", curves[part], curves["ppl_dense"], x=what, chosen=chosen)
+            figures[f"ppl_{part}"] = plots.perplexity_curves(
+                f"ppl-{part}", curves[part], curves["ppl_dense"], x=what, chosen=chosen, join=part == "heads"
+            )
     return figures
 
 
