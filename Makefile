@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PROJECT := pyproject.toml constraints.txt CMakeLists.txt src/dejavu/version.py
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench tables clean
 
 install: $(VENV)/.installed-all
 
@@ -22,6 +22,10 @@ lint: $(VENV)/.installed-all
 
 bench: $(VENV)/.installed-all
 	$(BIN)/dejavu bench opt-mini
+
+# Fill the tables of README and docs from results/.
+tables: $(VENV)/.installed-all
+	$(BIN)/python recipes/tables.py render
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis

@@ -41,6 +41,8 @@ class Recipe(Config):
     foresight_penalty: float = 0.3
     mask_start: float = 0.6
     mask_density: float = 0.08
+    # In the masked sequences only the heads that add most to the residual stream are kept; 0 keeps all.
+    heads_kept: int = 0
     seed: int = 0
 
     def model_config(self) -> ModelConfig:

@@ -3,11 +3,12 @@
     python recipes/train_opt.py --size mini --text 'corpus/*.xz' --valid valid.txt -o runs/opt-mini
 
 In: text. Out, in the folder: `tokenizer.json`, `tokens.npy`, `checkpoint/` (to resume from), `log.jsonl`,
-`model/` (`config.json` in our names and `model.safetensors`, fp32). Running the command again goes on from the last checkpoint.
+`model/`, the finished model as dejavu bundles it (int8 per row, with its tokenizer). Running the command again goes on from
+the last checkpoint.
 
 Loss = cross entropy + mu * sum over layers of mean(a * (1 - p)) / rms(a)
-with a the activations and p the probability that a small predictor, trained along with the model on the input of the
-attention block, gives to a neuron's firing: mu makes activations predictable. Towards the end half of the sequences
+with a the activations and p = sigmoid(score) of a small predictor, trained along with the model on the input of the
+attention block: mu makes activations predictable. Towards the end half of the sequences
 run with only the predicted neurons, so that the model is good with and without prediction. Sparsity comes from
 steering: the biases of a layer are shifted until its density follows a falling target, and a neuron that nearly never
 fires is lifted.
@@ -31,8 +32,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import tokens as text_tokens
+from dejavu.model.bundle import write_bundle
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor, mlp_predictor_input
+from dejavu.model.tokenizer import load_tokenizer
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
+from dejavu.offline.collect import group_norms
+from dejavu.offline.predictors import contribution_loss
 from opt_sizes import SIZES, Recipe
 
 
@@ -62,22 +67,25 @@ def layer_with_losses(
     look_ahead: bool,
     foresee: bool,
     mask: bool,
+    heads_kept: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer; the spread of its unforeseen activations, the predictor's loss and density, and how often each neuron fired."""
     attention_in = block.attention_input(x)
-    x, mlp_in = block.after_attention(x, block.attend(attention_in, position, None))
+    mixed = block.attend(attention_in, position, None)
+    half = x.shape[0] // 2  # half of the sequences teach the predictors and run masked, the other half keeps the model good as it is
+    if mask and heads_kept < mixed.shape[2]:
+        norms = group_norms(block, mixed[:half].detach(), mixed.shape[2])
+        keep = torch.zeros_like(norms).scatter(-1, norms.topk(heads_kept, -1).indices, 1.0)
+        mixed = torch.cat([mixed[:half] * keep[..., None].to(mixed.dtype), mixed[half:]])
+    x, mlp_in = block.after_attention(x, mixed)
     act = block.activations(mlp_in)
     fired = (act > 0).sum((0, 1), dtype=torch.float32)
     unforeseen = predictor_loss = predicted = torch.zeros((), device=x.device)
     if foresee:
-        half = x.shape[0] // 2  # half of the sequences teach as well, at half the cost
         wide = act[:half].float()
         scale = wide.square().mean().sqrt().detach() + 1e-6
         score = F.linear(F.linear((attention_in if look_ahead else mlp_in)[:half].detach(), A), B, bias).float()
-        on = (wide > 0).float()
-        contribution = wide.detach() * block.down.weight.detach().float().norm(dim=1)
-        weight = 1 + 4 * contribution / (contribution.sum() / on.sum().clamp_min(1.0) + 1e-6)
-        predictor_loss = F.binary_cross_entropy_with_logits(score, on, weight=weight)
+        predictor_loss = contribution_loss(score, wide.detach() * block.down.weight.detach().float().norm(dim=1))
         unforeseen = (wide * (1 - score.detach().sigmoid())).mean() / scale
         predicted = (score > threshold).float().mean()
         if mask:
@@ -173,8 +181,8 @@ class Trainer:
             unforeseen_sum = predictor_sum = torch.zeros((), device=self.device)
             for index, block in enumerate(model.blocks):
                 predictor = (companion.A[index], companion.B[index], companion.bias[index], self.threshold_L[index])
-                look_ahead = companion.lookahead(index) == 1
-                x, unforeseen, predictor_loss, predicted, fired = self.layer(block, x, self.position, *predictor, look_ahead, foresee, mask)
+                phase = (companion.lookahead(index) == 1, foresee, mask, self.recipe.heads_kept or self.recipe.heads)
+                x, unforeseen, predictor_loss, predicted, fired = self.layer(block, x, self.position, *predictor, *phase)
                 self.predicted_L[index] = predicted
                 unforeseen_sum = unforeseen_sum + unforeseen
                 predictor_sum = predictor_sum + predictor_loss
@@ -205,7 +213,8 @@ class Trainer:
         self.step += 1
         if self.step % recipe.control_interval == 0:
             self.control()
-        return torch.stack(parts).sum(0).unbind()
+        loss, unforeseen, predictor = torch.stack(parts).sum(0).unbind()
+        return loss, unforeseen, predictor
 
     def target(self) -> float:
         """The density asked for at this step: from a half, log-linearly, to the recipe's target."""
@@ -220,15 +229,15 @@ class Trainer:
         rate_LF = self.fired_LF / (recipe.control_interval * recipe.batch * recipe.context)
         self.density_L = rate_LF.mean(1)
         self.rare_L = (rate_LF < recipe.rate_floor).float().mean(1)
-        fade = 2 * learning_rate(self.step, recipe) - 0.4 if self.step > recipe.steps / 2 else 1.0
-        fade = min(1.0, max(0.0, fade))
+        fade = learning_rate(self.step, recipe)
         error_L = (self.density_L.clamp_min(1e-6) / self.target()).log().clamp(-1, 1)
         for index, block in enumerate(self.model.blocks):
             assert block.norm2.weight is not None
             spread_F = (block.up.weight * block.norm2.weight).norm(dim=1)
             lift_F = (rate_LF[index] < recipe.rate_floor).float()
-            # Steering fades with the learning rate: a bias that moves when the weights no longer can only does harm.
-            block.up.bias += recipe.steer_gain * fade * spread_F * (recipe.lift * lift_F - error_L[index])
+            # Steering is as strong as the gradient: stronger, it moves biases that the weights can no longer follow; weaker,
+            # rare neurons die when it lets go.
+            block.up.bias.add_(recipe.steer_gain * fade * spread_F * (recipe.lift * lift_F - error_L[index]))
         if self.step > recipe.foresight_start * recipe.steps:
             miss_L = (self.predicted_L.clamp_min(1e-6) / recipe.mask_density).log().clamp(-1, 1)
             self.threshold_L += 0.1 * miss_L
@@ -307,7 +316,9 @@ def foresight(trainer: Trainer, ids: list[int], num_bytes: int) -> dict[str, obj
     """How well the companion predictors do: bits per byte dense and masked at fixed densities of every layer."""
     windows = 32
     result: dict[str, object] = {"dense": validate(trainer, ids, num_bytes, windows=windows)}
-    sample = torch.tensor([[0, *ids[i * 1000 : i * 1000 + trainer.recipe.context - 1]] for i in range(4)], device=trainer.device)
+    length = trainer.recipe.context - 1
+    starts = [i * length for i in range(min(4, len(ids) // length))]
+    sample = torch.tensor([[0, *ids[start : start + length]] for start in starts], device=trainer.device)
     for density in (0.08, 0.1, 0.15, 0.2):
         found = DensityThresholds(trainer, density)
         trainer.model.hidden(sample, found)
@@ -388,12 +399,14 @@ def main() -> None:
         if trainer.step % (recipe.steps // 10) == 0 and recipe.foresight_start * recipe.steps < trainer.step < recipe.steps:
             write(foresight=foresight(trainer, valid_ids, valid_bytes))
     trainer.save(checkpoint)
-    folder = options.output / "model"
-    folder.mkdir(exist_ok=True)
-    save_file({n: t.detach().cpu().contiguous() for n, t in trainer.model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(trainer.model.config.to_dict(), indent=2))
+    if trainer.step < recipe.steps:
+        write(stopped="run the command again to go on")
+        return
     write(bits_per_byte=validate(trainer, valid_ids, valid_bytes))
     write(foresight=foresight(trainer, valid_ids, valid_bytes))
+    config = trainer.model.config
+    finished = load_tokenizer(options.output, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
+    write_bundle(trainer.model.float().eval().requires_grad_(False), finished, options.output / "model")
 
 
 if __name__ == "__main__":

@@ -18,15 +18,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms (poisoned_empty) need on CUDA
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from dejavu.config import ModelConfig, RopeConfig
+from dejavu.model.checkpoint import Checkpoint, load_checkpoint
+from dejavu.model.predictor import Predictor
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 from dejavu.model.transformer import Transformer
 
 torch.set_num_threads(1)  # tiny tensors, and one core for each xdist worker
@@ -102,7 +107,7 @@ def tiny() -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def tok96() -> Tokenizer:
+def tok96() -> Backend:
     """A byte-level BPE tokenizer of exactly 96 entries: 4 special tokens, 75 characters, 17 merges; `encode` adds </s> first.
 
     <s> 0, <pad> 1, </s> 2, <unk> 3, as OPT's. It knows letters, digits, space, newline and `.,;:'"!?-()`, and drops others.
@@ -110,7 +115,7 @@ def tok96() -> Tokenizer:
     characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 \n.,;:'\"!?-()"
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     symbols = sorted({symbol for piece, _ in byte_level.pre_tokenize_str(characters) for symbol in piece})
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Backend(models.BPE())
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -121,6 +126,24 @@ def tok96() -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     assert tokenizer.get_vocab_size() == 96
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tok96: Backend) -> Tokenizer:
+    """dejavu's Tokenizer around a copy of `tok96`, </s> being its BOS and EOS."""
+    return build_tokenizer(Backend.from_str(tok96.to_str()), special_tokens={"bos_token": "</s>", "eos_token": "</s>"})
+
+
+def random_predictor(hidden_size: int, outputs: int, generator: torch.Generator, *, rank: int = 5, threshold: float = 0.0) -> Predictor:
+    """A predictor of `outputs` neurons or heads from a layer's own input, without biases."""
+    A_RD = torch.randn(rank, hidden_size, generator=generator)
+    B_OR = torch.randn(outputs, rank, generator=generator)
+    return Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=torch.zeros(outputs), threshold=threshold, lookahead=0)
+
+
+def open_fp32(folder: Path) -> Checkpoint:
+    """The checkpoint of a folder or file, computed in fp32."""
+    return load_checkpoint(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

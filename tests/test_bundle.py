@@ -38,10 +38,6 @@ def tokenizer(tok96: tokenizers.Tokenizer) -> Tokenizer:
     return build_tokenizer(tok96, special_tokens={"bos_token": "</s>", "eos_token": "</s>"})
 
 
-def open_fp32(folder: Path) -> Checkpoint:
-    return load_checkpoint(folder, dtype=torch.float32)
-
-
 @pytest.mark.parametrize(("family", "flags"), FAMILIES, ids=str)
 def test_bundle_round_trip(tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer, family: str, flags: dict[str, Any]) -> None:
     model = tiny(family, **flags)

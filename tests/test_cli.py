@@ -119,7 +119,7 @@ def test_eval_goes_on_where_it_was_interrupted(call, work: Path, monkeypatch: py
 
     from dejavu.measure.perplexity import perplexity
 
-    monkeypatch.setattr("dejavu.measure.resume.perplexity", interrupted)
+    monkeypatch.setattr("dejavu.measure.evaluate.perplexity", interrupted)
     assert run(list(arguments)) == 130
     assert "runs/e" in capsys.readouterr().err and not (work / "runs/e/results.json").exists()
     shown = call(*arguments)

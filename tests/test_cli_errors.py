@@ -163,12 +163,12 @@ def test_the_command_itself(work: Path) -> None:
 INTERRUPT = """
 import os, signal, sys
 from dejavu.cli import main
-import dejavu.measure.resume as resume
+import dejavu.measure.evaluate as evaluate
 def perplexity(*given, **options):
     os.kill(os.getpid(), signal.SIGINT)
     while True:
         pass
-resume.perplexity = perplexity
+evaluate.perplexity = perplexity
 sys.argv[1:] = ["eval", "model", "--text", "text.txt", "-o", "out"]
 main.main()
 """

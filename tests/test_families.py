@@ -49,10 +49,6 @@ def saved(model: PreTrainedModel, tokenizer: tokenizers.Tokenizer, folder: Path)
     return model
 
 
-def open_fp32(folder: Path) -> Checkpoint:
-    return load_checkpoint(folder, dtype=torch.float32)
-
-
 def assert_equal_logits(folder: Path, reference: PreTrainedModel) -> Checkpoint:
     checkpoint = open_fp32(folder)
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from conftest import Tiny
 from dejavu.config import ModelConfig
 from dejavu.language_model import LanguageModel, load
 from dejavu.measure.evaluate import evaluate
-from dejavu.measure.resume import PartStore, evaluate_parts
+from dejavu.measure.resume import PartStore
 from dejavu.measure.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
 from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, part_config, quantized
 from dejavu.model.bundle import export, write_bundle
@@ -243,12 +243,12 @@ def test_evaluation_in_parts_is_the_evaluation(lm: LanguageModel, tmp_path: Path
     }
     layers = lm.layers(dense=dense)
     whole = evaluate(lm.model, lm.tokenizer, layers, **inputs)
-    assert whole == evaluate_parts(lm.model, lm.tokenizer, layers, **inputs, store=PartStore({}))
+    assert whole == evaluate(lm.model, lm.tokenizer, layers, **inputs, store=PartStore({}))
     store = PartStore({"a": 1}, tmp_path / "parts.json")
     with pytest.raises(KeyboardInterrupt):
-        evaluate_parts(lm.model, lm.tokenizer, layers, **inputs, store=store, progress=_interrupt_at("two"))
+        evaluate(lm.model, lm.tokenizer, layers, **inputs, store=store, progress=_interrupt_at("two"))
     again = PartStore({"a": 1}, tmp_path / "parts.json")
-    assert evaluate_parts(lm.model, lm.tokenizer, layers, **inputs, store=again) == whole and again.reused == 1
+    assert evaluate(lm.model, lm.tokenizer, layers, **inputs, store=again) == whole and again.reused == 1
     assert PartStore({"a": 2}, tmp_path / "parts.json").parts == {}
     assert lm.evaluate(dense=dense, **inputs) == whole
 

@@ -41,10 +41,6 @@ def folder(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> Folder:
     return write
 
 
-def open_fp32(folder: Path) -> Checkpoint:
-    return load_checkpoint(folder, dtype=torch.float32)
-
-
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 

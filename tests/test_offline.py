@@ -6,14 +6,15 @@ import dataclasses
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import Tiny
 from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
@@ -35,7 +36,7 @@ def random_ids(count: int, seed: int = 0) -> list[int]:
     return [random.Random(seed * 7919 + i).randrange(3, 96) for i in range(count)]
 
 
-def skewed(tiny: Tiny, **overrides: object) -> Transformer:
+def skewed(tiny: Tiny, **overrides: Any) -> Transformer:
     """A tiny OPT whose first MLP matrix is nearly low-rank and whose biases make it sparse: something a predictor can learn."""
     model = tiny("opt", num_layers=3, intermediate_size=128, **overrides)
     generator = torch.Generator().manual_seed(1)

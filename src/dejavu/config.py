@@ -7,7 +7,7 @@ outside its range is a ValueError that names the value and the fix.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "fatrelu")
@@ -15,6 +15,9 @@ EXACT_ZERO_ACTIVATIONS = ("relu", "relu2", "fatrelu")
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 BACKENDS = ("auto", "torch", "native", "cuda")
 ROPE_TYPES = ("default", "linear", "llama3")
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, total): what is a step's name, e.g. "wiki.txt dense"; done and total count its tokens, pairs or rows."""
 
 
 class Config:

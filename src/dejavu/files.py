@@ -12,6 +12,7 @@ import json
 import lzma
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -124,10 +125,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Yields a temporary folder beside `path`; when the block ends it takes the place of `path`, and when the block raises
     it is removed and `path` stays as it was. An older folder is replaced, with everything in it, only if it is empty or
-    was written by new_folder. Raises ValueError for any other existing path, before the block runs.
+    was written by new_folder. Raises ValueError for any other existing path, before the block runs. Files get the mode of
+    the process's umask, whatever library wrote them.
     """
     path = Path(os.path.realpath(absolute(path)))
-    _check_replaceable(path)
+    check_replaceable(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir(parents=True)
@@ -135,20 +137,35 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} cannot be created ({error.strerror}); choose another folder") from None
     try:
         yield partial
-        (partial / MARKER).write_text(f"dejavu {__version__}\n", encoding="utf-8")
-        _check_replaceable(path)
+        mark(partial)
+        _give_default_modes(partial)
+        check_replaceable(path)
         _put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(path: Path) -> None:
+def mark(folder: Path) -> None:
+    """Say that dejavu wrote this folder."""
+    (folder / MARKER).write_text(f"dejavu {__version__}\n", encoding="utf-8")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ValueError for a file, and for a folder with things in it that dejavu did not write."""
     if not path.exists():
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file; choose another folder to write")
     if not (path / MARKER).is_file() and any(path.iterdir()):
         raise ValueError(f"{path} holds files that dejavu did not write; choose a new or an empty folder")
+
+
+def _give_default_modes(folder: Path) -> None:
+    """safetensors writes files that only their owner can read; the marker has the mode that any new file has."""
+    mode = stat.S_IMODE((folder / MARKER).stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _put_in_place(partial: Path, path: Path) -> None:

@@ -18,11 +18,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from dejavu.config import DTYPES, SamplingConfig, require
+from dejavu.config import DTYPES, Progress, SamplingConfig, require
 from dejavu.engine.backends import make_engine, pick_backend
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
 from dejavu.files import read_json
-from dejavu.measure.evaluate import Progress, evaluate
+from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
@@ -198,7 +198,7 @@ class LanguageModel:
 
         texts = {"text": text} if isinstance(text, str) else text
         ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
-        return profile(self.model, ids, bos=self._bos, progress=progress)
+        return profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress)
 
     def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter:
         """Train predictors and calibrate them to a loss budget (allowed relative rise of perplexity on held-out text).
@@ -254,12 +254,12 @@ class LanguageModel:
         require(max_tokens is not None, f"the adapter's config.json has no {MAX_TOKENS!r} under quality; train the adapter again")
         assert max_tokens is not None
         windows = self.training_windows(texts, max_tokens=int(max_tokens))
-        ids_WT = pack_windows(windows, context=self.config.max_positions, bos=self.tokenizer.bos_token_id)
+        ids_WT = pack_windows(windows, context=self.config.max_positions, bos=self.tokenizer.document_bos)
         return math.exp(float(token_nll(self.model, split_windows(ids_WT).check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
         """The windows of a text that training reads: as long as the context, BOS included, but ids without BOS."""
-        length = self.config.max_positions - (self.tokenizer.bos_token_id is not None)
+        length = self.config.max_positions - (self.tokenizer.document_bos is not None)
         return spread_windows(self.tokenizer, texts, max_tokens=max_tokens, length=length)
 
     def evaluate(
@@ -291,10 +291,6 @@ class LanguageModel:
             strict=strict,
             progress=progress,
         )
-
-    @property
-    def _bos(self) -> int | None:
-        return self.tokenizer.bos_token_id if self.tokenizer.adds_bos else None
 
 
 def load(

@@ -36,10 +36,10 @@ def bench(
     """Time decode and prefill, dense and sparse in turns, on a text (--text; default: the one that comes with dejavu)."""
     from dejavu.measure.bench import bench as measure
     from dejavu.measure.results import append_rows, completed
-    from dejavu.measure.texts import documents, named_texts
+    from dejavu.measure.texts import DATA, documents, named_texts
 
     out = Output(as_json)
-    texts = named_texts(text or [str(Path(__file__).parents[1] / "data" / "evaluation.txt")])
+    texts = named_texts(text or [str(DATA / "evaluation.txt")])
     folder = None if output is None else open_run(output)
     lm = open_model(
         model, out, backend=backend, dtype=dtype, threads=threads, seed=seed,

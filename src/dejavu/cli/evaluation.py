@@ -37,7 +37,8 @@ def evaluation(
 ) -> None:
     """Measure perplexity and task accuracy, dense and sparse."""
     from dejavu.config import require
-    from dejavu.measure.resume import PartStore, evaluate_parts
+    from dejavu.measure.evaluate import evaluate
+    from dejavu.measure.resume import PartStore
     from dejavu.measure.tasks import read_items
     from dejavu.measure.texts import named_files, named_texts
 
@@ -56,7 +57,7 @@ def evaluation(
         "nothing was kept; with -o DIR a run resumes" if folder is None else f"finished texts and tasks are kept in {folder}; run it again"
     )
     with resumable(hint), progress_bars() as progress:
-        result = evaluate_parts(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
+        result = evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
     if store.reused:
         out.show(f"{store.reused} texts and tasks were already measured")
     show(out, result)

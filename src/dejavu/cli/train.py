@@ -10,7 +10,7 @@ import typer
 
 from dejavu.cli.options import AsJson, Backend, Dtype, Model, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
-from dejavu.cli.runs import check_free, open_run, write_sections
+from dejavu.cli.runs import open_run, write_sections
 
 if TYPE_CHECKING:
     from dejavu.model.adapter import Adapter
@@ -36,7 +36,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train predictors and calibrate them to a loss budget; writes an adapter. Resumes where it was interrupted."""
-    from dejavu.files import new_folder
+    from dejavu.files import absolute, check_replaceable, new_folder
     from dejavu.measure.texts import named_texts
     from dejavu.model.adapter import write_adapter
     from dejavu.offline.train import TrainConfig
@@ -45,7 +45,8 @@ def train(
     options: dict[str, Any] = {"budget": budget, "method": method, "loss": loss, "rank": rank, "epochs": epochs, "lookahead": lookahead}
     options |= {"max_tokens": max_tokens, "seed": seed}
     TrainConfig.from_dict(options)  # an impossible value is said before a model is loaded
-    target = check_free(output)
+    target = absolute(output)
+    check_replaceable(target)
     texts = named_texts(text)
     lm = open_model(model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False)
     work = open_run(target.with_name(f"{target.name}.partial"))

@@ -11,13 +11,13 @@ Letters: B rows of a step  T tokens  V vocabulary  L layers
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from dejavu.config import require
+from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine, StepResult
 from dejavu.measure.results import Row
@@ -82,7 +82,7 @@ def bench(
     batch: int = 1,
     context: int = 128,
     steps: int = 32,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Rows of decode in every mode and of prefill. ids: a text of at least context + steps tokens, of which row b of the
     batch reads its own stretch. Raises ValueError for a count that is not positive, a context that leaves no room for the
@@ -139,7 +139,7 @@ def _prefills(engine: Engine, ids: list[int], repeats: int = 5) -> Samples:
 
 
 def _decodes(
-    engines: dict[str, Engine], rows_BT: list[list[int]], context: int, steps: int, progress: Callable[[str, int, int], None] | None
+    engines: dict[str, Engine], rows_BT: list[list[int]], context: int, steps: int, progress: Progress | None
 ) -> dict[str, Samples]:
     slots = list(range(len(rows_BT)))
     for engine in engines.values():

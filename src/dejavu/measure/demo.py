@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dejavu.config import Config, require
+from dejavu.config import Config, Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.generation import GeneratedText, generate_tokens
 from dejavu.engine.interface import Engine
@@ -30,8 +29,8 @@ from dejavu.files import absolute, new_folder, read_text, text_hash, write_json
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.firing import firing
 from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, write_report
-from dejavu.measure.results import commit, device_name, versions
-from dejavu.measure.texts import documents
+from dejavu.measure.results import about
+from dejavu.measure.texts import DATA, documents
 from dejavu.model.adapter import Adapter, LayerConfig, PartConfig
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.tokenizer import Tokenizer
@@ -39,13 +38,10 @@ from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.profile import profile
 from dejavu.offline.train import TrainConfig, train_adapter
 
-DATA = Path(__file__).resolve().parents[1] / "data"
 PROMPT = "It was late in the autumn when the old lighthouse keeper"
 WARM_UP_TOKENS = 16
 RETRAIN_EPOCHS = 2.0  # minutes, where `dejavu train` takes its time
 
-Progress = Callable[[str, int, int], None]
-"""progress(what, done, total)"""
 Say = Callable[[str], None]
 """say(text): a line or paragraph for the user"""
 
@@ -133,14 +129,15 @@ def run_demo(
         require(threads >= 1, f"threads must be at least 1, not {threads}")
         torch.set_num_threads(threads)
     model, tokenizer, clock = checkpoint.model, checkpoint.tokenizer, _Clock()
-    bos = tokenizer.bos_token_id if tokenizer.adds_bos else None
+    bos = tokenizer.document_bos
     calibration = {name: tokenizer.encode_plain(text) for name, text in demo_texts("calibration").items()}
     evaluation_texts = demo_texts("evaluation")
     unseen = tokenizer.encode_plain(next(iter(evaluation_texts.values())))
     dense_engine = make_engine(model, backend=backend)
+    ran = dense_engine.info
     output = absolute(output)
     with new_folder(output) as folder:
-        tell(f"{checkpoint.name} on {dense_engine.info.backend}, {dense_engine.info.dtype}, {torch.get_num_threads()} threads")
+        tell(f"{checkpoint.name} on {ran.backend}, {ran.dtype}, {torch.get_num_threads()} threads")
         with clock.step("profile"):
             profiled = profile(
                 model, _starts(calibration, sizes.profile_tokens), bos=bos, oracle_tokens=sizes.oracle_tokens, progress=progress
@@ -186,8 +183,7 @@ def run_demo(
             recall = recall_curves(model, adapter.layers, unseen[: sizes.recall_tokens], bos=bos)
         prompt_ids = tokenizer.encode(PROMPT)
         results = {
-            "model": _model_facts(checkpoint),
-            "environment": _environment(dense_engine),
+            **about(checkpoint, backend=ran.backend, dtype=ran.dtype, cuda=ran.device.startswith("cuda")),
             "generation": generation,
             "evaluation": quality,
             "profile": profiled,
@@ -260,33 +256,6 @@ def stated_quality(adapter: Adapter) -> dict[str, Any]:
         "mlp_density": config.mlp_density,
         "head_density": config.head_density,
         "layers": [layer(entry) for entry in config.layers],
-    }
-
-
-def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
-    return {
-        "name": checkpoint.name,
-        "base_hash": checkpoint.base_hash,
-        "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "neurons": config.intermediate_size,
-        "heads": config.num_heads,
-        "activation": config.activation,
-    }
-
-
-def _environment(engine: Engine) -> dict[str, Any]:
-    info = engine.info
-    return {
-        "device": device_name(cuda=info.device.startswith("cuda")),
-        "backend": info.backend,
-        "dtype": info.dtype,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "commit": commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -10,16 +10,22 @@ In: model, tokenizer, the adapter's layers (None: dense only), texts and task re
     mlp_density, head_density   those of the sparse run (of the dense run, 1.0, without an adapter)
     context, stride, bos        how the texts were cut; bos says in words where a BOS stands
 Perplexity masks every token. With stride < context the densities count a token once per window that reads it.
+
+The work is done in parts, one text or one task each, dense and sparse. A part is plain JSON (sums per window of a text, the
+summary of a task, what was selected), so that a store can keep it and an interrupted run goes on from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dejavu.config import require
+from dejavu.config import Progress, require
+from dejavu.files import text_hash
 from dejavu.measure.perplexity import MaskedSelections, PerplexityResult, paired_rise, perplexity, pooled
+from dejavu.measure.resume import PartStore
 from dejavu.measure.tasks import evaluate_task
 from dejavu.model.predictor import DensityCounter, LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
@@ -27,9 +33,6 @@ from dejavu.model.transformer import Transformer
 
 BOS_ONCE = "once, at the start of a text; later windows get none"
 BOS_NEVER = "none: the tokenizer adds no BOS, so the first token of a text is not scored"
-
-Progress = Callable[[str, int, int], None]
-"""progress(what, done, total): what is e.g. "wiki.txt dense" or a task's name; done and total count tokens or pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ def scored_part(tokenizer: Tokenizer, text: str, max_tokens: int) -> ScoredPart:
     """
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     ids, spans = encoding.ids, encoding.offsets
-    bos = tokenizer.bos_token_id if tokenizer.adds_bos else None
+    bos = tokenizer.document_bos
     begin = 0
     if bos is not None and ids[:1] == [bos]:
         begin = spans[0][1]
@@ -62,33 +65,6 @@ def scored_part(tokenizer: Tokenizer, text: str, max_tokens: int) -> ScoredPart:
     if bos is None and kept:
         begin = spans[0][1]
     return ScoredPart(ids=ids[:kept], bos=bos, num_bytes=len(text[begin:end].encode()))
-
-
-def _counted(totals: DensityCounter, part: DensityCounter) -> None:
-    totals.tokens += part.tokens
-    totals.mlp_L = [a + b for a, b in zip(totals.mlp_L, part.mlp_L, strict=True)]
-    totals.heads_L = [a + b for a, b in zip(totals.heads_L, part.heads_L, strict=True)]
-
-
-def _text_entry(result: PerplexityResult, num_bytes: int) -> dict[str, Any]:
-    return {
-        "ppl": result.ppl,
-        "bits_per_byte": result.bits_per_byte(num_bytes),
-        "stderr": result.stderr,
-        "tokens": result.tokens,
-        "windows": result.windows,
-    }
-
-
-def _side(mode: str, results: Sequence[PerplexityResult], texts: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
-    whole = pooled(results) if results else None
-    return {
-        "mode": mode,
-        "ppl": whole.ppl if whole is not None else None,
-        "stderr": whole.stderr if whole is not None else None,
-        "texts": texts,
-        "tasks": tasks,
-    }
 
 
 def evaluate(
@@ -104,83 +80,130 @@ def evaluate(
     stride: int | None = None,
     strict: bool = False,
     batch_tokens: int = 4096,
+    store: PartStore | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure dense and, with an adapter's layers, sparse quality; the keys are in the file's docstring.
 
     texts: name -> text, of which the first max_tokens tokens are scored; tasks: name -> records, of which the first
-    `limit` are used. context: tokens of a window (default: the model's context); stride defaults to it. Raises ValueError
-    for nothing to measure, an empty text, a bad item, a layer count that is not the model's, and where a sparse run was
-    asked for but nothing ran sparse (case of a dense prefill that silently scores everything).
+    `limit` are used. context: tokens of a window (default: the model's context); stride defaults to it. progress counts
+    tokens of "NAME dense" and "NAME sparse", and pairs of a task. store: parts that
+    it has are not measured again; its settings must name the model, the layers and every option above that is set (default:
+    one in memory). Raises ValueError for nothing to measure, an empty text, a bad item, a layer count that is not the
+    model's, and where a sparse run was asked for but nothing ran sparse (case of a dense prefill that silently scores
+    everything).
     """
     require(len(texts) + len(tasks) > 0, "nothing to evaluate; give a text (--text) or a task (--tasks)")
     require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}")
     require(limit >= 1, f"limit must be at least 1, not {limit}")
+    for name, text in texts.items():
+        require(text != "", f"text {name!r} is empty; give a file with text")
     num_layers = model.config.num_layers
     if layers is not None:
         require(len(layers) == num_layers, f"the adapter has {len(layers)} layers, the model {num_layers}; use the adapter of this model")
         predicts = any(layer.mlp is not None or layer.heads is not None for layer in layers)
         require(predicts, "the adapter has no predictor in any layer, so nothing would run sparse; evaluate with --dense instead")
     context = model.config.max_positions if context is None else context
-    total = DensityCounter(num_layers)
-    dense_texts, dense_tasks, sparse_texts, sparse_tasks = {}, {}, {}, {}
-    dense_results: list[PerplexityResult] = []
-    sparse_results: list[PerplexityResult] = []
-    tokens = tokens_sparse = 0
+    store = PartStore({}) if store is None else store
 
     def watch(what: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, all_of_it: progress(what, done, all_of_it)
+        return None if progress is None else lambda done, total: progress(what, done, total)
 
-    for name, text in texts.items():
-        require(text != "", f"text {name!r} is empty; give a file with text")
+    def measure_text(name: str, text: str) -> dict[str, Any]:
         part = scored_part(tokenizer, text, max_tokens)
         least = 1 if part.bos is not None else 2
         require(len(part.ids) >= least, f"text {name!r} has {len(part.ids)} tokens to score, but needs {least}; give more text or tokens")
         settings: dict[str, Any] = {"bos": part.bos, "context": context, "stride": stride, "batch_tokens": batch_tokens}
         dense = perplexity(model, part.ids, **settings, progress=watch(f"{name} dense"))
-        dense_results.append(dense)
-        dense_texts[name] = _text_entry(dense, part.num_bytes)
-        tokens += dense.tokens
+        found: dict[str, Any] = {"bytes": part.num_bytes, "dense": dataclasses.asdict(dense)}
         if layers is not None:
             masked = MaskedSelections(layers)
             sparse = perplexity(model, part.ids, **settings, selection_factory=masked, progress=watch(f"{name} sparse"))
-            sparse_results.append(sparse)
-            density = {"mlp_density": masked.counter.mlp_density(), "head_density": masked.counter.head_density()}
-            sparse_texts[name] = _text_entry(sparse, part.num_bytes) | density
-            tokens_sparse += sparse.tokens
-            _counted(total, masked.counter)
+            found |= {"sparse": dataclasses.asdict(sparse), "selected": dataclasses.asdict(masked.counter)}
+        return found
 
-    for name, records in tasks.items():
-        masked = MaskedSelections(layers) if layers is not None else None
+    def measure_task(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        masked = None if layers is None else MaskedSelections(layers)
         task = evaluate_task(
             model, tokenizer, name, records[:limit], masked=masked, strict=strict, batch_tokens=batch_tokens, progress=watch(name)
         )
-        dense_tasks[name] = task.dense
-        tokens += task.tokens
-        if masked is not None:
-            sparse_tasks[name] = task.sparse
-            tokens_sparse += task.tokens_sparse
-            _counted(total, masked.counter)
+        return dataclasses.asdict(task) | ({} if masked is None else {"selected": dataclasses.asdict(masked.counter)})
 
+    text_parts, task_parts = {}, {}
+    for name, text in texts.items():
+        text_parts[name] = store.get(f"text {name} {text_hash(text)}", lambda n=name, t=text: measure_text(n, t))
+    for name, records in tasks.items():
+        task_parts[name] = store.get(f"task {name} {text_hash(str(records))}", lambda n=name, r=records: measure_task(n, r))
+    return _joined(text_parts, task_parts, sparse=layers is not None, num_layers=num_layers) | {
+        "context": context,
+        "stride": context if stride is None else stride,
+        "bos": BOS_ONCE if tokenizer.adds_bos else BOS_NEVER,
+    }
+
+
+def _joined(texts: Mapping[str, Any], tasks: Mapping[str, Any], *, sparse: bool, num_layers: int) -> dict[str, Any]:
+    """The result from the parts of texts and tasks, without how the texts were cut."""
+    tokens = sum(sum(part["dense"]["window_tokens"]) for part in texts.values()) + sum(part["tokens"] for part in tasks.values())
     ones = [1.0] * num_layers
-    dense_side = _side("dense", dense_results, dense_texts, dense_tasks)
-    dense_side |= {"mlp_density": 1.0, "head_density": 1.0, "mlp_density_per_layer": ones, "head_density_per_layer": ones}
-    dense_side |= {"tokens": tokens, "tokens_sparse": 0}
-    result: dict[str, Any] = {"dense": dense_side, "sparse": None, "rise": None, "rise_stderr": None}
-    result |= {"mlp_density": 1.0, "head_density": 1.0, "context": context, "stride": context if stride is None else stride}
-    result["bos"] = BOS_ONCE if tokenizer.adds_bos else BOS_NEVER
-    if layers is not None:
-        require(
-            total.tokens > 0,
-            "a sparse evaluation was asked for, but no token was scored sparse: the context of a task runs dense and every "
-            "continuation has one token; use --strict, or add a --text",
-        )
-        sparse_side = _side("predicted", sparse_results, sparse_texts, sparse_tasks)
-        sparse_side |= {"mlp_density": total.mlp_density(), "head_density": total.head_density()}
-        sparse_side |= {"mlp_density_per_layer": total.mlp_per_layer(), "head_density_per_layer": total.heads_per_layer()}
-        sparse_side |= {"tokens": tokens, "tokens_sparse": tokens_sparse}
-        result |= {"sparse": sparse_side, "mlp_density": sparse_side["mlp_density"], "head_density": sparse_side["head_density"]}
-        if sparse_results:
-            rise = paired_rise(pooled(dense_results), pooled(sparse_results))
-            result |= {"rise": rise.rise, "rise_stderr": rise.stderr}
+    dense_side = _side("dense", texts, tasks) | {"mlp_density": 1.0, "head_density": 1.0}
+    dense_side |= {"mlp_density_per_layer": ones, "head_density_per_layer": ones, "tokens": tokens, "tokens_sparse": 0}
+    result = {"dense": dense_side, "sparse": None, "rise": None, "rise_stderr": None, "mlp_density": 1.0, "head_density": 1.0}
+    if not sparse:
+        return result
+    total = _counted(num_layers, [part["selected"] for part in (*texts.values(), *tasks.values())])
+    require(
+        total.tokens > 0,
+        "a sparse evaluation was asked for, but no token was scored sparse: the context of a task runs dense and every "
+        "continuation has one token; use --strict, or add a --text",
+    )
+    tokens_sparse = sum(sum(part["sparse"]["window_tokens"]) for part in texts.values())
+    tokens_sparse += sum(part["tokens_sparse"] for part in tasks.values())
+    sparse_side = _side("sparse", texts, tasks) | {"mlp_density": total.mlp_density(), "head_density": total.head_density()}
+    sparse_side |= {"mlp_density_per_layer": total.mlp_per_layer(), "head_density_per_layer": total.heads_per_layer()}
+    sparse_side |= {"tokens": tokens, "tokens_sparse": tokens_sparse}
+    result |= {"sparse": sparse_side, "mlp_density": sparse_side["mlp_density"], "head_density": sparse_side["head_density"]}
+    if texts:
+        rise = paired_rise(*(pooled([_windows(part[side]) for part in texts.values()]) for side in ("dense", "sparse")))
+        result |= {"rise": rise.rise, "rise_stderr": rise.stderr}
     return result
+
+
+def _side(side: str, texts: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Perplexities and summaries of one side ("dense" or "sparse") of the parts."""
+    results = {name: _windows(part[side]) for name, part in texts.items()}
+    whole = pooled(list(results.values())) if results else None
+    entries: dict[str, dict[str, Any]] = {}
+    for name, result in results.items():
+        entries[name] = {
+            "ppl": result.ppl,
+            "bits_per_byte": result.bits_per_byte(texts[name]["bytes"]),
+            "stderr": result.stderr,
+            "tokens": result.tokens,
+            "windows": result.windows,
+        }
+        if side == "sparse":
+            selected = texts[name]["selected"]
+            counter = _counted(selected["num_layers"], [selected])
+            entries[name] |= {"mlp_density": counter.mlp_density(), "head_density": counter.head_density()}
+    return {
+        "mode": "dense" if side == "dense" else "predicted",
+        "ppl": None if whole is None else whole.ppl,
+        "stderr": None if whole is None else whole.stderr,
+        "texts": entries,
+        "tasks": {name: part[side] for name, part in tasks.items()},
+    }
+
+
+def _windows(values: Mapping[str, Any]) -> PerplexityResult:
+    fields: dict[str, Any] = {**values, "window_nll": tuple(values["window_nll"]), "window_tokens": tuple(values["window_tokens"])}
+    return PerplexityResult(**fields)
+
+
+def _counted(num_layers: int, parts: Iterable[Mapping[str, Any]]) -> DensityCounter:
+    """What was selected in all parts together."""
+    total = DensityCounter(num_layers)
+    for selected in parts:
+        total.tokens += selected["tokens"]
+        total.mlp_L = [a + b for a, b in zip(total.mlp_L, selected["mlp_L"], strict=True)]
+        total.heads_L = [a + b for a, b in zip(total.heads_L, selected["heads_L"], strict=True)]
+    return total

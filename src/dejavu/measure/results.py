@@ -24,6 +24,7 @@ import torch
 
 from dejavu.config import Config, require
 from dejavu.files import read_text
+from dejavu.model.checkpoint import Checkpoint
 from dejavu.version import __version__
 
 PACKAGES = ("numpy", "tokenizers", "triton", "transformers")
@@ -114,9 +115,39 @@ def commit(file: Path = Path(__file__)) -> str | None:
     return f"{head}-dirty" if head is not None and git("status", "--porcelain", "--", ".") else head
 
 
+def about(checkpoint: Checkpoint, *, backend: str, dtype: str, cuda: bool = False) -> dict[str, Any]:
+    """The sections `model` and `environment` of results.json: what ran, on what, when."""
+    config = checkpoint.config
+    return {
+        "model": {
+            "name": checkpoint.name,
+            "base_hash": checkpoint.base_hash,
+            "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+            "layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "neurons": config.intermediate_size,
+            "heads": config.num_heads,
+            "activation": config.activation,
+        },
+        "environment": {
+            "device": device_name(cuda=cuda),
+            "backend": backend,
+            "dtype": dtype,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "commit": commit(),
+            "time": _now(),
+        },
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def completed(rows: Sequence[Row]) -> list[Row]:
     """The rows with device, versions, commit and time (UTC) where these are not set."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = _now()
     known, head = versions(), commit()
     return [
         dataclasses.replace(

@@ -13,6 +13,7 @@ from dejavu.config import require
 from dejavu.files import expand_paths, read_text, text_hash
 from dejavu.model.tokenizer import Tokenizer
 
+DATA = Path(__file__).resolve().parents[1] / "data"  # the texts that come with the package
 SEPARATOR = "<|endoftext|>"
 CHARACTERS_PER_TOKEN = 4  # of a window that is cut before it is tokenised
 GOLDEN = 0.6180339887498949

@@ -47,6 +47,11 @@ class Tokenizer:
         """Number of entries, special tokens included. A model's embedding may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def document_bos(self) -> int | None:
+        """The BOS that begins a document by the tokenizer's own default; None where it adds none."""
+        return self.bos_token_id if self.adds_bos else None
+
     def encode_plain(self, text: str) -> list[int]:
         """Ids of the text alone; no special token is added (one spelled out in the text is still recognised)."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -54,9 +59,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Ids of the text, led by one BOS where that is the tokenizer's default and `add_bos` is true."""
         ids = self.encode_plain(text)
-        if add_bos and self.adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
-            return [self.bos_token_id, *ids]
-        return ids
+        bos = self.document_bos if add_bos else None
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens. An unfinished UTF-8 sequence at the end decodes to U+FFFD."""

@@ -9,16 +9,15 @@ Letters: W windows  T tokens of a window  N = W x T tokens  D model  F neurons  
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dejavu.config import require
+from dejavu.config import Progress, require
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
-Progress = Callable[[str, int, int], None]
 BLOCK = 256  # tokens that are shuffled together
 
 

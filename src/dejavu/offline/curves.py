@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dejavu.config import require
+from dejavu.config import Progress, require
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import DENSE, Selection, Transformer
-from dejavu.offline.collect import LayerData, Progress, pack_windows, sweep_layers
+from dejavu.offline.collect import LayerData, pack_windows, sweep_layers
 from dejavu.offline.fidelity import token_nll
 from dejavu.offline.oracle import OracleHeads, OracleNeurons
 from dejavu.offline.predictors import train_heads

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dejavu.config import Progress
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import DENSE, Selection, Transformer
-from dejavu.offline.collect import Progress
 
 
 @torch.inference_mode()

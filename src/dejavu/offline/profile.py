@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dejavu.config import require
+from dejavu.config import Progress, require
 from dejavu.model.transformer import DENSE, LayerInputs, Selection, Transformer
-from dejavu.offline.collect import Progress, down_norms, group_norms, pack_windows
+from dejavu.offline.collect import down_norms, group_norms, pack_windows
 from dejavu.offline.fidelity import token_nll
 from dejavu.offline.oracle import OracleHeads, OracleNeurons
 

@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dejavu.config import Config, require
+from dejavu.config import Config, Progress, require
 from dejavu.files import read_json, read_safetensors, text_hash, write_json
 from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, PartConfig, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import Candidate, Part, head_reads, interpolate_divergence, meet_budget, mlp_reads
-from dejavu.offline.collect import LayerData, Progress, pack_windows, sweep_layers
+from dejavu.offline.collect import LayerData, pack_windows, sweep_layers
 from dejavu.offline.fidelity import divergences, rise_of, token_nll
 from dejavu.offline.predictors import start_mlp, train_heads, train_mlp
 from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
@@ -53,8 +53,8 @@ class TrainConfig(Config):
     budget: float = 0.005
     rank: int = 64
     loss: Literal["contribution", "bce"] = "contribution"
-    epochs: float = 6.0
-    learning_rate: float = 2e-3
+    epochs: float = 4.0
+    learning_rate: float = 5e-3
     max_tokens: int = 200_000
     lookahead: Literal["auto", "0", "1"] = "auto"
     lookahead_tolerance: float = 0.2
@@ -247,7 +247,7 @@ def train_adapter(
         model.config.has_exact_zeros,
         f"method predicted needs an activation with exact zeros (relu, relu2, fatrelu), and this model has {model.config.activation}",
     )
-    ids_WT = pack_windows(document_ids, context=model.config.max_positions, bos=checkpoint.tokenizer.bos_token_id)
+    ids_WT = pack_windows(document_ids, context=model.config.max_positions, bos=checkpoint.tokenizer.document_bos)
     split = split_windows(ids_WT)
     key = _run_key(checkpoint.base_hash, config, ids_WT)
     layers = _trained_layers(model, split, config, key, work_folder, progress)

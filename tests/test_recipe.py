@@ -1,0 +1,58 @@
+"""The recipe trains, resumes where it stopped, keeps its layers alive and leaves a bundle that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dejavu.model.checkpoint import load_checkpoint
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "train_opt.py"
+WORDS = "the keeper of a lighthouse saw one ship go by and wrote it down in his book before night came over".split()
+
+
+def run(folder: Path, *options: str) -> list[dict[str, Any]]:
+    arguments = [sys.executable, str(RECIPE), "--size", "nano", "--device", "cpu", "--log-interval", "4", "-o", str(folder / "run")]
+    arguments += ["--text", str(folder / "*.txt"), "--valid", str(folder / "valid.md"), *options]
+    single = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=single)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    generator = random.Random(0)
+    story = [" ".join(generator.choice(WORDS) for _ in range(400)) for _ in range(30)]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(story[:25]))
+    (tmp_path / "valid.md").write_text("\n".join(story[25:]))
+    return tmp_path
+
+
+def test_recipe_trains_resumes_and_bundles(text: Path) -> None:
+    steps = ("--steps", "24", "--control-interval", "2")
+    stopped = run(text, *steps, "--max-minutes", "0.00001")
+    assert stopped[-1]["step"] != 24 and not (text / "run" / "model").exists()
+    rows = run(text, *steps)
+    assert rows[0]["step"] == stopped[-1]["step"]
+    assert rows[-1]["step"] == 24
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert all(density > 0 for row in rows if row.get("density") for density in row["density"])
+    assert "masked_0.1" in rows[-1]["foresight"]
+
+    checkpoint = load_checkpoint(text / "run" / "model", dtype=torch.float32)
+    assert checkpoint.config.activation == "relu" and checkpoint.config.num_layers == 2
+    assert checkpoint.tokenizer.encode("the keeper")[0] == 0
+    assert torch.isfinite(checkpoint.model(torch.tensor([checkpoint.tokenizer.encode("the keeper")]))).all()
+
+    with pytest.raises(AssertionError, match="another recipe"):
+        run(text, "--steps", "25")
