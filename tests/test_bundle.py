@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from conftest import Tiny
+from conftest import Tiny, open_fp32
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.model import bundle
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import bundled_models, export, write_bundle
-from dejavu.model.checkpoint import Checkpoint, load_checkpoint, resolve_model
+from dejavu.model.checkpoint import resolve_model
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer
+from dejavu.model.tokenizer import Tokenizer
 from test_adapter import make_adapter
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19, 23, 29]])
@@ -31,11 +30,6 @@ FAMILIES = [
     ("llama", {}),
     ("llama", {"tied_head": True, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "head_dim": 16}),
 ]
-
-
-@pytest.fixture
-def tokenizer(tok96: tokenizers.Tokenizer) -> Tokenizer:
-    return build_tokenizer(tok96, special_tokens={"bos_token": "</s>", "eos_token": "</s>"})
 
 
 @pytest.mark.parametrize(("family", "flags"), FAMILIES, ids=str)

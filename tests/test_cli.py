@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 
 from conftest import Tiny
 from dejavu.cli.main import run
@@ -17,16 +16,17 @@ from dejavu.cli.output import plain, ratio
 from dejavu.language_model import load
 from dejavu.measure.results import read_rows
 from dejavu.model.bundle import export
-from test_language_model import PROMPT, TEXT, make_adapter, wrapped
+from dejavu.model.tokenizer import Tokenizer
+from test_language_model import PROMPT, TEXT, make_adapter
 
 TASK = {"context": "the cat", "choices": [" sat on the mat", " ran to the hat"], "label": 0}
 
 
 @pytest.fixture(scope="module")
-def work(tiny: Tiny, tok96: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model (`model`), its adapter (`adapter`), a text and a task."""
     path = tmp_path_factory.mktemp("cli")
-    export(tiny("opt"), wrapped(tok96), path / "model")
+    export(tiny("opt"), tokenizer, path / "model")
     lm = load(path / "model")
     make_adapter(lm.config, lm.base_hash).save(path / "adapter")
     (path / "text.txt").write_text(TEXT)

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -22,17 +21,18 @@ from dejavu.cli import main
 from dejavu.cli.main import run
 from dejavu.language_model import load
 from dejavu.model.bundle import export
-from test_language_model import PROMPT, TEXT, make_adapter, wrapped
+from dejavu.model.tokenizer import Tokenizer
+from test_language_model import PROMPT, TEXT, make_adapter
 
 GENERATE = ("generate", "model", "-p", PROMPT)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
 
 
 @pytest.fixture(scope="module")
-def work(tiny: Tiny, tok96: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its adapter, and everything that can be wrong with them."""
     path = tmp_path_factory.mktemp("errors")
-    export(tiny("opt"), wrapped(tok96), path / "model")
+    export(tiny("opt"), tokenizer, path / "model")
     lm = load(path / "model")
     make_adapter(lm.config, lm.base_hash).save(path / "adapter")
     make_adapter(lm.config, "f" * 64).save(path / "foreign-adapter")

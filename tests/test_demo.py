@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 
-from conftest import Tiny
+from conftest import Tiny, open_fp32
 from dejavu.engine.backends import make_engine
 from dejavu.engine.generation import generate_tokens
 from dejavu.measure.demo import DATA, PROMPT, DemoSizes, demo_texts, run_demo, stated_quality
@@ -20,8 +19,8 @@ from dejavu.measure.firing import binned, firing
 from dejavu.measure.report import read_results, render
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import write_bundle
-from dejavu.model.checkpoint import Checkpoint, load_checkpoint
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.train import TrainConfig
 from test_adapter import make_adapter
 
@@ -38,11 +37,10 @@ SMALL = DemoSizes(
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny, tok96: tokenizers.Tokenizer) -> Checkpoint:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer: Tokenizer = build_tokenizer(tok96, special_tokens={"bos_token": "</s>", "eos_token": "</s>"})
     write_bundle(tiny("opt", max_positions=128), tokenizer, folder)
-    return load_checkpoint(folder, dtype=torch.float32)
+    return open_fp32(folder)
 
 
 @pytest.fixture(scope="module")

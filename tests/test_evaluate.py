@@ -8,9 +8,10 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
+from conftest import random_predictor
 from dejavu.measure.evaluate import BOS_NEVER, BOS_ONCE, evaluate, scored_part
 from dejavu.measure.perplexity import perplexity
-from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 from dejavu.model.transformer import Transformer
 
@@ -31,13 +32,8 @@ def model(tiny) -> Transformer:
 def layers_of(model: Transformer, threshold: float) -> tuple[LayerAdapter, ...]:
     """Layer 1 stays dense; the others have an MLP predictor."""
     config = model.config
-    predictor = Predictor(
-        A_RD=torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(1)),
-        B_OR=torch.randn(config.intermediate_size, 5, generator=torch.Generator().manual_seed(2)),
-        bias_O=torch.zeros(config.intermediate_size),
-        threshold=threshold,
-        lookahead=0,
-    )
+    generator = torch.Generator().manual_seed(1)
+    predictor = random_predictor(config.hidden_size, config.intermediate_size, generator, threshold=threshold)
     return LayerAdapter(mlp=predictor), LayerAdapter(), LayerAdapter(mlp=predictor)
 
 

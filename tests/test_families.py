@@ -12,8 +12,8 @@ import tokenizers
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from conftest import Tiny
-from dejavu.model.checkpoint import Checkpoint, load_checkpoint
+from conftest import Tiny, open_fp32
+from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.families import config_from_hf, config_to_hf, foreign_targets, parameter_shapes
 from dejavu.model.layers import inverse_frequencies
 

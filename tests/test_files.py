@@ -151,6 +151,21 @@ def test_new_folder_appears_only_when_complete(tmp_path: Path) -> None:
     assert path.stat().st_mode == (tmp_path / "parent").stat().st_mode
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_new_folder_gives_every_file_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out") as partial:
+            (partial / "inner").mkdir()
+            for path in (partial / "a.safetensors", partial / "inner" / "b.safetensors"):
+                path.touch(mode=0o600)  # as safetensors does
+            (partial / "c.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert modes == {MARKER: 0o640, "a.safetensors": 0o640, "b.safetensors": 0o640, "c.json": 0o640, "inner": 0o750}
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_new_folder_that_fails_leaves_what_was_there(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "out"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from conftest import Tiny
+from conftest import Tiny, random_predictor
 from dejavu.config import SamplingConfig
 from dejavu.engine.generation import GeneratedText, Generation, Piece, generate_tokens
 from dejavu.engine.interface import EngineInfo, StepResult
@@ -361,29 +361,13 @@ def test_the_slot_is_freed_after_an_error() -> None:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tok96: BackendTokenizer) -> Tokenizer:
-    return build_tokenizer(
-        BackendTokenizer.from_str(tok96.to_str()),
-        special_tokens={"bos_token": "</s>", "eos_token": "</s>"},
-        bos_token_id=2,
-        eos_token_ids=(2,),
-    )
-
-
-@pytest.fixture(scope="session")
 def start(tiny: Tiny, tokenizer: Tokenizer) -> Callable[..., Generation]:
     """Start a generation of a tiny model: sparse, with random predictors, unless dense."""
     model = tiny("opt")
     generator = torch.Generator().manual_seed(1)
 
     def predictor(outputs: int) -> Predictor:
-        return Predictor(
-            A_RD=torch.randn(5, 32, generator=generator),
-            B_OR=torch.randn(outputs, 5, generator=generator),
-            bias_O=torch.zeros(outputs),
-            threshold=0.5,
-            lookahead=0,
-        )
+        return random_predictor(32, outputs, generator, threshold=0.5)
 
     layers = (LayerAdapter(mlp=predictor(64), heads=predictor(4)), LayerAdapter(mlp=predictor(64)))
 

@@ -12,9 +12,8 @@ import pytest
 import tokenizers
 import torch
 
-from conftest import Tiny
+from conftest import Tiny, open_fp32
 from dejavu.config import RopeConfig
-from dejavu.model.checkpoint import load_checkpoint
 from dejavu.model.families import FAMILIES, is_transposed
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.gguf import LAYER_MODULES, MODULES
@@ -90,7 +89,7 @@ def write_gguf(model: Transformer, tok96: tokenizers.Tokenizer, path: Path, *, k
 def test_fp32_gguf_is_the_model_bit_for_bit(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer, flags: dict[str, Any]) -> None:
     model = tiny("llama", **flags)
     write_gguf(model, tok96, tmp_path / "m.gguf")
-    loaded = load_checkpoint(tmp_path / "m.gguf", dtype=torch.float32)
+    loaded = open_fp32(tmp_path / "m.gguf")
     assert loaded.config == model.config and loaded.name == "m" and loaded.stored_dtype == "f32"
     assert torch.equal(loaded.model(IDS), model(IDS))
     assert loaded.base_hash == model_hash(model), "the same weights, whatever the file"
@@ -100,7 +99,7 @@ def test_fp32_gguf_is_the_model_bit_for_bit(tmp_path: Path, tiny: Tiny, tok96: t
 def test_quantised_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer, kind: Types) -> None:
     model = tiny("llama")
     write_gguf(model, tok96, tmp_path / "m.gguf", kind=kind)
-    loaded = load_checkpoint(tmp_path / "m.gguf", dtype=torch.float32)
+    loaded = open_fp32(tmp_path / "m.gguf")
     assert loaded.stored_dtype == kind.name.lower()
     stored = gguf.quants.dequantize(gguf.quants.quantize(model.blocks[1].up.weight.numpy(), kind), kind)
     assert np.array_equal(loaded.model.blocks[1].up.weight.numpy(), stored)
@@ -112,14 +111,14 @@ def test_quantised_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer,
 def test_the_tokenizer_of_the_metadata(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> None:
     model = tiny("llama")
     write_gguf(model, tok96, tmp_path / "m.gguf")
-    tokenizer = load_checkpoint(tmp_path / "m.gguf", dtype=torch.float32).tokenizer
+    tokenizer = open_fp32(tmp_path / "m.gguf").tokenizer
     for text in ("the cat sat", "  The hat!\n\nand 123", "", "a</s>b"):
         assert tokenizer.encode(text) == tok96.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text.replace("</s>", "")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.vocab_size) == (2, (2,), 96)
     assert tokenizer.chat_template == "{{ messages }}" and tokenizer.special_tokens["bos_token"] == "</s>"
     write_gguf(model, tok96, tmp_path / "n.gguf", add_bos=False, pre="smollm")
-    tokenizer = load_checkpoint(tmp_path / "n.gguf", dtype=torch.float32).tokenizer
+    tokenizer = open_fp32(tmp_path / "n.gguf").tokenizer
     assert not tokenizer.adds_bos and tokenizer.encode("the") == tok96.encode("the").ids[1:]
     pieces = [piece for piece, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str("ab 123")]
     assert pieces == ["ab", "Ġ", "1", "2", "3"], "smollm splits every digit off"
@@ -140,7 +139,7 @@ def test_what_is_not_supported_is_named(
 ) -> None:
     write_gguf(tiny("llama"), tok96, tmp_path / "m.gguf", **changes)
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(tmp_path / "m.gguf", dtype=torch.float32)
+        open_fp32(tmp_path / "m.gguf")
 
 
 def test_truncated_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> None:
@@ -150,4 +149,4 @@ def test_truncated_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer)
     for length in (len(content) - 5000, len(content) // 2, 1000, 20, 2, 0):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"m\.gguf is no readable GGUF file"):
-            load_checkpoint(path, dtype=torch.float32)
+            open_fp32(path)

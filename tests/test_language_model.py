@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 
 import dejavu
-from conftest import Tiny
+from conftest import Tiny, random_predictor
 from dejavu.config import ModelConfig
 from dejavu.language_model import LanguageModel, load
 from dejavu.measure.evaluate import evaluate
@@ -21,15 +20,10 @@ from dejavu.measure.texts import SEPARATOR, document_ids, documents, named_texts
 from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, part_config, quantized
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer
+from dejavu.model.tokenizer import Tokenizer
 
 PROMPT = "the cat sat on the mat"
 TEXT = " ".join(["the cat sat on the mat and then the other cat ran to the hat"] * 30)
-
-
-def wrapped(tok96: tokenizers.Tokenizer) -> Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(tok96.to_str())
-    return build_tokenizer(backend, special_tokens={"bos_token": "</s>", "eos_token": "</s>"})
 
 
 def make_adapter(config: ModelConfig, base_hash: str, *, threshold: float = 0.0) -> Adapter:
@@ -37,8 +31,7 @@ def make_adapter(config: ModelConfig, base_hash: str, *, threshold: float = 0.0)
 
     def predictor(outputs: int, layer: int) -> Predictor:
         generator = torch.Generator().manual_seed(layer)
-        A_RD, B_OR = torch.randn(4, config.hidden_size, generator=generator), torch.randn(outputs, 4, generator=generator)
-        return quantized(Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=torch.zeros(outputs), threshold=threshold, lookahead=0))
+        return quantized(random_predictor(config.hidden_size, outputs, generator, rank=4, threshold=threshold))
 
     count = config.num_layers
     heads = {count - 1: predictor(config.num_kv_heads, 100)}
@@ -59,10 +52,10 @@ def make_adapter(config: ModelConfig, base_hash: str, *, threshold: float = 0.0)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny: Tiny, tok96: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as a Hugging Face folder with an adapter in it."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    model, tokenizer = tiny("opt"), wrapped(tok96)
+    model = tiny("opt")
     export(model, tokenizer, path)
     lm = load(path)
     export(model, tokenizer, path, adapter=make_adapter(lm.config, lm.base_hash))
@@ -202,10 +195,10 @@ def test_low_precision(folder: Path) -> None:
     assert fp16.dtype == "fp32" and "fp16" in fp16.notes[0]
 
 
-def test_names_of_bundled_models_and_adapters(folder: Path, tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer, monkeypatch) -> None:
+def test_names_of_bundled_models_and_adapters(folder: Path, tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer, monkeypatch) -> None:
     monkeypatch.setattr("dejavu.model.bundle.MODELS_FOLDER", tmp_path)
     monkeypatch.setattr("dejavu.language_model.MODELS_FOLDER", tmp_path)
-    write_bundle(tiny("opt"), wrapped(tok96), tmp_path / "mine")
+    write_bundle(tiny("opt"), tokenizer, tmp_path / "mine")
     mine = load("mine")
     assert mine.name == "mine" and mine.adapter is None
     adapter = make_adapter(mine.config, mine.base_hash)

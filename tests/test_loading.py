@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import Tiny
+from conftest import Tiny, open_fp32
 from dejavu.config import ModelConfig
 from dejavu.files import write_json
 from dejavu.model.bundle import export
-from dejavu.model.checkpoint import Checkpoint, load_checkpoint, resolve_model
+from dejavu.model.checkpoint import load_checkpoint, resolve_model
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.tokenizer import build_tokenizer
+from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19]])
@@ -30,11 +29,10 @@ Folder = Callable[..., Path]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> Folder:
+def folder(tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer) -> Folder:
     """`folder(family)`: a tiny model as a plain Hugging Face folder."""
 
     def write(family: str = "opt", **overrides: Any) -> Path:
-        tokenizer = build_tokenizer(tok96, special_tokens={"bos_token": "</s>", "eos_token": "</s>"})
         export(tiny(family, **overrides), tokenizer, tmp_path / "model")
         return tmp_path / "model"
 

@@ -19,7 +19,7 @@ from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.tokenizer import build_tokenizer
+from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import Candidate, Part, choose, interpolate_divergence, meet_budget
 from dejavu.offline.collect import ActiveNeurons, LayerData, group_norms, pack_windows, sweep_layers
@@ -49,9 +49,8 @@ def skewed(tiny: Tiny, **overrides: Any) -> Transformer:
 
 
 @pytest.fixture
-def checkpoint(tiny: Tiny, tok96: object) -> Checkpoint:
+def checkpoint(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
     model = skewed(tiny)
-    tokenizer = build_tokenizer(tok96, special_tokens={"bos_token": "</s>"}, bos_token_id=2, eos_token_ids=(2,))  # pyrefly: ignore
     return Checkpoint(
         model=model,
         tokenizer=tokenizer,

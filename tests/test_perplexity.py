@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from conftest import random_predictor
 from dejavu.measure.perplexity import (
     MaskedSelections,
     PerplexityResult,
@@ -15,7 +16,7 @@ from dejavu.measure.perplexity import (
     rolling_windows,
     score_targets,
 )
-from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import DENSE, Transformer
 
 VOCAB, BOS = 11, 2
@@ -29,13 +30,8 @@ def model(tiny) -> Transformer:
 def constant_predictors(model: Transformer, threshold: float) -> tuple[LayerAdapter, ...]:
     """MLP predictors whose scores are finite, so that a threshold of +inf keeps no neuron and -inf every one."""
     config = model.config
-    predictor = Predictor(
-        A_RD=torch.randn(3, config.hidden_size),
-        B_OR=torch.randn(config.intermediate_size, 3),
-        bias_O=torch.zeros(config.intermediate_size),
-        threshold=threshold,
-        lookahead=0,
-    )
+    generator = torch.Generator().manual_seed(0)
+    predictor = random_predictor(config.hidden_size, config.intermediate_size, generator, threshold=threshold)
     return (LayerAdapter(mlp=predictor),) * config.num_layers
 
 

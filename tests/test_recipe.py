@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from dejavu.model.checkpoint import load_checkpoint
+import dejavu
+from conftest import open_fp32
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "train_opt.py"
 WORDS = "the keeper of a lighthouse saw one ship go by and wrote it down in his book before night came over".split()
@@ -22,8 +23,9 @@ WORDS = "the keeper of a lighthouse saw one ship go by and wrote it down in his 
 def run(folder: Path, *options: str) -> list[dict[str, Any]]:
     arguments = [sys.executable, str(RECIPE), "--size", "nano", "--device", "cpu", "--log-interval", "4", "-o", str(folder / "run")]
     arguments += ["--text", str(folder / "*.txt"), "--valid", str(folder / "valid.md"), *options]
-    single = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=single)
+    # one thread, for tests run side by side
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -49,7 +51,7 @@ def test_recipe_trains_resumes_and_bundles(text: Path) -> None:
     assert all(density > 0 for row in rows if row.get("density") for density in row["density"])
     assert "masked_0.1" in rows[-1]["foresight"]
 
-    checkpoint = load_checkpoint(text / "run" / "model", dtype=torch.float32)
+    checkpoint = open_fp32(text / "run" / "model")
     assert checkpoint.config.activation == "relu" and checkpoint.config.num_layers == 2
     assert checkpoint.tokenizer.encode("the keeper")[0] == 0
     assert torch.isfinite(checkpoint.model(torch.tensor([checkpoint.tokenizer.encode("the keeper")]))).all()

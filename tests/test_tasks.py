@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
+from conftest import random_predictor
 from dejavu.measure.perplexity import MaskedSelections
 from dejavu.measure.tasks import (
     NOTHING_SPARSE,
@@ -46,9 +47,7 @@ def adapter(model: Transformer, *, threshold: float) -> tuple[LayerAdapter, ...]
     config, generator = model.config, torch.Generator().manual_seed(9)
 
     def predictor(outputs: int) -> Predictor:
-        A_RD = torch.randn(5, config.hidden_size, generator=generator)
-        B_OR = torch.randn(outputs, 5, generator=generator)
-        return Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=torch.zeros(outputs), threshold=threshold, lookahead=0)
+        return random_predictor(config.hidden_size, outputs, generator, threshold=threshold)
 
     return tuple(
         LayerAdapter(mlp=predictor(config.intermediate_size), heads=predictor(config.num_kv_heads)) for _ in range(config.num_layers)

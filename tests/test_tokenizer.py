@@ -35,6 +35,7 @@ def gpt2_files(folder: Path, tok96: tokenizers.Tokenizer) -> None:
 def test_bos_once_by_the_default_of_the_post_processor(folder: Path, tok96: tokenizers.Tokenizer) -> None:
     tokenizer = load_tokenizer(folder)
     assert tokenizer.adds_bos and (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.vocab_size) == (2, (2,), 96)
+    assert tokenizer.document_bos == 2
     for text in TEXTS:
         plain = tok96.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text) == [2, *plain] == tok96.encode(text).ids
@@ -46,7 +47,7 @@ def test_bos_once_by_the_default_of_the_post_processor(folder: Path, tok96: toke
 def test_no_bos_where_the_tokenizer_has_no_such_default(folder: Path, tok96: tokenizers.Tokenizer) -> None:
     without_post_processor(tok96).save(str(folder / "tokenizer.json"))
     tokenizer = load_tokenizer(folder)
-    assert not tokenizer.adds_bos and tokenizer.bos_token_id == 2
+    assert not tokenizer.adds_bos and tokenizer.bos_token_id == 2 and tokenizer.document_bos is None
     assert tokenizer.encode("the cat") == tokenizer.encode_plain("the cat")
     (folder / "tokenizer_config.json").unlink()
     assert load_tokenizer(folder).bos_token_id is None, "as Qwen2"
