@@ -27,11 +27,11 @@ MARK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.
 
 
 def record(kind: str, model: str, result: dict[str, Any]) -> None:
-    """Append one command's object to results/quality.jsonl."""
+    """Append one command's object to results/quality.jsonl; where it wrote files is nobody's business."""
     line = {
         "kind": kind,
         "model": model,
-        "result": result,
+        "result": {key: value for key, value in result.items() if key not in ("adapter", "report", "run")},
         "device": device_name(),
         "versions": versions(),
         "commit": commit(),

@@ -122,8 +122,6 @@ def test_options_named_on_other_pages_exist() -> None:
                 known = {opt for param in commands()[name].params for opt in param.opts} | {"--help", "-h"}
                 given = OPTION.findall(rest.partition("#")[0])
                 wrong += [f"{page.name}: dejavu {name} {option}" for option in given if option not in known]
-                    f"{page.name}: dejavu {name} {option}" for option in OPTION.findall(rest.partition("#")[0]) if option not in known
-                ]
     assert wrong == []
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dejavu.config import Config, Progress, require
+from dejavu.config import Config, Progress, SamplingConfig, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.generation import GeneratedText, generate_tokens
 from dejavu.engine.interface import Engine
@@ -39,6 +39,8 @@ from dejavu.offline.profile import profile
 from dejavu.offline.train import TrainConfig, train_adapter
 
 PROMPT = "It was late in the autumn when the old lighthouse keeper"
+# A small model repeats itself when greedy. Dense and sparse draw with the same random numbers.
+TEMPERATURE, TOP_P = 0.7, 0.9
 WARM_UP_TOKENS = 16
 RETRAIN_EPOCHS = 2.0  # minutes, where `dejavu train` takes its time
 
@@ -163,7 +165,7 @@ def run_demo(
             assert adapter is not None
             predictors = stated_quality(adapter)
         with clock.step("generate"):
-            generation, recorded = _generate(model, tokenizer, dense_engine, adapter, backend, sizes, progress)
+            generation, recorded = _generate(model, tokenizer, dense_engine, adapter, backend, sizes, seed, progress)
         speeds = [generation[name]["tok_s"] for name in ("dense", "sparse")]
         tell(f"speed: {speeds[0]:.1f} tok/s dense, {speeds[1]:.1f} sparse")
         with clock.step("evaluate"):
@@ -199,7 +201,14 @@ def run_demo(
 
 
 def _generate(
-    model: Any, tokenizer: Tokenizer, dense: Engine, adapter: Adapter, backend: str, sizes: DemoSizes, progress: Progress | None
+    model: Any,
+    tokenizer: Tokenizer,
+    dense: Engine,
+    adapter: Adapter,
+    backend: str,
+    sizes: DemoSizes,
+    seed: int,
+    progress: Progress | None,
 ) -> tuple[dict[str, Any], GeneratedText]:
     """The `generation` section of the results, and the sparse text once more with its record of what ran."""
     engines = {"dense": dense, "sparse": make_engine(model, adapter.layers, backend=backend)}
@@ -208,8 +217,10 @@ def _generate(
     require(room >= 2, f"the demo's prompt has {len(prompt_ids)} tokens: a context of {model.config.max_positions} has no room for a text")
     count = min(sizes.new_tokens, room)
 
+    sampling = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
+
     def run(engine: Engine, tokens: int) -> GeneratedText:
-        return generate_tokens(engine, tokenizer, prompt_ids, max_new_tokens=tokens, ignore_eos=True).result()
+        return generate_tokens(engine, tokenizer, prompt_ids, max_new_tokens=tokens, sampling=sampling, ignore_eos=True).result()
 
     for engine in engines.values():
         run(engine, min(WARM_UP_TOKENS, count))
@@ -223,6 +234,7 @@ def _generate(
     sparse = texts["sparse"][0]
     generation = {
         "prompt": PROMPT,
+        "sampling": sampling.to_dict(),
         "new_tokens": count,
         "runs": sizes.runs,
         **sides,

@@ -5,7 +5,7 @@ In: the records of a JSONL file, in one of three forms (other keys are ignored):
     {"contexts", "continuation", "label"}         the context that makes the one continuation likeliest
     {"context", "target"}                         is the target the greedy continuation?
 Out: acc, acc_norm and their standard errors sqrt(p (1 - p) / (n - 1)). acc_norm divides a choice's log-probability by its
-UTF-8 length without the leading space, as lm-evaluation-harness does; in the other forms it equals acc. LAMBADA also gets
+characters without the leading space, as lm-evaluation-harness does; in the other forms it equals acc. LAMBADA also gets
 ppl = exp(-mean log p(target)).
 
 Tokens are cut as lm-evaluation-harness cuts them (`encode_pair`), contexts too long for the model lose their start. The
@@ -249,7 +249,7 @@ def summarize(items: Sequence[Item], scores: Sequence[Sequence[Score]]) -> dict[
         hit = row[0].greedy if item.form == "target" else _first_best(log_probs) == item.label
         hits.append(hit)
         if item.form == "choices":
-            lengths = [max(1, len(continuation.removeprefix(" ").encode())) for _, continuation in item.pairs]
+            lengths = [max(1, len(continuation.removeprefix(" "))) for _, continuation in item.pairs]
             hit = _first_best([p / length for p, length in zip(log_probs, lengths, strict=True)]) == item.label
         hits_norm.append(hit)
     acc, stderr = _proportion(hits)

@@ -259,7 +259,7 @@ def train_adapter(
     trials = 0
 
     def measured_rise(choice: list[Candidate | None]) -> float:
-        """The worse of calibration text and (never used for choosing thresholds) check text, with a standard error to spare."""
+        """Rise of perplexity on the calibration windows, half a standard error added."""
         nonlocal trials
         trials += 1
         if progress is not None:
