@@ -214,7 +214,7 @@ def test_accuracies_from_scores():
         {"context": "q", "choices": [" a", " b"], "label": 1},
     ]
     items = [parse_item(record, "here") for record in choices]
-    # the first is right only by length (-2/2 < -6/8), the second by both (-0.9 > -3/3: é counts as one character), the tie goes to the first choice
+    # the first is right only by length (-2/2 < -6/8), the second by both (é counts as one character), the tie goes to the first
     scores = [[Score(-2.0, False), Score(-6.0, False)], [Score(-0.9, False), Score(-3.0, False)], [Score(-1.0, False)] * 2]
     result = summarize(items, scores)
     assert result["acc"] == pytest.approx(1 / 3) and result["acc_norm"] == pytest.approx(2 / 3)
