@@ -52,10 +52,12 @@ def demo(
 
 def show(out: Output, result: dict[str, Any]) -> None:
     """Texts, figures and the report's path."""
+    from dejavu.measure.demo import PROMPT
+
     dense, sparse = result["dense"], result["sparse"]
     for name, side in (("dense", dense), ("sparse", sparse)):
         out.show(f"\n[bold]{name}[/bold]")
-        out.write(side["text"].strip() + "\n")
+        out.write(f"{PROMPT}{side['text'].rstrip()}\n")
     table = new_table("\nDense and sparse", "", "tok/s", "perplexity", "MLP density", "head density")
     table.add_row("dense", number(dense["tok_s"], ",.1f"), number(dense["ppl"]), "1.000", "1.000")
     densities = (number(result["mlp_density"]), number(result["head_density"]))

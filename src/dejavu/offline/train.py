@@ -39,6 +39,7 @@ MASS_LEVELS = (
 HEAD_DENSITIES = (0.5, 0.58, 0.66, 0.75, 0.8, 0.85, 0.9, 0.95)
 MEASURED_EVERY = 3  # divergence is measured at every third candidate and interpolated between
 HELD_OUT_TOKENS = 3072
+CONFIDENCE = 1.0  # standard errors added to a measured rise before it is held against the budget
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,13 +260,13 @@ def train_adapter(
     trials = 0
 
     def measured_rise(choice: list[Candidate | None]) -> float:
-        """Rise of perplexity on the calibration windows, half a standard error added."""
+        """Rise of perplexity on the calibration windows, with its standard error to spare."""
         nonlocal trials
         trials += 1
         if progress is not None:
             progress("meeting the budget", trials, 6)
         rise = rise_of(dense_nll, token_nll(model, split.calibrate, MaskedSelection(_layer_adapters(parts, choice, layers))))
-        return rise.rise + 0.5 * rise.stderr
+        return rise.rise + CONFIDENCE * rise.stderr
 
     goal = config.budget
     for _ in range(3):
@@ -273,9 +274,10 @@ def train_adapter(
         adapters = _layer_adapters(parts, choice, layers)
         selection = MaskedSelection(adapters)
         checked = rise_of(check_nll, token_nll(model, split.check, selection))
-        if checked.rise <= config.budget or all(candidate is None for candidate in choice):
+        cautious = checked.rise + CONFIDENCE * checked.stderr
+        if cautious <= config.budget or all(candidate is None for candidate in choice):
             break
-        goal *= 0.9 * config.budget / checked.rise  # the text that calibration did not see is harder: aim lower
+        goal *= 0.9 * config.budget / cautious  # the text that calibration did not see is harder: aim lower
     counter = selection.counter
     mlp_density, head_density = counter.mlp_density(), counter.head_density()
     assert mlp_density is not None and head_density is not None
