@@ -40,6 +40,8 @@ from dejavu.offline.collect import group_norms
 from dejavu.offline.predictors import contribution_loss
 from opt_sizes import SIZES, Recipe
 
+SAVE_EVERY = 500  # steps between checkpoints: what an interruption costs at most
+
 
 class Companion(nn.Module):
     """The predictors trained along with the model, one per layer; only layer 0 must read its own MLP's input."""
@@ -355,7 +357,9 @@ def prepare(options: argparse.Namespace, recipe: Recipe) -> tuple[Tokenizer, np.
         text_tokens.train_tokenizer(paths, recipe.vocab_size).save(str(tokenizer_path))
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     if not ids_path.exists():
-        np.save(ids_path, text_tokens.tokenize(tokenizer, paths))
+        fresh = ids_path.with_suffix(".new.npy")
+        np.save(fresh, text_tokens.tokenize(tokenizer, paths))
+        fresh.rename(ids_path)
     return tokenizer, np.load(ids_path)
 
 
@@ -396,7 +400,9 @@ def main() -> None:
             )
         if trainer.step % (10 * options.log_interval) == 0:
             write(bits_per_byte=validate(trainer, valid_ids, valid_bytes, windows=64))
-        if trainer.step % (recipe.steps // 10) == 0 and recipe.foresight_start * recipe.steps < trainer.step < recipe.steps:
+        if trainer.step % SAVE_EVERY == 0:
+            trainer.save(checkpoint)
+        if trainer.step % max(1, recipe.steps // 10) == 0 and recipe.foresight_start * recipe.steps < trainer.step < recipe.steps:
             write(foresight=foresight(trainer, valid_ids, valid_bytes))
     trainer.save(checkpoint)
     if trainer.step < recipe.steps:

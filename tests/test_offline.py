@@ -29,7 +29,7 @@ from dejavu.offline.oracle import OracleHeads, OracleNeurons, mass_mask
 from dejavu.offline.predictors import contribution_loss, start_mlp, train_mlp
 from dejavu.offline.profile import profile
 from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
-from dejavu.offline.train import TrainConfig, split_windows, train_adapter
+from dejavu.offline.train import TrainConfig, choose_head_lookahead, split_windows, train_adapter
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
@@ -139,7 +139,7 @@ def test_closed_form_start_at_full_rank_is_the_layer_itself(tiny: Tiny) -> None:
     assert agree > 0.999, float(agree)
 
 
-def test_training_beats_the_start_and_beats_bce_in_mass(tiny: Tiny) -> None:
+def test_training_beats_the_start_and_bce_works(tiny: Tiny) -> None:
     model = skewed(tiny)
     data = data_of(model, torch.tensor([random_ids(60, s) for s in range(40)]))[1]
     block, train, held_out = model.blocks[1], 2000, slice(2000, 2400)
@@ -332,6 +332,34 @@ def test_profile_tells_dead_always_on_and_contextual_apart(tiny: Tiny) -> None:
     assert [row["density"] for row in mlp] == sorted(row["density"] for row in mlp)
     heads = {row["density"]: row["ppl"] for row in result["oracle"] if row["part"] == "heads"}
     assert heads[1.0] == pytest.approx(result["ppl_dense"], rel=1e-6)
+
+
+def test_a_token_on_which_nothing_fires_needs_no_neuron(tiny: Tiny) -> None:
+    model = skewed(tiny)
+    with torch.no_grad():
+        model.blocks[1].up.weight.zero_()
+        model.blocks[1].up.bias.fill_(-1.0)
+        model.blocks[2].up.weight.zero_()
+        model.blocks[2].up.bias.fill_(-1.0)
+        model.blocks[2].up.bias[:4] = 1.0
+    rows = profile(model, {"a": random_ids(60)}, bos=2, oracle_tokens=60)["layers"]
+    assert rows[1]["dead"] == 1.0 and rows[1]["mass99_density"] == 0.0
+    assert all(mass == 1.0 for _, mass in rows[1]["mass_curve"])
+    assert 0 < rows[2]["mass99_density"] <= 4 / 128
+
+
+def test_heads_look_ahead_only_where_it_costs_little(tiny: Tiny) -> None:
+    """Head contributions that are a function of the layer's own input, of which the input before says nothing."""
+    generator = torch.Generator().manual_seed(0)
+    first, second, third = data_of(skewed(tiny), torch.tensor([random_ids(60, s) for s in range(10)]))
+    own = torch.randn(600, 32, generator=generator).bfloat16()
+    data = dataclasses.replace(second, attention_ND=own, group_norms_NG=own[:, :4].float().exp())
+    other = dataclasses.replace(third, previous_mlp_ND=own, group_norms_NG=own[:, :4].float().exp())
+    assert choose_head_lookahead(data, 4, TrainConfig(), 400) == 0
+    assert choose_head_lookahead(other, 4, TrainConfig(), 400) == 1
+    assert choose_head_lookahead(data, 4, TrainConfig(lookahead="1"), 400) == 1
+    assert choose_head_lookahead(other, 4, TrainConfig(lookahead="0"), 400) == 0
+    assert choose_head_lookahead(first, 4, TrainConfig(lookahead="1"), 400) == 0
 
 
 def test_curves_reach_dense_and_mark_their_kind(checkpoint: Checkpoint) -> None:

@@ -71,7 +71,8 @@ def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
         row += ["dense", "", ""] if heads is None else [number(heads["density"]), percent(heads["mass"]), str(heads["lookahead"])]
         table.add_row(str(index), *row)
     out.show(table)
-    rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}"
+    kept = "" if measured["within_budget"] else " [yellow](over the budget on text that calibration did not see)[/yellow]"
+    rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}{kept}"
     out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
     densities = f"MLP density [bold]{measured['mlp_density']:.3f}[/bold], head density [bold]{measured['head_density']:.3f}[/bold]"
     out.show(f"{densities} over all layers · {measured['tokens']:,} tokens · {measured['seconds']:,.0f} s")

@@ -127,7 +127,7 @@ class _Recorder(Selection):
 
 @torch.no_grad()
 def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress: Progress | None = None) -> Iterator[LayerData]:
-    """The data of layer 0, 1, ... in turn; a consumer that is done with one drops it before it takes the next."""
+    """The data of layer 0, 1, ... in turn. A consumer that is done with one deletes it before it takes the next: memory holds one."""
     num_layers, count = model.config.num_layers, len(ids_WT)
     position_T = torch.arange(ids_WT.shape[1])
     x_WTD = torch.empty(*ids_WT.shape, model.config.hidden_size)
@@ -136,19 +136,22 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
     dtype = model.embed.weight.dtype
     previous: Tensor | None = None
     for layer in range(num_layers):
-        attention, mlp, norms, active = [], [], [], []
+        attention_ND, mlp_ND = (torch.empty(x_WTD.shape[:2].numel(), x_WTD.shape[2], dtype=torch.bfloat16) for _ in range(2))
+        norms, active = [], []
         for first in range(0, count, batch):
             recorder = _Recorder(model)
             stop = first + batch
             x, _ = model.layer(layer, x_WTD[first:stop].to(dtype), position_T, None, recorder)
             x_WTD[first:stop] = x.float()
-            attention.append(recorder.attention.flatten(0, 1).bfloat16())
-            mlp.append(recorder.mlp.flatten(0, 1).bfloat16())
+            tokens = slice(first * ids_WT.shape[1], stop * ids_WT.shape[1])
+            attention_ND[tokens], mlp_ND[tokens] = recorder.attention.flatten(0, 1), recorder.mlp.flatten(0, 1)
             norms.append(recorder.norms.flatten(0, 1))
             assert recorder.active is not None
             active.append(recorder.active)
             if progress is not None:
                 progress(f"layer {layer}: reading activations", min(stop, count), count)
-        data = LayerData(layer, torch.cat(attention), torch.cat(mlp), previous, ActiveNeurons.joined(active), torch.cat(norms))
-        previous = data.mlp_ND
-        yield data
+        joined = ActiveNeurons.joined(active)
+        active.clear()
+        yield LayerData(layer, attention_ND, mlp_ND, previous, joined, torch.cat(norms))
+        previous = mlp_ND
+        del joined, attention_ND

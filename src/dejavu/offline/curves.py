@@ -44,7 +44,7 @@ def _points(scored: Scored) -> list[list[float]]:
 
 def recall_curves(model: Transformer, layers: tuple[LayerAdapter, ...], ids: Sequence[int], *, bos: int | None) -> list[dict[str, Any]]:
     """Per layer, [density, recall, mass] of the MLP and head predictors over thresholds; null where there is no predictor."""
-    windows, _ = _halves(model, [*ids, *ids] if len(ids) < 8 else ids, bos)
+    windows, _ = _halves(model, ids, bos)
     rows: list[dict[str, Any]] = []
     for data in sweep_layers(model, windows):
         layer, tokens = layers[data.layer], slice(0, SCORED_TOKENS)

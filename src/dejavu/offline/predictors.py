@@ -21,6 +21,8 @@ from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import Block
 from dejavu.offline.collect import BLOCK, LayerData, down_norms
 
+MOMENT_CHUNK = 8192  # tokens
+
 
 def _inverse_root(covariance_DD: Tensor) -> Tensor:
     """C^-1/2 of a covariance, with a ridge that keeps unused directions out."""
@@ -30,11 +32,14 @@ def _inverse_root(covariance_DD: Tensor) -> Tensor:
 
 
 def _moments(x_ND: Tensor, m_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means of x and m, covariance of x, and cross-covariance of m with x."""
-    x, m = x_ND.float(), m_ND.float()
-    mean_x, mean_m = x.mean(0), m.mean(0)
-    x, m = x - mean_x, m - mean_m
-    return mean_x, mean_m, x.T @ x / len(x), m.T @ x / len(x)
+    """Means of x and m, covariance of x, and cross-covariance of m with x, in fp32; reads a chunk of tokens at a time."""
+    mean_x, mean_m = (values.mean(0, dtype=torch.float32) for values in (x_ND, m_ND))
+    covariance, cross = torch.zeros(len(mean_x), len(mean_x)), torch.zeros(len(mean_m), len(mean_x))
+    for x_chunk, m_chunk in zip(x_ND.split(MOMENT_CHUNK), m_ND.split(MOMENT_CHUNK), strict=True):
+        x, m = x_chunk.float() - mean_x, m_chunk.float() - mean_m
+        covariance += x.T @ x
+        cross += m.T @ x
+    return mean_x, mean_m, covariance / len(x_ND), cross / len(x_ND)
 
 
 def regression_start(
@@ -138,7 +143,7 @@ def train_mlp(
 
 def train_heads(data: LayerData, rank: int, lookahead: int, *, tokens: int, steps: int, generator: torch.Generator) -> Predictor:
     """A predictor of log(contribution norm) of every head group: linear regression in closed form, then a Huber loss."""
-    x_ND, norms_NG = data.head_input(lookahead)[:tokens].float(), data.group_norms_NG[:tokens]
+    x_ND, norms_NG = data.head_input(lookahead)[:tokens], data.group_norms_NG[:tokens]
     target_NG = (norms_NG + 1e-4 * norms_NG.mean()).log()
     mean_x, mean_y, covariance_DD, cross_GD = _moments(x_ND, target_NG)
     inverse_root = _inverse_root(covariance_DD)
@@ -152,7 +157,7 @@ def train_heads(data: LayerData, rank: int, lookahead: int, *, tokens: int, step
         rows = torch.randint(len(x_ND), (min(4096, len(x_ND)),), generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / steps)
-        F.huber_loss(scorer(x_ND[rows]), target_NG[rows]).backward()
+        F.huber_loss(scorer(x_ND[rows].float()), target_NG[rows]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return scorer.predictor(lookahead)

@@ -49,7 +49,7 @@ class _LayerTally(Selection):
         norms_TH = group_norms(self.block, mixed_BTHK, mixed_BTHK.shape[-2]).flatten(0, -2)
         share_TH = (norms_TH.sort(-1, descending=True).values.cumsum(-1) / norms_TH.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
         self.head_share_H += share_TH.sum(0)
-        self.heads90 += float(((share_TH < 0.9).sum(-1) + 1).sum()) / norms_TH.shape[-1]
+        self.heads90 += float(((share_TH < 0.9).sum(-1) + 1).clamp_max(norms_TH.shape[-1]).sum()) / norms_TH.shape[-1]
         return mixed_BTHK
 
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
@@ -58,9 +58,11 @@ class _LayerTally(Selection):
         self.tokens += len(act_TF)
         sample_TF = act_TF[::CURVE_EVERY].abs().float() * self.norms_F
         ordered = sample_TF.sort(-1, descending=True).values.cumsum(-1)
-        share = ordered / ordered[:, -1:].clamp_min(1e-30)
+        total = ordered[:, -1:]
+        share = torch.where(total > 0, ordered / total, 1.0)  # a token on which nothing fires loses nothing
         self.mass_P += share[:, self.kept_P - 1].sum(0)
-        self.mass99 += float((share < 0.99).sum(-1).add(1).clamp_max(share.shape[1]).sum()) / share.shape[1]
+        needed = (share < 0.99).sum(-1).add(1).clamp_max(share.shape[1]) * (total[:, 0] > 0)
+        self.mass99 += float(needed.sum()) / share.shape[1]
         self.sampled += len(sample_TF)
         return act_BTF
 
@@ -89,7 +91,7 @@ def _perplexity(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE
 def oracle_curves(model: Transformer, ids_WT: Tensor, progress: Progress | None = None) -> list[dict[str, Any]]:
     """Perplexity on windows [W, T] when only the neurons (or heads) that matter most are kept, against density."""
     heads = model.config.num_heads
-    counts = sorted({heads - step for step in range(heads // 2 + 1)}, reverse=True)[: 7 if heads <= 16 else None]
+    counts = sorted({heads - round(step * heads / 12) for step in range(7)}, reverse=True)  # from all to half
     rows: list[dict[str, Any]] = []
     total = len(ORACLE_MASSES) + len(counts)
     for mass in ORACLE_MASSES:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dejavu.config import Config, Progress, require
 from dejavu.files import read_json, read_safetensors, text_hash, write_json
-from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, PartConfig, quantized
+from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, PartConfig, part_config, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import Transformer
@@ -47,7 +47,8 @@ class TrainConfig(Config):
     """How predictors are trained. budget: allowed relative rise of perplexity. epochs: passes over the training tokens.
 
     lookahead "auto" takes 1 (the predictor runs beside attention) where that selects at most (1 + lookahead_tolerance) times the
-    neurons that lookahead 0 selects for the same mass. cached_tokens: context at which the heads' reads are counted.
+    neurons that lookahead 0 selects for the same mass (for heads: loses at most that many times the mass at the same density).
+    cached_tokens: context at which the heads' reads are counted.
     """
 
     method: Literal["predicted"] = "predicted"
@@ -123,6 +124,21 @@ def choose_lookahead(data: LayerData, model: Transformer, config: TrainConfig, t
     return starts[1] if density[1] <= (1 + config.lookahead_tolerance) * density[0] else starts[0]
 
 
+def choose_head_lookahead(data: LayerData, groups: int, config: TrainConfig, train: int) -> int:
+    """The same cheap test for the heads: 1 where its closed-form predictor loses at most (1 + lookahead_tolerance) times the mass
+    that lookahead 0 loses at the same density. Layer 0 has no layer before it to read."""
+    if data.previous_mlp_ND is None:
+        return 0
+    if config.lookahead != "auto":
+        return int(config.lookahead)
+    held_out, lost = slice(train, train + HELD_OUT_TOKENS // 2), []
+    for lookahead in (0, 1):
+        start = train_heads(data, groups, lookahead, tokens=train, steps=0, generator=torch.Generator())
+        scored = score_heads(start, data, held_out)
+        lost.append(1 - scored.quality(scored.threshold_for_density(0.75)).mass)
+    return int(lost[1] <= (1 + config.lookahead_tolerance) * lost[0])
+
+
 def train_layer(data: LayerData, model: Transformer, config: TrainConfig, train: int) -> TrainedLayer:
     """Both predictors of a layer, rounded to what an adapter stores, from the first `train` tokens; judged on the rest."""
     block = model.blocks[data.layer]
@@ -134,7 +150,7 @@ def train_layer(data: LayerData, model: Transformer, config: TrainConfig, train:
     predictors, options = {"mlp": mlp}, {"mlp": _options(score_mlp(mlp, data, block, held_out), "mlp")}
     if config.heads and model.config.num_kv_heads > 1:
         groups = model.config.num_kv_heads
-        lookahead = 1 if data.previous_mlp_ND is not None and config.lookahead != "0" else 0
+        lookahead = choose_head_lookahead(data, groups, config, train)
         heads = quantized(train_heads(data, groups, lookahead, tokens=train, steps=100, generator=generator))
         predictors["heads"], options["heads"] = heads, _options(score_heads(heads, data, held_out), "heads")
     return TrainedLayer(predictors, options)
@@ -219,14 +235,8 @@ def _layer_configs(parts: Sequence[Part], choice: Sequence[Candidate | None], la
     for part, candidate in zip(parts, choice, strict=True):
         if candidate is not None:
             predictor = layers[part.layer].predictors[part.kind]
-            chosen[part.layer][part.kind] = PartConfig(
-                rank=predictor.A_RD.shape[0],
-                lookahead=predictor.lookahead,
-                threshold=candidate.threshold,
-                density=candidate.quality.density,
-                recall=candidate.quality.recall,
-                mass=candidate.quality.mass,
-            )
+            predictor = dataclasses.replace(predictor, threshold=candidate.threshold)
+            chosen[part.layer][part.kind] = part_config(predictor, **dataclasses.asdict(candidate.quality))
     return tuple(LayerConfig(layer=layer, **kinds) for layer, kinds in enumerate(chosen))
 
 
@@ -250,7 +260,7 @@ def train_adapter(
     )
     ids_WT = pack_windows(document_ids, context=model.config.max_positions, bos=checkpoint.tokenizer.document_bos)
     split = split_windows(ids_WT)
-    key = _run_key(checkpoint.base_hash, config, ids_WT)
+    key = _run_key(f"{checkpoint.base_hash} {model.embed.weight.dtype}", config, ids_WT)
     layers = _trained_layers(model, split, config, key, work_folder, progress)
     sample = split.calibrate[: max(1, 4096 // split.calibrate.shape[1])]
     parts = priced_parts(model, layers, sample, config, progress)
@@ -264,7 +274,7 @@ def train_adapter(
         nonlocal trials
         trials += 1
         if progress is not None:
-            progress("meeting the budget", trials, 6)
+            progress("meeting the budget", trials, max(trials, 6))
         rise = rise_of(dense_nll, token_nll(model, split.calibrate, MaskedSelection(_layer_adapters(parts, choice, layers))))
         return rise.rise + CONFIDENCE * rise.stderr
 
@@ -310,11 +320,11 @@ def train_adapter(
     return Adapter(layers=adapters, config=adapter_config), result
 
 
-def _run_key(base_hash: str, config: TrainConfig, ids_WT: Tensor) -> str:
+def _run_key(base: str, config: TrainConfig, ids_WT: Tensor) -> str:
     """Names a training run: finished layers are taken over only from a run with the same model, settings and text."""
     settings = {name: value for name, value in config.to_dict().items() if name != "budget"}
     ids = text_hash(" ".join(map(str, ids_WT.flatten().tolist())))
-    return text_hash(f"{base_hash} {sorted(settings.items())} {ids}")
+    return text_hash(f"{base} {sorted(settings.items())} {ids}")
 
 
 def _trained_layers(
@@ -339,6 +349,7 @@ def _trained_layers(
         finished.append(trained)
         if progress is not None:
             progress("training predictors", data.layer + 1, num_layers)
+        del data
     return finished
 
 
