@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from pathlib import Path
@@ -29,7 +30,7 @@ from dejavu.offline.oracle import OracleHeads, OracleNeurons, mass_mask
 from dejavu.offline.predictors import contribution_loss, start_mlp, train_mlp
 from dejavu.offline.profile import profile
 from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
-from dejavu.offline.train import TrainConfig, choose_head_lookahead, split_windows, train_adapter
+from dejavu.offline.train import TrainConfig, choose_head_lookahead, fitting_windows, held_out_tokens, split_windows, train_adapter
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
@@ -376,3 +377,16 @@ def test_curves_reach_dense_and_mark_their_kind(checkpoint: Checkpoint) -> None:
         if row["mlp"] is not None:
             masses = [mass for _, _, mass in row["mlp"]]
             assert masses == sorted(masses)
+
+
+def test_activations_stay_within_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that is too long for the memory is thinned evenly, not cut."""
+    config = tiny("opt").config
+    windows = torch.arange(100)[:, None].expand(100, 64)
+    assert fitting_windows(windows, config) is windows
+    monkeypatch.setattr("dejavu.offline.train.MEMORY_LIMIT", 20 * 64 * (10 * config.hidden_size + 0.4 * config.intermediate_size))
+    kept = fitting_windows(windows, config)[:, 0].tolist()
+    assert len(kept) == 20 and kept[0] == 0 and kept[-1] == 99
+    assert max(b - a for a, b in itertools.pairwise(kept)) <= 6
+    wide = dataclasses.replace(config, intermediate_size=65536)
+    assert held_out_tokens(wide) == 256 and held_out_tokens(config) == 3072

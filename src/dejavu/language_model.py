@@ -248,14 +248,14 @@ class LanguageModel:
         """
         from dejavu.offline.collect import pack_windows
         from dejavu.offline.fidelity import token_nll
-        from dejavu.offline.train import split_windows
+        from dejavu.offline.train import fitting_windows, split_windows
 
         max_tokens = adapter.config.quality.get(MAX_TOKENS)
         require(max_tokens is not None, f"the adapter's config.json has no {MAX_TOKENS!r} under quality; train the adapter again")
         assert max_tokens is not None
         windows = self.training_windows(texts, max_tokens=int(max_tokens))
         ids_WT = pack_windows(windows, context=self.config.max_positions, bos=self.tokenizer.document_bos)
-        return math.exp(float(token_nll(self.model, split_windows(ids_WT).check).double().mean()))
+        return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
         """The windows of a text that training reads: as long as the context, BOS included, but ids without BOS."""

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dejavu.config import Config, Progress, require
+from dejavu.config import Config, ModelConfig, Progress, require
 from dejavu.files import read_json, read_safetensors, text_hash, write_json
 from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, PartConfig, part_config, quantized
 from dejavu.model.checkpoint import Checkpoint
@@ -38,7 +38,10 @@ MASS_LEVELS = (
 )
 HEAD_DENSITIES = (0.5, 0.58, 0.66, 0.75, 0.8, 0.85, 0.9, 0.95)
 MEASURED_EVERY = 3  # divergence is measured at every third candidate and interpolated between
+HELD_OUT_SCORES = 10_000_000  # held-out scores of one layer that are sorted at a time
 HELD_OUT_TOKENS = 3072
+CHECKS = 5  # times the goal is lowered when the check text asks for it; an adapter still over budget says so
+MEMORY_LIMIT = 2e9  # bytes that the activations of one layer may take
 CONFIDENCE = 1.0  # standard errors added to a measured rise before it is held against the budget
 
 
@@ -91,6 +94,17 @@ class Split:
     check: Tensor
 
 
+def fitting_windows(ids_WT: Tensor, config: ModelConfig) -> Tensor:
+    """As many windows as the activations of one layer fit MEMORY_LIMIT, evenly spread over the text.
+
+    A token takes 4 bytes x D of residual stream, three bf16 inputs of width D, and 4 bytes for each active neuron, of which
+    a tenth of the layer is reserved.
+    """
+    per_token = 10 * config.hidden_size + 0.4 * config.intermediate_size
+    fitting = max(3, int(MEMORY_LIMIT / (per_token * ids_WT.shape[1])))
+    return ids_WT if len(ids_WT) <= fitting else ids_WT[torch.linspace(0, len(ids_WT) - 1, fitting).long()]
+
+
 def split_windows(ids_WT: Tensor) -> Split:
     """About 82 % to train, 11 % to calibrate, 7 % to check; windows are interleaved so that each part sees the whole text."""
     count = len(ids_WT)
@@ -98,6 +112,11 @@ def split_windows(ids_WT: Tensor) -> Split:
     check = torch.arange(count) % max(3, min(14, count)) == 0
     calibrate = torch.arange(count) % max(3, min(9, count)) == 1
     return Split(ids_WT[~check & ~calibrate], ids_WT[calibrate & ~check], ids_WT[check])
+
+
+def held_out_tokens(config: ModelConfig) -> int:
+    """Tokens on which predictors are judged: fewer for wide layers, whose scores are sorted all at once."""
+    return min(HELD_OUT_TOKENS, max(256, HELD_OUT_SCORES // config.intermediate_size))
 
 
 def _options(scored: Scored, kind: str) -> list[tuple[float, Quality]]:
@@ -114,7 +133,7 @@ def choose_lookahead(data: LayerData, model: Transformer, config: TrainConfig, t
     block = model.blocks[data.layer]
     if config.lookahead != "auto":
         return start_mlp(data, block, config.rank, int(config.lookahead), train)
-    held_out = slice(train, train + HELD_OUT_TOKENS // 2)
+    held_out = slice(train, train + held_out_tokens(model.config) // 2)
     starts, density = [], []
     for lookahead in (0, 1):
         start = start_mlp(data, block, config.rank, lookahead, train)
@@ -143,7 +162,7 @@ def train_layer(data: LayerData, model: Transformer, config: TrainConfig, train:
     """Both predictors of a layer, rounded to what an adapter stores, from the first `train` tokens; judged on the rest."""
     block = model.blocks[data.layer]
     generator = torch.Generator().manual_seed(config.seed * 1009 + data.layer)
-    held_out = slice(train, train + HELD_OUT_TOKENS)
+    held_out = slice(train, train + held_out_tokens(model.config))
     start = choose_lookahead(data, model, config, train)
     settings = {"epochs": config.epochs, "loss": config.loss, "learning_rate": config.learning_rate}
     mlp = quantized(train_mlp(data, block, start, tokens=train, generator=generator, **settings))
@@ -259,6 +278,8 @@ def train_adapter(
         f"method predicted needs an activation with exact zeros (relu, relu2, fatrelu), and this model has {model.config.activation}",
     )
     ids_WT = pack_windows(document_ids, context=model.config.max_positions, bos=checkpoint.tokenizer.document_bos)
+    given = ids_WT.numel()
+    ids_WT = fitting_windows(ids_WT, model.config)
     split = split_windows(ids_WT)
     key = _run_key(f"{checkpoint.base_hash} {model.embed.weight.dtype}", config, ids_WT)
     layers = _trained_layers(model, split, config, key, work_folder, progress)
@@ -279,7 +300,7 @@ def train_adapter(
         return rise.rise + CONFIDENCE * rise.stderr
 
     goal = config.budget
-    for _ in range(3):
+    for _ in range(CHECKS):
         choice = meet_budget(parts, goal, measured_rise)
         adapters = _layer_adapters(parts, choice, layers)
         selection = MaskedSelection(adapters)
@@ -302,6 +323,7 @@ def train_adapter(
         "budget": config.budget,
         "within_budget": checked.rise <= config.budget,
         "tokens": ids_WT.numel(),
+        "tokens_given": given,
         "seconds": time.perf_counter() - started,
     }
     quality = {name: float(result[name]) for name in ("ppl_dense", "ppl_sparse", "rise", "rise_stderr")}
@@ -336,7 +358,7 @@ def _trained_layers(
     if all(trained is not None for trained in layers):
         return [trained for trained in layers if trained is not None]
     train = split.train.numel()
-    held_out = split.calibrate[: max(1, -(-HELD_OUT_TOKENS // split.calibrate.shape[1]))]
+    held_out = split.calibrate[: max(1, -(-held_out_tokens(model.config) // split.calibrate.shape[1]))]
     finished: list[TrainedLayer] = []
     for data in sweep_layers(model, torch.cat([split.train, held_out]), progress=progress):
         trained = layers[data.layer]
