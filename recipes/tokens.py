@@ -1,36 +1,23 @@
 """Text to tokens for the recipes: a byte-level BPE tokenizer and one flat array of token ids.
 
-In: .txt or .xz files whose documents are separated by lines holding <|endoftext|>. Out: `tokenizer.json` (vocabulary of
+In: .txt or .xz files whose documents are separated by lines of <|endoftext|>. Out: `tokenizer.json` (vocabulary of
 `vocab_size`, `</s>` with id 0 as beginning and end of a document, put in front of every text) and uint16 ids in which
 each document starts with `</s>`.
 """
 
 from __future__ import annotations
 
-import lzma
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from dejavu.files import read_text
+from dejavu.measure.texts import documents
+
 END = "</s>"
-SEPARATOR = "<|endoftext|>"
 CHUNK = 20_000  # characters; long enough that cuts are rare, short enough to spread over cores
-
-
-def read(path: Path) -> str:
-    if path.suffix == ".xz":
-        with lzma.open(path, "rt", encoding="utf-8") as file:
-            return file.read()
-    return path.read_text(encoding="utf-8")
-
-
-def documents(text: str) -> Iterator[str]:
-    for document in text.split(SEPARATOR):
-        stripped = document.strip()
-        if stripped:
-            yield stripped
 
 
 def pieces(document: str) -> Iterator[str]:
@@ -52,7 +39,9 @@ def train_tokenizer(paths: Sequence[Path], vocab_size: int, characters_per_file:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    sample = (piece for path in paths for document in documents(read(path)[:characters_per_file]) for piece in pieces(document))
+    sample = (
+        piece for path in paths for document in documents(read_text(path)[:characters_per_file]) for piece in pieces(document.strip())
+    )
     tokenizer.train_from_iterator(sample, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     return tokenizer
@@ -63,9 +52,9 @@ def tokenize(tokenizer: Tokenizer, paths: Sequence[Path]) -> np.ndarray:
     parts: list[np.ndarray] = []
     for path in paths:
         cuts, starts = [], []
-        for document in documents(read(path)):
+        for document in documents(read_text(path)):
             starts.append(len(cuts))
-            cuts.extend(pieces(document))
+            cuts.extend(pieces(document.strip()))
         encoded = tokenizer.encode_batch_fast(cuts, add_special_tokens=False)
         heads = set(starts)
         for index, encoding in enumerate(encoded):

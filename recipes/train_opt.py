@@ -2,9 +2,9 @@
 
     python recipes/train_opt.py --size mini --text 'corpus/*.xz' --valid valid.txt -o runs/opt-mini
 
-In: text. Out, in the folder: `tokenizer.json`, `tokens.npy`, `checkpoint/` (to resume from), `log.jsonl`,
-`model/`, the finished model as dejavu bundles it (int8 per row, with its tokenizer). Running the command again goes on from
-the last checkpoint.
+In: text. Out, in the folder: `tokenizer.json`, `tokens.npy`, `tokens.json` (what these two were made from),
+`checkpoint/` (to resume from), `log.jsonl`, `model/`, the finished model as dejavu bundles it (int8 per row, with its
+tokenizer). Running the command again goes on from the last checkpoint.
 
 Loss = cross entropy + mu * sum over layers of mean(a * (1 - p)) / rms(a)
 with a the activations and p = sigmoid(score) of a small predictor, trained along with the model on the input of the
@@ -27,11 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import tokens as text_tokens
+from dejavu.files import read_json, read_text, write_json
 from dejavu.model.bundle import write_bundle
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor, mlp_predictor_input
 from dejavu.model.tokenizer import load_tokenizer
@@ -257,10 +259,10 @@ class Trainer:
         fresh = folder / "state.new.safetensors"
         save_file({n: t.detach().contiguous() for n, t in tensors.items()}, fresh, metadata={"step": str(self.step)})
         fresh.rename(folder / "state.safetensors")
-        (folder / "step.json").write_text(json.dumps({"step": self.step, "recipe": self.recipe.to_dict()}))
+        write_json(folder / "step.json", {"step": self.step, "recipe": self.recipe.to_dict()})
 
     def resume(self, folder: Path) -> None:
-        saved = json.loads((folder / "step.json").read_text())
+        saved = read_json(folder / "step.json")
         if saved["recipe"] != self.recipe.to_dict():
             raise ValueError(f"{folder} was made by another recipe; choose another output folder, or the same options")
         tensors = load_file(folder / "state.safetensors", device=self.device)
@@ -274,7 +276,8 @@ class Trainer:
                     state.setdefault(int(index), {})[key] = tensor
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.fired_LF, self.threshold_L, self.predicted_L = tensors["fired"], tensors["threshold"], tensors["predicted"]
-        self.step = saved["step"]
+        with safe_open(folder / "state.safetensors", "pt") as state_file:  # step.json is written after it and may be one save behind
+            self.step = int(state_file.metadata()["step"])
 
 
 class DensityThresholds(Selection):
@@ -347,14 +350,28 @@ def parse() -> tuple[argparse.Namespace, Recipe]:
 
 
 def prepare(options: argparse.Namespace, recipe: Recipe) -> tuple[Tokenizer, np.ndarray]:
-    """Tokenizer and ids, made once and kept in the output folder."""
+    """Tokenizer and ids, made once and kept in the output folder with a record of what they were made from.
+
+    A tokenizer.json that is there before the first run is used. Raises ValueError where the folder's ids are of another text.
+    """
     paths = sorted(Path(name) for pattern in options.text for name in glob.glob(pattern))
     if not paths:
         raise ValueError(f"no file matches {options.text}")
     options.output.mkdir(parents=True, exist_ok=True)
-    tokenizer_path, ids_path = options.output / "tokenizer.json", options.output / "tokens.npy"
+    tokenizer_path, ids_path, record_path = (options.output / name for name in ("tokenizer.json", "tokens.npy", "tokens.json"))
+    record = {"vocab_size": recipe.vocab_size, "files": [[path.name, path.stat().st_size] for path in paths]}
+    if record_path.exists():
+        if read_json(record_path) != record:
+            raise ValueError(f"{record_path} names another text or vocabulary size; choose another output folder, or the same options")
+    elif ids_path.exists():
+        raise ValueError(f"{ids_path} has no {record_path.name} that says what it was made from; delete it to make it again")
+    if tokenizer_path.exists() and (size := Tokenizer.from_file(str(tokenizer_path)).get_vocab_size()) > recipe.vocab_size:
+        raise ValueError(f"{tokenizer_path} has {size} tokens and the model {recipe.vocab_size}; raise --vocab-size")
+    write_json(record_path, record)
     if not tokenizer_path.exists():
-        text_tokens.train_tokenizer(paths, recipe.vocab_size).save(str(tokenizer_path))
+        fresh = tokenizer_path.with_suffix(".new.json")
+        text_tokens.train_tokenizer(paths, recipe.vocab_size).save(str(fresh))
+        fresh.rename(tokenizer_path)
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     if not ids_path.exists():
         fresh = ids_path.with_suffix(".new.npy")
@@ -368,7 +385,7 @@ def main() -> None:
     started = time.time()
     torch.set_float32_matmul_precision("high")
     tokenizer, ids = prepare(options, recipe)
-    valid_text = text_tokens.read(options.valid)
+    valid_text = read_text(options.valid)
     valid_ids = tokenizer.encode(valid_text, add_special_tokens=False).ids
     valid_bytes = len(valid_text.encode())
     trainer = Trainer(recipe, options.device)

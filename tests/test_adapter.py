@@ -54,6 +54,7 @@ def make_adapter(model: ModelConfig, base_hash: str) -> Adapter:
         method="predicted",
         budget=0.005,
         calibration_text_hash="c" * 64,
+        calibration_max_tokens=600,
         quality={"ppl_dense": 20.0, "ppl_sparse": 20.05},
         mlp_density=0.2,
         head_density=0.75,
@@ -108,7 +109,7 @@ def test_round_trip_is_bit_exact(case: Case) -> None:
 def test_the_card_and_the_file_say_what_is_inside(case: Case) -> None:
     card = (case.folder / "README.md").read_text()
     assert "base_model: tiny-opt" in card and case.base_hash in card and "| 3 | dense | density 0.125, recall 0.900" in card
-    assert "| ppl_sparse | 20.05 |" in card
+    assert "| ppl_sparse | 20.05 |" in card and "max_tokens" not in card
     tensors = load_file(case.folder / "adapter.safetensors")
     assert tensors["layers.7.mlp.A"].dtype == torch.int8 and tensors["layers.7.mlp.A.scale"].shape == (5,)
     assert sorted(name for name in tensors if name.startswith("layers.3.")) == [

@@ -84,6 +84,16 @@ def test_generate_for_people_and_programs(call) -> None:
     assert dense["mlp_density"] == 1.0
 
 
+def test_generate_says_that_the_context_is_full(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(work)
+    assert run(["generate", "model", "-p", PROMPT, "-n", "99", "--ignore-eos", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = obj(captured.out)
+    assert result["finish_reason"] == "length" and result["prompt_tokens"] + result["new_tokens"] == 64
+    note = f"the context of 64 tokens is full: {result['new_tokens']} of 99 tokens were written"
+    assert captured.err == f"note: {note}\n" and note in result["notes"]
+
+
 def test_a_seed_repeats_what_generate_draws(call) -> None:
     def drawn(seed: str) -> str:
         return obj(call("generate", "model", "-p", PROMPT, "-n", "12", "--temperature", "2", "--ignore-eos", "--seed", seed, "--json"))[
@@ -105,6 +115,15 @@ def test_eval(call, work: Path) -> None:
         f"{result['dense']['ppl']:.3f}" in shown and f"{result['sparse']['ppl']:.3f}" in shown and f"{result['mlp_density']:.3f}" in shown
     )
     assert obj(call("eval", "model", "--text", "text.txt", "--dense", "--max-tokens", "60", "--json"))["sparse"] is None
+
+
+def test_eval_says_that_separator_lines_are_scored(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(work)
+    (tmp_path / "two.txt").write_text("the cat\n<|endoftext|>\nthe mat\n")
+    assert run(["eval", "model", "--text", str(tmp_path / "two.txt"), "--text", "text.txt", "--dense", "--max-tokens", "60", "--json"]) == 0
+    captured = capsys.readouterr()
+    note = "scored as stored, as one document, <|endoftext|> lines included: two.txt"
+    assert captured.err == f"note: {note}\n" and note in obj(captured.out)["notes"]
 
 
 def test_eval_goes_on_where_it_was_interrupted(call, work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -85,6 +85,9 @@ CASES = {
     "empty prompt is BOS alone, but a negative count is not": ((*GENERATE, "-n", "-3"), r"must be 0 or more, not -3"),
     "negative temperature": ((*GENERATE, "--temperature", "-1"), r"temperature must be 0.*not -1"),
     "top-p": ((*GENERATE, "--top-p", "1.5"), r"top_p must lie in \(0, 1\], not 1.5"),
+    "negative count before the model": (("generate", "nowhere", "-p", "x", "-n", "-3"), r"must be 0 or more, not -3"),
+    "temperature before the model": (("generate", "nowhere", "-p", "x", "--temperature", "-1"), r"temperature must be 0.*not -1"),
+    "empty stop string before the model": (("generate", "nowhere", "-p", "x", "--stop", ""), r"stop string must not be empty"),
     "unavailable backend": ((*GENERATE, "--backend", "cuda"), r"backend 'cuda' is not available: .*available: torch"),
     "unknown backend": ((*GENERATE, "--backend", "tpu"), r"unknown backend 'tpu'; choose one of auto, torch"),
     "unknown dtype": ((*GENERATE, "--dtype", "foo"), r"unknown dtype 'foo'; choose one of auto, fp32"),
@@ -128,7 +131,7 @@ def test_a_mistake_is_one_line(name: str, work: Path, monkeypatch: pytest.Monkey
     assert run(list(arguments)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("dejavu: ") and re.search(message, error), error
-    left = [path.name for path in work.iterdir() if path.name == "new" or path.name.startswith(".")]
+    left = [path.name for path in work.iterdir() if path.name.startswith(("new", "."))]
     assert left == [], "an output folder of a failed command looks whole"
     assert [path.name for path in (work / "mine").iterdir()] == ["thesis.txt"]
 

@@ -189,6 +189,16 @@ def test_thresholds_select_what_they_say(seed: int, share: float) -> None:
     assert scored.quality(math.inf).density == 0
 
 
+@pytest.mark.parametrize("score", [1.0, 1.0 + 2**-23, -3.0, 2.0**26])
+def test_a_threshold_lies_below_its_score_also_between_neighbouring_floats(score: float) -> None:
+    top = torch.tensor(score)
+    following = torch.nextafter(top, torch.tensor(-torch.inf))
+    scores = torch.stack([top, following, following])[:, None]
+    scored = Scored(scores, torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool), at_least_one=False)
+    assert (scores > scored.threshold_for_density(1 / 3)).flatten().tolist() == [True, False, False]
+    assert (scores > scored.threshold_for_density(1.0)).all()
+
+
 def test_head_quality_counts_the_head_that_always_stays(tiny: Tiny) -> None:
     model = skewed(tiny)
     data = data_of(model, torch.tensor([random_ids(60)]))[1]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,6 +48,8 @@ def test_recipe_trains_resumes_and_bundles(text: Path) -> None:
     steps = ("--steps", "24", "--control-interval", "2")
     stopped = run(text, *steps, "--max-minutes", "0.00001")
     assert stopped[-1]["step"] != 24 and not (text / "run" / "model").exists()
+    step_file = text / "run" / "checkpoint" / "step.json"
+    step_file.write_text(json.dumps(json.loads(step_file.read_text()) | {"step": 0}))  # as where the second file was not written any more
     rows = run(text, *steps)
     assert rows[0]["step"] == stopped[-1]["step"]
     assert rows[-1]["step"] == 24
@@ -58,3 +65,32 @@ def test_recipe_trains_resumes_and_bundles(text: Path) -> None:
 
     with pytest.raises(AssertionError, match="another recipe"):
         run(text, "--steps", "25")
+    (text / "b.txt").write_text("one more text")
+    with pytest.raises(AssertionError, match="tokens.json names another text"):
+        run(text, *steps)
+
+
+@pytest.fixture
+def train_opt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The recipe as a module."""
+    monkeypatch.syspath_prepend(str(RECIPE.parent))
+    return importlib.import_module("train_opt")
+
+
+def test_tokens_are_used_again_only_for_the_same_text(text: Path, train_opt: ModuleType) -> None:
+    options, recipe = argparse.Namespace(text=[str(text / "*.txt")], output=text / "run"), train_opt.SIZES["nano"]
+    _, ids = train_opt.prepare(options, recipe)
+    assert ids.tolist().count(0) == 25  # one a document
+    (text / "other").mkdir()
+    shutil.copy(text / "run" / "tokenizer.json", text / "other")  # the user's own
+    other = argparse.Namespace(text=options.text, output=text / "other")
+    assert (train_opt.prepare(other, recipe)[1] == ids).all()
+    with pytest.raises(ValueError, match=r"tokens.json names another text or vocabulary size"):
+        train_opt.prepare(other, dataclasses.replace(recipe, vocab_size=recipe.vocab_size + 1))
+    (text / "other" / "tokens.json").unlink()
+    with pytest.raises(ValueError, match=r"tokens.npy has no tokens.json"):
+        train_opt.prepare(other, recipe)
+    (text / "other" / "tokens.npy").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer.json has \d+ tokens and the model 10; raise"):
+        train_opt.prepare(other, dataclasses.replace(recipe, vocab_size=10))
+    assert (train_opt.prepare(other, recipe)[1] == ids).all()  # the mistake left no record behind

@@ -150,6 +150,16 @@ def mark(folder: Path) -> None:
     (folder / MARKER).write_text(f"dejavu {__version__}\n", encoding="utf-8")
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder where it is not there yet; an empty one gets the mark, so that a later command may go on in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            mark(folder)
+    except OSError as error:
+        raise ValueError(f"{absolute(folder)} cannot be created ({error.strerror}); choose another folder") from None
+
+
 def check_replaceable(path: Path) -> None:
     """Raises ValueError for a file, and for a folder with things in it that dejavu did not write."""
     if not path.exists():

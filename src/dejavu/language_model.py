@@ -30,7 +30,6 @@ from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint, load_checkpoint, re
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import DENSE
 
-MAX_TOKENS = "max_tokens"  # under `quality` of an adapter: how many tokens of its text were used
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -238,8 +237,8 @@ class LanguageModel:
             work_folder=None if work_folder is None else Path(work_folder),
             progress=progress,
         )
-        quality = {**adapter.config.quality, MAX_TOKENS: float(max_tokens)}
-        return Adapter(layers=adapter.layers, config=dataclasses.replace(adapter.config, quality=quality)), measured
+        described = dataclasses.replace(adapter.config, calibration_max_tokens=max_tokens)
+        return Adapter(layers=adapter.layers, config=described), measured
 
     def calibration_perplexity(self, texts: Sequence[str], adapter: Adapter) -> float:
         """Dense perplexity of this model on the tokens that the adapter's `ppl_dense` was measured on.
@@ -250,10 +249,10 @@ class LanguageModel:
         from dejavu.offline.fidelity import token_nll
         from dejavu.offline.train import fitting_windows, split_windows
 
-        max_tokens = adapter.config.quality.get(MAX_TOKENS)
-        require(max_tokens is not None, f"the adapter's config.json has no {MAX_TOKENS!r} under quality; train the adapter again")
-        assert max_tokens is not None
-        windows = self.training_windows(texts, max_tokens=int(max_tokens))
+        max_tokens = adapter.config.calibration_max_tokens
+        if max_tokens is None:
+            raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
+        windows = self.training_windows(texts, max_tokens=max_tokens)
         ids_WT = pack_windows(windows, context=self.config.max_positions, bos=self.tokenizer.document_bos)
         return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
 

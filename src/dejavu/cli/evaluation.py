@@ -40,7 +40,7 @@ def evaluation(
     from dejavu.measure.evaluate import evaluate
     from dejavu.measure.resume import PartStore
     from dejavu.measure.tasks import read_items
-    from dejavu.measure.texts import named_files, named_texts
+    from dejavu.measure.texts import SEPARATOR, has_separator, named_files, named_texts
 
     out = Output(as_json)
     require(bool(text or tasks), "nothing to evaluate; give a text (--text) or a task (--tasks)")
@@ -50,6 +50,11 @@ def evaluation(
         model, out, backend=backend, dtype=dtype, threads=threads, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
     )  # fmt: skip
+    notes = list(lm.notes)
+    separated = [name for name, content in texts.items() if has_separator(content)]
+    if separated:
+        notes.append(f"scored as stored, as one document, {SEPARATOR} lines included: {', '.join(separated)}")
+        out.warn(notes[-1])
     options: dict[str, Any] = {"max_tokens": max_tokens, "limit": limit, "stride": stride, "strict": strict}
     folder = None if output is None else open_run(output)
     store = PartStore({**options, **_identity(lm)}, None if folder is None else folder / PARTS)
@@ -63,7 +68,7 @@ def evaluation(
     show(out, result)
     if folder is not None:
         out.say(f"Results: {write_sections(folder, lm, evaluation=result)}")
-    out.finish(result | {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "notes": list(lm.notes)})
+    out.finish(result | {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "notes": notes})
 
 
 def _identity(lm: LanguageModel) -> dict[str, Any]:

@@ -30,7 +30,13 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt, sparse where the model has an adapter."""
+    from dejavu.config import SamplingConfig, require
+    from dejavu.engine.streaming import StopStrings
+
     out = Output(as_json)
+    require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)  # an impossible value is said before a model is loaded
+    StopStrings(stop or ())
     lm = open_model(
         model, out, backend=backend, dtype=dtype, threads=threads, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
@@ -52,6 +58,11 @@ def generate(
     finally:
         out.write("\n\n")
     result = running.result()
+    notes = list(lm.notes)
+    if result.finish_reason == "length" and result.new_tokens < max_new_tokens:
+        written = f"{result.new_tokens} of {max_new_tokens} tokens were written"
+        notes.append(f"the context of {lm.config.max_positions} tokens is full: {written}")
+        out.warn(notes[-1])
     what = f"{result.new_tokens} tokens at [bold]{speed(result.tok_s)}[/bold]"
     prefill = f"prompt of {result.prompt_tokens} at {speed(result.prefill_tok_s)}"
     densities = f"MLP density {number(result.mlp_density)}, head density {number(result.head_density)}"
@@ -69,6 +80,6 @@ def generate(
             "prompt_tokens": result.prompt_tokens,
             "new_tokens": result.new_tokens,
             "finish_reason": result.finish_reason,
-            "notes": list(lm.notes),
+            "notes": notes,
         }
     )

@@ -1,6 +1,6 @@
 """What a command shows: tables and notes on stdout for people, one JSON object on its last line for programs.
 
-Progress bars go to stderr, and only where that is a terminal.
+Warnings go to stderr, and so do progress bars, but only where that is a terminal.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Output:
         """Plain text as it comes, at once."""
         if not self.as_json:
             print(text, end="", flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line on stderr on what came out otherwise than one may expect."""
+        print(f"note: {text}", file=sys.stderr)
 
     def finish(self, result: dict[str, Any]) -> None:
         """The object of --json. Numbers that are not finite become null: JSON has no word for them."""

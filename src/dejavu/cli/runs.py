@@ -18,15 +18,11 @@ PARTS = "eval-parts.json"
 
 def open_run(path: Path) -> Path:
     """The run folder, made if it is not there. Raises ValueError where it may not be written."""
-    from dejavu.files import absolute, check_replaceable, mark
+    from dejavu.files import absolute, check_replaceable, make_folder
 
     path = absolute(path)
     check_replaceable(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        mark(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be created ({error.strerror}); choose another folder") from None
+    make_folder(path)
     return path
 
 

@@ -10,7 +10,7 @@ import typer
 
 from dejavu.cli.options import AsJson, Backend, Dtype, Model, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
-from dejavu.cli.runs import open_run, write_sections
+from dejavu.cli.runs import write_sections
 
 if TYPE_CHECKING:
     from dejavu.model.adapter import Adapter
@@ -46,10 +46,11 @@ def train(
     options |= {"max_tokens": max_tokens, "seed": seed}
     TrainConfig.from_dict(options)  # an impossible value is said before a model is loaded
     target = absolute(output)
+    work = target.with_name(f"{target.name}.partial")  # made when the first layer is finished
     check_replaceable(target)
+    check_replaceable(work)
     texts = named_texts(text)
     lm = open_model(model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False)
-    work = open_run(target.with_name(f"{target.name}.partial"))
     with resumable(f"finished layers are kept in {work}; run the same command again to go on"), progress_bars() as progress:
         adapter, measured = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
     with new_folder(target) as folder:

@@ -32,6 +32,11 @@ def documents(text: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
+def has_separator(text: str) -> bool:
+    """Whether a line of the text would end a document, where documents are told apart."""
+    return any(line.strip() == SEPARATOR for line in text.splitlines())
+
+
 def corpus_hash(texts: Sequence[str]) -> str:
     """SHA-256 of one text, or of several laid end to end with a separator line between them."""
     return text_hash(f"\n{SEPARATOR}\n".join(texts))

@@ -81,6 +81,7 @@ class AdapterConfig(Config):
     """Provenance and measurements of an adapter, what its config.json holds.
 
     base_hashes: every accepted form of the base (see fingerprint.py). budget: allowed relative rise of perplexity.
+    calibration_max_tokens: how many tokens of the calibration text were asked for, None where that is not known.
     quality: measured numbers by name, e.g. ppl_dense, ppl_sparse. Densities are averages over all layers.
     """
 
@@ -90,6 +91,7 @@ class AdapterConfig(Config):
     method: str
     budget: float | None
     calibration_text_hash: str
+    calibration_max_tokens: int | None = None
     quality: dict[str, float]
     mlp_density: float
     head_density: float
@@ -103,6 +105,8 @@ class AdapterConfig(Config):
             f"adapter schema_version {self.schema_version} is not supported (this dejavu {__version__} reads {SCHEMA_VERSION})",
         )
         require(self.method in METHODS, f"adapter method {self.method!r} is not supported; supported: {', '.join(METHODS)}")
+        tokens = self.calibration_max_tokens
+        require(tokens is None or tokens >= 1, f"calibration_max_tokens must be at least 1, not {tokens}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -54,7 +54,10 @@ class Scored:
         last = min(max(last, 0), len(values) - 1)
         score = values[last]
         following = values[min(last + 1, len(values) - 1)]
-        return float((score + following) / 2) if following < score else float(torch.nextafter(score, score - 1))
+        if following == score:
+            return float(torch.nextafter(score, torch.full_like(score, -torch.inf)))
+        middle = (score + following) / 2
+        return float(middle if middle < score else following)  # between neighbouring floats the middle may round up to the score
 
     def quality(self, threshold: float) -> Quality:
         chosen = self.scores > threshold

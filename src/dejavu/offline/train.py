@@ -8,7 +8,6 @@ has seen, checks the budget. Finished layers are kept in `work_folder`, so that 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dejavu.config import Config, ModelConfig, Progress, require
-from dejavu.files import read_json, read_safetensors, text_hash, write_json
+from dejavu.files import make_folder, read_json, read_safetensors, text_hash, write_json
 from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, PartConfig, part_config, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
@@ -181,7 +180,7 @@ def _save_layer(folder: Path, layer: int, key: str, trained: TrainedLayer) -> No
         tensors |= {f"{kind}.A": predictor.A_RD, f"{kind}.B": predictor.B_OR, f"{kind}.bias": predictor.bias_O}
         options = [[threshold, *dataclasses.astuple(quality)] for threshold, quality in trained.options[kind]]
         parts[kind] = {"lookahead": predictor.lookahead, "options": options}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"layer_{layer}.safetensors")
     write_json(folder / f"layer_{layer}.json", {"key": key, "parts": parts})
 
@@ -333,7 +332,7 @@ def train_adapter(
         method=config.method,
         budget=config.budget,
         calibration_text_hash=text_hash,
-        quality=quality | {"calibration_ppl_dense": math.exp(float(dense_nll.double().mean()))},
+        quality=quality,
         mlp_density=mlp_density,
         head_density=head_density,
         seed=config.seed,
