@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 // `count` values of T, all zero. Throws std::bad_alloc where the memory is not there or the size does not fit.
@@ -45,3 +46,11 @@ template <class T> class Buffer {
 };
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The product of sizes; std::bad_alloc where no memory could hold it.
+inline int64_t product(std::initializer_list<int64_t> sizes) {
+  int64_t total = 1;
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(total, size, &total)) throw std::bad_alloc();
+  return total;
+}

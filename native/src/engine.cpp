@@ -44,10 +44,10 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
     require(layer.q.present() && layer.k.present() && layer.v.present() && layer.o.present() && !layer.norm1.weight.empty() &&
                 !layer.norm2.weight.empty() && (c.dtype == DEJAVU_FP32 || (!layer.up.scale.empty() && !layer.down.scale.empty())),
             "a layer of the model lacks a part");
-  residual = Buffer<float>(rows * width);
-  query = Buffer<float>(rows * c.num_heads * model->head_width);
-  attention_parts = Buffer<float>(head_chunks * rows * width);
-  mlp_parts = Buffer<float>(neuron_chunks * rows * width);
+  residual = Buffer<float>(product({rows, width}));
+  query = Buffer<float>(product({rows, c.num_heads, model->head_width}));
+  attention_parts = Buffer<float>(product({head_chunks, rows, width}));
+  mlp_parts = Buffer<float>(product({neuron_chunks, rows, width}));
   cosine = Buffer<float>(rows * c.head_dim);
   sine = Buffer<float>(rows * c.head_dim);
   projected = Buffer<float>(rows * model->embed_width);

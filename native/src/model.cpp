@@ -34,8 +34,7 @@ void Matrix::view(int new_dtype, int64_t new_rows, int64_t new_columns, unsigned
 
 void Matrix::allocate(int new_dtype, int64_t new_rows, int64_t new_columns) {
   const int64_t bytes = round_up(new_columns, PAD) * (new_dtype == DEJAVU_FP32 ? 4 : 1);
-  if (new_rows > INT64_MAX / bytes) throw std::bad_alloc();
-  owned = Buffer<unsigned char>(new_rows * bytes);
+  owned = Buffer<unsigned char>(product({new_rows, bytes}));
   view(new_dtype, new_rows, new_columns, owned.data(), bytes);
 }
 
@@ -63,7 +62,7 @@ dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
   layers.resize((size_t)config.num_layers);
   const int64_t parts = config.gated ? 3 : 2, bytes = width * (config.dtype == DEJAVU_FP32 ? 4 : 1);
   for (Layer &layer : layers) {
-    layer.neurons = Buffer<unsigned char>(config.intermediate_size * parts * bytes);
+    layer.neurons = Buffer<unsigned char>(product({config.intermediate_size, parts, bytes}));
     unsigned char *record = layer.neurons.data();
     for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) {
       if (matrix == &layer.gate && !config.gated) continue;

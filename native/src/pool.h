@@ -18,7 +18,7 @@ class Signal {
   void raise();
 
  private:
-  static constexpr int SPINS = 3000;
+  static constexpr int SPINS = 500;
   std::atomic<unsigned> value_{0};
   std::atomic<int> sleepers_{0};
   std::mutex mutex_;

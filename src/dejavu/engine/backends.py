@@ -82,5 +82,7 @@ def make_engine(
             model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record, dtype=dtype or stored, threads=threads
         )
     assert picked == "torch", f"{picked=} has no engine"
-    require(dtype in (None, stored), f"dtype {dtype!r} is not available on backend 'torch' for a model loaded as {stored}; load it as {dtype}")
+    require(
+        dtype in (None, stored), f"dtype {dtype!r} is not available on backend 'torch' for a model loaded as {stored}; load it as {dtype}"
+    )
     return TorchEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record)

@@ -57,9 +57,7 @@ class NativeEngine:
         self._model = packed_model(model, dtype)
         self._handle = ctypes.c_void_p()
         wanted = None if instruction_set is None else instruction_set.encode()
-        native.check(
-            self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle))
-        )
+        native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
         self._set_predictors()
         pages_per_slot = -(-config.max_positions // page_size)
