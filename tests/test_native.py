@@ -57,7 +57,8 @@ def model(request: pytest.FixtureRequest, tiny: Tiny) -> Transformer:
 
 
 def engine_of(model: Transformer, layers: Sequence[LayerAdapter] | None = None, **options: Any) -> NativeEngine:
-    return NativeEngine(model, layers, **{"threads": 2, "page_size": 3, **options})
+    values: dict[str, Any] = {"threads": 2, "page_size": 3, **options}
+    return NativeEngine(model, layers, **values)
 
 
 def rounded(model: Transformer) -> Transformer:

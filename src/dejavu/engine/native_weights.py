@@ -120,7 +120,7 @@ def _parts(model: Transformer, *, quantized: bool) -> Iterator[tuple[int, int, M
         yield native.NORM1, index, _norm(block.norm1, size)
         yield native.NORM2, index, _norm(block.norm2, size)
         linear: tuple[tuple[int, nn.Module | None], ...] = (
-            *((native.Q, block.q), (native.K, block.k), (native.V, block.v), (native.O, block.o)),
+            *((native.QUERY, block.q), (native.KEY, block.k), (native.VALUE, block.v), (native.OUTPUT, block.o)),
             *((native.GATE, block.gate), (native.UP, block.up), (native.DOWN, block.down)),
         )
         for part, module in linear:
