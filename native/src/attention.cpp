@@ -43,7 +43,7 @@ void Pass::project_heads(int64_t layer) {
     for (int64_t tile = 0; tile < size; tile += TILE)
       for (int64_t r = 0; r < rows; r++)
         if (!is_query || selects(r, head))
-          dots(matrix, own.attention_in[r], nullptr, head * size + tile, std::min(TILE, size - tile), own.query[r].f + tile);
+          dots(matrix, own.attention_in[r], nullptr, head * size + tile, std::min(TILE, size - tile), own.query[r].f + tile, rows == 1 ? matrix.row_bytes() : 0);
     for (int64_t r = 0; r < rows; r++) {
       if (is_query && !selects(r, head)) continue;
       float *computed = own.query[r].f;
@@ -87,7 +87,7 @@ void Pass::attend(int64_t layer) {
         }
         if (o.dtype == DEJAVU_INT8)
           for (int64_t i = 0; i < size; i++) mixed[i] *= o.scale[h * size + i];
-        axpys(o, mixed, nullptr, h * size, size, engine.attention_parts.data() + (c * engine.max_rows + r) * width);
+        axpys(o, mixed, nullptr, h * size, size, engine.attention_parts.data() + (c * engine.max_rows + r) * width, rows == 1 ? o.row_bytes() : 0);
       }
     }
   }

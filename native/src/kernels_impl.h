@@ -25,6 +25,13 @@ inline void fetch4(const RowList &rows, int64_t k) {
   }
 }
 
+// Rows in order were fetched by the call before.
+inline void fetch_first(const RowList &rows) {
+  if (rows.idx == nullptr) return;
+  fetch4(rows, 0);
+  fetch4(rows, 4);
+}
+
 template <class W> inline void rows4(const RowList &rows, int64_t k, const W *out[4]) {
   for (int64_t j = 0; j < 4; j++) out[j] = row_of<W>(rows, k + j < rows.count ? k + j : rows.count - 1);
 }
@@ -34,8 +41,7 @@ inline void put4(const float *four, int64_t k, int64_t count, float *out) {
 }
 
 template <class W> void dots(const RowList &rows, const float *x, int64_t n, float *out) {
-  fetch4(rows, 0);
-  fetch4(rows, 4);
+  fetch_first(rows);
   for (int64_t k = 0; k < rows.count; k += 4) {
     fetch4(rows, k + AHEAD);
     const W *r[4];
@@ -61,8 +67,7 @@ template <class W> void dots(const RowList &rows, const float *x, int64_t n, flo
 }
 
 void dots_i8_i16(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out) {
-  fetch4(rows, 0);
-  fetch4(rows, 4);
+  fetch_first(rows);
   for (int64_t k = 0; k < rows.count; k += 4) {
     fetch4(rows, k + AHEAD);
     const int8_t *r[4];
@@ -80,8 +85,7 @@ void dots_i8_i16(const RowList &rows, const int16_t *xq, float scale, int64_t n,
 }
 
 template <class W> void axpys(const RowList &rows, const float *coef, int64_t n, float *y) {
-  fetch4(rows, 0);
-  fetch4(rows, 4);
+  fetch_first(rows);
   int64_t k = 0;
   for (; k + 4 <= rows.count; k += 4) {
     fetch4(rows, k + AHEAD);

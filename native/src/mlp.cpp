@@ -9,7 +9,7 @@
 void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y) {
   const Vector &x = own.mlp_in[r];
   float *values = own.values.data();
-  const int64_t fetch = idx == nullptr ? 0 : layer.up.row_bytes();
+  const int64_t fetch = idx != nullptr || rows == 1 ? layer.up.row_bytes() : 0;
   if (config.gated) {
     float *gate = values + config.intermediate_size + PAD;
     dots(layer.gate, x, idx, first, count, gate, skip_zeros ? 2 * fetch : 3 * fetch);

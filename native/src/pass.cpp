@@ -22,7 +22,8 @@ int64_t Pass::share_end(int64_t total, int64_t unit) const { return thread + 1 =
 
 void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, int64_t fetch) const {
   if (count == 0) return;
-  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, count, fetch};
+  const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
+  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch};
   if (m.dtype == DEJAVU_FP32)
     kernels.dots_f32(list, x.f, m.width, out);
   else if (x.q == nullptr)
@@ -37,7 +38,8 @@ void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t fi
 
 void Pass::axpys(const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, int64_t fetch) const {
   if (count == 0) return;
-  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, count, fetch};
+  const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
+  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch};
   (m.dtype == DEJAVU_FP32 ? kernels.axpys_f32 : kernels.axpys_i8)(list, coef, m.width, y);
 }
 
@@ -162,7 +164,7 @@ void Pass::output() {
     const int64_t count = std::min(TILE, end - tile);
     for (int64_t r = block.first_logits; r < rows; r++) {
       float *out = block.logits + (r - block.first_logits) * config.vocab_size + tile;
-      dots(head, projects ? own.projected[r] : own.final_in[r], nullptr, tile, count, out);
+      dots(head, projects ? own.projected[r] : own.final_in[r], nullptr, tile, count, out, rows == 1 ? head.row_bytes() : 0);
       finite = finite && kernels.finite(out, count);
     }
   }
