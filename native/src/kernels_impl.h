@@ -9,14 +9,15 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 8;  // rows
+// How many rows ahead to fetch, of a list and of rows in order (then the tile that comes next).
+constexpr int64_t AHEAD = 8, AHEAD_IN_ORDER = 16;
 
 template <class W> inline const W *row_of(const RowList &rows, int64_t k) {
   const int64_t number = rows.idx == nullptr ? k : (int64_t)rows.idx[k];
   return (const W *)((const char *)rows.base + number * rows.stride);
 }
 
-inline void fetch4(const RowList &rows, int64_t k) {
+inline void fetch_rows(const RowList &rows, int64_t k) {
   if (rows.fetch == 0) return;
   const int64_t stop = k + 4 < rows.listed ? k + 4 : rows.listed;
   for (int64_t j = k; j < stop; j++) {
@@ -25,11 +26,13 @@ inline void fetch4(const RowList &rows, int64_t k) {
   }
 }
 
+inline void fetch_ahead(const RowList &rows, int64_t k) { fetch_rows(rows, k + (rows.idx == nullptr ? AHEAD_IN_ORDER : AHEAD)); }
+
 // Rows in order were fetched by the call before.
 inline void fetch_first(const RowList &rows) {
   if (rows.idx == nullptr) return;
-  fetch4(rows, 0);
-  fetch4(rows, 4);
+  fetch_rows(rows, 0);
+  fetch_rows(rows, 4);
 }
 
 template <class W> inline void rows4(const RowList &rows, int64_t k, const W *out[4]) {
@@ -43,7 +46,7 @@ inline void put4(const float *four, int64_t k, int64_t count, float *out) {
 template <class W> void dots(const RowList &rows, const float *x, int64_t n, float *out) {
   fetch_first(rows);
   for (int64_t k = 0; k < rows.count; k += 4) {
-    fetch4(rows, k + AHEAD);
+    fetch_ahead(rows, k);
     const W *r[4];
     rows4(rows, k, r);
     F::T a[4], b[4];
@@ -61,26 +64,26 @@ template <class W> void dots(const RowList &rows, const float *x, int64_t n, flo
       for (int j = 0; j < 4; j++) a[j] = F::fma(F::load(r[j] + i), x0, a[j]);
     }
     float four[4];
-    F::sum4(F::add(a[0], b[0]), F::add(a[1], b[1]), F::add(a[2], b[2]), F::add(a[3], b[3]), four);
-    put4(four, k, rows.count, out);
+    const bool whole = k + 4 <= rows.count;
+    F::sum4(F::add(a[0], b[0]), F::add(a[1], b[1]), F::add(a[2], b[2]), F::add(a[3], b[3]), whole ? out + k : four);
+    if (!whole) put4(four, k, rows.count, out);
   }
 }
 
 void dots_i8_i16(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out) {
   fetch_first(rows);
   for (int64_t k = 0; k < rows.count; k += 4) {
-    fetch4(rows, k + AHEAD);
+    fetch_ahead(rows, k);
     const int8_t *r[4];
     rows4(rows, k, r);
     I::T a[4];
     for (int j = 0; j < 4; j++) a[j] = I::zero();
     for (int64_t i = 0; i < n; i += I::W)
       for (int j = 0; j < 4; j++) a[j] = I::step(a[j], r[j] + i, xq + i);
-    int32_t sums[4];
-    I::sum4(a[0], a[1], a[2], a[3], sums);
     float four[4];
-    for (int j = 0; j < 4; j++) four[j] = (float)sums[j] * scale;
-    put4(four, k, rows.count, out);
+    const bool whole = k + 4 <= rows.count;
+    I::sum4(a[0], a[1], a[2], a[3], scale, whole ? out + k : four);
+    if (!whole) put4(four, k, rows.count, out);
   }
 }
 
@@ -88,7 +91,7 @@ template <class W> void axpys(const RowList &rows, const float *coef, int64_t n,
   fetch_first(rows);
   int64_t k = 0;
   for (; k + 4 <= rows.count; k += 4) {
-    fetch4(rows, k + AHEAD);
+    fetch_ahead(rows, k);
     const W *r[4];
     rows4(rows, k, r);
     const F::T c0 = F::set(coef[k]), c1 = F::set(coef[k + 1]), c2 = F::set(coef[k + 2]), c3 = F::set(coef[k + 3]);

@@ -9,20 +9,23 @@
 void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y) {
   const Vector &x = own.mlp_in[r];
   float *values = own.values.data();
-  const int64_t fetch = idx != nullptr || rows == 1 ? layer.up.row_bytes() : 0;
+  // Selected rows are fetched as whole records, ahead of their first use; rows in order a matrix at a time, as they are used.
+  const int64_t bytes = layer.up.row_bytes(), ordered = rows == 1 ? bytes : 0;
+  const int64_t down_too = skip_zeros ? 0 : bytes;
   if (config.gated) {
     float *gate = values + config.intermediate_size + PAD;
-    dots(layer.gate, x, idx, first, count, gate, skip_zeros ? 2 * fetch : 3 * fetch);
+    dots(layer.gate, x, idx, first, count, gate, idx == nullptr ? ordered : 2 * bytes + down_too);
     kernels.activate(gate, count, config.activation, config.activation_threshold);
-    dots(layer.up, x, idx, first, count, values);
+    dots(layer.up, x, idx, first, count, values, idx == nullptr ? ordered : 0);
     for (int64_t k = 0; k < count; k++) values[k] = gate[k] * values[k];
   } else {
-    dots(layer.up, x, idx, first, count, values, skip_zeros ? fetch : 2 * fetch);
+    dots(layer.up, x, idx, first, count, values, idx == nullptr ? ordered : bytes + down_too);
     kernels.activate(values, count, config.activation, config.activation_threshold);
   }
   if (layer.down.dtype == DEJAVU_INT8)
     for (int64_t k = 0; k < count; k++) values[k] *= layer.down.scale[idx == nullptr ? first + k : idx[k]];
-  if (!skip_zeros || idx == nullptr) return axpys(layer.down, values, idx, first, count, y);
+  if (idx == nullptr) return axpys(layer.down, values, idx, first, count, y, ordered);
+  if (!skip_zeros) return axpys(layer.down, values, idx, first, count, y);
   // An activation of exactly zero adds nothing: its row of down is not read.
   int32_t *fired = own.fired.data();
   int64_t n = 0;
@@ -31,7 +34,7 @@ void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t fi
     values[n] = values[k];
     n += values[k] != 0.0f;
   }
-  axpys(layer.down, values, fired, 0, n, y, fetch);
+  axpys(layer.down, values, fired, 0, n, y, bytes);
 }
 
 void Pass::mlp(int64_t index) {

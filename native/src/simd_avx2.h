@@ -55,9 +55,10 @@ struct I {
     const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(wide, _mm256_loadu_si256((const __m256i *)x)));
   }
-  static void sum4(T a, T b, T c, T d, int32_t *out) {
+  static void sum4(T a, T b, T c, T d, float scale, float *out) {
     const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-    _mm_storeu_si128((__m128i *)out, _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1)));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    _mm_storeu_ps(out, _mm_mul_ps(_mm_cvtepi32_ps(sums), _mm_set1_ps(scale)));
   }
 };
 

@@ -46,9 +46,10 @@ struct I {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(wide, _mm512_loadu_si512(x)));
   }
   static __m256i halves(T a) { return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)); }
-  static void sum4(T a, T b, T c, T d, int32_t *out) {
+  static void sum4(T a, T b, T c, T d, float scale, float *out) {
     const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(halves(a), halves(b)), _mm256_hadd_epi32(halves(c), halves(d)));
-    _mm_storeu_si128((__m128i *)out, _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1)));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    _mm_storeu_ps(out, _mm_mul_ps(_mm_cvtepi32_ps(sums), _mm_set1_ps(scale)));
   }
 };
 

@@ -46,7 +46,9 @@ struct I {
     const int8x16_t row = vld1q_s8(w);
     return step8(step8(acc, vmovl_s8(vget_low_s8(row)), vld1q_s16(x)), vmovl_s8(vget_high_s8(row)), vld1q_s16(x + 8));
   }
-  static void sum4(T a, T b, T c, T d, int32_t *out) { out[0] = vaddvq_s32(a); out[1] = vaddvq_s32(b); out[2] = vaddvq_s32(c); out[3] = vaddvq_s32(d); }
+  static void sum4(T a, T b, T c, T d, float scale, float *out) {
+    vst1q_f32(out, vmulq_n_f32(vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d))), scale));
+  }
 };
 
 inline void prefetch(const void *p) { __builtin_prefetch(p); }

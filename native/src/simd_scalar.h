@@ -43,7 +43,10 @@ struct I {
     for (int i = 0; i < W; i++) acc += (int32_t)w[i] * (int32_t)x[i];
     return acc;
   }
-  static void sum4(T a, T b, T c, T d, int32_t *out) { out[0] = a; out[1] = b; out[2] = c; out[3] = d; }
+  // The four sums as floats times a scale.
+  static void sum4(T a, T b, T c, T d, float scale, float *out) {
+    out[0] = (float)a * scale; out[1] = (float)b * scale; out[2] = (float)c * scale; out[3] = (float)d * scale;
+  }
 };
 
 inline void prefetch(const void *) {}
