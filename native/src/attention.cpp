@@ -77,13 +77,13 @@ void Pass::attend(int64_t layer) {
         float *p = own.probabilities.data(), *mixed = own.mixed.data();
         for (int64_t t = 0; t < length; t += block.page_size) {
           const int64_t count = std::min(block.page_size, length - t);
-          kernels.dots_f32({cache_row(block.k_pool, layer, r, group, t), stride, nullptr, count, count, 0}, q, padded, p + t);
+          kernels.dots_f32({cache_row(block.k_pool, layer, r, group, t), stride, nullptr, count, count, 0, 0}, q, padded, p + t);
         }
         kernels.softmax(p, length);
         std::fill_n(mixed, padded, 0.0f);
         for (int64_t t = 0; t < length; t += block.page_size) {
           const int64_t count = std::min(block.page_size, length - t);
-          kernels.axpys_f32({cache_row(block.v_pool, layer, r, group, t), stride, nullptr, count, count, 0}, p + t, padded, mixed);
+          kernels.axpys_f32({cache_row(block.v_pool, layer, r, group, t), stride, nullptr, count, count, 0, 0}, p + t, padded, mixed);
         }
         if (o.dtype == DEJAVU_INT8)
           for (int64_t i = 0; i < size; i++) mixed[i] *= o.scale[h * size + i];

@@ -2,7 +2,7 @@
 //
 // Rows lie `stride` bytes apart from `base`; idx lists row numbers (NULL: 0, 1, 2...). Lengths n are padded: vectors of
 // weights to a multiple of PAD values, heads to a multiple of HEAD_PAD, the padding being zero. `listed` >= count says how far
-// idx may be read to prefetch, `fetch` how many bytes of a coming row to prefetch (0: none).
+// idx may be read to prefetch, `fetch` how many bytes of the row `ahead` rows later to prefetch (0: none).
 // A result depends on its own row and vector alone, never on which rows are computed beside it.
 #pragma once
 #include <stdint.h>
@@ -13,7 +13,7 @@ struct RowList {
   const void *base;
   int64_t stride;
   const int32_t *idx;
-  int64_t count, listed, fetch;
+  int64_t count, listed, fetch, ahead;
 };
 
 struct Kernels {

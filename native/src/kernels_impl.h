@@ -9,9 +9,6 @@
 
 namespace {
 
-// How many rows ahead to fetch, of a list and of rows in order (then the tile that comes next).
-constexpr int64_t AHEAD = 8, AHEAD_IN_ORDER = 16;
-
 template <class W> inline const W *row_of(const RowList &rows, int64_t k) {
   const int64_t number = rows.idx == nullptr ? k : (int64_t)rows.idx[k];
   return (const W *)((const char *)rows.base + number * rows.stride);
@@ -26,13 +23,12 @@ inline void fetch_rows(const RowList &rows, int64_t k) {
   }
 }
 
-inline void fetch_ahead(const RowList &rows, int64_t k) { fetch_rows(rows, k + (rows.idx == nullptr ? AHEAD_IN_ORDER : AHEAD)); }
+inline void fetch_ahead(const RowList &rows, int64_t k) { fetch_rows(rows, k + rows.ahead); }
 
-// Rows in order were fetched by the call before.
+// The rows that no other row comes `ahead` of. Rows in order were fetched by the call before.
 inline void fetch_first(const RowList &rows) {
   if (rows.idx == nullptr) return;
-  fetch_rows(rows, 0);
-  fetch_rows(rows, 4);
+  for (int64_t k = 0; k < rows.ahead; k += 4) fetch_rows(rows, k);
 }
 
 template <class W> inline void rows4(const RowList &rows, int64_t k, const W *out[4]) {

@@ -10,7 +10,7 @@ void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t fi
   const Vector &x = own.mlp_in[r];
   float *values = own.values.data();
   // Selected rows are fetched as whole records, ahead of their first use; rows in order a matrix at a time, as they are used.
-  const int64_t bytes = layer.up.row_bytes(), ordered = rows == 1 ? bytes : 0;
+  const int64_t bytes = layer.up.row_bytes(), ordered = rows == 1 && bytes <= 1024 ? bytes : 0;
   const int64_t down_too = skip_zeros ? 0 : bytes;
   if (config.gated) {
     float *gate = values + config.intermediate_size + PAD;

@@ -23,7 +23,7 @@ int64_t Pass::share_end(int64_t total, int64_t unit) const { return thread + 1 =
 void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, int64_t fetch) const {
   if (count == 0) return;
   const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
-  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch};
+  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
   if (m.dtype == DEJAVU_FP32)
     kernels.dots_f32(list, x.f, m.width, out);
   else if (x.q == nullptr)
@@ -39,7 +39,7 @@ void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t fi
 void Pass::axpys(const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, int64_t fetch) const {
   if (count == 0) return;
   const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
-  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch};
+  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
   (m.dtype == DEJAVU_FP32 ? kernels.axpys_f32 : kernels.axpys_i8)(list, coef, m.width, y);
 }
 

@@ -55,3 +55,9 @@ class Pass {
 
 // Rows of a matrix that are read for one token after another while they are in the first-level cache.
 constexpr int64_t TILE = 16;
+
+// How many rows early a row is fetched: about 24 KB, in the groups of four that the kernels take.
+inline int64_t rows_ahead(const Matrix &matrix) {
+  const int64_t rows = 24576 / matrix.row_bytes() / 4 * 4;
+  return rows < 4 ? 4 : rows > TILE ? TILE : rows;
+}

@@ -51,6 +51,6 @@ struct I {
   }
 };
 
-inline void prefetch(const void *p) { __builtin_prefetch(p); }
+inline void prefetch(const void *p) { asm volatile("prfm pldl1keep, [%0]" : : "r"(p)); }
 
 }  // namespace
