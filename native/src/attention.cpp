@@ -66,7 +66,9 @@ void Pass::attend(int64_t layer) {
   const Matrix &o = model.layers[(size_t)layer].o;
   const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim, padded = model.head_width;
   const int64_t stride = padded * (int64_t)sizeof(float), chunks = engine.head_chunks;
-  for (int64_t c = share(chunks); c < share_end(chunks); c++) {
+  const int64_t begin = share(chunks), end = share_end(chunks);
+  for (int64_t c = begin; c < end; c++) {
+    fetch_neurons(layer, c - begin, end - begin);
     for (int64_t r = 0; r < rows; r++) std::fill_n(engine.attention_parts.data() + (c * engine.max_rows + r) * width, width, 0.0f);
     for (int64_t h = chunk_start(heads, c, chunks); h < chunk_start(heads, c + 1, chunks); h++) {
       const int64_t group = h / (heads / groups);

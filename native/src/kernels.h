@@ -18,6 +18,8 @@ struct RowList {
 
 struct Kernels {
   const char *name;
+  // Prefetches `fetch` bytes of each row.
+  void (*fetch)(const RowList &rows);
   // out[k] = sum_i row_k[i] x[i]
   void (*dots_f32)(const RowList &rows, const float *x, int64_t n, float *out);
   void (*dots_i8)(const RowList &rows, const float *x, int64_t n, float *out);

@@ -23,6 +23,10 @@ inline void fetch_rows(const RowList &rows, int64_t k) {
   }
 }
 
+void fetch(const RowList &rows) {
+  for (int64_t k = 0; k < rows.count; k += 4) fetch_rows(rows, k);
+}
+
 inline void fetch_ahead(const RowList &rows, int64_t k) { fetch_rows(rows, k + rows.ahead); }
 
 // The rows that no other row comes `ahead` of. Rows in order were fetched by the call before.
@@ -211,7 +215,7 @@ void activate(float *x, int64_t n, int activation, float threshold) {
 }
 
 const Kernels TABLE = {
-    DEJAVU_ISA_NAME, dots<float>, dots<int8_t>, dots_i8_i16, axpys<float>, axpys<int8_t>, add,
-    softmax,         layer_norm,  rms_norm,     quantize,    activate,     finite};
+    DEJAVU_ISA_NAME, fetch,   dots<float>, dots<int8_t>, dots_i8_i16, axpys<float>, axpys<int8_t>,
+    add,             softmax, layer_norm,  rms_norm,     quantize,    activate,     finite};
 
 }  // namespace

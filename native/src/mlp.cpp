@@ -5,6 +5,12 @@
 
 #include "pass.h"
 
+namespace {
+
+constexpr int64_t FETCHED_BYTES = 384 << 10;  // for each thread
+
+}  // namespace
+
 // y += the neurons idx[0 .. count) (or first, first + 1, ...) of one token.
 void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y) {
   const Vector &x = own.mlp_in[r];
@@ -35,6 +41,22 @@ void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t fi
     n += values[k] != 0.0f;
   }
   axpys(layer.down, values, fired, 0, n, y, bytes);
+}
+
+// One of `parts` parts of this thread's selected neurons is fetched, while attention computes: where they are known by then and
+// few enough to stay in the second-level cache.
+void Pass::fetch_neurons(int64_t index, int64_t part, int64_t parts) const {
+  if (rows > 1 || !sparse_mlp(index) || engine.predictors[(size_t)index].mlp.lookahead == 0) return;
+  const Layer &layer = model.layers[(size_t)index];
+  const Matrix &first = config.gated ? layer.gate : layer.up;
+  const int64_t chunks = engine.neuron_chunks, begin = share(chunks), end = share_end(chunks);
+  const int64_t matrices = (config.gated ? 2 : 1) + (config.activation > DEJAVU_FATRELU), bytes = matrices * first.row_bytes();
+  for (int64_t c = begin; c < end; c++) {
+    const int64_t count = std::min(engine.counts[index & 1][c], FETCHED_BYTES / bytes / (end - begin));
+    const int32_t *list = engine.lists[index & 1].data() + chunk_start(config.intermediate_size, c, chunks);
+    const int64_t from = count * part / parts, stop = count * (part + 1) / parts;
+    kernels.fetch({first.data, first.stride, list + from, stop - from, stop - from, bytes, 0});
+  }
 }
 
 void Pass::mlp(int64_t index) {

@@ -23,6 +23,7 @@ class Pass {
 
   // mlp.cpp
   void mlp(int64_t layer);
+  void fetch_neurons(int64_t layer, int64_t part, int64_t parts) const;
   void neurons(const Layer &layer, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y);
 
   // select.cpp

@@ -36,6 +36,19 @@ class Barrier {
   alignas(64) Signal signal_;
 };
 
+// Keeps the threads of a pool on processors of their own. A scheduler may leave two threads that sleep and wake often on one
+// processor, where each spins while the other should run; a thread that finds itself beside one of a lower number moves.
+class Placement {
+ public:
+  explicit Placement(int threads);
+  void note(int thread);    // where this thread is
+  void settle(int thread);  // as note, and away from the threads of lower numbers
+
+ private:
+  std::vector<std::atomic<int>> processor_;
+  std::vector<int> allowed_;  // empty: nothing to be done on this system
+};
+
 class Pool {
  public:
   // Throws std::system_error where the system has no thread to give.
@@ -55,6 +68,7 @@ class Pool {
   void stop();
 
   int threads_;
+  Placement placement_;
   Barrier barrier_;
   alignas(64) Signal start_;
   const std::function<void(int)> *job_ = nullptr;
