@@ -85,16 +85,15 @@ void Pass::embed() {
   const bool projects = model.project_in.present();
   for (int64_t r = 0; r < rows; r++) {
     Vector &to = projects ? own.projected[r] : own.x[r];
-    const float one = 1.0f;
-    const int32_t *none = nullptr;
     std::fill(to.f, to.f + table.width, 0.0f);
-    const float coef = table.dtype == DEJAVU_INT8 ? table.scale[block.token[r]] : one;
-    axpys(table, &coef, none, block.token[r], 1, to.f);
+    const float coef = table.dtype == DEJAVU_INT8 ? table.scale[block.token[r]] : 1.0f;
+    axpys(table, &coef, nullptr, block.token[r], 1, to.f);
     if (projects) quantize(to, table.width);
   }
   if (projects) {
     const int64_t begin = share(config.hidden_size, TILE), end = share_end(config.hidden_size, TILE);
-    for (int64_t r = 0; r < rows; r++) dots(model.project_in, own.projected[r], nullptr, begin, end - begin, engine.residual.data() + r * width + begin);
+    for (int64_t r = 0; r < rows; r++)
+      dots(model.project_in, own.projected[r], nullptr, begin, end - begin, engine.residual.data() + r * width + begin);
     engine.pool.barrier();
     for (int64_t r = 0; r < rows; r++) std::copy_n(engine.residual.data() + r * width, width, own.x[r].f);
   }
