@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PROJECT := pyproject.toml constraints.txt CMakeLists.txt src/dejavu/version.py
+NATIVE := CMakeLists.txt $(wildcard native/*.h native/src/*)
+PROJECT := pyproject.toml constraints.txt src/dejavu/version.py $(NATIVE)
 
-.PHONY: install demo test lint bench tables clean
+.PHONY: install demo test lint bench tables native native-sanitize clean
 
 install: $(VENV)/.installed-all
 
@@ -26,6 +27,17 @@ bench: $(VENV)/.installed-all
 # Fill the tables of README and docs from results/.
 tables: $(VENV)/.installed-all
 	$(BIN)/python recipes/tables.py render
+
+# The native engine alone, for a source tree used with PYTHONPATH=src: into build/native, where it is found.
+native:
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/native
+
+# Its code under the address and undefined-behaviour sanitizers: a driver runs models of many shapes through the C interface.
+native-sanitize:
+	cmake -S . -B build/sanitize -DDEJAVU_SANITIZE=ON
+	cmake --build build/sanitize
+	ASAN_OPTIONS=allocator_may_return_null=1 build/sanitize/dejavu_driver
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ import torch
 import dejavu
 from conftest import Tiny, random_predictor
 from dejavu.config import ModelConfig
+from dejavu.engine.backends import pick_backend
 from dejavu.language_model import LanguageModel, load
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.resume import PartStore
@@ -79,7 +80,7 @@ def test_importing_the_package_is_light_and_runs_nothing() -> None:
 
 
 def test_what_a_loaded_model_says_of_itself(lm: LanguageModel) -> None:
-    assert (lm.name, lm.backend, lm.dtype, lm.notes) == ("tiny", "torch", "fp32", ())
+    assert (lm.name, lm.backend, lm.dtype, lm.notes) == ("tiny", pick_backend(), "fp32", ())
     assert lm.config.num_layers == 2 and lm.tokenizer.bos_token_id == 2
     assert lm.num_parameters == sum(p.numel() for p in lm.model.parameters())
     assert "sparse" in repr(lm) and "'tiny'" in repr(lm)
@@ -178,7 +179,7 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, lm: LanguageModel,
         ({"backend": "cuda"}, "backend 'cuda' is not available"),
         ({"backend": "x"}, "unknown backend 'x'"),
         ({"dtype": "foo"}, "unknown dtype 'foo'; choose one of auto, fp32, fp16, bf16"),
-        ({"dtype": "int8"}, "dtype 'int8' is not available on backend 'torch'"),
+        ({"dtype": "int8", "backend": "torch"}, "dtype 'int8' is not available on backend 'torch'"),
         ({"threads": 0}, "threads must lie between 1 and"),
         ({"threads": 100_000}, "not 100000"),
         ({"adapter": "nowhere"}, "adapter not found: .*nowhere"),
@@ -193,6 +194,19 @@ def test_low_precision(folder: Path) -> None:
     bf16, fp16 = load(folder, dtype="bf16"), load(folder, dtype="fp16")
     assert bf16.dtype == "bf16" and bf16.logits([2, 5, 7]).dtype == torch.float32
     assert fp16.dtype == "fp32" and "fp16" in fp16.notes[0]
+    assert (bf16.backend, fp16.backend) == ("torch", "torch")
+
+
+def test_int8(folder: Path) -> None:
+    if pick_backend() != "native":
+        with pytest.raises(ValueError, match="dtype 'int8' is not available on backend 'torch'"):
+            load(folder, dtype="int8")
+        return
+    fp32, int8 = load(folder), load(folder, dtype="int8", threads=1)
+    assert (int8.backend, int8.dtype) == ("native", "int8") and int8.base_hash == fp32.base_hash
+    assert len(int8.generate("the cat", max_new_tokens=4, ignore_eos=True)) > 0
+    difference = (int8.logits([2, 5, 7]) - fp32.logits([2, 5, 7])).abs().mean()
+    assert 0 < difference < 0.2, "logits are those of the rounded weights"
 
 
 def test_names_of_bundled_models_and_adapters(folder: Path, tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer, monkeypatch) -> None:

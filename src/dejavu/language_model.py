@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dejavu.config import DTYPES, Progress, SamplingConfig, require
-from dejavu.engine.backends import make_engine, pick_backend
+from dejavu.engine.backends import BACKEND_DTYPES, make_engine, pick_backend
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
 from dejavu.files import read_json
+from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
@@ -40,12 +41,15 @@ class LanguageModel:
     below unless told otherwise; may be set; None runs dense. notes: lines about the checkpoint that a user should see.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, backend: str, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, backend: str, adapter: Adapter | None = None, dtype: str | None = None, threads: int | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.model, self.tokenizer, self.config = checkpoint.model, checkpoint.tokenizer, checkpoint.config
         self.name, self.base_hash, self.notes = checkpoint.name, checkpoint.base_hash, checkpoint.notes
         self.backend = backend
-        self.dtype = DTYPE_NAMES[checkpoint.model.embed.weight.dtype]
+        self.dtype = dtype or DTYPE_NAMES[checkpoint.model.embed.weight.dtype]
+        self.threads = threads
         self.adapter = adapter
 
     def __repr__(self) -> str:
@@ -161,7 +165,9 @@ class LanguageModel:
         prompt_ids = self.tokenizer.encode(prompt)
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
         layers = self.layers(adapter=adapter, dense=dense)
-        engine = make_engine(self.model, layers, backend=self.backend, cache_tokens=room, record=record)
+        engine = make_engine(
+            self.model, layers, backend=self.backend, cache_tokens=room, record=record, dtype=self.dtype, threads=self.threads
+        )
         return generate_tokens(
             engine,
             self.tokenizer,
@@ -304,10 +310,11 @@ def load(
     """Load a model by the name of a bundled model or bundled adapter, a folder, a GGUF file, or a hub id in the local cache.
 
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder, an Adapter, or None to
-    run dense. dtype: auto (fp32 on the CPU), fp32, fp16, bf16. threads: of torch, for the whole process. revision: of a hub
-    id. Nothing is downloaded. Raises ValueError for what is not found, damaged, unavailable or of another model.
+    run dense. dtype: auto (fp32 on the CPU), fp32, fp16, bf16, and on the native backend int8 (matrices rounded to int8 rows).
+    threads: of torch, for the whole process, and of the native engine. revision: of a hub id. Nothing is downloaded. Raises
+    ValueError for what is not found, damaged, unavailable or of another model.
     """
-    backend = pick_backend(backend)
+    backend = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
     torch_dtype = _torch_dtype(dtype, backend)
     if threads is not None:
         set_threads(threads)
@@ -322,7 +329,9 @@ def load(
         adapter = own_adapter or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
         adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
-    lm = LanguageModel(checkpoint, backend=backend, adapter=adapter)
+    if dtype == "int8":
+        _round_to_int8_rows(checkpoint)
+    lm = LanguageModel(checkpoint, backend=backend, adapter=adapter, dtype="int8" if dtype == "int8" else None, threads=threads)
     lm.layers()
     return lm
 
@@ -344,8 +353,17 @@ def _torch_dtype(dtype: str, backend: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float32
     require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(TORCH_DTYPES)}")
-    require(dtype in TORCH_DTYPES, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(TORCH_DTYPES)}")
-    return TORCH_DTYPES[dtype]
+    offered = [name for name in BACKEND_DTYPES[backend] if name in DTYPES]
+    require(dtype in offered, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(offered)}")
+    return TORCH_DTYPES.get(dtype, torch.float32)
+
+
+@torch.no_grad()
+def _round_to_int8_rows(checkpoint: Checkpoint) -> None:
+    """Give the model the values that an int8 engine computes with, so that quality and speed are of the same weights."""
+    for parameter in checkpoint.model.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(dequantize_rows(*quantize_rows(parameter)))
 
 
 def _texts(generation: Generation) -> Iterator[str]:

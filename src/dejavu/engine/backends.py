@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dejavu.config import BACKENDS
+from dejavu.config import BACKENDS, require
 from dejavu.engine.interface import Engine
-from dejavu.engine.torch_engine import TorchEngine
+from dejavu.engine.native_engine import NativeEngine
+from dejavu.engine.native_weights import NATIVE_DTYPES
+from dejavu.engine.torch_engine import DTYPE_NAMES, TorchEngine
+from dejavu.kernels.native import missing_reason
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
+
+BACKEND_DTYPES = {"native": tuple(NATIVE_DTYPES), "torch": ("fp32", "fp16", "bf16", "fp64")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +32,22 @@ class BackendStatus:
 def backends() -> tuple[BackendStatus, ...]:
     """Every backend, the one that `auto` prefers first."""
     return (
-        BackendStatus(name="native", reason="this version of dejavu has no native engine"),
+        BackendStatus(name="native", reason=missing_reason()),
         BackendStatus(name="cuda", reason="this version of dejavu has no cuda engine"),
         BackendStatus(name="torch"),
     )
 
 
-def pick_backend(name: str = "auto") -> str:
-    """The backend to use for a value of --backend. Raises ValueError naming the reason and what is available."""
+def pick_backend(name: str = "auto", *, dtype: str = "fp32") -> str:
+    """The backend to use for a value of --backend; `auto` takes the first that offers the dtype.
+
+    Raises ValueError naming the reason and what is available.
+    """
     statuses = {status.name: status for status in backends()}
     available = [status.name for status in statuses.values() if status.available]
     if name == "auto":
-        return available[0]
+        fitting = [each for each in available if dtype in BACKEND_DTYPES[each]]
+        return fitting[0] if fitting else available[0]
     if name not in statuses:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     reason = statuses[name].reason
@@ -55,8 +64,25 @@ def make_engine(
     num_slots: int = 1,
     cache_tokens: int | None = None,
     record: bool = False,
+    dtype: str | None = None,
+    threads: int | None = None,
 ) -> Engine:
-    """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is."""
-    picked = pick_backend(backend)
+    """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
+
+    dtype: what to compute in, where the engine packs its own weights (native: fp32, int8); None takes the model's. threads: of
+    the native engine (None: every processor that this process may use); torch has one number for the whole process.
+    """
+    weight = model.embed.weight
+    stored = DTYPE_NAMES[weight.dtype]
+    picked = pick_backend(backend, dtype=dtype or stored)
+    if backend == "auto" and weight.device.type != "cpu":
+        picked = "torch"
+    if picked == "native":
+        return NativeEngine(
+            model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record, dtype=dtype or stored, threads=threads
+        )
     assert picked == "torch", f"{picked=} has no engine"
+    require(
+        dtype in (None, stored), f"dtype {dtype!r} is not available on backend 'torch' for a model loaded as {stored}; load it as {dtype}"
+    )
     return TorchEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record)

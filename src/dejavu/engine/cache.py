@@ -81,6 +81,10 @@ class PagedCache:
         """Page numbers [N] (int64) that hold the first `length` tokens, in order."""
         return self._table_BN[slot, : -(-length // self.page_size)]
 
+    def table_address(self, slot: int) -> int:
+        """Address of the slot's page numbers (int64, in order), for a library that reads them in place."""
+        return self._table_BN.data_ptr() + slot * self._table_BN.stride(0) * self._table_BN.element_size()
+
     def free(self, slot: int) -> None:
         """Forget the slot's sequence and take its pages back."""
         self._free.extend(reversed(self._tables[slot]))

@@ -59,7 +59,7 @@ class TorchEngine:
         self.model = model
         self.config = config
         self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
-        _check_layers(self.layers, config)
+        check_layers(self.layers, config)
         weight = model.embed.weight
         require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
         tokens = num_slots * _round_up(config.max_positions, page_size) if cache_tokens is None else cache_tokens
@@ -254,7 +254,7 @@ def _mlp_weights(block: Block) -> MlpWeights:
     )
 
 
-def _check_layers(layers: tuple[LayerAdapter, ...], config: ModelConfig) -> None:
+def check_layers(layers: tuple[LayerAdapter, ...], config: ModelConfig) -> None:
     """Raise ValueError where the predictors cannot be those of this model."""
     require(len(layers) == config.num_layers, f"the adapter has {len(layers)} layers and the model {config.num_layers}")
     for index, layer in enumerate(layers):

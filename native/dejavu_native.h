@@ -1,0 +1,84 @@
+/* The C interface of the native CPU engine: plain structs and functions, called from Python through ctypes.
+ *
+ * A model holds packed weights and is shared by engines; an engine holds predictors, scratch memory and a thread pool. The
+ * key/value cache belongs to the caller: pools fp32 [layers, pages, groups, page_size, head_stride]. Every function that can
+ * fail returns a status; dejavu_error() then says why, for the calling thread. Sizes are counts, offsets are 64 bit.
+ */
+#ifndef DEJAVU_NATIVE_H
+#define DEJAVU_NATIVE_H
+
+#include <stdint.h>
+
+#define DEJAVU_ABI_VERSION 1
+
+#if defined(__GNUC__)
+#define DEJAVU_API __attribute__((visibility("default")))
+#else
+#define DEJAVU_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum dejavu_status { DEJAVU_OK = 0, DEJAVU_BAD_VALUE = 1, DEJAVU_NO_MEMORY = 2, DEJAVU_NOT_FINITE = 3, DEJAVU_INTERNAL = 4 };
+enum dejavu_dtype { DEJAVU_FP32 = 0, DEJAVU_INT8 = 1 };
+enum dejavu_activation { DEJAVU_RELU = 0, DEJAVU_RELU2 = 1, DEJAVU_FATRELU = 2, DEJAVU_SILU = 3, DEJAVU_GELU = 4, DEJAVU_GELU_TANH = 5 };
+enum dejavu_part { /* of a model; layer is -1 for those without one */
+  DEJAVU_EMBED = 0, DEJAVU_POSITION, DEJAVU_PROJECT_IN, DEJAVU_PROJECT_OUT, DEJAVU_HEAD, DEJAVU_FINAL_NORM, DEJAVU_INV_FREQ,
+  DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O, DEJAVU_GATE, DEJAVU_UP, DEJAVU_DOWN
+};
+enum dejavu_predicted { DEJAVU_MLP = 0, DEJAVU_HEADS = 1 };
+
+typedef struct {
+  int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
+  int64_t position_offset;
+  int32_t dtype, activation, gated, rms, pre_norm, final_norm, rope, tied_head;
+  float norm_eps, activation_threshold;
+} dejavu_config;
+
+typedef struct dejavu_model dejavu_model;
+typedef struct dejavu_engine dejavu_engine;
+
+/* One matrix of a model or predictor, row-major: fp32 (scale NULL) or int8 with a scale for each row; bias may be NULL. */
+typedef struct {
+  const void *data;
+  const float *scale, *bias;
+  int64_t rows, columns;
+} dejavu_matrix;
+
+/* One block of tokens: rows of a decode step (each of its own slot) or consecutive tokens of one slot. table[r] lists the
+ * pages of row r's sequence. Outputs: logits fp32 [rows - first_logits, vocab], counts [rows, layers], masks or NULL. */
+typedef struct {
+  int64_t rows, first_logits, num_pages, page_size, head_stride;
+  const int64_t *token, *position;
+  const int64_t *const *table;
+  float *k_pool, *v_pool;
+  int32_t sparse;
+  float *logits;
+  int64_t *neurons, *heads;
+  uint8_t *neuron_mask, *group_mask; /* [rows, layers, neurons], [rows, layers, groups] */
+} dejavu_block;
+
+DEJAVU_API int dejavu_abi_version(void);
+DEJAVU_API const char *dejavu_error(void);
+/* Names of the instruction sets that this machine can run, best first, separated by spaces. */
+DEJAVU_API const char *dejavu_instruction_sets(void);
+
+DEJAVU_API int dejavu_model_new(const dejavu_config *config, dejavu_model **out);
+/* Copies (and packs) one part. Norms are a matrix [1, D] with an optional bias; position and inverse frequencies are fp32. */
+DEJAVU_API int dejavu_model_set(dejavu_model *model, int part, int64_t layer, const dejavu_matrix *matrix);
+DEJAVU_API void dejavu_model_free(dejavu_model *model);
+
+/* instruction_set: a name of dejavu_instruction_sets, or NULL for the best. The model must outlive the engine. */
+DEJAVU_API int dejavu_engine_new(const dejavu_model *model, int threads, int64_t max_rows, const char *instruction_set, dejavu_engine **out);
+/* scores = B (A x) + B's bias; selected where score > threshold. */
+DEJAVU_API int dejavu_engine_predictor(dejavu_engine *engine, int64_t layer, int predicted, const dejavu_matrix *A, const dejavu_matrix *B,
+                                       float threshold, int lookahead);
+DEJAVU_API int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block);
+DEJAVU_API void dejavu_engine_free(dejavu_engine *engine);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

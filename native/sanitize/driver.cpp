@@ -1,0 +1,183 @@
+// Runs random models of many shapes through the C interface: for the sanitizers, and for what must hold whatever the shape.
+//
+// For each shape, dtype and instruction set: a prefill, then sparse steps of a batch with one and with several threads (equal
+// bit for bit), every logit written, no page of another sequence touched. Then bad input: a status, never a crash.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../dejavu_native.h"
+
+namespace {
+
+std::mt19937 random_bits(1);
+
+#define EXPECT(condition)                                                                  \
+  do {                                                                                     \
+    if (!(condition)) {                                                                    \
+      std::printf("line %d: %s fails: %s\n", __LINE__, #condition, dejavu_error());         \
+      std::exit(1);                                                                        \
+    }                                                                                      \
+  } while (0)
+
+// One matrix with its own memory, fp32 or int8.
+struct Values {
+  Values(int64_t rows, int64_t columns, int dtype, bool biased) : integers((size_t)(rows * columns)), floats(integers.size()), scale((size_t)rows), bias((size_t)rows) {
+    std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt((float)columns));
+    for (auto &value : floats) value = normal(random_bits);
+    for (auto &value : integers) value = (int8_t)((int)(random_bits() % 255) - 127);
+    for (auto &value : scale) value = 0.01f / std::sqrt((float)columns);
+    for (auto &value : bias) value = normal(random_bits);
+    matrix = {dtype == DEJAVU_INT8 ? (const void *)integers.data() : floats.data(), dtype == DEJAVU_INT8 ? scale.data() : nullptr,
+              biased ? bias.data() : nullptr, rows, columns};
+  }
+  std::vector<int8_t> integers;
+  std::vector<float> floats, scale, bias;
+  dejavu_matrix matrix;
+};
+
+void set(dejavu_model *model, int part, int64_t layer, int64_t rows, int64_t columns, int dtype, int64_t bias = 0) {
+  Values values(rows, columns, dtype, bias == rows);
+  std::vector<float> other((size_t)bias, 0.1f);
+  if (bias > 0 && bias != rows) values.matrix.bias = other.data();
+  EXPECT(dejavu_model_set(model, part, layer, &values.matrix) == DEJAVU_OK);
+}
+
+dejavu_model *new_model(const dejavu_config &c, bool biased) {
+  dejavu_model *model = nullptr;
+  EXPECT(dejavu_model_new(&c, &model) == DEJAVU_OK);
+  const int64_t d = c.hidden_size, f = c.intermediate_size, q = c.num_heads * c.head_dim, k = c.num_kv_heads * c.head_dim;
+  set(model, DEJAVU_EMBED, -1, c.vocab_size, c.embed_size, c.dtype);
+  if (c.rope) set(model, DEJAVU_INV_FREQ, -1, 1, c.head_dim / 2, DEJAVU_FP32);
+  else set(model, DEJAVU_POSITION, -1, c.max_positions + c.position_offset, d, DEJAVU_FP32);
+  if (c.embed_size != d) {
+    set(model, DEJAVU_PROJECT_IN, -1, d, c.embed_size, c.dtype);
+    set(model, DEJAVU_PROJECT_OUT, -1, c.embed_size, d, c.dtype);
+  }
+  if (!c.tied_head) set(model, DEJAVU_HEAD, -1, c.vocab_size, c.embed_size, c.dtype);
+  if (c.final_norm) set(model, DEJAVU_FINAL_NORM, -1, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
+  for (int64_t l = 0; l < c.num_layers; l++) {
+    for (int part : {DEJAVU_NORM1, DEJAVU_NORM2}) set(model, part, l, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
+    set(model, DEJAVU_Q, l, q, d, c.dtype, biased ? q : 0);
+    for (int part : {DEJAVU_K, DEJAVU_V}) set(model, part, l, k, d, c.dtype, biased ? k : 0);
+    set(model, DEJAVU_O, l, q, d, c.dtype, biased ? d : 0);
+    if (c.gated) set(model, DEJAVU_GATE, l, f, d, c.dtype, biased ? f : 0);
+    set(model, DEJAVU_UP, l, f, d, c.dtype, biased ? f : 0);
+    set(model, DEJAVU_DOWN, l, f, d, c.dtype, biased ? d : 0);
+  }
+  return model;
+}
+
+// Logits of a prefill and of sparse steps of three sequences.
+std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int threads, const std::string &isa, float threshold, unsigned seed) {
+  const int64_t batch = 3, page_size = 3, per_slot = (c.max_positions + page_size - 1) / page_size, pages = batch * per_slot + 1;
+  const int64_t stride = (c.head_dim + 15) / 16 * 16, pool = c.num_layers * pages * c.num_kv_heads * page_size * stride;
+  dejavu_engine *engine = nullptr;
+  EXPECT(dejavu_engine_new(model, threads, 8, isa.c_str(), &engine) == DEJAVU_OK);
+  random_bits.seed(seed);
+  for (int64_t l = 0; l < c.num_layers; l++)
+    for (int kind : {DEJAVU_MLP, DEJAVU_HEADS}) {
+      const int64_t outputs = kind == DEJAVU_MLP ? c.intermediate_size : c.num_kv_heads, rank = 5 + 70 * (l % 2);
+      Values A(rank, c.hidden_size, c.dtype, false), B(outputs, rank, (int)(l % 2), true);
+      EXPECT(dejavu_engine_predictor(engine, l, kind, &A.matrix, &B.matrix, threshold, l == 0 ? 0 : 1 + (int)(l % 2 && kind == DEJAVU_MLP)) == DEJAVU_OK);
+    }
+  std::vector<float> k((size_t)pool, NAN), v((size_t)pool, NAN), all;
+  std::vector<std::vector<int64_t>> tables((size_t)batch);
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t p = 0; p < per_slot; p++) tables[(size_t)b].push_back(p * batch + b);
+  for (int64_t position = 0, step = 0; position < c.max_positions; step++) {
+    const bool sparse = step > 0;
+    const int64_t rows = sparse ? batch : std::min<int64_t>(8, c.max_positions);
+    std::vector<int64_t> token, positions, neurons((size_t)(rows * c.num_layers)), heads(neurons.size());
+    std::vector<const int64_t *> table;
+    for (int64_t r = 0; r < rows; r++) {
+      token.push_back((int64_t)random_bits() % c.vocab_size);
+      positions.push_back(sparse ? (r == 0 ? position : step - 1) : r);
+      table.push_back(tables[(size_t)(sparse ? r : 0)].data());
+    }
+    std::vector<float> logits((size_t)(rows * c.vocab_size), NAN);
+    std::vector<uint8_t> neuron_mask((size_t)(rows * c.num_layers * c.intermediate_size), 7), group_mask((size_t)(rows * c.num_layers * c.num_kv_heads), 7);
+    const dejavu_block block = {rows, sparse ? 0 : rows - 1, pages, page_size, stride, token.data(), positions.data(), table.data(), k.data(), v.data(),
+                                sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data()};
+    EXPECT(dejavu_engine_run(engine, &block) == DEJAVU_OK);
+    for (uint8_t bit : neuron_mask) EXPECT(bit <= 1);
+    for (size_t i = 0; i < neurons.size(); i++) EXPECT(neurons[i] >= 0 && neurons[i] <= c.intermediate_size && heads[i] >= 1 && heads[i] <= c.num_heads);
+    const size_t written = (size_t)((rows - block.first_logits) * c.vocab_size);
+    for (size_t i = 0; i < written; i++) EXPECT(std::isfinite(logits[i]));
+    all.insert(all.end(), logits.begin(), logits.begin() + (long)written);
+    position += sparse ? 1 : rows;
+  }
+  for (int64_t l = 0; l < c.num_layers; l++)  // the last page belongs to nobody
+    for (int64_t i = 0; i < c.num_kv_heads * page_size * stride; i++) EXPECT(std::isnan(k[(size_t)(((l + 1) * pages - 1) * c.num_kv_heads * page_size * stride + i)]));
+  dejavu_engine_free(engine);
+  return all;
+}
+
+void bad_input(const dejavu_config &good) {
+  dejavu_model *model = nullptr;
+  dejavu_config c = good;
+  c.num_kv_heads = 0;
+  EXPECT(dejavu_model_new(&c, &model) == DEJAVU_BAD_VALUE);
+  c = good;
+  c.intermediate_size = c.hidden_size = 2147483647;
+  EXPECT(dejavu_model_new(&c, &model) == DEJAVU_NO_MEMORY);
+  EXPECT(dejavu_model_new(nullptr, &model) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_model_new(&good, &model) == DEJAVU_OK);
+  dejavu_engine *engine = nullptr;
+  EXPECT(dejavu_engine_new(model, 1, 8, nullptr, &engine) == DEJAVU_BAD_VALUE);  // it has no weights
+  Values wrong(3, 3, good.dtype, false);
+  for (int part = DEJAVU_EMBED; part <= DEJAVU_DOWN + 1; part++)
+    for (int64_t layer : {INT64_C(-1), INT64_C(0), good.num_layers}) EXPECT(dejavu_model_set(model, part, layer, &wrong.matrix) == DEJAVU_BAD_VALUE);
+  dejavu_model_free(model);
+  model = new_model(good, true);
+  EXPECT(dejavu_engine_new(model, 0, 8, nullptr, &engine) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_engine_new(model, 1, 8, "abacus", &engine) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_engine_new(model, 2, 8, nullptr, &engine) == DEJAVU_OK);
+  EXPECT(dejavu_engine_predictor(engine, 0, DEJAVU_MLP, &wrong.matrix, &wrong.matrix, 0.0f, 0) == DEJAVU_BAD_VALUE);
+  std::vector<float> cache(4096), logits((size_t)good.vocab_size);
+  std::vector<int64_t> counts((size_t)good.num_layers), pages = {0, 99};
+  const int64_t *table = pages.data();
+  for (const auto &[token, position] : {std::pair<int64_t, int64_t>{-1, 0}, {good.vocab_size, 0}, {0, -1}, {0, good.max_positions}, {0, 3}}) {
+    const dejavu_block block = {1, 0, 1, 3, (good.head_dim + 15) / 16 * 16, &token, &position, &table, cache.data(), cache.data(), 1, logits.data(),
+                                counts.data(), counts.data(), nullptr, nullptr};
+    EXPECT(dejavu_engine_run(engine, &block) == DEJAVU_BAD_VALUE);
+  }
+  dejavu_engine_free(engine);
+  dejavu_model_free(model);
+}
+
+}  // namespace
+
+int main() {
+  const dejavu_config configs[] = {
+      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | dtype, act, gated, rms, pre, final, rope, tied, eps, threshold
+      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, 0, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 1e-5f, 0},
+      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, 0, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 1e-5f, 0},
+      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 1e-5f, 0},
+      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 1e-5f, 0},
+      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 1e-5f, 0},
+      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 1e-5f, 0.01f},
+  };
+  int runs = 0;
+  for (dejavu_config config : configs)
+    for (int dtype : {DEJAVU_FP32, DEJAVU_INT8}) {
+      config.dtype = dtype;
+      dejavu_model *model = new_model(config, runs % 4 < 2);
+      std::istringstream names(dejavu_instruction_sets());
+      for (std::string isa; names >> isa;)
+        for (float threshold : {0.0f, INFINITY, -INFINITY}) {
+          const auto one = run(model, config, 1, isa, threshold, 5), three = run(model, config, 3, isa, threshold, 5);
+          EXPECT(one.size() == three.size() && std::memcmp(one.data(), three.data(), one.size() * sizeof(float)) == 0);
+          runs++;
+        }
+      dejavu_model_free(model);
+      bad_input(config);
+    }
+  std::printf("%d runs, no error\n", runs);
+  return 0;
+}

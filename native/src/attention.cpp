@@ -1,0 +1,96 @@
+// The attention block of a block of tokens. Keys and values of every head are stored; only selected groups are computed:
+//   q_h = Q_h a;   m_h = softmax(q_h k^T / sqrt(K)) v;   part of the heads' chunk += sum over d of m_h[d] O_h[d]
+#include <algorithm>
+#include <cmath>
+
+#include "pass.h"
+
+float *Pass::cache_row(float *pool, int64_t layer, int64_t row, int64_t group, int64_t position) const {
+  const int64_t page = block.table[row][position / block.page_size], offset = position % block.page_size;
+  return pool + (((layer * block.num_pages + page) * config.num_kv_heads + group) * block.page_size + offset) * model.head_width;
+}
+
+// Rotary position of one head, halves paired: (u, v) -> (u cos - v sin, v cos + u sin).
+void Pass::rotate(int64_t row, float *head) const {
+  if (!config.rope) return;
+  const int64_t half = config.head_dim / 2;
+  const float *cosine = engine.cosine.data() + row * half, *sine = engine.sine.data() + row * half;
+  for (int64_t i = 0; i < half; i++) {
+    const float u = head[i], v = head[i + half];
+    head[i] = u * cosine[i] - v * sine[i];
+    head[i + half] = v * cosine[i] + u * sine[i];
+  }
+}
+
+// Rows of q for heads that some token selects, rows of k and v for all; one head is one thread's.
+void Pass::project_heads(int64_t layer) {
+  const Layer &weights = model.layers[(size_t)layer];
+  const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim, per_group = heads / groups;
+  const auto selects = [&](int64_t r, int64_t head) { return own.groups[r * groups + head / per_group] != 0; };
+  own.units.clear();
+  for (int64_t h = 0; h < heads; h++) {
+    bool wanted = false;
+    for (int64_t r = 0; r < rows && !wanted; r++) wanted = selects(r, h);
+    if (wanted) own.units.push_back(h);
+  }
+  for (int64_t unit = heads; unit < heads + 2 * groups; unit++) own.units.push_back(unit);
+  const int64_t count = (int64_t)own.units.size(), end = share_end(count);
+  for (int64_t u = share(count); u < end; u++) {
+    const int64_t unit = own.units[(size_t)u];
+    const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
+    const int64_t head = is_query ? unit : (unit - heads) % groups;
+    const Matrix &matrix = is_query ? weights.q : is_key ? weights.k : weights.v;
+    for (int64_t tile = 0; tile < size; tile += TILE)
+      for (int64_t r = 0; r < rows; r++)
+        if (!is_query || selects(r, head))
+          dots(matrix, own.attention_in[r], nullptr, head * size + tile, std::min(TILE, size - tile), own.query[r].f + tile, rows == 1 ? matrix.row_bytes() : 0);
+    for (int64_t r = 0; r < rows; r++) {
+      if (is_query && !selects(r, head)) continue;
+      float *computed = own.query[r].f;
+      if (is_query || is_key) rotate(r, computed);
+      float *to;
+      if (is_query) {
+        const float scale = 1.0f / std::sqrt((float)size);
+        for (int64_t i = 0; i < size; i++) computed[i] *= scale;
+        to = engine.query.data() + (r * heads + head) * model.head_width;
+      } else {
+        to = cache_row(is_key ? block.k_pool : block.v_pool, layer, r, head, block.position[r]);
+      }
+      std::copy_n(computed, size, to);
+      std::fill(to + size, to + model.head_width, 0.0f);
+    }
+  }
+}
+
+void Pass::attend(int64_t layer) {
+  const Matrix &o = model.layers[(size_t)layer].o;
+  const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim, padded = model.head_width;
+  const int64_t stride = padded * (int64_t)sizeof(float), chunks = engine.head_chunks;
+  const int64_t begin = share(chunks), end = share_end(chunks);
+  for (int64_t c = begin; c < end; c++) {
+    fetch_neurons(layer, c - begin, end - begin);
+    for (int64_t r = 0; r < rows; r++) std::fill_n(engine.attention_parts.data() + (c * engine.max_rows + r) * width, width, 0.0f);
+    for (int64_t h = chunk_start(heads, c, chunks); h < chunk_start(heads, c + 1, chunks); h++) {
+      const int64_t group = h / (heads / groups);
+      for (int64_t r = 0; r < rows; r++) {
+        if (!own.groups[r * groups + group]) continue;
+        const int64_t length = block.position[r] + 1;
+        const float *q = engine.query.data() + (r * heads + h) * padded;
+        float *p = own.probabilities.data(), *mixed = own.mixed.data();
+        for (int64_t t = 0; t < length; t += block.page_size) {
+          const int64_t count = std::min(block.page_size, length - t);
+          kernels.dots_f32({cache_row(block.k_pool, layer, r, group, t), stride, nullptr, count, count, 0, 0}, q, padded, p + t);
+        }
+        kernels.softmax(p, length);
+        std::fill_n(mixed, padded, 0.0f);
+        for (int64_t t = 0; t < length; t += block.page_size) {
+          const int64_t count = std::min(block.page_size, length - t);
+          kernels.axpys_f32({cache_row(block.v_pool, layer, r, group, t), stride, nullptr, count, count, 0, 0}, p + t, padded, mixed);
+        }
+        if (o.dtype == DEJAVU_INT8)
+          for (int64_t i = 0; i < size; i++) mixed[i] *= o.scale[h * size + i];
+        axpys(o, mixed, nullptr, h * size, size, engine.attention_parts.data() + (c * engine.max_rows + r) * width, rows == 1 ? o.row_bytes() : 0);
+      }
+    }
+  }
+}

@@ -1,0 +1,128 @@
+// Construction and checks of an engine: see engine.h. The computation is in pass.cpp.
+#include "engine.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "pass.h"
+
+namespace {
+
+// Enough chunks to share among threads, few enough that adding them up stays cheap. A power of two, by the model alone.
+int64_t chunks_of_neurons(const dejavu_config &c) {
+  const int64_t wanted = std::max(c.intermediate_size * c.hidden_size >> 17, std::min<int64_t>(c.intermediate_size / 16, 8));
+  int64_t chunks = 1;
+  while (chunks * 2 <= wanted && chunks < 32) chunks *= 2;
+  return chunks;
+}
+
+int64_t chunks_of_heads(const dejavu_config &c) { return std::min(c.num_heads, std::max<int64_t>(8, c.num_heads / 4)); }
+
+}  // namespace
+
+Vectors::Vectors(int64_t rows, int64_t width, bool quantized) : floats_(rows * width), ints_(quantized ? rows * width : 0) {
+  for (int64_t r = 0; r < rows; r++) list_.push_back({floats_.data() + r * width, quantized ? ints_.data() + r * width : nullptr, 0.0f});
+}
+
+dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, const Kernels *with)
+    : model(of),
+      kernels(with),
+      max_rows(rows),
+      neuron_chunks(chunks_of_neurons(of->config)),
+      head_chunks(chunks_of_heads(of->config)),
+      predictors((size_t)of->config.num_layers),
+      pool(threads) {
+  const dejavu_config &c = model->config;
+  const int64_t width = model->width;
+  const bool quantized = c.dtype == DEJAVU_INT8;
+  require(model->embed.present(), "the model has no embedding");
+  require(c.tied_head || model->head.present(), "the model has no head");
+  require(c.embed_size == c.hidden_size || (model->project_in.present() && model->project_out.present()), "the model has no project_in and project_out");
+  require(c.rope ? !model->inv_freq.empty() : model->position.present(), "the model has no positions");
+  require(!c.final_norm || !model->final_norm.weight.empty(), "the model has no final norm");
+  for (const Layer &layer : model->layers)
+    require(layer.q.present() && layer.k.present() && layer.v.present() && layer.o.present() && !layer.norm1.weight.empty() &&
+                !layer.norm2.weight.empty() && (c.dtype == DEJAVU_FP32 || (!layer.up.scale.empty() && !layer.down.scale.empty())),
+            "a layer of the model lacks a part");
+  residual = Buffer<float>(product({rows, width}));
+  query = Buffer<float>(product({rows, c.num_heads, model->head_width}));
+  attention_parts = Buffer<float>(product({head_chunks, rows, width}));
+  mlp_parts = Buffer<float>(product({neuron_chunks, rows, width}));
+  cosine = Buffer<float>(rows * c.head_dim);
+  sine = Buffer<float>(rows * c.head_dim);
+  projected = Buffer<float>(rows * model->embed_width);
+  for (Buffer<int32_t> &list : lists) list = Buffer<int32_t>(rows * c.intermediate_size);
+  for (Buffer<int64_t> &count : counts) count = Buffer<int64_t>(rows * neuron_chunks);
+  for (int thread = 0; thread < threads; thread++) {
+    auto own = std::make_unique<Scratch>();
+    for (Vectors *vectors : {&own->x, &own->attention_in, &own->mlp_in, &own->final_in}) *vectors = Vectors(rows, width, quantized);
+    own->projected = Vectors(rows, model->embed_width, quantized);
+    own->low = Vectors(1, PAD, quantized);
+    own->query = Vectors(rows, round_up(c.head_dim, PAD), false);
+    own->values = Buffer<float>(2 * (c.intermediate_size + PAD));
+    own->scores = Buffer<float>(std::max(c.intermediate_size, c.num_kv_heads) + PAD);
+    own->probabilities = Buffer<float>(c.max_positions + PAD);
+    own->mixed = Buffer<float>(model->head_width);
+    own->fired = Buffer<int32_t>(c.intermediate_size);
+    own->groups = Buffer<uint8_t>(rows * c.num_kv_heads);
+    own->units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
+    scratch.push_back(std::move(own));
+  }
+}
+
+void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead) {
+  const dejavu_config &c = model->config;
+  require(layer >= 0 && layer < c.num_layers, "layer " + std::to_string(layer) + " is none of " + std::to_string(c.num_layers));
+  require(predicted == DEJAVU_MLP || predicted == DEJAVU_HEADS, "unknown predictor " + std::to_string(predicted));
+  const bool mlp = predicted == DEJAVU_MLP;
+  require(lookahead >= 0 && lookahead <= (mlp ? 2 : 1), "unknown lookahead " + std::to_string(lookahead));
+  require(layer > 0 || lookahead < (mlp ? 2 : 1), "layer 0 has no layer before it");
+  require(A.rows > 0 && A.rows < INT64_C(1) << 31, "a predictor needs a positive rank");
+  require(!std::isnan(threshold), "a predictor's threshold is NaN");
+  Predictor made;
+  made.A.allocate(A.scale == nullptr ? DEJAVU_FP32 : DEJAVU_INT8, A.rows, c.hidden_size);
+  made.A.fill(A, "a predictor's A");
+  made.B.allocate(B.scale == nullptr ? DEJAVU_FP32 : DEJAVU_INT8, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
+  made.B.fill(B, "a predictor's B");
+  made.threshold = threshold, made.lookahead = lookahead;
+  // The rank's sums and their products with B: grown to the largest rank.
+  std::lock_guard<std::mutex> lock(mutex);
+  int64_t widest = made.B.width;
+  for (const LayerPredictors &other : predictors) widest = std::max({widest, other.mlp.B.width, other.heads.B.width});
+  for (auto &own : scratch) own->low = Vectors(1, widest, c.dtype == DEJAVU_INT8);
+  LayerPredictors &pair = predictors[(size_t)layer];
+  (mlp ? pair.mlp : pair.heads) = std::move(made);
+}
+
+void dejavu_engine::check(const dejavu_block &b) const {
+  const dejavu_config &c = model->config;
+  require(b.rows >= 1 && b.rows <= max_rows, std::to_string(b.rows) + " rows; the engine takes 1 to " + std::to_string(max_rows));
+  require(b.first_logits >= 0 && b.first_logits <= b.rows, "first_logits lies outside the rows");
+  require(b.page_size >= 1 && b.num_pages >= 1 && b.head_stride == model->head_width, "the cache's shape is not that of the model");
+  require(b.token && b.position && b.table && b.k_pool && b.v_pool && b.logits && b.neurons && b.heads, "a pointer of the block is missing");
+  for (int64_t r = 0; r < b.rows; r++) {
+    require(b.token[r] >= 0 && b.token[r] < c.vocab_size,
+            "token id " + std::to_string(b.token[r]) + " is outside the model's vocabulary of " + std::to_string(c.vocab_size));
+    require(b.position[r] >= 0 && b.position[r] < c.max_positions,
+            "position " + std::to_string(b.position[r]) + " exceeds the model's context of " + std::to_string(c.max_positions));
+    for (int64_t page = 0; page <= b.position[r] / b.page_size; page++)
+      require(b.table[r][page] >= 0 && b.table[r][page] < b.num_pages, "page " + std::to_string(b.table[r][page]) + " is outside the cache");
+  }
+}
+
+bool dejavu_engine::run(const dejavu_block &block) {
+  std::lock_guard<std::mutex> lock(mutex);
+  check(block);
+  const dejavu_config &c = model->config;
+  if (c.rope) {
+    const int64_t half = c.head_dim / 2;
+    for (int64_t r = 0; r < block.rows; r++)
+      for (int64_t i = 0; i < half; i++) {
+        const float angle = (float)block.position[r] * model->inv_freq[i];
+        cosine[r * half + i] = std::cos(angle), sine[r * half + i] = std::sin(angle);
+      }
+  }
+  finite.store(true);
+  pool.run([&](int thread) { Pass(*this, block, thread).run(); });
+  return finite.load();
+}

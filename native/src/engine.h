@@ -1,0 +1,79 @@
+// An engine: predictors, scratch memory and threads around a model. In: a block of tokens. Out: logits and counts.
+//
+// One layer takes three barriers. A row's sums are cut into chunks that depend on the model alone and added in the order of
+// the chunks, so that its result depends neither on the rows beside it nor on the number of threads.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "model.h"
+#include "pool.h"
+
+struct Predictor {
+  Matrix A, B;
+  float threshold = 0.0f;
+  int lookahead = 0;
+  bool present() const { return A.present(); }
+};
+
+struct LayerPredictors {
+  Predictor mlp, heads;
+};
+
+// A padded vector, also as int16 times a scale where the weights are int8.
+struct Vector {
+  float *f;
+  int16_t *q;
+  float scale;
+};
+
+// `rows` vectors of `width` values.
+class Vectors {
+ public:
+  Vectors() = default;
+  Vectors(int64_t rows, int64_t width, bool quantized);
+  Vector &operator[](int64_t row) { return list_[(size_t)row]; }
+
+ private:
+  Buffer<float> floats_;
+  Buffer<int16_t> ints_;
+  std::vector<Vector> list_;
+};
+
+// What one thread keeps for itself. Residual streams and norms are computed by every thread: cheaper than another barrier.
+struct Scratch {
+  Vectors x, attention_in, mlp_in, final_in, projected;
+  Vectors low, query;
+  Buffer<float> values, scores, probabilities, mixed;
+  Buffer<int32_t> fired;
+  Buffer<uint8_t> groups;        // [rows, groups]: selected
+  std::vector<int64_t> units;  // heads to project: queries, then keys, then values
+};
+
+struct dejavu_engine {
+  dejavu_engine(const dejavu_model *model, int threads, int64_t max_rows, const Kernels *kernels);
+  void set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead);
+  // Raises BadValue for a block that this model cannot run. Returns whether every logit is finite.
+  bool run(const dejavu_block &block);
+
+  const dejavu_model *model;
+  const Kernels *kernels;
+  const int64_t max_rows, neuron_chunks, head_chunks;
+  std::vector<LayerPredictors> predictors;
+  // Shared by the threads
+  Buffer<float> residual, query, attention_parts, mlp_parts, cosine, sine, projected;
+  // By the layer's parity, so that thread 0 still reports one layer while others select for the next.
+  Buffer<int32_t> lists[2];   // [rows, neurons]: the selected neurons of chunk c start at the chunk's first neuron
+  Buffer<int64_t> counts[2];  // [rows, neuron_chunks]
+  std::atomic<bool> finite{true};
+  std::vector<std::unique_ptr<Scratch>> scratch;
+  std::mutex mutex;
+  Pool pool;
+
+ private:
+  void check(const dejavu_block &block) const;
+};
+
+inline int64_t chunk_start(int64_t total, int64_t chunk, int64_t chunks) { return total * chunk / chunks; }

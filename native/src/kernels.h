@@ -1,0 +1,58 @@
+// The arithmetic of a decode step as a table of functions, one table for each instruction set.
+//
+// Rows lie `stride` bytes apart from `base`; idx lists row numbers (NULL: 0, 1, 2...). Lengths n are padded: vectors of
+// weights to a multiple of PAD values, heads to a multiple of HEAD_PAD, the padding being zero. `listed` >= count says how far
+// idx may be read to prefetch, `fetch` how many bytes of the row `ahead` rows later to prefetch (0: none).
+// A result depends on its own row and vector alone, never on which rows are computed beside it.
+#pragma once
+#include <stdint.h>
+
+constexpr int64_t PAD = 64, HEAD_PAD = 16;
+
+struct RowList {
+  const void *base;
+  int64_t stride;
+  const int32_t *idx;
+  int64_t count, listed, fetch, ahead;
+};
+
+struct Kernels {
+  const char *name;
+  // Prefetches `fetch` bytes of each row.
+  void (*fetch)(const RowList &rows);
+  // out[k] = sum_i row_k[i] x[i]
+  void (*dots_f32)(const RowList &rows, const float *x, int64_t n, float *out);
+  void (*dots_i8)(const RowList &rows, const float *x, int64_t n, float *out);
+  // The same with x[i] = scale * xq[i]. No int32 overflows as long as |xq| <= int16_limit(n).
+  void (*dots_i8_i16)(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out);
+  // y[i] = y[i] + coef[0] row_0[i] + coef[1] row_1[i] + ..., added in this order
+  void (*axpys_f32)(const RowList &rows, const float *coef, int64_t n, float *y);
+  void (*axpys_i8)(const RowList &rows, const float *coef, int64_t n, float *y);
+  void (*add)(float *y, const float *x, int64_t n);
+  // p = softmax(p); room for PAD values past n
+  void (*softmax)(float *p, int64_t n);
+  // y = (x - mean) / sqrt(var + eps) * weight + bias over `size` values (n padded); bias NULL: none
+  void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t size, int64_t n, float *y);
+  void (*rms_norm)(const float *x, const float *weight, float eps, int64_t size, int64_t n, float *y);
+  // xq = round(x / scale), returns scale = max|x| / limit; xq = 0 and NaN where a value is not finite
+  float (*quantize)(const float *x, int64_t n, float limit, int16_t *xq);
+  // x = activation(x), activation being a dejavu_activation; room for PAD values past n
+  void (*activate)(float *x, int64_t n, int activation, float threshold);
+  bool (*finite)(const float *x, int64_t n);
+};
+
+// The largest |xq| for which n products with int8 weights (|w| <= 127) sum within int32: 127 * limit * n <= 2^31 - 1.
+inline float int16_limit(int64_t n) {
+  const int64_t limit = INT64_C(2147483647) / (127 * n);
+  return (float)(limit < 32767 ? limit : 32767);
+}
+
+const Kernels *scalar_kernels();
+const Kernels *avx2_kernels();
+const Kernels *avx512_kernels();
+const Kernels *neon_kernels();
+
+// The table for a name, or the best this machine can run for NULL; NULL where it cannot run it.
+const Kernels *find_kernels(const char *name);
+// The names this machine can run, best first, separated by spaces.
+const char *instruction_set_names();

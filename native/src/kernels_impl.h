@@ -1,0 +1,221 @@
+// The functions of kernels.h over the vectors F and I of one simd_*.h. Included once in each kernels_<set>.cpp.
+//
+// Everything is static to its translation unit, and no C++ library template is used: code for one instruction set must
+// never be merged with that of another by the linker.
+#include <math.h>
+
+#include "../dejavu_native.h"
+#include "kernels.h"
+
+namespace {
+
+template <class W> inline const W *row_of(const RowList &rows, int64_t k) {
+  const int64_t number = rows.idx == nullptr ? k : (int64_t)rows.idx[k];
+  return (const W *)((const char *)rows.base + number * rows.stride);
+}
+
+inline void fetch_rows(const RowList &rows, int64_t k) {
+  if (rows.fetch == 0) return;
+  const int64_t stop = k + 4 < rows.listed ? k + 4 : rows.listed;
+  for (int64_t j = k; j < stop; j++) {
+    const char *row = row_of<char>(rows, j);
+    for (int64_t b = 0; b < rows.fetch; b += 64) prefetch(row + b);
+  }
+}
+
+void fetch(const RowList &rows) {
+  for (int64_t k = 0; k < rows.count; k += 4) fetch_rows(rows, k);
+}
+
+inline void fetch_ahead(const RowList &rows, int64_t k) { fetch_rows(rows, k + rows.ahead); }
+
+// The rows that no other row comes `ahead` of. Rows in order were fetched by the call before.
+inline void fetch_first(const RowList &rows) {
+  if (rows.idx == nullptr) return;
+  for (int64_t k = 0; k < rows.ahead; k += 4) fetch_rows(rows, k);
+}
+
+template <class W> inline void rows4(const RowList &rows, int64_t k, const W *out[4]) {
+  for (int64_t j = 0; j < 4; j++) out[j] = row_of<W>(rows, k + j < rows.count ? k + j : rows.count - 1);
+}
+
+inline void put4(const float *four, int64_t k, int64_t count, float *out) {
+  for (int64_t j = 0; j < 4 && k + j < count; j++) out[k + j] = four[j];
+}
+
+template <class W> void dots(const RowList &rows, const float *x, int64_t n, float *out) {
+  fetch_first(rows);
+  for (int64_t k = 0; k < rows.count; k += 4) {
+    fetch_ahead(rows, k);
+    const W *r[4];
+    rows4(rows, k, r);
+    F::T a[4], b[4];
+    for (int j = 0; j < 4; j++) a[j] = b[j] = F::zero();
+    int64_t i = 0;
+    for (; i + 2 * F::W <= n; i += 2 * F::W) {
+      const F::T x0 = F::load(x + i), x1 = F::load(x + i + F::W);
+      for (int j = 0; j < 4; j++) {
+        a[j] = F::fma(F::load(r[j] + i), x0, a[j]);
+        b[j] = F::fma(F::load(r[j] + i + F::W), x1, b[j]);
+      }
+    }
+    for (; i < n; i += F::W) {
+      const F::T x0 = F::load(x + i);
+      for (int j = 0; j < 4; j++) a[j] = F::fma(F::load(r[j] + i), x0, a[j]);
+    }
+    float four[4];
+    const bool whole = k + 4 <= rows.count;
+    F::sum4(F::add(a[0], b[0]), F::add(a[1], b[1]), F::add(a[2], b[2]), F::add(a[3], b[3]), whole ? out + k : four);
+    if (!whole) put4(four, k, rows.count, out);
+  }
+}
+
+void dots_i8_i16(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out) {
+  fetch_first(rows);
+  for (int64_t k = 0; k < rows.count; k += 4) {
+    fetch_ahead(rows, k);
+    const int8_t *r[4];
+    rows4(rows, k, r);
+    I::T a[4];
+    for (int j = 0; j < 4; j++) a[j] = I::zero();
+    for (int64_t i = 0; i < n; i += I::W)
+      for (int j = 0; j < 4; j++) a[j] = I::step(a[j], r[j] + i, xq + i);
+    float four[4];
+    const bool whole = k + 4 <= rows.count;
+    I::sum4(a[0], a[1], a[2], a[3], scale, whole ? out + k : four);
+    if (!whole) put4(four, k, rows.count, out);
+  }
+}
+
+template <class W> void axpys(const RowList &rows, const float *coef, int64_t n, float *y) {
+  fetch_first(rows);
+  int64_t k = 0;
+  for (; k + 4 <= rows.count; k += 4) {
+    fetch_ahead(rows, k);
+    const W *r[4];
+    rows4(rows, k, r);
+    const F::T c0 = F::set(coef[k]), c1 = F::set(coef[k + 1]), c2 = F::set(coef[k + 2]), c3 = F::set(coef[k + 3]);
+    for (int64_t i = 0; i < n; i += F::W) {
+      F::T v = F::fma(F::load(r[0] + i), c0, F::load(y + i));
+      v = F::fma(F::load(r[1] + i), c1, v);
+      v = F::fma(F::load(r[2] + i), c2, v);
+      F::store(y + i, F::fma(F::load(r[3] + i), c3, v));
+    }
+  }
+  for (; k < rows.count; k++) {
+    const W *r = row_of<W>(rows, k);
+    const F::T c = F::set(coef[k]);
+    for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::fma(F::load(r + i), c, F::load(y + i)));
+  }
+}
+
+void add(float *y, const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::add(F::load(y + i), F::load(x + i)));
+}
+
+// e^x by 2^round(x / ln 2) and a polynomial of the rest (Cephes expf), relative error below 2e-7; clamped to [-87, 88].
+inline F::T exp_of(F::T x) {
+  x = F::min(F::max(x, F::set(-87.0f)), F::set(88.0f));
+  const F::T n = F::round(F::mul(x, F::set(1.44269504f)));
+  F::T r = F::fma(n, F::set(-0.693359375f), x);
+  r = F::fma(n, F::set(2.12194440e-4f), r);
+  F::T p = F::set(1.9875691500e-4f);
+  p = F::fma(p, r, F::set(1.3981999507e-3f));
+  p = F::fma(p, r, F::set(8.3334519073e-3f));
+  p = F::fma(p, r, F::set(4.1665795894e-2f));
+  p = F::fma(p, r, F::set(1.6666665459e-1f));
+  p = F::fma(p, r, F::set(5.0000001201e-1f));
+  p = F::add(F::fma(p, F::mul(r, r), r), F::set(1.0f));
+  return F::mul(p, F::exp2i(n));
+}
+
+bool finite(const float *x, int64_t n) {
+  F::T zeros = F::zero();
+  int64_t i = 0;
+  for (; i + F::W <= n; i += F::W) zeros = F::fma(F::load(x + i), F::zero(), zeros);
+  float rest = F::sum(zeros);
+  for (; i < n; i++) rest += x[i] * 0.0f;
+  return rest == 0.0f;
+}
+
+void softmax(float *p, int64_t n) {
+  const int64_t padded = (n + F::W - 1) / F::W * F::W;
+  const bool whole = finite(p, n);
+  for (int64_t i = n; i < padded; i++) p[i] = -INFINITY;
+  F::T m = F::load(p);
+  for (int64_t i = F::W; i < padded; i += F::W) m = F::max(m, F::load(p + i));
+  const F::T top = F::set(whole ? F::largest(m) : NAN);
+  F::T total = F::zero();
+  for (int64_t i = 0; i < padded; i += F::W) {
+    const F::T e = exp_of(F::sub(F::load(p + i), top));
+    F::store(p + i, e);
+  }
+  for (int64_t i = n; i < padded; i++) p[i] = 0.0f;
+  for (int64_t i = 0; i < padded; i += F::W) total = F::add(total, F::load(p + i));
+  const F::T scale = F::set(whole ? 1.0f / F::sum(total) : NAN);
+  for (int64_t i = 0; i < padded; i += F::W) F::store(p + i, F::mul(F::load(p + i), scale));
+}
+
+void layer_norm(const float *x, const float *weight, const float *bias, float eps, int64_t size, int64_t n, float *y) {
+  F::T sums = F::zero();
+  for (int64_t i = 0; i < n; i += F::W) sums = F::add(sums, F::load(x + i));
+  const float mean = F::sum(sums) / (float)size;
+  const F::T middle = F::set(mean);
+  F::T squares = F::zero();
+  for (int64_t i = 0; i < n; i += F::W) {
+    const F::T d = F::sub(F::load(x + i), middle);
+    squares = F::fma(d, d, squares);
+  }
+  const float padding = (float)(n - size) * mean * mean;  // the zeros past size each added mean^2
+  const F::T scale = F::set(1.0f / sqrtf(fmaxf(F::sum(squares) - padding, 0.0f) / (float)size + eps));
+  for (int64_t i = 0; i < n; i += F::W) {
+    const F::T d = F::mul(F::sub(F::load(x + i), middle), scale);
+    F::store(y + i, bias == nullptr ? F::mul(d, F::load(weight + i)) : F::fma(d, F::load(weight + i), F::load(bias + i)));
+  }
+}
+
+void rms_norm(const float *x, const float *weight, float eps, int64_t size, int64_t n, float *y) {
+  F::T squares = F::zero();
+  for (int64_t i = 0; i < n; i += F::W) squares = F::fma(F::load(x + i), F::load(x + i), squares);
+  const F::T scale = F::set(1.0f / sqrtf(F::sum(squares) / (float)size + eps));
+  for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::mul(F::mul(F::load(x + i), scale), F::load(weight + i)));
+}
+
+float quantize(const float *x, int64_t n, float limit, int16_t *xq) {
+  if (!finite(x, n)) {
+    for (int64_t i = 0; i < n; i++) xq[i] = 0;
+    return NAN;
+  }
+  F::T m = F::zero();
+  for (int64_t i = 0; i < n; i += F::W) m = F::max(m, F::abs(F::load(x + i)));
+  const float top = F::largest(m), scale = fmaxf(top / limit, 1e-30f);
+  const F::T inverse = F::set(1.0f / scale), most = F::set(limit), least = F::set(-limit);
+  for (int64_t i = 0; i < n; i += F::W) F::store_i16(xq + i, F::max(F::min(F::mul(F::load(x + i), inverse), most), least));
+  return scale;
+}
+
+void activate(float *x, int64_t n, int activation, float threshold) {
+  if (activation == DEJAVU_SILU) {
+    for (int64_t i = 0; i < n; i += F::W) {
+      const F::T v = F::load(x + i);
+      F::store(x + i, F::div(v, F::add(F::set(1.0f), exp_of(F::sub(F::zero(), v)))));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const float v = x[i];
+    switch (activation) {
+      case DEJAVU_RELU: x[i] = v < 0.0f ? 0.0f : v; break;  // NaN stays NaN, as in torch
+      case DEJAVU_RELU2: x[i] = v < 0.0f ? 0.0f : v * v; break;
+      case DEJAVU_FATRELU: x[i] = v > threshold ? v : 0.0f; break;
+      case DEJAVU_GELU: x[i] = 0.5f * v * (1.0f + erff(v * 0.70710678f)); break;
+      default: x[i] = 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
+    }
+  }
+}
+
+const Kernels TABLE = {
+    DEJAVU_ISA_NAME, fetch,   dots<float>, dots<int8_t>, dots_i8_i16, axpys<float>, axpys<int8_t>,
+    add,             softmax, layer_norm,  rms_norm,     quantize,    activate,     finite};
+
+}  // namespace

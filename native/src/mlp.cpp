@@ -1,0 +1,91 @@
+// The MLP of a block of tokens, over all neurons or each token's own:
+//   a_f = activation(up_f m + b_f), or activation(gate_f m + b_f) * (up_f m + b_f);   part of the chunk += sum over f of a_f down_f
+// A chunk's neurons are one thread's: its rows are read once, for one token after another.
+#include <algorithm>
+
+#include "pass.h"
+
+namespace {
+
+constexpr int64_t FETCHED_BYTES = 384 << 10;  // for each thread
+
+}  // namespace
+
+// y += the neurons idx[0 .. count) (or first, first + 1, ...) of one token.
+void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y) {
+  const Vector &x = own.mlp_in[r];
+  float *values = own.values.data();
+  // Selected rows are fetched as whole records, ahead of their first use; rows in order a matrix at a time, as they are used.
+  const int64_t bytes = layer.up.row_bytes(), ordered = rows == 1 && bytes <= 1024 ? bytes : 0;
+  const int64_t down_too = skip_zeros ? 0 : bytes;
+  if (config.gated) {
+    float *gate = values + config.intermediate_size + PAD;
+    dots(layer.gate, x, idx, first, count, gate, idx == nullptr ? ordered : 2 * bytes + down_too);
+    kernels.activate(gate, count, config.activation, config.activation_threshold);
+    dots(layer.up, x, idx, first, count, values, idx == nullptr ? ordered : 0);
+    for (int64_t k = 0; k < count; k++) values[k] = gate[k] * values[k];
+  } else {
+    dots(layer.up, x, idx, first, count, values, idx == nullptr ? ordered : bytes + down_too);
+    kernels.activate(values, count, config.activation, config.activation_threshold);
+  }
+  if (layer.down.dtype == DEJAVU_INT8)
+    for (int64_t k = 0; k < count; k++) values[k] *= layer.down.scale[idx == nullptr ? first + k : idx[k]];
+  if (idx == nullptr) return axpys(layer.down, values, idx, first, count, y, ordered);
+  if (!skip_zeros) return axpys(layer.down, values, idx, first, count, y);
+  // An activation of exactly zero adds nothing: its row of down is not read.
+  int32_t *fired = own.fired.data();
+  int64_t n = 0;
+  for (int64_t k = 0; k < count; k++) {
+    fired[n] = idx[k];
+    values[n] = values[k];
+    n += values[k] != 0.0f;
+  }
+  axpys(layer.down, values, fired, 0, n, y, bytes);
+}
+
+// One of `parts` parts of this thread's selected neurons is fetched, while attention computes: where they are known by then and
+// few enough to stay in the second-level cache.
+void Pass::fetch_neurons(int64_t index, int64_t part, int64_t parts) const {
+  if (rows > 1 || !sparse_mlp(index) || engine.predictors[(size_t)index].mlp.lookahead == 0) return;
+  const Layer &layer = model.layers[(size_t)index];
+  const Matrix &first = config.gated ? layer.gate : layer.up;
+  const int64_t chunks = engine.neuron_chunks, begin = share(chunks), end = share_end(chunks);
+  const int64_t matrices = (config.gated ? 2 : 1) + (config.activation > DEJAVU_FATRELU), bytes = matrices * first.row_bytes();
+  for (int64_t c = begin; c < end; c++) {
+    const int64_t count = std::min(engine.counts[index & 1][c], FETCHED_BYTES / bytes / (end - begin));
+    const int32_t *list = engine.lists[index & 1].data() + chunk_start(config.intermediate_size, c, chunks);
+    const int64_t from = count * part / parts, stop = count * (part + 1) / parts;
+    kernels.fetch({first.data, first.stride, list + from, stop - from, stop - from, bytes, 0});
+  }
+}
+
+void Pass::mlp(int64_t index) {
+  const Layer &layer = model.layers[(size_t)index];
+  const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
+  const bool sparse = sparse_mlp(index), skip_zeros = config.activation <= DEJAVU_FATRELU;
+  for (int64_t c = share(chunks); c < share_end(chunks); c++) {
+    const int64_t begin = chunk_start(total, c, chunks), end = chunk_start(total, c + 1, chunks);
+    float *part = engine.mlp_parts.data() + c * engine.max_rows * width;
+    for (int64_t r = 0; r < rows; r++) std::fill_n(part + r * width, width, 0.0f);
+    if (sparse && rows == 1) {
+      neurons(layer, 0, engine.lists[index & 1].data() + begin, 0, engine.counts[index & 1][c], skip_zeros, part);
+      continue;
+    }
+    // Sparse rows walk their own lists side by side, a tile of neuron numbers at a time.
+    int64_t done[64] = {0};
+    const int64_t tile = sparse ? 4 * TILE : TILE;
+    for (int64_t first = begin; first < end; first += tile) {
+      const int64_t stop = std::min(first + tile, end);
+      for (int64_t r = 0; r < rows; r++) {
+        if (!sparse) {
+          neurons(layer, r, nullptr, first, stop - first, false, part + r * width);
+          continue;
+        }
+        const int32_t *list = engine.lists[index & 1].data() + r * total + begin;
+        const int64_t from = done[r], length = engine.counts[index & 1][r * chunks + c];
+        while (done[r] < length && list[done[r]] < stop) done[r]++;
+        neurons(layer, r, list + from, 0, done[r] - from, skip_zeros, part + r * width);
+      }
+    }
+  }
+}

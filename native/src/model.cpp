@@ -1,0 +1,129 @@
+// Packing of weights: see model.h.
+#include "model.h"
+
+#include <cmath>
+
+namespace {
+
+void check_config(const dejavu_config &c) {
+  const struct { const char *name; int64_t value; } sizes[] = {
+      {"vocab_size", c.vocab_size},   {"hidden_size", c.hidden_size}, {"embed_size", c.embed_size},     {"intermediate_size", c.intermediate_size},
+      {"num_layers", c.num_layers},   {"num_heads", c.num_heads},     {"num_kv_heads", c.num_kv_heads}, {"head_dim", c.head_dim},
+      {"max_positions", c.max_positions}};
+  for (const auto &size : sizes)
+    require(size.value > 0 && size.value < INT64_C(1) << 31, std::string(size.name) + " must lie in 1 .. 2^31, not " + std::to_string(size.value));
+  require(c.num_heads % c.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads");
+  require(!c.rope || c.head_dim % 2 == 0, "head_dim must be even for rotary positions");
+  require(c.dtype == DEJAVU_FP32 || c.dtype == DEJAVU_INT8, "unknown dtype " + std::to_string(c.dtype));
+  require(c.activation >= DEJAVU_RELU && c.activation <= DEJAVU_GELU_TANH, "unknown activation " + std::to_string(c.activation));
+  require(c.position_offset >= 0, "position_offset must not be negative");
+}
+
+void copy_vector(Buffer<float> &to, int64_t padded, const float *from, int64_t count) {
+  Buffer<float> values(padded);
+  std::memcpy(values.data(), from, (size_t)count * sizeof(float));
+  to = static_cast<Buffer<float> &&>(values);
+}
+
+}  // namespace
+
+void Matrix::view(int new_dtype, int64_t new_rows, int64_t new_columns, unsigned char *new_data, int64_t new_stride) {
+  dtype = new_dtype, rows = new_rows, columns = new_columns, width = round_up(new_columns, PAD);
+  data = new_data, stride = new_stride;
+}
+
+void Matrix::allocate(int new_dtype, int64_t new_rows, int64_t new_columns) {
+  const int64_t bytes = round_up(new_columns, PAD) * (new_dtype == DEJAVU_FP32 ? 4 : 1);
+  owned = Buffer<unsigned char>(product({new_rows, bytes}));
+  view(new_dtype, new_rows, new_columns, owned.data(), bytes);
+}
+
+void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
+  require(source.data != nullptr, what + " has no data");
+  require(source.rows == rows && source.columns == columns,
+          what + " is " + std::to_string(source.rows) + " x " + std::to_string(source.columns) + ", expected " + std::to_string(rows) + " x " +
+              std::to_string(columns));
+  require((source.scale != nullptr) == (dtype == DEJAVU_INT8), what + (dtype == DEJAVU_INT8 ? " needs int8 rows with scales" : " must be fp32"));
+  const int64_t size = dtype == DEJAVU_FP32 ? 4 : 1;
+  for (int64_t r = 0; r < rows; r++)
+    std::memcpy(data + r * stride, (const unsigned char *)source.data + r * columns * size, (size_t)(columns * size));
+  if (dtype == DEJAVU_INT8) {
+    for (int64_t r = 0; r < rows; r++) require(std::isfinite(source.scale[r]), what + " has values that are not finite; int8 cannot hold them");
+    copy_vector(scale, rows, source.scale, rows);
+  }
+  if (source.bias != nullptr) copy_vector(bias, rows, source.bias, rows);
+}
+
+dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
+  check_config(config);
+  width = round_up(config.hidden_size, PAD);
+  embed_width = round_up(config.embed_size, PAD);
+  head_width = round_up(config.head_dim, HEAD_PAD);
+  layers.resize((size_t)config.num_layers);
+  const int64_t parts = config.gated ? 3 : 2, bytes = width * (config.dtype == DEJAVU_FP32 ? 4 : 1);
+  for (Layer &layer : layers) {
+    layer.neurons = Buffer<unsigned char>(product({config.intermediate_size, parts, bytes}));
+    unsigned char *record = layer.neurons.data();
+    for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) {
+      if (matrix == &layer.gate && !config.gated) continue;
+      matrix->view(config.dtype, config.intermediate_size, config.hidden_size, record, parts * bytes);
+      record += bytes;
+    }
+  }
+}
+
+void dejavu_model::set_norm(Norm &norm, const dejavu_matrix &matrix, const std::string &what) {
+  require(matrix.data != nullptr && matrix.scale == nullptr && matrix.rows == 1 && matrix.columns == config.hidden_size,
+          what + " must be one fp32 row of " + std::to_string(config.hidden_size));
+  copy_vector(norm.weight, width, (const float *)matrix.data, config.hidden_size);
+  if (matrix.bias != nullptr) copy_vector(norm.bias, width, matrix.bias, config.hidden_size);
+}
+
+// o and down: a row per input, so their bias is one of the residual stream and not of a row.
+void dejavu_model::set_output(Matrix &matrix, Buffer<float> &bias, const dejavu_matrix &source, const std::string &what) {
+  dejavu_matrix rows = source;
+  rows.bias = nullptr;
+  matrix.fill(rows, what);
+  if (source.bias != nullptr) copy_vector(bias, width, source.bias, config.hidden_size);
+}
+
+void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
+  const dejavu_config &c = config;
+  const auto own = [&](Matrix &matrix, int dtype, int64_t rows, int64_t columns, const char *what) {
+    matrix.allocate(dtype, rows, columns);
+    matrix.fill(m, what);
+  };
+  switch (part) {
+    case DEJAVU_EMBED: return own(embed, c.dtype, c.vocab_size, c.embed_size, "the embedding");
+    case DEJAVU_POSITION: return own(position, DEJAVU_FP32, c.max_positions + c.position_offset, c.hidden_size, "the position table");
+    case DEJAVU_PROJECT_IN: return own(project_in, c.dtype, c.hidden_size, c.embed_size, "project_in");
+    case DEJAVU_PROJECT_OUT: return own(project_out, c.dtype, c.embed_size, c.hidden_size, "project_out");
+    case DEJAVU_HEAD: return own(head, c.dtype, c.vocab_size, c.embed_size, "the head");
+    case DEJAVU_FINAL_NORM: return set_norm(final_norm, m, "the final norm");
+    case DEJAVU_INV_FREQ:
+      require(m.data != nullptr && m.rows == 1 && m.columns == c.head_dim / 2, "inverse frequencies must be one row of head_dim / 2");
+      return copy_vector(inv_freq, m.columns, (const float *)m.data, m.columns);
+    default: break;
+  }
+  require(index >= 0 && index < c.num_layers, "layer " + std::to_string(index) + " is none of " + std::to_string(c.num_layers));
+  Layer &layer = layers[(size_t)index];
+  const std::string where = " of layer " + std::to_string(index);
+  const int64_t queries = c.num_heads * c.head_dim, keys = c.num_kv_heads * c.head_dim;
+  const auto of_layer = [&](Matrix &matrix, int64_t rows, const char *what) { own(matrix, c.dtype, rows, c.hidden_size, (what + where).c_str()); };
+  switch (part) {
+    case DEJAVU_NORM1: return set_norm(layer.norm1, m, "norm1" + where);
+    case DEJAVU_NORM2: return set_norm(layer.norm2, m, "norm2" + where);
+    case DEJAVU_Q: return of_layer(layer.q, queries, "q");
+    case DEJAVU_K: return of_layer(layer.k, keys, "k");
+    case DEJAVU_V: return of_layer(layer.v, keys, "v");
+    case DEJAVU_O:
+      layer.o.allocate(c.dtype, queries, c.hidden_size);
+      return set_output(layer.o, layer.o_bias, m, "o" + where);
+    case DEJAVU_GATE:
+      require(c.gated != 0, "this model has no gate");
+      return layer.gate.fill(m, "gate" + where);
+    case DEJAVU_UP: return layer.up.fill(m, "up" + where);
+    case DEJAVU_DOWN: return set_output(layer.down, layer.down_bias, m, "down" + where);
+    default: throw BadValue("unknown part " + std::to_string(part));
+  }
+}

@@ -1,0 +1,68 @@
+// The weights of a model, packed for decoding. In: parts, one dejavu_model_set each. Out: rows that the kernels read.
+//
+// Matrices hold a row for each output (q, k, v, up, gate, head) or each input (o, down), padded to PAD values. The rows of
+// one neuron lie side by side (gate | up | down): a selected neuron is one stream of memory.
+#pragma once
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../dejavu_native.h"
+#include "buffer.h"
+#include "kernels.h"
+
+// A mistake of the caller: becomes DEJAVU_BAD_VALUE with this message.
+struct BadValue : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+inline void require(bool condition, const std::string &message) {
+  if (!condition) throw BadValue(message);
+}
+
+// Rows of padded values. `width` values are read of each row; row r is data + r * stride; scale (int8) and bias by row.
+struct Matrix {
+  int dtype = DEJAVU_FP32;
+  int64_t rows = 0, columns = 0, width = 0, stride = 0;
+  unsigned char *data = nullptr;
+  Buffer<unsigned char> owned;
+  Buffer<float> scale, bias;
+
+  bool present() const { return data != nullptr; }
+  int64_t row_bytes() const { return width * (dtype == DEJAVU_FP32 ? 4 : 1); }
+  // Own memory, rows of `columns` padded.
+  void allocate(int dtype, int64_t rows, int64_t columns);
+  // Memory of others: rows `stride` bytes apart.
+  void view(int dtype, int64_t rows, int64_t columns, unsigned char *data, int64_t stride);
+  // Copies values, scales and bias. Raises BadValue naming `what` where sizes or dtypes differ.
+  void fill(const dejavu_matrix &source, const std::string &what);
+};
+
+struct Norm {
+  Buffer<float> weight, bias;  // bias empty: none
+};
+
+struct Layer {
+  Norm norm1, norm2;
+  Matrix q, k, v, o, gate, up, down;
+  Buffer<unsigned char> neurons;  // records gate | up | down
+  Buffer<float> o_bias, down_bias;
+};
+
+struct dejavu_model {
+  explicit dejavu_model(const dejavu_config &config);
+  void set(int part, int64_t layer, const dejavu_matrix &matrix);
+
+  dejavu_config config;
+  int64_t width, embed_width, head_width;  // padded sizes of the residual stream, the embedding and a head
+  Matrix embed, position, project_in, project_out, head;
+  Norm final_norm;
+  Buffer<float> inv_freq;
+  std::vector<Layer> layers;
+
+  const Matrix &output_head() const { return config.tied_head ? embed : head; }
+
+ private:
+  void set_norm(Norm &norm, const dejavu_matrix &matrix, const std::string &what);
+  void set_output(Matrix &matrix, Buffer<float> &bias, const dejavu_matrix &source, const std::string &what);
+};

@@ -1,0 +1,171 @@
+// The layers of a block, as one thread runs them. A layer of a pre-norm model (post-norm: the norms after the sums):
+//   a = norm1 x; q, k, v = rows of a | barrier | x += o(attention) | barrier | m = norm2 x; x += down(act(up m)) | barrier
+#include "pass.h"
+
+#include <algorithm>
+
+Pass::Pass(dejavu_engine &e, const dejavu_block &b, int t)
+    : engine(e),
+      model(*e.model),
+      config(e.model->config),
+      kernels(*e.kernels),
+      block(b),
+      own(*e.scratch[(size_t)t]),
+      thread(t),
+      threads(e.pool.threads()),
+      rows(b.rows),
+      width(e.model->width) {}
+
+int64_t Pass::share(int64_t total, int64_t unit) const { return total / unit * thread / threads * unit; }
+
+int64_t Pass::share_end(int64_t total, int64_t unit) const { return thread + 1 == threads ? total : total / unit * (thread + 1) / threads * unit; }
+
+void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, int64_t fetch) const {
+  if (count == 0) return;
+  const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
+  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
+  if (m.dtype == DEJAVU_FP32)
+    kernels.dots_f32(list, x.f, m.width, out);
+  else if (x.q == nullptr)
+    kernels.dots_i8(list, x.f, m.width, out);
+  else
+    kernels.dots_i8_i16(list, x.q, x.scale, m.width, out);
+  if (m.dtype == DEJAVU_INT8)
+    for (int64_t k = 0; k < count; k++) out[k] *= m.scale[idx == nullptr ? first + k : idx[k]];
+  if (!m.bias.empty())
+    for (int64_t k = 0; k < count; k++) out[k] += m.bias[idx == nullptr ? first + k : idx[k]];
+}
+
+void Pass::axpys(const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, int64_t fetch) const {
+  if (count == 0) return;
+  const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
+  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
+  (m.dtype == DEJAVU_FP32 ? kernels.axpys_f32 : kernels.axpys_i8)(list, coef, m.width, y);
+}
+
+void Pass::norm(const Norm &norm, const float *x, float *y) const {
+  if (config.rms)
+    kernels.rms_norm(x, norm.weight.data(), config.norm_eps, config.hidden_size, width, y);
+  else
+    kernels.layer_norm(x, norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data(), config.norm_eps, config.hidden_size, width, y);
+}
+
+void Pass::quantize(Vector &vector, int64_t count) const {
+  if (vector.q != nullptr) vector.scale = kernels.quantize(vector.f, count, int16_limit(count), vector.q);
+}
+
+// x += every chunk's part, in order, and the bias.
+void Pass::add_parts(const Buffer<float> &parts, int64_t chunks, const Buffer<float> &bias) {
+  for (int64_t r = 0; r < rows; r++) {
+    float *x = own.x[r].f;
+    for (int64_t c = 0; c < chunks; c++) kernels.add(x, parts.data() + (c * engine.max_rows + r) * width, width);
+    if (!bias.empty()) kernels.add(x, bias.data(), width);
+  }
+}
+
+void Pass::run() {
+  embed();
+  for (int64_t layer = 0; layer < config.num_layers; layer++) {
+    attention_input(layer);
+    project_heads(layer);
+    engine.pool.barrier();
+    attend(layer);
+    engine.pool.barrier();
+    after_attention(layer);
+    mlp(layer);
+    engine.pool.barrier();
+    report(layer);
+    after_mlp(layer);
+  }
+  output();
+}
+
+void Pass::embed() {
+  const Matrix &table = model.embed;
+  const bool projects = model.project_in.present();
+  for (int64_t r = 0; r < rows; r++) {
+    Vector &to = projects ? own.projected[r] : own.x[r];
+    std::fill(to.f, to.f + table.width, 0.0f);
+    const float coef = table.dtype == DEJAVU_INT8 ? table.scale[block.token[r]] : 1.0f;
+    axpys(table, &coef, nullptr, block.token[r], 1, to.f);
+    if (projects) quantize(to, table.width);
+  }
+  if (projects) {
+    const int64_t begin = share(config.hidden_size, TILE), end = share_end(config.hidden_size, TILE);
+    for (int64_t r = 0; r < rows; r++)
+      dots(model.project_in, own.projected[r], nullptr, begin, end - begin, engine.residual.data() + r * width + begin);
+    engine.pool.barrier();
+    for (int64_t r = 0; r < rows; r++) std::copy_n(engine.residual.data() + r * width, width, own.x[r].f);
+  }
+  if (!config.rope)
+    for (int64_t r = 0; r < rows; r++)
+      kernels.add(own.x[r].f, (const float *)(model.position.data + (block.position[r] + config.position_offset) * model.position.stride), width);
+}
+
+void Pass::attention_input(int64_t layer) {
+  for (int64_t r = 0; r < rows; r++) {
+    if (config.pre_norm)
+      norm(model.layers[(size_t)layer].norm1, own.x[r].f, own.attention_in[r].f);
+    else
+      std::copy_n(own.x[r].f, width, own.attention_in[r].f);
+    quantize(own.attention_in[r], width);
+  }
+  select_groups(layer);
+  select_neurons(layer, 2);
+  select_neurons(layer, 1);
+}
+
+void Pass::after_attention(int64_t layer) {
+  const Layer &weights = model.layers[(size_t)layer];
+  add_parts(engine.attention_parts, engine.head_chunks, weights.o_bias);
+  for (int64_t r = 0; r < rows; r++) {
+    float *x = own.x[r].f, *m = own.mlp_in[r].f;
+    norm(config.pre_norm ? weights.norm2 : weights.norm1, x, m);
+    if (!config.pre_norm) std::copy_n(m, width, x);
+    quantize(own.mlp_in[r], width);
+  }
+  select_neurons(layer, 0);
+}
+
+void Pass::after_mlp(int64_t layer) {
+  const Layer &weights = model.layers[(size_t)layer];
+  add_parts(engine.mlp_parts, engine.neuron_chunks, weights.down_bias);
+  if (config.pre_norm) return;
+  for (int64_t r = 0; r < rows; r++) {
+    norm(weights.norm2, own.x[r].f, own.final_in[r].f);
+    std::copy_n(own.final_in[r].f, width, own.x[r].f);
+  }
+}
+
+void Pass::output() {
+  const bool projects = model.project_out.present();
+  const Matrix &head = model.output_head();
+  for (int64_t r = block.first_logits; r < rows; r++) {
+    if (config.final_norm)
+      norm(model.final_norm, own.x[r].f, own.final_in[r].f);
+    else
+      std::copy_n(own.x[r].f, width, own.final_in[r].f);
+    quantize(own.final_in[r], width);
+  }
+  if (projects) {
+    const int64_t begin = share(config.embed_size, TILE), end = share_end(config.embed_size, TILE);
+    for (int64_t r = block.first_logits; r < rows; r++)
+      dots(model.project_out, own.final_in[r], nullptr, begin, end - begin, engine.projected.data() + r * model.embed_width + begin);
+    engine.pool.barrier();
+    for (int64_t r = block.first_logits; r < rows; r++) {
+      std::copy_n(engine.projected.data() + r * model.embed_width, model.embed_width, own.projected[r].f);
+      quantize(own.projected[r], model.embed_width);
+    }
+  }
+  const int64_t begin = share(config.vocab_size, TILE), end = share_end(config.vocab_size, TILE);
+  bool finite = true;
+  for (int64_t tile = begin; tile < end; tile += TILE) {
+    const int64_t count = std::min(TILE, end - tile);
+    for (int64_t r = block.first_logits; r < rows; r++) {
+      float *out = block.logits + (r - block.first_logits) * config.vocab_size + tile;
+      dots(head, projects ? own.projected[r] : own.final_in[r], nullptr, tile, count, out, rows == 1 ? head.row_bytes() : 0);
+      finite = finite && kernels.finite(out, count);
+    }
+  }
+  if (!finite) engine.finite.store(false);
+}

@@ -1,0 +1,64 @@
+// One thread's part of one block of tokens through the whole model: see engine.h. Computation in pass.cpp and select.cpp.
+#pragma once
+#include "engine.h"
+
+class Pass {
+ public:
+  Pass(dejavu_engine &engine, const dejavu_block &block, int thread);
+  void run();
+
+ private:
+  // pass.cpp: the layers
+  void embed();
+  void attention_input(int64_t layer);
+  void after_attention(int64_t layer);
+  void after_mlp(int64_t layer);
+  void output();
+
+  // attention.cpp
+  void project_heads(int64_t layer);
+  void attend(int64_t layer);
+  float *cache_row(float *pool, int64_t layer, int64_t row, int64_t group, int64_t position) const;
+  void rotate(int64_t row, float *head) const;
+
+  // mlp.cpp
+  void mlp(int64_t layer);
+  void fetch_neurons(int64_t layer, int64_t part, int64_t parts) const;
+  void neurons(const Layer &layer, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y);
+
+  // select.cpp
+  void select_groups(int64_t layer);
+  void select_neurons(int64_t layer, int lookahead);
+  void scores(const Predictor &predictor, const Vector &x, int64_t first, int64_t count);
+  void report(int64_t layer);
+
+  // Small helpers, in pass.cpp. `dots`: out[k] = row_k x * scale + bias, rows first + 0, 1, 2... or idx[k].
+  void dots(const Matrix &matrix, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, int64_t fetch = 0) const;
+  void axpys(const Matrix &matrix, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, int64_t fetch = 0) const;
+  void norm(const Norm &norm, const float *x, float *y) const;
+  void quantize(Vector &vector, int64_t width) const;
+  void add_parts(const Buffer<float> &parts, int64_t chunks, const Buffer<float> &bias);
+  bool sparse_mlp(int64_t layer) const { return block.sparse && engine.predictors[(size_t)layer].mlp.present(); }
+  bool sparse_heads(int64_t layer) const { return block.sparse && engine.predictors[(size_t)layer].heads.present(); }
+  // This thread's share of `total` chunks or rows.
+  int64_t share(int64_t total, int64_t unit = 1) const;
+  int64_t share_end(int64_t total, int64_t unit = 1) const;
+
+  dejavu_engine &engine;
+  const dejavu_model &model;
+  const dejavu_config &config;
+  const Kernels &kernels;
+  const dejavu_block &block;
+  Scratch &own;
+  const int thread, threads;
+  const int64_t rows, width;
+};
+
+// Rows of a matrix that are read for one token after another while they are in the first-level cache.
+constexpr int64_t TILE = 16;
+
+// How many rows early a row is fetched: about 24 KB, in the groups of four that the kernels take.
+inline int64_t rows_ahead(const Matrix &matrix) {
+  const int64_t rows = 24576 / matrix.row_bytes() / 4 * 4;
+  return rows < 4 ? 4 : rows > TILE ? TILE : rows;
+}

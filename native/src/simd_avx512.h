@@ -1,0 +1,59 @@
+// Vectors of AVX-512 (F, BW, DQ, VL): see simd_scalar.h for what each operation means.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+#define DEJAVU_ISA_NAME "avx512"
+
+struct F {
+  static constexpr int W = 16;
+  typedef __m512 T;
+  static T set(float x) { return _mm512_set1_ps(x); }
+  static T zero() { return _mm512_setzero_ps(); }
+  static T load(const float *p) { return _mm512_loadu_ps(p); }
+  static T load(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+  static void store(float *p, T a) { _mm512_storeu_ps(p, a); }
+  static T add(T a, T b) { return _mm512_add_ps(a, b); }
+  static T sub(T a, T b) { return _mm512_sub_ps(a, b); }
+  static T mul(T a, T b) { return _mm512_mul_ps(a, b); }
+  static T div(T a, T b) { return _mm512_div_ps(a, b); }
+  static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
+  static T max(T a, T b) { return _mm512_max_ps(a, b); }
+  static T min(T a, T b) { return _mm512_min_ps(a, b); }
+  static T abs(T a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
+  static T round(T a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static T exp2i(T n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  }
+  static __m256 halves(T a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
+  static float sum(T a) { return _mm512_reduce_add_ps(a); }
+  static float largest(T a) { return _mm512_reduce_max_ps(a); }
+  static void sum4(T a, T b, T c, T d, float *out) {
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+  static void store_i16(int16_t *p, T a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a))); }
+};
+
+struct I {
+  static constexpr int W = 32;
+  typedef __m512i T;
+  static T zero() { return _mm512_setzero_si512(); }
+  static T step(T acc, const int8_t *w, const int16_t *x) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(wide, _mm512_loadu_si512(x)));
+  }
+  static __m256i halves(T a) { return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)); }
+  static void sum4(T a, T b, T c, T d, float scale, float *out) {
+    const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(halves(a), halves(b)), _mm256_hadd_epi32(halves(c), halves(d)));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    _mm_storeu_ps(out, _mm_mul_ps(_mm_cvtepi32_ps(sums), _mm_set1_ps(scale)));
+  }
+};
+
+// By hand: GCC takes a function that only prefetches for one without effect, and drops the calls.
+inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*(const char *)p)); }
+
+}  // namespace

@@ -1,0 +1,217 @@
+"""The engine of the CPU: a whole step of several tokens in one call of the C++ library, sparse where it has predictors.
+
+In: token ids and slots. Out: logits, counts and, when recording, selections, as the torch engine defines them
+(engine/torch_engine.py). This file keeps slots and pages; arithmetic, threads and selections are in native/.
+A row's result depends on that row alone, bit for bit, whatever its batch mates and the number of threads.
+
+Letters: B rows of a step  V vocabulary  L layers  F neurons  G key/value heads  S tokens per page  K head_dim (padded)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dejavu.config import require
+from dejavu.engine.cache import PAGE_SIZE, PagedCache
+from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
+from dejavu.engine.native_weights import packed_model, predictor_view
+from dejavu.engine.torch_engine import check_layers
+from dejavu.kernels import native
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import Transformer
+
+
+class NativeEngine:
+    """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine.
+
+    dtype: fp32, or int8 per row. threads: None takes `default_threads()`. instruction_set: None takes the best. Raises
+    ValueError where the library is missing or cannot run the model, MemoryError where the memory is not there, and
+    ValueError from `prefill` and `step` where logits are not finite (the slots are then as they were before).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        layers: Sequence[LayerAdapter] | None = None,
+        *,
+        num_slots: int = 1,
+        cache_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+        record: bool = False,
+        dtype: str = "fp32",
+        threads: int | None = None,
+        instruction_set: str | None = None,
+    ) -> None:
+        config = model.config
+        self.config = config
+        self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
+        check_layers(self.layers, config)
+        require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
+        self.threads = native.default_threads() if threads is None else threads
+        self._library = native.library()
+        self._model = packed_model(model, dtype)
+        self._handle = ctypes.c_void_p()
+        wanted = None if instruction_set is None else instruction_set.encode()
+        native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
+        self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
+        self._set_predictors()
+        pages_per_slot = -(-config.max_positions // page_size)
+        num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
+        try:
+            self._cache = PagedCache(
+                num_layers=config.num_layers,
+                num_groups=config.num_kv_heads,
+                head_dim=self._model.head_stride,
+                num_slots=num_slots,
+                num_pages=num_pages,
+                page_size=page_size,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+            )
+        except RuntimeError as error:  # torch's word for memory that is not there
+            raise MemoryError(f"the key/value cache of {num_pages} pages does not fit into memory; give it fewer tokens") from error
+        self._record = record
+        self._info = EngineInfo(
+            backend="native",
+            dtype=dtype,
+            device="cpu",
+            sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
+            vocab_size=config.vocab_size,
+            num_layers=config.num_layers,
+            num_neurons=config.intermediate_size,
+            num_heads=config.num_heads,
+            max_positions=config.max_positions,
+            num_slots=num_slots,
+            page_size=page_size,
+            num_pages=num_pages,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def free_pages(self) -> int:
+        return self._cache.free_pages
+
+    def length(self, slot: int) -> int:
+        """Tokens that the slot holds."""
+        return self._cache.lengths[slot]
+
+    def free(self, slot: int) -> None:
+        """Empty the slot and give its pages back."""
+        self._cache.free(slot)
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """Append tokens to the slot densely, in blocks; logits fp32 [V] after the last one."""
+        require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
+        self._admit(slot, token_ids)
+        start, count = self._cache.lengths[slot], len(token_ids)
+        logits_BV = torch.empty(1, self.config.vocab_size)
+        for first in range(0, count, native.MAX_ROWS):
+            ids = token_ids[first : first + native.MAX_ROWS]
+            positions = range(start + first, start + first + len(ids))
+            wanted = 1 if first + len(ids) == count else 0
+            self._run(ids, [slot] * len(ids), positions, logits_BV, first_logits=len(ids) - wanted, sparse=False)
+        self._cache.advance(slot, count)
+        return logits_BV[0]
+
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        """Append one token to each of B different slots, in one call for each MAX_ROWS of them."""
+        batch, layers = len(token_ids_B), self.config.num_layers
+        assert batch == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
+        for token_id, slot in zip(token_ids_B, slots_B, strict=True):
+            self._admit(slot, (token_id,))
+        logits_BV = torch.empty(batch, self.config.vocab_size)
+        neurons_BL, heads_BL = torch.empty(2, batch, layers, dtype=torch.int64).unbind(0)
+        selections: list[tuple[LayerSelection, ...]] = []
+        for first in range(0, batch, native.MAX_ROWS):
+            rows = slice(first, first + native.MAX_ROWS)
+            slots = slots_B[rows]
+            positions = [self._cache.lengths[slot] for slot in slots]
+            selections += self._run(
+                token_ids_B[rows], slots, positions, logits_BV[rows], sparse=True, neurons_BL=neurons_BL[rows], heads_BL=heads_BL[rows]
+            )
+        for slot in slots_B:
+            self._cache.advance(slot, 1)
+        recorded = tuple(selections) if self._record else None
+        return StepResult(logits_BV=logits_BV, neurons_BL=neurons_BL, heads_BL=heads_BL, selections=recorded)
+
+    def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Check ids, context and cache, and reserve pages, before anything is computed."""
+        assert 0 <= slot < self._info.num_slots, f"{slot=} {self._info.num_slots=}"
+        vocab, context = self.config.vocab_size, self.config.max_positions
+        for token_id in (min(token_ids), max(token_ids)):
+            require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
+        total = self._cache.lengths[slot] + len(token_ids)
+        require(total <= context, f"{total} tokens exceed the model's context of {context}; shorten the text")
+        self._cache.reserve(slot, len(token_ids))
+
+    def _run(
+        self,
+        token_ids: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        logits_BV: Tensor,
+        *,
+        sparse: bool,
+        first_logits: int = 0,
+        neurons_BL: Tensor | None = None,
+        heads_BL: Tensor | None = None,
+    ) -> list[tuple[LayerSelection, ...]]:
+        """One call of the library: row r is token_ids[r] at positions[r] of slots[r]. The selections, when recording."""
+        config, rows = self.config, len(token_ids)
+        if neurons_BL is None or heads_BL is None:
+            neurons_BL, heads_BL = torch.empty(2, rows, config.num_layers, dtype=torch.int64).unbind(0)
+        numbers = (ctypes.c_int64 * rows)(*token_ids), (ctypes.c_int64 * rows)(*positions)
+        tables = (ctypes.c_void_p * rows)(*(self._cache.table_address(slot) for slot in slots))
+        record = self._record and sparse
+        neuron_mask_BLF = torch.empty(rows, config.num_layers, config.intermediate_size, dtype=torch.uint8) if record else None
+        group_mask_BLG = torch.empty(rows, config.num_layers, config.num_kv_heads, dtype=torch.uint8) if record else None
+        block = native.Block(
+            rows=rows,
+            first_logits=first_logits,
+            num_pages=self._cache.num_pages,
+            page_size=self._cache.page_size,
+            head_stride=self._model.head_stride,
+            token=ctypes.addressof(numbers[0]),
+            position=ctypes.addressof(numbers[1]),
+            table=ctypes.addressof(tables),
+            k_pool=self._cache.k_LPGSK.data_ptr(),
+            v_pool=self._cache.v_LPGSK.data_ptr(),
+            sparse=sparse,
+            logits=logits_BV.data_ptr(),
+            neurons=neurons_BL.data_ptr(),
+            heads=heads_BL.data_ptr(),
+            neuron_mask=None if neuron_mask_BLF is None else neuron_mask_BLF.data_ptr(),
+            group_mask=None if group_mask_BLG is None else group_mask_BLG.data_ptr(),
+        )
+        native.check(self._library.dejavu_engine_run(self._handle, block))
+        if neuron_mask_BLF is None or group_mask_BLG is None:
+            return []
+        return [self._selections(neurons_LF, groups_LG) for neurons_LF, groups_LG in zip(neuron_mask_BLF, group_mask_BLG, strict=True)]
+
+    def _selections(self, neurons_LF: Tensor, groups_LG: Tensor) -> tuple[LayerSelection, ...]:
+        heads_LH = groups_LG.repeat_interleave(self.config.heads_per_group, 1)
+        return tuple(
+            LayerSelection(
+                neurons_A=None if layer.mlp is None else neurons_LF[index].nonzero().squeeze(1),
+                heads_A=None if layer.heads is None else heads_LH[index].nonzero().squeeze(1),
+            )
+            for index, layer in enumerate(self.layers)
+        )
+
+    def _set_predictors(self) -> None:
+        for index, layer in enumerate(self.layers):
+            for kind, predictor in ((native.MLP, layer.mlp), (native.HEADS, layer.heads)):
+                if predictor is None:
+                    continue
+                A, B = predictor_view(predictor.A_RD), predictor_view(predictor.B_OR, predictor.bias_O.float().cpu())
+                threshold, lookahead = predictor.threshold, predictor.lookahead
+                status = self._library.dejavu_engine_predictor(self._handle, index, kind, A.matrix, B.matrix, threshold, lookahead)
+                native.check(status)

@@ -1,0 +1,132 @@
+"""A model's weights as the native library packs them, made once for each model and dtype.
+
+In: a Transformer in fp32 on the CPU. Out: a handle of the library. fp32 takes the values as they are; int8 quantises every
+matrix per row (kernels/quantize.py), which gives back the very integers of an int8 bundle; norms, biases and the position table stay fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dejavu.config import ModelConfig, require
+from dejavu.kernels import native
+from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.model.layers import Norm
+from dejavu.model.transformer import Transformer
+
+NATIVE_DTYPES = {"fp32": native.FP32, "int8": native.INT8}
+
+
+class MatrixView:
+    """A `native.Matrix` and the tensors that it points into."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None) -> None:
+        self.tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in (weight, scale, bias)]
+        data, scales, biases = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
+        rows, columns = weight.shape if weight.dim() == 2 else (1, weight.shape[0])
+        self.matrix = native.Matrix(data, scales, biases, rows, columns)
+
+
+def int8_view(matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
+    """The matrix int8 per row."""
+    q, scale = quantize_rows(matrix.detach())
+    return MatrixView(q, bias, scale=scale)
+
+
+def predictor_view(matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
+    """A predictor's matrix int8 where that is exactly what it is (as every stored adapter's), else fp32."""
+    wide = matrix.detach().float().cpu()
+    q, scale = quantize_rows(wide)
+    if torch.equal(dequantize_rows(q, scale), wide):
+        return MatrixView(q, bias, scale=scale)
+    return MatrixView(wide, bias)
+
+
+class NativeModel:
+    """A packed model. Freed with the last engine that uses it."""
+
+    def __init__(self, model: Transformer, dtype: str) -> None:
+        require(dtype in NATIVE_DTYPES, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE_DTYPES)}")
+        weight = model.embed.weight
+        require(
+            weight.dtype == torch.float32 and weight.device.type == "cpu",
+            f"the native engine needs a model loaded as fp32 on the cpu, not {weight.dtype} on {weight.device}",
+        )
+        self.handle = ctypes.c_void_p()
+        self.head_stride = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
+        self._library = native.library()
+        native.check(self._library.dejavu_model_new(native_config(model.config, dtype), ctypes.byref(self.handle)))
+        self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
+        for part, layer, view in _parts(model, quantized=dtype == "int8"):
+            native.check(self._library.dejavu_model_set(self.handle, part, layer, view.matrix))
+
+
+_packed: weakref.WeakKeyDictionary[Transformer, dict[str, tuple[tuple[int, ...], NativeModel]]] = weakref.WeakKeyDictionary()
+
+
+def packed_model(model: Transformer, dtype: str) -> NativeModel:
+    """The packed form of a model, made anew where a weight was replaced or changed in place since the last time."""
+    parameters = list(model.parameters())
+    if any(parameter.is_inference() for parameter in parameters):  # such tensors do not count their changes
+        return NativeModel(model, dtype)
+    state = tuple(value for parameter in parameters for value in (parameter.data_ptr(), parameter._version))
+    kept = _packed.setdefault(model, {})
+    if dtype not in kept or kept[dtype][0] != state:
+        kept.pop(dtype, None)
+        kept[dtype] = (state, NativeModel(model, dtype))
+    return kept[dtype][1]
+
+
+def native_config(config: ModelConfig, dtype: str) -> native.Config:
+    """The architecture for the library."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
+    return native.Config(
+        **{name: getattr(config, name) for name in sizes},
+        embed_size=config.embed_width,
+        position_offset=config.position_offset,
+        dtype=NATIVE_DTYPES[dtype],
+        activation=native.ACTIVATION_CODES[config.activation],
+        gated=config.gated,
+        rms=config.norm == "rmsnorm",
+        pre_norm=config.pre_norm,
+        final_norm=config.final_norm,
+        rope=config.positions == "rope",
+        tied_head=config.tied_head,
+        norm_eps=config.norm_eps,
+        activation_threshold=config.activation_threshold,
+    )
+
+
+def _parts(model: Transformer, *, quantized: bool) -> Iterator[tuple[int, int, MatrixView]]:
+    """(part, layer, values) of everything that the model has."""
+    view = int8_view if quantized else MatrixView
+    size = model.config.hidden_size
+    yield native.EMBED, -1, view(model.embed.weight)
+    for part, module in ((native.PROJECT_IN, model.project_in), (native.PROJECT_OUT, model.project_out), (native.HEAD, model.head)):
+        if module is not None:
+            yield part, -1, view(module.weight)
+    if model.position is not None:
+        yield native.POSITION, -1, MatrixView(model.position.weight)
+    if model.inv_freq is not None:
+        yield native.INV_FREQ, -1, MatrixView(model.inv_freq)
+    if model.final_norm is not None:
+        yield native.FINAL_NORM, -1, _norm(model.final_norm, size)
+    for index, block in enumerate(model.blocks):
+        yield native.NORM1, index, _norm(block.norm1, size)
+        yield native.NORM2, index, _norm(block.norm2, size)
+        linear: tuple[tuple[int, nn.Module | None], ...] = (
+            *((native.QUERY, block.q), (native.KEY, block.k), (native.VALUE, block.v), (native.OUTPUT, block.o)),
+            *((native.GATE, block.gate), (native.UP, block.up), (native.DOWN, block.down)),
+        )
+        for part, module in linear:
+            if module is not None:
+                yield part, index, view(module.weight, module.bias)  # pyrefly: ignore[bad-argument-type]  # Linear or InputMajorLinear
+
+
+def _norm(norm: Norm, size: int) -> MatrixView:
+    return MatrixView(torch.ones(size) if norm.weight is None else norm.weight, norm.bias)

@@ -1,0 +1,166 @@
+"""The library of the native CPU engine: where it lies, its C interface, and how many threads it should use.
+
+In: nothing. Out: `library()`, a ctypes library with every function of native/dejavu_native.h declared, and the structures
+that they take. The library comes with an installed package; from a source tree `make native` builds it into build/native.
+Where it is missing, everything else works, and `missing_reason()` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import dejavu.kernels
+
+ABI_VERSION = 1
+FILE_NAME = "dejavu_native.so"
+OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
+FP32, INT8 = range(2)
+ACTIVATION_CODES = {"relu": 0, "relu2": 1, "fatrelu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
+EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(16)
+MLP, HEADS = range(2)
+HEAD_PAD = 16  # a head takes a multiple of this many values in the cache
+MAX_ROWS = 32  # tokens that the library computes together
+
+
+class Config(Structure):
+    """dejavu_config."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("vocab_size", "hidden_size", "embed_size", "intermediate_size", "num_layers", "num_heads")),
+        *((name, c_int64) for name in ("num_kv_heads", "head_dim", "max_positions", "position_offset")),
+        *((name, c_int32) for name in ("dtype", "activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head")),
+        ("norm_eps", c_float),
+        ("activation_threshold", c_float),
+    )
+
+
+class Matrix(Structure):
+    """dejavu_matrix: addresses of data that live at least as long as the call."""
+
+    _fields_ = (("data", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("columns", c_int64))
+
+
+class Block(Structure):
+    """dejavu_block."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "first_logits", "num_pages", "page_size", "head_stride")),
+        *((name, c_void_p) for name in ("token", "position", "table", "k_pool", "v_pool")),
+        ("sparse", c_int32),
+        *((name, c_void_p) for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask")),
+    )
+
+
+_SIGNATURES = {
+    "dejavu_abi_version": (c_int, ()),
+    "dejavu_error": (c_char_p, ()),
+    "dejavu_instruction_sets": (c_char_p, ()),
+    "dejavu_model_new": (c_int, (POINTER(Config), POINTER(c_void_p))),
+    "dejavu_model_set": (c_int, (c_void_p, c_int, c_int64, POINTER(Matrix))),
+    "dejavu_model_free": (None, (c_void_p,)),
+    "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
+    "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(Matrix), POINTER(Matrix), c_float, c_int)),
+    "dejavu_engine_run": (c_int, (c_void_p, POINTER(Block))),
+    "dejavu_engine_free": (None, (c_void_p,)),
+}
+
+
+def library_folders() -> list[Path]:
+    """Where the library may lie: beside this package's files, wherever they are installed, then a source tree's build folder."""
+    packaged = [Path(folder) for folder in dejavu.kernels.__path__]
+    return [*packaged, Path(__file__).resolve().parents[3] / "build" / "native"]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    found = [folder / FILE_NAME for folder in library_folders() if (folder / FILE_NAME).is_file()]
+    if not found:
+        return None, "its library was not built: install dejavu where a C++ compiler (g++ or clang++) is found, or run `make native`"
+    try:
+        loaded = ctypes.CDLL(str(found[0]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"its library {found[0].name} cannot be loaded: {error}"
+    version = loaded.dejavu_abi_version()
+    if version != ABI_VERSION:
+        return None, f"its library {found[0].name} is of another version of dejavu (interface {version}, not {ABI_VERSION}): build it again"
+    return loaded, None
+
+
+def missing_reason() -> str | None:
+    """Why there is no library; None where there is one."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The library. Raises ValueError with the reason where there is none."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise ValueError(f"the native engine is missing: {reason}")
+    return loaded
+
+
+def instruction_sets() -> list[str]:
+    """What the library can use on this machine, best first."""
+    return library().dejavu_instruction_sets().decode().split()
+
+
+def check(status: int) -> None:
+    """Raise what a status of the library stands for: ValueError, MemoryError, or RuntimeError for a fault of ours."""
+    if status == OK:
+        return
+    message = library().dejavu_error().decode(errors="replace")
+    if status == NO_MEMORY:
+        raise MemoryError(message)
+    if status in (BAD_VALUE, NOT_FINITE):
+        raise ValueError(message)
+    raise RuntimeError(f"native engine: {message}")
+
+
+def default_threads() -> int:
+    """Processors that this process may use: its affinity, and the quota of its control group."""
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # no such call on this system
+        allowed = os.cpu_count() or 1
+    quota = cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def cgroup_quota(membership: Path, root: Path) -> float | None:
+    """Processors that the control groups of this process grant it (the least of all levels); None without a limit."""
+    try:
+        lines = membership.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    quotas: list[float] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root if not controllers else root / "cpu"
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            quotas += _quota_of(folder)
+    return min(quotas, default=None)
+
+
+def _quota_of(folder: Path) -> list[float]:
+    """The quota of one control group, version 2 (cpu.max) or 1 (cpu.cfs_quota_us)."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period"))
+    except (OSError, ValueError):
+        return []
+    return [int(quota) / int(period)] if quota != "max" and int(quota) > 0 else []

@@ -1,0 +1,391 @@
+"""The native engine against the torch engine, which defines decoding; and what must hold bit for bit.
+
+Skipped only where the library is absent and could not have been built: with a C++ compiler its absence is a failure.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Tiny
+from dejavu.engine.backends import make_engine
+from dejavu.engine.native_engine import NativeEngine
+from dejavu.engine.native_weights import packed_model
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.kernels import native
+from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.model.adapter import quantized
+from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.transformer import Transformer
+from test_engine import MODELS, decode, ids_of, random_layers
+
+COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+MISSING = native.missing_reason()
+ISAS = native.instruction_sets() if MISSING is None else []
+SELECTIONS = [(None, None), (0, 0), (1, 1), (2, None), (None, 0), (2, 1)]
+# Sizes that are no multiple of any vector, and the rest of the architecture's values.
+NATIVE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **MODELS,
+    "opt-odd": ("opt", {"hidden_size": 33, "num_heads": 3, "num_kv_heads": 3, "head_dim": 11, "intermediate_size": 67, "vocab_size": 97}),
+    "opt-no-affine": ("opt", {"norm_affine": False, "tied_head": False, "num_layers": 3}),
+    "llama-odd": ("llama", {"hidden_size": 50, "head_dim": 6, "intermediate_size": 129, "vocab_size": 101, "activation": "relu2"}),
+    "llama-gelu": ("llama", {"activation": "gelu", "qkv_bias": True, "mlp_bias": True, "out_bias": True}),
+    "llama-gelu-tanh": ("llama", {"activation": "gelu_tanh", "tied_head": True, "num_kv_heads": 1}),
+    "llama-fatrelu": ("llama", {"activation": "fatrelu", "activation_threshold": 0.2}),
+    "opt-one": ("opt", {"hidden_size": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 1, "intermediate_size": 1}),
+}
+
+
+def test_the_library_is_there() -> None:
+    if MISSING is not None and COMPILER:
+        pytest.fail(f"a C++ compiler is here but the library is not: {MISSING}")
+
+
+needs_library = pytest.mark.skipif(MISSING is not None, reason=f"the native library is absent: {MISSING}")
+
+
+@pytest.fixture(params=NATIVE_MODELS)
+def model(request: pytest.FixtureRequest, tiny: Tiny) -> Transformer:
+    family, overrides = NATIVE_MODELS[request.param]
+    return tiny(family, **overrides)
+
+
+def engine_of(model: Transformer, layers: Sequence[LayerAdapter] | None = None, **options: Any) -> NativeEngine:
+    values: dict[str, Any] = {"threads": 2, "page_size": 3, **options}
+    return NativeEngine(model, layers, **values)
+
+
+def rounded(model: Transformer) -> Transformer:
+    """The model, every matrix but the position table rounded to int8 rows in place: what an int8 engine computes with."""
+    for key, parameter in model.named_parameters():
+        if parameter.dim() == 2 and not key.startswith("position"):
+            parameter.copy_(dequantize_rows(*quantize_rows(parameter)))
+    return model
+
+
+def constant_layers(model: Transformer, *, every: int) -> tuple[LayerAdapter, ...]:
+    """The same neurons and groups for every token: each `every`-th."""
+    config = model.config
+
+    def constant(outputs: int) -> Predictor:
+        bias_O = (torch.arange(outputs) % every == 0).float()
+        A_RD, B_OR = torch.zeros(1, config.hidden_size), torch.zeros(outputs, 1)
+        return Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=bias_O, threshold=0.5, lookahead=0)
+
+    return tuple(
+        LayerAdapter(mlp=constant(config.intermediate_size), heads=constant(config.num_kv_heads)) for _ in range(config.num_layers)
+    )
+
+
+# Against the torch engine
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("mlp", "heads"), SELECTIONS)
+def test_native_equals_torch(model: Transformer, mlp: int | None, heads: int | None, isa: str) -> None:
+    """Dense prefill, then sparse steps: logits to 1e-4 and the same selections, on every instruction set."""
+    layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1)
+    torch_engine = TorchEngine(model, layers, record=True)
+    engine = engine_of(model, layers, record=True, instruction_set=isa)
+    prompt = ids_of(9, 13)
+    torch.testing.assert_close(engine.prefill(0, prompt), torch_engine.prefill(0, prompt), rtol=0, atol=1e-4)
+    expected, torch_steps = decode(torch_engine, ids)
+    logits, steps = decode(engine, ids)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    for step, other in zip(steps, torch_steps, strict=True):
+        assert torch.equal(step.neurons_BL, other.neurons_BL) and torch.equal(step.heads_BL, other.heads_BL)
+        assert step.selections is not None and other.selections is not None
+        for mine, theirs in zip(step.selections[0], other.selections[0], strict=True):
+            for mine_A, theirs_A in ((mine.neurons_A, theirs.neurons_A), (mine.heads_A, theirs.heads_A)):
+                assert (mine_A is None) == (theirs_A is None)
+                assert mine_A is None or theirs_A is None or mine_A.tolist() == theirs_A.tolist()
+
+
+@needs_library
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_200_greedy_tokens_are_equal(tiny: Tiny, family: str) -> None:
+    model = tiny(family, max_positions=210)
+    layers = random_layers(model, mlp=1, heads=0)
+    layers = tuple(LayerAdapter(mlp=None if layer.mlp is None else quantized(layer.mlp), heads=layer.heads) for layer in layers)
+    generated = []
+    for engine in (TorchEngine(model, layers), engine_of(model, layers)):
+        token, tokens = int(engine.prefill(0, ids_of(3, 8)).argmax()), []
+        for _ in range(200):
+            tokens.append(token)
+            token = int(engine.step([token], [0]).logits_BV.argmax())
+        generated.append(tokens)
+    assert generated[0] == generated[1] and len(set(generated[0])) > 3
+
+
+@needs_library
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64])
+def test_prefill_in_blocks_equals_torch(tiny: Tiny, length: int) -> None:
+    model, ids = tiny("llama", max_positions=64), ids_of(4, 64)
+    expected = TorchEngine(model).prefill(0, ids[:length])
+    torch.testing.assert_close(engine_of(model).prefill(0, ids[:length]), expected, rtol=0, atol=1e-4)
+    engine = engine_of(model)
+    for token_id in ids[: length - 1]:
+        engine.step([token_id], [0])
+    assert torch.equal(engine.prefill(0, ids[length - 1 : length]), engine_of(model).prefill(0, ids[:length])), "however it got there"
+
+
+# int8
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("name", [name for name in NATIVE_MODELS if name != "opt-one"])
+def test_int8_is_within_twice_the_plain_error(tiny: Tiny, name: str, every: int, isa: str) -> None:
+    """The rule: error against fp64 at most twice that of plain int8 weights. And close to the same weights in fp32."""
+    family, overrides = NATIVE_MODELS[name]
+    model, ids = tiny(family, **overrides), ids_of(5)
+    layers = constant_layers(model, every=every) if every else None
+    truth, _ = decode(TorchEngine(tiny(family, **overrides).double(), layers), ids)
+    plain, _ = decode(TorchEngine(rounded(tiny(family, **overrides)), layers), ids)
+    logits, _ = decode(engine_of(model, layers, dtype="int8", instruction_set=isa), ids)
+    limit = 2 * (plain - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (logits - truth).abs().max() <= limit
+    assert (logits - plain).abs().mean() < 2e-3 * plain.std()
+
+
+@needs_library
+def test_int8_of_rounded_weights_is_the_same_engine(tiny: Tiny) -> None:
+    """An int8 bundle's rows are recovered exactly: quantising what was quantised changes no bit."""
+    first, _ = decode(engine_of(tiny("opt"), dtype="int8"), ids_of(6))
+    second, _ = decode(engine_of(rounded(tiny("opt")), dtype="int8"), ids_of(6))
+    assert torch.equal(first, second)
+
+
+@needs_library
+def test_int8_predictors_select_as_fp32_ones_do_nearly_always(tiny: Tiny) -> None:
+    model = tiny("opt", hidden_size=64, head_dim=16, intermediate_size=512)
+    layers = tuple(LayerAdapter(mlp=quantized(layer.mlp)) for layer in random_layers(model, mlp=1, heads=None) if layer.mlp is not None)
+    fp32, int8 = (engine_of(rounded(model), layers, record=True, dtype=dtype) for dtype in ("fp32", "int8"))
+    same = total = 0
+    for token_id in ids_of(7):
+        masks = []
+        for engine in (fp32, int8):
+            step = engine.step([token_id], [0])
+            assert step.selections is not None
+            masks.append(
+                [torch.zeros(512).index_fill(0, layer.neurons_A, 1) for layer in step.selections[0] if layer.neurons_A is not None]
+            )
+        same += sum(int((a == b).sum()) for a, b in zip(*masks, strict=True))
+        total += 512 * len(masks[0])
+    assert same / total > 0.998
+
+
+# Bit for bit (C02, C31)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_a_batch_of_three_is_three_singles(model: Transformer, order: tuple[int, ...], dtype: str) -> None:
+    layers = random_layers(model, mlp=1, heads=0, threshold=0.2)
+    vocab = model.config.vocab_size
+    prompts, continuations = [ids_of(seed, 4 + 3 * seed) for seed in range(3)], [ids_of(9 + seed, 6) for seed in range(3)]
+    together = engine_of(model, layers, num_slots=3, record=True, dtype=dtype)
+    for row in order:
+        together.prefill(row, prompts[row])
+    steps = [together.step([continuations[row][t] for row in order], order) for t in range(6)]
+    for place, row in enumerate(order):
+        alone = engine_of(model, layers, page_size=4, record=True, dtype=dtype, threads=1)
+        alone.prefill(0, prompts[row])
+        for t in range(6):
+            step = alone.step([continuations[row][t]], [0])
+            assert step.logits_BV.shape == (1, vocab) and torch.equal(steps[t].logits_BV[place], step.logits_BV[0])
+            assert torch.equal(steps[t].neurons_BL[place], step.neurons_BL[0]) and torch.equal(steps[t].heads_BL[place], step.heads_BL[0])
+
+
+@needs_library
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 33])
+def test_a_batch_of_any_size(tiny: Tiny, batch: int) -> None:
+    """More rows than the library takes at once, too; beside a row that selects everything."""
+    model = tiny("opt", intermediate_size=127)
+    layers = random_layers(model, mlp=0, heads=0, threshold=0.5)
+    tokens = ids_of(21, batch)
+    step = engine_of(model, layers, num_slots=batch).step(tokens, list(range(batch)))
+    for row, token_id in enumerate(tokens):
+        alone = engine_of(model, layers, threads=1).step([token_id], [0])
+        assert torch.equal(step.logits_BV[row], alone.logits_BV[0]) and torch.equal(step.neurons_BL[row], alone.neurons_BL[0])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: str) -> None:
+    model = tiny(family, intermediate_size=300)
+    layers = random_layers(model, mlp=1, heads=1)
+    runs = [decode(engine_of(model, layers, threads=threads, dtype=dtype), ids_of(8))[0] for threads in (1, 2, 3, 7)]
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+# Ends of the threshold, cache without holes, rows left out (C01, C30)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_none_and_all_selected(model: Transformer, dtype: str) -> None:
+    ids = ids_of(13)
+    dense, _ = decode(engine_of(model, dtype=dtype), ids)
+    everything, steps = decode(engine_of(model, random_layers(model, mlp=1, heads=0, threshold=-torch.inf), dtype=dtype), ids)
+    assert torch.equal(everything, dense)
+    assert all((step.neurons_BL == model.config.intermediate_size).all() for step in steps)
+    layers = random_layers(model, mlp=1, heads=0, threshold=torch.inf)
+    nothing, steps = decode(engine_of(model, layers, dtype=dtype), ids)
+    assert all((step.neurons_BL == 0).all() and (step.heads_BL == model.config.heads_per_group).all() for step in steps)
+    if dtype == "fp32":
+        torch.testing.assert_close(nothing, decode(TorchEngine(model, layers), ids)[0], rtol=0, atol=1e-4)
+
+
+@needs_library
+def test_the_cache_of_a_sparse_run_has_no_holes(model: Transformer) -> None:
+    """Pools of NaN, sparse heads, then a dense token: as in the torch engine, whose every key and value is stored."""
+    layers, ids = random_layers(model, mlp=1, heads=0), ids_of(7)
+    engine, torch_engine = engine_of(model, layers), TorchEngine(model, layers)
+    cache = engine._cache
+    for pool in (cache.k_LPGSK, cache.v_LPGSK):
+        pool.fill_(torch.nan)
+    decode(engine, ids[:-1])
+    decode(torch_engine, ids[:-1])
+    page_N = cache.pages(0, len(ids) - 1)
+    for pool in (cache.k_LPGSK, cache.v_LPGSK):
+        assert pool[:, page_N].transpose(2, 3).flatten(1, 2)[:, : len(ids) - 1].isfinite().all()
+        others = torch.ones(cache.num_pages, dtype=torch.bool).index_fill(0, page_N, False)
+        assert pool[:, others].isnan().all(), "pages of no sequence are not touched"
+    torch.testing.assert_close(engine.prefill(0, ids[-1:]), torch_engine.prefill(0, ids[-1:]), rtol=0, atol=1e-4)
+
+
+@needs_library
+def test_rows_left_out_are_not_read(model: Transformer) -> None:
+    """With a constant selection, NaN in every other row changes no bit; a dense pass says that it read them."""
+    layers, config, ids = constant_layers(model, every=2), model.config, ids_of(15)
+    expected, _ = decode(engine_of(model, layers), ids)
+    neurons, groups = (torch.arange(count) % 2 == 0 for count in (config.intermediate_size, config.num_kv_heads))
+    queries = groups.repeat_interleave(config.heads_per_group * config.head_dim)
+    if neurons.all() and queries.all():
+        return
+    for block in model.blocks:
+        for matrix, keep in ((block.up, neurons), (block.gate, neurons), (block.down, neurons), (block.q, queries), (block.o, queries)):
+            if matrix is not None:
+                matrix.weight[~keep] = torch.nan
+    engine = engine_of(model, layers)
+    logits, _ = decode(engine, ids)
+    assert torch.equal(logits, expected)
+    with pytest.raises(ValueError, match="not finite"):
+        engine.prefill(0, ids[:1])
+    assert engine.length(0) == len(ids)
+
+
+# Limits, bad input, memory
+
+
+@needs_library
+def test_context_limit_and_vocabulary(tiny: Tiny) -> None:
+    model = tiny("opt", max_positions=10)
+    for engine in (engine_of(model), engine_of(model, random_layers(model, mlp=0, heads=0))):
+        with pytest.raises(ValueError, match="11 tokens exceed the model's context of 10"):
+            engine.prefill(0, ids_of(1, 11))
+        assert engine.length(0) == 0 and engine.free_pages == engine.info.num_pages
+        engine.prefill(0, ids_of(1, 9))
+        engine.step([5], [0])
+        with pytest.raises(ValueError, match="11 tokens exceed"):
+            engine.step([5], [0])
+        engine.free(0)
+        for token_id in (-1, 96):
+            with pytest.raises(ValueError, match=f"token id {token_id} is outside the model's vocabulary of 96"):
+                engine.step([token_id], [0])
+        with pytest.raises(ValueError, match="no tokens"):
+            engine.prefill(0, [])
+        assert engine.step([5], [0]).logits_BV.isfinite().all()
+
+
+@needs_library
+def test_full_cache_refuses_and_recovers(tiny: Tiny) -> None:
+    engine = engine_of(tiny("opt"), num_slots=2, cache_tokens=12, page_size=4)
+    engine.prefill(0, ids_of(1, 8))
+    with pytest.raises(ValueError, match="cache is full"):
+        engine.prefill(1, ids_of(2, 5))
+    engine.free(0)
+    assert engine.step([1], [1]).logits_BV.shape == (1, 96)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_values_that_are_not_finite_are_an_error(tiny: Tiny, dtype: str) -> None:
+    model = tiny("opt")
+    model.blocks[1].norm2.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
+    engine = engine_of(model, dtype=dtype)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        engine.step([5], [0])
+    assert engine.length(0) == 0
+    model.blocks[1].up.weight[0, 0] = torch.inf
+    if dtype == "int8":
+        with pytest.raises(ValueError, match="up of layer 1 has values that are not finite"):
+            engine_of(model, dtype=dtype)
+
+
+@needs_library
+def test_memory_that_is_not_there(tiny: Tiny) -> None:
+    with pytest.raises(MemoryError, match="cache"):
+        engine_of(tiny("opt"), cache_tokens=10**13)
+
+
+@needs_library
+def test_bad_options_are_refused(tiny: Tiny) -> None:
+    model = tiny("opt")
+    with pytest.raises(ValueError, match="threads must lie between 1 and 1024, not 0"):
+        engine_of(model, threads=0)
+    with pytest.raises(ValueError, match="cannot run the instruction set abacus; choose one of .*scalar"):
+        engine_of(model, instruction_set="abacus")
+    with pytest.raises(ValueError, match="dtype 'int4' is not available"):
+        engine_of(model, dtype="int4")
+    with pytest.raises(ValueError, match="loaded as fp32 on the cpu"):
+        engine_of(tiny("opt").to(torch.bfloat16))
+    with pytest.raises(ValueError, match="3 layers and the model 2"):
+        engine_of(model, (LayerAdapter(),) * 3)
+
+
+@needs_library
+def test_a_changed_weight_is_packed_anew(tiny: Tiny) -> None:
+    model = tiny("opt")
+    assert packed_model(model, "fp32") is packed_model(model, "fp32")
+    before = engine_of(model).prefill(0, [1, 2])
+    model.blocks[0].up.weight.mul_(2)
+    after = engine_of(model).prefill(0, [1, 2])
+    torch.testing.assert_close(after, TorchEngine(model).prefill(0, [1, 2]), rtol=0, atol=1e-4)
+    assert not torch.equal(before, after)
+
+
+@needs_library
+def test_make_engine_picks_what_can_run_the_model(tiny: Tiny) -> None:
+    assert make_engine(tiny("opt")).info.backend == "native"
+    assert make_engine(tiny("opt").to(torch.bfloat16)).info.backend == "torch"
+    info = make_engine(tiny("opt"), dtype="int8", threads=1).info
+    assert (info.backend, info.dtype, info.device, info.sparse) == ("native", "int8", "cpu", False)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [384, 640, 5120])
+def test_integer_products_do_not_overflow(tiny: Tiny, size: int, isa: str) -> None:
+    """All weights and inputs equal: every product is at its largest and int32 sums come as close to their bound as they can."""
+    model = tiny("llama", hidden_size=size, head_dim=8, intermediate_size=5, num_layers=1, activation="relu", norm_affine=False)
+    model.embed.weight.fill_(1.0)
+    block = model.blocks[0]
+    assert block.gate is not None
+    for matrix in (block.q, block.k, block.v, block.up, block.gate):
+        matrix.weight.fill_(0.01)
+    block.o.weight.zero_()
+    expected, logits = (
+        engine.step([1], [0]).logits_BV for engine in (TorchEngine(model), engine_of(model, dtype="int8", instruction_set=isa))
+    )
+    assert (logits - expected).abs().mean() < 0.02 * expected.std()
