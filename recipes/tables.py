@@ -71,7 +71,11 @@ def headline() -> str:
         ["MLP neurons read", "100 %", _percent(demo["mlp_density"])],
         ["attention heads read", "100 %", _percent(demo["head_density"])],
         ["perplexity", f"{dense['ppl']:.3f}", f"{sparse['ppl']:.3f} ({100 * (sparse['ppl'] / dense['ppl'] - 1):+.2f} %)"],
-        ["tokens/s, torch backend, fp32", f"{dense['tok_s']:.0f}", f"{sparse['tok_s']:.0f} ({demo['speedup']:.2f}x)"],
+        [
+            f"tokens/s, {demo['backend']} backend, {demo['dtype']}",
+            f"{dense['tok_s']:.0f}",
+            f"{sparse['tok_s']:.0f} ({demo['speedup']:.2f}x)",
+        ],
         ["layers predicted one block ahead", "", f"{ahead} of {len(demo['lookahead'])}"],
     ]
     return _table(["opt-mini (21 M parameters)", "dense", "sparse"], rows) + _source(line)

@@ -310,9 +310,10 @@ def load(
     """Load a model by the name of a bundled model or bundled adapter, a folder, a GGUF file, or a hub id in the local cache.
 
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder, an Adapter, or None to
-    run dense. dtype: auto (fp32 on the CPU), fp32, fp16, bf16, and on the native backend int8 (matrices rounded to int8 rows).
-    threads: of torch, for the whole process, and of the native engine. revision: of a hub id. Nothing is downloaded. Raises
-    ValueError for what is not found, damaged, unavailable or of another model.
+    run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
+    native backend int8 (matrices rounded to int8 rows). threads: of torch, for the whole process, and of the native engine.
+    revision: of a hub id. Nothing is downloaded. Raises ValueError for what is not found, damaged, unavailable or of another
+    model.
     """
     backend = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
     torch_dtype = _torch_dtype(dtype, backend)
@@ -331,6 +332,8 @@ def load(
         adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
     if dtype == "int8":
         _round_to_int8_rows(checkpoint)
+    if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
+        dtype = "int8"  # the weights are int8 rows already: nothing is rounded
     lm = LanguageModel(checkpoint, backend=backend, adapter=adapter, dtype="int8" if dtype == "int8" else None, threads=threads)
     lm.layers()
     return lm

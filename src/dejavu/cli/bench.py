@@ -51,7 +51,17 @@ def bench(
         for length in context or [min(DEFAULT_CONTEXT, lm.config.max_positions // 2)]:
             for rows in batch or [1]:
                 found += measure(
-                    lm.model, lm.layers(), ids, name=lm.name, backend=lm.backend, batch=rows, context=length, steps=steps, progress=progress
+                    lm.model,
+                    lm.layers(),
+                    ids,
+                    name=lm.name,
+                    backend=lm.backend,
+                    dtype=lm.dtype,
+                    threads=lm.threads,
+                    batch=rows,
+                    context=length,
+                    steps=steps,
+                    progress=progress,
                 )
     found = completed(found) if results is None else append_rows(results, found)
     table = new_table(

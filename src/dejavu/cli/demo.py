@@ -41,6 +41,7 @@ def demo(
             retrain=retrain,
             output=output,
             backend=lm.backend,
+            dtype=lm.dtype,
             threads=threads,
             seed=seed,
             progress=progress,

@@ -21,7 +21,6 @@ from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine, StepResult
 from dejavu.measure.results import Row
-from dejavu.model.checkpoint import DTYPE_NAMES
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import DENSE, Transformer
 
@@ -57,18 +56,20 @@ def modes_of(layers: Layers | None) -> dict[str, Layers | None]:
 
 
 @torch.inference_mode()
-def check_mode(model: Transformer, layers: Layers | None, ids: Sequence[int], backend: str) -> None:
+def check_mode(
+    model: Transformer, layers: Layers | None, ids: Sequence[int], backend: str, *, dtype: str | None = None, threads: int | None = None
+) -> None:
     """Decode a few tokens and compare with the (masked) forward pass. Raises ValueError where they are not the same model."""
     count = min(CHECK_PROMPT + CHECK_STEPS, model.config.max_positions)
     prompt = max(1, count - CHECK_STEPS)
-    engine = make_engine(model, layers, backend=backend, cache_tokens=count)
+    engine = make_engine(model, layers, backend=backend, cache_tokens=count, dtype=dtype, threads=threads)
     engine.prefill(0, ids[:prompt])
     found = torch.stack([engine.step([token], [0]).logits_BV[0] for token in ids[prompt:count]]).cpu()
     ids_BT = torch.tensor([list(ids[:count])], device=model.embed.weight.device)
     sparse_BT = torch.arange(count, device=ids_BT.device)[None] >= prompt
     wanted = model(ids_BT, DENSE if layers is None else MaskedSelection(layers, sparse_BT))[0, prompt:].cpu()
     error = float((found - wanted).abs().mean() / wanted.std())
-    limit = 0.02 if model.embed.weight.dtype == torch.float32 else 0.1
+    limit = 0.02 if engine.info.dtype == "fp32" else 0.1
     require(error < limit, f"backend {backend!r} decodes other logits than the forward pass (error {error:.3g}, limit {limit}): not timed")
 
 
@@ -79,14 +80,19 @@ def bench(
     *,
     name: str,
     backend: str,
+    dtype: str | None = None,
+    threads: int | None = None,
     batch: int = 1,
     context: int = 128,
     steps: int = 32,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Rows of decode in every mode and of prefill. ids: a text of at least context + steps tokens, of which row b of the
-    batch reads its own stretch. Raises ValueError for a count that is not positive, a context that leaves no room for the
-    steps, and a backend that fails its check."""
+    """Rows of decode in every mode and of prefill.
+
+    ids: a text of at least context + steps tokens, of which row b of the batch reads its own stretch. dtype, threads: of the
+    engines, see make_engine. Raises ValueError for a count that is not positive, a context that leaves no room for the
+    steps, and a backend that fails its check.
+    """
     limit, needed = model.config.max_positions, context + steps + WARMUP_STEPS
     for what, value in (("batch", batch), ("context", context), ("steps", steps)):
         require(value >= 1, f"{what} must be at least 1, not {value}")
@@ -95,9 +101,11 @@ def bench(
     rows_BT = [[ids[(row * context + t) % len(ids)] for t in range(needed)] for row in range(batch)]
     modes = modes_of(layers)
     for mode_layers in modes.values():
-        check_mode(model, mode_layers, ids, backend)
+        check_mode(model, mode_layers, ids, backend, dtype=dtype, threads=threads)
     engines = {
-        mode: make_engine(model, mode_layers, backend=backend, num_slots=batch, cache_tokens=batch * (needed + 64))
+        mode: make_engine(
+            model, mode_layers, backend=backend, num_slots=batch, cache_tokens=batch * (needed + 64), dtype=dtype, threads=threads
+        )
         for mode, mode_layers in modes.items()
     }
     prefill = _prefills(engines["dense"], rows_BT[0][:context])
@@ -111,7 +119,7 @@ def bench(
             backend=backend,
             model=name,
             layers=model.config.num_layers,
-            dtype=DTYPE_NAMES[model.embed.weight.dtype],
+            dtype=engines["dense"].info.dtype,
             batch=batch if op == "decode" else 1,
             context=context,
             threads=torch.get_num_threads(),

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def run_demo(
     backend: str,
     threads: int | None,
     seed: int,
+    dtype: str | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
     sizes: DemoSizes = DemoSizes(),
@@ -116,9 +118,10 @@ def run_demo(
     """Run every step and write the report; returns
 
     dense, sparse (each tok_s, ppl, text), speedup (sparse / dense), mlp_density, head_density (of the evaluation),
-    lookahead (per layer the MLP predictor's, None where the MLP runs dense), report (path of the page).
+    backend, dtype (of the engine), lookahead (per layer the MLP predictor's, None where the MLP runs dense), report (path
+    of the page).
 
-    training: how `retrain` trains, instead of with the defaults and `seed`.
+    dtype: of the engines (None: the model's). training: how `retrain` trains, instead of with the defaults and `seed`.
 
     Raises ValueError without an adapter and `retrain`, for an unavailable backend, or an output folder in use; all before
     the work begins.
@@ -135,7 +138,8 @@ def run_demo(
     calibration = {name: tokenizer.encode_plain(text) for name, text in demo_texts("calibration").items()}
     evaluation_texts = demo_texts("evaluation")
     unseen = tokenizer.encode_plain(next(iter(evaluation_texts.values())))
-    dense_engine = make_engine(model, backend=backend)
+    engine = partial(make_engine, model, backend=backend, dtype=dtype, threads=threads)
+    dense_engine = engine()
     ran = dense_engine.info
     output = absolute(output)
     with new_folder(output) as folder:
@@ -165,7 +169,7 @@ def run_demo(
             assert adapter is not None
             predictors = stated_quality(adapter)
         with clock.step("generate"):
-            generation, recorded = _generate(model, tokenizer, dense_engine, adapter, backend, sizes, seed, progress)
+            generation, recorded = _generate(model, tokenizer, engine, adapter, sizes, seed, progress)
         speeds = [generation[name]["tok_s"] for name in ("dense", "sparse")]
         tell(f"speed: {speeds[0]:.1f} tok/s dense, {speeds[1]:.1f} sparse")
         with clock.step("evaluate"):
@@ -203,15 +207,14 @@ def run_demo(
 def _generate(
     model: Any,
     tokenizer: Tokenizer,
-    dense: Engine,
+    make: Callable[..., Engine],
     adapter: Adapter,
-    backend: str,
     sizes: DemoSizes,
     seed: int,
     progress: Progress | None,
 ) -> tuple[dict[str, Any], GeneratedText]:
     """The `generation` section of the results, and the sparse text once more with its record of what ran."""
-    engines = {"dense": dense, "sparse": make_engine(model, adapter.layers, backend=backend)}
+    engines = {"dense": make(), "sparse": make(adapter.layers)}
     prompt_ids = tokenizer.encode(PROMPT)
     room = model.config.max_positions - len(prompt_ids)
     require(room >= 2, f"the demo's prompt has {len(prompt_ids)} tokens: a context of {model.config.max_positions} has no room for a text")
@@ -242,7 +245,7 @@ def _generate(
         "mlp_density": sparse.mlp_density,
         "head_density": sparse.head_density,
     }
-    return generation, run(make_engine(model, adapter.layers, backend=backend, record=True), count)
+    return generation, run(make(adapter.layers, record=True), count)
 
 
 def _side(runs: Sequence[GeneratedText]) -> dict[str, Any]:
@@ -282,6 +285,8 @@ def _summary(results: dict[str, Any], adapter: Adapter, report: Path) -> dict[st
         "speedup": generation["speedup"],
         "mlp_density": quality["mlp_density"],
         "head_density": quality["head_density"],
+        "backend": results["environment"]["backend"],
+        "dtype": results["environment"]["dtype"],
         "lookahead": [None if layer.mlp is None else layer.mlp.lookahead for layer in adapter.layers],
         "report": str(report),
     }
