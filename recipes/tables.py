@@ -66,6 +66,7 @@ def headline() -> str:
     line = newest("demo", "opt-mini")
     demo = line["result"]
     dense, sparse = demo["dense"], demo["sparse"]
+    engine = f"tokens/s, {demo['backend']} backend, {demo['dtype']}"
     ahead = sum(1 for value in demo["lookahead"] if value == 1)
     rows = [
         ["MLP neurons read", "100 %", _percent(demo["mlp_density"])],
