@@ -73,7 +73,7 @@ def headline() -> str:
         ["attention heads read", "100 %", _percent(demo["head_density"])],
         ["perplexity", f"{dense['ppl']:.3f}", f"{sparse['ppl']:.3f} ({100 * (sparse['ppl'] / dense['ppl'] - 1):+.2f} %)"],
         [
-            f"tokens/s, {demo['backend']} backend, {demo['dtype']}",
+            engine,
             f"{dense['tok_s']:.0f}",
             f"{sparse['tok_s']:.0f} ({demo['speedup']:.2f}x)",
         ],
