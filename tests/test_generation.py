@@ -35,6 +35,7 @@ class ScriptedEngine:
             backend="scripted",
             dtype="fp32",
             device="cpu",
+            threads=1,
             sparse=True,
             vocab_size=VOCAB,
             num_layers=2,

@@ -22,6 +22,7 @@ from dejavu.config import DTYPES, Progress, SamplingConfig, require
 from dejavu.engine.backends import BACKEND_DTYPES, make_engine, pick_backend
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
 from dejavu.files import read_json
+from dejavu.kernels.native import default_threads
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
@@ -55,6 +56,13 @@ class LanguageModel:
     def __repr__(self) -> str:
         state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"
         return f"LanguageModel({self.name!r}, backend={self.backend!r}, dtype={self.dtype!r}, {state})"
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that decoding runs on."""
+        if self.backend != "native":
+            return torch.get_num_threads()
+        return default_threads() if self.threads is None else self.threads
 
     @property
     def num_parameters(self) -> int:

@@ -67,10 +67,8 @@ def open_model(
 
 def describe(lm: LanguageModel, *, adapter_matters: bool) -> str:
     """One line on what runs: model, size, backend, dtype, threads, adapter."""
-    import torch
-
     parts = [f"[bold]{escape(lm.name)}[/bold]", f"{lm.num_parameters / 1e6:,.1f} M parameters", f"backend {lm.backend}", lm.dtype]
-    parts.append(f"{torch.get_num_threads()} threads")
+    parts.append(f"{lm.num_threads} threads")
     if adapter_matters and lm.adapter is None:
         parts.append("dense")
     elif adapter_matters and lm.adapter is not None:

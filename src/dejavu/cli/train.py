@@ -76,6 +76,8 @@ def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
     rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}{kept}"
     out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
     densities = f"MLP density [bold]{measured['mlp_density']:.3f}[/bold], head density [bold]{measured['head_density']:.3f}[/bold]"
+    if measured["tokens"] < measured["tokens_given"]:
+        out.warn(f"activations of {measured['tokens_given']:,} tokens do not fit into memory: {measured['tokens']:,} were used")
     out.show(f"{densities} over all layers · {measured['tokens']:,} tokens · {measured['seconds']:,.0f} s")
 
 

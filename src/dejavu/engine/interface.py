@@ -51,6 +51,7 @@ class EngineInfo:
     backend: str
     dtype: str
     device: str
+    threads: int
     sparse: bool
     vocab_size: int
     num_layers: int

@@ -20,13 +20,14 @@ from dejavu.config import require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
 from dejavu.engine.native_weights import packed_model, predictor_view
+from dejavu.engine.paged import PagedEngine
 from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels import native
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 
-class NativeEngine:
+class NativeEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine.
 
     dtype: fp32, or int8 per row. threads: None takes `default_threads()`. instruction_set: None takes the best. Raises
@@ -63,7 +64,7 @@ class NativeEngine:
         pages_per_slot = -(-config.max_positions // page_size)
         num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
         try:
-            self._cache = PagedCache(
+            cache = PagedCache(
                 num_layers=config.num_layers,
                 num_groups=config.num_kv_heads,
                 head_dim=self._model.head_stride,
@@ -76,10 +77,11 @@ class NativeEngine:
         except RuntimeError as error:  # torch's word for memory that is not there
             raise MemoryError(f"the key/value cache of {num_pages} pages does not fit into memory; give it fewer tokens") from error
         self._record = record
-        self._info = EngineInfo(
+        info = EngineInfo(
             backend="native",
             dtype=dtype,
             device="cpu",
+            threads=self.threads,
             sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
             vocab_size=config.vocab_size,
             num_layers=config.num_layers,
@@ -90,22 +92,7 @@ class NativeEngine:
             page_size=page_size,
             num_pages=num_pages,
         )
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    @property
-    def free_pages(self) -> int:
-        return self._cache.free_pages
-
-    def length(self, slot: int) -> int:
-        """Tokens that the slot holds."""
-        return self._cache.lengths[slot]
-
-    def free(self, slot: int) -> None:
-        """Empty the slot and give its pages back."""
-        self._cache.free(slot)
+        super().__init__(info, cache)
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         """Append tokens to the slot densely, in blocks; logits fp32 [V] after the last one."""
@@ -141,16 +128,6 @@ class NativeEngine:
             self._cache.advance(slot, 1)
         recorded = tuple(selections) if self._record else None
         return StepResult(logits_BV=logits_BV, neurons_BL=neurons_BL, heads_BL=heads_BL, selections=recorded)
-
-    def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Check ids, context and cache, and reserve pages, before anything is computed."""
-        assert 0 <= slot < self._info.num_slots, f"{slot=} {self._info.num_slots=}"
-        vocab, context = self.config.vocab_size, self.config.max_positions
-        for token_id in (min(token_ids), max(token_ids)):
-            require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
-        total = self._cache.lengths[slot] + len(token_ids)
-        require(total <= context, f"{total} tokens exceed the model's context of {context}; shorten the text")
-        self._cache.reserve(slot, len(token_ids))
 
     def _run(
         self,

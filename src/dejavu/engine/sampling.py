@@ -10,9 +10,12 @@ Letters: V vocabulary  C candidates
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dejavu.config import SamplingConfig
@@ -43,29 +46,52 @@ class Sampler:
             self._generator.manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator reads 32 bits of a seed
 
     def draw(self, logits_V: Tensor) -> SampledToken:
-        """The next token. Raises ValueError when the logits are not numbers."""
-        logits_V = logits_V.detach().to("cpu", torch.float64)
-        if self.config.temperature == 0:
-            token_id = int(logits_V.argmax())
-        else:
-            token_id = self._draw(logits_V)
-        logprob = float(logits_V[token_id] - logits_V.logsumexp(0))
-        if logprob != logprob:
-            raise ValueError("the model's logits are not numbers (NaN): its weights are damaged or overflow in this dtype; try fp32")
-        return SampledToken(token_id, logprob)
+        """The next token of logits [V]. Raises ValueError when the logits are not numbers."""
+        # numpy, not torch: torch's threads go on spinning after each operation, on the cores that the next step needs.
+        wide = logits_V.dtype in (torch.float32, torch.float64)
+        value_V = (logits_V if wide else logits_V.float()).detach().cpu().numpy().astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            best = int(value_V.argmax())
+            below_V = value_V - value_V[best]
+            total = float(np.exp(below_V).sum())
+            if not 0 < total < math.inf:
+                raise ValueError("the model's logits are not numbers (NaN): its weights are damaged or overflow in this dtype; try fp32")
+            token_id = best if self.config.temperature == 0 else self._draw(below_V)
+        return SampledToken(token_id, float(below_V[token_id]) - math.log(total))
 
-    def _draw(self, logits_V: Tensor) -> int:
+    def _draw(self, below_V: NDArray[np.float64]) -> int:
+        """Draw from logits given as differences to the best: at most 0, so that a temperature near zero does not overflow."""
         config = self.config
-        # A temperature near zero must not overflow: differences to the best are divided, and they are at most 0.
-        scaled_V = (logits_V - logits_V.max()) / config.temperature
-        if scaled_V.isnan().any():
-            return int(logits_V.argmax())
+        weight_V = np.exp(below_V / config.temperature)
         if config.top_k is None and config.top_p is None:
-            return int(torch.multinomial(scaled_V.softmax(0), 1, generator=self._generator))
-        count = min(config.top_k or scaled_V.shape[0], scaled_V.shape[0])
-        scaled_C, id_C = scaled_V.topk(count)
-        prob_C = scaled_C.softmax(0)
+            return self._pick(weight_V)
+        if config.top_k is not None and config.top_k < len(weight_V):
+            id_C = np.argpartition(weight_V, -config.top_k)[-config.top_k :]
+        else:
+            id_C = np.arange(len(weight_V))
         if config.top_p is not None:
-            before_C = prob_C.cumsum(0) - prob_C
-            prob_C = torch.where(before_C < config.top_p, prob_C, 0.0)  # the best is always kept: nothing is before it
-        return int(id_C[torch.multinomial(prob_C, 1, generator=self._generator)])
+            id_C = _nucleus(weight_V, id_C, config.top_p)
+        return int(id_C[self._pick(weight_V[id_C])])
+
+    def _pick(self, weight_C: NDArray[np.float64]) -> int:
+        """An index with a probability proportional to its weight."""
+        reached_C = weight_C.cumsum()
+        uniform = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        return int(np.searchsorted(reached_C, uniform * reached_C[-1], side="right"))
+
+
+def _nucleus(weight_V: NDArray[np.float64], id_C: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
+    """The fewest of the ids, heaviest first, whose weights reach the share top_p; the heaviest is always among them.
+
+    Few suffice as a rule, so only the heaviest are sorted, and more of them where those are not enough.
+    """
+    weight_C = weight_V[id_C]
+    wanted, count = top_p * weight_C.sum(), 256
+    while True:
+        count = min(count, len(id_C))
+        heavy = np.argpartition(weight_C, -count)[-count:]
+        heavy = heavy[np.argsort(-weight_C[heavy], kind="stable")]
+        reached = weight_C[heavy].cumsum()
+        if reached[-1] >= wanted or count == len(id_C):
+            return id_C[heavy[: max(1, int(np.searchsorted(reached, wanted)) + 1)]]
+        count *= 8

@@ -21,6 +21,7 @@ from torch import Tensor
 from dejavu.config import ModelConfig, require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
+from dejavu.engine.paged import PagedEngine
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
 from dejavu.kernels.sparse_mlp import MlpWeights, dense_mlp, sparse_mlp
 from dejavu.model.layers import rotate
@@ -38,7 +39,7 @@ PREFILL_CHUNK = 512
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
-class TorchEngine:
+class TorchEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`. Reads the weights of `model` in place: no copy is made.
 
     layers: the predictors of each layer, or None for a dense engine. cache_tokens: room of the key/value pool over all
@@ -63,7 +64,7 @@ class TorchEngine:
         weight = model.embed.weight
         require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
         tokens = num_slots * _round_up(config.max_positions, page_size) if cache_tokens is None else cache_tokens
-        self._cache = PagedCache(
+        cache = PagedCache(
             num_layers=config.num_layers,
             num_groups=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -77,10 +78,11 @@ class TorchEngine:
         self._blocks = model.blocks
         self._mlps = tuple(_mlp_weights(block) for block in self._blocks)
         self._all_groups = torch.arange(config.num_kv_heads, device=weight.device)
-        self._info = EngineInfo(
+        info = EngineInfo(
             backend="torch",
             dtype=DTYPE_NAMES[weight.dtype],
             device=str(weight.device),
+            threads=torch.get_num_threads(),
             sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
             vocab_size=config.vocab_size,
             num_layers=config.num_layers,
@@ -89,24 +91,9 @@ class TorchEngine:
             max_positions=config.max_positions,
             num_slots=num_slots,
             page_size=page_size,
-            num_pages=self._cache.num_pages,
+            num_pages=cache.num_pages,
         )
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    @property
-    def free_pages(self) -> int:
-        return self._cache.free_pages
-
-    def length(self, slot: int) -> int:
-        """Tokens that the slot holds."""
-        return self._cache.lengths[slot]
-
-    def free(self, slot: int) -> None:
-        """Empty the slot and give its pages back."""
-        self._cache.free(slot)
+        super().__init__(info, cache)
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
@@ -132,16 +119,6 @@ class TorchEngine:
             heads_BL=torch.tensor([[_count(layer.heads_A, heads) for layer in row] for row in selections]),
             selections=tuple(tuple(layer.cpu() for layer in row) for row in selections) if self._record else None,
         )
-
-    def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Check ids, context and cache, and reserve pages, before anything is computed."""
-        assert 0 <= slot < self._info.num_slots, f"{slot=} {self._info.num_slots=}"
-        vocab, context = self.config.vocab_size, self.config.max_positions
-        for token_id in (min(token_ids), max(token_ids)):
-            require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
-        total = self._cache.lengths[slot] + len(token_ids)
-        require(total <= context, f"{total} tokens exceed the model's context of {context}; shorten the text")
-        self._cache.reserve(slot, len(token_ids))
 
     def _normed(self, x_D: Tensor) -> Tensor:
         return x_D if self.model.final_norm is None else self.model.final_norm(x_D)

@@ -122,7 +122,7 @@ def bench(
             dtype=engines["dense"].info.dtype,
             batch=batch if op == "decode" else 1,
             context=context,
-            threads=torch.get_num_threads(),
+            threads=engines["dense"].info.threads,
             synthetic=False,
             mlp_density=float(np.mean(samples.mlp)) if samples.mlp else 1.0,
             head_density=float(np.mean(samples.heads)) if samples.heads else 1.0,

@@ -143,7 +143,7 @@ def run_demo(
     ran = dense_engine.info
     output = absolute(output)
     with new_folder(output) as folder:
-        tell(f"{checkpoint.name} on {ran.backend}, {ran.dtype}, {torch.get_num_threads()} threads")
+        tell(f"{checkpoint.name} on {ran.backend}, {ran.dtype}, {ran.threads} threads")
         with clock.step("profile"):
             profiled = profile(
                 model, _starts(calibration, sizes.profile_tokens), bos=bos, oracle_tokens=sizes.oracle_tokens, progress=progress
@@ -189,7 +189,7 @@ def run_demo(
             recall = recall_curves(model, adapter.layers, unseen[: sizes.recall_tokens], bos=bos)
         prompt_ids = tokenizer.encode(PROMPT)
         results = {
-            **about(checkpoint, backend=ran.backend, dtype=ran.dtype, cuda=ran.device.startswith("cuda")),
+            **about(checkpoint, backend=ran.backend, dtype=ran.dtype, threads=ran.threads, cuda=ran.device.startswith("cuda")),
             "generation": generation,
             "evaluation": quality,
             "profile": profiled,

@@ -115,7 +115,7 @@ def commit(file: Path = Path(__file__)) -> str | None:
     return f"{head}-dirty" if head is not None and git("status", "--porcelain", "--", ".") else head
 
 
-def about(checkpoint: Checkpoint, *, backend: str, dtype: str, cuda: bool = False) -> dict[str, Any]:
+def about(checkpoint: Checkpoint, *, backend: str, dtype: str, threads: int, cuda: bool = False) -> dict[str, Any]:
     """The sections `model` and `environment` of results.json: what ran, on what, when."""
     config = checkpoint.config
     return {
@@ -133,7 +133,7 @@ def about(checkpoint: Checkpoint, *, backend: str, dtype: str, cuda: bool = Fals
             "device": device_name(cuda=cuda),
             "backend": backend,
             "dtype": dtype,
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "versions": versions(),
             "commit": commit(),
             "time": _now(),

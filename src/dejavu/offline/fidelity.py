@@ -34,7 +34,7 @@ def token_nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE, 
 
 
 @dataclass(frozen=True, slots=True)
-class Rise:
+class Comparison:
     """Relative rise of perplexity of a sparse run over the dense run of the same tokens, with its standard error."""
 
     ppl_dense: float
@@ -43,12 +43,12 @@ class Rise:
     stderr: float
 
 
-def rise_of(dense_nll: Tensor, sparse_nll: Tensor) -> Rise:
+def compare_runs(dense_nll: Tensor, sparse_nll: Tensor) -> Comparison:
     """Compare two runs over the same tokens; the error is that of the mean paired difference."""
     difference = (sparse_nll - dense_nll).double().flatten()
     rise = math.expm1(float(difference.mean()))
     stderr = float(difference.std() / math.sqrt(len(difference))) * (1 + rise)
-    return Rise(math.exp(float(dense_nll.double().mean())), math.exp(float(sparse_nll.double().mean())), rise, stderr)
+    return Comparison(math.exp(float(dense_nll.double().mean())), math.exp(float(sparse_nll.double().mean())), rise, stderr)
 
 
 class DenseStates:

@@ -26,7 +26,7 @@ from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import Candidate, Part, head_reads, interpolate_divergence, meet_budget, mlp_reads
 from dejavu.offline.collect import LayerData, pack_windows, sweep_layers
-from dejavu.offline.fidelity import divergences, rise_of, token_nll
+from dejavu.offline.fidelity import compare_runs, divergences, token_nll
 from dejavu.offline.predictors import start_mlp, train_heads, train_mlp
 from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
 
@@ -295,7 +295,7 @@ def train_adapter(
         trials += 1
         if progress is not None:
             progress("meeting the budget", trials, max(trials, 6))
-        rise = rise_of(dense_nll, token_nll(model, split.calibrate, MaskedSelection(_layer_adapters(parts, choice, layers))))
+        rise = compare_runs(dense_nll, token_nll(model, split.calibrate, MaskedSelection(_layer_adapters(parts, choice, layers))))
         return rise.rise + CONFIDENCE * rise.stderr
 
     goal = config.budget
@@ -303,7 +303,7 @@ def train_adapter(
         choice = meet_budget(parts, goal, measured_rise)
         adapters = _layer_adapters(parts, choice, layers)
         selection = MaskedSelection(adapters)
-        checked = rise_of(check_nll, token_nll(model, split.check, selection))
+        checked = compare_runs(check_nll, token_nll(model, split.check, selection))
         cautious = checked.rise + CONFIDENCE * checked.stderr
         if cautious <= config.budget or all(candidate is None for candidate in choice):
             break
