@@ -26,20 +26,21 @@ class Recipe(Config):
     warmup_steps: int = 100
     # Density is steered, not penalised: the biases of a layer are shifted until its density follows the target, which
     # falls from a half to `density_target` between these fractions of the run. A penalty kills whole layers (docs/log.md).
-    density_target: float = 0.03
+    density_target: float = 0.035
     anneal_start: float = 0.03
     anneal_stop: float = 0.35
     steer_gain: float = 0.03
     # A neuron that fires more rarely than this has its bias lifted, so that neurons stay contextual instead of dying.
-    rate_floor: float = 1e-4
+    rate_floor: float = 1e-5
     lift: float = 4.0
     control_interval: int = 4
     # Low-rank predictors are trained along from `foresight_start` on. The mass they do not foresee is penalised, and from
-    # `mask_start` on half of the sequences run with the neurons they select, `mask_density` of a layer.
+    # `mask_start` on a `mask_share` of the sequences run with the neurons they select, `mask_density` of a layer.
     predictor_rank: int = 64
     foresight_start: float = 0.4
     foresight_penalty: float = 0.3
-    mask_start: float = 0.6
+    mask_start: float = 0.55
+    mask_share: float = 0.9
     mask_density: float = 0.08
     # In the masked sequences only the heads that add most to the residual stream are kept; 0 keeps all.
     heads_kept: int = 0
@@ -82,6 +83,6 @@ SIZES: dict[str, Recipe] = {
         predictor_rank=8,
     ),
     # The bundled opt-mini.
-    "mini": Recipe(layers=6, hidden=384, heads=12, neurons=3072, steps=5200),
+    "mini": Recipe(layers=6, hidden=384, heads=12, neurons=3072, steps=4200),
     "small": Recipe(layers=12, hidden=768, heads=12, neurons=6144, steps=6000, micro_batch=64, learning_rate=2e-3, predictor_rank=128),
 }

@@ -70,32 +70,35 @@ def layer_with_losses(
     threshold: Tensor,
     look_ahead: bool,
     foresee: bool,
-    mask: bool,
+    masked: int,
     heads_kept: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer; the spread of its unforeseen activations, the predictor's loss and density, and how often each neuron fired."""
+    """One layer; the spread of its unforeseen activations, the predictor's loss and density, and how often each neuron fired.
+
+    masked: how many sequences run with the neurons (and heads) selected for them; the others keep the model good as it is. Predictors
+    learn from all and all are penalised: a model of which only the masked part is foreseen learns to tell the two parts apart.
+    """
     attention_in = block.attention_input(x)
     mixed = block.attend(attention_in, position, None)
-    half = x.shape[0] // 2  # half of the sequences teach the predictors and run masked, the other half keeps the model good as it is
-    if mask and heads_kept < mixed.shape[2]:
-        norms = group_norms(block, mixed[:half].detach(), mixed.shape[2])
+    if masked and heads_kept < mixed.shape[2]:
+        norms = group_norms(block, mixed[:masked].detach(), mixed.shape[2])
         keep = torch.zeros_like(norms).scatter(-1, norms.topk(heads_kept, -1).indices, 1.0)
-        mixed = torch.cat([mixed[:half] * keep[..., None].to(mixed.dtype), mixed[half:]])
+        mixed = torch.cat([mixed[:masked] * keep[..., None].to(mixed.dtype), mixed[masked:]])
     x, mlp_in = block.after_attention(x, mixed)
     act = block.activations(mlp_in)
     fired = (act > 0).sum((0, 1), dtype=torch.float32)
     unforeseen = predictor_loss = predicted = torch.zeros((), device=x.device)
     if foresee:
-        wide = act[:half].float()
+        wide = act.float()
         scale = wide.square().mean().sqrt().detach() + 1e-6
-        score = F.linear(F.linear((attention_in if look_ahead else mlp_in)[:half].detach(), A), B, bias).float()
+        score = F.linear(F.linear((attention_in if look_ahead else mlp_in).detach(), A), B, bias).float()
         predictor_loss = contribution_loss(score, wide.detach() * block.down.weight.detach().float().norm(dim=1))
         unforeseen = (wide * (1 - score.detach().sigmoid())).mean() / scale
         predicted = (score > threshold).float().mean()
-        if mask:
-            soft = (score - threshold).sigmoid()
-            gate = (score > threshold).float() + soft - soft.detach()  # hard forward, gradient through the sigmoid
-            act = torch.cat([act[:half] * gate.to(act.dtype), act[half:]])
+        if masked:
+            soft = (score[:masked] - threshold).sigmoid()
+            gate = (score[:masked] > threshold).float() + soft - soft.detach()  # hard forward, gradient through the sigmoid
+            act = torch.cat([act[:masked] * gate.to(act.dtype), act[masked:]])
     return block.after_mlp(x, block.down(act)), unforeseen, predictor_loss, predicted.detach(), fired
 
 
@@ -179,13 +182,14 @@ class Trainer:
     def micro_step(self, ids: Tensor, target: Tensor, foresee: bool, mask: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Backward pass of one micro batch; returns cross entropy, unforeseen spread and predictor loss."""
         model, companion = self.model, self.companion
+        masked = round(self.recipe.mask_share * len(ids)) if mask else 0
         parts = self.recipe.batch // self.recipe.micro_batch
         with torch.autocast(self.device, torch.bfloat16):
             x = model.embedded(ids, self.position)
             unforeseen_sum = predictor_sum = torch.zeros((), device=self.device)
             for index, block in enumerate(model.blocks):
                 predictor = (companion.A[index], companion.B[index], companion.bias[index], self.threshold_L[index])
-                phase = (companion.lookahead(index) == 1, foresee, mask, self.recipe.heads_kept or self.recipe.heads)
+                phase = (companion.lookahead(index) == 1, foresee, masked, self.recipe.heads_kept or self.recipe.heads)
                 x, unforeseen, predictor_loss, predicted, fired = self.layer(block, x, self.position, *predictor, *phase)
                 self.predicted_L[index] = predicted
                 unforeseen_sum = unforeseen_sum + unforeseen

@@ -19,11 +19,11 @@ from conftest import Tiny
 from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import Candidate, Part, choose, interpolate_divergence, meet_budget
-from dejavu.offline.collect import ActiveNeurons, LayerData, group_norms, pack_windows, sweep_layers
+from dejavu.offline.collect import ActiveNeurons, LayerData, group_norms, mean_input, pack_windows, sweep_layers
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.fidelity import divergences, token_nll
 from dejavu.offline.oracle import OracleHeads, OracleNeurons, mass_mask
@@ -156,6 +156,33 @@ def test_training_beats_the_start_and_bce_works(tiny: Tiny) -> None:
 
     assert trained("contribution") > mass(start)
     assert trained("bce") > 0.5 * mass(start)
+
+
+def test_a_large_mean_of_the_inputs_drowns_neither_training_nor_rounding(tiny: Tiny) -> None:
+    """Of a norm with a large bias: the same variation of inputs, on top of a constant 40 times as large."""
+    model = skewed(tiny)
+    block = model.blocks[1]
+    offset_D = 40 * torch.randn(32, generator=torch.Generator().manual_seed(2)).sign()
+    assert block.norm2.bias is not None and block.up.bias is not None
+    with torch.no_grad():
+        block.norm2.bias += offset_D
+        block.up.bias -= block.up.weight @ offset_D
+    ids = pack_windows([random_ids(6000)], context=model.config.max_positions, bos=1)
+    data = next(itertools.islice(sweep_layers(model, ids), 1, None))
+    assert float(data.mlp_ND.float().mean(0).abs().min()) > 30
+    tokens, held_out = 4096, slice(4096, 5600)
+    start = start_mlp(data, block, 8, 0, tokens)
+    generator = torch.Generator().manual_seed(3)
+    trained = train_mlp(data, block, start, tokens=tokens, epochs=2, loss="contribution", learning_rate=5e-3, generator=generator)
+
+    def density(predictor: Predictor) -> float:
+        scored = score_mlp(predictor, data, block, held_out)
+        return scored.quality(scored.threshold_for_mass(0.99)).density
+
+    rounded, blind = quantized(trained, mean_input(data.mlp_ND)), quantized(trained)
+    assert density(trained) <= 1.02 * density(start)
+    assert density(rounded) <= 1.05 * density(trained)
+    assert density(blind) > 1.2 * density(rounded)
 
 
 def test_contribution_loss_is_least_at_the_log_of_the_expected_contribution() -> None:

@@ -175,10 +175,17 @@ class Adapter:
         return Adapter(layers=layers, config=config)
 
 
-def quantized(predictor: Predictor) -> Predictor:
-    """The predictor rounded to what an adapter stores (A and B int8 per row, bias fp32), in fp32 on its device."""
+def quantized(predictor: Predictor, mean_D: Tensor | None = None) -> Predictor:
+    """The predictor rounded to what an adapter stores (A and B int8 per row, bias fp32), in fp32 on its device.
+
+    mean_D: the mean of its inputs. What rounding does to the score there goes into the bias: where a norm's bias is large, inputs are
+    nearly constant, and the rounding of A times a constant would drown what varies.
+    """
     A_RD, B_OR = (dequantize_rows(*quantize_rows(matrix)) for matrix in (predictor.A_RD, predictor.B_OR))
-    return dataclasses.replace(predictor, A_RD=A_RD, B_OR=B_OR, bias_O=predictor.bias_O.float())
+    bias_O = predictor.bias_O.float()
+    if mean_D is not None:
+        bias_O = bias_O + predictor.B_OR.float() @ (predictor.A_RD.float() @ mean_D) - B_OR @ (A_RD @ mean_D)
+    return dataclasses.replace(predictor, A_RD=A_RD, B_OR=B_OR, bias_O=bias_O)
 
 
 def part_config(predictor: Predictor, *, density: float, recall: float, mass: float) -> PartConfig:

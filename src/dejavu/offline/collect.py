@@ -19,6 +19,7 @@ from dejavu.config import Progress, require
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
 BLOCK = 256  # tokens that are shuffled together
+FP16_LIMIT = 65504.0
 
 
 def pack_windows(documents: Sequence[Sequence[int]], *, context: int, bos: int | None) -> Tensor:
@@ -84,9 +85,14 @@ class ActiveNeurons:
         return out
 
 
+def mean_input(x_ND: Tensor) -> Tensor:
+    """The mean input, fp32 [D]."""
+    return x_ND.mean(0, dtype=torch.float32)
+
+
 @dataclass(slots=True)
 class LayerData:
-    """One layer over N tokens. Inputs are bf16 [N, D]; previous_mlp_ND is None in layer 0."""
+    """One layer over N tokens. Inputs are fp16 [N, D]: after a norm, with what may be a large mean; previous_mlp_ND is None in layer 0."""
 
     layer: int
     attention_ND: Tensor
@@ -136,7 +142,7 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
     dtype = model.embed.weight.dtype
     previous: Tensor | None = None
     for layer in range(num_layers):
-        attention_ND, mlp_ND = (torch.empty(x_WTD.shape[:2].numel(), x_WTD.shape[2], dtype=torch.bfloat16) for _ in range(2))
+        attention_ND, mlp_ND = (torch.empty(x_WTD.shape[:2].numel(), x_WTD.shape[2], dtype=torch.float16) for _ in range(2))
         norms, active = [], []
         for first in range(0, count, batch):
             recorder = _Recorder(model)
@@ -144,7 +150,8 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
             x, _ = model.layer(layer, x_WTD[first:stop].to(dtype), position_T, None, recorder)
             x_WTD[first:stop] = x.float()
             tokens = slice(first * ids_WT.shape[1], stop * ids_WT.shape[1])
-            attention_ND[tokens], mlp_ND[tokens] = recorder.attention.flatten(0, 1), recorder.mlp.flatten(0, 1)
+            for kept_ND, seen_BTD in ((attention_ND, recorder.attention), (mlp_ND, recorder.mlp)):
+                kept_ND[tokens] = seen_BTD.flatten(0, 1).clamp(-FP16_LIMIT, FP16_LIMIT)
             norms.append(recorder.norms.flatten(0, 1))
             assert recorder.active is not None
             active.append(recorder.active)

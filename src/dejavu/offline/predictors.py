@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import Block
-from dejavu.offline.collect import BLOCK, LayerData, down_norms
+from dejavu.offline.collect import BLOCK, LayerData, down_norms, mean_input
 
 MOMENT_CHUNK = 8192  # tokens
 
@@ -33,7 +33,7 @@ def _inverse_root(covariance_DD: Tensor) -> Tensor:
 
 def _moments(x_ND: Tensor, m_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Means of x and m, covariance of x, and cross-covariance of m with x, in fp32; reads a chunk of tokens at a time."""
-    mean_x, mean_m = (values.mean(0, dtype=torch.float32) for values in (x_ND, m_ND))
+    mean_x, mean_m = mean_input(x_ND), mean_input(m_ND)
     covariance, cross = torch.zeros(len(mean_x), len(mean_x)), torch.zeros(len(mean_m), len(mean_x))
     for x_chunk, m_chunk in zip(x_ND.split(MOMENT_CHUNK), m_ND.split(MOMENT_CHUNK), strict=True):
         x, m = x_chunk.float() - mean_x, m_chunk.float() - mean_m
@@ -61,17 +61,21 @@ CONTRIBUTION_PRICE = 0.3  # moves all scores alike; near the threshold's usual p
 
 
 class _Scorer(nn.Module):
-    """The trainable form of a predictor."""
+    """The trainable form of a predictor: of inputs less their mean, else every step of A moves all scores by its product with the mean."""
 
-    def __init__(self, A_RD: Tensor, B_OR: Tensor, bias_O: Tensor) -> None:
+    def __init__(self, A_RD: Tensor, B_OR: Tensor, bias_O: Tensor, mean_D: Tensor) -> None:
         super().__init__()
+        bias_O = bias_O + B_OR @ (A_RD @ mean_D)
         self.A_RD, self.B_OR, self.bias_O = (nn.Parameter(t.contiguous().clone()) for t in (A_RD, B_OR, bias_O))
+        self.mean_D = mean_D
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return F.linear(F.linear(x_ND, self.A_RD), self.B_OR, self.bias_O)
+        return F.linear(F.linear(x_ND.float() - self.mean_D, self.A_RD), self.B_OR, self.bias_O)
 
+    @torch.no_grad()
     def predictor(self, lookahead: int) -> Predictor:
-        return Predictor(A_RD=self.A_RD.detach(), B_OR=self.B_OR.detach(), bias_O=self.bias_O.detach(), threshold=0.0, lookahead=lookahead)
+        A_RD, B_OR, bias_O = (weight.detach() for weight in (self.A_RD, self.B_OR, self.bias_O))
+        return Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=bias_O - B_OR @ (A_RD @ self.mean_D), threshold=0.0, lookahead=lookahead)
 
 
 def start_mlp(data: LayerData, block: Block, rank: int, lookahead: int, tokens: int) -> Predictor:
@@ -120,10 +124,10 @@ def train_mlp(
     generator: torch.Generator,
 ) -> Predictor:
     """Gradient descent on the first `tokens` tokens; `epochs` passes (a fraction stops early), learning rate falling to zero."""
-    scorer = _Scorer(start.A_RD, start.B_OR, start.bias_O)
+    x_ND = data.mlp_input(start.lookahead)
+    scorer = _Scorer(start.A_RD, start.B_OR, start.bias_O, mean_input(x_ND[:tokens]))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     norms_F = down_norms(block)
-    x_ND = data.mlp_input(start.lookahead)
     per_epoch = len(_batches(tokens, 2048, torch.Generator()))
     total, step = max(1, round(epochs * per_epoch)), 0
     while step < total:
@@ -131,7 +135,7 @@ def train_mlp(
             if step >= total:
                 break
             act_NF = torch.cat([data.active.dense(s, min(s + BLOCK, tokens)) for s in starts])
-            x = torch.cat([x_ND[s : min(s + BLOCK, tokens)] for s in starts]).float()
+            x = torch.cat([x_ND[s : min(s + BLOCK, tokens)] for s in starts])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1.0, (step + 1) / 20) * (1 - step / total)
             LOSSES[loss](scorer(x), act_NF.abs() * norms_F).backward()
@@ -151,13 +155,13 @@ def train_heads(data: LayerData, rank: int, lookahead: int, *, tokens: int, step
     left, singular, right = torch.linalg.svd(best_GD, full_matrices=False)
     rank = min(rank, len(singular))
     A_RD, B_GR = right[:rank] * singular[:rank, None].sqrt(), left[:, :rank] * singular[:rank].sqrt()
-    scorer = _Scorer(A_RD, B_GR, mean_y - B_GR @ (A_RD @ mean_x))
+    scorer = _Scorer(A_RD, B_GR, mean_y - B_GR @ (A_RD @ mean_x), mean_x)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(steps):
         rows = torch.randint(len(x_ND), (min(4096, len(x_ND)),), generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / steps)
-        F.huber_loss(scorer(x_ND[rows].float()), target_NG[rows]).backward()
+        F.huber_loss(scorer(x_ND[rows]), target_NG[rows]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return scorer.predictor(lookahead)

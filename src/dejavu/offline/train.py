@@ -25,7 +25,7 @@ from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import Candidate, Part, head_reads, interpolate_divergence, meet_budget, mlp_reads
-from dejavu.offline.collect import LayerData, pack_windows, sweep_layers
+from dejavu.offline.collect import LayerData, mean_input, pack_windows, sweep_layers
 from dejavu.offline.fidelity import compare_runs, divergences, token_nll
 from dejavu.offline.predictors import start_mlp, train_heads, train_mlp
 from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
@@ -96,7 +96,7 @@ class Split:
 def fitting_windows(ids_WT: Tensor, config: ModelConfig) -> Tensor:
     """As many windows as the activations of one layer fit MEMORY_LIMIT, evenly spread over the text.
 
-    A token takes 4 bytes x D of residual stream, three bf16 inputs of width D, and 4 bytes for each active neuron, of which
+    A token takes 4 bytes x D of residual stream, three fp16 inputs of width D, and 4 bytes for each active neuron, of which
     a tenth of the layer is reserved.
     """
     per_token = 10 * config.hidden_size + 0.4 * config.intermediate_size
@@ -164,12 +164,14 @@ def train_layer(data: LayerData, model: Transformer, config: TrainConfig, train:
     held_out = slice(train, train + held_out_tokens(model.config))
     start = choose_lookahead(data, model, config, train)
     settings = {"epochs": config.epochs, "loss": config.loss, "learning_rate": config.learning_rate}
-    mlp = quantized(train_mlp(data, block, start, tokens=train, generator=generator, **settings))
+    mlp = train_mlp(data, block, start, tokens=train, generator=generator, **settings)
+    mlp = quantized(mlp, mean_input(data.mlp_input(mlp.lookahead)[:train]))
     predictors, options = {"mlp": mlp}, {"mlp": _options(score_mlp(mlp, data, block, held_out), "mlp")}
     if config.heads and model.config.num_kv_heads > 1:
         groups = model.config.num_kv_heads
         lookahead = choose_head_lookahead(data, groups, config, train)
-        heads = quantized(train_heads(data, groups, lookahead, tokens=train, steps=100, generator=generator))
+        heads = train_heads(data, groups, lookahead, tokens=train, steps=100, generator=generator)
+        heads = quantized(heads, mean_input(data.head_input(lookahead)[:train]))
         predictors["heads"], options["heads"] = heads, _options(score_heads(heads, data, held_out), "heads")
     return TrainedLayer(predictors, options)
 
