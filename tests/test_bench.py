@@ -201,7 +201,7 @@ def test_useful_bytes_are_those_of_what_the_timed_steps_selected(tiny: Tiny, bat
 def test_a_ratio_below_one_is_a_ratio() -> None:
     def row(mode: str, tok_s: float, **changes: Any) -> Row:
         values = {"op": "decode", "mode": mode, "backend": "torch", "model": "m", "layers": 2, "dtype": "fp32", "batch": 1, "context": 8}
-        return Row(**(values | {"threads": 1, "synthetic": False, "tok_s": tok_s} | changes))
+        return Row.from_dict(values | {"threads": 1, "synthetic": False, "tok_s": tok_s} | changes)
 
     rows = [
         row("dense", 10.0),
@@ -223,6 +223,6 @@ def test_a_ratio_below_one_is_a_ratio() -> None:
         ({"context": 50}, "the text has 60 tokens, the benchmark reads 62"),
     ],
 )
-def test_counts_that_cannot_be(tiny: Tiny, options: dict[str, int], message: str) -> None:
+def test_counts_that_cannot_be(tiny: Tiny, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bench(tiny("opt"), [DENSE_VARIANT], IDS, **(SIZES | options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_a_wrong_mlp_of_a_synthetic_model_is_found(monkeypatch: pytest.MonkeyPat
         ({"rank": 0}, "rank must lie between 1 and 256 .*, not 0"),
     ],
 )
-def test_bad_options(options: dict[str, object], message: str) -> None:
+def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         planted_layers(shape_of("opt-small"), **({"density": 0.1, "heads": False} | options))
     with pytest.raises(ValueError, match="no shape is called 'opt-1t'; choose one of smollm2-135m"):

@@ -204,7 +204,9 @@ def _synthetic(
     def layers_for(selection: str | None, density: float | None) -> Layers | None:
         if selection is None or density is None:
             return None
-        return planted_layers(made.config, selection=selection, density=density, heads=heads, rank=rank or RANK, seed=seed)
+        return planted_layers(
+            made.config, selection=selection, density=density, heads=heads, rank=RANK if rank is None else rank, seed=seed
+        )
 
     return _Subject(
         name=name,
@@ -224,19 +226,27 @@ def _peers(names: Sequence[str], found: _Subject, gguf: Path | None, notes: list
     if not names:
         yield []
         return
+    import torch
+
+    from dejavu.config import require
+    from dejavu.kernels.native import default_threads
     from dejavu.measure.decoders import export_name
     from dejavu.measure.peers import open_peers  # pyrefly: ignore[missing-import]  # comes with the peers
     from dejavu.model.bundle import export
 
+    lm, exported = found.lm, [name for name in names if name != "llama.cpp"]
     with TemporaryDirectory(prefix="dejavu-bench-") as temporary:
         folder: Path | None = None
-        if found.lm is not None and any(name != "llama.cpp" for name in names):
+        if lm is None:
+            notes += [f"{name} loads an exported model, and a synthetic one has no tokenizer to export: not timed" for name in exported]
+            names = [name for name in names if name not in exported]
+        elif exported:
+            wide = lm.model.embed.weight.dtype == torch.float32
+            require(wide, f"--against {', '.join(exported)} exports the model, which must be loaded as fp32 or int8; leave --dtype out")
             folder = Path(temporary) / export_name(found.name)
-            export(found.lm.model, found.lm.tokenizer, folder)
-        threads = found.threads if found.lm is None else found.lm.num_threads
-        from dejavu.kernels.native import default_threads
-
-        opened, said = open_peers(names, export_folder=folder, gguf=gguf, threads=threads or default_threads())
+            export(lm.model, lm.tokenizer, folder)
+        threads = lm.num_threads if lm is not None else found.threads or default_threads()
+        opened, said = open_peers(names, export_folder=folder, gguf=gguf, threads=threads)
         notes += said
         try:
             yield opened
