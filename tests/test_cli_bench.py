@@ -69,7 +69,7 @@ def test_a_synthetic_model(call) -> None:
 def test_a_synthetic_model_on_torch_and_dense(call) -> None:
     rows = obj(call("bench", "--synthetic", "opt-small", "--backend", "torch", "--dense", *SHORT, "--json"))["rows"]
     assert [(row["op"], row["mode"], row["dtype"]) for row in rows] == [(op, "dense", "fp32") for op in ("prefill", "read", "decode")]
-    rows = obj(call("bench", "--synthetic", "opt-small", "--backend", "torch", "--batch", "3", *SHORT, "--json"))["rows"]
+    rows = obj(call("bench", "--synthetic", "opt-small", "--backend", "torch", "--dtype", "bf16", "--batch", "3", *SHORT, "--json"))["rows"]
     assert rows[-1]["mode"] == "sparse" and rows[-1]["mlp_density"] == pytest.approx(0.1, rel=0.15)
     assert rows[-1]["mlp_density"] < rows[-1]["union_density"] < 0.3
 
@@ -133,6 +133,7 @@ def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]]) -> 
         (("--synthetic", "opt-small", "--selection", "odd"), "unknown selection 'odd'; choose one of uniform, clustered, hot-set"),
         (("--synthetic", "opt-small", "--density", "1.5"), r"density must lie in \(0, 1\], not 1.5"),
         (("--synthetic", "opt-small", "--density", "nan"), r"density must lie in \(0, 1\], not nan"),
+        (("--synthetic", "opt-small", "--dtype", "fp12"), "dtype 'fp12' is not available for a synthetic model on backend 'torch'"),
         (("--synthetic", "opt-small", "--rank", "999"), "rank must lie between 1 and 128 .*not 999"),
         (("--synthetic", "opt-small", "--rank", "0"), "rank must lie between 1 and 128 .*not 0"),
         (("--synthetic", "opt-small", "--head-density", "0.1"), "head density 0.1 is less than one of 4 head groups"),

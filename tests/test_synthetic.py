@@ -180,7 +180,8 @@ def test_a_wrong_mlp_of_a_synthetic_model_is_found(monkeypatch: pytest.MonkeyPat
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        planted_layers(shape_of("opt-small"), **({"density": 0.1, "heads": False} | options))
+        values: dict[str, Any] = {"density": 0.1, "heads": False, **options}
+        planted_layers(shape_of("opt-small"), **values)
     with pytest.raises(ValueError, match="no shape is called 'opt-1t'; choose one of smollm2-135m"):
         synthetic_model("opt-1t", backend="native", dtype="int8")
 

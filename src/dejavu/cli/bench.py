@@ -190,12 +190,18 @@ def _loaded(model: str, out: Output, *, texts: list[str] | None, **options: Any)
 def _synthetic(
     name: str, out: Output, *, backend: str, dtype: str, threads: int | None, seed: int, rank: int | None, heads: bool
 ) -> _Subject:
+    from dejavu.config import require
     from dejavu.engine.backends import BACKEND_DTYPES, pick_backend
     from dejavu.language_model import set_threads
     from dejavu.measure.synthetic import RANK, planted_layers, random_ids, synthetic_model
 
     picked = pick_backend(backend, dtype="int8" if dtype == "auto" else dtype)
     wanted = dtype if dtype != "auto" else "int8" if "int8" in BACKEND_DTYPES[picked] else "fp32"
+    offered = [each for each in BACKEND_DTYPES[picked] if picked != "torch" or each in ("fp32", "bf16")]
+    require(
+        wanted in offered,
+        f"dtype {wanted!r} is not available for a synthetic model on backend {picked!r}; choose one of {', '.join(offered)}",
+    )
     if threads is not None:
         set_threads(threads)
     made = synthetic_model(name, backend=picked, dtype=wanted, seed=seed)
