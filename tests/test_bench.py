@@ -29,7 +29,7 @@ class FakePeer:
     def __init__(
         self, model: Transformer, *, name: str = "tiny", mode: str = "transformers", dtype: str = "fp32", error: float = 0.0
     ) -> None:
-        self.mode, self.dtype, self.model = mode, dtype, name
+        self.mode, self.dtype, self.model, self.version, self.threads = mode, dtype, name, "1.2.3", 1
         self.error, self.silent, self.closed = error, False, False
         self.reference, self.ids = model, list[int]()
         self.asked: list[list[int]] = []
@@ -47,6 +47,9 @@ class FakePeer:
             self.clock.now += 0.25
         logits_V = self.reference(torch.tensor([self.ids]))[0, -1]
         return None if self.silent else logits_V + self.error * torch.randn(logits_V.shape, generator=torch.Generator().manual_seed(1))
+
+    def logits(self, ids: Sequence[int]) -> Tensor | None:
+        return None if self.silent else self.reference(torch.tensor([list(ids)]))[0]
 
     def close(self) -> None:
         self.closed = True
@@ -89,7 +92,8 @@ def test_a_peer_takes_turns_on_the_same_tokens(tiny: Tiny) -> None:
     against = [each for each in found.ratios if each["against"] == "transformers"]
     assert [each["mode"] for each in against] == ["dense", "sparse"]
     assert against[0]["ratio"] == pytest.approx(own.tok_s / decode.tok_s) and against[0]["against_dtype"] == "fp32"
-    assert [each["mode"] for each in found.ratios if each["against"] == "dense"] == ["sparse"] and found.notes == []
+    assert [each["mode"] for each in found.ratios if each["against"] == "dense"] == ["sparse"]
+    assert found.notes == ["transformers fp32 picks the same next token as tiny dense after 60 of 60 tokens"]
 
 
 def test_two_peers_of_one_name_have_a_row_each(tiny: Tiny) -> None:

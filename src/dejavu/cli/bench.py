@@ -109,6 +109,7 @@ def bench(
     runs: list[tuple[str, Bench]] = []
     notes = list(found.notes)
     with _peers(names, found, gguf, notes) as peers, progress_bars() as progress:
+        others = [{key: getattr(peer, key) for key in ("mode", "version", "dtype", "model", "threads")} for peer in peers]
         variants = variants_at(
             found.model,
             found.layers_for if not dense else lambda *_: None,
@@ -140,6 +141,9 @@ def bench(
     rows = completed(rows) if results is None else append_rows(results, rows)
     for title, measured in runs:
         _show(out, f"Speed of {found.name}{' (synthetic)' if synthetic is not None else ''}: {title}", measured)
+    for each in others:
+        line = "peer {mode} {version} · {dtype} · threads: {threads} · {model}".format(**each)
+        out.show(escape(line))
     for note in notes[len(found.notes) :]:
         out.say(f"note: {note}")
     if found.lm is not None and found.lm.adapter is not None and not (density or head_density or dense):
@@ -152,6 +156,7 @@ def bench(
         {
             "rows": [row.to_dict() for row in rows],
             "ratios": [each for _, measured in runs for each in measured.ratios],
+            "peers": others,
             "model": found.name,
             "notes": notes,
         }
@@ -229,6 +234,9 @@ def _synthetic(
 @contextmanager
 def _peers(names: Sequence[str], found: _Subject, gguf: Path | None, notes: list[str]) -> Iterator[list[Peer]]:
     """The peers by name, loaded from an export of the model; notes gain what could not run, and why."""
+    if found.backend == "cuda":
+        notes += [f"{name} would run on the CPU and our engine on the GPU: not timed" for name in names]
+        names = []
     if not names:
         yield []
         return
@@ -237,7 +245,7 @@ def _peers(names: Sequence[str], found: _Subject, gguf: Path | None, notes: list
     from dejavu.config import require
     from dejavu.kernels.native import default_threads
     from dejavu.measure.decoders import export_name
-    from dejavu.measure.peers import open_peers  # pyrefly: ignore[missing-import]  # comes with the peers
+    from dejavu.measure.peers import open_peers
     from dejavu.model.bundle import export
 
     lm, exported = found.lm, [name for name in names if name != "llama.cpp"]

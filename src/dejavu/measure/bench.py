@@ -181,8 +181,7 @@ def _check_peers(peers: Sequence[Peer], model: Transformer, ids: Sequence[int], 
     notes = []
     for peer in peers:
         if runs_same(peer, name):
-            note = check_peer(peer, model, ids)
-            notes += [] if note is None else [note]
+            notes.append(check_peer(peer, model, ids, name))
         else:
             notes.append(f"{peer.mode} runs {peer.model}, another model than {name}: its logits were not compared with ours")
     return notes
@@ -274,7 +273,7 @@ class _Run:
 
     def _of_peer(self, op: str, peer: Peer, seconds: list[float], tokens: int) -> Row:
         same = runs_same(peer, self.name)
-        values: dict[str, Any] = {"mode": peer.mode, "backend": peer.mode, "dtype": peer.dtype, "batch": 1}
+        values: dict[str, Any] = {"mode": peer.mode, "backend": peer.mode, "dtype": peer.dtype, "batch": 1, "threads": peer.threads}
         values |= {"model": self.name, "synthetic": self.synthetic} if same else {"model": peer.model, "synthetic": False, "layers": None}
         return self._row(op, seconds, tokens=tokens, **values)
 

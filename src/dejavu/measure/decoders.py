@@ -23,17 +23,20 @@ from dejavu.model.transformer import DENSE, Transformer
 
 Layers = tuple[LayerAdapter, ...]
 CHECK_PROMPT, CHECK_STEPS = 8, 8
+GREEDY_TOKENS = 256  # over which a peer's choice of the next token is compared with ours
 # Mean |difference| of the logits in their standard deviations; a peer below fp32 also rounds activations its own way.
 FP32_LIMIT, LIMIT, PEER_LIMIT = 0.02, 0.1, 0.2
 
 
 class Peer(Protocol):
-    """Another program that decodes one sequence. mode: its name in --against; model: what it runs, by name, never a path
-    (of an exported folder: the folder's own name)."""
+    """Another program that decodes one sequence. mode: its name in --against; version: its own, in words; model: what it runs,
+    by name, never a path (of an exported folder: the folder's own name)."""
 
     mode: str
+    version: str
     dtype: str
     model: str
+    threads: int
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Forget the sequence and read these tokens."""
@@ -41,6 +44,10 @@ class Peer(Protocol):
 
     def step(self, token_id: int) -> Tensor | None:
         """Read one more token; logits [V] of the next one, or None where the program keeps them to itself."""
+        ...
+
+    def logits(self, ids: Sequence[int]) -> Tensor | None:
+        """Logits [T, V] of these tokens by one pass, for checks; None where the program has none. A prefill comes next."""
         ...
 
     def close(self) -> None:
@@ -124,6 +131,12 @@ def _forward(model: Transformer, layers: Layers | None, ids: Sequence[int]) -> T
     return model(ids_BT, DENSE if layers is None else MaskedSelection(layers, sparse_BT))[0, prompt:].cpu()
 
 
+@torch.inference_mode()
+def _dense(model: Transformer, ids: Sequence[int]) -> Tensor:
+    """Logits [T, V] of all tokens."""
+    return model(torch.tensor([list(ids)], device=model.embed.weight.device))[0].cpu()
+
+
 def _error(found_TV: Tensor, wanted_TV: Tensor) -> float:
     return float((found_TV.float() - wanted_TV).abs().mean() / wanted_TV.std())
 
@@ -141,20 +154,29 @@ def check_mode(
     require(error < limit, f"backend {backend!r} decodes other logits than the forward pass (error {error:.3g}, limit {limit}): not timed")
 
 
-def check_peer(peer: Peer, model: Transformer, ids: Sequence[int]) -> str | None:
-    """Compare a peer that runs our model with our dense forward pass. A note where it gives no logits; ValueError where they differ."""
+def check_peer(peer: Peer, model: Transformer, ids: Sequence[int], name: str) -> str:
+    """Compare a peer that runs our model with our dense forward pass: the logits of its steps and of one pass, as far as it tells
+    them, and the greedy tokens of these. A note on how many agree; ValueError where the logits differ, or a token does in fp32."""
     count, prompt = _count(model)
     peer.prefill(ids[:prompt])
     rows = [peer.step(token) for token in ids[prompt:count]]
-    logits = [row.float().cpu() for row in rows if row is not None]
-    if len(logits) < len(rows):
-        return f"{peer.mode} gives no logits: its own were not compared with ours"
-    wanted_TV = _forward(model, None, ids)
-    found_TV = torch.stack(logits)
-    require(
-        found_TV.shape == wanted_TV.shape,
-        f"{peer.mode} has logits {list(found_TV.shape)} where ours are {list(wanted_TV.shape)}: not timed",
-    )
-    error, limit = _error(found_TV, wanted_TV), FP32_LIMIT if peer.dtype == "fp32" else PEER_LIMIT
-    require(error < limit, f"{peer.mode} decodes other logits than {peer.model} dense (error {error:.3g}, limit {limit}): not timed")
-    return None
+    stepped = [row.float().cpu() for row in rows if row is not None]
+    whole = ids[: min(GREEDY_TOKENS, model.config.max_positions, len(ids))]
+    found = {"step": torch.stack(stepped) if len(stepped) == len(rows) else None, "pass": peer.logits(whole)}
+    note = f"{peer.mode} gives no logits: its own were not compared with ours"
+    for found_TV, wanted_TV in ((found["step"], _forward(model, None, ids)), (found["pass"], _dense(model, whole))):
+        if found_TV is None:
+            continue
+        require(
+            found_TV.shape == wanted_TV.shape,
+            f"{peer.mode} has logits {list(found_TV.shape)} where ours are {list(wanted_TV.shape)}: not timed",
+        )
+        error, limit = _error(found_TV, wanted_TV), FP32_LIMIT if peer.dtype == "fp32" else PEER_LIMIT
+        require(error < limit, f"{peer.mode} decodes other logits than {name} dense (error {error:.3g}, limit {limit}): not timed")
+        same_T = found_TV.argmax(-1) == wanted_TV.argmax(-1)
+        # How much less likely ours finds the peer's token than its own: a tie may be broken either way.
+        behind_T = wanted_TV.amax(-1) - wanted_TV.gather(-1, found_TV.argmax(-1, keepdim=True))[:, 0]
+        exact = peer.dtype != "fp32" or bool((behind_T <= limit * wanted_TV.std()).all())
+        require(exact, f"{peer.mode} fp32 picks other tokens than {name} dense: not timed")
+        note = f"{peer.mode} {peer.dtype} picks the same next token as {name} dense after {int(same_T.sum())} of {len(same_T)} tokens"
+    return note

@@ -27,7 +27,7 @@ from dejavu.files import read_text
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.version import __version__
 
-PACKAGES = ("numpy", "tokenizers", "triton", "transformers")
+PACKAGES = ("numpy", "tokenizers", "triton", "transformers", "ctranslate2", "llama_cpp_python")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
