@@ -203,6 +203,6 @@ int main() {
       dejavu_model_free(model);
       bad_input(config);
     }
-  std::printf("%d runs, no error\n", runs);
+  std::printf("%d runs with %s: no error\n", runs, dejavu_instruction_sets());
   return 0;
 }
