@@ -72,7 +72,7 @@ def test_without_a_compiler_nothing_is_built_and_the_installation_succeeds(tmp_p
     environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")} | {"PATH": str(tools)}
 
     def run(*arguments: str | Path) -> str:
-        return subprocess.run([cmake, *arguments], env=environment, check=True, capture_output=True, text=True).stderr
+        return subprocess.run([str(cmake), *arguments], env=environment, check=True, capture_output=True, text=True).stderr
 
     said = run("-S", root, "-B", build, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'installed'}")
     assert "no C++ compiler found: dejavu is installed without its native engine" in said
