@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 NATIVE := CMakeLists.txt $(wildcard native/*.h native/src/*)
 PROJECT := pyproject.toml constraints.txt src/dejavu/version.py $(NATIVE)
 
-.PHONY: install demo test lint bench tables native native-sanitize clean
+.PHONY: install demo test lint bench tables native native-sanitize native-arm64 clean
 
 install: $(VENV)/.installed-all
 
@@ -38,6 +38,12 @@ native-sanitize:
 	cmake -S . -B build/sanitize -DDEJAVU_SANITIZE=ON
 	cmake --build build/sanitize
 	ASAN_OPTIONS=allocator_may_return_null=1 build/sanitize/dejavu_driver
+
+# The driver for AArch64, without sanitizers, under an emulator: NEON against scalar. Takes zig (pip install ziglang) and qemu-user.
+native-arm64:
+	cmake -S . -B build/arm64 -DDEJAVU_DRIVER=ON -DCMAKE_TOOLCHAIN_FILE=native/sanitize/aarch64.cmake
+	cmake --build build/arm64
+	$(or $(shell command -v qemu-aarch64),qemu-aarch64-static) build/arm64/dejavu_driver
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis

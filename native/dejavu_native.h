@@ -29,6 +29,9 @@ enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O, DEJAVU_GATE, DEJAVU_UP, DEJAVU_DOWN
 };
 enum dejavu_predicted { DEJAVU_MLP = 0, DEJAVU_HEADS = 1 };
+enum dejavu_op { /* parts of a block, for its profile */
+  DEJAVU_OP_PREDICTOR = 0, DEJAVU_OP_ATTENTION, DEJAVU_OP_MLP, DEJAVU_OP_HEAD, DEJAVU_OP_OTHER, DEJAVU_OPS
+};
 
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
@@ -60,6 +63,14 @@ typedef struct {
   uint8_t *neuron_mask, *group_mask; /* [rows, layers, neurons], [rows, layers, groups] */
 } dejavu_block;
 
+/* What a block took and what it read. seconds: of the calling thread, by op, the wait at a barrier with the op before it. By
+ * layer, over all rows together: neurons that some row selected, those whose row of down some row needed (an activation of
+ * exactly zero does not), and head groups that some row selected. */
+typedef struct {
+  double seconds[DEJAVU_OPS];
+  int64_t *neurons, *fired, *groups;
+} dejavu_profile;
+
 DEJAVU_API int dejavu_abi_version(void);
 DEJAVU_API const char *dejavu_error(void);
 /* Names of the instruction sets that this machine can run, best first, separated by spaces. */
@@ -76,6 +87,10 @@ DEJAVU_API int dejavu_engine_new(const dejavu_model *model, int threads, int64_t
 DEJAVU_API int dejavu_engine_predictor(dejavu_engine *engine, int64_t layer, int predicted, const dejavu_matrix *A, const dejavu_matrix *B,
                                        float threshold, int lookahead);
 DEJAVU_API int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block);
+/* As dejavu_engine_run, and fills the profile. A run without one costs nothing for it. */
+DEJAVU_API int dejavu_engine_profile(dejavu_engine *engine, const dejavu_block *block, dejavu_profile *profile);
+/* Reads count floats in order, each thread its share of them, and adds them up: what reading memory costs this engine. */
+DEJAVU_API int dejavu_engine_read(dejavu_engine *engine, const float *data, int64_t count, double *sum);
 DEJAVU_API void dejavu_engine_free(dejavu_engine *engine);
 
 #ifdef __cplusplus

@@ -19,7 +19,7 @@ OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|-[a-zA-Z])(?![\w-])")
 ROW = re.compile(r"^\| (`-.*?`) \| (.*?) \|", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 EXTERNAL = ("http://", "https://", "mailto:")
-MAX_LINES = 160
+MAX_LINES = 180
 
 
 def commands() -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from conftest import Tiny
+from dejavu.cli.main import run as cli
 from dejavu.engine.backends import make_engine
 from dejavu.kernels import native
 
@@ -54,5 +58,35 @@ def test_an_absent_library_is_said_and_nothing_else_breaks(monkeypatch: pytest.M
         (tmp_path / native.FILE_NAME).write_text("no library", encoding="ascii")
         native._load.cache_clear()
         assert "cannot be loaded" in (native.missing_reason() or "")
+    finally:
+        native._load.cache_clear()
+
+
+def test_without_a_compiler_nothing_is_built_and_the_installation_succeeds(tmp_path: Path) -> None:
+    root, tools, build = Path(__file__).parent.parent, tmp_path / "bin", tmp_path / "build"
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    if cmake is None or ninja is None:
+        pytest.skip("takes cmake and ninja")
+    tools.mkdir()
+    (tools / "ninja").symlink_to(ninja)
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")} | {"PATH": str(tools)}
+
+    def run(*arguments: str | Path) -> str:
+        return subprocess.run([str(cmake), *arguments], env=environment, check=True, capture_output=True, text=True).stderr
+
+    said = run("-S", root, "-B", build, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'installed'}")
+    assert "no C++ compiler found: dejavu is installed without its native engine" in said
+    run("--build", build)
+    run("--install", build)
+    assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("*.o"))
+
+
+def test_info_shows_the_whole_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(native, "library_folders", lambda: [tmp_path])
+    native._load.cache_clear()
+    try:
+        assert cli(["info"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "native not available its library was not built" in shown and "make native`" in shown
     finally:
         native._load.cache_clear()

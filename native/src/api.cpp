@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr const char *NOT_FINITE = "the logits are not finite: the weights hold NaN or infinite values, or the activations overflow";
+
 thread_local std::string error_text;
 
 int fail(int status, const char *text) {
@@ -88,7 +90,25 @@ int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block) {
   return guarded([&]() -> int {
     require(engine != nullptr && block != nullptr, "a pointer is missing");
     if (engine->run(*block)) return DEJAVU_OK;
-    return fail(DEJAVU_NOT_FINITE, "the logits are not finite: the weights hold NaN or infinite values, or the activations overflow");
+    return fail(DEJAVU_NOT_FINITE, NOT_FINITE);
+  });
+}
+
+int dejavu_engine_profile(dejavu_engine *engine, const dejavu_block *block, dejavu_profile *profile) {
+  return guarded([&]() -> int {
+    require(engine != nullptr && block != nullptr && profile != nullptr, "a pointer is missing");
+    require(profile->neurons && profile->fired && profile->groups, "a pointer of the profile is missing");
+    if (engine->run(*block, profile)) return DEJAVU_OK;
+    return fail(DEJAVU_NOT_FINITE, NOT_FINITE);
+  });
+}
+
+int dejavu_engine_read(dejavu_engine *engine, const float *data, int64_t count, double *sum) {
+  return guarded([&] {
+    require(engine != nullptr && (data != nullptr || count == 0) && sum != nullptr, "a pointer is missing");
+    require(count >= 0, "a count must not be negative, but is " + std::to_string(count));
+    *sum = engine->read(data, count);
+    return DEJAVU_OK;
   });
 }
 

@@ -110,7 +110,7 @@ void dejavu_engine::check(const dejavu_block &b) const {
   }
 }
 
-bool dejavu_engine::run(const dejavu_block &block) {
+bool dejavu_engine::run(const dejavu_block &block, dejavu_profile *wanted) {
   std::lock_guard<std::mutex> lock(mutex);
   check(block);
   const dejavu_config &c = model->config;
@@ -123,6 +123,8 @@ bool dejavu_engine::run(const dejavu_block &block) {
       }
   }
   finite.store(true);
+  profile = wanted;
+  if (profile != nullptr && fired.empty()) fired = Buffer<uint8_t>(c.intermediate_size);
   pool.run([&](int thread) { Pass(*this, block, thread).run(); });
   return finite.load();
 }

@@ -56,7 +56,9 @@ struct dejavu_engine {
   dejavu_engine(const dejavu_model *model, int threads, int64_t max_rows, const Kernels *kernels);
   void set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead);
   // Raises BadValue for a block that this model cannot run. Returns whether every logit is finite.
-  bool run(const dejavu_block &block);
+  bool run(const dejavu_block &block, dejavu_profile *profile = nullptr);
+  // The sum of count values, read in order by all threads: see read.cpp.
+  double read(const float *data, int64_t count);
 
   const dejavu_model *model;
   const Kernels *kernels;
@@ -68,6 +70,8 @@ struct dejavu_engine {
   Buffer<int32_t> lists[2];   // [rows, neurons]: the selected neurons of chunk c start at the chunk's first neuron
   Buffer<int64_t> counts[2];  // [rows, neuron_chunks]
   std::atomic<bool> finite{true};
+  dejavu_profile *profile = nullptr;  // of the block that runs, NULL: none
+  Buffer<uint8_t> fired;              // [neurons], while a block is profiled: whether some row's activation was not zero
   std::vector<std::unique_ptr<Scratch>> scratch;
   std::mutex mutex;
   Pool pool;

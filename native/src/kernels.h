@@ -39,6 +39,8 @@ struct Kernels {
   // x = activation(x), activation being a dejavu_activation; room for PAD values past n
   void (*activate)(float *x, int64_t n, int activation, float threshold);
   bool (*finite)(const float *x, int64_t n);
+  // x[0] + x[1] + ...: as fast as memory can be read
+  float (*sum)(const float *x, int64_t n);
 };
 
 // The largest |xq| for which n products with int8 weights (|w| <= 127) sum within int32: 127 * limit * n <= 2^31 - 1.

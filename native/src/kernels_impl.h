@@ -138,6 +138,19 @@ bool finite(const float *x, int64_t n) {
   return rest == 0.0f;
 }
 
+float sum(const float *x, int64_t n) {
+  constexpr int64_t LANES = 8;  // sums side by side hide the latency of an addition
+  F::T sums[LANES];
+  for (int64_t j = 0; j < LANES; j++) sums[j] = F::zero();
+  int64_t i = 0;
+  for (; i + LANES * F::W <= n; i += LANES * F::W)
+    for (int64_t j = 0; j < LANES; j++) sums[j] = F::add(sums[j], F::load(x + i + j * F::W));
+  for (int64_t j = 1; j < LANES; j++) sums[0] = F::add(sums[0], sums[j]);
+  float total = F::sum(sums[0]);
+  for (; i < n; i++) total += x[i];
+  return total;
+}
+
 void softmax(float *p, int64_t n) {
   const int64_t padded = (n + F::W - 1) / F::W * F::W;
   const bool whole = finite(p, n);
@@ -216,6 +229,7 @@ void activate(float *x, int64_t n, int activation, float threshold) {
 
 const Kernels TABLE = {
     DEJAVU_ISA_NAME, fetch,   dots<float>, dots<int8_t>, dots_i8_i16, axpys<float>, axpys<int8_t>,
-    add,             softmax, layer_norm,  rms_norm,     quantize,    activate,     finite};
+    add,             softmax, layer_norm,  rms_norm,     quantize,    activate,     finite,
+    sum};
 
 }  // namespace

@@ -40,6 +40,7 @@ void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t fi
     values[n] = values[k];
     n += values[k] != 0.0f;
   }
+  note_fired(fired, n);
   axpys(layer.down, values, fired, 0, n, y, bytes);
 }
 

@@ -64,6 +64,7 @@ void Pass::add_parts(const Buffer<float> &parts, int64_t chunks, const Buffer<fl
 }
 
 void Pass::run() {
+  begin_laps();
   embed();
   for (int64_t layer = 0; layer < config.num_layers; layer++) {
     attention_input(layer);
@@ -71,13 +72,18 @@ void Pass::run() {
     engine.pool.barrier();
     attend(layer);
     engine.pool.barrier();
+    lap(DEJAVU_OP_ATTENTION);
     after_attention(layer);
     mlp(layer);
     engine.pool.barrier();
+    lap(DEJAVU_OP_MLP);
     report(layer);
     after_mlp(layer);
+    note_layer(layer);
   }
+  lap(DEJAVU_OP_OTHER);
   output();
+  lap(DEJAVU_OP_HEAD);
 }
 
 void Pass::embed() {
@@ -110,9 +116,11 @@ void Pass::attention_input(int64_t layer) {
       std::copy_n(own.x[r].f, width, own.attention_in[r].f);
     quantize(own.attention_in[r], width);
   }
+  lap(DEJAVU_OP_OTHER);
   select_groups(layer);
   select_neurons(layer, 2);
   select_neurons(layer, 1);
+  lap(DEJAVU_OP_PREDICTOR);
 }
 
 void Pass::after_attention(int64_t layer) {
@@ -124,7 +132,9 @@ void Pass::after_attention(int64_t layer) {
     if (!config.pre_norm) std::copy_n(m, width, x);
     quantize(own.mlp_in[r], width);
   }
+  lap(DEJAVU_OP_OTHER);
   select_neurons(layer, 0);
+  lap(DEJAVU_OP_PREDICTOR);
 }
 
 void Pass::after_mlp(int64_t layer) {

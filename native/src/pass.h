@@ -1,5 +1,7 @@
 // One thread's part of one block of tokens through the whole model: see engine.h. Computation in pass.cpp and select.cpp.
 #pragma once
+#include <chrono>
+
 #include "engine.h"
 
 class Pass {
@@ -32,6 +34,12 @@ class Pass {
   void scores(const Predictor &predictor, const Vector &x, int64_t first, int64_t count);
   void report(int64_t layer);
 
+  // profile.cpp: what the block took and read, by thread 0, where it is asked for
+  void begin_laps();
+  void lap(int op);
+  void note_fired(const int32_t *idx, int64_t count);
+  void note_layer(int64_t layer);
+
   // Small helpers, in pass.cpp. `dots`: out[k] = row_k x * scale + bias, rows first + 0, 1, 2... or idx[k].
   void dots(const Matrix &matrix, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, int64_t fetch = 0) const;
   void axpys(const Matrix &matrix, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, int64_t fetch = 0) const;
@@ -52,6 +60,7 @@ class Pass {
   Scratch &own;
   const int thread, threads;
   const int64_t rows, width;
+  std::chrono::steady_clock::time_point last;  // the end of the last lap
 };
 
 // Rows of a matrix that are read for one token after another while they are in the first-level cache.

@@ -30,6 +30,7 @@ def info(as_json: AsJson = False) -> None:
     for status in backends():
         state = "[green]available[/green]" if status.available else "[red]not available[/red]"
         table.add_row(status.name, state, status.reason or ("picked by auto" if status.name == result["auto"] else ""))
+    table.columns[2].no_wrap = False  # a reason is a sentence, and the only one there is
     machine = new_table("Machine", "part", "value", left=2)
     machine.add_row("CPU", result["cpu"])
     machine.add_row("GPU", ", ".join(result["gpu"]) or "none")

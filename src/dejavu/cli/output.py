@@ -83,13 +83,13 @@ def speed(tok_s: float | None) -> str:
     return number(tok_s, ",.1f") + " tok/s"
 
 
-def ratio(sparse: float | None, dense: float | None) -> str:
-    """How sparse compares with dense in speed, in plain words."""
-    if not sparse or not dense:
-        return "speed ratio sparse / dense: unknown"
-    value = sparse / dense
+def ratio(speed: float | None, base: float | None, *, mode: str = "sparse", against: str = "dense") -> str:
+    """How one speed compares with another, in plain words."""
+    if not speed or not base:
+        return f"speed ratio {mode} / {against}: unknown"
+    value = speed / base
     word = "faster" if value >= 1 else "slower"
-    return f"speed ratio sparse / dense: [bold]{value:.2f}×[/bold] (sparse is {word})"  # noqa: RUF001
+    return f"speed ratio {mode} / {against}: [bold]{value:.2f}×[/bold] ({mode} is {word})"  # noqa: RUF001
 
 
 @contextmanager

@@ -42,6 +42,20 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepProfile:
+    """What one step took and what all of its rows together made it read.
+
+    seconds: by op (predictor, attention, mlp, head, other). Counts int64 [L] over the rows: neurons that some row selected,
+    neurons whose row of down some row needed (an activation of exactly zero does not), query heads that some row selected.
+    """
+
+    seconds: dict[str, float]
+    neurons_L: Tensor
+    fired_L: Tensor
+    heads_L: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What an engine is and what it can hold. Fixed at construction.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dejavu.config import require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
-from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
+from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
 from dejavu.engine.native_weights import packed_model, predictor_view
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.torch_engine import check_layers
@@ -110,6 +110,26 @@ class NativeEngine(PagedEngine):
 
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         """Append one token to each of B different slots, in one call for each MAX_ROWS of them."""
+        return self._step(token_ids_B, slots_B)
+
+    def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
+        """As `step`, of at most MAX_ROWS rows, with what it took and read."""
+        require(len(slots_B) <= native.MAX_ROWS, f"a profiled step has at most {native.MAX_ROWS} rows, not {len(slots_B)}")
+        neurons_L, fired_L, groups_L = torch.zeros(3, self.config.num_layers, dtype=torch.int64).unbind(0)
+        profile = native.Profile(neurons=neurons_L.data_ptr(), fired=fired_L.data_ptr(), groups=groups_L.data_ptr())
+        result = self._step(token_ids_B, slots_B, profile)
+        seconds = dict(zip(native.OPS, profile.seconds, strict=True))
+        heads_L = groups_L * self.config.heads_per_group
+        return result, StepProfile(seconds=seconds, neurons_L=neurons_L, fired_L=fired_L, heads_L=heads_L)
+
+    def read(self, values: Tensor) -> float:
+        """The sum of fp32 values, read in order by the engine's threads: what reading memory costs them."""
+        assert values.dtype == torch.float32 and values.is_contiguous() and values.device.type == "cpu"
+        total = ctypes.c_double()
+        native.check(self._library.dejavu_engine_read(self._handle, values.data_ptr(), values.numel(), total))
+        return total.value
+
+    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], profile: native.Profile | None = None) -> StepResult:
         batch, layers = len(token_ids_B), self.config.num_layers
         assert batch == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
         for token_id, slot in zip(token_ids_B, slots_B, strict=True):
@@ -122,7 +142,14 @@ class NativeEngine(PagedEngine):
             slots = slots_B[rows]
             positions = [self._cache.lengths[slot] for slot in slots]
             selections += self._run(
-                token_ids_B[rows], slots, positions, logits_BV[rows], sparse=True, neurons_BL=neurons_BL[rows], heads_BL=heads_BL[rows]
+                token_ids_B[rows],
+                slots,
+                positions,
+                logits_BV[rows],
+                sparse=True,
+                neurons_BL=neurons_BL[rows],
+                heads_BL=heads_BL[rows],
+                profile=profile,
             )
         for slot in slots_B:
             self._cache.advance(slot, 1)
@@ -140,6 +167,7 @@ class NativeEngine(PagedEngine):
         first_logits: int = 0,
         neurons_BL: Tensor | None = None,
         heads_BL: Tensor | None = None,
+        profile: native.Profile | None = None,
     ) -> list[tuple[LayerSelection, ...]]:
         """One call of the library: row r is token_ids[r] at positions[r] of slots[r]. The selections, when recording."""
         config, rows = self.config, len(token_ids)
@@ -168,7 +196,10 @@ class NativeEngine(PagedEngine):
             neuron_mask=None if neuron_mask_BLF is None else neuron_mask_BLF.data_ptr(),
             group_mask=None if group_mask_BLG is None else group_mask_BLG.data_ptr(),
         )
-        native.check(self._library.dejavu_engine_run(self._handle, block))
+        if profile is None:
+            native.check(self._library.dejavu_engine_run(self._handle, block))
+        else:
+            native.check(self._library.dejavu_engine_profile(self._handle, block, profile))
         if neuron_mask_BLF is None or group_mask_BLG is None:
             return []
         return [self._selections(neurons_LF, groups_LG) for neurons_LF, groups_LG in zip(neuron_mask_BLF, group_mask_BLG, strict=True)]

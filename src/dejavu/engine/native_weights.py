@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -104,12 +104,12 @@ def native_config(config: ModelConfig, dtype: str) -> native.Config:
 
 def _parts(model: Transformer, *, quantized: bool) -> Iterator[tuple[int, int, MatrixView]]:
     """(part, layer, values) of everything that the model has."""
-    view = int8_view if quantized else MatrixView
+    view = _reusing(int8_view if quantized else MatrixView)
     size = model.config.hidden_size
-    yield native.EMBED, -1, view(model.embed.weight)
+    yield native.EMBED, -1, view(native.EMBED, model.embed.weight)
     for part, module in ((native.PROJECT_IN, model.project_in), (native.PROJECT_OUT, model.project_out), (native.HEAD, model.head)):
         if module is not None:
-            yield part, -1, view(module.weight)
+            yield part, -1, view(part, module.weight)
     if model.position is not None:
         yield native.POSITION, -1, MatrixView(model.position.weight)
     if model.inv_freq is not None:
@@ -125,7 +125,20 @@ def _parts(model: Transformer, *, quantized: bool) -> Iterator[tuple[int, int, M
         )
         for part, module in linear:
             if module is not None:
-                yield part, index, view(module.weight, module.bias)  # pyrefly: ignore[bad-argument-type]  # Linear or InputMajorLinear
+                yield part, index, view(part, module.weight, module.bias)  # pyrefly: ignore[bad-argument-type]  # Linear or InputMajorLinear
+
+
+def _reusing(view: Callable[[Tensor, Tensor | None], MatrixView]) -> Callable[..., MatrixView]:
+    """`view` of a part's weight and bias, made once where layers share them (measure/synthetic.py) and not for each of them."""
+    last: dict[int, tuple[tuple[int, int], MatrixView]] = {}
+
+    def reuse(part: int, weight: Tensor, bias: Tensor | None = None) -> MatrixView:
+        key = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        if part not in last or last[part][0] != key:
+            last[part] = key, view(weight, bias)
+        return last[part][1]
+
+    return reuse
 
 
 def _norm(norm: Norm, size: int) -> MatrixView:

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import math
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import dejavu.kernels
@@ -56,6 +56,15 @@ class Block(Structure):
     )
 
 
+OPS = ("predictor", "attention", "mlp", "head", "other")  # dejavu_op
+
+
+class Profile(Structure):
+    """dejavu_profile."""
+
+    _fields_ = (("seconds", c_double * len(OPS)), *((name, c_void_p) for name in ("neurons", "fired", "groups")))
+
+
 _SIGNATURES = {
     "dejavu_abi_version": (c_int, ()),
     "dejavu_error": (c_char_p, ()),
@@ -66,6 +75,8 @@ _SIGNATURES = {
     "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
     "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(Matrix), POINTER(Matrix), c_float, c_int)),
     "dejavu_engine_run": (c_int, (c_void_p, POINTER(Block))),
+    "dejavu_engine_profile": (c_int, (c_void_p, POINTER(Block), POINTER(Profile))),
+    "dejavu_engine_read": (c_int, (c_void_p, c_void_p, c_int64, POINTER(c_double))),
     "dejavu_engine_free": (None, (c_void_p,)),
 }
 

@@ -1,81 +1,133 @@
-"""Speed of decode and prefill of one model, dense and sparse, taken in turns on one text.
+"""Speed of decode, prefill and the parts of a decode step: our engines in every mode, and peers, in turns on the same tokens.
 
-In: model, adapter layers, token ids of a text. Out: Rows of results.py, one per op and mode. Modes: dense; sparse (MLP
-predictors); sparse+heads (head predictors too). Each mode decodes the same tokens, one step of each mode after the other in
-changing order, so that whatever slows the machine slows all of them. Prefill is dense in every mode and measured once.
-Before anything is timed each mode's logits are held against a masked forward pass; where they differ nothing is reported.
+In: a model, variants of running it, token ids. Out: `Bench`: Rows of results.py, ratios of decode speed, notes. In order:
 
-Letters: B rows of a step  T tokens  V vocabulary  L layers
+    check     each variant's and peer's logits against a (masked) forward pass; where they differ nothing is timed
+    prefill   dense in every mode: the dense engine and the peers
+    profile   every variant decodes the text once, each step telling what its parts took and what it read (native engine); for
+              the variants and the peers this is also the warm-up
+    decode    the same tokens again, without a profile; a sequential read by the engine's threads takes its turn in every round
+
+A turn is TURN steps, the first SKIPPED of which find the caches full of what others read and do not count, in both passes.
+
+Useful bytes are those of traffic.py for what the steps selected. The read ceiling is the median of the sequential reads, over
+a buffer as large as the weights that a dense token reads, at most MAX_BUFFER: no cache holds that.
+
+Letters: B rows of a step  T tokens  L layers
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
-from dejavu.engine.interface import Engine, StepResult
+from dejavu.engine.interface import Engine, StepProfile, StepResult
+from dejavu.engine.native_engine import NativeEngine
+from dejavu.measure.decoders import Peer, Variant, check_mode, check_peer, runs_same
 from dejavu.measure.results import Row
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.transformer import DENSE, Transformer
+from dejavu.measure.traffic import Reads, formats_of, step_bytes, weight_bytes
+from dejavu.measure.turns import MIN_REPEATS, Work, percentiles, take_turns
+from dejavu.model.transformer import Transformer
 
-Layers = tuple[LayerAdapter, ...]
-WARMUP_STEPS = 4
-CHECK_PROMPT, CHECK_STEPS = 8, 8
+TURN, SKIPPED = 4, 1  # steps of a turn, and how many of them do not count
+PREFILLS = 6  # the first one does not count
+MAX_BUFFER = 1 << 30
+READ = "read"  # the sequential read among the decoders' turns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What a benchmark found. ratios: decode tokens a second of `mode` over those of `against`, at the same batch and context."""
+
+    rows: list[Row]
+    ratios: list[dict[str, Any]]
+    notes: list[str]
 
 
 @dataclass
-class Samples:
-    """Durations of one op in one mode, in seconds, and the densities of its steps."""
+class _Steps:
+    """What the steps of one variant selected and, where the engine profiles, took."""
 
-    seconds: list[float] = field(default_factory=list)
-    mlp: list[float] = field(default_factory=list)
+    mlp: list[float] = field(default_factory=list)  # densities
     heads: list[float] = field(default_factory=list)
+    union: list[float] = field(default_factory=list)
+    reads: list[Tensor] = field(default_factory=list)  # [4, L]: the counts of traffic.Reads
+    seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, seconds: float, step: StepResult, num_neurons: int, num_heads: int) -> None:
-        self.seconds.append(seconds)
-        self.mlp.append(float(step.neurons_BL.double().mean()) / num_neurons)
-        self.heads.append(float(step.heads_BL.double().mean()) / num_heads)
-
-
-def modes_of(layers: Layers | None) -> dict[str, Layers | None]:
-    """The modes that an adapter offers, with the layers of each."""
-    modes: dict[str, Layers | None] = {"dense": None}
-    if layers is None:
-        return modes
-    if any(layer.mlp is not None for layer in layers):
-        modes["sparse"] = tuple(LayerAdapter(mlp=layer.mlp) for layer in layers)
-    if any(layer.heads is not None for layer in layers):
-        modes["sparse+heads"] = layers
-    return modes
+    def mean_reads(self, rows: int) -> Reads:
+        neurons_L, fired_L, heads_L, cached_L = torch.stack(self.reads).double().mean(0).tolist()
+        return Reads(rows=rows, neurons_L=neurons_L, fired_L=fired_L, heads_L=heads_L, cached_L=cached_L)
 
 
-@torch.inference_mode()
-def check_mode(
-    model: Transformer, layers: Layers | None, ids: Sequence[int], backend: str, *, dtype: str | None = None, threads: int | None = None
-) -> None:
-    """Decode a few tokens and compare with the (masked) forward pass. Raises ValueError where they are not the same model."""
-    count = min(CHECK_PROMPT + CHECK_STEPS, model.config.max_positions)
-    prompt = max(1, count - CHECK_STEPS)
-    engine = make_engine(model, layers, backend=backend, cache_tokens=count, dtype=dtype, threads=threads)
-    engine.prefill(0, ids[:prompt])
-    found = torch.stack([engine.step([token], [0]).logits_BV[0] for token in ids[prompt:count]]).cpu()
-    ids_BT = torch.tensor([list(ids[:count])], device=model.embed.weight.device)
-    sparse_BT = torch.arange(count, device=ids_BT.device)[None] >= prompt
-    wanted = model(ids_BT, DENSE if layers is None else MaskedSelection(layers, sparse_BT))[0, prompt:].cpu()
-    error = float((found - wanted).abs().mean() / wanted.std())
-    limit = 0.02 if engine.info.dtype == "fp32" else 0.1
-    require(error < limit, f"backend {backend!r} decodes other logits than the forward pass (error {error:.3g}, limit {limit}): not timed")
+class _Decoder:
+    """One variant's engine with its sequences, and what their steps selected and took."""
+
+    def __init__(self, engine: Engine, variant: Variant, rows_BT: list[list[int]], context: int, groups: int) -> None:
+        self.engine, self.variant, self.rows_BT, self.context, self.groups = engine, variant, rows_BT, context, groups
+        self.slots = list(range(len(rows_BT)))
+        self.steps = _Steps()
+
+    def start(self) -> None:
+        """Every sequence anew, up to the first step."""
+        for slot, row in zip(self.slots, self.rows_BT, strict=True):
+            self.engine.free(slot)
+            self.engine.prefill(slot, row[: self.context])
+
+    def _tokens(self, index: int) -> list[int]:
+        return [row[self.context + index] for row in self.rows_BT]
+
+    def step(self, index: int) -> StepResult:
+        return self.engine.step(self._tokens(index), self.slots)
+
+    def profiled_step(self, index: int) -> tuple[StepResult, StepProfile | None]:
+        if isinstance(self.engine, NativeEngine):
+            return self.engine.profiled_step(self._tokens(index), self.slots)
+        return self.step(index), None
+
+    def note(self, index: int, found: tuple[StepResult, StepProfile | None]) -> None:
+        """Keep what a step selected and took, where it counts."""
+        if index % TURN < SKIPPED:
+            return
+        (result, profile), info, steps = found, self.engine.info, self.steps
+        if profile is None:
+            neurons_L, fired_L, heads_L = _unions(result, info.num_neurons, info.num_heads)
+        else:
+            neurons_L, fired_L, heads_L = profile.neurons_L, profile.fired_L, profile.heads_L
+            for op, seconds in profile.seconds.items():
+                steps.seconds.setdefault(op, []).append(seconds)
+        tokens = self.context + index + 1
+        cached_L = result.heads_BL.sum(0) * self.groups / info.num_heads * tokens
+        steps.reads.append(torch.stack([part.double().cpu() for part in (neurons_L, fired_L, heads_L, cached_L)]))
+        steps.mlp.append(float(result.neurons_BL.double().mean()) / info.num_neurons)
+        steps.heads.append(float(result.heads_BL.double().mean()) / info.num_heads)
+        steps.union.append(float(neurons_L.double().mean()) / info.num_neurons)
+
+
+def _unions(result: StepResult, num_neurons: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts over the rows of a recorded step. Its engine reads the rows of down of all that it selected."""
+    assert result.selections is not None, "an engine without a profile must record"
+
+    def union(chosen: Sequence[Tensor | None], total: int) -> int:
+        found = [indices for indices in chosen if indices is not None]
+        return total if len(found) < len(chosen) else int(torch.cat(found).unique().numel())
+
+    layers = list(zip(*result.selections, strict=True))
+    neurons_L = torch.tensor([union([row.neurons_A for row in rows], num_neurons) for rows in layers])
+    heads_L = torch.tensor([union([row.heads_A for row in rows], num_heads) for rows in layers])
+    return neurons_L, neurons_L, heads_L
 
 
 def bench(
     model: Transformer,
-    layers: Layers | None,
+    variants: Sequence[Variant],
     ids: Sequence[int],
     *,
     name: str,
@@ -85,84 +137,173 @@ def bench(
     batch: int = 1,
     context: int = 128,
     steps: int = 32,
+    synthetic: bool = False,
+    peers: Sequence[Peer] = (),
+    clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
-) -> list[Row]:
-    """Rows of decode in every mode and of prefill.
+) -> Bench:
+    """Rows of prefill, of decode in every variant (the first of which is dense), of its parts (native engine), and of peers.
 
-    ids: a text of at least context + steps tokens, of which row b of the batch reads its own stretch. dtype, threads: of the
-    engines, see make_engine. Raises ValueError for a count that is not positive, a context that leaves no room for the
-    steps, and a backend that fails its check.
+    ids: a text with room for context and steps, of which row b of the batch reads its own stretch. steps: decode steps that
+    count, rounded up to whole turns. dtype, threads: of the engines, see make_engine. peers: decode one sequence, so they are
+    left out, with a note, where batch is not 1. Raises ValueError for a count that is not positive, too few steps, a context
+    that leaves no room for the steps, and a decoder that fails its check.
     """
-    limit, needed = model.config.max_positions, context + steps + WARMUP_STEPS
-    for what, value in (("batch", batch), ("context", context), ("steps", steps)):
+    limit, needed = model.config.max_positions, context + -(-steps // (TURN - SKIPPED)) * TURN
+    for what, value in (("batch", batch), ("context", context)):
         require(value >= 1, f"{what} must be at least 1, not {value}")
+    require(steps >= MIN_REPEATS, f"steps must be at least {MIN_REPEATS}, not {steps}: fewer do not tell a median from noise")
     require(needed <= limit, f"context {context} and {steps} steps need {needed} positions, the model has {limit}; lower one of them")
     require(len(ids) >= needed, f"the text has {len(ids)} tokens, the benchmark reads {needed}; give a longer text")
+    assert variants and variants[0].layers is None, "the first variant is dense: the others are compared with it"
+    notes = [f"{peer.mode} decodes one sequence: not timed at batch {batch}" for peer in peers if batch != 1]
+    peers = peers if batch == 1 else ()
+    for variant in variants:
+        check_mode(model, variant.layers, ids, backend, dtype=dtype, threads=threads)
+    notes += _check_peers(peers, model, ids, name)
     rows_BT = [[ids[(row * context + t) % len(ids)] for t in range(needed)] for row in range(batch)]
-    modes = modes_of(layers)
-    for mode_layers in modes.values():
-        check_mode(model, mode_layers, ids, backend, dtype=dtype, threads=threads)
-    engines = {
-        mode: make_engine(
-            model, mode_layers, backend=backend, num_slots=batch, cache_tokens=batch * (needed + 64), dtype=dtype, threads=threads
+
+    def decoder_of(variant: Variant) -> _Decoder:
+        # torch keeps its lists anyway, so that recording them costs nothing; native tells unions in its profile.
+        record, tokens = backend != "native", batch * (needed + 64)
+        engine = make_engine(
+            model, variant.layers, backend=backend, num_slots=batch, cache_tokens=tokens, record=record, dtype=dtype, threads=threads
         )
-        for mode, mode_layers in modes.items()
-    }
-    prefill = _prefills(engines["dense"], rows_BT[0][:context])
-    decode = _decodes(engines, rows_BT, context, steps, progress)
+        return _Decoder(engine, variant, rows_BT, context, model.config.num_kv_heads)
 
-    def row(op: str, mode: str, samples: Samples, tokens: int) -> Row:
-        p20, p50, p80 = (float(value) * 1e6 for value in np.quantile(samples.seconds, [0.2, 0.5, 0.8]))
-        return Row(
-            op=op,
-            mode=mode,
-            backend=backend,
-            model=name,
-            layers=model.config.num_layers,
-            dtype=engines["dense"].info.dtype,
-            batch=batch if op == "decode" else 1,
-            context=context,
-            threads=engines["dense"].info.threads,
-            synthetic=False,
-            mlp_density=float(np.mean(samples.mlp)) if samples.mlp else 1.0,
-            head_density=float(np.mean(samples.heads)) if samples.heads else 1.0,
-            p20_us=p20,
-            p50_us=p50,
-            p80_us=p80,
-            tok_s=tokens * 1e6 / p50,
-        )
-
-    return [row("prefill", "dense", prefill, context), *(row("decode", mode, samples, batch) for mode, samples in decode.items())]
+    run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, synthetic=synthetic)
+    run.time(clock, progress)
+    rows = run.rows()
+    return Bench(rows=rows, ratios=ratios_of(rows), notes=notes)
 
 
-def _prefills(engine: Engine, ids: list[int], repeats: int = 5) -> Samples:
-    samples = Samples()
-    for repeat in range(repeats + 1):
-        start = time.perf_counter()
-        engine.prefill(0, ids)
-        if repeat > 0:  # the first one warms up
-            samples.seconds.append(time.perf_counter() - start)
-        engine.free(0)
-    return samples
+def _check_peers(peers: Sequence[Peer], model: Transformer, ids: Sequence[int], name: str) -> list[str]:
+    notes = []
+    for peer in peers:
+        if runs_same(peer, name):
+            notes.append(check_peer(peer, model, ids, name))
+        else:
+            notes.append(f"{peer.mode} runs {peer.model}, another model than {name}: its logits were not compared with ours")
+    return notes
 
 
-def _decodes(
-    engines: dict[str, Engine], rows_BT: list[list[int]], context: int, steps: int, progress: Progress | None
-) -> dict[str, Samples]:
-    slots = list(range(len(rows_BT)))
-    for engine in engines.values():
-        for slot, row in zip(slots, rows_BT, strict=True):
-            engine.prefill(slot, row[:context])
-    samples = {mode: Samples() for mode in engines}
-    order = list(engines)
-    for step in range(steps + WARMUP_STEPS):
-        tokens_B = [row[context + step] for row in rows_BT]
-        for mode in order[step % len(order) :] + order[: step % len(order)]:
-            start = time.perf_counter()
-            result = engines[mode].step(tokens_B, slots)
-            seconds = time.perf_counter() - start
-            if step >= WARMUP_STEPS:
-                samples[mode].add(seconds, result, engines[mode].info.num_neurons, engines[mode].info.num_heads)
-        if progress is not None:
-            progress("decode steps", step + 1, steps + WARMUP_STEPS)
-    return samples
+class _Run:
+    """The turns of one batch and context, and the rows that come of them. Times are kept by who took the turn."""
+
+    def __init__(self, model: Transformer, decoders: list[_Decoder], peers: Sequence[Peer], *, name: str, synthetic: bool) -> None:
+        self.config, self.decoders = model.config, decoders
+        self.peers = {f"peer {index}": peer for index, peer in enumerate(peers)}
+        self.name, self.synthetic = name, synthetic
+        self.dense, self.info = decoders[0].engine, decoders[0].engine.info
+        self.batch, self.context = len(decoders[0].rows_BT), decoders[0].context
+        self.formats = formats_of(self.info)
+        size = max(4, round(min(weight_bytes(self.config, self.formats), MAX_BUFFER)))
+        self.buffer = torch.ones(size // 4, device=self.info.device)
+        self.prefill: dict[Any, list[float]] = {}
+        self.decode: dict[Any, list[float]] = {}
+
+    def time(self, clock: Callable[[], float], progress: Progress | None) -> None:
+        row = self.decoders[0].rows_BT[0]
+        prompt, tokens = row[: self.context], row[self.context :]
+        sync = torch.cuda.synchronize if self.info.device.startswith("cuda") else _nothing
+
+        def steps(works: dict[Any, Work], what: str) -> dict[Any, list[float]]:
+            rounds = len(tokens) // TURN
+            return take_turns(works, rounds, runs=TURN, skipped=SKIPPED, clock=clock, progress=progress, name=what)
+
+        def start() -> None:
+            for decoder in self.decoders:
+                decoder.start()
+            for peer in self.peers.values():
+                peer.prefill(prompt)
+
+        prefills = {key: Work(run=lambda _, peer=peer: peer.prefill(prompt)) for key, peer in self.peers.items()}
+        own = Work(run=lambda _: self.dense.prefill(0, prompt), sync=sync, done=lambda *_: self.dense.free(0))
+        found = take_turns({self.decoders[0]: own, **prefills}, PREFILLS, clock=clock, progress=progress, name="prefills")
+        self.prefill = {key: seconds[1:] for key, seconds in found.items()}
+        peers = {key: Work(run=lambda index, peer=peer: peer.step(tokens[index])) for key, peer in self.peers.items()}
+        profiled = {decoder: Work(run=decoder.profiled_step, sync=sync, done=decoder.note) for decoder in self.decoders}
+        start()
+        steps({**profiled, **peers}, "warm-up and profile")
+        timed = {decoder: Work(run=decoder.step, sync=sync) for decoder in self.decoders}
+        read = Work(run=lambda _: _read(self.dense, self.buffer), sync=sync)
+        start()
+        self.decode = steps({**timed, READ: read, **peers}, "decode steps")
+
+    def rows(self) -> list[Row]:
+        prefill = [self._row("prefill", self.prefill[self.decoders[0]], tokens=self.context, batch=1)]
+        prefill += [self._of_peer("prefill", peer, self.prefill[key], self.context) for key, peer in self.peers.items()]
+        read = self._row(READ, self.decode[READ], useful=self.buffer.nbytes)
+        decode = [row for decoder in self.decoders for row in self._of_decoder(decoder)]
+        return [*prefill, read, *decode, *(self._of_peer("decode", peer, self.decode[key], 1) for key, peer in self.peers.items())]
+
+    def _row(self, op: str, seconds: list[float], *, tokens: int | None = None, useful: float | None = None, **values: Any) -> Row:
+        p20, p50, p80 = percentiles(seconds)
+        speed = None if useful is None else useful * 1e6 / p50
+        ceiling = self.buffer.nbytes / float(np.median(self.decode[READ]))
+        own = {
+            "mode": "dense",
+            "backend": self.info.backend,
+            "model": self.name,
+            "layers": self.config.num_layers,
+            "dtype": self.info.dtype,
+        }
+        own |= {"batch": self.batch, "threads": self.info.threads, "synthetic": self.synthetic, "mlp_density": 1.0, "head_density": 1.0}
+        own |= {"op": op, "context": self.context, "p20_us": p20, "p50_us": p50, "p80_us": p80}
+        own |= {
+            "tok_s": None if tokens is None else tokens * 1e6 / p50,
+            "gbs": None if speed is None else speed / 1e9,
+            "pct_ceiling": None if speed is None else 100 * speed / ceiling,
+        }
+        return Row.from_dict(own | values)
+
+    def _of_decoder(self, decoder: _Decoder) -> list[Row]:
+        held, variant = decoder.steps, decoder.variant
+        useful = step_bytes(self.config, self.formats, held.mean_reads(self.batch), variant.layers)
+        values: dict[str, Any] = {
+            "mode": variant.mode,
+            "selection": variant.selection,
+            "mlp_density": float(np.mean(held.mlp)),
+            "head_density": float(np.mean(held.heads)),
+            "union_density": float(np.mean(held.union)) if self.batch > 1 else None,
+        }
+        whole = self._row("decode", self.decode[decoder], tokens=self.batch, useful=sum(useful.values()), **values)
+        # An op that reads nothing (a dense model's predictor) is none.
+        return [whole, *(self._row(op, held.seconds[op], useful=useful[op], **values) for op in held.seconds if useful[op] > 0)]
+
+    def _of_peer(self, op: str, peer: Peer, seconds: list[float], tokens: int) -> Row:
+        same = runs_same(peer, self.name)
+        values: dict[str, Any] = {"mode": peer.mode, "backend": peer.mode, "dtype": peer.dtype, "batch": 1, "threads": peer.threads}
+        values |= {"model": self.name, "synthetic": self.synthetic} if same else {"model": peer.model, "synthetic": False, "layers": None}
+        return self._row(op, seconds, tokens=tokens, **values)
+
+
+def ratios_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How decode speeds compare: every sparse row with dense, and every row of ours with each peer; below 1 is slower."""
+    decodes = [row for row in rows if row.op == "decode"]
+    own = [row for row in decodes if row.backend != row.mode]
+    found = []
+    for row in own:
+        others = [other for other in decodes if other not in own or other.mode == "dense"]
+        for other in others:
+            if other is row or (other.batch, other.context) != (row.batch, row.context):
+                continue
+            assert row.tok_s is not None and other.tok_s is not None, "a decode row has a speed"
+            found.append(
+                {
+                    **{key: getattr(row, key) for key in ("mode", "dtype", "batch", "context", "mlp_density", "head_density", "selection")},
+                    "against": other.mode,
+                    "against_dtype": other.dtype,
+                    "ratio": row.tok_s / other.tok_s,
+                }
+            )
+    return found
+
+
+def _nothing() -> None:
+    pass
+
+
+def _read(engine: Engine, buffer: Tensor) -> float:
+    """The buffer's sum, by the engine's own threads: the library's, or torch's."""
+    return engine.read(buffer) if isinstance(engine, NativeEngine) else float(buffer.sum())

@@ -27,19 +27,19 @@ from dejavu.files import read_text
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.version import __version__
 
-PACKAGES = ("numpy", "tokenizers", "triton", "transformers")
+PACKAGES = ("numpy", "tokenizers", "triton", "transformers", "ctranslate2", "llama_cpp_python")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row(Config):
-    """One measurement. `model` is a name, never a path; `layers` how many layers of it ran; `synthetic` whether weights or
-    predictor are made up."""
+    """One measurement. `model` is a name, never a path; `layers` how many layers of it ran (null where that is not known);
+    `synthetic` whether weights or predictor are made up."""
 
     op: str
     mode: str
     backend: str
     model: str
-    layers: int
+    layers: int | None
     dtype: str
     batch: int
     context: int

@@ -78,7 +78,15 @@ class Tokenizer:
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        write_json(folder / "tokenizer_config.json", config | self.special_tokens)
+        write_json(folder / "tokenizer_config.json", config | self._named_tokens())
+
+    def _named_tokens(self) -> dict[str, str]:
+        """The special tokens, also those known by their ids alone. Where there is no unknown token it is EOS, as in GPT-2: a byte-level
+        BPE never yields it, and CTranslate2 loads no model without one."""
+        ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_ids[0] if self.eos_token_ids else None}
+        found = {role: self.backend.id_to_token(token_id) for role, token_id in ids.items() if token_id is not None}
+        named = {role: token for role, token in found.items() if token is not None} | self.special_tokens
+        return named | ({"unk_token": named["eos_token"]} if "eos_token" in named and "unk_token" not in named else {})
 
 
 def _post_processor_adds(backend: tokenizers.Tokenizer, bos_token_id: int | None) -> bool:

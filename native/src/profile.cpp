@@ -1,0 +1,55 @@
+// What a block took and read, for those who ask: dejavu_profile. Without one each function here is a test of a pointer.
+//
+// Times are thread 0's. Its wait at a barrier belongs to the op before it, so an op ends when the last thread has done it; the
+// predictor has no barrier of its own, and a thread that selects longer is waited for in the attention or the MLP.
+#include <algorithm>
+
+#include "pass.h"
+
+void Pass::begin_laps() {
+  if (engine.profile == nullptr || thread != 0) return;
+  std::fill_n(engine.profile->seconds, (int)DEJAVU_OPS, 0.0);
+  last = std::chrono::steady_clock::now();
+}
+
+// The time since the last lap went into this op.
+void Pass::lap(int op) {
+  if (engine.profile == nullptr || thread != 0) return;
+  const auto now = std::chrono::steady_clock::now();
+  engine.profile->seconds[op] += std::chrono::duration<double>(now - last).count();
+  last = now;
+}
+
+// Neurons of one thread's chunks: no other thread writes their marks.
+void Pass::note_fired(const int32_t *idx, int64_t count) {
+  if (engine.profile == nullptr) return;
+  for (int64_t k = 0; k < count; k++) engine.fired[idx[k]] = 1;
+}
+
+// The layer's counts, outside the times. Marks of the next layer come after two more barriers, which this thread has yet to pass.
+void Pass::note_layer(int64_t layer) {
+  if (engine.profile == nullptr || thread != 0) return;
+  lap(DEJAVU_OP_OTHER);
+  const int64_t total = config.intermediate_size, groups = config.num_kv_heads, chunks = engine.neuron_chunks;
+  int64_t neurons = total, read = total, attended = 0;
+  if (sparse_mlp(layer)) {
+    read = std::count(engine.fired.data(), engine.fired.data() + total, (uint8_t)1);
+    std::fill_n(engine.fired.data(), total, (uint8_t)0);
+    int32_t *seen = own.fired.data();  // free until the next MLP
+    std::fill_n(seen, total, 0);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < chunks; c++) {
+        const int32_t *list = engine.lists[layer & 1].data() + r * total + chunk_start(total, c, chunks);
+        for (int64_t k = 0; k < engine.counts[layer & 1][r * chunks + c]; k++) seen[list[k]] = 1;
+      }
+    neurons = std::count(seen, seen + total, 1);
+    if (config.activation > DEJAVU_FATRELU) read = neurons;  // none is exactly zero: every row of down is read
+  }
+  for (int64_t g = 0; g < groups; g++) {
+    bool wanted = false;
+    for (int64_t r = 0; r < rows; r++) wanted = wanted || own.groups[r * groups + g] != 0;
+    attended += wanted;
+  }
+  engine.profile->neurons[layer] = neurons, engine.profile->fired[layer] = read, engine.profile->groups[layer] = attended;
+  last = std::chrono::steady_clock::now();
+}

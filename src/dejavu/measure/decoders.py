@@ -1,0 +1,182 @@
+"""What takes part in a benchmark: our engines, each a mode, and other programs, each behind the same few calls.
+
+In: a model, predictors, peers. Out: variants to build engines for, and a check of each decoder's logits against the (masked)
+forward pass, which comes before any timing: where it fails nothing is timed.
+
+Letters: B batch  T tokens  V vocabulary  L layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dejavu.config import require
+from dejavu.engine.backends import make_engine
+from dejavu.measure.density import rethresholded
+from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.transformer import DENSE, Transformer
+
+Layers = tuple[LayerAdapter, ...]
+CHECK_PROMPT, CHECK_STEPS = 8, 8
+GREEDY_TOKENS = 256  # over which a peer's choice of the next token is compared with ours
+# Mean |difference| of the logits in their standard deviations; a peer below fp32 also rounds activations its own way.
+FP32_LIMIT, LIMIT, PEER_LIMIT = 0.02, 0.1, 0.2
+
+
+class Peer(Protocol):
+    """Another program that decodes one sequence. mode: its name in --against; version: its own, in words; model: what it runs,
+    by name, never a path (of an exported folder: the folder's own name)."""
+
+    mode: str
+    version: str
+    dtype: str
+    model: str
+    threads: int
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Forget the sequence and read these tokens."""
+        ...
+
+    def step(self, token_id: int) -> Tensor | None:
+        """Read one more token; logits [V] of the next one, or None where the program keeps them to itself."""
+        ...
+
+    def logits(self, ids: Sequence[int]) -> Tensor | None:
+        """Logits [T, V] of these tokens by one pass, for checks; None where the program has none. A prefill comes next."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+def export_name(name: str) -> str:
+    """The name of the folder that a model is exported to, which is what a peer that loads it calls it."""
+    return name.replace("/", "--")
+
+
+def runs_same(peer: Peer, name: str) -> bool:
+    """Whether a peer runs the model of that name, so that its logits must be ours."""
+    return peer.model in (name, export_name(name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to run the model: mode dense, sparse or sparse+heads; its predictors (None: dense); what selection they plant."""
+
+    mode: str
+    layers: Layers | None = None
+    selection: str | None = None
+
+
+DENSE_VARIANT = Variant(mode="dense")
+
+
+def variants_of(layers: Layers | None, *, selection: str | None = None) -> list[Variant]:
+    """The sparse variants that an adapter offers."""
+    found = []
+    if layers is not None and any(layer.mlp is not None for layer in layers):
+        found.append(Variant(mode="sparse", layers=tuple(LayerAdapter(mlp=layer.mlp) for layer in layers), selection=selection))
+    if layers is not None and any(layer.heads is not None for layer in layers):
+        found.append(Variant(mode="sparse+heads", layers=layers, selection=selection))
+    return found
+
+
+def variants_at(
+    model: Transformer,
+    layers_for: Callable[[str | None, float | None], Layers | None],
+    ids: Sequence[int],
+    *,
+    densities: Sequence[float] = (),
+    head_densities: Sequence[float] = (),
+    selections: Sequence[str] = (),
+) -> list[Variant]:
+    """Dense, and the sparse variants at every wanted selection, MLP density and head density; as the predictors are where none is named.
+
+    layers_for(selection, density): predictors, whose thresholds are then set on the ids, see `density.rethresholded`.
+    """
+    found = [DENSE_VARIANT]
+    for selection in selections or (None,):
+        for density in densities or (None,):
+            layers = layers_for(selection, density)
+            wanted = density is not None or bool(head_densities)
+            require(layers is not None or not wanted, "a density needs predictors: give an adapter, or --synthetic for planted ones")
+            for index, head_density in enumerate(head_densities or (None,)):
+                if layers is not None and wanted:
+                    chosen = rethresholded(model, layers, ids, mlp_density=density, head_density=head_density)
+                else:
+                    chosen = layers
+                # The MLP alone does not depend on the head density: once is enough.
+                found += [variant for variant in variants_of(chosen, selection=selection) if index == 0 or variant.mode != "sparse"]
+    return found
+
+
+def _count(model: Transformer) -> tuple[int, int]:
+    """Tokens of a check, and how many of them are its prompt."""
+    count = min(CHECK_PROMPT + CHECK_STEPS, model.config.max_positions)
+    return count, max(1, count - CHECK_STEPS)
+
+
+@torch.inference_mode()
+def _forward(model: Transformer, layers: Layers | None, ids: Sequence[int]) -> Tensor:
+    """Logits [T, V] of the steps of a check, by one (masked) forward pass."""
+    count, prompt = _count(model)
+    ids_BT = torch.tensor([list(ids[:count])], device=model.embed.weight.device)
+    sparse_BT = torch.arange(count, device=ids_BT.device)[None] >= prompt
+    return model(ids_BT, DENSE if layers is None else MaskedSelection(layers, sparse_BT))[0, prompt:].cpu()
+
+
+@torch.inference_mode()
+def _dense(model: Transformer, ids: Sequence[int]) -> Tensor:
+    """Logits [T, V] of all tokens."""
+    return model(torch.tensor([list(ids)], device=model.embed.weight.device))[0].cpu()
+
+
+def _error(found_TV: Tensor, wanted_TV: Tensor) -> float:
+    return float((found_TV.float() - wanted_TV).abs().mean() / wanted_TV.std())
+
+
+def check_mode(
+    model: Transformer, layers: Layers | None, ids: Sequence[int], backend: str, *, dtype: str | None = None, threads: int | None = None
+) -> None:
+    """Decode a few tokens and compare with the (masked) forward pass. Raises ValueError where they are not the same model."""
+    count, prompt = _count(model)
+    engine = make_engine(model, layers, backend=backend, cache_tokens=count, dtype=dtype, threads=threads)
+    engine.prefill(0, ids[:prompt])
+    found = torch.stack([engine.step([token], [0]).logits_BV[0] for token in ids[prompt:count]]).cpu()
+    error = _error(found, _forward(model, layers, ids))
+    limit = FP32_LIMIT if engine.info.dtype == "fp32" else LIMIT
+    require(error < limit, f"backend {backend!r} decodes other logits than the forward pass (error {error:.3g}, limit {limit}): not timed")
+
+
+def check_peer(peer: Peer, model: Transformer, ids: Sequence[int], name: str) -> str:
+    """Compare a peer that runs our model with our dense forward pass: the logits of its steps and of one pass, as far as it tells
+    them, and the greedy tokens of these. A note on how many agree; ValueError where the logits differ, or a token does in fp32."""
+    count, prompt = _count(model)
+    peer.prefill(ids[:prompt])
+    rows = [peer.step(token) for token in ids[prompt:count]]
+    stepped = [row.float().cpu() for row in rows if row is not None]
+    whole = ids[: min(GREEDY_TOKENS, model.config.max_positions, len(ids))]
+    found = {"step": torch.stack(stepped) if len(stepped) == len(rows) else None, "pass": peer.logits(whole)}
+    note = f"{peer.mode} gives no logits: its own were not compared with ours"
+    for found_TV, wanted_TV in ((found["step"], _forward(model, None, ids)), (found["pass"], _dense(model, whole))):
+        if found_TV is None:
+            continue
+        require(
+            found_TV.shape == wanted_TV.shape,
+            f"{peer.mode} has logits {list(found_TV.shape)} where ours are {list(wanted_TV.shape)}: not timed",
+        )
+        error, limit = _error(found_TV, wanted_TV), FP32_LIMIT if peer.dtype == "fp32" else PEER_LIMIT
+        require(error < limit, f"{peer.mode} decodes other logits than {name} dense (error {error:.3g}, limit {limit}): not timed")
+        same_T = found_TV.argmax(-1) == wanted_TV.argmax(-1)
+        # How much less likely ours finds the peer's token than its own: a tie may be broken either way.
+        behind_T = wanted_TV.amax(-1) - wanted_TV.gather(-1, found_TV.argmax(-1, keepdim=True))[:, 0]
+        exact = peer.dtype != "fp32" or bool((behind_T <= limit * wanted_TV.std()).all())
+        require(exact, f"{peer.mode} fp32 picks other tokens than {name} dense: not timed")
+        note = f"{peer.mode} {peer.dtype} picks the same next token as {name} dense after {int(same_T.sum())} of {len(same_T)} tokens"
+    return note

@@ -1,0 +1,239 @@
+"""Models that are made up: a known shape, random weights, and sparsity planted by predictors. For speed, never for quality.
+
+In: a shape's name, a backend and dtype, densities. Out: a model of that shape and predictors that every engine runs as it
+runs trained ones: scores, thresholds, lists and gathered rows are computed, nothing is pretended.
+
+Weights are int8 values times one scale for each matrix, so that every dtype has the same model. What the MLPs add to the
+residual stream is as large as the embedding: predictors see inputs that differ from token to token, and a wrong MLP shows in
+the logits. ReLU neurons get a bias that makes all of them fire, so that no selected neuron's row of down is spared. Layers
+share the memory of their weights where the engine packs its own copy of each (native); elsewhere each has its own.
+
+A predictor is A random and, by selection,
+    uniform     B random: each token selects its own neurons, independently of their neighbours
+    clustered   B random, the same for RUN neighbours: neurons are selected in runs
+    hot-set     B random, and a bias that selects the same HOT_SHARE of the density for every token
+with lookahead 1, in layer 0 0. `density.rethresholded` then gives them the wanted density.
+
+Letters: D model  F neurons  R rank  O outputs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dejavu.config import ModelConfig, RopeConfig, require
+from dejavu.files import read_json
+from dejavu.measure.memory import available_bytes
+from dejavu.measure.traffic import Formats, weight_bytes
+from dejavu.model.adapter import quantized
+from dejavu.model.bundle import bundled_folder
+from dejavu.model.families import config_from_hf, empty_model
+from dejavu.model.layers import inverse_frequencies
+from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.transformer import Transformer
+
+SELECTIONS = ("uniform", "clustered", "hot-set")
+RANK, RUN, HOT_SHARE = 64, 16, 0.8
+FIRING_BIAS = 5.0  # standard deviations of what it is added to: fewer than one neuron in a million does not fire
+
+
+def _opt(hidden: int, layers: int, heads: int) -> ModelConfig:
+    """The shapes of facebook/opt-*: public config.json files."""
+    return ModelConfig(
+        family="opt",
+        vocab_size=50272,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        max_positions=2048,
+        activation="relu",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def _smollm2() -> ModelConfig:
+    """HuggingFaceTB/SmolLM2-135M: public config.json."""
+    return ModelConfig(
+        family="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        max_positions=8192,
+        activation="silu",
+        gated=True,
+        norm="rmsnorm",
+        positions="rope",
+        position_offset=0,
+        rope=RopeConfig(theta=100000.0),
+    )
+
+
+SHAPES: dict[str, Callable[[], ModelConfig]] = {
+    "smollm2-135m": _smollm2,
+    "opt-mini": lambda: config_from_hf(read_json(bundled_folder("opt-mini") / "config.json")),
+    "opt-125m": lambda: _opt(768, 12, 12),
+    "opt-1.3b": lambda: _opt(2048, 24, 32),
+    "opt-2.7b": lambda: _opt(2560, 32, 32),
+    "opt-6.7b": lambda: _opt(4096, 32, 32),
+    "opt-13b": lambda: _opt(5120, 40, 40),
+    "opt-30b": lambda: _opt(7168, 48, 56),
+    "opt-66b": lambda: _opt(9216, 64, 72),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyntheticModel:
+    """A made-up model. dtype: what its engines compute in. num_parameters counts each layer's own."""
+
+    name: str
+    model: Transformer
+    config: ModelConfig
+    backend: str
+    dtype: str
+    num_parameters: int
+
+
+def shape_of(name: str) -> ModelConfig:
+    """The architecture by that name. Raises ValueError listing the names."""
+    require(name in SHAPES, f"no shape is called {name!r}; choose one of {', '.join(SHAPES)}")
+    return SHAPES[name]()
+
+
+def check_memory(name: str, config: ModelConfig, *, backend: str, dtype: str, available: int | None) -> None:
+    """Raise ValueError where a model of that shape would not fit into so many bytes (None: not known), with what it needs."""
+    shared = backend == "native"
+    kept = weight_bytes(config, Formats(weights=dtype, cache=dtype, vectors="fp32", int8_predictors=True))
+    wide = sum(math.prod(shape) for shape in _distinct_shapes(config, shared=shared).values()) * 4
+    needed = (kept + wide if shared else max(kept, wide)) * 1.1
+    require(
+        available is None or needed <= available,
+        f"{name} in {dtype} needs about {needed / 1e9:.1f} GB of memory and {(available or 0) / 1e9:.1f} GB are free; "
+        "take a smaller shape, or a dtype of fewer bytes",
+    )
+
+
+def synthetic_model(name: str, *, backend: str, dtype: str, seed: int = 0) -> SyntheticModel:
+    """A model of that shape for engines of that backend and dtype. The same for one seed.
+
+    Raises ValueError for an unknown name, and where the memory is not there, before any is taken.
+    """
+    config = shape_of(name)
+    check_memory(name, config, backend=backend, dtype=dtype, available=available_bytes(Path("/")))
+    shared = backend == "native"
+    made = _Made(config, seed)
+    tensors = {key: made.parameter(key, shape) for key, shape in _distinct_shapes(config, shared=shared).items()}
+    stored = torch.bfloat16 if backend == "torch" and dtype == "bf16" else torch.float32
+    model, total = empty_model(config), 0
+    for key, parameter in list(model.named_parameters()):
+        total += parameter.numel()
+        owner, _, last = key.rpartition(".")
+        value = tensors[_first_layer(key) if shared else key].to(stored)
+        setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+    if config.rope is not None:
+        model.inv_freq = inverse_frequencies(config.rope, config.head_dim)
+    return SyntheticModel(name=name, model=model.eval(), config=config, backend=backend, dtype=dtype, num_parameters=total)
+
+
+def _first_layer(key: str) -> str:
+    """The parameter of layer 0 that stands for this one."""
+    return "layers.0." + key.split(".", 2)[2] if key.startswith("layers.") else key
+
+
+def _distinct_shapes(config: ModelConfig, *, shared: bool) -> dict[str, tuple[int, ...]]:
+    shapes = {key: tuple(parameter.shape) for key, parameter in empty_model(config).named_parameters()}
+    return {key: shape for key, shape in shapes.items() if not shared or key == _first_layer(key)}
+
+
+class _Made:
+    """Parameters at a scale that keeps every activation near 1."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config, self.random = config, np.random.default_rng(seed)
+
+    def parameter(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        config = self.config
+        if len(shape) == 1:
+            if key.endswith("norm1.weight") or key.endswith("norm2.weight") or key.endswith("norm.weight"):
+                return torch.ones(shape)
+            # Neurons that fire at FIRING_BIAS on average would add the same to every token, were the rows of down not in pairs.
+            return torch.full(shape, FIRING_BIAS if key.endswith("up.bias") and not config.gated else 0.0)
+        # Each of 2 x layers additions to the residual stream brings its share of the embedding's variance, 1. A quarter of the
+        # neurons is taken for what an MLP adds up: fewer than dense, more than sparse.
+        part = (2 * config.num_layers) ** -0.5
+        if key.startswith("position"):
+            spread = 0.1
+        elif key.endswith("down.weight"):
+            spread = part / math.sqrt(shape[0] / 4) / (0.6 if config.gated else FIRING_BIAS)
+        elif key.endswith(".o.weight"):
+            spread = part / math.sqrt(shape[0])
+        elif key.startswith("embed"):
+            spread = 1.0
+        else:
+            spread = shape[1] ** -0.5
+        return self._matrix(shape, spread, paired=key.endswith("down.weight"))
+
+    def _matrix(self, shape: tuple[int, ...], spread: float, *, paired: bool) -> Tensor:
+        """int8 values, evenly spread, whose largest of each row is 127, times a scale of 8 bits: exact in fp32 and int8.
+        paired: the second half of the rows is the first one's negative, so that all rows add up to nothing."""
+        rows, columns = shape
+        values = np.frombuffer(self.random.bytes(rows * columns), dtype=np.int8).reshape(shape).astype(np.float32)
+        np.maximum(values, -127.0, out=values)
+        values[np.arange(rows), np.arange(rows) % columns] = 127.0
+        if paired:
+            half = rows // 2
+            np.negative(values[:half], out=values[half : 2 * half])
+        mantissa, exponent = math.frexp(spread / (127 / math.sqrt(3)))
+        values *= np.float32(math.ldexp(round(mantissa * 2**8) / 2**8, exponent))
+        return torch.from_numpy(values)
+
+
+def planted_layers(
+    config: ModelConfig, *, selection: str = "uniform", density: float, heads: bool, rank: int = RANK, seed: int = 0
+) -> tuple[LayerAdapter, ...]:
+    """Predictors for every layer's MLP, and its heads where wanted; thresholds are yet to be set.
+
+    density: the share of neurons to be selected, which a hot set depends on. Raises ValueError for an unknown selection.
+    """
+    require(selection in SELECTIONS, f"unknown selection {selection!r}; choose one of {', '.join(SELECTIONS)}")
+    require(0 < density <= 1, f"density must lie in (0, 1], not {density:g}")
+    require(1 <= rank <= config.hidden_size, f"rank must lie between 1 and {config.hidden_size} (the hidden size), not {rank}")
+    generator = torch.Generator().manual_seed(seed)
+    size, neurons = config.hidden_size, config.intermediate_size
+
+    def predictor(outputs: int, layer: int, run: int, hot: int) -> Predictor:
+        A_RD = torch.randn(rank, size, generator=generator) * size**-0.5
+        B_OR = torch.randn(-(-outputs // run), rank, generator=generator).repeat_interleave(run, 0)[:outputs] * rank**-0.5
+        bias_O = torch.zeros(outputs)
+        bias_O[torch.randperm(outputs, generator=generator)[:hot]] = 1e4  # above every other score
+        return quantized(Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=bias_O, threshold=0.0, lookahead=min(layer, 1)))
+
+    run = RUN if selection == "clustered" else 1
+    hot = round(HOT_SHARE * density * neurons) if selection == "hot-set" else 0
+    return tuple(
+        LayerAdapter(
+            mlp=predictor(neurons, layer, run, hot),
+            heads=predictor(config.num_kv_heads, layer, 1, 0) if heads else None,
+        )
+        for layer in range(config.num_layers)
+    )
+
+
+def random_ids(config: ModelConfig, count: int, *, seed: int = 0) -> list[int]:
+    """Token ids for a model without a tokenizer."""
+    return np.random.default_rng(seed).integers(0, config.vocab_size, count).tolist()

@@ -1,0 +1,131 @@
+"""Useful bytes: what a decode step cannot do without reading, whatever computes it, from the counts of what it selected.
+
+In: a ModelConfig, how values are stored, and a step's counts. Out: bytes by op. With row(n) the bytes of a row of n weights and
+its scales, v those of one value of a vector (norms, biases, positions), c(K) those of one cached head vector, and for each
+layer N neurons and U heads that some row of the batch selected and M neurons whose row of down some row needed:
+
+    predictor   R row(D) + O row(R) + O v for each predictor of rank R with O outputs
+    attention   2 U K row(D) + 2 G K row(D) (q, o; k, v) + biases + 2 c(K) sum over rows of (its groups x its tokens)
+    mlp         N (1 or 2 row(D) + biases) + M row(D) + D v          (2 where gated)
+    head        V row(E) + E row(D) where the embedding is narrower
+    other       B row(E) + B D v (positions) + norms + D row(E) where the embedding is narrower
+
+Rows of a batch share what they read of the weights, so it counts once; each reads its own cache. Padding, writes and
+activations do not count, and neither do rows that an engine reads without need.
+
+Letters: B rows of a step  L layers  D model  F neurons  H query heads  G key/value heads  K head_dim  V vocabulary
+E embedding width  R predictor rank  O outputs of a predictor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dejavu.config import ModelConfig
+from dejavu.engine.interface import EngineInfo
+from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.model.predictor import LayerAdapter, Predictor
+
+OPS = ("predictor", "attention", "mlp", "head", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes of one value, of a scale for each row, and of a scale for each group of so many values of a row."""
+
+    value: float
+    row_scale: int = 0
+    group: int = 0
+    group_scale: int = 0
+
+    def row(self, columns: int) -> float:
+        """Bytes of a row of values with its scales."""
+        groups = -(-columns // self.group) if self.group else 0
+        return columns * self.value + self.row_scale + groups * self.group_scale
+
+
+STORED = {
+    "fp64": Stored(8),
+    "fp32": Stored(4),
+    "fp16": Stored(2),
+    "bf16": Stored(2),
+    "int8": Stored(1, row_scale=4),
+    "int4": Stored(0.5, group=32, group_scale=2),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formats:
+    """Dtypes of the matrices, the cache, and vectors; predictors may be int8 where their values are."""
+
+    weights: str
+    cache: str
+    vectors: str
+    int8_predictors: bool
+
+
+def formats_of(info: EngineInfo) -> Formats:
+    """How an engine stores what it reads: native keeps vectors and cache fp32 and predictors int8; torch has one dtype for all."""
+    if info.backend == "native":
+        return Formats(weights=info.dtype, cache="fp32", vectors="fp32", int8_predictors=True)
+    return Formats(weights=info.dtype, cache=info.dtype, vectors=info.dtype, int8_predictors=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """Counts of one step, or means over steps. Over all rows together, by layer: neurons selected, neurons whose row of down
+    is needed, query heads selected. cached_L: sum over rows of (its selected key/value heads x the tokens it attends to)."""
+
+    rows: int
+    neurons_L: Sequence[float]
+    fired_L: Sequence[float]
+    heads_L: Sequence[float]
+    cached_L: Sequence[float]
+
+
+def dense_reads(config: ModelConfig, *, rows: int = 1, tokens: float = 0) -> Reads:
+    """Everything, for rows that attend to so many tokens each."""
+    layers = config.num_layers
+    neurons = [config.intermediate_size] * layers
+    cached = [rows * config.num_kv_heads * tokens] * layers
+    return Reads(rows=rows, neurons_L=neurons, fired_L=neurons, heads_L=[config.num_heads] * layers, cached_L=cached)
+
+
+def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequence[LayerAdapter] | None = None) -> dict[str, float]:
+    """Useful bytes of a step by op, with the predictors of `layers` (None: it runs dense)."""
+    matrix, vector, cache = STORED[formats.weights], STORED[formats.vectors].value, STORED[formats.cache]
+    size, head_dim, groups, embed = config.hidden_size, config.head_dim, config.num_kv_heads, config.embed_width
+    row = matrix.row(size)
+    attention = mlp = 0.0
+    for neurons, fired, heads, cached in zip(reads.neurons_L, reads.fired_L, reads.heads_L, reads.cached_L, strict=True):
+        attention += 2 * (heads + groups) * head_dim * row + 2 * cached * cache.row(head_dim)
+        attention += config.qkv_bias * (heads + 2 * groups) * head_dim * vector + config.out_bias * size * vector
+        mlp += neurons * (1 + config.gated) * (row + config.mlp_bias * vector) + fired * row + config.mlp_bias * size * vector
+    norms = (2 * config.num_layers + config.final_norm) * size * vector * (1 + (config.norm == "layernorm")) * config.norm_affine
+    narrow = embed != size
+    positions = (config.positions == "learned") * size * vector
+    predictors = [predictor for layer in layers or () for predictor in (layer.mlp, layer.heads) if predictor is not None]
+    return {
+        "predictor": sum(predictor_bytes(predictor, may_be_int8=formats.int8_predictors) for predictor in predictors),
+        "attention": attention,
+        "mlp": mlp,
+        "head": config.vocab_size * matrix.row(embed) + narrow * embed * row,
+        "other": reads.rows * (matrix.row(embed) + positions) + norms + narrow * size * matrix.row(embed),
+    }
+
+
+def weight_bytes(config: ModelConfig, formats: Formats) -> float:
+    """What a dense token reads besides the cache: the size of the buffer of the read ceiling."""
+    return sum(step_bytes(config, formats, dense_reads(config)).values())
+
+
+def predictor_bytes(predictor: Predictor, *, may_be_int8: bool) -> float:
+    """A and B, int8 with scales where that is what their values are and else fp32, and the bias fp32."""
+    total = predictor.bias_O.numel() * STORED["fp32"].value
+    for matrix in (predictor.A_RD, predictor.B_OR):
+        stored = "int8" if may_be_int8 and torch.equal(dequantize_rows(*quantize_rows(matrix)), matrix.float()) else "fp32"
+        total += matrix.shape[0] * STORED[stored].row(matrix.shape[1])
+    return total

@@ -1,0 +1,232 @@
+"""The benchmark's loop: what is checked before it times, what its rows and ratios say, and how other programs take part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import Tiny
+from dejavu.engine.native_engine import NativeEngine
+from dejavu.measure.bench import TURN, bench, ratios_of
+from dejavu.measure.decoders import DENSE_VARIANT, Peer, Variant, export_name
+from dejavu.measure.results import Row
+from dejavu.measure.traffic import Reads, formats_of, step_bytes, weight_bytes
+from dejavu.model.transformer import Transformer
+from test_engine import ids_of, random_layers
+from test_native import needs_library
+
+IDS = ids_of(7, 60)
+SIZES: dict[str, Any] = {"name": "tiny", "backend": "torch", "context": 9, "steps": 7}
+
+
+class FakePeer:
+    """A peer that answers with the forward pass of a model; `tick` is called by each step, and what it was asked is kept."""
+
+    def __init__(
+        self, model: Transformer, *, name: str = "tiny", mode: str = "transformers", dtype: str = "fp32", error: float = 0.0
+    ) -> None:
+        self.mode, self.dtype, self.model, self.version, self.threads = mode, dtype, name, "1.2.3", 1
+        self.error, self.silent, self.closed = error, False, False
+        self.reference, self.ids = model, list[int]()
+        self.asked: list[list[int]] = []
+        self.clock: FakeClock | None = None
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+        if self.clock is not None:
+            self.clock.now += 0.5
+
+    def step(self, token_id: int) -> Tensor | None:
+        self.ids.append(token_id)
+        self.asked.append(list(self.ids))
+        if self.clock is not None:
+            self.clock.now += 0.25
+        logits_V = self.reference(torch.tensor([self.ids]))[0, -1]
+        return None if self.silent else logits_V + self.error * torch.randn(logits_V.shape, generator=torch.Generator().manual_seed(1))
+
+    def logits(self, ids: Sequence[int]) -> Tensor | None:
+        return None if self.silent else self.reference(torch.tensor([list(ids)]))[0]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeClock:
+    """Moves by a microsecond whenever it is asked, and by what a peer says it took."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+def variants(model: Transformer) -> list[Variant]:
+    return [DENSE_VARIANT, Variant(mode="sparse", layers=random_layers(model, mlp=1, heads=None))]
+
+
+def test_a_peer_takes_turns_on_the_same_tokens(tiny: Tiny) -> None:
+    """Its rows, its share of the clock to the microsecond, the same prompt and tokens as ours, ratios against it."""
+    model = tiny("opt")
+    peer: Peer = FakePeer(model)
+    assert isinstance(peer, FakePeer)
+    peer.clock = FakeClock()
+    found = bench(model, variants(model), IDS, **SIZES, peers=[peer], clock=peer.clock)
+    rows = {(row.op, row.mode): row for row in found.rows}
+    assert [key for key in rows if key[1] == "transformers"] == [("prefill", "transformers"), ("decode", "transformers")]
+    prefill, decode = rows["prefill", "transformers"], rows["decode", "transformers"]
+    assert (prefill.p20_us, prefill.p80_us) == pytest.approx((500_001, 500_001)) and prefill.tok_s == pytest.approx(9 / 0.500001)
+    assert (decode.p20_us, decode.p80_us) == pytest.approx((250_001, 250_001)) and decode.tok_s == pytest.approx(1 / 0.250001)
+    assert (decode.backend, decode.model, decode.dtype, decode.layers) == ("transformers", "tiny", "fp32", 2)
+    assert decode.gbs is None and decode.pct_ceiling is None
+    # 7 steps are three turns of one that does not count and three that do, once to warm up and once timed.
+    assert peer.asked[8:] == [IDS[: 9 + step + 1] for _ in range(2) for step in range(3 * TURN)]
+    own = rows["decode", "dense"]
+    assert own.p50_us == pytest.approx(1), "a fake clock stands still while we compute"
+    assert own.tok_s is not None and decode.tok_s is not None
+    against = [each for each in found.ratios if each["against"] == "transformers"]
+    assert [each["mode"] for each in against] == ["dense", "sparse"]
+    assert against[0]["ratio"] == pytest.approx(own.tok_s / decode.tok_s) and against[0]["against_dtype"] == "fp32"
+    assert [each["mode"] for each in found.ratios if each["against"] == "dense"] == ["sparse"]
+    assert found.notes == ["transformers fp32 picks the same next token as tiny dense after 60 of 60 tokens"]
+
+
+def test_two_peers_of_one_name_have_a_row_each(tiny: Tiny) -> None:
+    model = tiny("opt")
+    peers = [FakePeer(model, mode="llama.cpp", dtype=dtype) for dtype in ("q4_0", "q8_0")]
+    found = bench(model, [DENSE_VARIANT], IDS, **SIZES, peers=peers)
+    assert [row.dtype for row in found.rows if (row.op, row.mode) == ("decode", "llama.cpp")] == ["q4_0", "q8_0"]
+    assert [each["against_dtype"] for each in found.ratios] == ["q4_0", "q8_0"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "fails"), [("fp32", 0.0, False), ("fp32", 0.1, True), ("int8", 0.1, False), ("int8", 0.5, True)]
+)
+def test_a_peer_with_other_logits_is_not_timed(tiny: Tiny, dtype: str, error: float, fails: bool) -> None:
+    model = tiny("opt")
+    spread = float(model(torch.tensor([IDS[:16]])).std())
+    peer = FakePeer(model, dtype=dtype, error=error * spread)
+    if not fails:
+        assert bench(model, [DENSE_VARIANT], IDS, **SIZES, peers=[peer]).rows
+        return
+    with pytest.raises(ValueError, match="transformers decodes other logits than tiny dense .*not timed"):
+        bench(model, [DENSE_VARIANT], IDS, **SIZES, peers=[peer])
+    assert len(peer.asked) == 8, "the check, and nothing after it"
+
+
+def test_a_peer_of_another_vocabulary_or_with_nan_is_not_timed(tiny: Tiny) -> None:
+    model = tiny("opt")
+    with pytest.raises(ValueError, match=r"transformers has logits \[8, 97\] where ours are \[8, 96\]: not timed"):
+        bench(model, [DENSE_VARIANT], IDS, **SIZES, peers=[FakePeer(tiny("opt", vocab_size=97))])
+    with pytest.raises(ValueError, match="error nan"):
+        bench(model, [DENSE_VARIANT], IDS, **SIZES, peers=[FakePeer(model, error=float("nan"))])
+
+
+def test_what_could_not_be_compared_is_said(tiny: Tiny) -> None:
+    model = tiny("opt")
+    silent, other = FakePeer(model), FakePeer(tiny("llama"), mode="llama.cpp", name="smol")
+    silent.silent = True
+    found = bench(model, [DENSE_VARIANT], IDS, **SIZES, peers=[silent, other])
+    assert found.notes[0].startswith("transformers gives no logits") and found.notes[1].startswith("llama.cpp runs smol, another model")
+    rows = {row.mode: row for row in found.rows if row.op == "decode"}
+    assert (rows["llama.cpp"].model, rows["llama.cpp"].layers, rows["transformers"].layers) == ("smol", None, 2)
+    batch = bench(model, [DENSE_VARIANT], IDS, **(SIZES | {"batch": 2}), peers=[silent])
+    assert [row.mode for row in batch.rows if row.op == "decode"] == ["dense"]
+    assert batch.notes == ["transformers decodes one sequence: not timed at batch 2"]
+
+
+def test_an_exported_model_is_known_by_its_folder(tiny: Tiny) -> None:
+    """It is ours under another name: checked, and its rows have our name."""
+    model = tiny("opt")
+    peer = FakePeer(model, name=export_name("owner/tiny"), error=9.0)
+    with pytest.raises(ValueError, match="not timed"):
+        bench(model, [DENSE_VARIANT], IDS, **(SIZES | {"name": "owner/tiny"}), peers=[peer])
+    peer.error = 0.0
+    found = bench(model, [DENSE_VARIANT], IDS, **(SIZES | {"name": "owner/tiny"}), peers=[peer])
+    assert {row.model for row in found.rows} == {"owner/tiny"}
+
+
+def test_an_engine_that_is_wrong_is_not_timed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("opt")
+    monkeypatch.setattr("dejavu.engine.torch_engine.sparse_mlp", lambda x_D, weights, idx_A: x_D)
+    peer = FakePeer(model)
+    with pytest.raises(ValueError, match="backend 'torch' decodes other logits than the forward pass .*not timed"):
+        bench(model, variants(model), IDS, **SIZES, peers=[peer])
+    assert peer.asked == []
+
+
+@needs_library
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_useful_bytes_are_those_of_what_the_timed_steps_selected(tiny: Tiny, batch: int) -> None:
+    """gbs of a native row is step_bytes of the unions over the rows, counted here from recorded selections, over its median time."""
+    model = tiny("llama", max_positions=64)
+    chosen = random_layers(model, mlp=1, heads=1)
+    found = bench(
+        model, [DENSE_VARIANT, Variant(mode="sparse+heads", layers=chosen)], IDS,
+        name="tiny", backend="native", threads=2, batch=batch, context=5, steps=6,
+    )  # fmt: skip
+    engine = NativeEngine(model, chosen, num_slots=batch, record=True, threads=2)
+    needed = 5 + 2 * TURN
+    rows = [[IDS[(row * 5 + t) % len(IDS)] for t in range(needed)] for row in range(batch)]
+    for slot, ids in enumerate(rows):
+        engine.prefill(slot, ids[:5])
+    counted: list[Tensor] = []
+    union: list[float] = []
+    for index in range(2 * TURN):
+        step = engine.step([ids[5 + index] for ids in rows], list(range(batch)))
+        if index % TURN == 0:
+            continue
+        assert step.selections is not None
+        neurons_L, heads_L = (
+            torch.tensor([len({int(i) for row in step.selections for i in getattr(row[layer], part)}) for layer in range(2)])
+            for part in ("neurons_A", "heads_A")
+        )
+        counted.append(torch.stack([neurons_L, heads_L, step.heads_BL.sum(0) / 2 * (6 + index)]))
+        union.append(float(neurons_L.double().mean()) / 64)
+    neurons, heads, cached = torch.stack(counted).double().mean(0).tolist()
+    reads = Reads(rows=batch, neurons_L=neurons, fired_L=neurons, heads_L=heads, cached_L=cached)
+    useful = step_bytes(model.config, formats_of(engine.info), reads, chosen)
+    by_op = {row.op: row for row in found.rows if row.mode == "sparse+heads"}
+    assert set(by_op) == {"decode", "predictor", "attention", "mlp", "head", "other"}
+    for op, row in by_op.items():
+        assert row.gbs is not None and row.p50_us is not None
+        assert row.gbs * row.p50_us * 1e3 == pytest.approx(sum(useful.values()) if op == "decode" else useful[op])
+        assert row.union_density == (None if batch == 1 else pytest.approx(sum(union) / len(union)))
+    read = next(row for row in found.rows if row.op == "read")
+    assert read.gbs is not None and read.p50_us is not None
+    assert read.gbs * read.p50_us * 1e3 == pytest.approx(weight_bytes(model.config, formats_of(engine.info)), rel=1e-3)
+
+
+def test_a_ratio_below_one_is_a_ratio() -> None:
+    def row(mode: str, tok_s: float, **changes: Any) -> Row:
+        values = {"op": "decode", "mode": mode, "backend": "torch", "model": "m", "layers": 2, "dtype": "fp32", "batch": 1, "context": 8}
+        return Row.from_dict(values | {"threads": 1, "synthetic": False, "tok_s": tok_s} | changes)
+
+    rows = [
+        row("dense", 10.0),
+        row("sparse", 5.0),
+        row("ctranslate2", 20.0, backend="ctranslate2", dtype="int8"),
+        row("dense", 7.0, batch=2),
+    ]
+    found = [(each["mode"], each["against"], each["batch"], each["ratio"]) for each in ratios_of(rows)]
+    assert found == [("dense", "ctranslate2", 1, 0.5), ("sparse", "dense", 1, 0.5), ("sparse", "ctranslate2", 1, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"context": 0}, "context must be at least 1, not 0"),
+        ({"steps": 4}, "steps must be at least 5, not 4"),
+        ({"context": 60}, "context 60 and 7 steps need 72 positions, the model has 64"),
+        ({"context": 50}, "the text has 60 tokens, the benchmark reads 62"),
+    ],
+)
+def test_counts_that_cannot_be(tiny: Tiny, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench(tiny("opt"), [DENSE_VARIANT], IDS, **(SIZES | options))

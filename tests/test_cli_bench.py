@@ -1,0 +1,154 @@
+"""`dejavu bench` as a command: synthetic models, densities, peers, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dejavu.cli.main import run
+from dejavu.config import ModelConfig
+from dejavu.language_model import load
+from dejavu.measure import synthetic
+from dejavu.measure.decoders import Peer
+from test_bench import FakePeer
+from test_cli import call, obj, work
+from test_native import needs_library
+
+__all__ = ["call", "work"]  # fixtures
+SHORT = ("--steps", "6", "--context", "16")
+
+
+@pytest.fixture(autouse=True)
+def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 96, "max_positions": 128}
+    monkeypatch.setitem(synthetic.SHAPES, "opt-small", lambda: ModelConfig.from_dict(synthetic._opt(128, 3, 4).to_dict() | sizes))
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch, work: Path) -> list[tuple[Any, ...]]:
+    """`dejavu.measure.peers` replaced: transformers runs what was exported, llama.cpp something else. What it was asked is kept."""
+    asked: list[tuple[Any, ...]] = []
+
+    def open_peers(names: Sequence[str], *, export_folder: Path | None, gguf: Path | None, threads: int) -> tuple[list[Peer], list[str]]:
+        exported = None if export_folder is None else load(export_folder, backend="torch")
+        asked.append((list(names), None if exported is None else exported.name, gguf, threads))
+        opened: list[Peer] = []
+        if "transformers" in names and exported is not None and export_folder is not None:
+            opened.append(FakePeer(exported.model, name=export_folder.name))
+        if "llama.cpp" in names:
+            opened.append(FakePeer(load(work / "model", backend="torch").model, name="other.gguf", mode="llama.cpp", dtype="q4_1"))
+        asked.append(tuple(opened))
+        return opened, ["ctranslate2 is not installed"] if "ctranslate2" in names else []
+
+    module = ModuleType("dejavu.measure.peers")
+    module.open_peers = open_peers  # pyrefly: ignore[missing-attribute]
+    monkeypatch.setitem(sys.modules, "dejavu.measure.peers", module)
+    return asked
+
+
+@needs_library
+def test_a_synthetic_model(call) -> None:
+    arguments = ("bench", "--synthetic", "opt-small", "--density", "0.2", "--density", "0.5", "--head-density", "0.5", *SHORT)
+    result = obj(call(*arguments, "--selection", "clustered", "--selection", "hot-set", "--rank", "16", "--threads", "2", "--json"))
+    rows = [row for row in result["rows"] if row["op"] == "decode"]
+    assert [(row["mode"], row["selection"]) for row in rows] == [
+        ("dense", None), *((mode, kind) for kind in ("clustered", "hot-set") for mode in ("sparse", "sparse+heads") * 2),
+    ]  # fmt: skip
+    assert all(row["synthetic"] and row["dtype"] == "int8" and row["model"] == "opt-small" for row in result["rows"])
+    assert all(row["gbs"] > 0 and row["pct_ceiling"] > 0 for row in rows) and len(result["ratios"]) == 8
+    assert {"predictor", "attention", "mlp", "head", "other", "read", "prefill"} <= {row["op"] for row in result["rows"]}
+    shown = call(*arguments)
+    assert "opt-small (synthetic)" in shown and "sparse, uniform" in shown and "speed ratio sparse+heads / dense" in shown
+
+
+def test_a_synthetic_model_on_torch_and_dense(call) -> None:
+    rows = obj(call("bench", "--synthetic", "opt-small", "--backend", "torch", "--dense", *SHORT, "--json"))["rows"]
+    assert [(row["op"], row["mode"], row["dtype"]) for row in rows] == [(op, "dense", "fp32") for op in ("prefill", "read", "decode")]
+    rows = obj(call("bench", "--synthetic", "opt-small", "--backend", "torch", "--dtype", "bf16", "--batch", "3", *SHORT, "--json"))["rows"]
+    assert rows[-1]["mode"] == "sparse" and rows[-1]["mlp_density"] == pytest.approx(0.1, rel=0.15)
+    assert rows[-1]["mlp_density"] < rows[-1]["union_density"] < 0.3
+
+
+def test_an_adapter_at_other_densities(call) -> None:
+    arguments = ("bench", "model", "--text", "text.txt", "--adapter", "adapter", "--backend", "torch", *SHORT)
+    result = obj(call(*arguments, "--density", "0.05", "--density", "0.6", "--head-density", "0.5", "--json"))
+    rows = [row for row in result["rows"] if row["op"] == "decode"]
+    assert [row["mode"] for row in rows] == ["dense", "sparse", "sparse+heads", "sparse", "sparse+heads"]
+    assert rows[1]["mlp_density"] < 0.2 < 0.4 < rows[3]["mlp_density"] and rows[2]["head_density"] < 0.75
+    assert not any(row["synthetic"] or row["selection"] for row in rows)
+    assert "perplexity as the adapter states it" not in call(*arguments, "--density", "0.05")
+
+
+def test_against_peers(call, peers: list[tuple[Any, ...]]) -> None:
+    arguments = ("bench", "model", "--text", "text.txt", "--adapter", "adapter", "--backend", "torch", *SHORT, "--threads", "1")
+    against = ("--against", "transformers,ctranslate2", "--against", "llama.cpp", "--gguf", "a.gguf")
+    result = obj(call(*arguments, *against, "--json"))
+    assert peers[0] == (["transformers", "ctranslate2", "llama.cpp"], "model", Path("a.gguf"), 1)
+    assert all(isinstance(peer, FakePeer) and peer.closed for peer in peers[1])
+    decodes = [row for row in result["rows"] if row["op"] == "decode"]
+    assert [row["mode"] for row in decodes] == ["dense", "sparse", "sparse+heads", "transformers", "llama.cpp"]
+    assert [row["model"] for row in decodes[3:]] == ["model", "other.gguf"]
+    pairs = {(each["mode"], each["against"]): each["ratio"] for each in result["ratios"]}
+    assert set(pairs) == {("sparse", "dense"), ("sparse+heads", "dense")} | {
+        (mode, peer) for mode in ("dense", "sparse", "sparse+heads") for peer in ("transformers", "llama.cpp")
+    }
+    assert pairs["sparse", "llama.cpp"] == pytest.approx(decodes[1]["tok_s"] / decodes[4]["tok_s"])
+    assert "ctranslate2 is not installed" in result["notes"] and any("another model than model" in note for note in result["notes"])
+    shown = call(*arguments, *against)
+    assert "speed ratio sparse / llama.cpp q4_1" in shown and "note: ctranslate2 is not installed" in shown
+
+
+def test_a_peer_that_is_wrong_means_no_number(work: Path, peers: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("test_bench.FakePeer.prefill", lambda self, ids: setattr(self, "ids", [5]))
+    status = run(
+        ["bench", "model", "--text", "text.txt", "--backend", "torch", *SHORT, "--against", "transformers", "--results", "no.jsonl"]
+    )
+    captured = capsys.readouterr()
+    assert status == 2 and "not timed" in captured.err and "decode" not in captured.out and not (work / "no.jsonl").exists()
+    assert all(isinstance(peer, FakePeer) and peer.closed for peer in peers[1])
+
+
+def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]]) -> None:
+    arguments = ("bench", "--synthetic", "opt-small", "--backend", "torch", "--dense", *SHORT)
+    result = obj(call(*arguments, "--against", "transformers,llama.cpp", "--gguf", "a.gguf", "--json"))
+    assert peers[0][:3] == (["llama.cpp"], None, Path("a.gguf"))
+    assert [row["mode"] for row in result["rows"] if row["op"] == "decode"] == ["dense", "llama.cpp"]
+    assert [row["synthetic"] for row in result["rows"] if row["op"] == "decode"] == [True, False]
+    assert any("transformers loads an exported model" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either MODEL or --synthetic NAME"),
+        (("model", "--synthetic", "opt-small"), "give either MODEL or --synthetic NAME"),
+        (("--synthetic", "opt-small", "--text", "text.txt"), "--text belongs to a MODEL"),
+        (("--synthetic", "opt-1t"), "no shape is called 'opt-1t'; choose one of smollm2-135m"),
+        (("--synthetic", "opt-small", "--selection", "odd"), "unknown selection 'odd'; choose one of uniform, clustered, hot-set"),
+        (("--synthetic", "opt-small", "--density", "1.5"), r"density must lie in \(0, 1\], not 1.5"),
+        (("--synthetic", "opt-small", "--density", "nan"), r"density must lie in \(0, 1\], not nan"),
+        (("--synthetic", "opt-small", "--dtype", "fp12"), "dtype 'fp12' is not available for a synthetic model on backend 'torch'"),
+        (("--synthetic", "opt-small", "--rank", "999"), "rank must lie between 1 and 128 .*not 999"),
+        (("--synthetic", "opt-small", "--rank", "0"), "rank must lie between 1 and 128 .*not 0"),
+        (("--synthetic", "opt-small", "--head-density", "0.1"), "head density 0.1 is less than one of 4 head groups"),
+        (("--synthetic", "opt-small", "--dense", "--density", "0.1"), "--dense leaves nothing to select"),
+        (("model", "--text", "text.txt", "--density", "0.1"), "a density needs predictors"),
+        (("model", "--selection", "uniform"), "--selection and --rank plant predictors; they need --synthetic"),
+        (("model", "--against", "vllm"), "--against vllm is no peer; choose from transformers"),
+        (("model", "--gguf", "a.gguf"), "--gguf is the model of --against llama.cpp"),
+        (("model", "--text", "text.txt", "--steps", "4"), "steps must be at least 5, not 4"),
+    ],
+)
+def test_mistakes(work: Path, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import re
+
+    monkeypatch.chdir(work)
+    assert run(["bench", *arguments, "--backend", "torch"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1

@@ -1,0 +1,97 @@
+"""Useful bytes against what the tensors of a model weigh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Tiny, random_predictor
+from dejavu.engine.backends import make_engine
+from dejavu.measure.traffic import STORED, Formats, Reads, dense_reads, formats_of, predictor_bytes, step_bytes, weight_bytes
+from dejavu.model.adapter import quantized
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import Transformer
+from test_native import NATIVE_MODELS, needs_library
+
+FP32 = Formats(weights="fp32", cache="fp32", vectors="fp32", int8_predictors=False)
+INT8 = Formats(weights="int8", cache="fp32", vectors="fp32", int8_predictors=True)
+
+
+def read_by_one_token(model: Transformer, *, int8: bool) -> int:
+    """Bytes of every parameter, of the tables the one row that a token looks up: the embedding's only where it is not the head too."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        rows, columns = (1, parameter.numel()) if parameter.dim() == 1 else tuple(parameter.shape)
+        if name.startswith("position") or (name.startswith("embed") and model.head is not None):
+            rows = 1
+        matrix = parameter.dim() == 2 and not name.startswith("position")
+        total += rows * columns + 4 * rows if int8 and matrix else 4 * rows * columns
+        if name.startswith("embed") and model.head is None:  # the head reads all of it, and the token's row was read before
+            total += columns + 4 if int8 else 4 * columns
+    return total
+
+
+@pytest.mark.parametrize("name", NATIVE_MODELS)
+def test_a_dense_token_reads_every_weight_once(tiny: Tiny, name: str) -> None:
+    family, overrides = NATIVE_MODELS[name]
+    model = tiny(family, **overrides)
+    assert weight_bytes(model.config, FP32) == read_by_one_token(model, int8=False)
+    assert weight_bytes(model.config, INT8) == read_by_one_token(model, int8=True)
+
+
+def test_the_cache_is_read_by_each_row_and_the_weights_once(tiny: Tiny) -> None:
+    config = tiny("llama").config
+    one, three = (step_bytes(config, FP32, dense_reads(config, rows=rows, tokens=50)) for rows in (1, 3))
+    per_row = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 50 * 4
+    assert three["attention"] - one["attention"] == 2 * per_row
+    assert (one["mlp"], one["head"]) == (three["mlp"], three["head"]) and one["predictor"] == 0
+    assert three["other"] - one["other"] == 2 * config.hidden_size * 4
+
+
+@pytest.mark.parametrize(("family", "matrices", "biases"), [("opt", 1, 1), ("llama", 2, 0)])
+def test_what_is_not_selected_is_not_counted(tiny: Tiny, family: str, matrices: int, biases: int) -> None:
+    """One neuron less: its rows, one down row less with it, and one head less: its rows of q and o and its cache."""
+    config = tiny(family).config
+    row, all_of = config.hidden_size + 4, dense_reads(config)
+
+    def bytes_of(**changes: Any) -> dict[str, float]:
+        values = {"neurons_L": all_of.neurons_L, "fired_L": all_of.fired_L, "heads_L": all_of.heads_L, "cached_L": all_of.cached_L}
+        return step_bytes(config, INT8, Reads(rows=1, **(values | changes)))
+
+    full = bytes_of()
+    fewer = [config.intermediate_size - 1] * config.num_layers
+    assert full["mlp"] - bytes_of(neurons_L=fewer)["mlp"] == config.num_layers * (matrices * row + 4 * biases)
+    assert full["mlp"] - bytes_of(fired_L=fewer)["mlp"] == config.num_layers * row
+    heads = [config.num_heads - 1] * config.num_layers
+    assert full["attention"] - bytes_of(heads_L=heads)["attention"] == config.num_layers * config.head_dim * (2 * row + 4 * biases)
+    cached = bytes_of(cached_L=[7.5] * config.num_layers)["attention"] - full["attention"]
+    assert cached == config.num_layers * 2 * 7.5 * config.head_dim * 4
+
+
+def test_predictors_count_as_they_are_stored() -> None:
+    predictor = random_predictor(32, 64, torch.Generator().manual_seed(0), rank=5)
+    rounded = quantized(predictor)
+    wide = (5 * 32 + 64 * 5 + 64) * 4
+    assert predictor_bytes(predictor, may_be_int8=True) == predictor_bytes(rounded, may_be_int8=False) == wide
+    assert predictor_bytes(rounded, may_be_int8=True) == 5 * 32 + 64 * 5 + 4 * (5 + 64) + 4 * 64
+
+
+def test_rows_of_the_small_formats() -> None:
+    assert [STORED[dtype].row(33) for dtype in ("fp32", "bf16", "int8", "int4")] == [132, 66, 37, 16.5 + 2 * 2]
+
+
+@needs_library
+def test_formats_are_those_of_the_engine(tiny: Tiny) -> None:
+    model = tiny("opt")
+    assert formats_of(make_engine(model, backend="native", dtype="int8").info) == INT8
+    assert formats_of(make_engine(model, backend="torch").info) == FP32
+
+
+def test_predictors_of_every_layer_are_added(tiny: Tiny) -> None:
+    config = tiny("opt").config
+    predictor = random_predictor(config.hidden_size, config.intermediate_size, torch.Generator().manual_seed(1))
+    layers = (LayerAdapter(mlp=predictor), LayerAdapter())
+    found = step_bytes(config, FP32, dense_reads(config), layers)["predictor"]
+    assert found == predictor_bytes(predictor, may_be_int8=False)
