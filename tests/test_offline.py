@@ -165,8 +165,8 @@ def test_a_large_mean_of_the_inputs_drowns_neither_training_nor_rounding(tiny: T
     offset_D = 40 * torch.randn(32, generator=torch.Generator().manual_seed(2)).sign()
     assert block.norm2.bias is not None and block.up.bias is not None
     with torch.no_grad():
-        block.norm2.bias += offset_D
-        block.up.bias -= block.up.weight @ offset_D
+        block.norm2.bias.add_(offset_D)
+        block.up.bias.sub_(block.up.weight @ offset_D)
     ids = pack_windows([random_ids(6000)], context=model.config.max_positions, bos=1)
     data = next(itertools.islice(sweep_layers(model, ids), 1, None))
     assert float(data.mlp_ND.float().mean(0).abs().min()) > 30
