@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define DEJAVU_ABI_VERSION 1
+#define DEJAVU_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 enum dejavu_status { DEJAVU_OK = 0, DEJAVU_BAD_VALUE = 1, DEJAVU_NO_MEMORY = 2, DEJAVU_NOT_FINITE = 3, DEJAVU_INTERNAL = 4 };
-enum dejavu_dtype { DEJAVU_FP32 = 0, DEJAVU_INT8 = 1 };
+enum dejavu_dtype { DEJAVU_FP32 = 0, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, DEJAVU_FP16 /* of a cache only */ };
 enum dejavu_activation { DEJAVU_RELU = 0, DEJAVU_RELU2 = 1, DEJAVU_FATRELU = 2, DEJAVU_SILU = 3, DEJAVU_GELU = 4, DEJAVU_GELU_TANH = 5 };
 enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_EMBED = 0, DEJAVU_POSITION, DEJAVU_PROJECT_IN, DEJAVU_PROJECT_OUT, DEJAVU_HEAD, DEJAVU_FINAL_NORM, DEJAVU_INV_FREQ,
@@ -43,11 +43,13 @@ typedef struct {
 typedef struct dejavu_model dejavu_model;
 typedef struct dejavu_engine dejavu_engine;
 
-/* One matrix of a model or predictor, row-major: fp32 (scale NULL) or int8 with a scale for each row; bias may be NULL. */
+/* One matrix of a model or predictor, row-major: fp32, bf16, int8 with an fp32 scale for each row, or int4 as bytes of -8 .. 7 with
+ * an fp16 scale for each 32 values of a row (the last ones fewer). scale is NULL where there is none; bias may be NULL. */
 typedef struct {
-  const void *data;
-  const float *scale, *bias;
+  const void *data, *scale;
+  const float *bias;
   int64_t rows, columns;
+  int32_t dtype;
 } dejavu_matrix;
 
 /* One block of tokens: rows of a decode step (each of its own slot) or consecutive tokens of one slot. table[r] lists the

@@ -15,10 +15,10 @@ import torch
 from conftest import Tiny
 from dejavu.engine.backends import make_engine
 from dejavu.engine.native_engine import NativeEngine
-from dejavu.engine.native_weights import packed_model
+from dejavu.engine.native_weights import NATIVE_DTYPES, packed_model
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels import native
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.quantize import rounded as rounded_matrix
 from dejavu.model.adapter import quantized
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.transformer import Transformer
@@ -27,6 +27,8 @@ from test_engine import MODELS, decode, ids_of, random_layers
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 MISSING = native.missing_reason()
 ISAS = native.instruction_sets() if MISSING is None else []
+# How near an engine is to the same weights in fp32: what is left is how it rounds activations and cache.
+NEARNESS = {"bf16": 2e-3, "int8": 2e-3, "int4": 2e-2}
 SELECTIONS = [(None, None), (0, 0), (1, 1), (2, None), (None, 0), (2, 1)]
 # Sizes that are no multiple of any vector, and the rest of the architecture's values.
 NATIVE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,11 +62,11 @@ def engine_of(model: Transformer, layers: Sequence[LayerAdapter] | None = None, 
     return NativeEngine(model, layers, **values)
 
 
-def rounded(model: Transformer) -> Transformer:
-    """The model, every matrix but the position table rounded to int8 rows in place: what an int8 engine computes with."""
+def rounded(model: Transformer, dtype: str = "int8") -> Transformer:
+    """The model, every matrix but the position table rounded in place: what an engine of that dtype computes with."""
     for key, parameter in model.named_parameters():
         if parameter.dim() == 2 and not key.startswith("position"):
-            parameter.copy_(dequantize_rows(*quantize_rows(parameter)))
+            parameter.copy_(rounded_matrix(parameter, dtype))
     return model
 
 
@@ -135,31 +137,33 @@ def test_prefill_in_blocks_equals_torch(tiny: Tiny, length: int) -> None:
     assert torch.equal(engine.prefill(0, ids[length - 1 : length]), engine_of(model).prefill(0, ids[:length])), "however it got there"
 
 
-# int8
+# Weights of fewer bits
 
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", NEARNESS)
 @pytest.mark.parametrize("every", [0, 3])
 @pytest.mark.parametrize("name", [name for name in NATIVE_MODELS if name != "opt-one"])
-def test_int8_is_within_twice_the_plain_error(tiny: Tiny, name: str, every: int, isa: str) -> None:
-    """The rule: error against fp64 at most twice that of plain int8 weights. And close to the same weights in fp32."""
+def test_within_twice_the_plain_error(tiny: Tiny, name: str, every: int, dtype: str, isa: str) -> None:
+    """The rule: error against fp64 at most twice that of plain weights of the dtype. And close to the same weights in fp32."""
     family, overrides = NATIVE_MODELS[name]
     model, ids = tiny(family, **overrides), ids_of(5)
     layers = constant_layers(model, every=every) if every else None
     truth, _ = decode(TorchEngine(tiny(family, **overrides).double(), layers), ids)
-    plain, _ = decode(TorchEngine(rounded(tiny(family, **overrides)), layers), ids)
-    logits, _ = decode(engine_of(model, layers, dtype="int8", instruction_set=isa), ids)
+    plain, _ = decode(TorchEngine(rounded(tiny(family, **overrides), dtype), layers), ids)
+    logits, _ = decode(engine_of(model, layers, dtype=dtype, instruction_set=isa), ids)
     limit = 2 * (plain - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
     assert (logits - truth).abs().max() <= limit
-    assert (logits - plain).abs().mean() < 2e-3 * plain.std()
+    assert (logits - plain).abs().mean() < NEARNESS[dtype] * plain.std()
 
 
 @needs_library
-def test_int8_of_rounded_weights_is_the_same_engine(tiny: Tiny) -> None:
+@pytest.mark.parametrize("dtype", NEARNESS)
+def test_rounded_weights_are_the_same_engine(tiny: Tiny, dtype: str) -> None:
     """An int8 bundle's rows are recovered exactly: quantising what was quantised changes no bit."""
-    first, _ = decode(engine_of(tiny("opt"), dtype="int8"), ids_of(6))
-    second, _ = decode(engine_of(rounded(tiny("opt")), dtype="int8"), ids_of(6))
+    first, _ = decode(engine_of(tiny("opt"), dtype=dtype), ids_of(6))
+    second, _ = decode(engine_of(rounded(tiny("opt"), dtype), dtype=dtype), ids_of(6))
     assert torch.equal(first, second)
 
 
@@ -186,7 +190,7 @@ def test_int8_predictors_select_as_fp32_ones_do_nearly_always(tiny: Tiny) -> Non
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_a_batch_of_three_is_three_singles(model: Transformer, order: tuple[int, ...], dtype: str) -> None:
     layers = random_layers(model, mlp=1, heads=0, threshold=0.2)
@@ -219,7 +223,7 @@ def test_a_batch_of_any_size(tiny: Tiny, batch: int) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: str) -> None:
     model = tiny(family, intermediate_size=300)
@@ -232,7 +236,7 @@ def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: st
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 def test_none_and_all_selected(model: Transformer, dtype: str) -> None:
     ids = ids_of(13)
     dense, _ = decode(engine_of(model, dtype=dtype), ids)
@@ -319,7 +323,7 @@ def test_full_cache_refuses_and_recovers(tiny: Tiny) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 def test_values_that_are_not_finite_are_an_error(tiny: Tiny, dtype: str) -> None:
     model = tiny("opt")
     model.blocks[1].norm2.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
@@ -328,7 +332,7 @@ def test_values_that_are_not_finite_are_an_error(tiny: Tiny, dtype: str) -> None
         engine.step([5], [0])
     assert engine.length(0) == 0
     model.blocks[1].up.weight[0, 0] = torch.inf
-    if dtype == "int8":
+    if dtype in ("int8", "int4"):
         with pytest.raises(ValueError, match="up of layer 1 has values that are not finite"):
             engine_of(model, dtype=dtype)
 
@@ -346,8 +350,8 @@ def test_bad_options_are_refused(tiny: Tiny) -> None:
         engine_of(model, threads=0)
     with pytest.raises(ValueError, match="cannot run the instruction set abacus; choose one of .*scalar"):
         engine_of(model, instruction_set="abacus")
-    with pytest.raises(ValueError, match="dtype 'int4' is not available"):
-        engine_of(model, dtype="int4")
+    with pytest.raises(ValueError, match="dtype 'fp16' is not available .* choose one of fp32, bf16, int8, int4"):
+        engine_of(model, dtype="fp16")
     with pytest.raises(ValueError, match="loaded as fp32 on the cpu"):
         engine_of(tiny("opt").to(torch.bfloat16))
     with pytest.raises(ValueError, match="3 layers and the model 2"):
@@ -376,16 +380,21 @@ def test_make_engine_picks_what_can_run_the_model(tiny: Tiny) -> None:
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("size", [384, 640, 5120])
-def test_integer_products_do_not_overflow(tiny: Tiny, size: int, isa: str) -> None:
-    """All weights and inputs equal: every product is at its largest and int32 sums come as close to their bound as they can."""
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_integer_products_do_not_overflow(tiny: Tiny, size: int, dtype: str, isa: str) -> None:
+    """All weights and inputs equal: every product is at its largest and sums come as close to their bound as they can (int4: all but
+    one value of a group, so that their nibbles are 15)."""
     model = tiny("llama", hidden_size=size, head_dim=8, intermediate_size=5, num_layers=1, activation="relu", norm_affine=False)
     model.embed.weight.fill_(1.0)
     block = model.blocks[0]
     assert block.gate is not None
     for matrix in (block.q, block.k, block.v, block.up, block.gate):
         matrix.weight.fill_(0.01)
+        if dtype == "int4":
+            matrix.weight[:, ::32] = -0.01 * 8 / 7
     block.o.weight.zero_()
+    rounded(model, dtype)
     expected, logits = (
-        engine.step([1], [0]).logits_BV for engine in (TorchEngine(model), engine_of(model, dtype="int8", instruction_set=isa))
+        engine.step([1], [0]).logits_BV for engine in (TorchEngine(model), engine_of(model, dtype=dtype, instruction_set=isa))
     )
     assert (logits - expected).abs().mean() < 0.02 * expected.std()

@@ -87,8 +87,7 @@ void Pass::attend(int64_t layer) {
           const int64_t count = std::min(block.page_size, length - t);
           kernels.axpys_f32({cache_row(block.v_pool, layer, r, group, t), stride, nullptr, count, count, 0, 0}, p + t, padded, mixed);
         }
-        if (o.dtype == DEJAVU_INT8)
-          for (int64_t i = 0; i < size; i++) mixed[i] *= o.scale[h * size + i];
+        o.scale_rows(nullptr, h * size, size, mixed);
         axpys(o, mixed, nullptr, h * size, size, engine.attention_parts.data() + (c * engine.max_rows + r) * width, rows == 1 ? o.row_bytes() : 0);
       }
     }

@@ -22,23 +22,26 @@ struct LayerPredictors {
   Predictor mlp, heads;
 };
 
-// A padded vector, also as int16 times a scale where the weights are int8.
+// A padded vector; where some matrix that it meets is of integers, also in the form that their products take.
 struct Vector {
   float *f;
-  int16_t *q;
+  int16_t *q;    // int16 times a scale, for int8
   float scale;
+  Grouped groups;  // for int4
 };
 
-// `rows` vectors of `width` values.
+// `rows` vectors of `width` values that meet matrices of these dtypes.
 class Vectors {
  public:
   Vectors() = default;
-  Vectors(int64_t rows, int64_t width, bool quantized);
+  Vectors(int64_t rows, int64_t width, bool int8, bool int4);
   Vector &operator[](int64_t row) { return list_[(size_t)row]; }
 
  private:
   Buffer<float> floats_;
   Buffer<int16_t> ints_;
+  Buffer<int8_t> bytes_;
+  Buffer<float> scales_;
   std::vector<Vector> list_;
 };
 

@@ -24,14 +24,13 @@ void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t fi
   if (count == 0) return;
   const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
   const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
-  if (m.dtype == DEJAVU_FP32)
-    kernels.dots_f32(list, x.f, m.width, out);
-  else if (x.q == nullptr)
-    kernels.dots_i8(list, x.f, m.width, out);
-  else
-    kernels.dots_i8_i16(list, x.q, x.scale, m.width, out);
-  if (m.dtype == DEJAVU_INT8)
-    for (int64_t k = 0; k < count; k++) out[k] *= m.scale[idx == nullptr ? first + k : idx[k]];
+  switch (m.dtype) {
+    case DEJAVU_INT4: kernels.dots_i4(list, x.groups, m.width, out); break;
+    case DEJAVU_INT8: x.q == nullptr ? kernels.dots_i8(list, x.f, m.width, out) : kernels.dots_i8_i16(list, x.q, x.scale, m.width, out); break;
+    case DEJAVU_BF16: kernels.dots_bf16(list, x.f, m.width, out); break;
+    default: kernels.dots_f32(list, x.f, m.width, out);
+  }
+  m.scale_rows(idx, first, count, out);
   if (!m.bias.empty())
     for (int64_t k = 0; k < count; k++) out[k] += m.bias[idx == nullptr ? first + k : idx[k]];
 }
@@ -40,7 +39,12 @@ void Pass::axpys(const Matrix &m, const float *coef, const int32_t *idx, int64_t
   if (count == 0) return;
   const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
   const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
-  (m.dtype == DEJAVU_FP32 ? kernels.axpys_f32 : kernels.axpys_i8)(list, coef, m.width, y);
+  switch (m.dtype) {
+    case DEJAVU_INT4: return kernels.axpys_i4(list, coef, m.width, y);
+    case DEJAVU_INT8: return kernels.axpys_i8(list, coef, m.width, y);
+    case DEJAVU_BF16: return kernels.axpys_bf16(list, coef, m.width, y);
+    default: return kernels.axpys_f32(list, coef, m.width, y);
+  }
 }
 
 void Pass::norm(const Norm &norm, const float *x, float *y) const {
@@ -51,6 +55,7 @@ void Pass::norm(const Norm &norm, const float *x, float *y) const {
 }
 
 void Pass::quantize(Vector &vector, int64_t count) const {
+  if (vector.groups.q != nullptr) kernels.group(vector.f, count, vector.groups);
   if (vector.q != nullptr) vector.scale = kernels.quantize(vector.f, count, int16_limit(count), vector.q);
 }
 
@@ -92,7 +97,8 @@ void Pass::embed() {
   for (int64_t r = 0; r < rows; r++) {
     Vector &to = projects ? own.projected[r] : own.x[r];
     std::fill(to.f, to.f + table.width, 0.0f);
-    const float coef = table.dtype == DEJAVU_INT8 ? table.scale[block.token[r]] : 1.0f;
+    float coef = 1.0f;
+    table.scale_rows(nullptr, block.token[r], 1, &coef);
     axpys(table, &coef, nullptr, block.token[r], 1, to.f);
     if (projects) quantize(to, table.width);
   }

@@ -23,7 +23,7 @@ from dejavu.engine.backends import BACKEND_DTYPES, make_engine, pick_backend
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
 from dejavu.files import read_json
 from dejavu.kernels.native import default_threads
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.quantize import rounded
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
@@ -319,7 +319,7 @@ def load(
 
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder, an Adapter, or None to
     run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
-    native backend int8 (matrices rounded to int8 rows). threads: of torch, for the whole process, and of the native engine.
+    native backend int8 and int4; there the matrices are rounded to what the dtype holds, for evaluation too. threads: of torch, for the whole process, and of the native engine.
     revision: of a hub id. Nothing is downloaded. Raises ValueError for what is not found, damaged, unavailable or of another
     model.
     """
@@ -338,11 +338,12 @@ def load(
         adapter = own_adapter or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
         adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
-    if dtype == "int8":
-        _round_to_int8_rows(checkpoint)
     if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
-    lm = LanguageModel(checkpoint, backend=backend, adapter=adapter, dtype="int8" if dtype == "int8" else None, threads=threads)
+    elif backend == "native" and dtype not in ("auto", "fp32"):
+        _round_matrices(checkpoint, dtype)
+    packed = dtype if backend == "native" and dtype != "auto" else None
+    lm = LanguageModel(checkpoint, backend=backend, adapter=adapter, dtype=packed, threads=threads)
     lm.layers()
     return lm
 
@@ -363,18 +364,19 @@ def set_threads(threads: int) -> None:
 def _torch_dtype(dtype: str, backend: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float32
-    require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(TORCH_DTYPES)}")
+    require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
     offered = [name for name in BACKEND_DTYPES[backend] if name in DTYPES]
     require(dtype in offered, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(offered)}")
-    return TORCH_DTYPES.get(dtype, torch.float32)
+    return torch.float32 if backend == "native" else TORCH_DTYPES[dtype]  # native packs its own from fp32
 
 
 @torch.no_grad()
-def _round_to_int8_rows(checkpoint: Checkpoint) -> None:
-    """Give the model the values that an int8 engine computes with, so that quality and speed are of the same weights."""
+def _round_matrices(checkpoint: Checkpoint, dtype: str) -> None:
+    """Give the model the values that an engine of that dtype computes with, so that quality and speed are of the same weights."""
+    position = checkpoint.model.position
     for parameter in checkpoint.model.parameters():
-        if parameter.dim() == 2:
-            parameter.copy_(dequantize_rows(*quantize_rows(parameter)))
+        if parameter.dim() == 2 and (position is None or parameter is not position.weight):  # positions stay fp32
+            parameter.copy_(rounded(parameter, dtype))
 
 
 def _texts(generation: Generation) -> Iterator[str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or adapter, a folder, a GGUF file, or a cached hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout and nothing else there.")]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch, native or cuda.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, fp32, fp16, bf16, or int8 (native).")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (torch), int8 or int4 (native).")]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Makes the command reproducible.")]
 AdapterFolder = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter instead of the one that came with MODEL.")]

@@ -14,7 +14,7 @@ from dejavu.kernels.native import missing_reason
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
-BACKEND_DTYPES = {"native": tuple(NATIVE_DTYPES), "torch": ("fp32", "fp16", "bf16", "fp64")}
+BACKEND_DTYPES = {"native": NATIVE_DTYPES, "torch": ("fp32", "fp16", "bf16", "fp64")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +69,13 @@ def make_engine(
 ) -> Engine:
     """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
 
-    dtype: what to compute in, where the engine packs its own weights (native: fp32, int8); None takes the model's. threads: of
+    dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's. threads: of
     the native engine (None: every processor that this process may use); torch has one number for the whole process.
     """
     weight = model.embed.weight
     stored = DTYPE_NAMES[weight.dtype]
     picked = pick_backend(backend, dtype=dtype or stored)
-    if backend == "auto" and weight.device.type != "cpu":
+    if backend == "auto" and (weight.device.type != "cpu" or stored != "fp32"):  # what native packs is fp32 on the CPU
         picked = "torch"
     if picked == "native":
         return NativeEngine(

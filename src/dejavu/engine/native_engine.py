@@ -30,7 +30,7 @@ from dejavu.model.transformer import Transformer
 class NativeEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine.
 
-    dtype: fp32, or int8 per row. threads: None takes `default_threads()`. instruction_set: None takes the best. Raises
+    dtype: of the matrices: fp32, bf16, int8 per row, int4 per group. threads: None takes `default_threads()`. instruction_set: None takes the best. Raises
     ValueError where the library is missing or cannot run the model, MemoryError where the memory is not there, and
     ValueError from `prefill` and `step` where logits are not finite (the slots are then as they were before).
     """

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
-FP32, INT8 = range(2)
+DTYPE_CODES = {"fp32": 0, "int8": 1, "bf16": 2, "int4": 3, "fp16": 4}  # dejavu_dtype
 ACTIVATION_CODES = {"relu": 0, "relu2": 1, "fatrelu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
 EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(16)
 MLP, HEADS = range(2)
@@ -42,7 +42,7 @@ class Config(Structure):
 class Matrix(Structure):
     """dejavu_matrix: addresses of data that live at least as long as the call."""
 
-    _fields_ = (("data", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("columns", c_int64))
+    _fields_ = (*((name, c_void_p) for name in ("data", "scale", "bias")), ("rows", c_int64), ("columns", c_int64), ("dtype", c_int32))
 
 
 class Block(Structure):
