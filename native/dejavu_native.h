@@ -1,8 +1,9 @@
 /* The C interface of the native CPU engine: plain structs and functions, called from Python through ctypes.
  *
  * A model holds packed weights and is shared by engines; an engine holds predictors, scratch memory and a thread pool. The
- * key/value cache belongs to the caller: pools fp32 [layers, pages, groups, page_size, head_stride]. Every function that can
- * fail returns a status; dejavu_error() then says why, for the calling thread. Sizes are counts, offsets are 64 bit.
+ * key/value cache belongs to the caller: pools [layers, pages, groups, page_size, head_stride] of fp32, fp16, or int8 with fp32
+ * scales [layers, pages, groups, page_size]. Every function that can fail returns a status; dejavu_error() then says why, for the
+ * calling thread. Sizes are counts, offsets are 64 bit.
  */
 #ifndef DEJAVU_NATIVE_H
 #define DEJAVU_NATIVE_H
@@ -53,13 +54,14 @@ typedef struct {
 } dejavu_matrix;
 
 /* One block of tokens: rows of a decode step (each of its own slot) or consecutive tokens of one slot. table[r] lists the
- * pages of row r's sequence. Outputs: logits fp32 [rows - first_logits, vocab], counts [rows, layers], masks or NULL. */
+ * pages of row r's sequence. k_scale and v_scale belong to an int8 cache and are NULL otherwise. Outputs: logits fp32 [rows - first_logits, vocab], counts [rows, layers], masks or NULL. */
 typedef struct {
   int64_t rows, first_logits, num_pages, page_size, head_stride;
   const int64_t *token, *position;
   const int64_t *const *table;
-  float *k_pool, *v_pool;
-  int32_t sparse;
+  void *k_pool, *v_pool;
+  float *k_scale, *v_scale;
+  int32_t cache_dtype, sparse;
   float *logits;
   int64_t *neurons, *heads;
   uint8_t *neuron_mask, *group_mask; /* [rows, layers, neurons], [rows, layers, groups] */

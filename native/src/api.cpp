@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr const char *NOT_FINITE = "the logits are not finite: the weights hold NaN or infinite values, or the activations overflow";
+constexpr const char *NOT_FINITE = "the logits are not finite: the weights hold NaN or infinite values, or the activations overflow (an fp16 cache: keys or values beyond 65504)";
 
 thread_local std::string error_text;
 

@@ -69,6 +69,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
     own->scores = Buffer<float>(std::max(c.intermediate_size, c.num_kv_heads) + PAD);
     own->probabilities = Buffer<float>(c.max_positions + PAD);
     own->mixed = Buffer<float>(model->head_width);
+    own->cached = Buffer<int16_t>(model->head_width);
     own->fired = Buffer<int32_t>(c.intermediate_size);
     own->groups = Buffer<uint8_t>(rows * c.num_kv_heads);
     own->units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
@@ -107,6 +108,9 @@ void dejavu_engine::check(const dejavu_block &b) const {
   require(b.first_logits >= 0 && b.first_logits <= b.rows, "first_logits lies outside the rows");
   require(b.page_size >= 1 && b.num_pages >= 1 && b.head_stride == model->head_width, "the cache's shape is not that of the model");
   require(b.token && b.position && b.table && b.k_pool && b.v_pool && b.logits && b.neurons && b.heads, "a pointer of the block is missing");
+  require(b.cache_dtype == DEJAVU_FP32 || b.cache_dtype == DEJAVU_FP16 || b.cache_dtype == DEJAVU_INT8,
+          "unknown dtype of the cache " + std::to_string(b.cache_dtype));
+  require((b.k_scale && b.v_scale) == (b.cache_dtype == DEJAVU_INT8) && !b.k_scale == !b.v_scale, "an int8 cache, and no other, needs scales");
   for (int64_t r = 0; r < b.rows; r++) {
     require(b.token[r] >= 0 && b.token[r] < c.vocab_size,
             "token id " + std::to_string(b.token[r]) + " is outside the model's vocabulary of " + std::to_string(c.vocab_size));

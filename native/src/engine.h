@@ -50,6 +50,7 @@ struct Scratch {
   Vectors x, attention_in, mlp_in, final_in, projected;
   Vectors low, query;
   Buffer<float> values, scores, probabilities, mixed;
+  Buffer<int16_t> cached;
   Buffer<int32_t> fired;
   Buffer<uint8_t> groups;        // [rows, groups]: selected
   std::vector<int64_t> units;  // heads to project: queries, then keys, then values

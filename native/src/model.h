@@ -20,12 +20,12 @@ inline void require(bool condition, const std::string &message) {
   if (!condition) throw BadValue(message);
 }
 
-// Bytes of `width` values, a multiple of PAD, in a row.
+// Bytes of `width` values in a row (int4: a multiple of PAD).
 inline int64_t bytes_of(int dtype, int64_t width) {
   switch (dtype) {
     case DEJAVU_INT4: return int4_bytes(width);
     case DEJAVU_INT8: return width;
-    case DEJAVU_BF16: return 2 * width;
+    case DEJAVU_BF16: case DEJAVU_FP16: return 2 * width;
     default: return 4 * width;
   }
 }

@@ -14,7 +14,8 @@ Pass::Pass(dejavu_engine &e, const dejavu_block &b, int t)
       thread(t),
       threads(e.pool.threads()),
       rows(b.rows),
-      width(e.model->width) {}
+      width(e.model->width),
+      cache_bytes(bytes_of(b.cache_dtype, e.model->head_width)) {}
 
 int64_t Pass::share(int64_t total, int64_t unit) const { return total / unit * thread / threads * unit; }
 

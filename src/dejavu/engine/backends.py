@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dejavu.config import BACKENDS, require
 from dejavu.engine.interface import Engine
 from dejavu.engine.native_engine import NativeEngine
-from dejavu.engine.native_weights import NATIVE_DTYPES
+from dejavu.engine.native_weights import NATIVE_CACHE_DTYPES, NATIVE_DTYPES, default_cache_dtype
 from dejavu.engine.torch_engine import DTYPE_NAMES, TorchEngine
 from dejavu.kernels.native import missing_reason
 from dejavu.model.predictor import LayerAdapter
@@ -56,6 +56,20 @@ def pick_backend(name: str = "auto", *, dtype: str = "fp32") -> str:
     return name
 
 
+def pick_cache_dtype(name: str = "auto", *, backend: str, dtype: str) -> str:
+    """The dtype of the key/value cache for a value of --cache-dtype, beside weights of `dtype`.
+
+    auto: native takes fp32 beside fp32 weights, else fp16; torch has one dtype for all. Raises ValueError naming what is offered.
+    """
+    offered = tuple(NATIVE_CACHE_DTYPES) if backend == "native" else (dtype,)
+    if name == "auto":
+        return default_cache_dtype(dtype) if backend == "native" else dtype
+    require(
+        name in offered, f"cache dtype {name!r} is not available on backend {backend!r} in {dtype}; choose one of auto, {', '.join(offered)}"
+    )
+    return name
+
+
 def make_engine(
     model: Transformer,
     layers: Sequence[LayerAdapter] | None = None,
@@ -65,11 +79,12 @@ def make_engine(
     cache_tokens: int | None = None,
     record: bool = False,
     dtype: str | None = None,
+    cache_dtype: str | None = None,
     threads: int | None = None,
 ) -> Engine:
     """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
 
-    dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's. threads: of
+    dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's. cache_dtype: see `pick_cache_dtype`. threads: of
     the native engine (None: every processor that this process may use); torch has one number for the whole process.
     """
     weight = model.embed.weight
@@ -79,10 +94,18 @@ def make_engine(
         picked = "torch"
     if picked == "native":
         return NativeEngine(
-            model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record, dtype=dtype or stored, threads=threads
+            model,
+            layers,
+            num_slots=num_slots,
+            cache_tokens=cache_tokens,
+            record=record,
+            dtype=dtype or stored,
+            cache_dtype=cache_dtype,
+            threads=threads,
         )
     assert picked == "torch", f"{picked=} has no engine"
     require(
         dtype in (None, stored), f"dtype {dtype!r} is not available on backend 'torch' for a model loaded as {stored}; load it as {dtype}"
     )
+    pick_cache_dtype(cache_dtype or "auto", backend=picked, dtype=stored)
     return TorchEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record)

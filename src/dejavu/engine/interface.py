@@ -64,6 +64,7 @@ class EngineInfo:
 
     backend: str
     dtype: str
+    cache_dtype: str
     device: str
     threads: int
     sparse: bool

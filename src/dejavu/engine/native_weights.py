@@ -22,6 +22,12 @@ from dejavu.model.layers import Norm
 from dejavu.model.transformer import Transformer
 
 NATIVE_DTYPES = ("fp32", "bf16", "int8", "int4")
+NATIVE_CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+
+
+def default_cache_dtype(dtype: str) -> str:
+    """Of the key/value cache beside weights of that dtype: fp32 as they are, else fp16, whose rounding is small beside theirs."""
+    return "fp32" if dtype == "fp32" else "fp16"
 
 
 class MatrixView:

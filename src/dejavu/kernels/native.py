@@ -50,7 +50,8 @@ class Block(Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("rows", "first_logits", "num_pages", "page_size", "head_stride")),
-        *((name, c_void_p) for name in ("token", "position", "table", "k_pool", "v_pool")),
+        *((name, c_void_p) for name in ("token", "position", "table", "k_pool", "v_pool", "k_scale", "v_scale")),
+        ("cache_dtype", c_int32),
         ("sparse", c_int32),
         *((name, c_void_p) for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask")),
     )

@@ -12,7 +12,9 @@ one fewer). With m the value of the group that is largest in size
 so that m takes the integer that has no counterpart of the other sign (llama.cpp's Q4_0 does the same). A group whose scale
 would be below 2^-20, where fp16 has few bits left, is zero: no value of it is larger than 2^-17.
 
-Every product q * scale is exact in fp32, and quantising the dequantised matrix again gives back the same q and scale: what was
+A cached vector of a head is kept as it is, as fp16, or as int8 with one fp32 scale, max |x| / 127.
+
+Every product q * scale of a matrix is exact in fp32, and quantising the dequantised matrix again gives back the same q and scale: what was
 measured with the fp32 values is what an integer kernel computes with.
 """
 
@@ -58,6 +60,19 @@ def quantize_groups(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_groups(q: Tensor, scale: Tensor) -> Tensor:
     """The matrix fp32 [rows, columns] that q int8 [rows, columns] and scale fp16 [rows, groups] stand for."""
     return q.float() * scale.float().repeat_interleave(GROUP, dim=1)[:, : q.shape[1]]
+
+
+def rounded_vectors(x: Tensor, dtype: str) -> Tensor:
+    """Vectors [.., K] with the values that a key/value cache of that dtype (fp32, fp16, int8) holds, in the dtype of x."""
+    match dtype:
+        case "fp16":
+            return x.half().to(x.dtype)
+        case "int8":
+            wide = x.float()
+            scale = (wide.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp_min(1e-30)
+            return ((wide / scale).round() * scale).to(x.dtype)
+    assert dtype == "fp32", f"{dtype=}"
+    return x
 
 
 def rounded(matrix: Tensor, dtype: str) -> Tensor:

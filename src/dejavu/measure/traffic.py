@@ -68,10 +68,10 @@ class Formats:
 
 
 def formats_of(info: EngineInfo) -> Formats:
-    """How an engine stores what it reads: native keeps vectors and cache fp32 and predictors int8; torch has one dtype for all."""
+    """How an engine stores what it reads: native keeps vectors fp32 and predictors int8; torch has one dtype for all."""
     if info.backend == "native":
-        return Formats(weights=info.dtype, cache="fp32", vectors="fp32", int8_predictors=True)
-    return Formats(weights=info.dtype, cache=info.dtype, vectors=info.dtype, int8_predictors=False)
+        return Formats(weights=info.dtype, cache=info.cache_dtype, vectors="fp32", int8_predictors=True)
+    return Formats(weights=info.dtype, cache=info.cache_dtype, vectors=info.dtype, int8_predictors=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
