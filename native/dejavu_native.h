@@ -90,6 +90,8 @@ DEJAVU_API int dejavu_engine_new(const dejavu_model *model, int threads, int64_t
 /* scores = B (A x) + B's bias; selected where score > threshold. */
 DEJAVU_API int dejavu_engine_predictor(dejavu_engine *engine, int64_t layer, int predicted, const dejavu_matrix *A, const dejavu_matrix *B,
                                        float threshold, int lookahead);
+/* Scores B (A x) + B's bias of the head's input choose `count` tokens: these get their exact logits, all others -inf. A, B: fp32 or int8. */
+DEJAVU_API int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *A, const dejavu_matrix *B, int64_t count);
 DEJAVU_API int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block);
 /* As dejavu_engine_run, and fills the profile. A run without one costs nothing for it. */
 DEJAVU_API int dejavu_engine_profile(dejavu_engine *engine, const dejavu_block *block, dejavu_profile *profile);

@@ -18,7 +18,6 @@ from dejavu.engine.native_engine import NativeEngine
 from dejavu.engine.native_weights import NATIVE_DTYPES, packed_model
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels import native
-from dejavu.kernels.quantize import rounded as rounded_matrix
 from dejavu.model.adapter import quantized
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.transformer import Transformer
@@ -64,9 +63,7 @@ def engine_of(model: Transformer, layers: Sequence[LayerAdapter] | None = None, 
 
 def rounded(model: Transformer, dtype: str = "int8") -> Transformer:
     """The model, every matrix but the position table rounded in place: what an engine of that dtype computes with."""
-    for key, parameter in model.named_parameters():
-        if parameter.dim() == 2 and not key.startswith("position"):
-            parameter.copy_(rounded_matrix(parameter, dtype))
+    model.round_matrices(dtype)
     return model
 
 

@@ -93,13 +93,17 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   made.B.allocate(B.dtype, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
   made.B.fill(B, "a predictor's B");
   made.threshold = threshold, made.lookahead = lookahead;
-  // The rank's sums and their products with B: grown to the largest rank.
   std::lock_guard<std::mutex> lock(mutex);
-  int64_t widest = made.B.width;
-  for (const LayerPredictors &other : predictors) widest = std::max({widest, other.mlp.B.width, other.heads.B.width});
-  for (auto &own : scratch) own->low = Vectors(1, widest, c.dtype == DEJAVU_INT8 || c.dtype == DEJAVU_INT4, false);
   LayerPredictors &pair = predictors[(size_t)layer];
   (mlp ? pair.mlp : pair.heads) = std::move(made);
+  grow_low();
+}
+
+// The sums of a rank, as wide as the largest rank.
+void dejavu_engine::grow_low() {
+  int64_t widest = std::max(PAD, screen.B.width);
+  for (const LayerPredictors &pair : predictors) widest = std::max({widest, pair.mlp.B.width, pair.heads.B.width});
+  for (auto &own : scratch) own->low = Vectors(1, widest, model->config.dtype == DEJAVU_INT8 || model->config.dtype == DEJAVU_INT4, false);
 }
 
 void dejavu_engine::check(const dejavu_block &b) const {

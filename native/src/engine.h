@@ -22,6 +22,14 @@ struct LayerPredictors {
   Predictor mlp, heads;
 };
 
+// The screened head: see screen.cpp. best: [rows, threads, count], the ranks that each thread found, `found` of them.
+struct Screen {
+  Matrix A, B;
+  int64_t count = 0;
+  Buffer<uint64_t> best;
+  Buffer<int64_t> found;
+};
+
 // A padded vector; where some matrix that it meets is of integers, also in the form that their products take.
 struct Vector {
   float *f;
@@ -53,12 +61,16 @@ struct Scratch {
   Buffer<int16_t> cached;
   Buffer<int32_t> fired;
   Buffer<uint8_t> groups;        // [rows, groups]: selected
+  Buffer<uint64_t> ranks;        // these three: for a screen
+  Buffer<int32_t> tokens;
+  Buffer<float> exact;
   std::vector<int64_t> units;  // heads to project: queries, then keys, then values
 };
 
 struct dejavu_engine {
   dejavu_engine(const dejavu_model *model, int threads, int64_t max_rows, const Kernels *kernels);
   void set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead);
+  void set_screen(const dejavu_matrix &A, const dejavu_matrix &B, int64_t count);
   // Raises BadValue for a block that this model cannot run. Returns whether every logit is finite.
   bool run(const dejavu_block &block, dejavu_profile *profile = nullptr);
   // The sum of count values, read in order by all threads: see read.cpp.
@@ -68,6 +80,7 @@ struct dejavu_engine {
   const Kernels *kernels;
   const int64_t max_rows, neuron_chunks, head_chunks;
   std::vector<LayerPredictors> predictors;
+  Screen screen;
   // Shared by the threads
   Buffer<float> residual, query, attention_parts, mlp_parts, cosine, sine, projected;
   // By the layer's parity, so that thread 0 still reports one layer while others select for the next.
@@ -82,6 +95,7 @@ struct dejavu_engine {
 
  private:
   void check(const dejavu_block &block) const;
+  void grow_low();
 };
 
 inline int64_t chunk_start(int64_t total, int64_t chunk, int64_t chunks) { return total * chunk / chunks; }

@@ -174,13 +174,20 @@ void Pass::output() {
       quantize(own.projected[r], model.embed_width);
     }
   }
+  const auto input = [&](int64_t r) -> const Vector & { return projects ? own.projected[r] : own.final_in[r]; };
+  if (engine.screen.count > 0) {
+    for (int64_t r = block.first_logits; r < rows; r++) shortlist(input(r), r);
+    engine.pool.barrier();
+    for (int64_t r = block.first_logits; r < rows; r++) exact_logits(input(r), r);
+    return;
+  }
   const int64_t begin = share(config.vocab_size, TILE), end = share_end(config.vocab_size, TILE);
   bool finite = true;
   for (int64_t tile = begin; tile < end; tile += TILE) {
     const int64_t count = std::min(TILE, end - tile);
     for (int64_t r = block.first_logits; r < rows; r++) {
       float *out = block.logits + (r - block.first_logits) * config.vocab_size + tile;
-      dots(head, projects ? own.projected[r] : own.final_in[r], nullptr, tile, count, out, rows == 1 ? head.row_bytes() : 0);
+      dots(head, input(r), nullptr, tile, count, out, rows == 1 ? head.row_bytes() : 0);
       finite = finite && kernels.finite(out, count);
     }
   }

@@ -37,6 +37,10 @@ class Pass {
   void scores(const Predictor &predictor, const Vector &x, int64_t first, int64_t count);
   void report(int64_t layer);
 
+  // screen.cpp
+  void shortlist(const Vector &x, int64_t row);
+  void exact_logits(const Vector &x, int64_t row);
+
   // profile.cpp: what the block took and read, by thread 0, where it is asked for
   void begin_laps();
   void lap(int op);

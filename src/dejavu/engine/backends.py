@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dejavu.config import BACKENDS, require
 from dejavu.engine.interface import Engine
-from dejavu.engine.native_engine import NativeEngine
+from dejavu.engine.native_engine import NativeEngine, check_shortlist
 from dejavu.engine.native_weights import NATIVE_CACHE_DTYPES, NATIVE_DTYPES, default_cache_dtype
 from dejavu.engine.torch_engine import DTYPE_NAMES, TorchEngine
 from dejavu.kernels.native import missing_reason
@@ -65,9 +65,18 @@ def pick_cache_dtype(name: str = "auto", *, backend: str, dtype: str) -> str:
     if name == "auto":
         return default_cache_dtype(dtype) if backend == "native" else dtype
     require(
-        name in offered, f"cache dtype {name!r} is not available on backend {backend!r} in {dtype}; choose one of auto, {', '.join(offered)}"
+        name in offered,
+        f"cache dtype {name!r} is not available on backend {backend!r} in {dtype}; choose one of auto, {', '.join(offered)}",
     )
     return name
+
+
+def check_screen(count: int, *, backend: str, vocab_size: int) -> None:
+    """Raise ValueError for a value of --screened-head that the backend or the vocabulary cannot have."""
+    require(
+        count == 0 or backend == "native", f"a screened head is not available on backend {backend!r}; leave --screened-head {count} out"
+    )
+    check_shortlist(count, vocab_size)
 
 
 def make_engine(
@@ -80,12 +89,14 @@ def make_engine(
     record: bool = False,
     dtype: str | None = None,
     cache_dtype: str | None = None,
+    screened_head: int = 0,
     threads: int | None = None,
 ) -> Engine:
     """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
 
-    dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's. cache_dtype: see `pick_cache_dtype`. threads: of
-    the native engine (None: every processor that this process may use); torch has one number for the whole process.
+    dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's.
+    cache_dtype: see `pick_cache_dtype`. screened_head: see NativeEngine. threads: of the native engine (None: every processor
+    that this process may use); torch has one number for the whole process.
     """
     weight = model.embed.weight
     stored = DTYPE_NAMES[weight.dtype]
@@ -101,6 +112,7 @@ def make_engine(
             record=record,
             dtype=dtype or stored,
             cache_dtype=cache_dtype,
+            screened_head=screened_head,
             threads=threads,
         )
     assert picked == "torch", f"{picked=} has no engine"
@@ -108,4 +120,5 @@ def make_engine(
         dtype in (None, stored), f"dtype {dtype!r} is not available on backend 'torch' for a model loaded as {stored}; load it as {dtype}"
     )
     pick_cache_dtype(cache_dtype or "auto", backend=picked, dtype=stored)
+    check_screen(screened_head, backend=picked, vocab_size=model.config.vocab_size)
     return TorchEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record)

@@ -27,13 +27,20 @@ from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 
+def check_shortlist(count: int, vocab_size: int) -> None:
+    """Raise ValueError where a screened head cannot give `count` tokens exact logits."""
+    message = f"a screened head takes 1 to {vocab_size - 1} tokens of the vocabulary, or 0 for all, not {count}"
+    require(0 <= count < vocab_size, message)
+
+
 class NativeEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine.
 
     dtype: of the matrices: fp32, bf16, int8 per row, int4 per group. cache_dtype: of keys and values: fp32, fp16, int8 with a
-    scale for each head and position; None takes fp32 beside fp32 weights, else fp16. threads: None takes `default_threads()`. instruction_set: None takes the best. Raises
-    ValueError where the library is missing or cannot run the model, MemoryError where the memory is not there, and
-    ValueError from `prefill` and `step` where logits are not finite (the slots are then as they were before).
+    scale for each head and position; None takes fp32 beside fp32 weights, else fp16. screened_head: tokens that get
+    exact logits, see kernels/screen.py (0: all; others have -inf). threads: None takes `default_threads()`. instruction_set:
+    None takes the best. Raises ValueError where the library is missing or cannot run the model, MemoryError where the memory is
+    not there, and ValueError from `prefill` and `step` where logits are not finite (the slots are then as they were before).
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class NativeEngine(PagedEngine):
         record: bool = False,
         dtype: str = "fp32",
         cache_dtype: str | None = None,
+        screened_head: int = 0,
         threads: int | None = None,
         instruction_set: str | None = None,
     ) -> None:
@@ -68,6 +76,10 @@ class NativeEngine(PagedEngine):
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
         self._set_predictors()
+        check_shortlist(screened_head, config.vocab_size)
+        if screened_head > 0:
+            A, B = self._model.screen(model)
+            native.check(self._library.dejavu_engine_screen(self._handle, A.matrix, B.matrix, screened_head))
         pages_per_slot = -(-config.max_positions // page_size)
         num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
         try:
@@ -99,6 +111,7 @@ class NativeEngine(PagedEngine):
             num_slots=num_slots,
             page_size=page_size,
             num_pages=num_pages,
+            screened_head=screened_head,
         )
         super().__init__(info, cache)
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, require
 from dejavu.kernels import native
-from dejavu.kernels.quantize import dequantize_rows, quantize_groups, quantize_rows
+from dejavu.kernels.quantize import dequantize_rows, quantize_groups, quantize_rows, rounded
+from dejavu.kernels.screen import low_rank, screen_rank
 from dejavu.model.layers import Norm
 from dejavu.model.transformer import Transformer
 
@@ -73,6 +74,7 @@ class NativeModel:
             weight.dtype == torch.float32 and weight.device.type == "cpu",
             f"the native engine needs a model loaded as fp32 on the cpu, not {weight.dtype} on {weight.device}",
         )
+        self.dtype = dtype
         self.handle = ctypes.c_void_p()
         self.head_stride = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
         self._library = native.library()
@@ -80,6 +82,15 @@ class NativeModel:
         self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
         for part, layer, view in _parts(model, dtype):
             native.check(self._library.dejavu_model_set(self.handle, part, layer, view.matrix))
+        self._screen: tuple[MatrixView, MatrixView] | None = None
+
+    def screen(self, model: Transformer) -> tuple[MatrixView, MatrixView]:
+        """A and B of the screened head (kernels/screen.py) of the packed model, int8 per row; worked out once."""
+        if self._screen is None:
+            head_VE = rounded((model.embed if model.head is None else model.head).weight.detach(), self.dtype)
+            A_RE, B_VR = low_rank(head_VE, screen_rank(head_VE.shape[1]))
+            self._screen = matrix_view("int8", A_RE), matrix_view("int8", B_VR)
+        return self._screen
 
 
 _packed: weakref.WeakKeyDictionary[Transformer, dict[str, tuple[tuple[int, ...], NativeModel]]] = weakref.WeakKeyDictionary()

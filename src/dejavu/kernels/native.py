@@ -75,6 +75,7 @@ _SIGNATURES = {
     "dejavu_model_free": (None, (c_void_p,)),
     "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
     "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(Matrix), POINTER(Matrix), c_float, c_int)),
+    "dejavu_engine_screen": (c_int, (c_void_p, POINTER(Matrix), POINTER(Matrix), c_int64)),
     "dejavu_engine_run": (c_int, (c_void_p, POINTER(Block))),
     "dejavu_engine_profile": (c_int, (c_void_p, POINTER(Block), POINTER(Profile))),
     "dejavu_engine_read": (c_int, (c_void_p, c_void_p, c_int64, POINTER(c_double))),

@@ -3,10 +3,11 @@
 In: a shape's name, a backend and dtype, densities. Out: a model of that shape and predictors that every engine runs as it
 runs trained ones: scores, thresholds, lists and gathered rows are computed, nothing is pretended.
 
-Weights are int8 values times one scale for each matrix, so that fp32 and int8 have the same model; bf16 and int4 have them rounded. What the MLPs add to the
-residual stream is as large as the embedding: predictors see inputs that differ from token to token, and a wrong MLP shows in
-the logits. ReLU neurons get a bias that makes all of them fire, so that no selected neuron's row of down is spared. Layers
-share the memory of their weights where the engine packs its own copy of each (native); elsewhere each has its own.
+Weights are int8 values times one scale for each matrix, so that fp32 and int8 have the same model; bf16 and int4 have them
+rounded. What the MLPs add to the residual stream is as large as the embedding: predictors see inputs that differ from token to
+token, and a wrong MLP shows in the logits. ReLU neurons get a bias that makes all of them fire, so that no selected neuron's
+row of down is spared. Layers share the memory of their weights where the engine packs its own copy of each (native); elsewhere
+each has its own.
 
 A predictor is A random and, by selection,
     uniform     B random: each token selects its own neurons, independently of their neighbours

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig
 from dejavu.kernels.activation import activate
-from dejavu.kernels.quantize import rounded_vectors
+from dejavu.kernels.quantize import rounded, rounded_vectors
 from dejavu.model.layers import InputMajorLinear, Norm, inverse_frequencies, rotate
 
 
@@ -130,6 +130,13 @@ class Transformer(nn.Module):
     @property
     def blocks(self) -> list[Block]:
         return list(self.layers)  # pyrefly: ignore[bad-return]  # nn.ModuleList is typed as a list of Module
+
+    @torch.no_grad()
+    def round_matrices(self, dtype: str) -> None:
+        """Take the values that an engine of that dtype computes with, so that quality and speed are of the same weights."""
+        for parameter in self.parameters():
+            if parameter.dim() == 2 and (self.position is None or parameter is not self.position.weight):  # positions stay fp32
+                parameter.copy_(rounded(parameter, dtype))
 
     def round_cache(self, dtype: str) -> None:
         """From now on compute with the keys and values that a cache of that dtype (fp32, fp16, int8) holds, as its engine does."""
