@@ -1,15 +1,16 @@
 /* The C interface of the native CPU engine: plain structs and functions, called from Python through ctypes.
  *
  * A model holds packed weights and is shared by engines; an engine holds predictors, scratch memory and a thread pool. The
- * key/value cache belongs to the caller: pools fp32 [layers, pages, groups, page_size, head_stride]. Every function that can
- * fail returns a status; dejavu_error() then says why, for the calling thread. Sizes are counts, offsets are 64 bit.
+ * key/value cache belongs to the caller: pools [layers, pages, groups, page_size, head_stride] of fp32, fp16, or int8 with fp32
+ * scales [layers, pages, groups, page_size]. Every function that can fail returns a status; dejavu_error() then says why, for the
+ * calling thread. Sizes are counts, offsets are 64 bit.
  */
 #ifndef DEJAVU_NATIVE_H
 #define DEJAVU_NATIVE_H
 
 #include <stdint.h>
 
-#define DEJAVU_ABI_VERSION 1
+#define DEJAVU_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -22,7 +23,7 @@ extern "C" {
 #endif
 
 enum dejavu_status { DEJAVU_OK = 0, DEJAVU_BAD_VALUE = 1, DEJAVU_NO_MEMORY = 2, DEJAVU_NOT_FINITE = 3, DEJAVU_INTERNAL = 4 };
-enum dejavu_dtype { DEJAVU_FP32 = 0, DEJAVU_INT8 = 1 };
+enum dejavu_dtype { DEJAVU_FP32 = 0, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, DEJAVU_FP16 /* of a cache only */ };
 enum dejavu_activation { DEJAVU_RELU = 0, DEJAVU_RELU2 = 1, DEJAVU_FATRELU = 2, DEJAVU_SILU = 3, DEJAVU_GELU = 4, DEJAVU_GELU_TANH = 5 };
 enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_EMBED = 0, DEJAVU_POSITION, DEJAVU_PROJECT_IN, DEJAVU_PROJECT_OUT, DEJAVU_HEAD, DEJAVU_FINAL_NORM, DEJAVU_INV_FREQ,
@@ -43,21 +44,24 @@ typedef struct {
 typedef struct dejavu_model dejavu_model;
 typedef struct dejavu_engine dejavu_engine;
 
-/* One matrix of a model or predictor, row-major: fp32 (scale NULL) or int8 with a scale for each row; bias may be NULL. */
+/* One matrix of a model or predictor, row-major: fp32, bf16, int8 with an fp32 scale for each row, or int4 as bytes of -8 .. 7 with
+ * an fp16 scale for each 32 values of a row (the last ones fewer). scale is NULL where there is none; bias may be NULL. */
 typedef struct {
-  const void *data;
-  const float *scale, *bias;
+  const void *data, *scale;
+  const float *bias;
   int64_t rows, columns;
+  int32_t dtype;
 } dejavu_matrix;
 
 /* One block of tokens: rows of a decode step (each of its own slot) or consecutive tokens of one slot. table[r] lists the
- * pages of row r's sequence. Outputs: logits fp32 [rows - first_logits, vocab], counts [rows, layers], masks or NULL. */
+ * pages of row r's sequence. k_scale and v_scale belong to an int8 cache and are NULL otherwise. Outputs: logits fp32 [rows - first_logits, vocab], counts [rows, layers], masks or NULL. */
 typedef struct {
   int64_t rows, first_logits, num_pages, page_size, head_stride;
   const int64_t *token, *position;
   const int64_t *const *table;
-  float *k_pool, *v_pool;
-  int32_t sparse;
+  void *k_pool, *v_pool;
+  float *k_scale, *v_scale;
+  int32_t cache_dtype, sparse;
   float *logits;
   int64_t *neurons, *heads;
   uint8_t *neuron_mask, *group_mask; /* [rows, layers, neurons], [rows, layers, groups] */
@@ -86,6 +90,8 @@ DEJAVU_API int dejavu_engine_new(const dejavu_model *model, int threads, int64_t
 /* scores = B (A x) + B's bias; selected where score > threshold. */
 DEJAVU_API int dejavu_engine_predictor(dejavu_engine *engine, int64_t layer, int predicted, const dejavu_matrix *A, const dejavu_matrix *B,
                                        float threshold, int lookahead);
+/* Scores B (A x) + B's bias of the head's input choose `count` tokens: these get their exact logits, all others -inf. A, B: fp32 or int8. */
+DEJAVU_API int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *A, const dejavu_matrix *B, int64_t count);
 DEJAVU_API int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block);
 /* As dejavu_engine_run, and fills the profile. A run without one costs nothing for it. */
 DEJAVU_API int dejavu_engine_profile(dejavu_engine *engine, const dejavu_block *block, dejavu_profile *profile);

@@ -19,6 +19,7 @@ from dejavu.measure.results import read_rows
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from test_language_model import PROMPT, TEXT, make_adapter
+from test_native import needs_library
 
 TASK = {"context": "the cat", "choices": [" sat on the mat", " ran to the hat"], "label": 0}
 
@@ -81,6 +82,7 @@ def test_generate_for_people_and_programs(call) -> None:
     assert result["backend"] == pick_backend() and result["new_tokens"] == 6 and 0 < result["mlp_density"] < 1
     shown = call(*arguments)
     assert PROMPT + result["text"] in shown and "tok/s" in shown and f"{result['mlp_density']:.3f}" in shown
+    assert f"cache {result['cache_dtype']}" in shown and result["screened_head"] == 0 and "screened head" not in shown
     dense = obj(call("generate", "model", "--prompt", PROMPT, "-n", "6", "--ignore-eos", "--dense", "--json"))
     assert dense["mlp_density"] == 1.0
 
@@ -116,6 +118,19 @@ def test_eval(call, work: Path) -> None:
         f"{result['dense']['ppl']:.3f}" in shown and f"{result['sparse']['ppl']:.3f}" in shown and f"{result['mlp_density']:.3f}" in shown
     )
     assert obj(call("eval", "model", "--text", "text.txt", "--dense", "--max-tokens", "60", "--json"))["sparse"] is None
+
+
+@needs_library
+def test_eval_measures_a_screened_head(call, work: Path) -> None:
+    """And does not take what was measured with another cache for its own."""
+    arguments = ("eval", "model", "--text", "text.txt", "--adapter", "adapter", "--max-tokens", "150", "-o", "runs/screen")
+    plain = obj(call(*arguments, "--json"))
+    result = obj(call(*arguments, "--screened-head", "30", "--cache-dtype", "int8", "--json"))
+    assert "screen" not in plain and result["cache_dtype"] == "int8" and result["dense"]["ppl"] != plain["dense"]["ppl"]
+    assert result["screen"]["screened_head"] == 30 and 0 < result["screen"]["agreement"] <= 1
+    held = json.loads((work / "runs/screen/results.json").read_text())
+    assert held["evaluation"]["screen"] == result["screen"] and held["environment"]["screened_head"] == 30
+    assert "screened head of 30" in call(*arguments, "--screened-head", "30")
 
 
 def test_eval_says_that_separator_lines_are_scored(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

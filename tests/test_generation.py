@@ -34,6 +34,7 @@ class ScriptedEngine:
         self.info = EngineInfo(
             backend="scripted",
             dtype="fp32",
+            cache_dtype="fp32",
             device="cpu",
             threads=1,
             sparse=True,

@@ -14,6 +14,7 @@ import dejavu
 from conftest import Tiny, random_predictor
 from dejavu.config import ModelConfig
 from dejavu.engine.backends import pick_backend
+from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel, load
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.resume import PartStore
@@ -178,7 +179,7 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, lm: LanguageModel,
     [
         ({"backend": "cuda"}, "backend 'cuda' is not available"),
         ({"backend": "x"}, "unknown backend 'x'"),
-        ({"dtype": "foo"}, "unknown dtype 'foo'; choose one of auto, fp32, fp16, bf16"),
+        ({"dtype": "foo"}, "unknown dtype 'foo'; choose one of auto, fp32, fp16, bf16, int8, int4"),
         ({"dtype": "int8", "backend": "torch"}, "dtype 'int8' is not available on backend 'torch'"),
         ({"threads": 0}, "threads must lie between 1 and"),
         ({"threads": 100_000}, "not 100000"),
@@ -194,19 +195,22 @@ def test_low_precision(folder: Path) -> None:
     bf16, fp16 = load(folder, dtype="bf16"), load(folder, dtype="fp16")
     assert bf16.dtype == "bf16" and bf16.logits([2, 5, 7]).dtype == torch.float32
     assert fp16.dtype == "fp32" and "fp16" in fp16.notes[0]
-    assert (bf16.backend, fp16.backend) == ("torch", "torch")
+    assert (bf16.backend, fp16.backend) == ("torch" if missing_reason() else "native", "torch")
 
 
-def test_int8(folder: Path) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [("bf16", 0.05), ("int8", 0.2), ("int4", 1.0)])
+def test_rounded_weights(folder: Path, dtype: str, limit: float) -> None:
     if pick_backend() != "native":
-        with pytest.raises(ValueError, match="dtype 'int8' is not available on backend 'torch'"):
-            load(folder, dtype="int8")
+        with pytest.raises(ValueError, match=f"dtype '{dtype}' is not available on backend 'torch'"):
+            load(folder, dtype=dtype, backend="native" if dtype == "bf16" else "auto")
         return
-    fp32, int8 = load(folder), load(folder, dtype="int8", threads=1)
-    assert (int8.backend, int8.dtype) == ("native", "int8") and int8.base_hash == fp32.base_hash
-    assert len(int8.generate("the cat", max_new_tokens=4, ignore_eos=True)) > 0
-    difference = (int8.logits([2, 5, 7]) - fp32.logits([2, 5, 7])).abs().mean()
-    assert 0 < difference < 0.2, "logits are those of the rounded weights"
+    fp32, low = load(folder), load(folder, dtype=dtype, threads=1)
+    assert (low.backend, low.dtype) == ("native", dtype) and low.base_hash == fp32.base_hash
+    assert low.generate("the cat", max_new_tokens=4, ignore_eos=True).new_tokens == 4
+    difference = (low.logits([2, 5, 7]) - fp32.logits([2, 5, 7])).abs().mean()
+    assert 0 < difference < limit, "logits are those of the rounded weights"
+    if fp32.model.position is not None and low.model.position is not None:
+        assert torch.equal(fp32.model.position.weight, low.model.position.weight)
 
 
 def test_names_of_bundled_models_and_adapters(folder: Path, tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -85,7 +86,8 @@ def test_rows_of_the_small_formats() -> None:
 @needs_library
 def test_formats_are_those_of_the_engine(tiny: Tiny) -> None:
     model = tiny("opt")
-    assert formats_of(make_engine(model, backend="native", dtype="int8").info) == INT8
+    assert formats_of(make_engine(model, backend="native", dtype="int8", cache_dtype="fp32").info) == INT8
+    assert formats_of(make_engine(model, backend="native", dtype="int8").info) == dataclasses.replace(INT8, cache="fp16")
     assert formats_of(make_engine(model, backend="torch").info) == FP32
 
 

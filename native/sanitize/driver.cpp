@@ -1,8 +1,8 @@
 // Runs random models of many shapes through the C interface: for the sanitizers, and for what must hold whatever the shape.
 //
-// For each shape, dtype and instruction set: a prefill, then sparse steps of a batch with one and with several threads (equal
-// bit for bit), every logit written, no page of another sequence touched; instruction sets agree where the same neurons are
-// selected. Then bad input: a status, never a crash.
+// For each shape, dtype of weights and of the cache, with and without a screen: a prefill, then sparse steps of a batch with one and
+// with several threads (equal bit for bit), every logit written, no page of another sequence touched; instruction sets agree where the
+// same neurons are selected. Then bad input: a status, never a crash.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -26,7 +26,7 @@ std::mt19937 random_bits(1);
     }                                                                                      \
   } while (0)
 
-// One matrix with its own memory, fp32 or int8.
+// One matrix with its own memory.
 struct Values {
   Values(int64_t rows, int64_t columns, int dtype, bool biased) : integers((size_t)(rows * columns)), floats(integers.size()), scale((size_t)rows), bias((size_t)rows) {
     std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt((float)columns));
@@ -34,11 +34,26 @@ struct Values {
     for (auto &value : integers) value = (int8_t)((int)(random_bits() % 255) - 127);
     for (auto &value : scale) value = 0.01f / std::sqrt((float)columns);
     for (auto &value : bias) value = normal(random_bits);
-    matrix = {dtype == DEJAVU_INT8 ? (const void *)integers.data() : floats.data(), dtype == DEJAVU_INT8 ? scale.data() : nullptr,
-              biased ? bias.data() : nullptr, rows, columns};
+    for (const float value : floats) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      upper.push_back((uint16_t)(bits >> 16));
+    }
+    const void *data = floats.data(), *scales = nullptr;
+    if (dtype == DEJAVU_BF16) data = upper.data();
+    if (dtype == DEJAVU_INT8) data = integers.data(), scales = scale.data();
+    if (dtype == DEJAVU_INT4) {
+      for (auto &value : integers) value = (int8_t)(value & 15) - 8;
+      // fp16 of 2^-6, 2^-5.. with a few bits of mantissa, of either sign
+      for (int64_t g = 0; g < rows * ((columns + 31) / 32); g++)
+        halves.push_back((uint16_t)(random_bits() % 2 << 15 | (columns < 64 ? 9u : 7u) << 10 | random_bits() % 1024));
+      data = integers.data(), scales = halves.data();
+    }
+    matrix = {data, scales, biased ? bias.data() : nullptr, rows, columns, dtype};
   }
   std::vector<int8_t> integers;
   std::vector<float> floats, scale, bias;
+  std::vector<uint16_t> upper, halves;
   dejavu_matrix matrix;
 };
 
@@ -75,7 +90,7 @@ dejavu_model *new_model(const dejavu_config &c, bool biased) {
 }
 
 // Logits of a prefill and of sparse steps of three sequences.
-std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int threads, const std::string &isa, float threshold, unsigned seed) {
+std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int threads, const std::string &isa, float threshold, unsigned seed, int cache_dtype, int64_t shortlist) {
   const int64_t batch = 3, page_size = 3, per_slot = (c.max_positions + page_size - 1) / page_size, pages = batch * per_slot + 1;
   const int64_t stride = (c.head_dim + 15) / 16 * 16, pool = c.num_layers * pages * c.num_kv_heads * page_size * stride;
   dejavu_engine *engine = nullptr;
@@ -84,10 +99,17 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
   for (int64_t l = 0; l < c.num_layers; l++)
     for (int kind : {DEJAVU_MLP, DEJAVU_HEADS}) {
       const int64_t outputs = kind == DEJAVU_MLP ? c.intermediate_size : c.num_kv_heads, rank = 5 + 70 * (l % 2);
-      Values A(rank, c.hidden_size, c.dtype, false), B(outputs, rank, (int)(l % 2), true);
+      Values A(rank, c.hidden_size, c.dtype == DEJAVU_FP32 ? DEJAVU_FP32 : DEJAVU_INT8, false), B(outputs, rank, (int)(l % 2), true);
       EXPECT(dejavu_engine_predictor(engine, l, kind, &A.matrix, &B.matrix, threshold, l == 0 ? 0 : 1 + (int)(l % 2 && kind == DEJAVU_MLP)) == DEJAVU_OK);
     }
-  std::vector<float> k((size_t)pool, NAN), v((size_t)pool, NAN), all;
+  if (shortlist > 0) {
+    Values A(1 + c.embed_size / 3, c.embed_size, DEJAVU_INT8, false), B(c.vocab_size, A.matrix.rows, DEJAVU_INT8, true);
+    EXPECT(dejavu_engine_screen(engine, &A.matrix, &B.matrix, shortlist) == DEJAVU_OK);
+  }
+  const int64_t size = cache_dtype == DEJAVU_INT8 ? 1 : cache_dtype == DEJAVU_FP16 ? 2 : 4;
+  std::vector<uint8_t> k((size_t)(pool * size), 0xff), v(k.size(), 0xff);  // NaN in every float type
+  std::vector<float> k_scale((size_t)(pool / stride), NAN), v_scale(k_scale.size(), NAN), all;
+  const bool scaled = cache_dtype == DEJAVU_INT8;
   std::vector<std::vector<int64_t>> tables((size_t)batch);
   for (int64_t b = 0; b < batch; b++)
     for (int64_t p = 0; p < per_slot; p++) tables[(size_t)b].push_back(p * batch + b);
@@ -104,7 +126,7 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     std::vector<float> logits((size_t)(rows * c.vocab_size), NAN);
     std::vector<uint8_t> neuron_mask((size_t)(rows * c.num_layers * c.intermediate_size), 7), group_mask((size_t)(rows * c.num_layers * c.num_kv_heads), 7);
     const dejavu_block block = {rows, sparse ? 0 : rows - 1, pages, page_size, stride, token.data(), positions.data(), table.data(), k.data(), v.data(),
-                                sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data()};
+                                scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, cache_dtype, sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data()};
     std::vector<int64_t> counts((size_t)(3 * c.num_layers), -1);
     dejavu_profile profile = {{}, counts.data(), counts.data() + c.num_layers, counts.data() + 2 * c.num_layers};
     EXPECT((step % 2 ? dejavu_engine_profile(engine, &block, &profile) : dejavu_engine_run(engine, &block)) == DEJAVU_OK);
@@ -113,12 +135,17 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     for (uint8_t bit : neuron_mask) EXPECT(bit <= 1);
     for (size_t i = 0; i < neurons.size(); i++) EXPECT(neurons[i] >= 0 && neurons[i] <= c.intermediate_size && heads[i] >= 1 && heads[i] <= c.num_heads);
     const size_t written = (size_t)((rows - block.first_logits) * c.vocab_size);
-    for (size_t i = 0; i < written; i++) EXPECT(std::isfinite(logits[i]));
+    size_t finite = 0;
+    for (size_t i = 0; i < written; i++) {
+      EXPECT(std::isfinite(logits[i]) || (shortlist > 0 && logits[i] == -INFINITY));
+      finite += std::isfinite(logits[i]);
+    }
+    EXPECT(finite == (shortlist > 0 ? written / (size_t)c.vocab_size * (size_t)shortlist : written));
     all.insert(all.end(), logits.begin(), logits.begin() + (long)written);
     position += sparse ? 1 : rows;
   }
   for (int64_t l = 0; l < c.num_layers; l++)  // the last page belongs to nobody
-    for (int64_t i = 0; i < c.num_kv_heads * page_size * stride; i++) EXPECT(std::isnan(k[(size_t)(((l + 1) * pages - 1) * c.num_kv_heads * page_size * stride + i)]));
+    for (int64_t i = 0, bytes = c.num_kv_heads * page_size * stride * size; i < bytes; i++) EXPECT(k[(size_t)(((l + 1) * pages - 1) * bytes + i)] == 0xff);
   for (const int64_t count : {0, 1, 63, 1000, 200003}) {
     const std::vector<float> ones((size_t)count, 1.0f);
     double sum = 0.0;
@@ -159,12 +186,17 @@ void bad_input(const dejavu_config &good) {
   EXPECT(dejavu_engine_new(model, 1, 8, "abacus", &engine) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_new(model, 2, 8, nullptr, &engine) == DEJAVU_OK);
   EXPECT(dejavu_engine_predictor(engine, 0, DEJAVU_MLP, &wrong.matrix, &wrong.matrix, 0.0f, 0) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_engine_screen(engine, &wrong.matrix, &wrong.matrix, 1) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_engine_screen(engine, &wrong.matrix, &wrong.matrix, good.vocab_size) == DEJAVU_BAD_VALUE);
   std::vector<float> cache(4096), logits((size_t)good.vocab_size);
   std::vector<int64_t> counts((size_t)good.num_layers), pages = {0, 99};
   const int64_t *table = pages.data();
-  for (const auto &[token, position] : {std::pair<int64_t, int64_t>{-1, 0}, {good.vocab_size, 0}, {0, -1}, {0, good.max_positions}, {0, 3}}) {
-    const dejavu_block block = {1, 0, 1, 3, (good.head_dim + 15) / 16 * 16, &token, &position, &table, cache.data(), cache.data(), 1, logits.data(),
-                                counts.data(), counts.data(), nullptr, nullptr};
+  struct { int64_t token, position; int cache_dtype; float *scales; } const blocks[] = {
+      {-1, 0, DEJAVU_FP32, nullptr}, {good.vocab_size, 0, DEJAVU_FP32, nullptr}, {0, -1, DEJAVU_FP32, nullptr}, {0, good.max_positions, DEJAVU_FP32, nullptr},
+      {0, 3, DEJAVU_FP32, nullptr}, {0, 0, DEJAVU_INT4, nullptr}, {0, 0, DEJAVU_INT8, nullptr}, {0, 0, DEJAVU_FP16, cache.data()}};
+  for (const auto &bad : blocks) {
+    const dejavu_block block = {1, 0, 1, 3, (good.head_dim + 15) / 16 * 16, &bad.token, &bad.position, &table, cache.data(), cache.data(), bad.scales, bad.scales,
+                                bad.cache_dtype, 1, logits.data(), counts.data(), counts.data(), nullptr, nullptr};
     EXPECT(dejavu_engine_run(engine, &block) == DEJAVU_BAD_VALUE);
   }
   dejavu_engine_free(engine);
@@ -183,25 +215,30 @@ int main() {
       {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 1e-5f, 0},
       {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 1e-5f, 0.01f},
   };
-  int runs = 0;
+  int runs = 0, models = 0;
   for (dejavu_config config : configs)
-    for (int dtype : {DEJAVU_FP32, DEJAVU_INT8}) {
+    for (int dtype : {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4}) {
       config.dtype = dtype;
-      dejavu_model *model = new_model(config, runs % 4 < 2);
-      for (float threshold : {0.0f, INFINITY, -INFINITY}) {
+      dejavu_model *model = new_model(config, models % 2 == 0);
+      const float thresholds[] = {0.0f, INFINITY, -INFINITY};
+      for (int t = 0; t < 3; t++) {
+        const float threshold = thresholds[t];
+        const int caches[] = {DEJAVU_FP32, DEJAVU_FP16, DEJAVU_INT8}, cache = caches[(models + t) % 3];
+        const int64_t shortlist = (models / 2 + t) % 2 * (config.vocab_size / 3);
         std::istringstream names(dejavu_instruction_sets());
         std::vector<float> first;
         for (std::string isa; names >> isa;) {
-          const auto one = run(model, config, 1, isa, threshold, 5), three = run(model, config, 3, isa, threshold, 5);
+          const auto one = run(model, config, 1, isa, threshold, 5, cache, shortlist), three = run(model, config, 3, isa, threshold, 5, cache, shortlist);
           EXPECT(one.size() == three.size() && std::memcmp(one.data(), three.data(), one.size() * sizeof(float)) == 0);
           if (first.empty()) first = one;
-          // At threshold 0 a score that is rounded otherwise may select another neuron.
-          if (std::isinf(threshold)) EXPECT(difference(first, one) < 1e-3);
+          // At threshold 0 a score that is rounded otherwise may select another neuron, as may a screen; a cache rounds further.
+          if (std::isinf(threshold) && cache == DEJAVU_FP32 && shortlist == 0) EXPECT(difference(first, one) < 1e-3);
           runs++;
         }
       }
       dejavu_model_free(model);
       bad_input(config);
+      models++;
     }
   std::printf("%d runs with %s: no error\n", runs, dejavu_instruction_sets());
   return 0;

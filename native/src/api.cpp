@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr const char *NOT_FINITE = "the logits are not finite: the weights hold NaN or infinite values, or the activations overflow";
+constexpr const char *NOT_FINITE = "the logits are not finite: the weights hold NaN or infinite values, or the activations overflow (an fp16 cache: keys or values beyond 65504)";
 
 thread_local std::string error_text;
 
@@ -82,6 +82,14 @@ int dejavu_engine_predictor(dejavu_engine *engine, int64_t layer, int predicted,
   return guarded([&] {
     require(engine != nullptr && A != nullptr && B != nullptr, "a pointer is missing");
     engine->set_predictor(layer, predicted, *A, *B, threshold, lookahead);
+    return DEJAVU_OK;
+  });
+}
+
+int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *A, const dejavu_matrix *B, int64_t count) {
+  return guarded([&] {
+    require(engine != nullptr && A != nullptr && B != nullptr, "a pointer is missing");
+    engine->set_screen(*A, *B, count);
     return DEJAVU_OK;
   });
 }

@@ -5,9 +5,27 @@
 
 #include "pass.h"
 
-float *Pass::cache_row(float *pool, int64_t layer, int64_t row, int64_t group, int64_t position) const {
+int64_t Pass::cache_row(int64_t layer, int64_t row, int64_t group, int64_t position) const {
   const int64_t page = block.table[row][position / block.page_size], offset = position % block.page_size;
-  return pool + (((layer * block.num_pages + page) * config.num_kv_heads + group) * block.page_size + offset) * model.head_width;
+  return ((layer * block.num_pages + page) * config.num_kv_heads + group) * block.page_size + offset;
+}
+
+RowList Pass::cache_rows(const void *pool, int64_t first, int64_t count) const {
+  return {(const unsigned char *)pool + first * cache_bytes, cache_bytes, nullptr, count, count, 0, 0};
+}
+
+// A head's vector, padded with zeros, into the cache: as it is, rounded, or as int8 times a scale (NaN where it is not finite).
+void Pass::store(const float *head, void *pool, float *scales, int64_t at) const {
+  const int64_t n = model.head_width;
+  if (block.cache_dtype == DEJAVU_FP32) {
+    std::copy_n(head, n, (float *)pool + at * n);
+  } else if (block.cache_dtype == DEJAVU_FP16) {
+    kernels.narrow(head, n, (half *)pool + at * n);
+  } else {
+    scales[at] = kernels.quantize(head, n, 127.0f, own.cached.data());
+    int8_t *to = (int8_t *)pool + at * n;
+    for (int64_t i = 0; i < n; i++) to[i] = (int8_t)own.cached[i];
+  }
 }
 
 // Rotary position of one head, halves paired: (u, v) -> (u cos - v sin, v cos + u sin).
@@ -48,16 +66,13 @@ void Pass::project_heads(int64_t layer) {
       if (is_query && !selects(r, head)) continue;
       float *computed = own.query[r].f;
       if (is_query || is_key) rotate(r, computed);
-      float *to;
-      if (is_query) {
-        const float scale = 1.0f / std::sqrt((float)size);
-        for (int64_t i = 0; i < size; i++) computed[i] *= scale;
-        to = engine.query.data() + (r * heads + head) * model.head_width;
-      } else {
-        to = cache_row(is_key ? block.k_pool : block.v_pool, layer, r, head, block.position[r]);
+      if (!is_query) {  // past `size` it is zero: nothing is written there
+        store(computed, is_key ? block.k_pool : block.v_pool, is_key ? block.k_scale : block.v_scale, cache_row(layer, r, head, block.position[r]));
+        continue;
       }
-      std::copy_n(computed, size, to);
-      std::fill(to + size, to + model.head_width, 0.0f);
+      const float scale = 1.0f / std::sqrt((float)size);
+      float *to = engine.query.data() + (r * heads + head) * model.head_width;
+      for (int64_t i = 0; i < size; i++) to[i] = computed[i] * scale;
     }
   }
 }
@@ -65,7 +80,10 @@ void Pass::project_heads(int64_t layer) {
 void Pass::attend(int64_t layer) {
   const Matrix &o = model.layers[(size_t)layer].o;
   const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim, padded = model.head_width;
-  const int64_t stride = padded * (int64_t)sizeof(float), chunks = engine.head_chunks;
+  const int64_t chunks = engine.head_chunks;
+  const int dtype = block.cache_dtype;
+  const auto dots_of = dtype == DEJAVU_INT8 ? kernels.dots_i8 : dtype == DEJAVU_FP16 ? kernels.dots_f16 : kernels.dots_f32;
+  const auto axpys_of = dtype == DEJAVU_INT8 ? kernels.axpys_i8 : dtype == DEJAVU_FP16 ? kernels.axpys_f16 : kernels.axpys_f32;
   const int64_t begin = share(chunks), end = share_end(chunks);
   for (int64_t c = begin; c < end; c++) {
     fetch_neurons(layer, c - begin, end - begin);
@@ -78,17 +96,18 @@ void Pass::attend(int64_t layer) {
         const float *q = engine.query.data() + (r * heads + h) * padded;
         float *p = own.probabilities.data(), *mixed = own.mixed.data();
         for (int64_t t = 0; t < length; t += block.page_size) {
-          const int64_t count = std::min(block.page_size, length - t);
-          kernels.dots_f32({cache_row(block.k_pool, layer, r, group, t), stride, nullptr, count, count, 0, 0}, q, padded, p + t);
+          const int64_t count = std::min(block.page_size, length - t), first = cache_row(layer, r, group, t);
+          dots_of(cache_rows(block.k_pool, first, count), q, padded, p + t);
+          for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.k_scale[first + i];
         }
         kernels.softmax(p, length);
         std::fill_n(mixed, padded, 0.0f);
         for (int64_t t = 0; t < length; t += block.page_size) {
-          const int64_t count = std::min(block.page_size, length - t);
-          kernels.axpys_f32({cache_row(block.v_pool, layer, r, group, t), stride, nullptr, count, count, 0, 0}, p + t, padded, mixed);
+          const int64_t count = std::min(block.page_size, length - t), first = cache_row(layer, r, group, t);
+          for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.v_scale[first + i];
+          axpys_of(cache_rows(block.v_pool, first, count), p + t, padded, mixed);
         }
-        if (o.dtype == DEJAVU_INT8)
-          for (int64_t i = 0; i < size; i++) mixed[i] *= o.scale[h * size + i];
+        o.scale_rows(nullptr, h * size, size, mixed);
         axpys(o, mixed, nullptr, h * size, size, engine.attention_parts.data() + (c * engine.max_rows + r) * width, rows == 1 ? o.row_bytes() : 0);
       }
     }

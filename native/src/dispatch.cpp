@@ -3,6 +3,10 @@
 
 #include "kernels.h"
 
+#if defined(DEJAVU_X86)
+#include <cpuid.h>
+#endif
+
 namespace {
 
 struct Candidate {
@@ -11,19 +15,29 @@ struct Candidate {
   const Kernels *(*kernels)();
 };
 
-constexpr int COUNT = 3;
+constexpr int COUNT = 4;
+
+#if defined(DEJAVU_X86)
+// Not every compiler's __builtin_cpu_supports knows f16c. Its registers are those of AVX.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
 
 const Candidate *candidates() {
 #if defined(DEJAVU_X86)
   __builtin_cpu_init();
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const Candidate list[COUNT] = {{"avx512", avx512, avx512_kernels}, {"avx2", avx2, avx2_kernels}, {"scalar", true, scalar_kernels}};
+  static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  static const Candidate list[COUNT] = {{"avx512vnni", vnni, avx512vnni_kernels}, {"avx512", avx512, avx512_kernels},
+                                        {"avx2", avx2, avx2_kernels}, {"scalar", true, scalar_kernels}};
 #elif defined(DEJAVU_ARM64)
-  static const Candidate list[COUNT] = {{"neon", true, neon_kernels}, {"scalar", true, scalar_kernels}, {"", false, nullptr}};
+  static const Candidate list[COUNT] = {{"neon", true, neon_kernels}, {"scalar", true, scalar_kernels}};
 #else
-  static const Candidate list[COUNT] = {{"scalar", true, scalar_kernels}, {"", false, nullptr}, {"", false, nullptr}};
+  static const Candidate list[COUNT] = {{"scalar", true, scalar_kernels}};
 #endif
   return list;
 }

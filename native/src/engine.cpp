@@ -20,8 +20,14 @@ int64_t chunks_of_heads(const dejavu_config &c) { return std::min(c.num_heads, s
 
 }  // namespace
 
-Vectors::Vectors(int64_t rows, int64_t width, bool quantized) : floats_(rows * width), ints_(quantized ? rows * width : 0) {
-  for (int64_t r = 0; r < rows; r++) list_.push_back({floats_.data() + r * width, quantized ? ints_.data() + r * width : nullptr, 0.0f});
+Vectors::Vectors(int64_t rows, int64_t width, bool int8, bool int4) : floats_(rows * width), ints_(int8 ? rows * width : 0) {
+  const int64_t groups = round_up(width / GROUP, 8);
+  if (int4) bytes_ = Buffer<int8_t>(rows * width), scales_ = Buffer<float>(2 * rows * groups);
+  for (int64_t r = 0; r < rows; r++) {
+    Vector vector = {floats_.data() + r * width, int8 ? ints_.data() + r * width : nullptr, 0.0f, {nullptr, nullptr, nullptr}};
+    if (int4) vector.groups = {bytes_.data() + r * width, scales_.data() + 2 * r * groups, scales_.data() + (2 * r + 1) * groups};
+    list_.push_back(vector);
+  }
 }
 
 dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, const Kernels *with)
@@ -34,7 +40,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
       pool(threads) {
   const dejavu_config &c = model->config;
   const int64_t width = model->width;
-  const bool quantized = c.dtype == DEJAVU_INT8;
+  const bool int4 = c.dtype == DEJAVU_INT4, int8 = c.dtype == DEJAVU_INT8 || int4;  // int8: the predictors of an int4 model
   require(model->embed.present(), "the model has no embedding");
   require(c.tied_head || model->head.present(), "the model has no head");
   require(c.embed_size == c.hidden_size || (model->project_in.present() && model->project_out.present()), "the model has no project_in and project_out");
@@ -42,7 +48,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   require(!c.final_norm || !model->final_norm.weight.empty(), "the model has no final norm");
   for (const Layer &layer : model->layers)
     require(layer.q.present() && layer.k.present() && layer.v.present() && layer.o.present() && !layer.norm1.weight.empty() &&
-                !layer.norm2.weight.empty() && (c.dtype == DEJAVU_FP32 || (!layer.up.scale.empty() && !layer.down.scale.empty())),
+                !layer.norm2.weight.empty() && layer.up.filled() && layer.down.filled() && (!c.gated || layer.gate.filled()),
             "a layer of the model lacks a part");
   residual = Buffer<float>(product({rows, width}));
   query = Buffer<float>(product({rows, c.num_heads, model->head_width}));
@@ -55,14 +61,15 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   for (Buffer<int64_t> &count : counts) count = Buffer<int64_t>(rows * neuron_chunks);
   for (int thread = 0; thread < threads; thread++) {
     auto own = std::make_unique<Scratch>();
-    for (Vectors *vectors : {&own->x, &own->attention_in, &own->mlp_in, &own->final_in}) *vectors = Vectors(rows, width, quantized);
-    own->projected = Vectors(rows, model->embed_width, quantized);
-    own->low = Vectors(1, PAD, quantized);
-    own->query = Vectors(rows, round_up(c.head_dim, PAD), false);
+    for (Vectors *vectors : {&own->x, &own->attention_in, &own->mlp_in, &own->final_in}) *vectors = Vectors(rows, width, int8, int4);
+    own->projected = Vectors(rows, model->embed_width, int8, int4);
+    own->low = Vectors(1, PAD, int8, false);
+    own->query = Vectors(rows, round_up(c.head_dim, PAD), false, false);
     own->values = Buffer<float>(2 * (c.intermediate_size + PAD));
     own->scores = Buffer<float>(std::max(c.intermediate_size, c.num_kv_heads) + PAD);
     own->probabilities = Buffer<float>(c.max_positions + PAD);
     own->mixed = Buffer<float>(model->head_width);
+    own->cached = Buffer<int16_t>(model->head_width);
     own->fired = Buffer<int32_t>(c.intermediate_size);
     own->groups = Buffer<uint8_t>(rows * c.num_kv_heads);
     own->units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
@@ -80,18 +87,23 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   require(A.rows > 0 && A.rows < INT64_C(1) << 31, "a predictor needs a positive rank");
   require(!std::isnan(threshold), "a predictor's threshold is NaN");
   Predictor made;
-  made.A.allocate(A.scale == nullptr ? DEJAVU_FP32 : DEJAVU_INT8, A.rows, c.hidden_size);
+  for (const dejavu_matrix *given : {&A, &B}) require(given->dtype == DEJAVU_FP32 || given->dtype == DEJAVU_INT8, "a predictor must be fp32 or int8");
+  made.A.allocate(A.dtype, A.rows, c.hidden_size);
   made.A.fill(A, "a predictor's A");
-  made.B.allocate(B.scale == nullptr ? DEJAVU_FP32 : DEJAVU_INT8, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
+  made.B.allocate(B.dtype, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
   made.B.fill(B, "a predictor's B");
   made.threshold = threshold, made.lookahead = lookahead;
-  // The rank's sums and their products with B: grown to the largest rank.
   std::lock_guard<std::mutex> lock(mutex);
-  int64_t widest = made.B.width;
-  for (const LayerPredictors &other : predictors) widest = std::max({widest, other.mlp.B.width, other.heads.B.width});
-  for (auto &own : scratch) own->low = Vectors(1, widest, c.dtype == DEJAVU_INT8);
   LayerPredictors &pair = predictors[(size_t)layer];
   (mlp ? pair.mlp : pair.heads) = std::move(made);
+  grow_low();
+}
+
+// The sums of a rank, as wide as the largest rank.
+void dejavu_engine::grow_low() {
+  int64_t widest = std::max(PAD, screen.B.width);
+  for (const LayerPredictors &pair : predictors) widest = std::max({widest, pair.mlp.B.width, pair.heads.B.width});
+  for (auto &own : scratch) own->low = Vectors(1, widest, model->config.dtype == DEJAVU_INT8 || model->config.dtype == DEJAVU_INT4, false);
 }
 
 void dejavu_engine::check(const dejavu_block &b) const {
@@ -100,6 +112,9 @@ void dejavu_engine::check(const dejavu_block &b) const {
   require(b.first_logits >= 0 && b.first_logits <= b.rows, "first_logits lies outside the rows");
   require(b.page_size >= 1 && b.num_pages >= 1 && b.head_stride == model->head_width, "the cache's shape is not that of the model");
   require(b.token && b.position && b.table && b.k_pool && b.v_pool && b.logits && b.neurons && b.heads, "a pointer of the block is missing");
+  require(b.cache_dtype == DEJAVU_FP32 || b.cache_dtype == DEJAVU_FP16 || b.cache_dtype == DEJAVU_INT8,
+          "unknown dtype of the cache " + std::to_string(b.cache_dtype));
+  require((b.k_scale && b.v_scale) == (b.cache_dtype == DEJAVU_INT8) && !b.k_scale == !b.v_scale, "an int8 cache, and no other, needs scales");
   for (int64_t r = 0; r < b.rows; r++) {
     require(b.token[r] >= 0 && b.token[r] < c.vocab_size,
             "token id " + std::to_string(b.token[r]) + " is outside the model's vocabulary of " + std::to_string(c.vocab_size));

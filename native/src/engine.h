@@ -22,23 +22,34 @@ struct LayerPredictors {
   Predictor mlp, heads;
 };
 
-// A padded vector, also as int16 times a scale where the weights are int8.
-struct Vector {
-  float *f;
-  int16_t *q;
-  float scale;
+// The screened head: see screen.cpp. best: [rows, threads, count], the ranks that each thread found, `found` of them.
+struct Screen {
+  Matrix A, B;
+  int64_t count = 0;
+  Buffer<uint64_t> best;
+  Buffer<int64_t> found;
 };
 
-// `rows` vectors of `width` values.
+// A padded vector; where some matrix that it meets is of integers, also in the form that their products take.
+struct Vector {
+  float *f;
+  int16_t *q;    // int16 times a scale, for int8
+  float scale;
+  Grouped groups;  // for int4
+};
+
+// `rows` vectors of `width` values that meet matrices of these dtypes.
 class Vectors {
  public:
   Vectors() = default;
-  Vectors(int64_t rows, int64_t width, bool quantized);
+  Vectors(int64_t rows, int64_t width, bool int8, bool int4);
   Vector &operator[](int64_t row) { return list_[(size_t)row]; }
 
  private:
   Buffer<float> floats_;
   Buffer<int16_t> ints_;
+  Buffer<int8_t> bytes_;
+  Buffer<float> scales_;
   std::vector<Vector> list_;
 };
 
@@ -47,14 +58,19 @@ struct Scratch {
   Vectors x, attention_in, mlp_in, final_in, projected;
   Vectors low, query;
   Buffer<float> values, scores, probabilities, mixed;
+  Buffer<int16_t> cached;
   Buffer<int32_t> fired;
   Buffer<uint8_t> groups;        // [rows, groups]: selected
+  Buffer<uint64_t> ranks;        // these three: for a screen
+  Buffer<int32_t> tokens;
+  Buffer<float> exact;
   std::vector<int64_t> units;  // heads to project: queries, then keys, then values
 };
 
 struct dejavu_engine {
   dejavu_engine(const dejavu_model *model, int threads, int64_t max_rows, const Kernels *kernels);
   void set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead);
+  void set_screen(const dejavu_matrix &A, const dejavu_matrix &B, int64_t count);
   // Raises BadValue for a block that this model cannot run. Returns whether every logit is finite.
   bool run(const dejavu_block &block, dejavu_profile *profile = nullptr);
   // The sum of count values, read in order by all threads: see read.cpp.
@@ -64,6 +80,7 @@ struct dejavu_engine {
   const Kernels *kernels;
   const int64_t max_rows, neuron_chunks, head_chunks;
   std::vector<LayerPredictors> predictors;
+  Screen screen;
   // Shared by the threads
   Buffer<float> residual, query, attention_parts, mlp_parts, cosine, sine, projected;
   // By the layer's parity, so that thread 0 still reports one layer while others select for the next.
@@ -78,6 +95,7 @@ struct dejavu_engine {
 
  private:
   void check(const dejavu_block &block) const;
+  void grow_low();
 };
 
 inline int64_t chunk_start(int64_t total, int64_t chunk, int64_t chunks) { return total * chunk / chunks; }

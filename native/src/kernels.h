@@ -9,6 +9,24 @@
 
 constexpr int64_t PAD = 64, HEAD_PAD = 16;
 
+// 16-bit floats as they lie in memory.
+struct bf16 { uint16_t bits; };
+struct half { uint16_t bits; };
+
+// int4: a row is n / 2 bytes of nibbles, then an fp16 scale for each GROUP values; a nibble is value + 8. The nibbles of group g
+// are bytes 16 g ... : value i of the group is nibble i / 4 % 2 (0: low) of byte i % 4 * 4 + i / 8, so that 4 values in order
+// are nibbles at the same place of 4 words of 32 bits. Scales may be read up to INT4_SLACK bytes past the last row.
+constexpr int64_t GROUP = 32, INT4_SLACK = 64;
+inline int64_t int4_bytes(int64_t n) { return n / 2 + n / GROUP * 2; }
+
+// A vector as int8 with a scale for each GROUP values, for products with int4: x[i] = scale[g] * q[...]. Of each PAD values the
+// low nibbles' lie first, then the high nibbles', in the order of the bytes of an int4 row. sum[g] = -8 * (q summed over g).
+// scale and sum are zero from the last group up to the next multiple of 8 groups.
+struct Grouped {
+  int8_t *q;
+  float *scale, *sum;
+};
+
 struct RowList {
   const void *base;
   int64_t stride;
@@ -22,12 +40,18 @@ struct Kernels {
   void (*fetch)(const RowList &rows);
   // out[k] = sum_i row_k[i] x[i]
   void (*dots_f32)(const RowList &rows, const float *x, int64_t n, float *out);
+  void (*dots_bf16)(const RowList &rows, const float *x, int64_t n, float *out);
+  void (*dots_f16)(const RowList &rows, const float *x, int64_t n, float *out);
   void (*dots_i8)(const RowList &rows, const float *x, int64_t n, float *out);
   // The same with x[i] = scale * xq[i]. No int32 overflows as long as |xq| <= int16_limit(n).
   void (*dots_i8_i16)(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out);
+  void (*dots_i4)(const RowList &rows, const Grouped &x, int64_t n, float *out);
   // y[i] = y[i] + coef[0] row_0[i] + coef[1] row_1[i] + ..., added in this order
   void (*axpys_f32)(const RowList &rows, const float *coef, int64_t n, float *y);
+  void (*axpys_bf16)(const RowList &rows, const float *coef, int64_t n, float *y);
+  void (*axpys_f16)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*axpys_i8)(const RowList &rows, const float *coef, int64_t n, float *y);
+  void (*axpys_i4)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*add)(float *y, const float *x, int64_t n);
   // p = softmax(p); room for PAD values past n
   void (*softmax)(float *p, int64_t n);
@@ -36,6 +60,10 @@ struct Kernels {
   void (*rms_norm)(const float *x, const float *weight, float eps, int64_t size, int64_t n, float *y);
   // xq = round(x / scale), returns scale = max|x| / limit; xq = 0 and NaN where a value is not finite
   float (*quantize)(const float *x, int64_t n, float limit, int16_t *xq);
+  // x in groups: q = round(x / scale), scale = max|x of the group| / 127; q = 0 and NaN scales where a value is not finite
+  void (*group)(const float *x, int64_t n, const Grouped &out);
+  // y = x rounded to fp16, n a multiple of HEAD_PAD; too large becomes infinite
+  void (*narrow)(const float *x, int64_t n, half *y);
   // x = activation(x), activation being a dejavu_activation; room for PAD values past n
   void (*activate)(float *x, int64_t n, int activation, float threshold);
   bool (*finite)(const float *x, int64_t n);
@@ -52,6 +80,7 @@ inline float int16_limit(int64_t n) {
 const Kernels *scalar_kernels();
 const Kernels *avx2_kernels();
 const Kernels *avx512_kernels();
+const Kernels *avx512vnni_kernels();
 const Kernels *neon_kernels();
 
 // The table for a name, or the best this machine can run for NULL; NULL where it cannot run it.

@@ -1,4 +1,4 @@
-// The functions of kernels.h over the vectors F and I of one simd_*.h. Included once in each kernels_<set>.cpp.
+// The functions of kernels.h over the vectors F, I and N of one simd_*.h. Included once in each kernels_<set>.cpp.
 //
 // Everything is static to its translation unit, and no C++ library template is used: code for one instruction set must
 // never be merged with that of another by the linker.
@@ -8,6 +8,8 @@
 #include "kernels.h"
 
 namespace {
+
+bool finite(const float *x, int64_t n);
 
 template <class W> inline const W *row_of(const RowList &rows, int64_t k) {
   const int64_t number = rows.idx == nullptr ? k : (int64_t)rows.idx[k];
@@ -20,6 +22,7 @@ inline void fetch_rows(const RowList &rows, int64_t k) {
   for (int64_t j = k; j < stop; j++) {
     const char *row = row_of<char>(rows, j);
     for (int64_t b = 0; b < rows.fetch; b += 64) prefetch(row + b);
+    prefetch(row + rows.fetch - 1);  // a row need not start a cache line
   }
 }
 
@@ -107,6 +110,97 @@ template <class W> void axpys(const RowList &rows, const float *coef, int64_t n,
     const F::T c = F::set(coef[k]);
     for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::fma(F::load(r + i), c, F::load(y + i)));
   }
+}
+
+// Groups are taken 8 at a time: their scales are one vector.
+void dots_i4(const RowList &rows, const Grouped &x, int64_t n, float *out) {
+  fetch_first(rows);
+  const int64_t groups = n / GROUP;
+  for (int64_t k = 0; k < rows.count; k += 4) {
+    fetch_ahead(rows, k);
+    const uint8_t *r[4];
+    rows4(rows, k, r);
+    F::T a[4];
+    for (int j = 0; j < 4; j++) a[j] = F::zero();
+    for (int64_t g = 0; g < groups; g += 8) {
+      const int64_t count = groups - g < 8 ? groups - g : 8;
+      N::Scales s[4];
+      for (int j = 0; j < 4; j++) {
+        s[j] = N::scales((const half *)(r[j] + n / 2) + g, x.scale + g, count);
+        a[j] = N::bias(a[j], s[j], x.sum + g);
+      }
+      const int8_t *q = x.q + g * GROUP;
+      if (count == 8)
+        for (int pair = 0; pair < 4; pair++)
+          for (int j = 0; j < 4; j++) a[j] = N::step(a[j], r[j] + (g + 2 * pair) * (GROUP / 2), q + pair * PAD, s[j], pair);
+      else
+        for (int pair = 0; pair < count / 2; pair++)
+          for (int j = 0; j < 4; j++) a[j] = N::step(a[j], r[j] + (g + 2 * pair) * (GROUP / 2), q + pair * PAD, s[j], pair);
+    }
+    float four[4];
+    const bool whole = k + 4 <= rows.count;
+    F::sum4(a[0], a[1], a[2], a[3], whole ? out + k : four);
+    if (!whole) put4(four, k, rows.count, out);
+  }
+}
+
+// R rows added to y, each coef * scale of the group first.
+template <int R> inline void axpy_i4(const uint8_t *const *r, const float *coef, int64_t n, float *y) {
+  const int64_t groups = n / GROUP;
+  for (int64_t first = 0; first < groups; first += 8) {
+    const int64_t count = groups - first < 8 ? groups - first : 8;
+    float c[R][8];
+    for (int j = 0; j < R; j++) N::times((const half *)(r[j] + n / 2) + first, coef[j], c[j]);
+    for (int64_t g = 0; g < count; g++) {
+      float *to = y + (first + g) * GROUP;
+      N::Group group[R];
+      for (int j = 0; j < R; j++) group[j] = N::group(r[j] + (first + g) * (GROUP / 2));
+      for (int part = 0; part < GROUP / F::W; part++) {
+        F::T v = F::load(to + part * F::W);
+        for (int j = 0; j < R; j++) v = F::fma(N::values(group[j], part), F::set(c[j][g]), v);
+        F::store(to + part * F::W, v);
+      }
+    }
+  }
+}
+
+void axpys_i4(const RowList &rows, const float *coef, int64_t n, float *y) {
+  fetch_first(rows);
+  int64_t k = 0;
+  for (; k + 4 <= rows.count; k += 4) {
+    fetch_ahead(rows, k);
+    const uint8_t *r[4];
+    rows4(rows, k, r);
+    axpy_i4<4>(r, coef + k, n, y);
+  }
+  for (; k < rows.count; k++) {
+    const uint8_t *r = row_of<uint8_t>(rows, k);
+    axpy_i4<1>(&r, coef + k, n, y);
+  }
+}
+
+void group(const float *x, int64_t n, const Grouped &out) {
+  const int64_t groups = n / GROUP, padded = (groups + 7) / 8 * 8;
+  const bool whole = finite(x, n);
+  for (int64_t i = 0; !whole && i < n; i++) out.q[i] = 0;
+  for (int64_t g = 0; !whole && g < groups; g++) out.scale[g] = NAN, out.sum[g] = 0.0f;
+  for (int64_t g = 0; whole && g < groups; g++) {
+    const float *from = x + g * GROUP;
+    int8_t *low = out.q + g / 2 * PAD + g % 2 * 16, *high = low + PAD / 2;
+    F::T m = F::zero();
+    for (int64_t i = 0; i < GROUP; i += F::W) m = F::max(m, F::abs(F::load(from + i)));
+    const float scale = fmaxf(F::largest(m) / 127.0f, 1e-30f);
+    N::pack(from, 1.0f / scale, low, high);
+    int32_t total = 0;
+    for (int i = 0; i < 16; i++) total += (int32_t)low[i] + (int32_t)high[i];
+    out.scale[g] = scale;
+    out.sum[g] = (float)(-8 * total);
+  }
+  for (int64_t g = groups; g < padded; g++) out.scale[g] = out.sum[g] = 0.0f;
+}
+
+void narrow(const float *x, int64_t n, half *y) {
+  for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::load(x + i));
 }
 
 void add(float *y, const float *x, int64_t n) {
@@ -228,8 +322,8 @@ void activate(float *x, int64_t n, int activation, float threshold) {
 }
 
 const Kernels TABLE = {
-    DEJAVU_ISA_NAME, fetch,   dots<float>, dots<int8_t>, dots_i8_i16, axpys<float>, axpys<int8_t>,
-    add,             softmax, layer_norm,  rms_norm,     quantize,    activate,     finite,
-    sum};
+    DEJAVU_ISA_NAME, fetch,       dots<float>, dots<bf16>,    dots<half>,    dots<int8_t>, dots_i8_i16, dots_i4,
+    axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, axpys_i4,      add,          softmax,     layer_norm,
+    rms_norm,        quantize,    group,       narrow,        activate,      finite,       sum};
 
 }  // namespace

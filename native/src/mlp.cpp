@@ -28,8 +28,7 @@ void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t fi
     dots(layer.up, x, idx, first, count, values, idx == nullptr ? ordered : bytes + down_too);
     kernels.activate(values, count, config.activation, config.activation_threshold);
   }
-  if (layer.down.dtype == DEJAVU_INT8)
-    for (int64_t k = 0; k < count; k++) values[k] *= layer.down.scale[idx == nullptr ? first + k : idx[k]];
+  layer.down.scale_rows(idx, first, count, values);
   if (idx == nullptr) return axpys(layer.down, values, idx, first, count, y, ordered);
   if (!skip_zeros) return axpys(layer.down, values, idx, first, count, y);
   // An activation of exactly zero adds nothing: its row of down is not read.

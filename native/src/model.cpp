@@ -14,7 +14,7 @@ void check_config(const dejavu_config &c) {
     require(size.value > 0 && size.value < INT64_C(1) << 31, std::string(size.name) + " must lie in 1 .. 2^31, not " + std::to_string(size.value));
   require(c.num_heads % c.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads");
   require(!c.rope || c.head_dim % 2 == 0, "head_dim must be even for rotary positions");
-  require(c.dtype == DEJAVU_FP32 || c.dtype == DEJAVU_INT8, "unknown dtype " + std::to_string(c.dtype));
+  require(c.dtype >= DEJAVU_FP32 && c.dtype <= DEJAVU_INT4, "unknown dtype " + std::to_string(c.dtype));
   require(c.activation >= DEJAVU_RELU && c.activation <= DEJAVU_GELU_TANH, "unknown activation " + std::to_string(c.activation));
   require(c.position_offset >= 0, "position_offset must not be negative");
 }
@@ -25,6 +25,29 @@ void copy_vector(Buffer<float> &to, int64_t padded, const float *from, int64_t c
   to = static_cast<Buffer<float> &&>(values);
 }
 
+const char *name_of(int dtype) {
+  switch (dtype) {
+    case DEJAVU_INT4: return "int4 groups with scales";
+    case DEJAVU_INT8: return "int8 rows with scales";
+    case DEJAVU_BF16: return "bf16";
+    default: return "fp32";
+  }
+}
+
+constexpr const char *NOT_FINITE = " has values that are not finite; integers cannot hold them";
+
+// One row of int4: see kernels.h. Padding is zero.
+void pack_int4(const int8_t *values, const uint16_t *scales, int64_t columns, int64_t width, const std::string &what, unsigned char *row) {
+  std::memset(row, 0x88, (size_t)(width / 2));
+  for (int64_t i = 0; i < columns; i++) {
+    require(values[i] >= -8 && values[i] <= 7, what + " has an int4 value outside -8 .. 7");
+    const int64_t at = i / GROUP * (GROUP / 2) + i % 4 * 4 + i % GROUP / 8, shift = i / 4 % 2 * 4;
+    row[at] = (unsigned char)((row[at] & ~(15 << shift)) | (values[i] + 8) << shift);
+  }
+  for (int64_t g = 0; g * GROUP < columns; g++) require((scales[g] & 0x7c00) != 0x7c00, what + NOT_FINITE);
+  std::memcpy(row + width / 2, scales, (size_t)((columns + GROUP - 1) / GROUP * 2));
+}
+
 }  // namespace
 
 void Matrix::view(int new_dtype, int64_t new_rows, int64_t new_columns, unsigned char *new_data, int64_t new_stride) {
@@ -33,8 +56,8 @@ void Matrix::view(int new_dtype, int64_t new_rows, int64_t new_columns, unsigned
 }
 
 void Matrix::allocate(int new_dtype, int64_t new_rows, int64_t new_columns) {
-  const int64_t bytes = round_up(new_columns, PAD) * (new_dtype == DEJAVU_FP32 ? 4 : 1);
-  owned = Buffer<unsigned char>(product({new_rows, bytes}));
+  const int64_t bytes = bytes_of(new_dtype, round_up(new_columns, PAD));
+  owned = Buffer<unsigned char>(product({new_rows, bytes}) + (new_dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
   view(new_dtype, new_rows, new_columns, owned.data(), bytes);
 }
 
@@ -43,14 +66,21 @@ void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
   require(source.rows == rows && source.columns == columns,
           what + " is " + std::to_string(source.rows) + " x " + std::to_string(source.columns) + ", expected " + std::to_string(rows) + " x " +
               std::to_string(columns));
-  require((source.scale != nullptr) == (dtype == DEJAVU_INT8), what + (dtype == DEJAVU_INT8 ? " needs int8 rows with scales" : " must be fp32"));
-  const int64_t size = dtype == DEJAVU_FP32 ? 4 : 1;
-  for (int64_t r = 0; r < rows; r++)
-    std::memcpy(data + r * stride, (const unsigned char *)source.data + r * columns * size, (size_t)(columns * size));
-  if (dtype == DEJAVU_INT8) {
-    for (int64_t r = 0; r < rows; r++) require(std::isfinite(source.scale[r]), what + " has values that are not finite; int8 cannot hold them");
-    copy_vector(scale, rows, source.scale, rows);
+  require(source.dtype == dtype && (source.scale != nullptr) == (dtype == DEJAVU_INT8 || dtype == DEJAVU_INT4), what + " must be " + name_of(dtype));
+  if (dtype == DEJAVU_INT4) {
+    const int64_t groups = (columns + GROUP - 1) / GROUP;
+    for (int64_t r = 0; r < rows; r++)
+      pack_int4((const int8_t *)source.data + r * columns, (const uint16_t *)source.scale + r * groups, columns, width, what, data + r * stride);
+  } else {
+    const int64_t bytes = bytes_of(dtype, columns);
+    for (int64_t r = 0; r < rows; r++) std::memcpy(data + r * stride, (const unsigned char *)source.data + r * bytes, (size_t)bytes);
   }
+  if (dtype == DEJAVU_INT8) {
+    const float *scales = (const float *)source.scale;
+    for (int64_t r = 0; r < rows; r++) require(std::isfinite(scales[r]), what + NOT_FINITE);
+    copy_vector(scale, rows, scales, rows);
+  }
+  filled_ = true;
   if (source.bias != nullptr) copy_vector(bias, rows, source.bias, rows);
 }
 
@@ -60,9 +90,9 @@ dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
   embed_width = round_up(config.embed_size, PAD);
   head_width = round_up(config.head_dim, HEAD_PAD);
   layers.resize((size_t)config.num_layers);
-  const int64_t parts = config.gated ? 3 : 2, bytes = width * (config.dtype == DEJAVU_FP32 ? 4 : 1);
+  const int64_t parts = config.gated ? 3 : 2, bytes = bytes_of(config.dtype, width);
   for (Layer &layer : layers) {
-    layer.neurons = Buffer<unsigned char>(product({config.intermediate_size, parts, bytes}));
+    layer.neurons = Buffer<unsigned char>(product({config.intermediate_size, parts, bytes}) + (config.dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
     unsigned char *record = layer.neurons.data();
     for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) {
       if (matrix == &layer.gate && !config.gated) continue;
@@ -73,7 +103,7 @@ dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
 }
 
 void dejavu_model::set_norm(Norm &norm, const dejavu_matrix &matrix, const std::string &what) {
-  require(matrix.data != nullptr && matrix.scale == nullptr && matrix.rows == 1 && matrix.columns == config.hidden_size,
+  require(matrix.data != nullptr && matrix.dtype == DEJAVU_FP32 && matrix.rows == 1 && matrix.columns == config.hidden_size,
           what + " must be one fp32 row of " + std::to_string(config.hidden_size));
   copy_vector(norm.weight, width, (const float *)matrix.data, config.hidden_size);
   if (matrix.bias != nullptr) copy_vector(norm.bias, width, matrix.bias, config.hidden_size);
@@ -101,7 +131,7 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
     case DEJAVU_HEAD: return own(head, c.dtype, c.vocab_size, c.embed_size, "the head");
     case DEJAVU_FINAL_NORM: return set_norm(final_norm, m, "the final norm");
     case DEJAVU_INV_FREQ:
-      require(m.data != nullptr && m.rows == 1 && m.columns == c.head_dim / 2, "inverse frequencies must be one row of head_dim / 2");
+      require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns == c.head_dim / 2, "inverse frequencies must be one row of head_dim / 2");
       return copy_vector(inv_freq, m.columns, (const float *)m.data, m.columns);
     default: break;
   }

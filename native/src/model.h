@@ -20,6 +20,16 @@ inline void require(bool condition, const std::string &message) {
   if (!condition) throw BadValue(message);
 }
 
+// Bytes of `width` values in a row (int4: a multiple of PAD).
+inline int64_t bytes_of(int dtype, int64_t width) {
+  switch (dtype) {
+    case DEJAVU_INT4: return int4_bytes(width);
+    case DEJAVU_INT8: return width;
+    case DEJAVU_BF16: case DEJAVU_FP16: return 2 * width;
+    default: return 4 * width;
+  }
+}
+
 // Rows of padded values. `width` values are read of each row; row r is data + r * stride; scale (int8) and bias by row.
 struct Matrix {
   int dtype = DEJAVU_FP32;
@@ -29,13 +39,22 @@ struct Matrix {
   Buffer<float> scale, bias;
 
   bool present() const { return data != nullptr; }
-  int64_t row_bytes() const { return width * (dtype == DEJAVU_FP32 ? 4 : 1); }
+  bool filled() const { return filled_; }
+  int64_t row_bytes() const { return bytes_of(dtype, width); }
   // Own memory, rows of `columns` padded.
   void allocate(int dtype, int64_t rows, int64_t columns);
   // Memory of others: rows `stride` bytes apart.
   void view(int dtype, int64_t rows, int64_t columns, unsigned char *data, int64_t stride);
-  // Copies values, scales and bias. Raises BadValue naming `what` where sizes or dtypes differ.
+  // Copies (int4: packs) values, scales and bias. Raises BadValue naming `what` where sizes or dtypes differ.
   void fill(const dejavu_matrix &source, const std::string &what);
+  // values[k] *= scale of row idx[k], or of row first + k: of dtypes with a scale for each row.
+  void scale_rows(const int32_t *idx, int64_t first, int64_t count, float *values) const {
+    if (dtype != DEJAVU_INT8) return;
+    for (int64_t k = 0; k < count; k++) values[k] *= scale[idx == nullptr ? first + k : idx[k]];
+  }
+
+ private:
+  bool filled_ = false;
 };
 
 struct Norm {

@@ -14,7 +14,8 @@ Pass::Pass(dejavu_engine &e, const dejavu_block &b, int t)
       thread(t),
       threads(e.pool.threads()),
       rows(b.rows),
-      width(e.model->width) {}
+      width(e.model->width),
+      cache_bytes(bytes_of(b.cache_dtype, e.model->head_width)) {}
 
 int64_t Pass::share(int64_t total, int64_t unit) const { return total / unit * thread / threads * unit; }
 
@@ -24,14 +25,13 @@ void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t fi
   if (count == 0) return;
   const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
   const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
-  if (m.dtype == DEJAVU_FP32)
-    kernels.dots_f32(list, x.f, m.width, out);
-  else if (x.q == nullptr)
-    kernels.dots_i8(list, x.f, m.width, out);
-  else
-    kernels.dots_i8_i16(list, x.q, x.scale, m.width, out);
-  if (m.dtype == DEJAVU_INT8)
-    for (int64_t k = 0; k < count; k++) out[k] *= m.scale[idx == nullptr ? first + k : idx[k]];
+  switch (m.dtype) {
+    case DEJAVU_INT4: kernels.dots_i4(list, x.groups, m.width, out); break;
+    case DEJAVU_INT8: x.q == nullptr ? kernels.dots_i8(list, x.f, m.width, out) : kernels.dots_i8_i16(list, x.q, x.scale, m.width, out); break;
+    case DEJAVU_BF16: kernels.dots_bf16(list, x.f, m.width, out); break;
+    default: kernels.dots_f32(list, x.f, m.width, out);
+  }
+  m.scale_rows(idx, first, count, out);
   if (!m.bias.empty())
     for (int64_t k = 0; k < count; k++) out[k] += m.bias[idx == nullptr ? first + k : idx[k]];
 }
@@ -40,7 +40,12 @@ void Pass::axpys(const Matrix &m, const float *coef, const int32_t *idx, int64_t
   if (count == 0) return;
   const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
   const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
-  (m.dtype == DEJAVU_FP32 ? kernels.axpys_f32 : kernels.axpys_i8)(list, coef, m.width, y);
+  switch (m.dtype) {
+    case DEJAVU_INT4: return kernels.axpys_i4(list, coef, m.width, y);
+    case DEJAVU_INT8: return kernels.axpys_i8(list, coef, m.width, y);
+    case DEJAVU_BF16: return kernels.axpys_bf16(list, coef, m.width, y);
+    default: return kernels.axpys_f32(list, coef, m.width, y);
+  }
 }
 
 void Pass::norm(const Norm &norm, const float *x, float *y) const {
@@ -51,6 +56,7 @@ void Pass::norm(const Norm &norm, const float *x, float *y) const {
 }
 
 void Pass::quantize(Vector &vector, int64_t count) const {
+  if (vector.groups.q != nullptr) kernels.group(vector.f, count, vector.groups);
   if (vector.q != nullptr) vector.scale = kernels.quantize(vector.f, count, int16_limit(count), vector.q);
 }
 
@@ -92,7 +98,8 @@ void Pass::embed() {
   for (int64_t r = 0; r < rows; r++) {
     Vector &to = projects ? own.projected[r] : own.x[r];
     std::fill(to.f, to.f + table.width, 0.0f);
-    const float coef = table.dtype == DEJAVU_INT8 ? table.scale[block.token[r]] : 1.0f;
+    float coef = 1.0f;
+    table.scale_rows(nullptr, block.token[r], 1, &coef);
     axpys(table, &coef, nullptr, block.token[r], 1, to.f);
     if (projects) quantize(to, table.width);
   }
@@ -167,13 +174,20 @@ void Pass::output() {
       quantize(own.projected[r], model.embed_width);
     }
   }
+  const auto input = [&](int64_t r) -> const Vector & { return projects ? own.projected[r] : own.final_in[r]; };
+  if (engine.screen.count > 0) {
+    for (int64_t r = block.first_logits; r < rows; r++) shortlist(input(r), r);
+    engine.pool.barrier();
+    for (int64_t r = block.first_logits; r < rows; r++) exact_logits(input(r), r);
+    return;
+  }
   const int64_t begin = share(config.vocab_size, TILE), end = share_end(config.vocab_size, TILE);
   bool finite = true;
   for (int64_t tile = begin; tile < end; tile += TILE) {
     const int64_t count = std::min(TILE, end - tile);
     for (int64_t r = block.first_logits; r < rows; r++) {
       float *out = block.logits + (r - block.first_logits) * config.vocab_size + tile;
-      dots(head, projects ? own.projected[r] : own.final_in[r], nullptr, tile, count, out, rows == 1 ? head.row_bytes() : 0);
+      dots(head, input(r), nullptr, tile, count, out, rows == 1 ? head.row_bytes() : 0);
       finite = finite && kernels.finite(out, count);
     }
   }

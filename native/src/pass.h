@@ -20,7 +20,10 @@ class Pass {
   // attention.cpp
   void project_heads(int64_t layer);
   void attend(int64_t layer);
-  float *cache_row(float *pool, int64_t layer, int64_t row, int64_t group, int64_t position) const;
+  // Number of a head's vector among those of a pool.
+  int64_t cache_row(int64_t layer, int64_t row, int64_t group, int64_t position) const;
+  RowList cache_rows(const void *pool, int64_t first, int64_t count) const;
+  void store(const float *head, void *pool, float *scales, int64_t at) const;
   void rotate(int64_t row, float *head) const;
 
   // mlp.cpp
@@ -33,6 +36,10 @@ class Pass {
   void select_neurons(int64_t layer, int lookahead);
   void scores(const Predictor &predictor, const Vector &x, int64_t first, int64_t count);
   void report(int64_t layer);
+
+  // screen.cpp
+  void shortlist(const Vector &x, int64_t row);
+  void exact_logits(const Vector &x, int64_t row);
 
   // profile.cpp: what the block took and read, by thread 0, where it is asked for
   void begin_laps();
@@ -59,7 +66,7 @@ class Pass {
   const dejavu_block &block;
   Scratch &own;
   const int thread, threads;
-  const int64_t rows, width;
+  const int64_t rows, width, cache_bytes;  // cache_bytes: of a head's vector
   std::chrono::steady_clock::time_point last;  // the end of the last lap
 };
 

@@ -1,7 +1,6 @@
-// Vectors of AVX2 + FMA: see simd_scalar.h for what each operation means.
+// Vectors of AVX2, FMA and F16C: see simd_scalar.h for what each operation means.
 #pragma once
-#include <immintrin.h>
-#include <stdint.h>
+#include "simd_x86.h"
 
 namespace {
 
@@ -14,6 +13,11 @@ struct F {
   static T zero() { return _mm256_setzero_ps(); }
   static T load(const float *p) { return _mm256_loadu_ps(p); }
   static T load(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+  static T load(const bf16 *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+  }
+  static T load(const half *p) { return eight(p); }
+  static void store(half *p, T a) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
   static void store(float *p, T a) { _mm256_storeu_ps(p, a); }
   static T add(T a, T b) { return _mm256_add_ps(a, b); }
   static T sub(T a, T b) { return _mm256_sub_ps(a, b); }
@@ -62,7 +66,36 @@ struct I {
   }
 };
 
-// By hand: GCC takes a function that only prefetches for one without effect, and drops the calls.
-inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*(const char *)p)); }
+struct N {
+  typedef __m256 Scales;
+  static Scales scales(const half *w, const float *x, int64_t count) { return scales8(w, x, count); }
+  static F::T bias(F::T acc, Scales s, const float *sum) { return F::fma(s, F::load(sum), acc); }
+  // Pairs of products stay within int16: 4 * 15 * 127.
+  static F::T step(F::T acc, const uint8_t *w, const int8_t *x, Scales s, int pair) {
+    const __m256i packed = _mm256_loadu_si256((const __m256i *)w), nibble = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_and_si256(packed, nibble), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
+    const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_loadu_si256((const __m256i *)x)),
+                                          _mm256_maddubs_epi16(high, _mm256_loadu_si256((const __m256i *)(x + 32))));
+    const __m256i lanes = _mm256_setr_epi32(2 * pair, 2 * pair, 2 * pair, 2 * pair, 2 * pair + 1, 2 * pair + 1, 2 * pair + 1, 2 * pair + 1);
+    const __m256 total = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+    return F::fma(total, _mm256_permutevar8x32_ps(s, lanes), acc);
+  }
+  static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
+  // Every word of the group twice, as it is and 16 bits down.
+  struct Group { __m256i words[2]; };
+  static Group group(const uint8_t *p) {
+    const __m256i words = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    return {{words, _mm256_srli_epi32(words, 16)}};
+  }
+  // A nibble at bit b of the mantissa of 2^(23 - b) adds its value: no shift, no conversion.
+  static F::T values(Group g, int part) {
+    const int b = part % 2 * 8, low = (150 - b) << 23, high = (146 - b) << 23;
+    const __m256i mask = _mm256_setr_epi32(15 << b, 15 << b, 15 << b, 15 << b, 240 << b, 240 << b, 240 << b, 240 << b);
+    const __m256i base = _mm256_setr_epi32(low, low, low, low, high, high, high, high);
+    const __m256 zero = _mm256_add_ps(_mm256_castsi256_ps(base), _mm256_set1_ps(8.0f));
+    return _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(g.words[part / 2], mask), base)), zero);
+  }
+  static void pack(const float *x, float inverse, int8_t *low, int8_t *high) { pack_group(x, inverse, low, high); }
+};
 
 }  // namespace

@@ -1,11 +1,15 @@
-// Vectors of AVX-512 (F, BW, DQ, VL): see simd_scalar.h for what each operation means.
+// Vectors of AVX-512 (F, BW, DQ, VL): see simd_scalar.h for what each operation means. With DEJAVU_VNNI integer products are
+// added up by its instructions.
 #pragma once
-#include <immintrin.h>
-#include <stdint.h>
+#include "simd_x86.h"
 
 namespace {
 
+#ifdef DEJAVU_VNNI
+#define DEJAVU_ISA_NAME "avx512vnni"
+#else
 #define DEJAVU_ISA_NAME "avx512"
+#endif
 
 struct F {
   static constexpr int W = 16;
@@ -14,6 +18,11 @@ struct F {
   static T zero() { return _mm512_setzero_ps(); }
   static T load(const float *p) { return _mm512_loadu_ps(p); }
   static T load(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+  static T load(const bf16 *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+  }
+  static T load(const half *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+  static void store(half *p, T a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
   static void store(float *p, T a) { _mm512_storeu_ps(p, a); }
   static T add(T a, T b) { return _mm512_add_ps(a, b); }
   static T sub(T a, T b) { return _mm512_sub_ps(a, b); }
@@ -43,7 +52,11 @@ struct I {
   static T zero() { return _mm512_setzero_si512(); }
   static T step(T acc, const int8_t *w, const int16_t *x) {
     const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w));
+#ifdef DEJAVU_VNNI
+    return _mm512_dpwssd_epi32(acc, wide, _mm512_loadu_si512(x));
+#else
     return _mm512_add_epi32(acc, _mm512_madd_epi16(wide, _mm512_loadu_si512(x)));
+#endif
   }
   static __m256i halves(T a) { return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)); }
   static void sum4(T a, T b, T c, T d, float scale, float *out) {
@@ -53,7 +66,35 @@ struct I {
   }
 };
 
-// By hand: GCC takes a function that only prefetches for one without effect, and drops the calls.
-inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*(const char *)p)); }
+struct N {
+  typedef __m512 Scales;
+  static Scales scales(const half *w, const float *x, int64_t count) { return _mm512_zextps256_ps512(scales8(w, x, count)); }
+  static F::T bias(F::T acc, Scales s, const float *sum) { return F::fma(s, _mm512_zextps256_ps512(_mm256_loadu_ps(sum)), acc); }
+  // Low nibbles in the lower half, high ones in the upper half.
+  static F::T step(F::T acc, const uint8_t *w, const int8_t *x, Scales s, int pair) {
+    const __m256i packed = _mm256_loadu_si256((const __m256i *)w);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(packed), _mm256_srli_epi16(packed, 4), 1);
+    const __m512i nibbles = _mm512_and_si512(both, _mm512_set1_epi8(15)), values = _mm512_loadu_si512(x);
+#ifdef DEJAVU_VNNI
+    const __m512i total = _mm512_dpbusd_epi32(_mm512_setzero_si512(), nibbles, values);
+#else
+    const __m512i total = _mm512_madd_epi16(_mm512_maddubs_epi16(nibbles, values), _mm512_set1_epi16(1));
+#endif
+    const int a = 2 * pair, b = a + 1;
+    const __m512i lanes = _mm512_setr_epi32(a, a, a, a, b, b, b, b, a, a, a, a, b, b, b, b);
+    return F::fma(_mm512_cvtepi32_ps(total), _mm512_permutexvar_ps(lanes, s), acc);
+  }
+  static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
+  // Every word of the group four times. The lowest four bits of a lane choose its value.
+  typedef __m512i Group;
+  static Group group(const uint8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
+  static F::T values(Group g, int part) {
+    const int b = part * 16;
+    const __m512i shift = _mm512_setr_epi32(b, b, b, b, b + 4, b + 4, b + 4, b + 4, b + 8, b + 8, b + 8, b + 8, b + 12, b + 12, b + 12, b + 12);
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(g, shift), table);
+  }
+  static void pack(const float *x, float inverse, int8_t *low, int8_t *high) { pack_group(x, inverse, low, high); }
+};
 
 }  // namespace

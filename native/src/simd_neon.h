@@ -3,6 +3,8 @@
 #include <arm_neon.h>
 #include <stdint.h>
 
+#include "kernels.h"
+
 namespace {
 
 #define DEJAVU_ISA_NAME "neon"
@@ -17,6 +19,15 @@ struct F {
     const int16x8_t wide = vmovl_s8(vld1_s8(p));
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
   }
+  static T load(const bf16 *p) {
+    const uint16x8_t bits = vld1q_u16((const uint16_t *)p);
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(bits), 16)), vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(bits), 16))};
+  }
+  static T load(const half *p) {
+    const float16x8_t eight = vreinterpretq_f16_u16(vld1q_u16((const uint16_t *)p));
+    return {vcvt_f32_f16(vget_low_f16(eight)), vcvt_f32_f16(vget_high_f16(eight))};
+  }
+  static void store(half *p, T x) { vst1q_u16((uint16_t *)p, vreinterpretq_u16_f16(vcombine_f16(vcvt_f16_f32(x.a), vcvt_f16_f32(x.b)))); }
   static void store(float *p, T x) { vst1q_f32(p, x.a); vst1q_f32(p + 4, x.b); }
   static T add(T x, T y) { return {vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
   static T sub(T x, T y) { return {vsubq_f32(x.a, y.a), vsubq_f32(x.b, y.b)}; }
@@ -48,6 +59,50 @@ struct I {
   }
   static void sum4(T a, T b, T c, T d, float scale, float *out) {
     vst1q_f32(out, vmulq_n_f32(vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d))), scale));
+  }
+};
+
+struct N {
+  struct Scales { float v[8]; };
+  static Scales scales(const half *w, const float *x, int64_t count) {
+    Scales s;
+    const F::T product = F::mul(F::load(w), F::load(x));
+    F::store(s.v, product);
+    for (int64_t g = count; g < 8; g++) s.v[g] = 0.0f;
+    return s;
+  }
+  static F::T bias(F::T acc, const Scales &s, const float *sum) { return F::fma(F::load(s.v), F::load(sum), acc); }
+  // Pairs of products stay within int16: 4 * 15 * 127.
+  static float32x4_t half_step(float32x4_t acc, const uint8_t *w, const int8_t *x, float scale) {
+    const uint8x16_t packed = vld1q_u8(w);
+    const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(packed, vdupq_n_u8(15))), high = vreinterpretq_s8_u8(vshrq_n_u8(packed, 4));
+    const int8x16_t xl = vld1q_s8(x), xh = vld1q_s8(x + 32);
+    const int16x8_t first = vmlal_s8(vmull_s8(vget_low_s8(low), vget_low_s8(xl)), vget_low_s8(high), vget_low_s8(xh));
+    const int16x8_t second = vmlal_s8(vmull_s8(vget_high_s8(low), vget_high_s8(xl)), vget_high_s8(high), vget_high_s8(xh));
+    const int32x4_t total = vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second));
+    return vfmaq_n_f32(acc, vcvtq_f32_s32(total), scale);
+  }
+  static F::T step(F::T acc, const uint8_t *w, const int8_t *x, const Scales &s, int pair) {
+    return {half_step(acc.a, w, x, s.v[2 * pair]), half_step(acc.b, w + 16, x + 16, s.v[2 * pair + 1])};
+  }
+  static void times(const half *w, float coef, float *out) { F::store(out, F::mul(F::load(w), F::set(coef))); }
+  typedef uint32x4_t Group;
+  static Group group(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+  // Nibble i of each word, four values in order.
+  static float32x4_t nibble(Group g, int i) {
+    const uint32x4_t value = vandq_u32(vshlq_u32(g, vdupq_n_s32(-4 * i)), vdupq_n_u32(15));
+    return vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(value), vdupq_n_s32(8)));
+  }
+  static F::T values(Group g, int part) { return {nibble(g, 2 * part), nibble(g, 2 * part + 1)}; }
+  // Byte b of word j is value 8 b + j (high: + 4): bytes are inserted above those below them.
+  static int8x16_t words(const float *x, float inverse) {
+    uint32x4_t value[4];
+    for (int b = 0; b < 4; b++) value[b] = vreinterpretq_u32_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 8 * b), inverse)));
+    return vreinterpretq_s8_u32(vsliq_n_u32(vsliq_n_u32(vsliq_n_u32(value[0], value[1], 8), value[2], 16), value[3], 24));
+  }
+  static void pack(const float *x, float inverse, int8_t *low, int8_t *high) {
+    vst1q_s8(low, words(x, inverse));
+    vst1q_s8(high, words(x + 4, inverse));
   }
 };
 

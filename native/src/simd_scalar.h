@@ -1,13 +1,37 @@
 // Vectors without instruction sets: eight floats in an array. The definition that the other simd_*.h follow.
 //
-// F: W floats; loads from fp32 and int8, arithmetic, sums in a fixed order. I: products of int8 and int16 summed in int32.
+// F: W floats; loads from fp32, bf16, fp16 and int8, arithmetic, sums in a fixed order. I: products of int8 and int16 summed in
+// int32. N: nibbles of int4 rows, laid out as kernels.h says.
 #pragma once
 #include <math.h>
 #include <stdint.h>
 
+#include "kernels.h"
+
 namespace {
 
 #define DEJAVU_ISA_NAME "scalar"
+
+inline float float_of(uint32_t bits) { union { uint32_t u; float f; } both; both.u = bits; return both.f; }
+inline uint32_t bits_of(float value) { union { float f; uint32_t u; } both; both.f = value; return both.u; }
+
+inline float value_of(half h) {
+  const uint32_t sign = (uint32_t)(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
+  if (rest >= 0x7c00) return float_of(sign | 0x7f800000u | (rest & 0x3ff) << 13);
+  const float size = rest >= 0x400 ? float_of((rest << 13) + (112u << 23)) : (float)rest * 5.9604645e-8f;  // 2^-24: subnormal
+  return float_of(sign | bits_of(size));
+}
+
+// Rounded to the nearest, ties to even.
+inline half half_of(float value) {
+  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  uint32_t size;
+  if (rest > 0x7f800000u) size = 0x7e00;
+  else if (rest >= 0x47800000u) size = 0x7c00;
+  else if (rest >= 0x38800000u) size = (rest + 0xfff + (rest >> 13 & 1) - (112u << 23)) >> 13;
+  else size = (uint32_t)lrintf(float_of(rest) * 16777216.0f);
+  return {(uint16_t)(sign | size)};
+}
 
 struct F {
   static constexpr int W = 8;
@@ -17,6 +41,9 @@ struct F {
   static T zero() { return set(0.0f); }
   static T load(const float *p) { return each([&](int i) { return p[i]; }); }
   static T load(const int8_t *p) { return each([&](int i) { return (float)p[i]; }); }
+  static T load(const bf16 *p) { return each([&](int i) { return float_of((uint32_t)p[i].bits << 16); }); }
+  static T load(const half *p) { return each([&](int i) { return value_of(p[i]); }); }
+  static void store(half *p, T a) { for (int i = 0; i < W; i++) p[i] = half_of(a.v[i]); }
   static void store(float *p, T a) { for (int i = 0; i < W; i++) p[i] = a.v[i]; }
   static T add(T a, T b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
   static T sub(T a, T b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
@@ -46,6 +73,48 @@ struct I {
   // The four sums as floats times a scale.
   static void sum4(T a, T b, T c, T d, float scale, float *out) {
     out[0] = (float)a * scale; out[1] = (float)b * scale; out[2] = (float)c * scale; out[3] = (float)d * scale;
+  }
+};
+
+struct N {
+  // Weights' scales times x's, of 8 groups; zero from `count` on.
+  struct Scales { float v[8]; };
+  static Scales scales(const half *w, const float *x, int64_t count) {
+    Scales s;
+    for (int g = 0; g < 8; g++) s.v[g] = g < count ? value_of(w[g]) * x[g] : 0.0f;
+    return s;
+  }
+  // acc + scale * sum of 8 groups, side by side
+  static F::T bias(F::T acc, const Scales &s, const float *sum) {
+    for (int g = 0; g < 8; g++) acc.v[g] += s.v[g] * sum[g];
+    return acc;
+  }
+  // acc + products of the PAD values of groups 2 pair and 2 pair + 1, nibbles as 0 .. 15
+  static F::T step(F::T acc, const uint8_t *w, const int8_t *x, const Scales &s, int pair) {
+    for (int lane = 0; lane < 8; lane++) {
+      int32_t total = 0;
+      for (int b = 4 * lane; b < 4 * lane + 4; b++) total += (int32_t)(w[b] & 15) * x[b] + (int32_t)(w[b] >> 4) * x[b + 32];
+      acc.v[lane] += (float)total * s.v[2 * pair + lane / 4];
+    }
+    return acc;
+  }
+  // out = coef * scale of 8 groups; those past the last one of a row are what lies there
+  static void times(const half *w, float coef, float *out) { for (int g = 0; g < 8; g++) out[g] = value_of(w[g]) * coef; }
+  // The GROUP values of one group, then W of them in order.
+  struct Group { const uint8_t *p; };
+  static Group group(const uint8_t *p) { return {p}; }
+  static F::T values(Group g, int part) {
+    return F::each([&](int i) {
+      const int value = part * F::W + i;
+      return (float)((g.p[value % 4 * 4 + value / 8] >> value / 4 % 2 * 4 & 15) - 8);
+    });
+  }
+  // low, high = GROUP values times `inverse`, rounded, in the order of the bytes of a group
+  static void pack(const float *x, float inverse, int8_t *low, int8_t *high) {
+    for (int b = 0; b < 16; b++) {
+      low[b] = (int8_t)lrintf(x[b % 4 * 8 + b / 4] * inverse);
+      high[b] = (int8_t)lrintf(x[b % 4 * 8 + b / 4 + 4] * inverse);
+    }
   }
 };
 

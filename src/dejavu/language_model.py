@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from dejavu.config import DTYPES, Progress, SamplingConfig, require
-from dejavu.engine.backends import BACKEND_DTYPES, make_engine, pick_backend
+from dejavu.engine.backends import BACKEND_DTYPES, check_screen, make_engine, pick_backend, pick_cache_dtype
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
 from dejavu.files import read_json
 from dejavu.kernels.native import default_threads
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
@@ -38,18 +37,24 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 class LanguageModel:
     """A model with its tokenizer, its backend and, perhaps, the adapter that makes it sparse. Made by `load`.
 
-    config, tokenizer, name, base_hash: of the checkpoint. backend, dtype: what was picked. adapter: used by everything
-    below unless told otherwise; may be set; None runs dense. notes: lines about the checkpoint that a user should see.
+    config, tokenizer, name, base_hash: of the checkpoint. backend, dtype, cache_dtype, screened_head: what was picked. adapter:
+    used by everything below unless told otherwise; may be set; None runs dense. notes: lines about the checkpoint that a user
+    should see.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, backend: str, adapter: Adapter | None = None, dtype: str | None = None, threads: int | None = None
-    ) -> None:
+        self,
+        checkpoint: Checkpoint, *, backend: str, adapter: Adapter | None = None, dtype: str | None = None,
+        cache_dtype: str = "auto", screened_head: int = 0, threads: int | None = None,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.model, self.tokenizer, self.config = checkpoint.model, checkpoint.tokenizer, checkpoint.config
         self.name, self.base_hash, self.notes = checkpoint.name, checkpoint.base_hash, checkpoint.notes
         self.backend = backend
         self.dtype = dtype or DTYPE_NAMES[checkpoint.model.embed.weight.dtype]
+        self.cache_dtype = pick_cache_dtype(cache_dtype, backend=backend, dtype=self.dtype)
+        check_screen(screened_head, backend=backend, vocab_size=self.config.vocab_size)
+        self.screened_head = screened_head
         self.threads = threads
         self.adapter = adapter
 
@@ -174,8 +179,9 @@ class LanguageModel:
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
         layers = self.layers(adapter=adapter, dense=dense)
         engine = make_engine(
-            self.model, layers, backend=self.backend, cache_tokens=room, record=record, dtype=self.dtype, threads=self.threads
-        )
+            self.model, layers, backend=self.backend, cache_tokens=room, record=record, dtype=self.dtype,
+            cache_dtype=self.cache_dtype, screened_head=self.screened_head, threads=self.threads,
+        )  # fmt: skip
         return generate_tokens(
             engine,
             self.tokenizer,
@@ -311,6 +317,8 @@ def load(
     *,
     backend: str = "auto",
     dtype: str = "auto",
+    cache_dtype: str = "auto",
+    screened_head: int = 0,
     adapter: Adapter | str | Path | None = "bundled",
     threads: int | None = None,
     revision: str | None = None,
@@ -319,9 +327,11 @@ def load(
 
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder, an Adapter, or None to
     run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
-    native backend int8 (matrices rounded to int8 rows). threads: of torch, for the whole process, and of the native engine.
-    revision: of a hub id. Nothing is downloaded. Raises ValueError for what is not found, damaged, unavailable or of another
-    model.
+    native backend int8 and int4; there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
+    values, likewise: auto (on the native backend fp32 beside fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
+    native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
+    threads: of torch, for the whole process, and of the native engine. revision: of a hub id. Nothing is downloaded. Raises
+    ValueError for what is not found, damaged, unavailable or of another model.
     """
     backend = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
     torch_dtype = _torch_dtype(dtype, backend)
@@ -338,11 +348,16 @@ def load(
         adapter = own_adapter or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
         adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
-    if dtype == "int8":
-        _round_to_int8_rows(checkpoint)
     if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
-    lm = LanguageModel(checkpoint, backend=backend, adapter=adapter, dtype="int8" if dtype == "int8" else None, threads=threads)
+    elif backend == "native" and dtype not in ("auto", "fp32"):
+        checkpoint.model.round_matrices(dtype)
+    packed = dtype if backend == "native" and dtype != "auto" else None
+    lm = LanguageModel(
+        checkpoint, backend=backend, adapter=adapter, dtype=packed, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads
+    )
+    if backend == "native":
+        lm.model.round_cache(lm.cache_dtype)
     lm.layers()
     return lm
 
@@ -363,18 +378,10 @@ def set_threads(threads: int) -> None:
 def _torch_dtype(dtype: str, backend: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float32
-    require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(TORCH_DTYPES)}")
+    require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
     offered = [name for name in BACKEND_DTYPES[backend] if name in DTYPES]
     require(dtype in offered, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(offered)}")
-    return TORCH_DTYPES.get(dtype, torch.float32)
-
-
-@torch.no_grad()
-def _round_to_int8_rows(checkpoint: Checkpoint) -> None:
-    """Give the model the values that an int8 engine computes with, so that quality and speed are of the same weights."""
-    for parameter in checkpoint.model.parameters():
-        if parameter.dim() == 2:
-            parameter.copy_(dequantize_rows(*quantize_rows(parameter)))
+    return torch.float32 if backend == "native" else TORCH_DTYPES[dtype]  # native packs its own from fp32
 
 
 def _texts(generation: Generation) -> Iterator[str]:

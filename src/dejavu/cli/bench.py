@@ -12,8 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dejavu.cli.options import AcceptBase, AdapterFolder, AsJson, Backend, Dense, Dtype, OptionalTexts, Seed, Threads, open_model
-from dejavu.cli.output import Output, new_table, number, progress_bars, ratio
+from dejavu.cli.options import (
+    AcceptBase,
+    AdapterFolder,
+    AsJson,
+    Backend,
+    CacheDtype,
+    Dense,
+    Dtype,
+    OptionalTexts,
+    ScreenedHead,
+    Seed,
+    Threads,
+    open_model,
+)
+from dejavu.cli.output import Output, new_table, number, progress_bars, ratio, screen_line
 from dejavu.cli.runs import open_run, write_sections
 
 if TYPE_CHECKING:
@@ -36,6 +49,7 @@ class _Subject:
     ids: list[int]
     backend: str
     dtype: str | None
+    cache_dtype: str
     threads: int | None
     notes: list[str]
     lm: LanguageModel | None = None
@@ -75,6 +89,8 @@ def bench(
     dense: Dense = False,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
+    cache_dtype: CacheDtype = "auto",
+    screened_head: ScreenedHead = 0,
     threads: Threads = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -84,24 +100,30 @@ def bench(
     from dejavu.measure.bench import bench as measure
     from dejavu.measure.decoders import variants_at
     from dejavu.measure.results import append_rows, completed
+    from dejavu.measure.screening import head_agreement
 
     out = Output(as_json)
     require((model is None) != (synthetic is None), "give either MODEL or --synthetic NAME, one of the two")
     names = _peer_names(against or [])
     require(gguf is None or "llama.cpp" in names, "--gguf is the model of --against llama.cpp; add that or leave it out")
+    named = results is None or (cache_dtype == "auto" and screened_head == 0)
+    require(named, "a row of --results has no key for --cache-dtype and --screened-head; leave them out, or keep the rows with -o DIR")
     folder = None if output is None else open_run(output)
     if synthetic is not None:
         taken = {"--text": text, "--adapter": adapter, "--accept-base": accept_base, "-o": output}
         wrong = [option for option, value in taken.items() if value]
         require(not wrong, f"{', '.join(wrong)} belongs to a MODEL, not to --synthetic (--results keeps rows of both)")
-        found = _synthetic(synthetic, out, backend=backend, dtype=dtype, threads=threads, seed=seed, rank=rank, heads=bool(head_density))
+        found = _synthetic(
+            synthetic, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head,
+            threads=threads, seed=seed, rank=rank, heads=bool(head_density),
+        )  # fmt: skip
         densities = [] if dense else density or [DEFAULT_DENSITY]
         selections = [] if dense else selection or ["uniform"]
     else:
         assert model is not None
         require(selection is None and rank is None, "--selection and --rank plant predictors; they need --synthetic NAME instead of MODEL")
         found = _loaded(
-            model, out, texts=text, backend=backend, dtype=dtype, threads=threads,
+            model, out, texts=text, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads,
             seed=seed, adapter=adapter, dense=dense, accept_base=accept_base,
         )  # fmt: skip
         densities, selections = density or [], []
@@ -127,6 +149,8 @@ def bench(
                     name=found.name,
                     backend=found.backend,
                     dtype=found.dtype,
+                    cache_dtype=found.cache_dtype,
+                    screened_head=screened_head,
                     threads=found.threads,
                     batch=size,
                     context=length,
@@ -137,6 +161,12 @@ def bench(
                 )
                 runs.append((f"batch {size}, context {length}", measured))
                 notes += [note for note in measured.notes if note not in notes]
+        screen = None
+        if screened_head:  # in the last of the variants: with the predictors, where there are any
+            screen = head_agreement(
+                found.model, variants[-1].layers, found.ids, screened_head=screened_head, backend=found.backend,
+                dtype=found.dtype, cache_dtype=found.cache_dtype, threads=found.threads, progress=progress,
+            )  # fmt: skip
     rows = [row for _, measured in runs for row in measured.rows]
     rows = completed(rows) if results is None else append_rows(results, rows)
     for title, measured in runs:
@@ -144,6 +174,9 @@ def bench(
     for each in others:
         line = "peer {mode} {version} · {dtype} · threads: {threads} · {model}".format(**each)
         out.show(escape(line))
+    screened = {} if screen is None else {"screen": screen}
+    if screen is not None:
+        out.show(screen_line(screen))
     for note in notes[len(found.notes) :]:
         out.say(f"note: {note}")
     if found.lm is not None and found.lm.adapter is not None and not (density or head_density or dense):
@@ -151,14 +184,17 @@ def bench(
         if {"ppl_dense", "ppl_sparse"} <= set(quality):
             out.show(f"perplexity as the adapter states it: {quality['ppl_dense']:.3f} dense, {quality['ppl_sparse']:.3f} sparse")
     if folder is not None and found.lm is not None:
-        out.say(f"Results: {write_sections(folder, found.lm, rows=[row.to_dict() for row in rows])}")
+        out.say(f"Results: {write_sections(folder, found.lm, rows=[row.to_dict() for row in rows], **screened)}")
     out.finish(
         {
             "rows": [row.to_dict() for row in rows],
             "ratios": [each for _, measured in runs for each in measured.ratios],
             "peers": others,
             "model": found.name,
+            "cache_dtype": found.cache_dtype,
+            "screened_head": screened_head,
             "notes": notes,
+            **screened,
         }
     )
 
@@ -186,6 +222,7 @@ def _loaded(model: str, out: Output, *, texts: list[str] | None, **options: Any)
         ids=ids,
         backend=lm.backend,
         dtype=lm.dtype,
+        cache_dtype=lm.cache_dtype,
         threads=lm.threads,
         notes=list(lm.notes),
         lm=lm,
@@ -193,12 +230,22 @@ def _loaded(model: str, out: Output, *, texts: list[str] | None, **options: Any)
 
 
 def _synthetic(
-    name: str, out: Output, *, backend: str, dtype: str, threads: int | None, seed: int, rank: int | None, heads: bool
+    name: str,
+    out: Output,
+    *,
+    backend: str,
+    dtype: str,
+    cache_dtype: str,
+    screened_head: int,
+    threads: int | None,
+    seed: int,
+    rank: int | None,
+    heads: bool,
 ) -> _Subject:
     from dejavu.config import require
-    from dejavu.engine.backends import BACKEND_DTYPES, pick_backend
+    from dejavu.engine.backends import BACKEND_DTYPES, check_screen, pick_backend, pick_cache_dtype
     from dejavu.language_model import set_threads
-    from dejavu.measure.synthetic import RANK, planted_layers, random_ids, synthetic_model
+    from dejavu.measure.synthetic import RANK, planted_layers, random_ids, shape_of, synthetic_model
 
     picked = pick_backend(backend, dtype="int8" if dtype == "auto" else dtype)
     wanted = dtype if dtype != "auto" else "int8" if "int8" in BACKEND_DTYPES[picked] else "fp32"
@@ -209,8 +256,14 @@ def _synthetic(
     )
     if threads is not None:
         set_threads(threads)
+    cached = pick_cache_dtype(cache_dtype, backend=picked, dtype=wanted)
+    check_screen(screened_head, backend=picked, vocab_size=shape_of(name).vocab_size)
     made = synthetic_model(name, backend=picked, dtype=wanted, seed=seed)
-    out.show(f"[bold]{escape(name)}[/bold] (synthetic) · {made.num_parameters / 1e6:,.1f} M parameters · backend {picked} · {wanted}")
+    if picked == "native":
+        made.model.round_cache(cached)
+    head = f" · screened head {screened_head:,}" if screened_head else ""
+    size = f"{made.num_parameters / 1e6:,.1f} M parameters"
+    out.show(f"[bold]{escape(name)}[/bold] (synthetic) · {size} · backend {picked} · {wanted} · cache {cached}{head}")
 
     def layers_for(selection: str | None, density: float | None) -> Layers | None:
         if selection is None or density is None:
@@ -226,6 +279,7 @@ def _synthetic(
         ids=random_ids(made.config, 2 * made.config.max_positions, seed=seed),
         backend=picked,
         dtype=wanted,
+        cache_dtype=cached,
         threads=threads,
         notes=[],
     )

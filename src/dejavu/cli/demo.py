@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dejavu.cli.options import AdapterFolder, AsJson, Backend, Dtype, Seed, Threads, open_model
+from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Dtype, Seed, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, progress_bars, ratio, resumable
 
 MODEL = "opt-mini"
@@ -20,6 +20,7 @@ def demo(
     adapter: AdapterFolder = None,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
+    cache_dtype: CacheDtype = "auto",
     threads: Threads = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -31,7 +32,8 @@ def demo(
     out = Output(as_json)
     require(not (retrain and adapter is not None), "--retrain trains an adapter, --adapter names one; give one of the two")
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, adapter=adapter, needs_adapter=not retrain
+        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads, seed=seed,
+        adapter=adapter, needs_adapter=not retrain,
     )  # fmt: skip
     require(retrain or lm.adapter is not None, f"{lm.name} has no adapter; train one with --retrain, or name one with --adapter DIR")
     with resumable(f"the demo keeps nothing but what is in {output}: run it again"), progress_bars() as progress:
@@ -42,6 +44,7 @@ def demo(
             output=output,
             backend=lm.backend,
             dtype=lm.dtype,
+            cache_dtype=lm.cache_dtype,
             threads=threads,
             seed=seed,
             progress=progress,

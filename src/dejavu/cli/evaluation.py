@@ -9,12 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dejavu.cli.options import AcceptBase, AdapterFolder, AsJson, Backend, Dense, Dtype, Model, OptionalTexts, Seed, Threads, open_model
-from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
+from dejavu.cli.options import (
+    AcceptBase,
+    AdapterFolder,
+    AsJson,
+    Backend,
+    CacheDtype,
+    Dense,
+    Dtype,
+    Model,
+    OptionalTexts,
+    ScreenedHead,
+    Seed,
+    Threads,
+    open_model,
+)
+from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable, screen_line
 from dejavu.cli.runs import PARTS, open_run, write_sections
 
 if TYPE_CHECKING:
+    from dejavu.config import Progress
     from dejavu.language_model import LanguageModel
+
+MAX_SCREEN_TOKENS = 2048
 
 
 def evaluation(
@@ -31,6 +48,8 @@ def evaluation(
     dense: Dense = False,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
+    cache_dtype: CacheDtype = "auto",
+    screened_head: ScreenedHead = 0,
     threads: Threads = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -44,10 +63,11 @@ def evaluation(
 
     out = Output(as_json)
     require(bool(text or tasks), "nothing to evaluate; give a text (--text) or a task (--tasks)")
+    require(not screened_head or bool(text), "--screened-head is measured on a text; give one (--text)")
     texts = named_texts(text or [])
     items = {Path(name).with_suffix("").as_posix(): read_items(path) for name, path in named_files(tasks or []).items()}
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed,
+        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
     )  # fmt: skip
     notes = list(lm.notes)
@@ -63,12 +83,34 @@ def evaluation(
     )
     with resumable(hint), progress_bars() as progress:
         result = evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
+        if screened_head:
+            result["screen"] = _agreement(lm, texts, progress)
     if store.reused:
         out.show(f"{store.reused} texts and tasks were already measured")
     show(out, result)
     if folder is not None:
         out.say(f"Results: {write_sections(folder, lm, evaluation=result)}")
-    out.finish(result | {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "notes": notes})
+    out.finish(result | {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": notes})
+
+
+def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | None) -> dict[str, Any]:
+    """The screened head against the full one, with the adapter, on the start of the texts."""
+    from dejavu.measure.screening import head_agreement
+    from dejavu.measure.texts import document_ids
+
+    ids = [token for part in document_ids(lm.tokenizer, texts, max_tokens=MAX_SCREEN_TOKENS).values() for token in part]
+    return head_agreement(
+        lm.model,
+        lm.layers(),
+        ids,
+        screened_head=lm.screened_head,
+        backend=lm.backend,
+        dtype=lm.dtype,
+        cache_dtype=lm.cache_dtype,
+        threads=lm.threads,
+        max_tokens=MAX_SCREEN_TOKENS,
+        progress=progress,
+    )
 
 
 def _identity(lm: LanguageModel) -> dict[str, Any]:
@@ -76,7 +118,7 @@ def _identity(lm: LanguageModel) -> dict[str, Any]:
     from dejavu.files import text_hash
 
     adapter = None if lm.adapter is None else text_hash(json.dumps(lm.adapter.config.to_dict(), sort_keys=True))
-    return {"base_hash": lm.base_hash, "dtype": lm.dtype, "adapter": adapter}
+    return {"base_hash": lm.base_hash, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "adapter": adapter}
 
 
 def show(out: Output, result: dict[str, Any]) -> None:
@@ -86,6 +128,8 @@ def show(out: Output, result: dict[str, Any]) -> None:
         out.show(_text_table(dense, sparse))
     if dense["tasks"]:
         out.show(_task_table(dense, sparse))
+    if "screen" in result:
+        out.show(screen_line(result["screen"]))
     if sparse is None:
         return
     out.show(

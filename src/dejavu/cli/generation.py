@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from dejavu.cli.options import AcceptBase, AdapterFolder, AsJson, Backend, BaseTexts, Dense, Dtype, Model, Seed, Threads, open_model
+from dejavu.cli.options import (
+    AcceptBase,
+    AdapterFolder,
+    AsJson,
+    Backend,
+    BaseTexts,
+    CacheDtype,
+    Dense,
+    Dtype,
+    Model,
+    ScreenedHead,
+    Seed,
+    Threads,
+    open_model,
+)
 from dejavu.cli.output import Output, number, speed
 
 
@@ -25,6 +39,8 @@ def generate(
     dense: Dense = False,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
+    cache_dtype: CacheDtype = "auto",
+    screened_head: ScreenedHead = 0,
     threads: Threads = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -38,7 +54,7 @@ def generate(
     SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)  # an impossible value is said before a model is loaded
     StopStrings(stop or ())
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed,
+        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
     )  # fmt: skip
     running = lm.start(
@@ -76,6 +92,8 @@ def generate(
             "head_density": result.head_density,
             "backend": lm.backend,
             "dtype": lm.dtype,
+            "cache_dtype": lm.cache_dtype,
+            "screened_head": lm.screened_head,
             "model": lm.name,
             "prompt_tokens": result.prompt_tokens,
             "new_tokens": result.new_tokens,

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or adapter, a folder, a GGUF file, or a cached hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout and nothing else there.")]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch, native or cuda.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, fp32, fp16, bf16, or int8 (native).")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (torch), int8 or int4 (native).")]
+CacheDtype = Annotated[str, typer.Option("--cache-dtype", metavar="NAME", help="Of keys and values: auto, fp32, fp16 or int8 (native).")]
+ScreenedHead = Annotated[
+    int, typer.Option("--screened-head", metavar="N", help="Exact logits for N tokens that low-rank scores choose (native); 0: for all.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Makes the command reproducible.")]
 AdapterFolder = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter instead of the one that came with MODEL.")]
@@ -38,6 +42,8 @@ def open_model(
     *,
     backend: str,
     dtype: str,
+    cache_dtype: str = "auto",
+    screened_head: int = 0,
     threads: int | None,
     seed: int,
     adapter: Path | None = None,
@@ -58,7 +64,9 @@ def open_model(
     require(0 <= seed < 2**64, f"seed must lie between 0 and 2^64 - 1, not {seed}")
     torch.manual_seed(seed)
     chosen = None if dense or accept_base or not needs_adapter else "bundled" if adapter is None else adapter
-    lm = load(model, backend=backend, dtype=dtype, threads=threads, adapter=chosen)
+    lm = load(
+        model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, adapter=chosen
+    )  # fmt: skip
     if accept_base and adapter is not None:
         lm.adapter = accept(lm, adapter, texts or [], out)
     out.show(describe(lm, adapter_matters=needs_adapter), *(f"[yellow]note:[/yellow] {escape(note)}" for note in lm.notes))
@@ -66,8 +74,11 @@ def open_model(
 
 
 def describe(lm: LanguageModel, *, adapter_matters: bool) -> str:
-    """One line on what runs: model, size, backend, dtype, threads, adapter."""
+    """One line on what runs: model, size, backend, dtypes, threads, adapter."""
     parts = [f"[bold]{escape(lm.name)}[/bold]", f"{lm.num_parameters / 1e6:,.1f} M parameters", f"backend {lm.backend}", lm.dtype]
+    parts.append(f"cache {lm.cache_dtype}")
+    if lm.screened_head:
+        parts.append(f"screened head {lm.screened_head:,}")
     parts.append(f"{lm.num_threads} threads")
     if adapter_matters and lm.adapter is None:
         parts.append("dense")

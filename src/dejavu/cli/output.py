@@ -92,6 +92,12 @@ def ratio(speed: float | None, base: float | None, *, mode: str = "sparse", agai
     return f"speed ratio {mode} / {against}: [bold]{value:.2f}×[/bold] ({mode} is {word})"  # noqa: RUF001
 
 
+def screen_line(screen: dict[str, Any]) -> str:
+    """What a screened head was measured to do."""
+    share = f"[bold]{screen['agreement']:.2%}[/bold] of {screen['tokens']:,} tokens"
+    return f"screened head of {screen['screened_head']:,} (rank {screen['rank']}): the full head's choice after {share}"
+
+
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
     """A callback progress(what, done, total) that draws a bar for each `what`; None where stderr is no terminal."""

@@ -36,5 +36,6 @@ def write_sections(folder: Path, lm: LanguageModel, **sections: Any) -> Path:
     held = read_json(path) if path.is_file() else {}
     same = isinstance(held, dict) and held.get("model", {}).get("base_hash") == lm.base_hash
     facts = about(lm.checkpoint, backend=lm.backend, dtype=lm.dtype, threads=lm.num_threads, cuda=lm.backend == "cuda")
+    facts["environment"] |= {"cache_dtype": lm.cache_dtype, "screened_head": lm.screened_head}
     write_json(path, plain({**(held if same else {}), **facts, **sections}))
     return path

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from dejavu.config import BACKENDS, require
 from dejavu.engine.interface import Engine
-from dejavu.engine.native_engine import NativeEngine
-from dejavu.engine.native_weights import NATIVE_DTYPES
+from dejavu.engine.native_engine import NativeEngine, check_shortlist
+from dejavu.engine.native_weights import NATIVE_CACHE_DTYPES, NATIVE_DTYPES, default_cache_dtype
 from dejavu.engine.torch_engine import DTYPE_NAMES, TorchEngine
 from dejavu.kernels.native import missing_reason
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
-BACKEND_DTYPES = {"native": tuple(NATIVE_DTYPES), "torch": ("fp32", "fp16", "bf16", "fp64")}
+BACKEND_DTYPES = {"native": NATIVE_DTYPES, "torch": ("fp32", "fp16", "bf16", "fp64")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,29 @@ def pick_backend(name: str = "auto", *, dtype: str = "fp32") -> str:
     return name
 
 
+def pick_cache_dtype(name: str = "auto", *, backend: str, dtype: str) -> str:
+    """The dtype of the key/value cache for a value of --cache-dtype, beside weights of `dtype`.
+
+    auto: native takes fp32 beside fp32 weights, else fp16; torch has one dtype for all. Raises ValueError naming what is offered.
+    """
+    offered = tuple(NATIVE_CACHE_DTYPES) if backend == "native" else (dtype,)
+    if name == "auto":
+        return default_cache_dtype(dtype) if backend == "native" else dtype
+    require(
+        name in offered,
+        f"cache dtype {name!r} is not available on backend {backend!r} in {dtype}; choose one of auto, {', '.join(offered)}",
+    )
+    return name
+
+
+def check_screen(count: int, *, backend: str, vocab_size: int) -> None:
+    """Raise ValueError for a value of --screened-head that the backend or the vocabulary cannot have."""
+    require(
+        count == 0 or backend == "native", f"a screened head is not available on backend {backend!r}; leave --screened-head {count} out"
+    )
+    check_shortlist(count, vocab_size)
+
+
 def make_engine(
     model: Transformer,
     layers: Sequence[LayerAdapter] | None = None,
@@ -65,24 +88,37 @@ def make_engine(
     cache_tokens: int | None = None,
     record: bool = False,
     dtype: str | None = None,
+    cache_dtype: str | None = None,
+    screened_head: int = 0,
     threads: int | None = None,
 ) -> Engine:
     """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
 
-    dtype: what to compute in, where the engine packs its own weights (native: fp32, int8); None takes the model's. threads: of
-    the native engine (None: every processor that this process may use); torch has one number for the whole process.
+    dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's.
+    cache_dtype: see `pick_cache_dtype`. screened_head: see NativeEngine. threads: of the native engine (None: every processor
+    that this process may use); torch has one number for the whole process.
     """
     weight = model.embed.weight
     stored = DTYPE_NAMES[weight.dtype]
     picked = pick_backend(backend, dtype=dtype or stored)
-    if backend == "auto" and weight.device.type != "cpu":
+    if backend == "auto" and (weight.device.type != "cpu" or stored != "fp32"):  # what native packs is fp32 on the CPU
         picked = "torch"
     if picked == "native":
         return NativeEngine(
-            model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record, dtype=dtype or stored, threads=threads
+            model,
+            layers,
+            num_slots=num_slots,
+            cache_tokens=cache_tokens,
+            record=record,
+            dtype=dtype or stored,
+            cache_dtype=cache_dtype,
+            screened_head=screened_head,
+            threads=threads,
         )
     assert picked == "torch", f"{picked=} has no engine"
     require(
         dtype in (None, stored), f"dtype {dtype!r} is not available on backend 'torch' for a model loaded as {stored}; load it as {dtype}"
     )
+    pick_cache_dtype(cache_dtype or "auto", backend=picked, dtype=stored)
+    check_screen(screened_head, backend=picked, vocab_size=model.config.vocab_size)
     return TorchEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record)

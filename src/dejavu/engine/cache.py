@@ -15,7 +15,10 @@ PAGE_SIZE = 16
 
 
 class PagedCache:
-    """Keys and values k_LPGSK, v_LPGSK with a block table per slot. Memory is taken at construction, all of it."""
+    """Keys and values k_LPGSK, v_LPGSK with a block table per slot. Memory is taken at construction, all of it.
+
+    An int8 cache has a scale fp32 for each vector, k_scale_LPGS and v_scale_LPGS, and is written by who reads it.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,9 @@ class PagedCache:
         shape = (num_layers, num_pages, num_groups, page_size, head_dim)
         self.k_LPGSK = torch.empty(shape, dtype=dtype, device=device)
         self.v_LPGSK = torch.empty(shape, dtype=dtype, device=device)
+        scaled = dtype == torch.int8
+        self.k_scale_LPGS = torch.empty(shape[:-1], device=device) if scaled else None
+        self.v_scale_LPGS = torch.empty(shape[:-1], device=device) if scaled else None
         self.page_size = page_size
         self.num_pages = num_pages
         self.lengths = [0] * num_slots
@@ -62,6 +68,7 @@ class PagedCache:
 
     def write(self, layer: int, slot: int, position: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
         """Store T tokens of one layer from `position` on, in pages reserved before."""
+        assert self.k_scale_LPGS is None, "an int8 cache is written by its engine"
         table, size, total = self._tables[slot], self.page_size, k_TGK.shape[0]
         assert position + total <= len(table) * size, f"{position=} {total=} {len(table)=}: reserve first"
         done = 0

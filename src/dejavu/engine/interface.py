@@ -59,11 +59,13 @@ class StepProfile:
 class EngineInfo:
     """What an engine is and what it can hold. Fixed at construction.
 
-    max_positions is the model's context, cache_tokens what the key/value pool holds over all slots, both in tokens.
+    cache_dtype is of keys and values. screened_head: how many tokens of the vocabulary get logits, those of the others being -inf;
+    0: all do. max_positions is the model's context, cache_tokens what the key/value pool holds over all slots, both in tokens.
     """
 
     backend: str
     dtype: str
+    cache_dtype: str
     device: str
     threads: int
     sparse: bool
@@ -75,6 +77,7 @@ class EngineInfo:
     num_slots: int
     page_size: int
     num_pages: int
+    screened_head: int = 0
 
     @property
     def cache_tokens(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
-from dejavu.engine.native_weights import packed_model, predictor_view
+from dejavu.engine.native_weights import NATIVE_CACHE_DTYPES, default_cache_dtype, packed_model, predictor_view
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels import native
@@ -27,12 +27,20 @@ from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 
+def check_shortlist(count: int, vocab_size: int) -> None:
+    """Raise ValueError where a screened head cannot give `count` tokens exact logits."""
+    message = f"a screened head takes 1 to {vocab_size - 1} tokens of the vocabulary, or 0 for all, not {count}"
+    require(0 <= count < vocab_size, message)
+
+
 class NativeEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine.
 
-    dtype: fp32, or int8 per row. threads: None takes `default_threads()`. instruction_set: None takes the best. Raises
-    ValueError where the library is missing or cannot run the model, MemoryError where the memory is not there, and
-    ValueError from `prefill` and `step` where logits are not finite (the slots are then as they were before).
+    dtype: of the matrices: fp32, bf16, int8 per row, int4 per group. cache_dtype: of keys and values: fp32, fp16, int8 with a
+    scale for each head and position; None takes fp32 beside fp32 weights, else fp16. screened_head: tokens that get
+    exact logits, see kernels/screen.py (0: all; others have -inf). threads: None takes `default_threads()`. instruction_set:
+    None takes the best. Raises ValueError where the library is missing or cannot run the model, MemoryError where the memory is
+    not there, and ValueError from `prefill` and `step` where logits are not finite (the slots are then as they were before).
     """
 
     def __init__(
@@ -45,6 +53,8 @@ class NativeEngine(PagedEngine):
         page_size: int = PAGE_SIZE,
         record: bool = False,
         dtype: str = "fp32",
+        cache_dtype: str | None = None,
+        screened_head: int = 0,
         threads: int | None = None,
         instruction_set: str | None = None,
     ) -> None:
@@ -53,6 +63,11 @@ class NativeEngine(PagedEngine):
         self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
         check_layers(self.layers, config)
         require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
+        cache_dtype = default_cache_dtype(dtype) if cache_dtype is None else cache_dtype
+        require(
+            cache_dtype in NATIVE_CACHE_DTYPES,
+            f"cache dtype {cache_dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE_CACHE_DTYPES)}",
+        )
         self.threads = native.default_threads() if threads is None else threads
         self._library = native.library()
         self._model = packed_model(model, dtype)
@@ -61,6 +76,10 @@ class NativeEngine(PagedEngine):
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
         self._set_predictors()
+        check_shortlist(screened_head, config.vocab_size)
+        if screened_head > 0:
+            A, B = self._model.screen(model)
+            native.check(self._library.dejavu_engine_screen(self._handle, A.matrix, B.matrix, screened_head))
         pages_per_slot = -(-config.max_positions // page_size)
         num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
         try:
@@ -71,7 +90,7 @@ class NativeEngine(PagedEngine):
                 num_slots=num_slots,
                 num_pages=num_pages,
                 page_size=page_size,
-                dtype=torch.float32,
+                dtype=NATIVE_CACHE_DTYPES[cache_dtype],
                 device=torch.device("cpu"),
             )
         except RuntimeError as error:  # torch's word for memory that is not there
@@ -80,6 +99,7 @@ class NativeEngine(PagedEngine):
         info = EngineInfo(
             backend="native",
             dtype=dtype,
+            cache_dtype=cache_dtype,
             device="cpu",
             threads=self.threads,
             sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
@@ -91,6 +111,7 @@ class NativeEngine(PagedEngine):
             num_slots=num_slots,
             page_size=page_size,
             num_pages=num_pages,
+            screened_head=screened_head,
         )
         super().__init__(info, cache)
 
@@ -189,12 +210,15 @@ class NativeEngine(PagedEngine):
             table=ctypes.addressof(tables),
             k_pool=self._cache.k_LPGSK.data_ptr(),
             v_pool=self._cache.v_LPGSK.data_ptr(),
+            k_scale=_address(self._cache.k_scale_LPGS),
+            v_scale=_address(self._cache.v_scale_LPGS),
+            cache_dtype=native.DTYPE_CODES[self.info.cache_dtype],
             sparse=sparse,
             logits=logits_BV.data_ptr(),
             neurons=neurons_BL.data_ptr(),
             heads=heads_BL.data_ptr(),
-            neuron_mask=None if neuron_mask_BLF is None else neuron_mask_BLF.data_ptr(),
-            group_mask=None if group_mask_BLG is None else group_mask_BLG.data_ptr(),
+            neuron_mask=_address(neuron_mask_BLF),
+            group_mask=_address(group_mask_BLG),
         )
         if profile is None:
             native.check(self._library.dejavu_engine_run(self._handle, block))
@@ -223,3 +247,7 @@ class NativeEngine(PagedEngine):
                 threshold, lookahead = predictor.threshold, predictor.lookahead
                 status = self._library.dejavu_engine_predictor(self._handle, index, kind, A.matrix, B.matrix, threshold, lookahead)
                 native.check(status)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

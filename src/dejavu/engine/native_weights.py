@@ -1,12 +1,14 @@
 """A model's weights as the native library packs them, made once for each model and dtype.
 
-In: a Transformer in fp32 on the CPU. Out: a handle of the library. fp32 takes the values as they are; int8 quantises every
-matrix per row (kernels/quantize.py), which gives back the very integers of an int8 bundle; norms, biases and the position table stay fp32.
+In: a Transformer in fp32 on the CPU. Out: a handle of the library. fp32 takes the values as they are, bf16 rounds them; int8 and
+int4 quantise every matrix per row and per group of a row (kernels/quantize.py), which gives back the very integers of an int8
+bundle; norms, biases and the position table stay fp32.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -15,27 +17,42 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, require
 from dejavu.kernels import native
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.quantize import dequantize_rows, quantize_groups, quantize_rows, rounded
+from dejavu.kernels.screen import low_rank, screen_rank
 from dejavu.model.layers import Norm
 from dejavu.model.transformer import Transformer
 
-NATIVE_DTYPES = {"fp32": native.FP32, "int8": native.INT8}
+NATIVE_DTYPES = ("fp32", "bf16", "int8", "int4")
+NATIVE_CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+
+
+def default_cache_dtype(dtype: str) -> str:
+    """Of the key/value cache beside weights of that dtype: fp32 as they are, else fp16, whose rounding is small beside theirs."""
+    return "fp32" if dtype == "fp32" else "fp16"
 
 
 class MatrixView:
     """A `native.Matrix` and the tensors that it points into."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: str = "fp32", scale: Tensor | None = None) -> None:
         self.tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in (weight, scale, bias)]
         data, scales, biases = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
         rows, columns = weight.shape if weight.dim() == 2 else (1, weight.shape[0])
-        self.matrix = native.Matrix(data, scales, biases, rows, columns)
+        self.matrix = native.Matrix(data, scales, biases, rows, columns, native.DTYPE_CODES[dtype])
 
 
-def int8_view(matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
-    """The matrix int8 per row."""
-    q, scale = quantize_rows(matrix.detach())
-    return MatrixView(q, bias, scale=scale)
+def matrix_view(dtype: str, matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
+    """The matrix as that dtype stores it."""
+    match dtype:
+        case "int8":
+            q, scale = quantize_rows(matrix.detach())
+        case "int4":
+            q, scale = quantize_groups(matrix.detach())
+        case "bf16":
+            return MatrixView(matrix.bfloat16(), bias, dtype=dtype)
+        case _:
+            return MatrixView(matrix, bias)
+    return MatrixView(q, bias, dtype=dtype, scale=scale)
 
 
 def predictor_view(matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
@@ -43,7 +60,7 @@ def predictor_view(matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
     wide = matrix.detach().float().cpu()
     q, scale = quantize_rows(wide)
     if torch.equal(dequantize_rows(q, scale), wide):
-        return MatrixView(q, bias, scale=scale)
+        return MatrixView(q, bias, dtype="int8", scale=scale)
     return MatrixView(wide, bias)
 
 
@@ -57,13 +74,23 @@ class NativeModel:
             weight.dtype == torch.float32 and weight.device.type == "cpu",
             f"the native engine needs a model loaded as fp32 on the cpu, not {weight.dtype} on {weight.device}",
         )
+        self.dtype = dtype
         self.handle = ctypes.c_void_p()
         self.head_stride = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
         self._library = native.library()
         native.check(self._library.dejavu_model_new(native_config(model.config, dtype), ctypes.byref(self.handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
-        for part, layer, view in _parts(model, quantized=dtype == "int8"):
+        for part, layer, view in _parts(model, dtype):
             native.check(self._library.dejavu_model_set(self.handle, part, layer, view.matrix))
+        self._screen: tuple[MatrixView, MatrixView] | None = None
+
+    def screen(self, model: Transformer) -> tuple[MatrixView, MatrixView]:
+        """A and B of the screened head (kernels/screen.py) of the packed model, int8 per row; worked out once."""
+        if self._screen is None:
+            head_VE = rounded((model.embed if model.head is None else model.head).weight.detach(), self.dtype)
+            A_RE, B_VR = low_rank(head_VE, screen_rank(head_VE.shape[1]))
+            self._screen = matrix_view("int8", A_RE), matrix_view("int8", B_VR)
+        return self._screen
 
 
 _packed: weakref.WeakKeyDictionary[Transformer, dict[str, tuple[tuple[int, ...], NativeModel]]] = weakref.WeakKeyDictionary()
@@ -89,7 +116,7 @@ def native_config(config: ModelConfig, dtype: str) -> native.Config:
         **{name: getattr(config, name) for name in sizes},
         embed_size=config.embed_width,
         position_offset=config.position_offset,
-        dtype=NATIVE_DTYPES[dtype],
+        dtype=native.DTYPE_CODES[dtype],
         activation=native.ACTIVATION_CODES[config.activation],
         gated=config.gated,
         rms=config.norm == "rmsnorm",
@@ -102,9 +129,9 @@ def native_config(config: ModelConfig, dtype: str) -> native.Config:
     )
 
 
-def _parts(model: Transformer, *, quantized: bool) -> Iterator[tuple[int, int, MatrixView]]:
+def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixView]]:
     """(part, layer, values) of everything that the model has."""
-    view = _reusing(int8_view if quantized else MatrixView)
+    view = _reusing(functools.partial(matrix_view, dtype))
     size = model.config.hidden_size
     yield native.EMBED, -1, view(native.EMBED, model.embed.weight)
     for part, module in ((native.PROJECT_IN, model.project_in), (native.PROJECT_OUT, model.project_out), (native.HEAD, model.head)):

@@ -81,6 +81,7 @@ class TorchEngine(PagedEngine):
         info = EngineInfo(
             backend="torch",
             dtype=DTYPE_NAMES[weight.dtype],
+            cache_dtype=DTYPE_NAMES[weight.dtype],
             device=str(weight.device),
             threads=torch.get_num_threads(),
             sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
@@ -189,7 +190,7 @@ class TorchEngine(PagedEngine):
         inv_freq = self.model.inv_freq
         if inv_freq is not None:
             q_HK, k_GK = (rotate(t[None], position_T, inv_freq)[0] for t in (q_HK, k_GK))
-        self._cache.write(index, slot, position, k_GK[None], v_GK[None])
+        self._cache.write(index, slot, position, block.as_cached(k_GK)[None], block.as_cached(v_GK)[None])
         mixed_ARK = attend_pages(
             q_HK.view(-1, config.heads_per_group, config.head_dim),
             self._cache.k_LPGSK[index],

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
-FP32, INT8 = range(2)
+DTYPE_CODES = {"fp32": 0, "int8": 1, "bf16": 2, "int4": 3, "fp16": 4}  # dejavu_dtype
 ACTIVATION_CODES = {"relu": 0, "relu2": 1, "fatrelu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
 EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(16)
 MLP, HEADS = range(2)
@@ -42,7 +42,7 @@ class Config(Structure):
 class Matrix(Structure):
     """dejavu_matrix: addresses of data that live at least as long as the call."""
 
-    _fields_ = (("data", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("columns", c_int64))
+    _fields_ = (*((name, c_void_p) for name in ("data", "scale", "bias")), ("rows", c_int64), ("columns", c_int64), ("dtype", c_int32))
 
 
 class Block(Structure):
@@ -50,7 +50,8 @@ class Block(Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("rows", "first_logits", "num_pages", "page_size", "head_stride")),
-        *((name, c_void_p) for name in ("token", "position", "table", "k_pool", "v_pool")),
+        *((name, c_void_p) for name in ("token", "position", "table", "k_pool", "v_pool", "k_scale", "v_scale")),
+        ("cache_dtype", c_int32),
         ("sparse", c_int32),
         *((name, c_void_p) for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask")),
     )
@@ -74,6 +75,7 @@ _SIGNATURES = {
     "dejavu_model_free": (None, (c_void_p,)),
     "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
     "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(Matrix), POINTER(Matrix), c_float, c_int)),
+    "dejavu_engine_screen": (c_int, (c_void_p, POINTER(Matrix), POINTER(Matrix), c_int64)),
     "dejavu_engine_run": (c_int, (c_void_p, POINTER(Block))),
     "dejavu_engine_profile": (c_int, (c_void_p, POINTER(Block), POINTER(Profile))),
     "dejavu_engine_read": (c_int, (c_void_p, c_void_p, c_int64, POINTER(c_double))),

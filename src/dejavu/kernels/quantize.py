@@ -1,20 +1,33 @@
-"""int8 per row: a matrix as small integers and one scale for each of its rows. The plain definition.
+"""Matrices in few bits: int8 with a scale for each row, int4 with a scale for each group of a row, bf16. The plain definition.
 
-In: a matrix [rows, columns] in fp32. Out: q int8 [rows, columns] and scale fp32 [rows] with
+int8: a matrix [rows, columns] becomes q int8 [rows, columns] and scale fp32 [rows] with
 
     scale_r = max_c |x_rc| / 127, rounded to 16 significant bits        q_rc = round(x_rc / scale_r)        x_rc ~ q_rc * scale_r
 
-With 16 bits of scale every product q * scale is exact in fp32, so that quantising the dequantised matrix again gives back
-the same q and scale: what was measured with the fp32 values is what an int8 kernel computes with.
+int4: q int8 [rows, columns] of -8 .. 7 and scale fp16 [rows, groups], a group being GROUP values of a row in order (the last
+one fewer). With m the value of the group that is largest in size
+
+    scale_g = m / -8 as fp16        q_rc = round(x_rc / scale_g), at most 7        x_rc ~ q_rc * scale_g
+
+so that m takes the integer that has no counterpart of the other sign (llama.cpp's Q4_0 does the same). A group whose scale
+would be below 2^-20, where fp16 has few bits left, is zero: no value of it is larger than 2^-17.
+
+A cached vector of a head is kept as it is, as fp16, or as int8 with one fp32 scale, max |x| / 127.
+
+Every product q * scale of a matrix is exact in fp32, and quantising the dequantised matrix again gives back the same q and scale: what was
+measured with the fp32 values is what an integer kernel computes with.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = 127
 SCALE_BITS = 16
+GROUP = 32
+LEAST_INT4_SCALE = 2.0**-20
 
 
 def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,3 +43,46 @@ def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
     """The matrix fp32 [rows, columns] that q int8 [rows, columns] and scale fp32 [rows] stand for."""
     return q.float() * scale.float()[:, None]
+
+
+def quantize_groups(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """q int8 [rows, columns] of -8 .. 7 and scale fp16 [rows, groups] of a matrix [rows, columns]; a group of zeros has scale 0."""
+    rows, columns = matrix.shape
+    grouped = F.pad(matrix.float(), (0, -columns % GROUP)).view(rows, -1, GROUP)
+    largest = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True))
+    scale = (largest / -8).half()
+    scale = torch.where(scale.abs() < LEAST_INT4_SCALE, torch.zeros_like(scale), scale)
+    inverse = torch.where(scale == 0, torch.zeros_like(largest), 1 / scale.float())
+    q = (grouped * inverse).round().clamp(-8, 7).to(torch.int8)
+    return q.view(rows, -1)[:, :columns].contiguous(), scale.squeeze(2)
+
+
+def dequantize_groups(q: Tensor, scale: Tensor) -> Tensor:
+    """The matrix fp32 [rows, columns] that q int8 [rows, columns] and scale fp16 [rows, groups] stand for."""
+    return q.float() * scale.float().repeat_interleave(GROUP, dim=1)[:, : q.shape[1]]
+
+
+def rounded_vectors(x: Tensor, dtype: str) -> Tensor:
+    """Vectors [.., K] with the values that a key/value cache of that dtype (fp32, fp16, int8) holds, in the dtype of x."""
+    match dtype:
+        case "fp16":
+            return x.half().to(x.dtype)
+        case "int8":
+            wide = x.float()
+            scale = (wide.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp_min(1e-30)
+            return ((wide / scale).round() * scale).to(x.dtype)
+    assert dtype == "fp32", f"{dtype=}"
+    return x
+
+
+def rounded(matrix: Tensor, dtype: str) -> Tensor:
+    """The matrix fp32 [rows, columns] with the values that an engine of that dtype (fp32, bf16, int8, int4) computes with."""
+    match dtype:
+        case "int8":
+            return dequantize_rows(*quantize_rows(matrix))
+        case "int4":
+            return dequantize_groups(*quantize_groups(matrix))
+        case "bf16":
+            return matrix.bfloat16().float()
+    assert dtype == "fp32", f"{dtype=}"
+    return matrix.float()

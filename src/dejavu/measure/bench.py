@@ -133,6 +133,8 @@ def bench(
     name: str,
     backend: str,
     dtype: str | None = None,
+    cache_dtype: str | None = None,
+    screened_head: int = 0,
     threads: int | None = None,
     batch: int = 1,
     context: int = 128,
@@ -145,9 +147,9 @@ def bench(
     """Rows of prefill, of decode in every variant (the first of which is dense), of its parts (native engine), and of peers.
 
     ids: a text with room for context and steps, of which row b of the batch reads its own stretch. steps: decode steps that
-    count, rounded up to whole turns. dtype, threads: of the engines, see make_engine. peers: decode one sequence, so they are
-    left out, with a note, where batch is not 1. Raises ValueError for a count that is not positive, too few steps, a context
-    that leaves no room for the steps, and a decoder that fails its check.
+    count, rounded up to whole turns. dtype, cache_dtype, screened_head, threads: of the engines, see make_engine. peers: decode
+    one sequence, so they are left out, with a note, where batch is not 1. Raises ValueError for a count that is not positive,
+    too few steps, a context that leaves no room for the steps, and a decoder that fails its check.
     """
     limit, needed = model.config.max_positions, context + -(-steps // (TURN - SKIPPED)) * TURN
     for what, value in (("batch", batch), ("context", context)):
@@ -158,17 +160,16 @@ def bench(
     assert variants and variants[0].layers is None, "the first variant is dense: the others are compared with it"
     notes = [f"{peer.mode} decodes one sequence: not timed at batch {batch}" for peer in peers if batch != 1]
     peers = peers if batch == 1 else ()
+    options: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "screened_head": screened_head, "threads": threads}
     for variant in variants:
-        check_mode(model, variant.layers, ids, backend, dtype=dtype, threads=threads)
+        check_mode(model, variant.layers, ids, backend, **options)
     notes += _check_peers(peers, model, ids, name)
     rows_BT = [[ids[(row * context + t) % len(ids)] for t in range(needed)] for row in range(batch)]
 
     def decoder_of(variant: Variant) -> _Decoder:
         # torch keeps its lists anyway, so that recording them costs nothing; native tells unions in its profile.
         record, tokens = backend != "native", batch * (needed + 64)
-        engine = make_engine(
-            model, variant.layers, backend=backend, num_slots=batch, cache_tokens=tokens, record=record, dtype=dtype, threads=threads
-        )
+        engine = make_engine(model, variant.layers, backend=backend, num_slots=batch, cache_tokens=tokens, record=record, **options)
         return _Decoder(engine, variant, rows_BT, context, model.config.num_kv_heads)
 
     run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, synthetic=synthetic)

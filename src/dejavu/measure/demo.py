@@ -110,6 +110,7 @@ def run_demo(
     threads: int | None,
     seed: int,
     dtype: str | None = None,
+    cache_dtype: str | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
     sizes: DemoSizes = DemoSizes(),
@@ -121,7 +122,8 @@ def run_demo(
     backend, dtype (of the engine), lookahead (per layer the MLP predictor's, None where the MLP runs dense), report (path
     of the page).
 
-    dtype: of the engines (None: the model's). training: how `retrain` trains, instead of with the defaults and `seed`.
+    dtype: of the engines (None: the model's); cache_dtype: of their caches, see make_engine. training: how `retrain` trains,
+    instead of with the defaults and `seed`.
 
     Raises ValueError without an adapter and `retrain`, for an unavailable backend, or an output folder in use; all before
     the work begins.
@@ -138,12 +140,12 @@ def run_demo(
     calibration = {name: tokenizer.encode_plain(text) for name, text in demo_texts("calibration").items()}
     evaluation_texts = demo_texts("evaluation")
     unseen = tokenizer.encode_plain(next(iter(evaluation_texts.values())))
-    engine = partial(make_engine, model, backend=backend, dtype=dtype, threads=threads)
+    engine = partial(make_engine, model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads)
     dense_engine = engine()
     ran = dense_engine.info
     output = absolute(output)
     with new_folder(output) as folder:
-        tell(f"{checkpoint.name} on {ran.backend}, {ran.dtype}, {ran.threads} threads")
+        tell(f"{checkpoint.name} on {ran.backend}, {ran.dtype}, cache {ran.cache_dtype}, {ran.threads} threads")
         with clock.step("profile"):
             profiled = profile(
                 model, _starts(calibration, sizes.profile_tokens), bos=bos, oracle_tokens=sizes.oracle_tokens, progress=progress

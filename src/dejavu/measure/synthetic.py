@@ -3,10 +3,11 @@
 In: a shape's name, a backend and dtype, densities. Out: a model of that shape and predictors that every engine runs as it
 runs trained ones: scores, thresholds, lists and gathered rows are computed, nothing is pretended.
 
-Weights are int8 values times one scale for each matrix, so that every dtype has the same model. What the MLPs add to the
-residual stream is as large as the embedding: predictors see inputs that differ from token to token, and a wrong MLP shows in
-the logits. ReLU neurons get a bias that makes all of them fire, so that no selected neuron's row of down is spared. Layers
-share the memory of their weights where the engine packs its own copy of each (native); elsewhere each has its own.
+Weights are int8 values times one scale for each matrix, so that fp32 and int8 have the same model; bf16 and int4 have them
+rounded. What the MLPs add to the residual stream is as large as the embedding: predictors see inputs that differ from token to
+token, and a wrong MLP shows in the logits. ReLU neurons get a bias that makes all of them fire, so that no selected neuron's
+row of down is spared. Layers share the memory of their weights where the engine packs its own copy of each (native); elsewhere
+each has its own.
 
 A predictor is A random and, by selection,
     uniform     B random: each token selects its own neurons, independently of their neighbours
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, RopeConfig, require
 from dejavu.files import read_json
+from dejavu.kernels.quantize import rounded
 from dejavu.measure.memory import available_bytes
 from dejavu.measure.traffic import Formats, weight_bytes
 from dejavu.model.adapter import quantized
@@ -137,7 +139,7 @@ def synthetic_model(name: str, *, backend: str, dtype: str, seed: int = 0) -> Sy
     check_memory(name, config, backend=backend, dtype=dtype, available=available_bytes(Path("/")))
     shared = backend == "native"
     made = _Made(config, seed)
-    tensors = {key: made.parameter(key, shape) for key, shape in _distinct_shapes(config, shared=shared).items()}
+    tensors = {key: _held(key, made.parameter(key, shape), dtype) for key, shape in _distinct_shapes(config, shared=shared).items()}
     stored = torch.bfloat16 if backend == "torch" and dtype == "bf16" else torch.float32
     model, total = empty_model(config), 0
     for key, parameter in list(model.named_parameters()):
@@ -148,6 +150,11 @@ def synthetic_model(name: str, *, backend: str, dtype: str, seed: int = 0) -> Sy
     if config.rope is not None:
         model.inv_freq = inverse_frequencies(config.rope, config.head_dim)
     return SyntheticModel(name=name, model=model.eval(), config=config, backend=backend, dtype=dtype, num_parameters=total)
+
+
+def _held(key: str, value: Tensor, dtype: str) -> Tensor:
+    """The parameter as engines of that dtype hold it."""
+    return rounded(value, dtype) if value.dim() == 2 and dtype in ("bf16", "int4") and not key.startswith("position") else value
 
 
 def _first_layer(key: str) -> str:

@@ -7,7 +7,8 @@ layer N neurons and U heads that some row of the batch selected and M neurons wh
     predictor   R row(D) + O row(R) + O v for each predictor of rank R with O outputs
     attention   2 U K row(D) + 2 G K row(D) (q, o; k, v) + biases + 2 c(K) sum over rows of (its groups x its tokens)
     mlp         N (1 or 2 row(D) + biases) + M row(D) + D v          (2 where gated)
-    head        V row(E) + E row(D) where the embedding is narrower
+    head        V row(E) + E row(D) where the embedding is narrower; with a shortlist of S tokens by scores of rank R, int8,
+                R row(E) + V row(R) + S row(E) instead of V row(E)
     other       B row(E) + B D v (positions) + norms + D row(E) where the embedding is narrower
 
 Rows of a batch share what they read of the weights, so it counts once; each reads its own cache. Padding, writes and
@@ -27,6 +28,7 @@ import torch
 from dejavu.config import ModelConfig
 from dejavu.engine.interface import EngineInfo
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.screen import screen_rank
 from dejavu.model.predictor import LayerAdapter, Predictor
 
 OPS = ("predictor", "attention", "mlp", "head", "other")
@@ -59,19 +61,21 @@ STORED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Formats:
-    """Dtypes of the matrices, the cache, and vectors; predictors may be int8 where their values are."""
+    """Dtypes of the matrices, the cache, and vectors; predictors may be int8 where their values are. screened: tokens of the
+    shortlist of a screened head, 0 without one."""
 
     weights: str
     cache: str
     vectors: str
     int8_predictors: bool
+    screened: int = 0
 
 
 def formats_of(info: EngineInfo) -> Formats:
-    """How an engine stores what it reads: native keeps vectors and cache fp32 and predictors int8; torch has one dtype for all."""
+    """How an engine stores what it reads: native keeps vectors fp32 and predictors int8; torch has one dtype for all."""
     if info.backend == "native":
-        return Formats(weights=info.dtype, cache="fp32", vectors="fp32", int8_predictors=True)
-    return Formats(weights=info.dtype, cache=info.dtype, vectors=info.dtype, int8_predictors=False)
+        return Formats(weights=info.dtype, cache=info.cache_dtype, vectors="fp32", int8_predictors=True, screened=info.screened_head)
+    return Formats(weights=info.dtype, cache=info.cache_dtype, vectors=info.dtype, int8_predictors=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +116,17 @@ def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequ
         "predictor": sum(predictor_bytes(predictor, may_be_int8=formats.int8_predictors) for predictor in predictors),
         "attention": attention,
         "mlp": mlp,
-        "head": config.vocab_size * matrix.row(embed) + narrow * embed * row,
+        "head": _head_rows(config, formats) + narrow * embed * row,
         "other": reads.rows * (matrix.row(embed) + positions) + norms + narrow * size * matrix.row(embed),
     }
+
+
+def _head_rows(config: ModelConfig, formats: Formats) -> float:
+    width, row = config.embed_width, STORED[formats.weights].row(config.embed_width)
+    if not formats.screened:
+        return config.vocab_size * row
+    rank, int8 = screen_rank(width), STORED["int8"]
+    return rank * int8.row(width) + config.vocab_size * int8.row(rank) + formats.screened * row
 
 
 def weight_bytes(config: ModelConfig, formats: Formats) -> float:

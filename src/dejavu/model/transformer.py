@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig
 from dejavu.kernels.activation import activate
+from dejavu.kernels.quantize import rounded, rounded_vectors
 from dejavu.model.layers import InputMajorLinear, Norm, inverse_frequencies, rotate
 
 
@@ -57,6 +58,7 @@ class Block(nn.Module):
         super().__init__()
         size, head = config.hidden_size, config.head_dim
         self.config = config
+        self.cache_dtype: str | None = None  # what keys and values are rounded to: see Transformer.round_cache
         self.norm1 = Norm(config)
         self.q = nn.Linear(size, config.num_heads * head, bias=config.qkv_bias)
         self.k = nn.Linear(size, config.num_kv_heads * head, bias=config.qkv_bias)
@@ -82,12 +84,16 @@ class Block(nn.Module):
         return x + y if self.config.pre_norm else self.norm2(x + y)
 
     def query_key_value(self, x_TD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q [.., T, H, K], k and v [.., T, G, K] of the attention input, rotated where positions are rotary."""
+        """q [.., T, H, K], k and v [.., T, G, K] of the attention input, rotated where positions are rotary, rounded as cached."""
         split = (-1, self.config.head_dim)
         q, k, v = (project(x_TD).unflatten(-1, split) for project in (self.q, self.k, self.v))
         if inv_freq is not None:
             q, k = rotate(q, position_T, inv_freq), rotate(k, position_T, inv_freq)
-        return q, k, v
+        return q, self.as_cached(k), self.as_cached(v)
+
+    def as_cached(self, vectors: Tensor) -> Tensor:
+        """Keys or values [.., K] as the cache holds them."""
+        return vectors if self.cache_dtype is None else rounded_vectors(vectors, self.cache_dtype)
 
     def activations(self, x_TD: Tensor) -> Tensor:
         """Activation of every neuron [.., T, F]: act(up x), or act(gate x) * up x where gated."""
@@ -124,6 +130,18 @@ class Transformer(nn.Module):
     @property
     def blocks(self) -> list[Block]:
         return list(self.layers)  # pyrefly: ignore[bad-return]  # nn.ModuleList is typed as a list of Module
+
+    @torch.no_grad()
+    def round_matrices(self, dtype: str) -> None:
+        """Take the values that an engine of that dtype computes with, so that quality and speed are of the same weights."""
+        for parameter in self.parameters():
+            if parameter.dim() == 2 and (self.position is None or parameter is not self.position.weight):  # positions stay fp32
+                parameter.copy_(rounded(parameter, dtype))
+
+    def round_cache(self, dtype: str) -> None:
+        """From now on compute with the keys and values that a cache of that dtype (fp32, fp16, int8) holds, as its engine does."""
+        for block in self.blocks:
+            block.cache_dtype = None if dtype == "fp32" else dtype
 
     def embedded(self, ids_BT: Tensor, position_T: Tensor) -> Tensor:
         """The residual stream before layer 0, from ids [.., T] at positions [T]."""

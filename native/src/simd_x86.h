@@ -1,0 +1,37 @@
+// What the vectors of AVX2 and AVX-512 share. Both instruction sets have F16C beside them: dispatch.cpp asks for it.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace {
+
+// By hand: GCC takes a function that only prefetches for one without effect, and drops the calls.
+inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*(const char *)p)); }
+
+inline __m256 eight(const half *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+
+// Eight scales of weights times x's; zero from `count` on, whatever lies there.
+inline __m256 scales8(const half *w, const float *x, int64_t count) {
+  static const int16_t keep[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+  const __m128i wanted = _mm_loadu_si128((const __m128i *)(keep + 8 - count));
+  return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(_mm_loadu_si128((const __m128i *)w), wanted)), _mm256_loadu_ps(x));
+}
+
+inline void times8(const half *w, float coef, float *out) { _mm256_storeu_ps(out, _mm256_mul_ps(eight(w), _mm256_set1_ps(coef))); }
+
+// Byte b of word j is value 8 b + j: four vectors of eight values, low byte each, shifted into place.
+inline void pack_group(const float *x, float inverse, int8_t *low, int8_t *high) {
+  const __m256 scale = _mm256_set1_ps(inverse);
+  const __m256i byte = _mm256_set1_epi32(255);
+  __m256i words = _mm256_setzero_si256();
+  for (int b = 3; b >= 0; b--) {
+    const __m256i value = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * b), scale));
+    words = _mm256_or_si256(_mm256_slli_epi32(words, 8), _mm256_and_si256(value, byte));
+  }
+  _mm_storeu_si128((__m128i *)low, _mm256_castsi256_si128(words));
+  _mm_storeu_si128((__m128i *)high, _mm256_extracti128_si256(words, 1));
+}
+
+}  // namespace
