@@ -201,6 +201,7 @@ def run_demo(
             "firing": firing(model, tokenizer, adapter.layers, prompt_ids, recorded),
             "seconds": clock.seconds,
         }
+        results["environment"]["cache_dtype"] = ran.cache_dtype
         write_json(folder / RESULTS_FILE, results)
         write_report(results, folder / REPORT_FILE)
     return _summary(results, adapter, output / REPORT_FILE)
