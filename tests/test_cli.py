@@ -131,6 +131,12 @@ def test_eval_measures_a_screened_head(call, work: Path) -> None:
     held = json.loads((work / "runs/screen/results.json").read_text())
     assert held["evaluation"]["screen"] == result["screen"] and held["environment"]["screened_head"] == 30
     assert "screened head of 30" in call(*arguments, "--screened-head", "30")
+    call("bench", "model", "--text", "text.txt", "--screened-head", "30", "--steps", "5", "--context", "16", "-o", "runs/screened-bench")
+    environment = json.loads((work / "runs/screened-bench/results.json").read_text())["environment"]
+    assert 0 < environment["screen_agreement"] <= 1 and environment["cache_dtype"] == "fp32"
+    for run_folder in ("runs/screen", "runs/screened-bench"):
+        page = Path(obj(call("report", run_folder, "--json"))["report"]).read_text(encoding="utf-8")
+        assert "screened head 30" in page and ", cache " in page
 
 
 def test_eval_says_that_separator_lines_are_scored(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

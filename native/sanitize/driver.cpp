@@ -232,7 +232,8 @@ int main() {
           EXPECT(one.size() == three.size() && std::memcmp(one.data(), three.data(), one.size() * sizeof(float)) == 0);
           if (first.empty()) first = one;
           // At threshold 0 a score that is rounded otherwise may select another neuron, as may a screen; a cache rounds further.
-          if (std::isinf(threshold) && cache == DEJAVU_FP32 && shortlist == 0) EXPECT(difference(first, one) < 1e-3);
+          const double limit = dtype == DEJAVU_FP32 || dtype == DEJAVU_BF16 ? 1e-3 : 2e-2;  // activations are rounded as well
+          if (std::isinf(threshold) && cache == DEJAVU_FP32 && shortlist == 0) EXPECT(difference(first, one) < limit);
           runs++;
         }
       }

@@ -174,7 +174,6 @@ def bench(
     for each in others:
         line = "peer {mode} {version} · {dtype} · threads: {threads} · {model}".format(**each)
         out.show(escape(line))
-    screened = {} if screen is None else {"screen": screen}
     if screen is not None:
         out.show(screen_line(screen))
     for note in notes[len(found.notes) :]:
@@ -184,7 +183,7 @@ def bench(
         if {"ppl_dense", "ppl_sparse"} <= set(quality):
             out.show(f"perplexity as the adapter states it: {quality['ppl_dense']:.3f} dense, {quality['ppl_sparse']:.3f} sparse")
     if folder is not None and found.lm is not None:
-        out.say(f"Results: {write_sections(folder, found.lm, rows=[row.to_dict() for row in rows], **screened)}")
+        out.say(f"Results: {write_sections(folder, found.lm, screen=screen, rows=[row.to_dict() for row in rows])}")
     out.finish(
         {
             "rows": [row.to_dict() for row in rows],
@@ -194,7 +193,7 @@ def bench(
             "cache_dtype": found.cache_dtype,
             "screened_head": screened_head,
             "notes": notes,
-            **screened,
+            **({} if screen is None else {"screen": screen}),
         }
     )
 

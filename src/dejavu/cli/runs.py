@@ -26,8 +26,11 @@ def open_run(path: Path) -> Path:
     return path
 
 
-def write_sections(folder: Path, lm: LanguageModel, **sections: Any) -> Path:
-    """Put sections into the folder's results.json, beside those that it has of the same model; returns the file."""
+def write_sections(folder: Path, lm: LanguageModel, *, screen: dict[str, Any] | None = None, **sections: Any) -> Path:
+    """Put sections into the folder's results.json, beside those that it has of the same model; returns the file.
+
+    screen: what a screened head was measured to do, which belongs to what ran.
+    """
     from dejavu.files import read_json, write_json
     from dejavu.measure.report import RESULTS_FILE
     from dejavu.measure.results import about
@@ -37,5 +40,7 @@ def write_sections(folder: Path, lm: LanguageModel, **sections: Any) -> Path:
     same = isinstance(held, dict) and held.get("model", {}).get("base_hash") == lm.base_hash
     facts = about(lm.checkpoint, backend=lm.backend, dtype=lm.dtype, threads=lm.num_threads, cuda=lm.backend == "cuda")
     facts["environment"] |= {"cache_dtype": lm.cache_dtype, "screened_head": lm.screened_head}
+    if screen is not None:
+        facts["environment"]["screen_agreement"] = screen["agreement"]
     write_json(path, plain({**(held if same else {}), **facts, **sections}))
     return path

@@ -190,8 +190,10 @@ def run_demo(
             curves = perplexity_curves(model, adapter.layers, unseen[: sizes.curve_tokens], bos=bos, progress=progress)
             recall = recall_curves(model, adapter.layers, unseen[: sizes.recall_tokens], bos=bos)
         prompt_ids = tokenizer.encode(PROMPT)
+        facts = about(checkpoint, backend=ran.backend, dtype=ran.dtype, threads=ran.threads, cuda=ran.device.startswith("cuda"))
+        facts["environment"]["cache_dtype"] = ran.cache_dtype
         results = {
-            **about(checkpoint, backend=ran.backend, dtype=ran.dtype, threads=ran.threads, cuda=ran.device.startswith("cuda")),
+            **facts,
             "generation": generation,
             "evaluation": quality,
             "profile": profiled,

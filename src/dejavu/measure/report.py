@@ -4,7 +4,7 @@ In: a dict of sections, each of them optional, as `results.json` of a run holds 
 external resource. A section that is not there leaves no gap. Sections:
 
     model        name, and what is known of: parameters, layers, hidden_size, neurons, heads, activation
-    environment  device, versions, commit, time, and where it applies backend, dtype, threads
+    environment  device, versions, commit, time, and where it applies backend, dtype, cache_dtype, threads, screened_head, screen_agreement
     generation   prompt, new_tokens, runs, speedup; dense, sparse: each tok_s, text, tok_s_runs; mlp_density, head_density
     evaluation   what measure/evaluate.py returns
     profile      what offline/profile.py returns
