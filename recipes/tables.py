@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dejavu.measure.results import commit, device_name, read_rows, versions
+from dejavu.measure.results import Row, commit, device_name, read_rows, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY, BENCH = ROOT / "results" / "quality.jsonl", ROOT / "results" / "bench.jsonl"
@@ -139,22 +139,72 @@ def layers() -> str:
     return _table(header, rows) + _source(train)
 
 
-def speed() -> str:
-    """Decode and prefill speed, newest row of each kind."""
-    latest: dict[tuple[object, ...], Any] = {}
+def bench_runs() -> list[list[Row]]:
+    """The rows of the newest run of `dejavu bench` for each model, dtype, context and set of batches, on each device."""
+    runs: dict[tuple[object, ...], list[Row]] = {}
     for row in read_rows(BENCH):
-        latest[row.model, row.op, row.mode, row.backend, row.dtype, row.batch, row.context, row.device] = row
-    rows = [
-        [f"{row.op} {row.mode}", row.backend, row.dtype, str(row.batch), str(row.context), _percent(row.mlp_density), f"{row.tok_s:.1f}"]
-        for row in latest.values()
-        if row.tok_s is not None
-    ]
-    last = list(latest.values())[-1]
-    source = {"device": last.device, "versions": last.versions, "commit": last.commit, "time": last.time}
-    return _table(["op", "backend", "dtype", "batch", "context", "MLP density", "tokens/s"], rows) + _source(source)
+        runs.setdefault((row.time, row.context, row.device), []).append(row)
+    newest: dict[tuple[object, ...], list[Row]] = {}
+    for rows in runs.values():
+        first, batches = rows[0], tuple(sorted({row.batch for row in rows if row.op == "decode"}))
+        newest[first.model, first.synthetic, first.dtype, first.context, batches, first.device] = rows
+    return list(newest.values())
 
 
-TABLES: dict[str, Callable[[], str]] = {"headline": headline, "texts": texts, "tasks": tasks, "layers": layers, "speed": speed}
+def _bench_source(row: Row) -> str:
+    return _source({"device": row.device, "versions": row.versions, "commit": row.commit, "time": row.time})
+
+
+def _decodes(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Decode rows of a run: ours and those of peers."""
+    decodes = [row for row in rows if row.op == "decode"]
+    return [row for row in decodes if row.backend != row.mode], [row for row in decodes if row.backend == row.mode]
+
+
+def _ratio(row: Row, other: Row) -> str:
+    assert row.tok_s is not None and other.tok_s is not None
+    return f"{row.tok_s / other.tok_s:.2f}"
+
+
+def speed() -> str:
+    """Decode speed dense and sparse of every model that was measured."""
+    table, runs = [], bench_runs()
+    for rows in runs:
+        own, _ = _decodes(rows)
+        for row in own:
+            dense = next(other for other in own if other.mode == "dense" and other.batch == row.batch)
+            name = f"{row.model}{', synthetic' if row.synthetic else ''}: {row.mode}"
+            about = [row.backend, row.dtype, str(row.threads), str(row.batch), str(row.context), _percent(row.mlp_density)]
+            speeds = [f"{row.tok_s:.1f}", "" if row.gbs is None else f"{row.gbs:.1f}"]
+            share = "" if row.pct_ceiling is None else f"{row.pct_ceiling:.0f} %"
+            table.append([name, *about, *speeds, share, _ratio(row, dense)])
+    header = ["decode", "backend", "dtype", "threads", "batch", "context", "MLP density", "tokens/s", "useful GB/s", "of the read ceiling"]
+    return _table([*header, "times dense"], table) + _bench_source(runs[-1][-1])
+
+
+def peers() -> str:
+    """Other programs beside ours, each run of `dejavu bench --against`."""
+    table, found = [], [rows for rows in bench_runs() if _decodes(rows)[1]]
+    for rows in found:
+        own, others = _decodes(rows)
+        best = max(own, key=lambda row: row.tok_s or 0.0)
+        for row in (*own, *others):
+            density = _percent(row.mlp_density) if row in own else ""
+            program = f"dejavu {row.mode}" if row in own else row.mode
+            name = f"{row.model}{', synthetic' if row.synthetic else ''}"
+            table.append([program, name, row.dtype, str(row.threads), density, f"{row.tok_s:.1f}", _ratio(best, row)])
+    header = ["program", "model", "dtype", "threads", "MLP density", "tokens/s", "our fastest is so many times as fast"]
+    return _table(header, table) + _bench_source(found[-1][-1])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "texts": texts,
+    "tasks": tasks,
+    "layers": layers,
+    "speed": speed,
+    "peers": peers,
+}
 
 
 def rendered(page: str) -> str:

@@ -11,7 +11,7 @@ int64_t Pass::cache_row(int64_t layer, int64_t row, int64_t group, int64_t posit
 }
 
 RowList Pass::cache_rows(const void *pool, int64_t first, int64_t count) const {
-  return {(const unsigned char *)pool + first * cache_bytes, cache_bytes, nullptr, count, count, 0, 0};
+  return {(const unsigned char *)pool + first * cache_bytes, cache_bytes, nullptr, count, count, 0, 0, nullptr};
 }
 
 // A head's vector, padded with zeros, into the cache: as it is, rounded, or as int8 times a scale (NaN where it is not finite).
@@ -60,8 +60,11 @@ void Pass::project_heads(int64_t layer) {
     const Matrix &matrix = is_query ? weights.q : is_key ? weights.k : weights.v;
     for (int64_t tile = 0; tile < size; tile += TILE)
       for (int64_t r = 0; r < rows; r++)
-        if (!is_query || selects(r, head))
-          dots(matrix, own.attention_in[r], nullptr, head * size + tile, std::min(TILE, size - tile), own.query[r].f + tile, rows == 1 ? matrix.row_bytes() : 0);
+        if (!is_query || selects(r, head)) {
+          const int64_t first = head * size + tile, rows_here = std::min(TILE, size - tile);
+          const Fetch after = rows == 1 ? rows_after(matrix, first, rows_here) : Fetch();
+          dots(matrix, own.attention_in[r], nullptr, first, rows_here, own.query[r].f + tile, after);
+        }
     for (int64_t r = 0; r < rows; r++) {
       if (is_query && !selects(r, head)) continue;
       float *computed = own.query[r].f;
@@ -108,7 +111,11 @@ void Pass::attend(int64_t layer) {
           axpys_of(cache_rows(block.v_pool, first, count), p + t, padded, mixed);
         }
         o.scale_rows(nullptr, h * size, size, mixed);
-        axpys(o, mixed, nullptr, h * size, size, engine.attention_parts.data() + (c * engine.max_rows + r) * width, rows == 1 ? o.row_bytes() : 0);
+        float *part = engine.attention_parts.data() + (c * engine.max_rows + r) * width;
+        for (int64_t tile = 0; tile < size; tile += TILE) {
+          const int64_t first_row = h * size + tile, count = std::min(TILE, size - tile);
+          axpys(o, mixed + tile, nullptr, first_row, count, part, rows == 1 ? rows_after(o, first_row, count) : Fetch());
+        }
       }
     }
   }

@@ -88,9 +88,9 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   require(!std::isnan(threshold), "a predictor's threshold is NaN");
   Predictor made;
   for (const dejavu_matrix *given : {&A, &B}) require(given->dtype == DEJAVU_FP32 || given->dtype == DEJAVU_INT8, "a predictor must be fp32 or int8");
-  made.A.allocate(A.dtype, A.rows, c.hidden_size);
+  made.A.allocate(arena, A.dtype, A.rows, c.hidden_size);
   made.A.fill(A, "a predictor's A");
-  made.B.allocate(B.dtype, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
+  made.B.allocate(arena, B.dtype, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
   made.B.fill(B, "a predictor's B");
   made.threshold = threshold, made.lookahead = lookahead;
   std::lock_guard<std::mutex> lock(mutex);
@@ -121,7 +121,8 @@ void dejavu_engine::check(const dejavu_block &b) const {
     require(b.position[r] >= 0 && b.position[r] < c.max_positions,
             "position " + std::to_string(b.position[r]) + " exceeds the model's context of " + std::to_string(c.max_positions));
     for (int64_t page = 0; page <= b.position[r] / b.page_size; page++)
-      require(b.table[r][page] >= 0 && b.table[r][page] < b.num_pages, "page " + std::to_string(b.table[r][page]) + " is outside the cache");
+      if (b.table[r][page] < 0 || b.table[r][page] >= b.num_pages)  // no message made for each page of each step
+        throw BadValue("page " + std::to_string(b.table[r][page]) + " is outside the cache");
   }
 }
 

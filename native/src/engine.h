@@ -79,6 +79,7 @@ struct dejavu_engine {
   const dejavu_model *model;
   const Kernels *kernels;
   const int64_t max_rows, neuron_chunks, head_chunks;
+  Arena arena;  // of predictors and screen; what is set anew lies there until the end
   std::vector<LayerPredictors> predictors;
   Screen screen;
   // Shared by the threads

@@ -1,8 +1,10 @@
 // The arithmetic of a decode step as a table of functions, one table for each instruction set.
 //
 // Rows lie `stride` bytes apart from `base`; idx lists row numbers (NULL: 0, 1, 2...). Lengths n are padded: vectors of
-// weights to a multiple of PAD values, heads to a multiple of HEAD_PAD, the padding being zero. `listed` >= count says how far
-// idx may be read to prefetch, `fetch` how many bytes of the row `ahead` rows later to prefetch (0: none).
+// weights to a multiple of PAD values, heads to a multiple of HEAD_PAD, the padding being zero.
+// While rows are computed, others are prefetched, evenly: `fetch` bytes (0: none) of the row that idx lists `ahead` rows later, as far
+// as `listed` >= count, or where idx is NULL `fetch` bytes from `next` on. In the order of addresses and in step with the computation
+// memory delivers twice as much as in bursts (docs/log.md).
 // A result depends on its own row and vector alone, never on which rows are computed beside it.
 #pragma once
 #include <stdint.h>
@@ -32,6 +34,7 @@ struct RowList {
   int64_t stride;
   const int32_t *idx;
   int64_t count, listed, fetch, ahead;
+  const void *next;
 };
 
 struct Kernels {

@@ -16,27 +16,62 @@ template <class W> inline const W *row_of(const RowList &rows, int64_t k) {
   return (const W *)((const char *)rows.base + number * rows.stride);
 }
 
-inline void fetch_rows(const RowList &rows, int64_t k) {
-  if (rows.fetch == 0) return;
-  const int64_t stop = k + 4 < rows.listed ? k + 4 : rows.listed;
-  for (int64_t j = k; j < stop; j++) {
-    const char *row = row_of<char>(rows, j);
+void fetch(const RowList &rows) {
+  for (int64_t k = 0; k < rows.count; k++) {
+    const char *row = row_of<char>(rows, k);
     for (int64_t b = 0; b < rows.fetch; b += 64) prefetch(row + b);
     prefetch(row + rows.fetch - 1);  // a row need not start a cache line
   }
 }
 
-void fetch(const RowList &rows) {
-  for (int64_t k = 0; k < rows.count; k += 4) fetch_rows(rows, k);
-}
+// What is prefetched while the rows of a list are computed, four rows of `lines` cache lines each at a time.
+class Ahead {
+ public:
+  Ahead(const RowList &list, int64_t lines) : rows(list) {
+    if (rows.fetch == 0) return;
+    if (rows.idx == nullptr) {
+      at = (const char *)rows.next, end = at + rows.fetch;
+      const int64_t steps = (rows.count + 3) / 4 * lines;
+      each = ((rows.fetch + 63) / 64 + steps - 1) / steps;
+    } else {
+      each = (4 * ((rows.fetch + 127) / 64) + lines - 1) / lines;
+      for (int64_t k = 0; k < rows.ahead; k += 4) start(k - rows.ahead), finish();
+    }
+  }
+  // Before rows k to k + 3 are computed.
+  void start(int64_t k) {
+    if (rows.idx == nullptr || rows.fetch == 0) return;
+    row = k + rows.ahead;
+    stop = row + 4 < rows.listed ? row + 4 : rows.listed;
+    next_row();
+  }
+  // For each cache line of the rows that are computed.
+  void step() {
+    for (int64_t i = 0; i < each; i++) line();
+  }
+  // After them.
+  void finish() {
+    if (rows.idx == nullptr) return;
+    while (at < end) line();
+  }
 
-inline void fetch_ahead(const RowList &rows, int64_t k) { fetch_rows(rows, k + rows.ahead); }
-
-// The rows that no other row comes `ahead` of. Rows in order were fetched by the call before.
-inline void fetch_first(const RowList &rows) {
-  if (rows.idx == nullptr) return;
-  for (int64_t k = 0; k < rows.ahead; k += 4) fetch_rows(rows, k);
-}
+ private:
+  void next_row() {
+    if (row >= stop) return;
+    at = row_of<char>(rows, row++), end = at + rows.fetch;
+  }
+  void line() {
+    if (at >= end) return;
+    prefetch(at);
+    at += 64;
+    if (at < end || rows.idx == nullptr) return;
+    prefetch(end - 1);  // a row need not start a cache line
+    next_row();
+  }
+  const RowList &rows;
+  const char *at = nullptr, *end = nullptr;
+  int64_t each = 0, row = 0, stop = 0;
+};
 
 template <class W> inline void rows4(const RowList &rows, int64_t k, const W *out[4]) {
   for (int64_t j = 0; j < 4; j++) out[j] = row_of<W>(rows, k + j < rows.count ? k + j : rows.count - 1);
@@ -47,15 +82,17 @@ inline void put4(const float *four, int64_t k, int64_t count, float *out) {
 }
 
 template <class W> void dots(const RowList &rows, const float *x, int64_t n, float *out) {
-  fetch_first(rows);
+  constexpr int64_t LINE = 64 / (int64_t)sizeof(W);
+  Ahead ahead(rows, (n + LINE - 1) / LINE);
   for (int64_t k = 0; k < rows.count; k += 4) {
-    fetch_ahead(rows, k);
+    ahead.start(k);
     const W *r[4];
     rows4(rows, k, r);
     F::T a[4], b[4];
     for (int j = 0; j < 4; j++) a[j] = b[j] = F::zero();
     int64_t i = 0;
     for (; i + 2 * F::W <= n; i += 2 * F::W) {
+      if (i % LINE == 0) ahead.step();
       const F::T x0 = F::load(x + i), x1 = F::load(x + i + F::W);
       for (int j = 0; j < 4; j++) {
         a[j] = F::fma(F::load(r[j] + i), x0, a[j]);
@@ -66,6 +103,7 @@ template <class W> void dots(const RowList &rows, const float *x, int64_t n, flo
       const F::T x0 = F::load(x + i);
       for (int j = 0; j < 4; j++) a[j] = F::fma(F::load(r[j] + i), x0, a[j]);
     }
+    ahead.finish();
     float four[4];
     const bool whole = k + 4 <= rows.count;
     F::sum4(F::add(a[0], b[0]), F::add(a[1], b[1]), F::add(a[2], b[2]), F::add(a[3], b[3]), whole ? out + k : four);
@@ -74,15 +112,19 @@ template <class W> void dots(const RowList &rows, const float *x, int64_t n, flo
 }
 
 void dots_i8_i16(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out) {
-  fetch_first(rows);
+  Ahead ahead(rows, n / PAD);
   for (int64_t k = 0; k < rows.count; k += 4) {
-    fetch_ahead(rows, k);
+    ahead.start(k);
     const int8_t *r[4];
     rows4(rows, k, r);
     I::T a[4];
     for (int j = 0; j < 4; j++) a[j] = I::zero();
-    for (int64_t i = 0; i < n; i += I::W)
-      for (int j = 0; j < 4; j++) a[j] = I::step(a[j], r[j] + i, xq + i);
+    for (int64_t block = 0; block < n; block += PAD) {
+      ahead.step();
+      for (int64_t i = block; i < block + PAD; i += I::W)
+        for (int j = 0; j < 4; j++) a[j] = I::step(a[j], r[j] + i, xq + i);
+    }
+    ahead.finish();
     float four[4];
     const bool whole = k + 4 <= rows.count;
     I::sum4(a[0], a[1], a[2], a[3], scale, whole ? out + k : four);
@@ -91,19 +133,22 @@ void dots_i8_i16(const RowList &rows, const int16_t *xq, float scale, int64_t n,
 }
 
 template <class W> void axpys(const RowList &rows, const float *coef, int64_t n, float *y) {
-  fetch_first(rows);
+  constexpr int64_t LINE = 64 / (int64_t)sizeof(W);
+  Ahead ahead(rows, (n + LINE - 1) / LINE);
   int64_t k = 0;
   for (; k + 4 <= rows.count; k += 4) {
-    fetch_ahead(rows, k);
+    ahead.start(k);
     const W *r[4];
     rows4(rows, k, r);
     const F::T c0 = F::set(coef[k]), c1 = F::set(coef[k + 1]), c2 = F::set(coef[k + 2]), c3 = F::set(coef[k + 3]);
     for (int64_t i = 0; i < n; i += F::W) {
+      if (i % LINE == 0) ahead.step();
       F::T v = F::fma(F::load(r[0] + i), c0, F::load(y + i));
       v = F::fma(F::load(r[1] + i), c1, v);
       v = F::fma(F::load(r[2] + i), c2, v);
       F::store(y + i, F::fma(F::load(r[3] + i), c3, v));
     }
+    ahead.finish();
   }
   for (; k < rows.count; k++) {
     const W *r = row_of<W>(rows, k);
@@ -114,10 +159,10 @@ template <class W> void axpys(const RowList &rows, const float *coef, int64_t n,
 
 // Groups are taken 8 at a time: their scales are one vector.
 void dots_i4(const RowList &rows, const Grouped &x, int64_t n, float *out) {
-  fetch_first(rows);
   const int64_t groups = n / GROUP;
+  Ahead ahead(rows, groups / 2);
   for (int64_t k = 0; k < rows.count; k += 4) {
-    fetch_ahead(rows, k);
+    ahead.start(k);
     const uint8_t *r[4];
     rows4(rows, k, r);
     F::T a[4];
@@ -131,12 +176,17 @@ void dots_i4(const RowList &rows, const Grouped &x, int64_t n, float *out) {
       }
       const int8_t *q = x.q + g * GROUP;
       if (count == 8)
-        for (int pair = 0; pair < 4; pair++)
+        for (int pair = 0; pair < 4; pair++) {
+          ahead.step();
           for (int j = 0; j < 4; j++) a[j] = N::step(a[j], r[j] + (g + 2 * pair) * (GROUP / 2), q + pair * PAD, s[j], pair);
+        }
       else
-        for (int pair = 0; pair < count / 2; pair++)
+        for (int pair = 0; pair < count / 2; pair++) {
+          ahead.step();
           for (int j = 0; j < 4; j++) a[j] = N::step(a[j], r[j] + (g + 2 * pair) * (GROUP / 2), q + pair * PAD, s[j], pair);
+        }
     }
+    ahead.finish();
     float four[4];
     const bool whole = k + 4 <= rows.count;
     F::sum4(a[0], a[1], a[2], a[3], whole ? out + k : four);
@@ -145,13 +195,14 @@ void dots_i4(const RowList &rows, const Grouped &x, int64_t n, float *out) {
 }
 
 // R rows added to y, each coef * scale of the group first.
-template <int R> inline void axpy_i4(const uint8_t *const *r, const float *coef, int64_t n, float *y) {
+template <int R> inline void axpy_i4(const uint8_t *const *r, const float *coef, int64_t n, float *y, Ahead &ahead) {
   const int64_t groups = n / GROUP;
   for (int64_t first = 0; first < groups; first += 8) {
     const int64_t count = groups - first < 8 ? groups - first : 8;
     float c[R][8];
     for (int j = 0; j < R; j++) N::times((const half *)(r[j] + n / 2) + first, coef[j], c[j]);
     for (int64_t g = 0; g < count; g++) {
+      if (R == 4 && g % 2 == 0) ahead.step();
       float *to = y + (first + g) * GROUP;
       N::Group group[R];
       for (int j = 0; j < R; j++) group[j] = N::group(r[j] + (first + g) * (GROUP / 2));
@@ -165,17 +216,18 @@ template <int R> inline void axpy_i4(const uint8_t *const *r, const float *coef,
 }
 
 void axpys_i4(const RowList &rows, const float *coef, int64_t n, float *y) {
-  fetch_first(rows);
+  Ahead ahead(rows, n / GROUP / 2);
   int64_t k = 0;
   for (; k + 4 <= rows.count; k += 4) {
-    fetch_ahead(rows, k);
+    ahead.start(k);
     const uint8_t *r[4];
     rows4(rows, k, r);
-    axpy_i4<4>(r, coef + k, n, y);
+    axpy_i4<4>(r, coef + k, n, y, ahead);
+    ahead.finish();
   }
   for (; k < rows.count; k++) {
     const uint8_t *r = row_of<uint8_t>(rows, k);
-    axpy_i4<1>(&r, coef + k, n, y);
+    axpy_i4<1>(&r, coef + k, n, y, ahead);
   }
 }
 

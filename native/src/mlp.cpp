@@ -15,21 +15,29 @@ constexpr int64_t FETCHED_BYTES = 384 << 10;  // for each thread
 void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y) {
   const Vector &x = own.mlp_in[r];
   float *values = own.values.data();
-  // Selected rows are fetched as whole records, ahead of their first use; rows in order a matrix at a time, as they are used.
-  const int64_t bytes = layer.up.row_bytes(), ordered = rows == 1 && bytes <= 1024 ? bytes : 0;
-  const int64_t down_too = skip_zeros ? 0 : bytes;
+  // Selected rows are fetched as whole records, ahead of their first use; of rows in order each matrix fetches its share of the
+  // records that come next.
+  const int64_t bytes = layer.up.row_bytes(), matrices = config.gated ? 3 : 2;
+  const int64_t whole = (config.gated ? 2 * bytes : bytes) + (skip_zeros ? 0 : bytes);
+  const auto fetched = [&](int64_t matrix) -> Fetch {
+    if (idx != nullptr) return {matrix == 0 ? whole : 0};
+    if (rows > 1) return {};
+    const Fetch after = rows_after(config.gated ? layer.gate : layer.up, first, count);
+    const int64_t begin = after.bytes * matrix / matrices, end = after.bytes * (matrix + 1) / matrices;
+    return {end - begin, after.next + begin};
+  };
   if (config.gated) {
     float *gate = values + config.intermediate_size + PAD;
-    dots(layer.gate, x, idx, first, count, gate, idx == nullptr ? ordered : 2 * bytes + down_too);
+    dots(layer.gate, x, idx, first, count, gate, fetched(0));
     kernels.activate(gate, count, config.activation, config.activation_threshold);
-    dots(layer.up, x, idx, first, count, values, idx == nullptr ? ordered : 0);
+    dots(layer.up, x, idx, first, count, values, fetched(1));
     for (int64_t k = 0; k < count; k++) values[k] = gate[k] * values[k];
   } else {
-    dots(layer.up, x, idx, first, count, values, idx == nullptr ? ordered : bytes + down_too);
+    dots(layer.up, x, idx, first, count, values, fetched(0));
     kernels.activate(values, count, config.activation, config.activation_threshold);
   }
   layer.down.scale_rows(idx, first, count, values);
-  if (idx == nullptr) return axpys(layer.down, values, idx, first, count, y, ordered);
+  if (idx == nullptr) return axpys(layer.down, values, idx, first, count, y, fetched(matrices - 1));
   if (!skip_zeros) return axpys(layer.down, values, idx, first, count, y);
   // An activation of exactly zero adds nothing: its row of down is not read.
   int32_t *fired = own.fired.data();
@@ -40,7 +48,7 @@ void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t fi
     n += values[k] != 0.0f;
   }
   note_fired(fired, n);
-  axpys(layer.down, values, fired, 0, n, y, bytes);
+  axpys(layer.down, values, fired, 0, n, y, {bytes});
 }
 
 // One of `parts` parts of this thread's selected neurons is fetched, while attention computes: where they are known by then and
@@ -55,7 +63,7 @@ void Pass::fetch_neurons(int64_t index, int64_t part, int64_t parts) const {
     const int64_t count = std::min(engine.counts[index & 1][c], FETCHED_BYTES / bytes / (end - begin));
     const int32_t *list = engine.lists[index & 1].data() + chunk_start(config.intermediate_size, c, chunks);
     const int64_t from = count * part / parts, stop = count * (part + 1) / parts;
-    kernels.fetch({first.data, first.stride, list + from, stop - from, stop - from, bytes, 0});
+    kernels.fetch({first.data, first.stride, list + from, stop - from, stop - from, bytes, 0, nullptr});
   }
 }
 

@@ -40,11 +40,12 @@ constexpr const char *NOT_FINITE = " has values that are not finite; integers ca
 void pack_int4(const int8_t *values, const uint16_t *scales, int64_t columns, int64_t width, const std::string &what, unsigned char *row) {
   std::memset(row, 0x88, (size_t)(width / 2));
   for (int64_t i = 0; i < columns; i++) {
-    require(values[i] >= -8 && values[i] <= 7, what + " has an int4 value outside -8 .. 7");
+    if (values[i] < -8 || values[i] > 7) throw BadValue(what + " has an int4 value outside -8 .. 7");  // no message made for each value
     const int64_t at = i / GROUP * (GROUP / 2) + i % 4 * 4 + i % GROUP / 8, shift = i / 4 % 2 * 4;
     row[at] = (unsigned char)((row[at] & ~(15 << shift)) | (values[i] + 8) << shift);
   }
-  for (int64_t g = 0; g * GROUP < columns; g++) require((scales[g] & 0x7c00) != 0x7c00, what + NOT_FINITE);
+  for (int64_t g = 0; g * GROUP < columns; g++)
+    if ((scales[g] & 0x7c00) == 0x7c00) throw BadValue(what + NOT_FINITE);
   std::memcpy(row + width / 2, scales, (size_t)((columns + GROUP - 1) / GROUP * 2));
 }
 
@@ -55,10 +56,9 @@ void Matrix::view(int new_dtype, int64_t new_rows, int64_t new_columns, unsigned
   data = new_data, stride = new_stride;
 }
 
-void Matrix::allocate(int new_dtype, int64_t new_rows, int64_t new_columns) {
+void Matrix::allocate(Arena &arena, int new_dtype, int64_t new_rows, int64_t new_columns) {
   const int64_t bytes = bytes_of(new_dtype, round_up(new_columns, PAD));
-  owned = Buffer<unsigned char>(product({new_rows, bytes}) + (new_dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
-  view(new_dtype, new_rows, new_columns, owned.data(), bytes);
+  view(new_dtype, new_rows, new_columns, arena.take(product({new_rows, bytes}) + (new_dtype == DEJAVU_INT4 ? INT4_SLACK : 0)), bytes);
 }
 
 void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
@@ -92,8 +92,7 @@ dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
   layers.resize((size_t)config.num_layers);
   const int64_t parts = config.gated ? 3 : 2, bytes = bytes_of(config.dtype, width);
   for (Layer &layer : layers) {
-    layer.neurons = Buffer<unsigned char>(product({config.intermediate_size, parts, bytes}) + (config.dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
-    unsigned char *record = layer.neurons.data();
+    unsigned char *record = arena.take(product({config.intermediate_size, parts, bytes}) + (config.dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
     for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) {
       if (matrix == &layer.gate && !config.gated) continue;
       matrix->view(config.dtype, config.intermediate_size, config.hidden_size, record, parts * bytes);
@@ -120,7 +119,7 @@ void dejavu_model::set_output(Matrix &matrix, Buffer<float> &bias, const dejavu_
 void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   const dejavu_config &c = config;
   const auto own = [&](Matrix &matrix, int dtype, int64_t rows, int64_t columns, const char *what) {
-    matrix.allocate(dtype, rows, columns);
+    matrix.allocate(arena, dtype, rows, columns);
     matrix.fill(m, what);
   };
   switch (part) {
@@ -147,7 +146,7 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
     case DEJAVU_K: return of_layer(layer.k, keys, "k");
     case DEJAVU_V: return of_layer(layer.v, keys, "v");
     case DEJAVU_O:
-      layer.o.allocate(c.dtype, queries, c.hidden_size);
+      layer.o.allocate(arena, c.dtype, queries, c.hidden_size);
       return set_output(layer.o, layer.o_bias, m, "o" + where);
     case DEJAVU_GATE:
       require(c.gated != 0, "this model has no gate");

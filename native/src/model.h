@@ -35,14 +35,13 @@ struct Matrix {
   int dtype = DEJAVU_FP32;
   int64_t rows = 0, columns = 0, width = 0, stride = 0;
   unsigned char *data = nullptr;
-  Buffer<unsigned char> owned;
   Buffer<float> scale, bias;
 
   bool present() const { return data != nullptr; }
   bool filled() const { return filled_; }
   int64_t row_bytes() const { return bytes_of(dtype, width); }
-  // Own memory, rows of `columns` padded.
-  void allocate(int dtype, int64_t rows, int64_t columns);
+  // Memory of an arena, which must outlive the matrix; rows of `columns` padded.
+  void allocate(Arena &arena, int dtype, int64_t rows, int64_t columns);
   // Memory of others: rows `stride` bytes apart.
   void view(int dtype, int64_t rows, int64_t columns, unsigned char *data, int64_t stride);
   // Copies (int4: packs) values, scales and bias. Raises BadValue naming `what` where sizes or dtypes differ.
@@ -63,8 +62,7 @@ struct Norm {
 
 struct Layer {
   Norm norm1, norm2;
-  Matrix q, k, v, o, gate, up, down;
-  Buffer<unsigned char> neurons;  // records gate | up | down
+  Matrix q, k, v, o, gate, up, down;  // neurons are records gate | up | down
   Buffer<float> o_bias, down_bias;
 };
 
@@ -74,6 +72,7 @@ struct dejavu_model {
 
   dejavu_config config;
   int64_t width, embed_width, head_width;  // padded sizes of the residual stream, the embedding and a head
+  Arena arena;
   Matrix embed, position, project_in, project_out, head;
   Norm final_norm;
   Buffer<float> inv_freq;

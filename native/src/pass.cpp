@@ -21,10 +21,13 @@ int64_t Pass::share(int64_t total, int64_t unit) const { return total / unit * t
 
 int64_t Pass::share_end(int64_t total, int64_t unit) const { return thread + 1 == threads ? total : total / unit * (thread + 1) / threads * unit; }
 
-void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, int64_t fetch) const {
+RowList Pass::list_of(const Matrix &m, const int32_t *idx, int64_t first, int64_t count, Fetch fetch) const {
+  return {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, count, fetch.bytes, rows_ahead(m), fetch.next};
+}
+
+void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, Fetch fetch) const {
   if (count == 0) return;
-  const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
-  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
+  const RowList list = list_of(m, idx, first, count, fetch);
   switch (m.dtype) {
     case DEJAVU_INT4: kernels.dots_i4(list, x.groups, m.width, out); break;
     case DEJAVU_INT8: x.q == nullptr ? kernels.dots_i8(list, x.f, m.width, out) : kernels.dots_i8_i16(list, x.q, x.scale, m.width, out); break;
@@ -36,10 +39,9 @@ void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t fi
     for (int64_t k = 0; k < count; k++) out[k] += m.bias[idx == nullptr ? first + k : idx[k]];
 }
 
-void Pass::axpys(const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, int64_t fetch) const {
+void Pass::axpys(const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, Fetch fetch) const {
   if (count == 0) return;
-  const int64_t listed = idx == nullptr ? m.rows - first : count;  // rows in order go on after these
-  const RowList list = {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, listed, fetch, rows_ahead(m)};
+  const RowList list = list_of(m, idx, first, count, fetch);
   switch (m.dtype) {
     case DEJAVU_INT4: return kernels.axpys_i4(list, coef, m.width, y);
     case DEJAVU_INT8: return kernels.axpys_i8(list, coef, m.width, y);
@@ -187,7 +189,7 @@ void Pass::output() {
     const int64_t count = std::min(TILE, end - tile);
     for (int64_t r = block.first_logits; r < rows; r++) {
       float *out = block.logits + (r - block.first_logits) * config.vocab_size + tile;
-      dots(head, input(r), nullptr, tile, count, out, rows == 1 ? head.row_bytes() : 0);
+      dots(head, input(r), nullptr, tile, count, out, rows == 1 ? rows_after(head, tile, count) : Fetch());
       finite = finite && kernels.finite(out, count);
     }
   }

@@ -4,6 +4,18 @@
 
 #include "engine.h"
 
+// What is prefetched while rows are computed: `bytes` of each listed row later on, or, of rows in order, from `next` on.
+struct Fetch {
+  int64_t bytes = 0;
+  const unsigned char *next = nullptr;
+};
+
+// The rows of a matrix in memory of its own that come after rows [first, first + count): as many again.
+inline Fetch rows_after(const Matrix &matrix, int64_t first, int64_t count) {
+  const int64_t stop = first + count, rows = stop + count <= matrix.rows ? count : matrix.rows - stop;
+  return {rows * matrix.stride, matrix.data + stop * matrix.stride};
+}
+
 class Pass {
  public:
   Pass(dejavu_engine &engine, const dejavu_block &block, int thread);
@@ -46,10 +58,12 @@ class Pass {
   void lap(int op);
   void note_fired(const int32_t *idx, int64_t count);
   void note_layer(int64_t layer);
+  void count_layer(int64_t layer);
 
   // Small helpers, in pass.cpp. `dots`: out[k] = row_k x * scale + bias, rows first + 0, 1, 2... or idx[k].
-  void dots(const Matrix &matrix, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, int64_t fetch = 0) const;
-  void axpys(const Matrix &matrix, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, int64_t fetch = 0) const;
+  void dots(const Matrix &matrix, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, Fetch fetch = {}) const;
+  void axpys(const Matrix &matrix, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, Fetch fetch = {}) const;
+  RowList list_of(const Matrix &matrix, const int32_t *idx, int64_t first, int64_t count, Fetch fetch) const;
   void norm(const Norm &norm, const float *x, float *y) const;
   void quantize(Vector &vector, int64_t width) const;
   void add_parts(const Buffer<float> &parts, int64_t chunks, const Buffer<float> &bias);

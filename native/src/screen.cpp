@@ -36,9 +36,9 @@ void dejavu_engine::set_screen(const dejavu_matrix &A, const dejavu_matrix &B, i
   require(A.rows > 0 && A.rows <= c.embed_size, "the rank of a screen must lie between 1 and the width of the head");
   for (const dejavu_matrix *given : {&A, &B}) require(given->dtype == DEJAVU_FP32 || given->dtype == DEJAVU_INT8, "a screen must be fp32 or int8");
   Screen made;
-  made.A.allocate(A.dtype, A.rows, c.embed_size);
+  made.A.allocate(arena, A.dtype, A.rows, c.embed_size);
   made.A.fill(A, "a screen's A");
-  made.B.allocate(B.dtype, c.vocab_size, A.rows);
+  made.B.allocate(arena, B.dtype, c.vocab_size, A.rows);
   made.B.fill(B, "a screen's B");
   made.count = count;
   made.best = Buffer<uint64_t>(product({max_rows, pool.threads(), count}));
@@ -68,7 +68,7 @@ void Pass::shortlist(const Vector &x, int64_t r) {
   for (int64_t tile = begin; tile < end; tile += TILE) {
     float scores[TILE];
     const int64_t count = std::min(TILE, end - tile);
-    dots(screen.B, low, nullptr, tile, count, scores, screen.B.row_bytes());
+    dots(screen.B, low, nullptr, tile, count, scores, rows_after(screen.B, tile, count));
     finite = finite && kernels.finite(scores, count);
     for (int64_t k = 0; k < count; k++) {
       const uint64_t rank = rank_of(scores[k], tile + k);
@@ -99,7 +99,7 @@ void Pass::exact_logits(const Vector &x, int64_t r) {
   n = keep_largest(ranks, n, screen.count);  // in the same order in every thread
   const int64_t begin = share(n), count = share_end(n) - begin;
   for (int64_t k = 0; k < count; k++) own.tokens[k] = (int32_t)token_of(ranks[begin + k]);
-  dots(head, x, own.tokens.data(), 0, count, own.exact.data(), head.row_bytes());
+  dots(head, x, own.tokens.data(), 0, count, own.exact.data(), {head.row_bytes()});
   if (!kernels.finite(own.exact.data(), count)) engine.finite.store(false);
   float *logits = block.logits + (r - block.first_logits) * config.vocab_size;
   for (int64_t k = 0; k < count; k++) logits[own.tokens[k]] = own.exact[k];

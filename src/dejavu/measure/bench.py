@@ -32,6 +32,7 @@ from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine, StepProfile, StepResult
 from dejavu.engine.native_engine import NativeEngine
 from dejavu.measure.decoders import Peer, Variant, check_mode, check_peer, runs_same
+from dejavu.measure.memory import sequential_buffer
 from dejavu.measure.results import Row
 from dejavu.measure.traffic import Reads, formats_of, step_bytes, weight_bytes
 from dejavu.measure.turns import MIN_REPEATS, Work, percentiles, take_turns
@@ -199,7 +200,7 @@ class _Run:
         self.batch, self.context = len(decoders[0].rows_BT), decoders[0].context
         self.formats = formats_of(self.info)
         size = max(4, round(min(weight_bytes(self.config, self.formats), MAX_BUFFER)))
-        self.buffer = torch.ones(size // 4, device=self.info.device)
+        self.buffer = sequential_buffer(size // 4, self.info.device)
         self.prefill: dict[Any, list[float]] = {}
         self.decode: dict[Any, list[float]] = {}
 

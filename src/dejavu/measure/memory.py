@@ -1,8 +1,22 @@
-"""Memory that this process may still take."""
+"""Memory that this process may still take, and a buffer whose reading says how fast memory is."""
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def sequential_buffer(count: int, device: str) -> Tensor:
+    """`count` fp32 ones; on the CPU in huge pages where the system has them, as the native engine's weights are."""
+    if device != "cpu":
+        return torch.ones(count, device=device)
+    memory = mmap.mmap(-1, 4 * count)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
 
 
 def available_bytes(root: Path) -> int | None:
