@@ -54,7 +54,8 @@ typedef struct {
 } dejavu_matrix;
 
 /* One block of tokens: rows of a decode step (each of its own slot) or consecutive tokens of one slot. table[r] lists the
- * pages of row r's sequence. k_scale and v_scale belong to an int8 cache and are NULL otherwise. Outputs: logits fp32 [rows - first_logits, vocab], counts [rows, layers], masks or NULL. */
+ * pages of row r's sequence. k_scale and v_scale belong to an int8 cache and are NULL otherwise. Outputs: logits fp32
+ * [rows - first_logits, vocab], counts [rows, layers], masks or NULL. */
 typedef struct {
   int64_t rows, first_logits, num_pages, page_size, head_stride;
   const int64_t *token, *position;

@@ -121,7 +121,8 @@ void dejavu_engine::check(const dejavu_block &b) const {
     require(b.position[r] >= 0 && b.position[r] < c.max_positions,
             "position " + std::to_string(b.position[r]) + " exceeds the model's context of " + std::to_string(c.max_positions));
     for (int64_t page = 0; page <= b.position[r] / b.page_size; page++)
-      require(b.table[r][page] >= 0 && b.table[r][page] < b.num_pages, "page " + std::to_string(b.table[r][page]) + " is outside the cache");
+      if (b.table[r][page] < 0 || b.table[r][page] >= b.num_pages)  // no message made for each page of each step
+        throw BadValue("page " + std::to_string(b.table[r][page]) + " is outside the cache");
   }
 }
 

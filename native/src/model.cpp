@@ -40,11 +40,12 @@ constexpr const char *NOT_FINITE = " has values that are not finite; integers ca
 void pack_int4(const int8_t *values, const uint16_t *scales, int64_t columns, int64_t width, const std::string &what, unsigned char *row) {
   std::memset(row, 0x88, (size_t)(width / 2));
   for (int64_t i = 0; i < columns; i++) {
-    require(values[i] >= -8 && values[i] <= 7, what + " has an int4 value outside -8 .. 7");
+    if (values[i] < -8 || values[i] > 7) throw BadValue(what + " has an int4 value outside -8 .. 7");  // no message made for each value
     const int64_t at = i / GROUP * (GROUP / 2) + i % 4 * 4 + i % GROUP / 8, shift = i / 4 % 2 * 4;
     row[at] = (unsigned char)((row[at] & ~(15 << shift)) | (values[i] + 8) << shift);
   }
-  for (int64_t g = 0; g * GROUP < columns; g++) require((scales[g] & 0x7c00) != 0x7c00, what + NOT_FINITE);
+  for (int64_t g = 0; g * GROUP < columns; g++)
+    if ((scales[g] & 0x7c00) == 0x7c00) throw BadValue(what + NOT_FINITE);
   std::memcpy(row + width / 2, scales, (size_t)((columns + GROUP - 1) / GROUP * 2));
 }
 

@@ -46,6 +46,7 @@ class Pass {
   void lap(int op);
   void note_fired(const int32_t *idx, int64_t count);
   void note_layer(int64_t layer);
+  void count_layer(int64_t layer);
 
   // Small helpers, in pass.cpp. `dots`: out[k] = row_k x * scale + bias, rows first + 0, 1, 2... or idx[k].
   void dots(const Matrix &matrix, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, int64_t fetch = 0) const;

@@ -26,10 +26,17 @@ void Pass::note_fired(const int32_t *idx, int64_t count) {
   for (int64_t k = 0; k < count; k++) engine.fired[idx[k]] = 1;
 }
 
-// The layer's counts, outside the times. Marks of the next layer come after two more barriers, which this thread has yet to pass.
+// The layer's counts, outside the times: the others wait, or they would read the next layer's weights while thread 0 still counts,
+// and its share of that layer would be timed alone.
 void Pass::note_layer(int64_t layer) {
-  if (engine.profile == nullptr || thread != 0) return;
+  if (engine.profile == nullptr) return;
   lap(DEJAVU_OP_OTHER);
+  if (thread == 0) count_layer(layer);
+  engine.pool.barrier();
+  last = std::chrono::steady_clock::now();
+}
+
+void Pass::count_layer(int64_t layer) {
   const int64_t total = config.intermediate_size, groups = config.num_kv_heads, chunks = engine.neuron_chunks;
   int64_t neurons = total, read = total, attended = 0;
   if (sparse_mlp(layer)) {
@@ -51,5 +58,4 @@ void Pass::note_layer(int64_t layer) {
     attended += wanted;
   }
   engine.profile->neurons[layer] = neurons, engine.profile->fired[layer] = read, engine.profile->groups[layer] = attended;
-  last = std::chrono::steady_clock::now();
 }
