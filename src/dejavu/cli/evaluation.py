@@ -89,16 +89,18 @@ def evaluation(
         out.show(f"{store.reused} texts and tasks were already measured")
     show(out, result)
     if folder is not None:
-        out.say(f"Results: {write_sections(folder, lm, evaluation=result)}")
+        written = write_sections(folder, lm, screen=result.get("screen"), evaluation=result)
+        out.say(f"Results: {written}")
     out.finish(result | {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": notes})
 
 
 def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | None) -> dict[str, Any]:
-    """The screened head against the full one, with the adapter, on the start of the texts."""
+    """The screened head against the full one, with the adapter, on the start of every text, the same share of MAX_SCREEN_TOKENS each."""
     from dejavu.measure.screening import head_agreement
     from dejavu.measure.texts import document_ids
 
-    ids = [token for part in document_ids(lm.tokenizer, texts, max_tokens=MAX_SCREEN_TOKENS).values() for token in part]
+    share = max(1, MAX_SCREEN_TOKENS // len(texts))
+    ids = [token for part in document_ids(lm.tokenizer, texts, max_tokens=share).values() for token in part]
     return head_agreement(
         lm.model,
         lm.layers(),
