@@ -104,6 +104,7 @@ def bench(
 
     out = Output(as_json)
     require((model is None) != (synthetic is None), "give either MODEL or --synthetic NAME, one of the two")
+    require(not (dense and (density or head_density or selection)), "--dense leaves nothing to select; drop it or the densities")
     names = _peer_names(against or [])
     require(gguf is None or "llama.cpp" in names, "--gguf is the model of --against llama.cpp; add that or leave it out")
     named = results is None or (cache_dtype == "auto" and screened_head == 0)
@@ -127,7 +128,6 @@ def bench(
             seed=seed, adapter=adapter, dense=dense, accept_base=accept_base,
         )  # fmt: skip
         densities, selections = density or [], []
-    require(not (dense and (density or head_density or selection)), "--dense leaves nothing to select; drop it or the densities")
     runs: list[tuple[str, Bench]] = []
     notes = list(found.notes)
     with _peers(names, found, gguf, notes) as peers, progress_bars() as progress:
@@ -312,7 +312,10 @@ def _peers(names: Sequence[str], found: _Subject, gguf: Path | None, notes: list
             require(wide, f"--against {', '.join(exported)} exports the model, which must be loaded as fp32 or int8; leave --dtype out")
             folder = Path(temporary) / export_name(found.name)
             export(lm.model, lm.tokenizer, folder)
-        threads = lm.num_threads if lm is not None else found.threads or default_threads()
+        if lm is not None:
+            threads = lm.num_threads
+        else:  # as many as ours
+            threads = found.threads or default_threads() if found.backend == "native" else torch.get_num_threads()
         opened, said = open_peers(names, export_folder=folder, gguf=gguf, threads=threads)
         notes += said
         try:
