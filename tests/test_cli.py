@@ -130,6 +130,7 @@ def test_eval_measures_a_screened_head(call, work: Path) -> None:
     assert result["screen"]["screened_head"] == 30 and 0 < result["screen"]["agreement"] <= 1
     held = json.loads((work / "runs/screen/results.json").read_text())
     assert held["evaluation"]["screen"] == result["screen"] and held["environment"]["screened_head"] == 30
+    assert held["environment"]["screen_agreement"] == result["screen"]["agreement"]
     assert "screened head of 30" in call(*arguments, "--screened-head", "30")
     call("bench", "model", "--text", "text.txt", "--screened-head", "30", "--steps", "5", "--context", "16", "-o", "runs/screened-bench")
     environment = json.loads((work / "runs/screened-bench/results.json").read_text())["environment"]
@@ -137,6 +138,24 @@ def test_eval_measures_a_screened_head(call, work: Path) -> None:
     for run_folder in ("runs/screen", "runs/screened-bench"):
         page = Path(obj(call("report", run_folder, "--json"))["report"]).read_text(encoding="utf-8")
         assert "screened head 30" in page and ", cache " in page
+
+
+@needs_library
+def test_eval_measures_a_screened_head_on_every_text(call, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def agreement(model: Any, layers: Any, ids: list[int], **options: Any) -> dict[str, Any]:
+        seen.append(list(ids))
+        return {"screened_head": 30, "rank": 1, "tokens": len(ids), "agreement": 1.0}
+
+    monkeypatch.setattr("dejavu.measure.screening.head_agreement", agreement)
+    monkeypatch.setattr("dejavu.cli.evaluation.MAX_SCREEN_TOKENS", 41)
+    arguments = ("eval", "model", "--dense", "--max-tokens", "20", "--screened-head", "30")
+    for texts in (("text.txt",), ("other.txt",), ("text.txt", "other.txt")):
+        call(*arguments, *(part for text in texts for part in ("--text", text)))
+    first, second, both = seen
+    assert len(first) == len(second) == 41 and first != second
+    assert both in (first[:20] + second[:20], second[:20] + first[:20])
 
 
 def test_eval_says_that_separator_lines_are_scored(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -127,10 +127,11 @@ def test_a_peer_that_is_wrong_means_no_number(work: Path, peers: list[tuple[Any,
     assert all(isinstance(peer, FakePeer) and peer.closed for peer in peers[1])
 
 
-def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]]) -> None:
+def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dejavu.kernels.native.default_threads", lambda: 77)  # of the native engine, which does not run here
     arguments = ("bench", "--synthetic", "opt-small", "--backend", "torch", "--dense", *SHORT)
     result = obj(call(*arguments, "--against", "transformers,llama.cpp", "--gguf", "a.gguf", "--json"))
-    assert peers[0][:3] == (["llama.cpp"], None, Path("a.gguf"))
+    assert peers[0] == (["llama.cpp"], None, Path("a.gguf"), result["rows"][0]["threads"]) and peers[0][3] < 77
     assert [row["mode"] for row in result["rows"] if row["op"] == "decode"] == ["dense", "llama.cpp"]
     assert [row["synthetic"] for row in result["rows"] if row["op"] == "decode"] == [True, False]
     assert any("transformers loads an exported model" in note for note in result["notes"])
@@ -151,6 +152,7 @@ def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]]) -> 
         (("--synthetic", "opt-small", "--rank", "0"), "rank must lie between 1 and 128 .*not 0"),
         (("--synthetic", "opt-small", "--head-density", "0.1"), "head density 0.1 is less than one of 4 head groups"),
         (("--synthetic", "opt-small", "--dense", "--density", "0.1"), "--dense leaves nothing to select"),
+        (("no-such-model", "--dense", "--density", "0.1"), "--dense leaves nothing to select"),
         (("model", "--text", "text.txt", "--density", "0.1"), "a density needs predictors"),
         (("model", "--selection", "uniform"), "--selection and --rank plant predictors; they need --synthetic"),
         (("model", "--against", "vllm"), "--against vllm is no peer; choose from transformers"),

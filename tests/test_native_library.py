@@ -8,11 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import Tiny
 from dejavu.cli.main import run as cli
 from dejavu.engine.backends import make_engine
+from dejavu.engine.native_weights import MatrixView, NativeModel
 from dejavu.kernels import native
+from dejavu.kernels.quantize import GROUP
+from test_native import needs_library
 
 
 @pytest.mark.parametrize(
@@ -90,3 +94,24 @@ def test_info_shows_the_whole_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert "native not available its library was not built" in shown and "make native`" in shown
     finally:
         native._load.cache_clear()
+
+
+@needs_library
+@pytest.mark.parametrize("value", [-9, 8])
+def test_an_int4_matrix_holds_nibbles_and_finite_scales(tiny: Tiny, value: int) -> None:
+    model = NativeModel(tiny("opt"), "int4")
+    shape = tiny("opt").embed.weight.shape
+    q, scale = torch.zeros(shape, dtype=torch.int8), torch.ones(shape[0], -(-shape[1] // GROUP), dtype=torch.float16)
+
+    def put() -> None:
+        view = MatrixView(q, dtype="int4", scale=scale)
+        native.check(native.library().dejavu_model_set(model.handle, native.EMBED, -1, view.matrix))
+
+    q[-1, -1] = -8 if value < 0 else 7
+    put()
+    q[-1, -1] = value
+    with pytest.raises(ValueError, match=r"the embedding has an int4 value outside -8 \.\. 7"):
+        put()
+    q[-1, -1], scale[-1, -1] = 0, torch.inf
+    with pytest.raises(ValueError, match="the embedding has values that are not finite"):
+        put()

@@ -206,6 +206,13 @@ def test_any_one_section_may_be_missing(results: dict[str, Any], section: str) -
     Page(render(results))
 
 
+def test_a_screened_head_that_never_agrees_is_not_hidden(results: dict[str, Any]) -> None:
+    results["environment"] |= {"screened_head": 30, "screen_agreement": 0.0}
+    assert "screened head 30 (0.0% of the full head's choices)" in words(render(results))
+    del results["environment"]["screen_agreement"]
+    assert "of the full head" not in words(render(results))
+
+
 def test_a_missing_section_leaves_no_trace(results: dict[str, Any]) -> None:
     text = words(render({"model": results["model"], "profile": results["profile"]}))
     assert "Residual cosine" in text

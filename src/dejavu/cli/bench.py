@@ -312,7 +312,10 @@ def _peers(names: Sequence[str], found: _Subject, gguf: Path | None, notes: list
             require(wide, f"--against {', '.join(exported)} exports the model, which must be loaded as fp32 or int8; leave --dtype out")
             folder = Path(temporary) / export_name(found.name)
             export(lm.model, lm.tokenizer, folder)
-        threads = lm.num_threads if lm is not None else found.threads or default_threads()
+        if lm is not None:
+            threads = lm.num_threads
+        else:  # as many as ours
+            threads = found.threads or default_threads() if found.backend == "native" else torch.get_num_threads()
         opened, said = open_peers(names, export_folder=folder, gguf=gguf, threads=threads)
         notes += said
         try:

@@ -89,7 +89,8 @@ def evaluation(
         out.show(f"{store.reused} texts and tasks were already measured")
     show(out, result)
     if folder is not None:
-        out.say(f"Results: {write_sections(folder, lm, evaluation=result)}")
+        written = write_sections(folder, lm, screen=result.get("screen"), evaluation=result)
+        out.say(f"Results: {written}")
     out.finish(result | {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": notes})
 
 
