@@ -41,7 +41,8 @@ class Pass {
   // mlp.cpp
   void mlp(int64_t layer);
   void fetch_neurons(int64_t layer, int64_t part, int64_t parts) const;
-  void neurons(const Layer &layer, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y);
+  void neurons(const Layer &layer, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
+               const int32_t *kept = nullptr, int64_t num_kept = 0);
 
   // select.cpp
   void select_groups(int64_t layer);
