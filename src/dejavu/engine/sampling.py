@@ -83,15 +83,11 @@ class Sampler:
 def _nucleus(weight_V: NDArray[np.float64], id_C: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
     """The fewest of the ids, heaviest first, whose weights reach the share top_p; the heaviest is always among them.
 
-    Few suffice as a rule, so only the heaviest are sorted, and more of them where those are not enough.
+    Ids that weigh no more than (1 - top_p) / C of all can be left out together and the others still reach top_p: only those are sorted.
     """
     weight_C = weight_V[id_C]
-    wanted, count = top_p * weight_C.sum(), 256
-    while True:
-        count = min(count, len(id_C))
-        heavy = np.argpartition(weight_C, -count)[-count:]
-        heavy = heavy[np.argsort(-weight_C[heavy], kind="stable")]
-        reached = weight_C[heavy].cumsum()
-        if reached[-1] >= wanted or count == len(id_C):
-            return id_C[heavy[: max(1, int(np.searchsorted(reached, wanted)) + 1)]]
-        count *= 8
+    total = weight_C.sum()
+    heavy = np.flatnonzero(weight_C > (1 - top_p) * total / len(id_C))
+    heavy = heavy[np.argsort(-weight_C[heavy], kind="stable")]
+    reached = weight_C[heavy].cumsum()
+    return id_C[heavy[: int(np.searchsorted(reached, top_p * total)) + 1]]

@@ -63,7 +63,7 @@ class DemoSizes(Config):
     recall_tokens: int = 2048
     curve_tokens: int = 2048
     new_tokens: int = 96
-    runs: int = 3
+    runs: int = 15
 
     def __post_init__(self) -> None:
         require(self.new_tokens >= 2, f"new_tokens must be at least 2, not {self.new_tokens}")
