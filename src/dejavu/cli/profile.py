@@ -15,7 +15,7 @@ from dejavu.cli.runs import open_run, write_sections
 def profile(
     model: Model,
     text: Texts,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens read of each text.")] = 20_000,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens read of each text.")] = 60_000,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Run folder that keeps the results.")] = None,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
