@@ -81,6 +81,7 @@ CASES = {
     "adapter without a layer": ((*GENERATE, "--adapter", "lacking-adapter"), r"predictor for layer 1 not found: .*lacking-adapter"),
     "adapter and dense": ((*GENERATE, "--adapter", "adapter", "--dense"), r"--dense.*--adapter"),
     "accept-base alone": ((*GENERATE, "--accept-base"), r"--accept-base needs --adapter"),
+    "text that nothing reads": ((*GENERATE, "--text", "text.txt"), r"--text is the calibration text for --accept-base"),
     "prompt beyond the context": (("generate", "model", "-p", TEXT), r"prompt has \d+ tokens and the context holds 64; shorten"),
     "empty prompt is BOS alone, but a negative count is not": ((*GENERATE, "-n", "-3"), r"must be 0 or more, not -3"),
     "negative temperature": ((*GENERATE, "--temperature", "-1"), r"temperature must be 0.*not -1"),

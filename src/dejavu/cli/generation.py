@@ -51,6 +51,7 @@ def generate(
 
     out = Output(as_json)
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    require(accept_base or not text, "--text is the calibration text for --accept-base; add that, or leave --text out")
     SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)  # an impossible value is said before a model is loaded
     StopStrings(stop or ())
     lm = open_model(

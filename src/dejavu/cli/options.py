@@ -84,5 +84,5 @@ def describe(lm: LanguageModel, *, adapter_matters: bool) -> str:
         parts.append("dense")
     elif adapter_matters and lm.adapter is not None:
         config = lm.adapter.config
-        parts.append(f"adapter: MLP density {config.mlp_density:.3f}, head density {config.head_density:.3f}")
+        parts.append(f"adapter: MLP density {config.mlp_density:.3f}, heads {config.head_density:.3f}")
     return " · ".join(parts)
