@@ -1,8 +1,7 @@
 """Timing things in turns: what slows the machine for a while slows all of them.
 
 In: what to do in each round, by name. Out: its durations. In a round each has a turn, and which comes first changes from round
-to round. A turn starts after a pause, when the threads of the one before have stopped spinning for more work (OpenMP's do so for
-milliseconds), and may be several runs one after the other, the first of which find the caches as others left them and are
+to round. A turn may be several runs one after the other, the first of which find the caches as others left them and are
 not counted. A duration is that of the work alone: what was queued before is waited for before the clock starts, the work's
 own before it stops.
 """
@@ -19,7 +18,6 @@ import numpy as np
 from dejavu.config import Progress, require
 
 Key = TypeVar("Key", bound=Hashable)
-PAUSE_S = 0.01
 MIN_REPEATS = 5  # fewer durations have no 20th and 80th percentile to speak of
 
 
@@ -57,8 +55,6 @@ def take_turns(
         # Each cycle of first ones the other way round: nobody always follows the same one and finds what it left in the caches.
         for key in turn if index // len(order) % 2 == 0 else reversed(turn):
             work = works[key]
-            if len(order) > 1:
-                time.sleep(PAUSE_S)
             for run in range(runs):
                 number = index * runs + run
                 work.sync()
