@@ -193,7 +193,7 @@ def peers() -> str:
             program = f"dejavu {row.mode}" if row in own else row.mode
             name = f"{row.model}{', synthetic' if row.synthetic else ''}"
             table.append([program, name, row.dtype, str(row.threads), density, f"{row.tok_s:.1f}", _ratio(best, row)])
-    header = ["program", "model", "dtype", "threads", "MLP density", "tokens/s", "our fastest is so many times as fast"]
+    header = ["program", "model", "dtype", "threads", "MLP density", "tokens/s", "our fastest / this"]
     return _table(header, table) + _bench_source(found[-1][-1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dejavu.measure import synthetic
 from dejavu.measure.bench import bench
 from dejavu.measure.decoders import DENSE_VARIANT, Variant, variants_at
 from dejavu.measure.density import rethresholded
-from dejavu.measure.memory import available_bytes
+from dejavu.measure.memory import available_bytes, sequential_buffer
 from dejavu.measure.synthetic import RUN, SELECTIONS, SHAPES, check_memory, planted_layers, random_ids, shape_of, synthetic_model
 from dejavu.measure.traffic import predictor_bytes
 from dejavu.model.families import parameter_shapes
@@ -217,3 +218,8 @@ def test_available_memory_is_the_least_that_is_said(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 2_500_000
     write("sys/fs/cgroup/a/memory.max", "1000\n")
     assert available_bytes(tmp_path) == 0
+
+
+def test_a_kernel_without_huge_pages_still_has_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999, raising=False)  # advice that no kernel takes
+    assert torch.equal(sequential_buffer(1001, "cpu"), torch.ones(1001))

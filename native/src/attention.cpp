@@ -11,7 +11,7 @@ int64_t Pass::cache_row(int64_t layer, int64_t row, int64_t group, int64_t posit
 }
 
 RowList Pass::cache_rows(const void *pool, int64_t first, int64_t count) const {
-  return {(const unsigned char *)pool + first * cache_bytes, cache_bytes, nullptr, count, count, 0, 0, nullptr};
+  return {(const unsigned char *)pool + first * cache_bytes, cache_bytes, nullptr, count, 0, 0, nullptr};
 }
 
 // A head's vector, padded with zeros, into the cache: as it is, rounded, or as int8 times a scale (NaN where it is not finite).

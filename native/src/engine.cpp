@@ -86,6 +86,7 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   require(layer > 0 || lookahead < (mlp ? 2 : 1), "layer 0 has no layer before it");
   require(A.rows > 0 && A.rows < INT64_C(1) << 31, "a predictor needs a positive rank");
   require(!std::isnan(threshold), "a predictor's threshold is NaN");
+  std::lock_guard<std::mutex> lock(mutex);  // of the arena, too
   Predictor made;
   for (const dejavu_matrix *given : {&A, &B}) require(given->dtype == DEJAVU_FP32 || given->dtype == DEJAVU_INT8, "a predictor must be fp32 or int8");
   made.A.allocate(arena, A.dtype, A.rows, c.hidden_size);
@@ -93,7 +94,6 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   made.B.allocate(arena, B.dtype, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
   made.B.fill(B, "a predictor's B");
   made.threshold = threshold, made.lookahead = lookahead;
-  std::lock_guard<std::mutex> lock(mutex);
   LayerPredictors &pair = predictors[(size_t)layer];
   (mlp ? pair.mlp : pair.heads) = std::move(made);
   grow_low();

@@ -2,8 +2,8 @@
 //
 // Rows lie `stride` bytes apart from `base`; idx lists row numbers (NULL: 0, 1, 2...). Lengths n are padded: vectors of
 // weights to a multiple of PAD values, heads to a multiple of HEAD_PAD, the padding being zero.
-// While rows are computed, others are prefetched, evenly: `fetch` bytes (0: none) of the row that idx lists `ahead` rows later, as far
-// as `listed` >= count, or where idx is NULL `fetch` bytes from `next` on. In the order of addresses and in step with the computation
+// While rows are computed, others are prefetched, evenly: `fetch` bytes (0: none) of the row that idx lists `ahead` rows later,
+// or where idx is NULL `fetch` bytes from `next` on. In the order of addresses and in step with the computation
 // memory delivers twice as much as in bursts (docs/log.md).
 // A result depends on its own row and vector alone, never on which rows are computed beside it.
 #pragma once
@@ -33,7 +33,7 @@ struct RowList {
   const void *base;
   int64_t stride;
   const int32_t *idx;
-  int64_t count, listed, fetch, ahead;
+  int64_t count, fetch, ahead;
   const void *next;
 };
 

@@ -42,7 +42,7 @@ class Ahead {
   void start(int64_t k) {
     if (rows.idx == nullptr || rows.fetch == 0) return;
     row = k + rows.ahead;
-    stop = row + 4 < rows.listed ? row + 4 : rows.listed;
+    stop = row + 4 < rows.count ? row + 4 : rows.count;
     next_row();
   }
   // For each cache line of the rows that are computed.

@@ -78,7 +78,7 @@ void Pass::fetch_neurons(int64_t index, int64_t part, int64_t parts) const {
     const int64_t count = std::min(engine.counts[index & 1][c], FETCHED_BYTES / bytes / (end - begin));
     const int32_t *list = engine.lists[index & 1].data() + chunk_start(config.intermediate_size, c, chunks);
     const int64_t from = count * part / parts, stop = count * (part + 1) / parts;
-    kernels.fetch({first.data, first.stride, list + from, stop - from, stop - from, bytes, 0, nullptr});
+    kernels.fetch({first.data, first.stride, list + from, stop - from, bytes, 0, nullptr});
   }
 }
 
@@ -90,24 +90,13 @@ void Pass::mlp(int64_t index) {
     const int64_t begin = chunk_start(total, c, chunks), end = chunk_start(total, c + 1, chunks);
     float *part = engine.mlp_parts.data() + c * engine.max_rows * width;
     for (int64_t r = 0; r < rows; r++) std::fill_n(part + r * width, width, 0.0f);
-    if (sparse && rows == 1) {
-      const int32_t *list = engine.lists[index & 1].data() + begin;
-      const int64_t selected = engine.counts[index & 1][c];
-      if (!dense_is_faster(selected, end - begin)) {
-        neurons(layer, 0, list, 0, selected, skip_zeros, part);
-        continue;
-      }
-      int64_t done = 0;
-      for (int64_t first = begin; first < end; first += TILE) {
-        const int64_t stop = std::min(first + TILE, end), from = done;
-        while (done < selected && list[done] < stop) done++;
-        neurons(layer, 0, nullptr, first, stop - first, skip_zeros, part, list + from, done - from);
-      }
+    if (sparse && rows == 1 && !dense_is_faster(engine.counts[index & 1][c], end - begin)) {
+      neurons(layer, 0, engine.lists[index & 1].data() + begin, 0, engine.counts[index & 1][c], skip_zeros, part);
       continue;
     }
     // Sparse rows walk their own lists side by side, a tile of neuron numbers at a time.
     int64_t done[64] = {0};
-    const int64_t tile = sparse ? 4 * TILE : TILE;
+    const int64_t tile = sparse && rows > 1 ? 4 * TILE : TILE;
     for (int64_t first = begin; first < end; first += tile) {
       const int64_t stop = std::min(first + tile, end);
       for (int64_t r = 0; r < rows; r++) {

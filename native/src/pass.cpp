@@ -22,7 +22,7 @@ int64_t Pass::share(int64_t total, int64_t unit) const { return total / unit * t
 int64_t Pass::share_end(int64_t total, int64_t unit) const { return thread + 1 == threads ? total : total / unit * (thread + 1) / threads * unit; }
 
 RowList Pass::list_of(const Matrix &m, const int32_t *idx, int64_t first, int64_t count, Fetch fetch) const {
-  return {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, count, fetch.bytes, rows_ahead(m), fetch.next};
+  return {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, fetch.bytes, rows_ahead(m), fetch.next};
 }
 
 void Pass::dots(const Matrix &m, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, Fetch fetch) const {

@@ -35,6 +35,8 @@ void dejavu_engine::set_screen(const dejavu_matrix &A, const dejavu_matrix &B, i
   require(count >= 1 && count < c.vocab_size, "a shortlist must lie between 1 and the vocabulary of " + std::to_string(c.vocab_size));
   require(A.rows > 0 && A.rows <= c.embed_size, "the rank of a screen must lie between 1 and the width of the head");
   for (const dejavu_matrix *given : {&A, &B}) require(given->dtype == DEJAVU_FP32 || given->dtype == DEJAVU_INT8, "a screen must be fp32 or int8");
+  std::lock_guard<std::mutex> lock(mutex);
+  screen = Screen();  // what fails below leaves none
   Screen made;
   made.A.allocate(arena, A.dtype, A.rows, c.embed_size);
   made.A.fill(A, "a screen's A");
@@ -43,7 +45,6 @@ void dejavu_engine::set_screen(const dejavu_matrix &A, const dejavu_matrix &B, i
   made.count = count;
   made.best = Buffer<uint64_t>(product({max_rows, pool.threads(), count}));
   made.found = Buffer<int64_t>(max_rows * pool.threads());
-  std::lock_guard<std::mutex> lock(mutex);
   for (auto &own : scratch) {
     own->ranks = Buffer<uint64_t>(std::max<int64_t>(2 * count, pool.threads() * count));
     own->tokens = Buffer<int32_t>(count);

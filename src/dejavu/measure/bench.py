@@ -35,7 +35,7 @@ from dejavu.measure.decoders import Peer, Variant, check_mode, check_peer, runs_
 from dejavu.measure.memory import sequential_buffer
 from dejavu.measure.results import Row
 from dejavu.measure.traffic import Reads, formats_of, step_bytes, weight_bytes
-from dejavu.measure.turns import MIN_REPEATS, Work, percentiles, take_turns
+from dejavu.measure.turns import MIN_REPEATS, Work, nothing, percentiles, take_turns
 from dejavu.model.transformer import Transformer
 
 TURN, SKIPPED = 4, 1  # steps of a turn, and how many of them do not count
@@ -207,7 +207,7 @@ class _Run:
     def time(self, clock: Callable[[], float], progress: Progress | None) -> None:
         row = self.decoders[0].rows_BT[0]
         prompt, tokens = row[: self.context], row[self.context :]
-        sync = torch.cuda.synchronize if self.info.device.startswith("cuda") else _nothing
+        sync = torch.cuda.synchronize if self.info.device.startswith("cuda") else nothing
 
         def steps(works: dict[Any, Work], what: str) -> dict[Any, list[float]]:
             rounds = len(tokens) // TURN
@@ -300,10 +300,6 @@ def ratios_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _nothing() -> None:
-    pass
 
 
 def _read(engine: Engine, buffer: Tensor) -> float:

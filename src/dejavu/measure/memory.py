@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ def sequential_buffer(count: int, device: str) -> Tensor:
         return torch.ones(count, device=device)
     memory = mmap.mmap(-1, 4 * count)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without huge pages: the engine's weights have none either
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
 
 

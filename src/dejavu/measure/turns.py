@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 MIN_REPEATS = 5  # fewer durations have no 20th and 80th percentile to speak of
 
 
-def _nothing() -> None:
+def nothing() -> None:
     pass
 
 
@@ -30,7 +30,7 @@ class Work:
     """run(number) is timed; sync() waits until the device has done what was asked of it; done(number, what run returned) is not timed."""
 
     run: Callable[[int], Any]
-    sync: Callable[[], None] = _nothing
+    sync: Callable[[], None] = nothing
     done: Callable[[int, Any], None] | None = None
 
 
