@@ -29,6 +29,7 @@ from dejavu.kernels.cuda.read import read_buffer
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
+STAGING_ROWS = 256
 SHORT = 512  # tokens up to which attention is cut into fewer parts
 
 
@@ -81,6 +82,8 @@ class CudaEngine(PagedEngine):
         self._steps: dict[tuple[int, int], TokenStep] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._sums: Tensor | None = None
+        self._staging = torch.zeros(STAGING_ROWS, 3, 1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._staging_numbers, self._staging_row = self._staging.numpy(), 0
         info = EngineInfo(
             backend="cuda",
             dtype=DTYPE_NAMES[weight.dtype],
@@ -145,20 +148,30 @@ class CudaEngine(PagedEngine):
         if key not in self._steps:
             self._steps[key] = self._new_step(key[1])
         step = self._steps[key]
-        step.inputs.copy_(torch.tensor([[token_id], [slot], [position]], dtype=torch.int32))
+        step.inputs.copy_(self._staged(token_id, slot, position), non_blocking=True)
         if step.inputs.device.type != "cuda":
             step.run()
         else:
             if key not in self._graphs:
                 self._graphs[key] = _captured(step)
             self._graphs[key].replay()
-        counts_2L = self._counts_2L.long()
+        counts_2L, per = self._counts_2L.long(), self.config.heads_per_group
         return StepResult(
             logits_BV=step.logits.clone(),
             neurons_BL=counts_2L[:1],
-            heads_BL=counts_2L[1:] * self.config.heads_per_group,
+            heads_BL=counts_2L[1:] if per == 1 else counts_2L[1:] * per,
             selections=(self._selections(),) if self._record else None,
         )
+
+    def _staged(self, token_id: int, slot: int, position: int) -> Tensor:
+        """A step's numbers in memory that the device copies from when it comes to it. No row is written again before it has."""
+        if self._staging_row == STAGING_ROWS:
+            torch.cuda.synchronize()
+            self._staging_row = 0
+        row = self._staging[self._staging_row]
+        self._staging_numbers[self._staging_row] = ((token_id,), (slot,), (position,))
+        self._staging_row += self._staging.is_pinned()
+        return row
 
     def _new_step(self, tokens: int) -> TokenStep:
         model, config = self.model, self.config

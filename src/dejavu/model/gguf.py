@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
-from gguf import quants
 from tokenizers import AddedToken, pre_tokenizers
 from torch import Tensor
 
@@ -48,6 +46,8 @@ class GGUFFile:
     """An open GGUF file. Raises ValueError where it cannot be read (no such file, truncated, another architecture)."""
 
     def __init__(self, path: Path) -> None:
+        import gguf  # not needed for other files, and not everywhere
+
         self.path = path
         try:
             self.reader = gguf.GGUFReader(path)
@@ -110,6 +110,8 @@ class GGUFFile:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(plain Hugging Face name, tensor fp32) of every tensor of the file."""
+        from gguf import quants
+
         heads = {"attn_q": self._num_heads(), "attn_k": self._num_kv_heads()}
         for stored in self.reader.tensors:
             parts = stored.name.split(".")

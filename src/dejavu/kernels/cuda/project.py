@@ -145,7 +145,7 @@ def _project(
 
 def default_shape(size: int) -> ProjectShape:
     """What was fastest on an H100 (docs/log.md)."""
-    return ProjectShape(rows=2, warps=4, programs=2) if size <= 8192 else ProjectShape(rows=1, warps=4, programs=2)
+    return ProjectShape(rows=4 if size <= 4096 else 2 if size <= 8192 else 1, warps=4, programs=2)
 
 
 def project_token(
@@ -170,7 +170,10 @@ def project_token(
     `scores` are given. y_out gets y + delta, cleared zeros [D], counter int32 [1] zero: for the kernels that follow."""
     rows, size = matrix.shape
     shape = default_shape(size) if shape is None else shape
-    assert matrix.is_contiguous() and (queries // num_groups) % shape.rows == 0 and (rows - queries) % shape.rows == 0 or scores is None
+    assert matrix.is_contiguous()
+    at_once = shape.rows
+    while scores is not None and (queries // num_groups % at_once or (rows - queries) % at_once):
+        at_once //= 2  # rows that are computed together belong to one group
     first, second, third = parts(size)
     programs = multiprocessors(matrix.device) * shape.programs
     groups, rank = (1, 1) if scores is None else scores.matrix.shape
@@ -184,7 +187,7 @@ def project_token(
         or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, matrix, or_any(bias, y_D), out,
         matrix if side is None else side.matrix, y_D if side is None else side.scale, y_D if side is None else side.out,
         0 if side is None else side.matrix.shape[0], *head, rows - queries,
-        Q=queries, D=size, D1=first, D2=second, D3=third, R=shape.rows, RMS=norm.rms, AFFINE=norm.weight is not None,
+        Q=queries, D=size, D1=first, D2=second, D3=third, R=at_once, RMS=norm.rms, AFFINE=norm.weight is not None,
         BIAS=bias is not None, SIDE=side is not None, HEADS=scores is not None, G=num_groups if scores is None else groups,
         GP=max(16, triton.next_power_of_2(groups)), P=rank, PP=max(16, triton.next_power_of_2(rank)), WRITE=y_out_D is not None,
         CLEAR=cleared_D is not None, COUNTER=counter is not None, num_warps=shape.warps, programmatic=programmatic,
