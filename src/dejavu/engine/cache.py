@@ -63,7 +63,7 @@ class PagedCache:
             )
         for _ in range(needed):
             page = self._free.pop()
-            self._table_BN[slot, len(table)] = page
+            self._table_BN[slot, len(table)].fill_(page)  # an assignment would wait for the device
             table.append(page)
 
     def write(self, layer: int, slot: int, position: int, k_TGK: Tensor, v_TGK: Tensor) -> None:

@@ -50,8 +50,8 @@ class Partials:
 
 def splits_for(rows: int, heads: int, device: torch.device, *, tokens: int) -> int:
     """Parts that a sequence of at most so many tokens is cut into: enough programs to fill the device, and work for each of them."""
-    wanted = 4 * multiprocessors(device) // (rows * heads)
-    return triton.next_power_of_2(max(1, min(MAX_SPLITS, wanted, triton.cdiv(tokens, TOKENS))))
+    wanted = max(1, min(MAX_SPLITS, 8 * multiprocessors(device) // (rows * heads), tokens // (2 * TOKENS)))
+    return 1 << (wanted.bit_length() - 1)
 
 
 @triton.jit

@@ -153,21 +153,6 @@ def row_bias(bias, row_R, live_R, THERE: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(matrix, row_C, live_C, chunk_C, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Ask for CHUNK values of each row, from chunk_C * CHUNK on, to be brought into the second-level cache. Nothing waits for it."""
-    address = (matrix + row_C.to(tl.int64) * D + chunk_C * CHUNK).to(tl.int64)
-    BYTES: tl.constexpr = CHUNK * matrix.dtype.element_ty.primitive_bitwidth // 8
-    tl.inline_asm_elementwise(
-        "{ .reg .pred live; setp.ne.s32 live, $2, 0; @live cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [address, live_C.to(tl.int32), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def part(vector, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
     """Values FIRST..FIRST+SIZE of a vector [D] in fp32, zeros beyond D."""
     if FIRST >= D:

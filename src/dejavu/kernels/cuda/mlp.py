@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dejavu.kernels.cuda.common import (
     ACTIVATION_CODES,
-    INTERPRETED,
     NormWeights,
     Side,
     activate,
@@ -36,7 +35,6 @@ from dejavu.kernels.cuda.common import (
     or_any,
     part,
     parts,
-    prefetch_rows,
     products,
     residual,
     row_bias,
@@ -49,30 +47,11 @@ from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpShape:
-    """How the kernel runs: neurons at a time, warps of a program, programs of a multiprocessor; ahead: for
-    how many neurons a program has asked while it computes with one (0: it only loads the next ones)."""
+    """How the kernel runs: neurons at a time, warps of a program, programs of a multiprocessor."""
 
     rows: int
     warps: int
     programs: int
-    ahead: int = 0
-
-
-@triton.jit
-def _ask(
-    up, gate, down, idx, first, hi, D: tl.constexpr, R: tl.constexpr, CHUNKS: tl.constexpr, GATED: tl.constexpr, LISTED: tl.constexpr
-):
-    """Have the rows of R neurons of the list brought near, each thread a chunk of a row."""
-    e = tl.arange(0, R * CHUNKS)
-    r = first + e // CHUNKS
-    live = r < hi
-    row = r
-    if LISTED:
-        row = tl.load(idx + r, mask=live, other=0)
-    prefetch_rows(up, row, live, e % CHUNKS, D, D // CHUNKS)
-    if GATED:
-        prefetch_rows(gate, row, live, e % CHUNKS, D, D // CHUNKS)
-    prefetch_rows(down, row, live, e % CHUNKS, D, D // CHUNKS)
 
 
 @triton.jit
@@ -81,7 +60,7 @@ def _mlp(
     side, side_scale, side_out, side_count, F,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr,
     GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    LISTED: tl.constexpr, AHEAD: tl.constexpr, CHUNKS: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
+    LISTED: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -100,8 +79,6 @@ def _mlp(
     if GATED:
         g1, g2, g3 = tiles(gate, row, live, D, D1, D2, D3)
     v1, v2, v3 = tiles(down, row, live, D, D1, D2, D3)
-    for later in tl.static_range(R, AHEAD, R):
-        _ask(up, gate, down, idx, lo + later, hi, D, R, CHUNKS, GATED, LISTED)
     up_b = row_bias(up_bias, row, live, UP_BIAS)
     gate_b = row_bias(gate_bias, row, live, GATE_BIAS)
     w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
@@ -123,8 +100,6 @@ def _mlp(
         if GATED:
             h1, h2, h3 = tiles(gate, next_row, next_live, D, D1, D2, D3)
         u1, u2, u3 = tiles(down, next_row, next_live, D, D1, D2, D3)
-        if AHEAD > R:
-            _ask(up, gate, down, idx, first + AHEAD, hi, D, R, CHUNKS, GATED, LISTED)
         next_up_b = row_bias(up_bias, next_row, next_live, UP_BIAS)
         next_gate_b = row_bias(gate_bias, next_row, next_live, GATE_BIAS)
         act = products(a1, a2, a3, x1, x2, x3) + up_b.to(tl.float32)
@@ -164,14 +139,6 @@ def default_shape(size: int) -> MlpShape:
     return MlpShape(rows=1, warps=4, programs=2) if size <= 8192 else MlpShape(rows=1, warps=16, programs=1)
 
 
-def _chunks(size: int, shape: MlpShape, bytes_of_value: int) -> int:
-    """Parts of a row that are asked for one by one, one for each thread; 0 where a row does not divide, or there is no hardware."""
-    chunks = shape.warps * 32 // shape.rows
-    while chunks > 1 and (size % chunks or size // chunks * bytes_of_value % 16):
-        chunks //= 2
-    return 0 if INTERPRETED or size % chunks or size // chunks * bytes_of_value % 16 else chunks
-
-
 def programs_of(shape: MlpShape, device: torch.device) -> int:
     return multiprocessors(device) * shape.programs
 
@@ -200,7 +167,6 @@ def mlp_token(
     neurons, size = up_FD.shape
     shape = default_shape(size) if shape is None else shape
     first, second, third = parts(size)
-    chunks = _chunks(size, shape, up_FD.element_size())
     assert (idx_F is None) == (count is None)
     assert all(matrix is None or matrix.is_contiguous() for matrix in (up_FD, weights.gate_FD, weights.down_FD))
     launch(
@@ -215,7 +181,7 @@ def mlp_token(
         D=size, D1=first, D2=second, D3=third, R=shape.rows, RMS=norm.rms, AFFINE=norm.weight is not None,
         GATED=weights.gate_FD is not None, UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
         DOWN_BIAS=weights.down_bias_D is not None, ACTIVATION=ACTIVATION_CODES[weights.activation], LISTED=idx_F is not None,
-        AHEAD=shape.ahead if chunks else 0, CHUNKS=max(chunks, 1), SIDE=side is not None, PARTIAL=partial, num_warps=shape.warps, programmatic=programmatic,
+        SIDE=side is not None, PARTIAL=partial, num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 
