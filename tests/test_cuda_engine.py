@@ -104,3 +104,43 @@ def test_an_architecture_without_kernels_is_refused(tiny: Tiny, overrides: dict[
 def test_an_unknown_way_of_looking_ahead_is_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="beside, branch, in-line"):
         CudaEngine(tiny("opt"), ahead="sideways")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("mlp", "heads", "options"), [(None, None, {}), (1, 1, {}), (0, 0, {}), (2, None, {}), (1, 1, {"deterministic": True})], ids=str
+)
+def test_rows_of_a_batch_equal_the_torch_engine(model: Transformer, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]) -> None:
+    """Three sequences of different lengths in a bucket of four: each row selects and gives what it does alone."""
+    layers = random_layers(model, mlp=mlp, heads=heads)
+    prompts = [ids_of(seed, length) for seed, length in ((3, 4), (4, 9), (5, 1))]
+    torch_engine = TorchEngine(model, layers, record=True, page_size=3, num_slots=3)
+    cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, num_slots=3, crossover=False, **options)
+    for engine in (torch_engine, cuda_engine):
+        for slot, prompt in enumerate(prompts):
+            engine.prefill(slot, prompt)
+    for index in range(2):
+        tokens = [index + 7, index + 20, index + 30]
+        want, found = torch_engine.step(tokens, [2, 0, 1]), cuda_engine.step(tokens, [2, 0, 1])
+        torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
+        assert found.neurons_BL.tolist() == want.neurons_BL.tolist() and found.heads_BL.tolist() == want.heads_BL.tolist()
+        assert want.selections is not None and found.selections is not None
+        for wanted_row, found_row in zip(want.selections, found.selections, strict=True):
+            for one, other in zip(wanted_row, found_row, strict=True):
+                for a, b in ((one.neurons_A, other.neurons_A), (one.heads_A, other.heads_A)):
+                    assert (a is None) == (b is None)
+                    assert a is None or b is None or a.tolist() == b.tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_fill_a_bucket_write_nowhere_that_matters(tiny: Tiny, device: str) -> None:
+    model = on(tiny("opt"), device)
+    engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), num_slots=4, page_size=3, crossover=False)
+    for slot in range(4):
+        engine.prefill(slot, ids_of(slot, 5))
+    k_LPGSK = engine._cache.k_LPGSK
+    before, tables = k_LPGSK.clone(), [list(pages) for pages in engine._cache._tables]
+    engine.step([1, 2, 3], [0, 1, 2])
+    changed = sorted(set((k_LPGSK != before).any(-1).any(-1).any(-1).any(0).nonzero().squeeze(1).tolist()))
+    assert changed == sorted({tables[slot][-1] for slot in (0, 1, 2)} | {tables[4][0]})
+    assert tables[4][0] not in {page for slot in range(4) for page in tables[slot]}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dejavu.config import require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
+from dejavu.engine.cuda_batch import BatchStep
 from dejavu.engine.cuda_token import AHEAD, TokenStep
 from dejavu.engine.cuda_weights import check_model, head_weight, layer_predictors, layer_weights, norm_weights
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
@@ -29,6 +30,7 @@ from dejavu.kernels.cuda.read import read_buffer
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
+BUCKETS = (1, 2, 4, 8, 16, 32)
 STAGING_ROWS = 256
 SHORT = 512  # tokens up to which attention is cut into fewer parts
 
@@ -36,7 +38,7 @@ SHORT = 512  # tokens up to which attention is cut into fewer parts
 class CudaEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place.
 
-    ahead, deterministic: see TokenStep. Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture
+    ahead, deterministic: see TokenStep. crossover: let layers run dense for several rows where that is measured to be faster. Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture
     that the kernels do not compute.
     """
 
@@ -51,6 +53,7 @@ class CudaEngine(PagedEngine):
         record: bool = False,
         ahead: str = "beside",
         deterministic: bool = False,
+        crossover: bool = True,
     ) -> None:
         config, weight = model.config, model.embed.weight
         device = weight.device
@@ -78,11 +81,13 @@ class CudaEngine(PagedEngine):
         cache.reserve(num_slots, 1)
         self._weights = [layer_weights(block) for block in model.blocks]
         self._predictors, self._counts_2L = layer_predictors(self.layers, config, device)
-        self._ahead, self._deterministic, self._record = ahead, deterministic, record
-        self._steps: dict[tuple[int, int], TokenStep] = {}
+        self._ahead, self._deterministic, self._record, self.crossover = ahead, deterministic, record, crossover
+        words = config.num_layers if record else 0
+        self._words_LF = torch.zeros(words, config.intermediate_size, dtype=torch.int32, device=device)
+        self._steps: dict[tuple[int, int], TokenStep | BatchStep] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._sums: Tensor | None = None
-        self._staging = torch.zeros(STAGING_ROWS, 3, 1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._staging = torch.zeros(STAGING_ROWS, 3 * BUCKETS[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staging_numbers, self._staging_row = self._staging.numpy(), 0
         info = EngineInfo(
             backend="cuda",
@@ -112,26 +117,39 @@ class CudaEngine(PagedEngine):
     @torch.inference_mode()
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         """Append one token to each of B different slots. Logits and counts are on the device; nothing waits for them."""
+        return self._step(token_ids_B, slots_B)[0]
+
+    @torch.inference_mode()
+    def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
+        """As `step`, with what its rows together made it read, at most BUCKETS[-1] of them; it tells no times of parts."""
+        require(len(slots_B) <= BUCKETS[-1], f"a profiled step has at most {BUCKETS[-1]} rows, not {len(slots_B)}")
+        result, unions = self._step(token_ids_B, slots_B)
+        # Heads are read row by row; what rows share of them is not known: the rows' mean is what each reads.
+        heads_L = result.heads_BL.amax(0)
+        return result, StepProfile(seconds={}, neurons_L=unions[0], fired_L=unions[0], heads_L=heads_L)
+
+    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, list[Tensor]]:
+        """The result of a step, and for each graph that ran for it the neurons read by layer."""
         assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
         for token_id, slot in zip(token_ids_B, slots_B, strict=True):
             self._admit(slot, (token_id,))
-        results = [self._row(token_id, slot) for token_id, slot in zip(token_ids_B, slots_B, strict=True)]
+        largest = BUCKETS[-1]
+        found = [
+            self._rows(token_ids_B[first : first + largest], slots_B[first : first + largest])
+            for first in range(0, len(slots_B), largest)
+        ]
         for slot in slots_B:
             self._cache.advance(slot, 1)
+        results, unions = [result for result, _ in found], [union_L for _, union_L in found]
         if len(results) == 1:
-            return results[0]
-        return StepResult(
+            return results[0], unions
+        whole = StepResult(
             logits_BV=torch.cat([result.logits_BV for result in results]),
             neurons_BL=torch.cat([result.neurons_BL for result in results]),
             heads_BL=torch.cat([result.heads_BL for result in results]),
             selections=tuple(row for result in results for row in result.selections or ()) if self._record else None,
         )
-
-    def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
-        """As `step`, with what its rows together made it read; it tells no times of parts."""
-        result = self.step(token_ids_B, slots_B)
-        neurons_L, heads_L = result.neurons_BL[0], result.heads_BL[0]
-        return result, StepProfile(seconds={}, neurons_L=neurons_L, fired_L=neurons_L, heads_L=heads_L)
+        return whole, unions
 
     def nodes(self, rows: int = 1) -> int | None:
         """Nodes of the graph of a step of so many rows, of those used so far; None before the first step."""
@@ -142,41 +160,74 @@ class CudaEngine(PagedEngine):
         """Read a device buffer once, as fast as the device can."""
         self._sums = read_buffer(buffer, self._sums)
 
-    def _row(self, token_id: int, slot: int) -> StepResult:
-        position = self._cache.lengths[slot]
-        key = (1, SHORT if position < SHORT else self.info.max_positions)
+    def _rows(self, token_ids: Sequence[int], slots: Sequence[int]) -> tuple[StepResult, Tensor]:
+        """One graph: its rows' results, and the neurons that it read by layer."""
+        rows = len(slots)
+        bucket = next(size for size in BUCKETS if size >= rows)
+        positions = [self._cache.lengths[slot] for slot in slots]
+        key = (bucket, SHORT if max(positions) < SHORT else self.info.max_positions)
+        spare = bucket - rows
+        numbers = [*token_ids, *[0] * spare], [*slots, *[self.info.num_slots] * spare], [*positions, *[0] * spare]
         if key not in self._steps:
-            self._steps[key] = self._new_step(key[1])
+            self._steps[key] = self._new_step(*key)
         step = self._steps[key]
-        step.inputs.copy_(self._staged(token_id, slot, position), non_blocking=True)
+        step.inputs.copy_(self._staged(numbers), non_blocking=True)
         if step.inputs.device.type != "cuda":
-            step.run()
+            self._run(step)
         else:
             if key not in self._graphs:
-                self._graphs[key] = _captured(step)
+                self._graphs[key] = self._captured(step)
             self._graphs[key].replay()
-        counts_2L, per = self._counts_2L.long(), self.config.heads_per_group
-        return StepResult(
-            logits_BV=step.logits.clone(),
-            neurons_BL=counts_2L[:1],
-            heads_BL=counts_2L[1:] if per == 1 else counts_2L[1:] * per,
-            selections=(self._selections(),) if self._record else None,
+        per = self.config.heads_per_group
+        if isinstance(step, TokenStep):
+            counts_2BL = self._counts_2L.long()[:, None]
+            union_L = counts_2BL[0, 0]
+        else:
+            counts_2BL, union_L = step.counts[:, :rows], step.unions
+        result = StepResult(
+            logits_BV=step.logits[:rows].clone(),
+            neurons_BL=counts_2BL[0],
+            heads_BL=counts_2BL[1] if per == 1 else counts_2BL[1] * per,
+            selections=tuple(self._selections(step, row) for row in range(rows)) if self._record else None,
         )
+        return result, union_L
 
-    def _staged(self, token_id: int, slot: int, position: int) -> Tensor:
+    def _run(self, step: TokenStep | BatchStep) -> None:
+        if isinstance(step, TokenStep) or not self._record:
+            step.run()
+        else:
+            step.run(lambda index, word_F: self._words_LF[index].copy_(word_F))
+
+    def _captured(self, step: TokenStep | BatchStep) -> torch.cuda.CUDAGraph:
+        """A graph of the step's kernels. They run first: what is compiled, allocated or chosen by measurement then is not captured."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run(step)
+            if isinstance(step, BatchStep) and self.crossover and any(own.neurons is not None for own in self._predictors):
+                step.choose()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph, stream=stream):
+            self._run(step)
+        graph.instantiate()
+        return graph
+
+    def _staged(self, numbers: tuple[list[int], list[int], list[int]]) -> Tensor:
         """A step's numbers in memory that the device copies from when it comes to it. No row is written again before it has."""
         if self._staging_row == STAGING_ROWS:
             torch.cuda.synchronize()
             self._staging_row = 0
-        row = self._staging[self._staging_row]
-        self._staging_numbers[self._staging_row] = ((token_id,), (slot,), (position,))
+        at, rows = self._staging_row, len(numbers[0])
+        self._staging_numbers[at, : 3 * rows] = numbers[0] + numbers[1] + numbers[2]
         self._staging_row += self._staging.is_pinned()
-        return row
+        return self._staging[at, : 3 * rows].view(3, rows)
 
-    def _new_step(self, tokens: int) -> TokenStep:
+    def _new_step(self, rows: int, tokens: int) -> TokenStep | BatchStep:
         model, config = self.model, self.config
         table = model.embed.weight.detach()
-        return TokenStep(
+        given = (
             config,
             self._weights,
             self._predictors,
@@ -185,40 +236,28 @@ class CudaEngine(PagedEngine):
             norm_weights(model.final_norm),
             self._cache,
             None if model.inv_freq is None else model.inv_freq.float(),
-            tokens=tokens,
-            ahead=self._ahead,
-            deterministic=self._deterministic,
-            inputs=torch.zeros(3, 1, dtype=torch.int32, device=table.device),
         )
+        inputs = torch.zeros(3, rows, dtype=torch.int32, device=table.device)
+        if rows == 1:
+            return TokenStep(*given, tokens=tokens, ahead=self._ahead, deterministic=self._deterministic, inputs=inputs)
+        return BatchStep(*given, tokens=tokens, deterministic=self._deterministic, inputs=inputs, padding=self.info.num_slots)
 
-    def _selections(self) -> tuple[LayerSelection, ...]:
-        """What the last step selected, by layer, in order."""
+    def _selections(self, step: TokenStep | BatchStep, row: int) -> tuple[LayerSelection, ...]:
+        """What a row of the last step selected, by layer, in order; all neurons where a layer with a predictor ran dense."""
         found = []
-        for own in self._predictors:
+        for index, own in enumerate(self._predictors):
             neurons_A = heads_A = None
             if own.neurons is not None:
-                neurons_A = own.neurons.neurons[: int(own.neurons.count)].long().sort().values.cpu()
+                if isinstance(step, TokenStep):
+                    neurons_A = own.neurons.neurons[: int(own.neurons.count)].long().sort().values
+                elif index not in step.dense_layers:
+                    neurons_A = ((self._words_LF[index] >> row) & 1).nonzero().squeeze(1)
             if own.heads is not None:
-                groups_A = own.heads.groups[: int(own.heads.count)].long().cpu()
+                groups_A = own.heads.groups[: int(own.heads.count)].long() if isinstance(step, TokenStep) else step.groups(index, row)
                 per = self.config.heads_per_group
-                heads_A = (groups_A[:, None] * per + torch.arange(per)).flatten()
-            found.append(LayerSelection(neurons_A=neurons_A, heads_A=heads_A))
+                heads_A = (groups_A[:, None] * per + torch.arange(per, device=groups_A.device)).flatten()
+            found.append(LayerSelection(neurons_A=neurons_A, heads_A=heads_A).cpu())
         return tuple(found)
-
-
-def _captured(step: TokenStep) -> torch.cuda.CUDAGraph:
-    """A graph of the step's kernels. They run once first: what is compiled or allocated then is not captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step.run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, stream=stream):
-        step.run()
-    graph.instantiate()
-    return graph
 
 
 def _node_count(graph: torch.cuda.CUDAGraph) -> int | None:

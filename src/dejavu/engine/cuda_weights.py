@@ -4,7 +4,7 @@ In: a Transformer on the device and its LayerAdapters. Out: per layer one matrix
 that is exactly what they are, else fp32. Nothing is copied for good: the model's own q, k and v become views of the joint matrix.
 
 A predictor's A runs beside a product of the same input: `before` in the MLP of the layer before, `beside` in q, k and v of its
-own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`.
+own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`. For several rows each runs alone: `heads_first`, `neurons_first`.
 
 Letters: D model  F neurons  Q = H K, rows of queries  N = 2 G K, rows of keys and values  R predictor rank
 """
@@ -51,6 +51,10 @@ class LayerPredictors:
     own_mlp: Side | None = None
     heads: GroupScores | None = None
     neurons: NeuronScores | None = None
+    heads_first: Side | None = None
+    neurons_first: Side | None = None
+    heads_before: bool = False
+    neurons_lookahead: int = 0
 
 
 def check_model(config: ModelConfig) -> None:
@@ -110,29 +114,34 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
     heads, mlp = layer.heads, layer.mlp
     before = [predictor for predictor in (heads, mlp) if predictor is not None and _runs_before(predictor, heads=predictor is heads)]
     side = None if not before else _side([predictor.A_RD for predictor in before], device)
-    places: dict[int, Tensor] = {}
+    places: dict[int, Side] = {}
     if side is not None:
         first = 0
         for predictor in before:
-            places[id(predictor)] = side.out[first : first + predictor.A_RD.shape[0]]
-            first += predictor.A_RD.shape[0]
+            rows = slice(first, first + predictor.A_RD.shape[0])
+            places[id(predictor)] = Side(matrix=side.matrix[rows], scale=side.scale[rows], out=side.out[rows])
+            first = rows.stop
     own_heads = _side([heads.A_RD], device) if heads is not None and id(heads) not in places else None
     own_mlp = beside = None
     if mlp is not None and id(mlp) not in places:
         made = _side([mlp.A_RD], device)
         own_mlp, beside = (made, None) if mlp.lookahead == 0 else (None, made)
     if heads is not None and own_heads is not None:
-        places[id(heads)] = own_heads.out
+        places[id(heads)] = own_heads
     made = own_mlp or beside
     if mlp is not None and made is not None:
-        places[id(mlp)] = made.out
+        places[id(mlp)] = made
     return LayerPredictors(
         before=side,
         beside=beside,
         own_heads=own_heads,
         own_mlp=own_mlp,
-        heads=None if heads is None else _group_scores(heads, places[id(heads)], config.num_kv_heads, count_21[1]),
-        neurons=None if mlp is None else _neuron_scores(mlp, places[id(mlp)], count_21[0]),
+        heads=None if heads is None else _group_scores(heads, places[id(heads)].out, config.num_kv_heads, count_21[1]),
+        neurons=None if mlp is None else _neuron_scores(mlp, places[id(mlp)].out, count_21[0]),
+        heads_first=None if heads is None else places[id(heads)],
+        neurons_first=None if mlp is None else places[id(mlp)],
+        heads_before=heads is not None and heads.lookahead == 1,
+        neurons_lookahead=0 if mlp is None else mlp.lookahead,
     )
 
 

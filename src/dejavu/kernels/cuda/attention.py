@@ -57,11 +57,11 @@ def splits_for(rows: int, heads: int, device: torch.device, *, tokens: int) -> i
 @triton.jit
 def _rotated(pointer, k, position, inv_freq, K: tl.constexpr, ROTARY: tl.constexpr):
     """Values k < K at the pointer in fp32, rotated to the position where positions are rotary (half-split layout)."""
-    v = tl.load(pointer + k, mask=k < K, other=0.0)
+    v = tl.load(pointer + k, mask=k < K, other=0.0).to(tl.float32)
     if ROTARY:
         HALF: tl.constexpr = K // 2
         low = k < HALF
-        other = tl.load(pointer + tl.where(low, k + HALF, k - HALF), mask=k < K, other=0.0)
+        other = tl.load(pointer + tl.where(low, k + HALF, k - HALF), mask=k < K, other=0.0).to(tl.float32)
         angle = position.to(tl.float32) * tl.load(inv_freq + tl.where(low, k, k - HALF), mask=k < K, other=0.0)
         v = v * tl.cos(angle) + tl.where(low, -other, other) * tl.sin(angle)
     return v
@@ -69,7 +69,7 @@ def _rotated(pointer, k, position, inv_freq, K: tl.constexpr, ROTARY: tl.constex
 
 @triton.jit
 def _attend(
-    qkv, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, groups, group_count, mixed, stats, scale, programs,
+    qkv, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, groups, group_count, count_stride, mixed, stats, scale, programs,
     matrix, row_scale, row_bias, threshold, h, neurons, count, F, cleared, cleared_size,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
     ROTARY: tl.constexpr, HEADS: tl.constexpr, SELECT: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +107,7 @@ def _attend(
     group = at // PER
     live = True
     if HEADS:
-        live = group < tl.load(group_count + b)
+        live = group < tl.load(group_count + b * count_stride)
         group = tl.load(groups + b * G + group, mask=live, other=0)
     if live:
         head = group * PER + at % PER
@@ -210,7 +210,7 @@ def attend(
 ) -> None:
     """Store the rows' new keys and values, and fill `partials` for the heads of the selected groups (all when None).
 
-    qkv_BW fp32: q, k, v of each row. select: neurons selected beside it. cleared: fp32 memory that is set to zero.
+    qkv_BW: q, k, v of each row, in any float dtype. select: neurons selected beside it. cleared: fp32 memory that is set to zero.
     """
     groups, page_size, head_dim = k_PGSK.shape[1:]
     rows, splits = qkv_BW.shape[0], partials.mixed.shape[2]
@@ -223,7 +223,8 @@ def attend(
         _attend,
         (programs + extra,),
         qkv_BW, k_PGSK, v_PGSK, places.slot_B, places.position_B, places.table, places.table.stride(0),
-        or_any(places.inv_freq, qkv_BW), or_any(groups_BG, qkv_BW), or_any(count_B, qkv_BW), partials.mixed, partials.stats,
+        or_any(places.inv_freq, qkv_BW), or_any(groups_BG, qkv_BW), or_any(count_B, qkv_BW), 1 if count_B is None else count_B.stride(0),
+        partials.mixed, partials.stats,
         head_dim**-0.5, programs, *chosen, or_any(cleared, qkv_BW), 0 if cleared is None else cleared.numel(),
         H=heads, G=groups, K=head_dim, KP=max(16, triton.next_power_of_2(head_dim)), S=page_size, T=TOKENS, SPLITS=splits,
         ROTARY=places.inv_freq is not None, HEADS=groups_BG is not None, SELECT=select is not None, CLEAR=cleared is not None,

@@ -1,0 +1,273 @@
+"""One token of each of several sequences on the GPU: weights are read once for all rows, and each row keeps its own selection.
+
+For each layer: norm, q, k, v (the vendor's product), attention and O by row with its own heads, norm, and the MLP over the union
+of what the rows select, each row masked to its own, or dense where that is measured to be faster. Predictors run row by row in
+fp32. The residual stream y_BD is fp32.
+
+Whether a layer's MLP runs over the union depends on the union's size and on the device: `crossover` times both ways at several
+sizes, and the first step of a bucket counts the union of each layer. `dense_layers` holds the outcome.
+
+Letters: B rows  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  F neurons
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dejavu.config import ModelConfig
+from dejavu.engine.cache import PagedCache
+from dejavu.engine.cuda_weights import LayerPredictors, LayerWeights
+from dejavu.kernels.cuda.attention import Partials, Places, attend, splits_for
+from dejavu.kernels.cuda.common import NormWeights, Side
+from dejavu.kernels.cuda.embed import embed_rows
+from dejavu.kernels.cuda.mlp_rows import DownShape, dense_mlp_rows, mlp_rows, padded_rows, shares_of
+from dejavu.kernels.cuda.project import GroupScores
+from dejavu.kernels.cuda.rows import UnionScores, combine_rows, group_rows, norm_rows, project_rows, select_rows
+
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # sizes of a union at which it is timed
+REPEATS = 5
+
+
+class BatchStep:
+    """The kernels of a step of several rows, over memory that stays where it is: a graph of them can be replayed.
+
+    inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int64 [2, B, L], neurons
+    and groups of each row, and unions int64 [L], the neurons that were read; valid after `run`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Sequence[LayerWeights],
+        predictors: Sequence[LayerPredictors],
+        embed: tuple[Tensor, Tensor | None],
+        head: Tensor,
+        final_norm: NormWeights,
+        cache: PagedCache,
+        inv_freq: Tensor | None,
+        *,
+        tokens: int,
+        deterministic: bool,
+        inputs: Tensor,
+        padding: int,
+    ) -> None:
+        device, dtype, rows = head.device, head.dtype, inputs.shape[1]
+        self.config, self.weights, self.predictors = config, weights, predictors
+        self.embed, self.head, self.final_norm, self.cache = embed, head, final_norm, cache
+        self.inputs, self.padding, self.deterministic = inputs, padding, deterministic
+        size, neurons, layers = config.hidden_size, config.intermediate_size, config.num_layers
+        splits = splits_for(rows, config.num_heads, device, tokens=tokens)
+        self._y_BD, self._delta_BD = torch.zeros(2, rows, size, device=device).unbind(0)
+        self._x_BD = torch.zeros(rows, size, device=device, dtype=dtype)
+        self._mixed_BHK = torch.zeros(rows, config.num_heads, config.head_dim, device=device, dtype=dtype)
+        self._partials = Partials(
+            mixed=torch.zeros(rows, config.num_heads, splits, config.head_dim, device=device),
+            stats=torch.zeros(rows, config.num_heads, splits, 2, device=device),
+        )
+        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=inv_freq)
+        self._act_FB = torch.zeros(neurons, padded_rows(rows), device=device, dtype=dtype)
+        self._word_F, self._union_F = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
+        shares = shares_of(size, DownShape(), device) if deterministic else 0
+        self._sums = torch.zeros(shares, rows, size, device=device)
+        self._row_counts = torch.zeros(2, rows, layers, dtype=torch.int32, device=device)
+        self._union_counts = torch.zeros(layers, dtype=torch.int32, device=device)
+        self._groups_LBG = torch.zeros(layers, rows, config.num_kv_heads, dtype=torch.int32, device=device)
+        self.dense_layers = frozenset(index for index, own in enumerate(predictors) if own.neurons is None)
+        self._halves = [self._rows_of(index, own, rows) for index, own in enumerate(predictors)]
+        self.logits = torch.zeros(rows, config.vocab_size, device=device)
+        self._start()
+
+    @property
+    def counts(self) -> Tensor:
+        return self._row_counts.long()
+
+    @property
+    def unions(self) -> Tensor:
+        return self._union_counts.long()
+
+    def groups(self, index: int, row: int) -> Tensor:
+        """The groups that a row selected in a layer, int64."""
+        return self._groups_LBG[index, row, : int(self._row_counts[1, row, index])].long()
+
+    def run(self, watch: Callable[[int, Tensor], None] | None = None) -> None:
+        """Start every kernel on the current stream. watch(layer, words int32 [F]) is called where a layer has selected."""
+        config = self.config
+        table, positions = self.embed
+        self._row_counts.copy_(self._first_counts)
+        self._union_counts.copy_(self._first_unions)
+        delta: Tensor = self._delta_BD
+        embed_rows(self.inputs[0], self.inputs[2], table, positions, config.position_offset, self._y_BD, self._delta_BD)
+        for index in range(config.num_layers):
+            delta = self._layer(index, delta, watch)
+        norm_rows(self._y_BD, delta, self.final_norm, self._x_BD)
+        self.logits.copy_(F.linear(self._x_BD, self.head))
+
+    def _rows_of(
+        self, index: int, own: LayerPredictors, rows: int
+    ) -> tuple[Side | None, GroupScores | None, Side | None, UnionScores | None]:
+        """One layer's predictors with room for several rows: the halves of the heads' and of the neurons'."""
+        heads_first = neurons_first = heads = neurons = None
+        if own.heads is not None and own.heads_first is not None:
+            heads_first = _for_rows(own.heads_first, rows)
+            heads = dataclasses.replace(
+                own.heads, h=heads_first.out, groups=self._groups_LBG[index], count=self._row_counts[1, :, index : index + 1]
+            )
+        if own.neurons is not None and own.neurons_first is not None:
+            neurons_first = _for_rows(own.neurons_first, rows)
+            neurons = UnionScores(
+                matrix=own.neurons.matrix,
+                scale=own.neurons.scale,
+                bias=own.neurons.bias,
+                threshold=own.neurons.threshold,
+                h=neurons_first.out,
+                word_F=self._word_F,
+                union=self._union_F,
+                count=self._union_counts[index : index + 1],
+                row_count=self._row_counts[0, :, index : index + 1],
+            )
+        return heads_first, heads, neurons_first, neurons
+
+    def _start(self) -> None:
+        """What the counts are before a step: nothing where it selects, everything where it does not."""
+        config = self.config
+        self._first_counts, self._first_unions = torch.zeros_like(self._row_counts), torch.zeros_like(self._union_counts)
+        for index, own in enumerate(self.predictors):
+            if index in self.dense_layers:
+                self._first_counts[0, :, index] = self._first_unions[index] = config.intermediate_size
+            if own.heads is None:
+                self._first_counts[1, :, index] = config.num_kv_heads
+
+    def _layer(self, index: int, delta: Tensor, watch: Callable[[int, Tensor], None] | None) -> Tensor:
+        """One layer; what it adds to the residual stream last, which the next norm takes in."""
+        layer, own, config, x_BD = self.weights[index], self.predictors[index], self.config, self._x_BD
+        heads_first, heads, neurons_first, neurons = self._halves[index]
+        if index in self.dense_layers:
+            neurons_first = neurons = None
+        norm_rows(self._y_BD, delta, layer.norm1, x_BD)
+        if heads is not None and heads_first is not None:
+            if not own.heads_before:
+                project_rows(heads_first, x_BD)
+            group_rows(heads)
+        if neurons_first is not None and own.neurons_lookahead == 1:
+            project_rows(neurons_first, x_BD)
+        qkv_BW = F.linear(x_BD, layer.qkv, layer.qkv_bias)
+        chosen = (None, None) if heads is None else (heads.groups, heads.count)
+        attend(
+            qkv_BW, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
+            groups_BG=chosen[0], count_B=chosen[1],
+        )  # fmt: skip
+        combine_rows(self._partials, *chosen, self._mixed_BHK)
+        mixed_BQ = self._mixed_BHK.flatten(1)
+        added = mixed_BQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_BQ, layer.o)
+        norm_rows(self._y_BD, added, layer.norm2, x_BD, None if neurons is None else self._delta_BD)
+        if neurons is not None and neurons_first is not None:
+            if own.neurons_lookahead == 0:
+                project_rows(neurons_first, x_BD)
+            select_rows(neurons, self.inputs[1], self.padding)
+            if watch is not None:
+                watch(index, self._word_F)
+        self._run_before(index + 1)
+        if neurons is None:
+            return dense_mlp_rows(x_BD, layer.mlp)
+        return self._union_mlp(index)
+
+    def _run_before(self, index: int) -> None:
+        """The first halves of the next layer's predictors that read this layer's MLP input."""
+        if index == self.config.num_layers:
+            return
+        own = self.predictors[index]
+        heads_first, _, neurons_first, _ = self._halves[index]
+        if heads_first is not None and own.heads_before:
+            project_rows(heads_first, self._x_BD)
+        if neurons_first is not None and own.neurons_lookahead == 2 and index not in self.dense_layers:
+            project_rows(neurons_first, self._x_BD)
+
+    def _union_mlp(self, index: int) -> Tensor:
+        out = self._sums if self.deterministic else self._delta_BD
+        union, count = self._union_F, self._union_counts[index : index + 1]
+        if self.deterministic:  # a union in order, so that sums are too
+            chosen_F = (self._word_F != 0).int()
+            place_F = torch.where(chosen_F == 1, chosen_F.cumsum(0) - 1, chosen_F.shape[0]).long()
+            ordered = torch.zeros(chosen_F.shape[0] + 1, dtype=torch.int32, device=chosen_F.device)
+            ordered.scatter_(0, place_F, torch.arange(chosen_F.shape[0], dtype=torch.int32, device=chosen_F.device))
+            union = ordered
+        mlp_rows(
+            self._x_BD, self.weights[index].mlp, self._word_F, union, count, self._act_FB, out, partial=self.deterministic
+        )  # fmt: skip
+        return self._sums.sum(0) if self.deterministic else self._delta_BD
+
+    def choose(self) -> None:
+        """Run dense those layers whose union, as the last step left it, is slower than dense on this device."""
+        table = self.crossover()
+        unions = self._union_counts.tolist()
+        neurons = self.config.intermediate_size
+        slower = {
+            index for index, union in enumerate(unions) if index not in self.dense_layers and _between(table, union / neurons) > table[0][1]
+        }
+        self.dense_layers |= slower
+        self._start()
+
+    def crossover(self) -> list[tuple[float, float]]:
+        """(share of the neurons, milliseconds) of a layer's MLP over a union of that size with its selection; first (0, dense)."""
+        index = next((at for at, own in enumerate(self.predictors) if own.neurons is not None), None)
+        assert index is not None, "a model without predictors of neurons is dense"
+        layer, neurons = self.weights[index].mlp, self.config.intermediate_size
+        _, _, first, scores = self._halves[index]
+        assert first is not None and scores is not None
+        kept = self._union_counts.clone(), self._row_counts.clone()
+        found = [(0.0, _milliseconds(lambda: dense_mlp_rows(self._x_BD, layer)))]
+
+        def sparse() -> None:
+            project_rows(first, self._x_BD)
+            self._union_counts[index].zero_()
+            select_rows(scores, self.inputs[1], self.padding)
+            self._union_counts[index].fill_(wanted)
+            self._union_mlp(index)
+
+        for fraction in FRACTIONS:
+            wanted = round(fraction * neurons)
+            self._union_F.copy_(torch.randperm(neurons, device=self._union_F.device))
+            found.append((fraction, _milliseconds(sparse)))
+        self._union_counts.copy_(kept[0])
+        self._row_counts.copy_(kept[1])
+        return found
+
+
+def _for_rows(side: Side, rows: int) -> Side:
+    return dataclasses.replace(side, out=torch.zeros(rows, side.matrix.shape[0], device=side.out.device))
+
+
+def _between(table: list[tuple[float, float]], share: float) -> float:
+    """Time at a share of the neurons, between those that were measured; the first entry is dense."""
+    (left, left_time), *rest = table[1:]
+    if share <= left:
+        return left_time
+    for right, right_time in rest:
+        if share <= right:
+            return left_time + (right_time - left_time) * (share - left) / (right - left)
+        left, left_time = right, right_time
+    return left_time
+
+
+def _milliseconds(work: Callable[[], None]) -> float:
+    """Median time on the device, without launches: of a graph's replays."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            work()
+    times = []
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / REPEATS)
+    return sorted(times)[REPEATS // 2]

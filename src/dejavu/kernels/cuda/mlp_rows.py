@@ -1,0 +1,179 @@
+"""The MLP of several rows over the neurons that some row selects, on tensor cores, in two kernels.
+
+    a[f, b] = act(up_f . x_b + c_f) (or gated), 0 where row b did not select f;   out_b += sum_f a[f, b] down_f + down_bias
+
+Weights of the union's neurons are read once for all rows; each row computes with its own.
+
+Bytes that any implementation moves: 2 (3 where gated) rows of D for each neuron of the union, and the list.
+
+Letters: B rows, BP the next power of two from 16  D model  F neurons  A neurons of the union  R neurons at a time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dejavu.kernels.activation import activate as activate_definition
+from dejavu.kernels.cuda.common import ACTIVATION_CODES, activate, launch, multiprocessors, or_any, row_bias
+from dejavu.kernels.sparse_mlp import MlpWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpShape:
+    """Neurons at a time, columns at a time, warps, stages of the pipeline, programs of a multiprocessor."""
+
+    rows: int = 16
+    columns: int = 256
+    warps: int = 2
+    stages: int = 5
+    programs: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownShape:
+    """Neurons at a time, columns of a program, warps, stages of the pipeline, programs of a multiprocessor."""
+
+    rows: int = 32
+    columns: int = 128
+    warps: int = 4
+    stages: int = 4
+    programs: int = 3
+
+
+def padded_rows(rows: int) -> int:
+    """Rows as the tensor cores take them."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+@triton.jit
+def _up_rows(
+    x, up, gate, up_bias, gate_bias, word_F, union, count, act, threshold, B, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
+    total = tl.load(count)
+    b = tl.arange(0, BP)
+    for block in range(tl.program_id(0), tl.cdiv(total, R), tl.num_programs(0)):
+        r = block * R + tl.arange(0, R)
+        live = r < total
+        row = tl.load(union + r, mask=live, other=0)
+        at = row.to(tl.int64)[:, None] * D
+        acc = tl.zeros([R, BP], tl.float32)
+        gated = tl.zeros([R, BP], tl.float32)
+        for first in tl.range(0, D, COLUMNS, num_stages=STAGES):
+            c = first + tl.arange(0, COLUMNS)
+            mask = live[:, None] & (c < D)[None, :]
+            xv = tl.load(x + b[:, None] * D + c[None, :], mask=(b < B)[:, None] & (c < D)[None, :], other=0.0)
+            w = tl.load(up + at + c[None, :], mask=mask, other=0.0)
+            acc = tl.dot(w, tl.trans(xv), acc, input_precision="ieee")
+            if GATED:
+                g = tl.load(gate + at + c[None, :], mask=mask, other=0.0)
+                gated = tl.dot(g, tl.trans(xv), gated, input_precision="ieee")
+        v = acc + row_bias(up_bias, row, live, UP_BIAS).to(tl.float32)[:, None]
+        if GATED:
+            v = activate(gated + row_bias(gate_bias, row, live, GATE_BIAS).to(tl.float32)[:, None], ACTIVATION, threshold) * v
+        else:
+            v = activate(v, ACTIVATION, threshold)
+        word = tl.load(word_F + row, mask=live, other=0)
+        v = tl.where(((word[:, None] >> b[None, :]) & 1) == 1, v, 0.0)
+        tl.store(act + r[:, None] * BP + b[None, :], v.to(act.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _down_rows(
+    act, down, bias, union, count, out, B, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
+    total = tl.load(count)
+    share = tl.program_id(1)
+    lo = (total * share) // tl.num_programs(1)
+    hi = (total * (share + 1)) // tl.num_programs(1)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    b = tl.arange(0, BP)
+    acc = tl.zeros([BP, COLUMNS], tl.float32)
+    for first in tl.range(lo, hi, R, num_stages=STAGES):
+        r = first + tl.arange(0, R)
+        live = r < hi
+        row = tl.load(union + r, mask=live, other=0)
+        a = tl.load(act + r[None, :] * BP + b[:, None], mask=live[None, :], other=0.0)
+        w = tl.load(down + row.to(tl.int64)[:, None] * D + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+    if BIAS:
+        if share == 0:
+            acc += tl.load(bias + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    mask = (b < B)[:, None] & (c < D)[None, :]
+    if PARTIAL:
+        tl.store(out + share * B * D + b[:, None] * D + c[None, :], acc, mask=mask)
+    else:
+        tl.atomic_add(out + b[:, None] * D + c[None, :], acc, mask=mask, sem="relaxed")
+
+
+def shares_of(size: int, shape: DownShape, device: torch.device) -> int:
+    """Parts that the list is cut into by the second kernel."""
+    return max(1, multiprocessors(device) * shape.programs // triton.cdiv(size, shape.columns))
+
+
+def mlp_rows(
+    x_BD: Tensor,
+    weights: MlpWeights,
+    word_F: Tensor,
+    union_F: Tensor,
+    count: Tensor,
+    act_FB: Tensor,
+    out: Tensor,
+    *,
+    up_shape: UpShape | None = None,
+    down_shape: DownShape | None = None,
+    partial: bool = False,
+) -> None:
+    """Add the MLP of each x to out fp32 [B, D]; partial: out is [shares, B, D]. act_FB [F, BP], in the dtype of x, is scratch."""
+    rows, size = x_BD.shape
+    up_shape, down_shape = up_shape or UpShape(), down_shape or DownShape()
+    padded, device = padded_rows(rows), x_BD.device
+    columns = min(up_shape.columns, max(16, triton.next_power_of_2(size)))
+    launch(
+        _up_rows,
+        (multiprocessors(device) * up_shape.programs,),
+        x_BD, weights.up_FD, or_any(weights.gate_FD, x_BD), or_any(weights.up_bias_F, x_BD), or_any(weights.gate_bias_F, x_BD), word_F,
+        union_F, count, act_FB, weights.activation_threshold, rows,
+        D=size, BP=padded, R=up_shape.rows, COLUMNS=columns, STAGES=up_shape.stages, GATED=weights.gate_FD is not None,
+        UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
+        ACTIVATION=ACTIVATION_CODES[weights.activation], num_warps=up_shape.warps,
+    )  # fmt: skip
+    columns = min(down_shape.columns, max(16, triton.next_power_of_2(size)))
+    launch(
+        _down_rows,
+        (triton.cdiv(size, columns), shares_of(size, down_shape, device)),
+        act_FB, weights.down_FD, or_any(weights.down_bias_D, out), union_F, count, out, rows,
+        D=size, BP=padded, R=down_shape.rows, COLUMNS=columns, STAGES=down_shape.stages, BIAS=weights.down_bias_D is not None,
+        PARTIAL=partial, num_warps=down_shape.warps,
+    )  # fmt: skip
+
+
+def dense_mlp_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
+    """The MLP of each x with every neuron, by the vendor's matrix products, in the dtype of x."""
+    up_BF = torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
+    if weights.gate_FD is None:
+        act_BF = activate_definition(up_BF, weights.activation, weights.activation_threshold)
+    else:
+        gate_BF = torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
+        act_BF = activate_definition(gate_BF, weights.activation, weights.activation_threshold) * up_BF
+    down_FD, bias_D = weights.down_FD, weights.down_bias_D
+    return act_BF @ down_FD if bias_D is None else torch.addmm(bias_D, act_BF, down_FD)
+
+
+def mlp_rows_definition(x_BD: Tensor, weights: MlpWeights, keep_BF: Tensor) -> Tensor:
+    """What `mlp_rows` adds to out, in the dtype of x; keep_BF: what each row selects."""
+    up_BF = torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
+    if weights.gate_FD is None:
+        act_BF = activate_definition(up_BF, weights.activation, weights.activation_threshold)
+    else:
+        gate_BF = torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
+        act_BF = activate_definition(gate_BF, weights.activation, weights.activation_threshold) * up_BF
+    y_BD = (act_BF * keep_BF.to(act_BF.dtype)) @ weights.down_FD
+    return y_BD if weights.down_bias_D is None else y_BD + weights.down_bias_D

@@ -1,0 +1,200 @@
+"""What a step of several rows does row by row: norms, the two halves of predictors, and the heads put together.
+
+    norm_rows      y = y + delta;  x = norm(y);  cleared = 0
+    project_rows   h[b, r] = scale[r] (A[r] . x[b])
+    group_rows     the head groups that each row selects, as in project.py
+    select_rows    for each neuron a word with bit b set where row b selects it; the list of neurons that some row selects
+    combine_rows   m[b, h] from the splits of attention; zero for heads that the row did not select
+
+A row's selection depends on that row alone; the list is how weights are fetched.
+
+Letters: B rows, BP the next power of two  D model  R rows of A  G groups  H heads  K head_dim  F neurons  P predictor rank
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dejavu.kernels.cuda.attention import Partials, combined
+from dejavu.kernels.cuda.common import (
+    NormWeights,
+    Side,
+    launch,
+    norm_parts,
+    normed,
+    or_any,
+    parts,
+    products,
+    residual,
+    store_part,
+    tiles,
+    zero,
+)
+from dejavu.kernels.cuda.project import GroupScores, selected_groups
+
+MAX_ROWS = 32  # bits of a word
+BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnionScores:
+    """The second half of a neuron predictor for several rows: as NeuronScores, with h fp32 [B, P]; and where the selection goes:
+    word_F int32 [F], union int32 [F] and count int32 [1] (zero), row_count int32 [B, stride] (zero), of which the first column is used."""
+
+    matrix: Tensor
+    scale: Tensor
+    bias: Tensor
+    threshold: Tensor
+    h: Tensor
+    word_F: Tensor
+    union: Tensor
+    count: Tensor
+    row_count: Tensor
+
+
+@triton.jit
+def _norm_rows(
+    y, delta, weight, bias, eps, x, cleared, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr,
+    AFFINE: tl.constexpr, CLEAR: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * D
+    w, b = norm_parts(weight, bias, D, D1, D2, D3, RMS, AFFINE)
+    v1, v2, v3 = residual(y + at, delta + at, y + at, True, D, D1, D2, D3, True)
+    x1, x2, x3 = normed(v1, v2, v3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, x.dtype.element_ty)
+    store_part(x + at, x1, D, 0, D1)
+    store_part(x + at, x2, D, D1, D2)
+    store_part(x + at, x3, D, D1 + D2, D3)
+    if CLEAR:
+        zero(cleared + at, D, D1, D2, D3)
+
+
+@triton.jit
+def _project_rows(
+    matrix, scale, x, out, B, R, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, programmatic: tl.constexpr
+):
+    r = tl.program_id(0) + tl.arange(0, 1)
+    live = r < R
+    a1, a2, a3 = tiles(matrix, r, live, D, D1, D2, D3)
+    factor = tl.load(scale + r)
+    for b in range(0, B):
+        x1, x2, x3 = tiles(x, b + tl.arange(0, 1), live, D, D1, D2, D3)
+        s = products(a1, a2, a3, tl.reshape(x1, [D1]), tl.reshape(x2, [D2]), tl.reshape(x3, [D3]))
+        tl.store(out + b * R + r, s * factor)
+
+
+@triton.jit
+def _group_rows(
+    matrix, scale, bias, threshold, h, groups, count, count_stride, h_stride, G: tl.constexpr, GP: tl.constexpr, P: tl.constexpr,
+    PP: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    chosen, place = selected_groups(matrix, scale, bias, threshold, h + b * h_stride, G, GP, P, PP)
+    tl.store(groups + b * G + place, tl.arange(0, GP), mask=chosen == 1)
+    tl.store(count + b * count_stride, tl.sum(chosen, 0))
+
+
+@triton.jit
+def _select_rows(
+    matrix, scale, bias, threshold, h, h_stride, slots, padding, word_F, union, count, row_count, row_stride, B, F, P: tl.constexpr, PP: tl.constexpr,
+    BLOCK: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.arange(0, PP)
+    live = f < F
+    m = tl.load(matrix + f.to(tl.int64)[:, None] * P + p[None, :], mask=live[:, None] & (p < P)[None, :], other=0).to(tl.float32)
+    row_scale = tl.load(scale + f, mask=live, other=0.0)
+    row_bias = tl.load(bias + f, mask=live, other=0.0)
+    least = tl.load(threshold)
+    word = tl.zeros([BLOCK], tl.int32)
+    for b in range(0, B):
+        s = tl.sum(m * tl.load(h + b * h_stride + p, mask=p < P, other=0.0)[None, :], 1) * row_scale + row_bias
+        # A row that only fills the bucket selects nothing: it would widen the union.
+        chosen = ((s > least) & live & (tl.load(slots + b) != padding)).to(tl.int32)
+        word = word | (chosen << b)
+        tl.atomic_add(row_count + b * row_stride, tl.sum(chosen, 0), sem="relaxed")
+    tl.store(word_F + f, word, mask=live)
+    some = (word != 0).to(tl.int32)
+    place = tl.cumsum(some, 0) - 1
+    first = tl.atomic_add(count, tl.sum(some, 0), sem="relaxed")
+    tl.store(union + first + place, f, mask=some == 1)
+
+
+@triton.jit
+def _combine_rows(
+    mixed, stats, groups, count, count_stride, out, H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    b = tl.program_id(1)
+    k = tl.arange(0, KP)
+    live = True
+    if HEADS:
+        g = tl.arange(0, GP)
+        listed = tl.load(groups + b * G + g, mask=g < tl.load(count + b * count_stride), other=-1)
+        live = tl.sum((listed == head // (H // G)).to(tl.int32), 0) > 0
+    where = b * H + head
+    m = tl.zeros([KP], tl.float32)
+    if live:
+        m = combined(mixed, stats, where, k, K, SPLITS)
+    tl.store(out + where * K + k, m.to(out.dtype.element_ty), mask=k < K)
+
+
+def norm_rows(y_BD: Tensor, delta_BD: Tensor, norm: NormWeights, x_BD: Tensor, cleared_BD: Tensor | None = None) -> None:
+    """Add delta (any dtype) to y in place, and fill x with the norm of the sum, in x's dtype; set `cleared` to zero."""
+    rows, size = y_BD.shape
+    first, second, third = parts(size)
+    launch(
+        _norm_rows, (rows,), y_BD, delta_BD, or_any(norm.weight, y_BD), or_any(norm.bias, y_BD), norm.eps, x_BD, or_any(cleared_BD, y_BD),
+        D=size, D1=first, D2=second, D3=third, RMS=norm.rms, AFFINE=norm.weight is not None, CLEAR=cleared_BD is not None, num_warps=8,
+    )  # fmt: skip
+
+
+def project_rows(side: Side, x_BD: Tensor) -> None:
+    """side.out [B, R] = products of the side's rows with each x."""
+    rows, size = x_BD.shape
+    first, second, third = parts(size)
+    count = side.matrix.shape[0]
+    launch(_project_rows, (count,), side.matrix, side.scale, x_BD, side.out, rows, count, D=size, D1=first, D2=second, D3=third, num_warps=4)
+
+
+def group_rows(scores: GroupScores) -> None:
+    """scores.groups [B, G] and scores.count [B, stride] from scores.h [B, P]."""
+    groups, rank = scores.matrix.shape
+    launch(
+        _group_rows, (scores.groups.shape[0],), scores.matrix, scores.scale, scores.bias, scores.threshold, scores.h, scores.groups,
+        scores.count, scores.count.stride(0), scores.h.stride(0), G=groups, GP=max(16, triton.next_power_of_2(groups)), P=rank,
+        PP=max(16, triton.next_power_of_2(rank)), num_warps=4,
+    )  # fmt: skip
+
+
+def select_rows(scores: UnionScores, slot_B: Tensor, padding: int) -> None:
+    """Fill the words, the union with its count, and add each row's count; rows of the slot `padding` select nothing."""
+    neurons, rank = scores.matrix.shape
+    rows = scores.h.shape[0]
+    assert rows <= MAX_ROWS
+    launch(
+        _select_rows, (triton.cdiv(neurons, BLOCK),), scores.matrix, scores.scale, scores.bias, scores.threshold, scores.h,
+        scores.h.stride(0), slot_B, padding, scores.word_F, scores.union, scores.count, scores.row_count, scores.row_count.stride(0), rows, neurons,
+        P=rank, PP=max(16, triton.next_power_of_2(rank)), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def combine_rows(partials: Partials, groups_BG: Tensor | None, count_B: Tensor | None, out_BHK: Tensor) -> None:
+    """The mixed values of each row's heads; zero for heads of groups that it did not select."""
+    rows, heads, splits, head_dim = partials.mixed.shape
+    groups = heads if groups_BG is None else groups_BG.shape[1]
+    launch(
+        _combine_rows, (heads, rows), partials.mixed, partials.stats, or_any(groups_BG, out_BHK), or_any(count_B, out_BHK),
+        1 if count_B is None else count_B.stride(0), out_BHK, H=heads, G=groups, GP=max(16, triton.next_power_of_2(groups)), K=head_dim,
+        KP=max(16, triton.next_power_of_2(head_dim)), SPLITS=splits, HEADS=groups_BG is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def select_rows_definition(scores: UnionScores) -> Tensor:
+    """Which neuron each row selects, bool [B, F]."""
+    score_BF = (scores.h @ scores.matrix.float().T) * scores.scale + scores.bias
+    return score_BF > scores.threshold
