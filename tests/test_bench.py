@@ -29,7 +29,7 @@ class FakePeer:
     def __init__(
         self, model: Transformer, *, name: str = "tiny", mode: str = "transformers", dtype: str = "fp32", error: float = 0.0
     ) -> None:
-        self.mode, self.dtype, self.model, self.version, self.threads = mode, dtype, name, "1.2.3", 1
+        self.mode, self.dtype, self.model, self.version, self.threads, self.device = mode, dtype, name, "1.2.3", 1, "cpu"
         self.error, self.silent, self.closed = error, False, False
         self.reference, self.ids = model, list[int]()
         self.asked: list[list[int]] = []
