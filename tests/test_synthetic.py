@@ -28,6 +28,7 @@ from test_native import needs_library
 MILLIONS = {
     "smollm2-135m": 134.5, "opt-mini": 21.3, "opt-125m": 125.2, "opt-1.3b": 1315.8, "opt-2.7b": 2651.6,
     "opt-6.7b": 6658.5, "opt-13b": 12853.5, "opt-30b": 29974.5, "opt-66b": 65719.7,
+    "llama-2-7b-relu": 6739.3, "llama-2-13b-relu": 13017.2,
 }  # fmt: skip
 
 
@@ -41,7 +42,12 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         return ModelConfig.from_dict(synthetic._smollm2().to_dict() | sizes)
 
     monkeypatch.setitem(SHAPES, "opt-small", opt)
+
+    def llama_relu() -> ModelConfig:
+        return ModelConfig.from_dict(synthetic._llama_relu(192, 600, 4, 6).to_dict() | {"vocab_size": 2000})
+
     monkeypatch.setitem(SHAPES, "llama-small", llama)
+    monkeypatch.setitem(SHAPES, "llama-relu-small", llama_relu)
 
 
 @pytest.mark.parametrize("name", MILLIONS)
@@ -119,8 +125,9 @@ def test_rows_of_a_synthetic_benchmark(name: str) -> None:
 
 
 @needs_library
-def test_planted_relu_neurons_all_fire_and_predictors_are_int8() -> None:
-    made = synthetic_model("opt-small", backend="native", dtype="int8")
+@pytest.mark.parametrize("name", ["opt-small", "llama-relu-small"])
+def test_planted_relu_neurons_all_fire_and_predictors_are_int8(name: str) -> None:
+    made = synthetic_model(name, backend="native", dtype="int8")
     layers = planted_layers(made.config, density=0.2, heads=True)
     layers = rethresholded(made.model, layers, random_ids(made.config, 64), mlp_density=0.2, head_density=0.5)
     engine = NativeEngine(made.model, layers, dtype="int8", threads=1)

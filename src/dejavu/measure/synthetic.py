@@ -86,6 +86,29 @@ def _smollm2() -> ModelConfig:
     )
 
 
+def _llama_relu(hidden: int, intermediate: int, layers: int, heads: int) -> ModelConfig:
+    """The shapes of Llama 2, with ReLU and with biases in the MLPs, which set how many neurons fire: no public model has these."""
+    return ModelConfig(
+        family="llama",
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        max_positions=4096,
+        activation="relu",
+        gated=True,
+        norm="rmsnorm",
+        positions="rope",
+        position_offset=0,
+        rope=RopeConfig(theta=10000.0),
+        mlp_bias=True,
+        tied_head=False,
+    )
+
+
 SHAPES: dict[str, Callable[[], ModelConfig]] = {
     "smollm2-135m": _smollm2,
     "opt-mini": lambda: config_from_hf(read_json(bundled_folder("opt-mini") / "config.json")),
@@ -96,6 +119,8 @@ SHAPES: dict[str, Callable[[], ModelConfig]] = {
     "opt-13b": lambda: _opt(5120, 40, 40),
     "opt-30b": lambda: _opt(7168, 48, 56),
     "opt-66b": lambda: _opt(9216, 64, 72),
+    "llama-2-7b-relu": lambda: _llama_relu(4096, 11008, 32, 32),
+    "llama-2-13b-relu": lambda: _llama_relu(5120, 13824, 40, 40),
 }
 
 
@@ -179,14 +204,14 @@ class _Made:
             if key.endswith("norm1.weight") or key.endswith("norm2.weight") or key.endswith("norm.weight"):
                 return torch.ones(shape)
             # Neurons that fire at FIRING_BIAS on average would add the same to every token, were the rows of down not in pairs.
-            return torch.full(shape, FIRING_BIAS if key.endswith("up.bias") and not config.gated else 0.0)
+            return torch.full(shape, FIRING_BIAS if key.endswith("gate.bias" if config.gated else "up.bias") else 0.0)
         # Each of 2 x layers additions to the residual stream brings its share of the embedding's variance, 1. A quarter of the
         # neurons is taken for what an MLP adds up: fewer than dense, more than sparse.
         part = (2 * config.num_layers) ** -0.5
         if key.startswith("position"):
             spread = 0.1
         elif key.endswith("down.weight"):
-            spread = part / math.sqrt(shape[0] / 4) / (0.6 if config.gated else FIRING_BIAS)
+            spread = part / math.sqrt(shape[0] / 4) / (FIRING_BIAS if config.mlp_bias or not config.gated else 0.6)
         elif key.endswith(".o.weight"):
             spread = part / math.sqrt(shape[0])
         elif key.startswith("embed"):

@@ -1,0 +1,271 @@
+"""The attention of one token for each of several rows, over pages on the device: split over the sequence, then put together.
+
+    m_h = softmax(q_h k_g^T / sqrt(K)) v_g over the cached tokens and the new one, for the heads h of the selected groups g
+    out_D += sum over these h of m_h O_h, + bias
+
+`attend` rotates q and the new k where positions are rotary, stores the new k and v of *every* group, and writes for each split
+of the sequence a partial sum, its maximum and its denominator. `output` combines them for its head while it multiplies with the
+head's rows of O: no kernel in between. `attend` may hold the selection of the MLP's neurons as further programs of its grid: the
+lookahead, computed beside attention.
+
+Bytes that any implementation moves: keys and values of the selected groups; rows of O of the selected heads.
+
+Letters: B rows  H query heads  G groups  K head_dim  S tokens of a page  T tokens at a time  D model  W = (H + 2G) K
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dejavu.kernels.attention import masked_output_heads, plain_attention
+from dejavu.kernels.cuda.common import begin, launch, multiprocessors, or_any
+from dejavu.kernels.cuda.select import NeuronScores, select_arguments, select_block, select_blocks, select_constants
+
+TOKENS = 32
+MAX_SPLITS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where the rows of a step stand: slot_B and position_B int32 [B], table int64 [slots, pages], inv_freq fp32 [K/2] or None."""
+
+    slot_B: Tensor
+    position_B: Tensor
+    table: Tensor
+    inv_freq: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partials:
+    """What `attend` leaves for `output`: mixed fp32 [B, H, splits, K], stats fp32 [B, H, splits, 2] (maximum, denominator)."""
+
+    mixed: Tensor
+    stats: Tensor
+
+
+def splits_for(rows: int, heads: int, device: torch.device) -> int:
+    """Parts that the sequence is cut into, so that the programs fill the device twice."""
+    wanted = 2 * multiprocessors(device) / (rows * heads)
+    return max(1, min(MAX_SPLITS, triton.next_power_of_2(int(wanted)))) if wanted >= 1 else 1
+
+
+@triton.jit
+def _rotated(pointer, k, position, inv_freq, K: tl.constexpr, ROTARY: tl.constexpr):
+    """Values k < K at the pointer in fp32, rotated to the position where positions are rotary (half-split layout)."""
+    v = tl.load(pointer + k, mask=k < K, other=0.0)
+    if ROTARY:
+        HALF: tl.constexpr = K // 2
+        low = k < HALF
+        other = tl.load(pointer + tl.where(low, k + HALF, k - HALF), mask=k < K, other=0.0)
+        angle = position.to(tl.float32) * tl.load(inv_freq + tl.where(low, k, k - HALF), mask=k < K, other=0.0)
+        v = v * tl.cos(angle) + tl.where(low, -other, other) * tl.sin(angle)
+    return v
+
+
+@triton.jit
+def _attend(
+    qkv, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, groups, group_count, mixed, stats, scale, programs,
+    matrix, row_scale, row_bias, threshold, h, neurons, count, F, cleared, cleared_size,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
+    ROTARY: tl.constexpr, HEADS: tl.constexpr, SELECT: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
+    CLEAR: tl.constexpr, CLEARED: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if SELECT:
+        if pid >= programs:
+            select_block(pid - programs, matrix, row_scale, row_bias, threshold, h, neurons, count, F, P, PP, BLOCK, programmatic)
+            return
+    W: tl.constexpr = (H + 2 * G) * K
+    PER: tl.constexpr = H // G
+    split = pid % SPLITS
+    at = (pid // SPLITS) % H
+    b = pid // (SPLITS * H)
+    slot = tl.load(slots + b)
+    position = tl.load(positions + b)
+    k = tl.arange(0, KP)
+    begin(programmatic)
+    if CLEAR:
+        for first in range(pid * CLEARED, cleared_size, programs * CLEARED):
+            c = first + tl.arange(0, CLEARED)
+            tl.store(cleared + c, 0.0, mask=c < cleared_size)
+    row = qkv + b * W
+    pages = table + slot.to(tl.int64) * table_stride
+    if (split == 0) & (at % PER == 0):
+        # Every group's new key and value, whatever is selected: the cache has no holes.
+        own = at // PER
+        page = tl.load(pages + position // S)
+        place = ((page * G + own) * S + position % S) * K
+        new_k = _rotated(row + H * K + own * K, k, position, inv_freq, K, ROTARY)
+        tl.store(k_pool + place + k, new_k.to(k_pool.dtype.element_ty), mask=k < K)
+        new_v = tl.load(row + (H + G) * K + own * K + k, mask=k < K, other=0.0)
+        tl.store(v_pool + place + k, new_v.to(v_pool.dtype.element_ty), mask=k < K)
+    group = at // PER
+    live = True
+    if HEADS:
+        live = group < tl.load(group_count + b)
+        group = tl.load(groups + b * G + group, mask=live, other=0)
+    if live:
+        head = group * PER + at % PER
+        q = _rotated(row + head * K, k, position, inv_freq, K, ROTARY) * scale
+        # The new token's own key and value come from this step's products: another program writes them to the cache. Rounded as there.
+        own_k = _rotated(row + H * K + group * K, k, position, inv_freq, K, ROTARY).to(k_pool.dtype.element_ty).to(tl.float32)
+        own_v = tl.load(row + (H + G) * K + group * K + k, mask=k < K, other=0.0).to(v_pool.dtype.element_ty).to(tl.float32)
+        if split == 0:
+            top = tl.sum(q * own_k, 0)
+            total = top * 0.0 + 1.0
+            acc = own_v
+        else:
+            top = tl.sum(q * own_k, 0) * 0.0 - 1e30
+            total = top * 0.0
+            acc = own_v * 0.0
+        chunk = tl.cdiv(tl.cdiv(position, T), SPLITS) * T
+        last = tl.minimum(position, (split + 1) * chunk)
+        for first in range(split * chunk, last, T):
+            t = first + tl.arange(0, T)
+            there = t < last
+            page_T = tl.load(pages + t // S, mask=there, other=0)
+            place_T = ((page_T * G + group) * S + t % S) * K
+            mask = there[:, None] & (k < K)[None, :]
+            keys = tl.load(k_pool + place_T[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+            values = tl.load(v_pool + place_T[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+            s = tl.where(there, tl.sum(keys * q[None, :], 1), -1e30)
+            new_top = tl.maximum(top, tl.max(s, 0))
+            p = tl.where(there, tl.exp(s - new_top), 0.0)
+            shrink = tl.exp(top - new_top)
+            acc = acc * shrink + tl.sum(p[:, None] * values, 0)
+            total = total * shrink + tl.sum(p, 0)
+            top = new_top
+        where = (b * H + head) * SPLITS + split
+        tl.store(mixed + where * K + k, acc, mask=k < K)
+        tl.store(stats + where * 2, top)
+        tl.store(stats + where * 2 + 1, total)
+
+
+@triton.jit
+def combined(mixed, stats, where, k, K: tl.constexpr, SPLITS: tl.constexpr):
+    """m_h [KP] of one row and head from its splits."""
+    s = tl.arange(0, SPLITS)
+    top = tl.load(stats + (where * SPLITS + s) * 2)
+    total = tl.load(stats + (where * SPLITS + s) * 2 + 1)
+    weight = tl.exp(top - tl.max(top, 0))
+    part = tl.load(mixed + (where * SPLITS + s)[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+    return tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
+
+
+@triton.jit
+def _output(
+    mixed, stats, weight, bias, groups, group_count, out, D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr,
+    programmatic: tl.constexpr,
+):  # fmt: skip
+    PER: tl.constexpr = H // G
+    at = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, KP)
+    group = at // PER
+    live = True
+    if HEADS:
+        live = group < tl.load(group_count)
+        group = tl.load(groups + group, mask=live, other=0)
+    head = group * PER + at % PER
+    row = head.to(tl.int64) * K + k
+    # The list was there before the kernel before this one (see common.py): its rows of O can be loaded at once.
+    w = tl.load(
+        weight + row[:, None] * D + column[None, :], mask=(k < K)[:, None] & (column < D)[None, :] & live, other=0.0,
+        eviction_policy="evict_first",
+    )  # fmt: skip
+    begin(programmatic)
+    if live:
+        m = combined(mixed, stats, head, k, K, SPLITS).to(weight.dtype.element_ty).to(tl.float32)
+        y = tl.sum(w.to(tl.float32) * m[:, None], 0)
+        if BIAS:
+            if at == 0:
+                y += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
+        if PARTIAL:
+            tl.store(out + at * D + column, y, mask=column < D)
+        else:
+            tl.atomic_add(out + column, y, mask=column < D, sem="relaxed")
+    elif PARTIAL:
+        tl.store(out + at * D + column, tl.zeros([COLUMNS], tl.float32), mask=column < D)
+
+
+def attend(
+    qkv_BW: Tensor,
+    k_PGSK: Tensor,
+    v_PGSK: Tensor,
+    places: Places,
+    partials: Partials,
+    *,
+    heads: int,
+    groups_BG: Tensor | None = None,
+    count_B: Tensor | None = None,
+    select: NeuronScores | None = None,
+    cleared: Tensor | None = None,
+    programmatic: bool = False,
+) -> None:
+    """Store the rows' new keys and values, and fill `partials` for the heads of the selected groups (all when None).
+
+    qkv_BW fp32: q, k, v of each row. select: neurons selected beside it. cleared: fp32 memory that is set to zero.
+    """
+    groups, page_size, head_dim = k_PGSK.shape[1:]
+    rows, splits = qkv_BW.shape[0], partials.mixed.shape[2]
+    assert qkv_BW.shape[1] == (heads + 2 * groups) * head_dim and (select is None or rows == 1)
+    programs = rows * heads * splits
+    extra = 0 if select is None else select_blocks(select.matrix.shape[0])
+    chosen = (qkv_BW,) * 7 + (0,) if select is None else select_arguments(select)
+    sizes = {"P": 16, "PP": 16, "BLOCK": 16} if select is None else select_constants(select)
+    launch(
+        _attend,
+        (programs + extra,),
+        qkv_BW, k_PGSK, v_PGSK, places.slot_B, places.position_B, places.table, places.table.stride(0),
+        or_any(places.inv_freq, qkv_BW), or_any(groups_BG, qkv_BW), or_any(count_B, qkv_BW), partials.mixed, partials.stats,
+        head_dim**-0.5, programs, *chosen, or_any(cleared, qkv_BW), 0 if cleared is None else cleared.numel(),
+        H=heads, G=groups, K=head_dim, KP=max(16, triton.next_power_of_2(head_dim)), S=page_size, T=TOKENS, SPLITS=splits,
+        ROTARY=places.inv_freq is not None, HEADS=groups_BG is not None, SELECT=select is not None, CLEAR=cleared is not None,
+        CLEARED=1024, **sizes, num_warps=4, programmatic=programmatic,
+    )  # fmt: skip
+
+
+def output_token(
+    partials: Partials,
+    weight_QD: Tensor,
+    bias_D: Tensor | None,
+    out: Tensor,
+    *,
+    num_groups: int,
+    groups_G: Tensor | None = None,
+    count: Tensor | None = None,
+    columns: int = 128,
+    partial: bool = False,
+    programmatic: bool = False,
+) -> None:
+    """Add one row's heads times their rows of O to out fp32 [D]; partial: out is [H, D], one sum for each place in the list."""
+    heads, splits, head_dim = partials.mixed.shape[1:]
+    size = weight_QD.shape[1]
+    assert weight_QD.is_contiguous() and weight_QD.shape[0] == heads * head_dim
+    launch(
+        _output,
+        (heads, triton.cdiv(size, columns)),
+        partials.mixed, partials.stats, weight_QD, or_any(bias_D, partials.stats), or_any(groups_G, partials.stats),
+        or_any(count, partials.stats), out,
+        D=size, H=heads, G=num_groups, K=head_dim, KP=max(16, triton.next_power_of_2(head_dim)), COLUMNS=columns, SPLITS=splits,
+        HEADS=groups_G is not None, BIAS=bias_D is not None, PARTIAL=partial, num_warps=4, programmatic=programmatic,
+    )  # fmt: skip
+
+
+def attention_definition(
+    q_HK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, weight_QD: Tensor, bias_D: Tensor | None, idx_A: Tensor | None
+) -> Tensor:
+    """What `attend` and `output_token` add to out for one row whose `length` tokens, the new one too, are in the cache.
+
+    q_HK: queries of all heads, rotated; idx_A int64: the selected groups, or None.
+    """
+    groups = k_PGSK.shape[1]
+    q_GRK = q_HK.view(groups, -1, q_HK.shape[-1])
+    mixed_ARK = plain_attention(q_GRK if idx_A is None else q_GRK[idx_A], k_PGSK, v_PGSK, page_N, length, idx_A)
+    return masked_output_heads(mixed_ARK, weight_QD, bias_D, idx_A, groups)

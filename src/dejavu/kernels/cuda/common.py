@@ -1,0 +1,236 @@
+"""What every kernel shares: how a row is cut into powers of two, the norm before a product, activations, launches.
+
+Triton's tensors have sizes that are powers of two, and a row of D values does not. A row is cut into up to three of them,
+D1 + D2 + D3 >= D, the last one masked: 7168 = 4096 + 2048 + 1024. A part that is not needed has size 1 and lies beyond D; the
+compiler drops it.
+
+The residual stream is y_D + delta_D, both fp32: kernels add to delta atomically, and the next one that reads the sum writes
+it out as the new y. No kernel adds to what another program of it still reads.
+
+A kernel that is launched with `programmatic` starts while the one before it still runs. Before `gdc_wait` it may read weights,
+and whatever was written by the kernel before the previous one or earlier, because every kernel waits before it lets the next start.
+
+Letters: D model  R rows at a time
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: it decides when a kernel is defined
+ACTIVATION_CODES = {"relu": 0, "relu2": 1, "fatrelu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """Rows beside a product: matrix [R, D] of any dtype, scale fp32 [R], out fp32 [R]."""
+
+    matrix: Tensor
+    scale: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormWeights:
+    """weight and bias [D] or None, eps; rms: RMSNorm instead of LayerNorm."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+
+def parts(size: int) -> tuple[int, int, int]:
+    """Sizes of the three parts of a row of `size` values: powers of two, 1 where not needed."""
+    found, left = [], size
+    while left > 0 and len(found) < 2:
+        part = max(16, 1 << (left.bit_length() - 1))
+        found.append(part)
+        left -= part
+    if left > 0:
+        found.append(max(16, triton.next_power_of_2(left)))
+    return tuple([*found, 1, 1][:3])  # pyrefly: ignore[bad-return]
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; 4 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, programmatic: bool = False, **constants: Any) -> None:
+    """Start a kernel. programmatic: it may begin before the one before it has ended (see above)."""
+    assert min(grid) > 0, f"an empty grid {grid}"
+    if INTERPRETED:
+        kernel[grid](*arguments, programmatic=False, **constants)
+    else:
+        extra = {"launch_pdl": True} if programmatic else {}
+        kernel[grid](*arguments, programmatic=programmatic, num_warps=num_warps, **extra, **constants)
+
+
+def or_any(value: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer for a kernel's argument that is not read."""
+    return other if value is None else value
+
+
+
+
+def norm_definition(x_D: Tensor, norm: NormWeights) -> Tensor:
+    """LayerNorm or RMSNorm in plain torch, in the dtype of x."""
+    if not norm.rms:
+        return torch.nn.functional.layer_norm(x_D, x_D.shape[-1:], norm.weight, norm.bias, norm.eps)
+    scaled = x_D * torch.rsqrt(x_D.square().mean(-1, keepdim=True) + norm.eps)
+    return scaled if norm.weight is None else scaled * norm.weight
+
+
+@triton.jit
+def begin(programmatic: tl.constexpr):
+    """Wait for what the kernel before wrote, then let the next one start."""
+    if programmatic:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def tile(matrix, row_R, live_R, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """Columns FIRST..FIRST+SIZE of rows of a [.., D] matrix; zeros beyond D and where a row is not live."""
+    if FIRST >= D:
+        return tl.zeros([row_R.shape[0], SIZE], matrix.dtype.element_ty)
+    else:
+        column = FIRST + tl.arange(0, SIZE)
+        mask = live_R[:, None]
+        if FIRST + SIZE > D:
+            mask = mask & (column < D)[None, :]
+        return tl.load(
+            matrix + row_R.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+        )
+
+
+@triton.jit
+def part(vector, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """Values FIRST..FIRST+SIZE of a vector [D] in fp32, zeros beyond D."""
+    if FIRST >= D:
+        return tl.zeros([SIZE], tl.float32)
+    else:
+        column = FIRST + tl.arange(0, SIZE)
+        return tl.load(vector + column, mask=column < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_part(vector, value, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    if FIRST < D:
+        column = FIRST + tl.arange(0, SIZE)
+        tl.store(vector + column, value, mask=column < D)
+
+
+@triton.jit
+def add_part(vector, value, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    if FIRST < D:
+        column = FIRST + tl.arange(0, SIZE)
+        tl.atomic_add(vector + column, value, mask=column < D, sem="relaxed")
+
+
+@triton.jit
+def _centered(v, mean, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    return tl.where(FIRST + tl.arange(0, SIZE) < D, v - mean, 0.0)
+
+
+@triton.jit
+def residual(
+    y, delta, y_out, writes, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, WRITE: tl.constexpr
+):
+    """y + delta in three parts; the program for which `writes` holds stores it."""
+    v1 = part(y, D, 0, D1) + part(delta, D, 0, D1)
+    v2 = part(y, D, D1, D2) + part(delta, D, D1, D2)
+    v3 = part(y, D, D1 + D2, D3) + part(delta, D, D1 + D2, D3)
+    if WRITE:
+        if writes:
+            store_part(y_out, v1, D, 0, D1)
+            store_part(y_out, v2, D, D1, D2)
+            store_part(y_out, v3, D, D1 + D2, D3)
+    return v1, v2, v3
+
+
+@triton.jit
+def zero(vector, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr):
+    store_part(vector, tl.zeros([D1], tl.float32), D, 0, D1)
+    store_part(vector, tl.zeros([D2], tl.float32), D, D1, D2)
+    store_part(vector, tl.zeros([D3], tl.float32), D, D1 + D2, D3)
+
+
+@triton.jit
+def normed(
+    v1, v2, v3, weight, bias, eps, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
+    RMS: tl.constexpr, AFFINE: tl.constexpr, TO: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm or RMSNorm of a row in three parts, rounded to the dtype that the products read."""
+    if not RMS:
+        mean = (tl.sum(v1, 0) + tl.sum(v2, 0) + tl.sum(v3, 0)) / D
+        v1 = _centered(v1, mean, D, 0, D1)
+        v2 = _centered(v2, mean, D, D1, D2)
+        v3 = _centered(v3, mean, D, D1 + D2, D3)
+    square = (tl.sum(v1 * v1, 0) + tl.sum(v2 * v2, 0) + tl.sum(v3 * v3, 0)) / D
+    scale = 1.0 / tl.sqrt(square + eps)
+    v1 = v1 * scale
+    v2 = v2 * scale
+    v3 = v3 * scale
+    if AFFINE:
+        v1 = v1 * part(weight, D, 0, D1)
+        v2 = v2 * part(weight, D, D1, D2)
+        v3 = v3 * part(weight, D, D1 + D2, D3)
+        if not RMS:
+            v1 = v1 + part(bias, D, 0, D1)
+            v2 = v2 + part(bias, D, D1, D2)
+            v3 = v3 + part(bias, D, D1 + D2, D3)
+    return v1.to(TO), v2.to(TO), v3.to(TO)
+
+
+@triton.jit
+def products(a1, a2, a3, x1, x2, x3):
+    """Products [R] in fp32 of rows with x, both in three parts."""
+    s = tl.sum(a1.to(tl.float32) * x1.to(tl.float32)[None, :], 1)
+    s += tl.sum(a2.to(tl.float32) * x2.to(tl.float32)[None, :], 1)
+    s += tl.sum(a3.to(tl.float32) * x3.to(tl.float32)[None, :], 1)
+    return s
+
+
+@triton.jit
+def side_rows(
+    matrix, scale, out, first, step, count, x1, x2, x3, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr
+):
+    """out[r] = scale[r] (matrix[r] . x) for rows first, first + step, ..: a predictor's A beside products of the same x."""
+    for r in range(first, count, step):
+        row = r + tl.arange(0, 1)
+        live = row < count
+        a1 = tile(matrix, row, live, D, 0, D1)
+        a2 = tile(matrix, row, live, D, D1, D2)
+        a3 = tile(matrix, row, live, D, D1 + D2, D3)
+        tl.store(out + row, products(a1, a2, a3, x1, x2, x3) * tl.load(scale + row))
+
+
+@triton.jit
+def activate(v, CODE: tl.constexpr, threshold):
+    """The activation of that code (ACTIVATION_CODES), of fp32 values."""
+    if CODE == 0:
+        return tl.maximum(v, 0.0)
+    elif CODE == 1:
+        r = tl.maximum(v, 0.0)
+        return r * r
+    elif CODE == 2:
+        return tl.where(v > threshold, v, 0.0)
+    elif CODE == 3:
+        return v / (1.0 + tl.exp(-v))
+    elif CODE == 4:
+        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    else:
+        u = 0.7978845608028654 * (v + 0.044715 * v * v * v)
+        return 0.5 * v * (1.0 + (1.0 - 2.0 / (1.0 + tl.exp(2.0 * u))))

@@ -1,0 +1,225 @@
+"""The MLP of one token in one kernel: norm, selected rows of up (and gate), activation, selected rows of down.
+
+    x = norm(y + delta);  a_f = act(up_f . x + b_f)  or  act(gate_f . x + c_f) (up_f . x + b_f);  out += sum_f a_f down_f + down_bias
+
+over the neurons f of a list on the device, or all of them. A persistent grid shares the list evenly; a program keeps x and its
+part of the sum in registers, loads the rows of its next neurons while it computes with the last ones, and adds its sum to `out`
+at the end. `side` rows are products of the same x: the A of predictors that read this block's input.
+
+Bytes that any implementation moves: 2 (3 where gated) rows of D for each neuron of the list, and the list.
+
+Letters: D model  F neurons  A selected  R neurons at a time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dejavu.kernels.cuda.common import (
+    ACTIVATION_CODES,
+    NormWeights,
+    Side,
+    activate,
+    add_part,
+    begin,
+    launch,
+    multiprocessors,
+    norm_definition,
+    normed,
+    or_any,
+    part,
+    parts,
+    products,
+    residual,
+    side_rows,
+    store_part,
+    tile,
+)
+from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpShape:
+    """How the kernel runs: neurons at a time, warps of a program, programs of a multiprocessor, whether it loads ahead."""
+
+    rows: int
+    warps: int
+    programs: int
+    ahead: bool = True
+
+
+@triton.jit
+def _mlp(
+    y, delta, y_out, norm_weight, norm_bias, eps, up, gate, down, up_bias, gate_bias, down_bias, idx, count, out, threshold,
+    side, side_scale, side_out, side_count, F,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    LISTED: tl.constexpr, AHEAD: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    total = F
+    if LISTED:
+        total = tl.load(count)
+    lo = (total * pid) // programs
+    hi = (total * (pid + 1)) // programs
+    r = lo + tl.arange(0, R)
+    live = r < hi
+    row = r
+    if LISTED:
+        row = tl.load(idx + r, mask=live, other=0)
+    if AHEAD:
+        # These rows do not depend on the kernel before: the list was there before it (see common.py).
+        a1 = tile(up, row, live, D, 0, D1)
+        a2 = tile(up, row, live, D, D1, D2)
+        a3 = tile(up, row, live, D, D1 + D2, D3)
+        if GATED:
+            g1 = tile(gate, row, live, D, 0, D1)
+            g2 = tile(gate, row, live, D, D1, D2)
+            g3 = tile(gate, row, live, D, D1 + D2, D3)
+        v1 = tile(down, row, live, D, 0, D1)
+        v2 = tile(down, row, live, D, D1, D2)
+        v3 = tile(down, row, live, D, D1 + D2, D3)
+    begin(programmatic)
+    w1, w2, w3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, True)
+    x1, x2, x3 = normed(w1, w2, w3, norm_weight, norm_bias, eps, D, D1, D2, D3, RMS, AFFINE, up.dtype.element_ty)
+    if SIDE:
+        side_rows(side, side_scale, side_out, pid, programs, side_count, x1, x2, x3, D, D1, D2, D3)
+    acc1 = tl.zeros([D1], tl.float32)
+    acc2 = tl.zeros([D2], tl.float32)
+    acc3 = tl.zeros([D3], tl.float32)
+    for first in tl.range(lo, hi, R, num_stages=1):
+        if AHEAD:
+            next_r = first + R + tl.arange(0, R)
+            next_live = next_r < hi
+            next_row = next_r
+            if LISTED:
+                next_row = tl.load(idx + next_r, mask=next_live, other=0)
+            b1 = tile(up, next_row, next_live, D, 0, D1)
+            b2 = tile(up, next_row, next_live, D, D1, D2)
+            b3 = tile(up, next_row, next_live, D, D1 + D2, D3)
+            if GATED:
+                h1 = tile(gate, next_row, next_live, D, 0, D1)
+                h2 = tile(gate, next_row, next_live, D, D1, D2)
+                h3 = tile(gate, next_row, next_live, D, D1 + D2, D3)
+            u1 = tile(down, next_row, next_live, D, 0, D1)
+            u2 = tile(down, next_row, next_live, D, D1, D2)
+            u3 = tile(down, next_row, next_live, D, D1 + D2, D3)
+        else:
+            r = first + tl.arange(0, R)
+            live = r < hi
+            row = r
+            if LISTED:
+                row = tl.load(idx + r, mask=live, other=0)
+            a1 = tile(up, row, live, D, 0, D1)
+            a2 = tile(up, row, live, D, D1, D2)
+            a3 = tile(up, row, live, D, D1 + D2, D3)
+            if GATED:
+                g1 = tile(gate, row, live, D, 0, D1)
+                g2 = tile(gate, row, live, D, D1, D2)
+                g3 = tile(gate, row, live, D, D1 + D2, D3)
+            v1 = tile(down, row, live, D, 0, D1)
+            v2 = tile(down, row, live, D, D1, D2)
+            v3 = tile(down, row, live, D, D1 + D2, D3)
+        act = products(a1, a2, a3, x1, x2, x3)
+        if UP_BIAS:
+            act += tl.load(up_bias + row, mask=live, other=0.0).to(tl.float32)
+        if GATED:
+            gated = products(g1, g2, g3, x1, x2, x3)
+            if GATE_BIAS:
+                gated += tl.load(gate_bias + row, mask=live, other=0.0).to(tl.float32)
+            act = activate(gated, ACTIVATION, threshold) * act
+        else:
+            act = activate(act, ACTIVATION, threshold)
+        act = tl.where(live, act, 0.0)
+        acc1 += tl.sum(v1.to(tl.float32) * act[:, None], 0)
+        acc2 += tl.sum(v2.to(tl.float32) * act[:, None], 0)
+        acc3 += tl.sum(v3.to(tl.float32) * act[:, None], 0)
+        if AHEAD:
+            row = next_row
+            live = next_live
+            a1 = b1
+            a2 = b2
+            a3 = b3
+            if GATED:
+                g1 = h1
+                g2 = h2
+                g3 = h3
+            v1 = u1
+            v2 = u2
+            v3 = u3
+    if DOWN_BIAS:
+        if pid == 0:
+            acc1 += part(down_bias, D, 0, D1)
+            acc2 += part(down_bias, D, D1, D2)
+            acc3 += part(down_bias, D, D1 + D2, D3)
+    if PARTIAL:
+        store_part(out + pid * D, acc1, D, 0, D1)
+        store_part(out + pid * D, acc2, D, D1, D2)
+        store_part(out + pid * D, acc3, D, D1 + D2, D3)
+    elif (lo < hi) | (pid == 0):
+        add_part(out, acc1, D, 0, D1)
+        add_part(out, acc2, D, D1, D2)
+        add_part(out, acc3, D, D1 + D2, D3)
+
+
+def default_shape(size: int) -> MlpShape:
+    """What was fastest on an H100 at 10 % density, by hidden size (docs/log.md)."""
+    return MlpShape(rows=2, warps=8, programs=1) if size <= 4096 else MlpShape(rows=1, warps=8, programs=1)
+
+
+def programs_of(shape: MlpShape, device: torch.device) -> int:
+    return multiprocessors(device) * shape.programs
+
+
+def mlp_token(
+    y_D: Tensor,
+    delta_D: Tensor,
+    y_out_D: Tensor,
+    out: Tensor,
+    norm: NormWeights,
+    weights: MlpWeights,
+    idx_F: Tensor | None = None,
+    count: Tensor | None = None,
+    *,
+    side: Side | None = None,
+    shape: MlpShape | None = None,
+    partial: bool = False,
+    programmatic: bool = False,
+) -> None:
+    """Write y + delta to y_out [D] and add the MLP of its norm to out [D]; all fp32.
+
+    idx_F int32 [F], of which the first count int32 [1] are the neurons (both on the device; None: all neurons). partial: `out`
+    is [programs, D] and gets each program's own sum, to be added up in a fixed order. y, y_out and out are different memory.
+    """
+    up_FD = weights.up_FD
+    neurons, size = up_FD.shape
+    shape = default_shape(size) if shape is None else shape
+    first, second, third = parts(size)
+    assert (idx_F is None) == (count is None)
+    assert all(matrix is None or matrix.is_contiguous() for matrix in (up_FD, weights.gate_FD, weights.down_FD))
+    launch(
+        _mlp,
+        (programs_of(shape, up_FD.device),),
+        y_D, delta_D, y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps,
+        up_FD, or_any(weights.gate_FD, up_FD), weights.down_FD,
+        or_any(weights.up_bias_F, y_D), or_any(weights.gate_bias_F, y_D), or_any(weights.down_bias_D, y_D),
+        or_any(idx_F, y_D), or_any(count, y_D), out, weights.activation_threshold,
+        up_FD if side is None else side.matrix, y_D if side is None else side.scale, y_D if side is None else side.out,
+        0 if side is None else side.matrix.shape[0], neurons,
+        D=size, D1=first, D2=second, D3=third, R=shape.rows, RMS=norm.rms, AFFINE=norm.weight is not None,
+        GATED=weights.gate_FD is not None, UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
+        DOWN_BIAS=weights.down_bias_D is not None, ACTIVATION=ACTIVATION_CODES[weights.activation], LISTED=idx_F is not None,
+        AHEAD=shape.ahead, SIDE=side is not None, PARTIAL=partial, num_warps=shape.warps, programmatic=programmatic,
+    )  # fmt: skip
+
+
+def mlp_token_definition(y_D: Tensor, delta_D: Tensor, norm: NormWeights, weights: MlpWeights, idx_A: Tensor) -> Tensor:
+    """What `mlp_token` adds to out, of the neurons idx_A (int64), in the dtype of the weights."""
+    x_D = norm_definition((y_D + delta_D).to(weights.up_FD.dtype), norm)
+    return masked_mlp(x_D, weights, idx_A)
