@@ -143,6 +143,6 @@ class ReadsBuffers(Protocol):
 class CapturesSteps(Protocol):
     """An engine that replays a captured graph."""
 
-    def nodes(self, rows: int, /) -> int:
-        """Nodes of the graph of a step of so many rows."""
+    def nodes(self, rows: int, /) -> int | None:
+        """Nodes of the graph of a step of so many rows; None where that cannot be told."""
         ...

@@ -115,7 +115,7 @@ def bench_ops(
 
     ops_at: see OpsAt; called once for each point before any is timed, so what it returns should share its weights. At density 1
     every selection is the same and is asked for as the first of them. read: a sequential read of a large buffer, the ceiling.
-    template: what all rows have in common; its op, mode, mlp_density, selection and times are replaced. Raises ValueError for
+    template: what all rows have in common; what is of an op is replaced. Raises ValueError for
     an op whose check fails, a density outside (0, 1], an unknown selection and fewer than MIN_REPEATS repeats.
     """
     require(repeats >= MIN_REPEATS, f"repeats must be at least {MIN_REPEATS}, not {repeats}")
@@ -169,7 +169,7 @@ def _timed(point: _Point, read: OpRun, template: Row, repeats: int, sampler: Sam
         rows.append(
             dataclasses.replace(
                 template, op=name, mode=op.mode, mlp_density=point.density, selection=point.selection, p20_us=p20, p50_us=p50, p80_us=p80,
-                tok_s=None, gbs=speed / 1e9, pct_ceiling=100 * speed / ceiling,
+                tok_s=None, nodes=None, head_density=None, union_density=None, gbs=speed / 1e9, pct_ceiling=100 * speed / ceiling,
             )
         )  # fmt: skip
     return rows

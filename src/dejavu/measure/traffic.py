@@ -61,23 +61,21 @@ STORED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Formats:
-    """Dtypes of the matrices, the cache, vectors and predictors; these may be int8 instead where their values are. screened: tokens
-    of the shortlist of a screened head, 0 without one."""
+    """Dtypes of the matrices, the cache, and vectors; predictors may be int8 where their values are. screened: tokens of the
+    shortlist of a screened head, 0 without one."""
 
     weights: str
     cache: str
     vectors: str
     int8_predictors: bool
-    predictors: str = "fp32"
     screened: int = 0
 
 
 def formats_of(info: EngineInfo) -> Formats:
-    """How an engine stores what it reads: native keeps vectors fp32 and predictors int8; torch predictors fp32; cuda one dtype for all."""
+    """How an engine stores what it reads: native and cuda keep predictors int8; native vectors fp32; torch has one dtype for all."""
     if info.backend == "native":
         return Formats(weights=info.dtype, cache=info.cache_dtype, vectors="fp32", int8_predictors=True, screened=info.screened_head)
-    predictors = info.dtype if info.backend == "cuda" else "fp32"
-    return Formats(weights=info.dtype, cache=info.cache_dtype, vectors=info.dtype, int8_predictors=False, predictors=predictors)
+    return Formats(weights=info.dtype, cache=info.cache_dtype, vectors=info.dtype, int8_predictors=info.backend == "cuda")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +113,7 @@ def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequ
     positions = (config.positions == "learned") * size * vector
     predictors = [predictor for layer in layers or () for predictor in (layer.mlp, layer.heads) if predictor is not None]
     return {
-        "predictor": sum(
-            predictor_bytes(predictor, may_be_int8=formats.int8_predictors, otherwise=formats.predictors) for predictor in predictors
-        ),
+        "predictor": sum(predictor_bytes(predictor, may_be_int8=formats.int8_predictors) for predictor in predictors),
         "attention": attention,
         "mlp": mlp,
         "head": _head_rows(config, formats) + narrow * embed * row,
@@ -138,10 +134,10 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> float:
     return sum(step_bytes(config, formats, dense_reads(config)).values())
 
 
-def predictor_bytes(predictor: Predictor, *, may_be_int8: bool, otherwise: str = "fp32") -> float:
-    """A and B, int8 with scales where that is what their values are and else of the other dtype, and the bias fp32."""
+def predictor_bytes(predictor: Predictor, *, may_be_int8: bool) -> float:
+    """A and B, int8 with scales where that is what their values are and else fp32, and the bias fp32."""
     total = predictor.bias_O.numel() * STORED["fp32"].value
     for matrix in (predictor.A_RD, predictor.B_OR):
-        stored = "int8" if may_be_int8 and torch.equal(dequantize_rows(*quantize_rows(matrix)), matrix.float()) else otherwise
+        stored = "int8" if may_be_int8 and torch.equal(dequantize_rows(*quantize_rows(matrix)), matrix.float()) else "fp32"
         total += matrix.shape[0] * STORED[stored].row(matrix.shape[1])
     return total
