@@ -128,3 +128,17 @@ def test_what_does_not_compile_is_left_out_and_said(tiny: Tiny, monkeypatch: pyt
 def test_what_transformers_does_not_know_is_said(tiny: Tiny) -> None:
     opened, notes = open_views(["transformers"], tiny("llama", activation="fatrelu", activation_threshold=0.1), name="tiny")
     assert opened == [] and notes[0].startswith("transformers cannot run: ") and "fatrelu" in notes[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_on_a_gpu_it_runs_as_one_captured_graph(tiny: Tiny, family: str) -> None:
+    model = tiny(family, max_positions=128).to("cuda", torch.float16)
+    opened, notes = open_views(["transformers", "transformers-compile"], model, name="tiny")
+    assert notes == [] and [(peer.mode, peer.dtype, peer.device) for peer in opened] == [
+        (mode, "fp16", "cuda:0") for mode in ("transformers", "transformers-compile")
+    ]
+    for peer in opened:
+        for _ in range(2):  # the second sequence finds the step compiled and captured
+            assert "picks the same next token" in check_peer(peer, model, IDS, "tiny")
+        peer.close()

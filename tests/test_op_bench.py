@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dejavu.measure.op_bench import ENOUGH_BYTES, MIN_CALLS, ROTATED_BYTES, OpRun, bench_ops, copies_for, index_lists
+from dejavu.measure.op_bench import ENOUGH_BYTES, MIN_CALLS, ROTATED_BYTES, OpRun, bench_ops, copies_for, graph_sampler, index_lists
 from dejavu.measure.results import Row
 from dejavu.measure.synthetic import SELECTIONS
 
@@ -141,3 +142,17 @@ def test_copies() -> None:
         index_lists(8, 0.5, "odd", 1, seed=0)
     with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
         index_lists(8, 0.0, "uniform", 1, seed=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_sample_is_a_graph_of_all_calls() -> None:
+    counts = torch.zeros(3, device="cuda")
+
+    def count(copy: int) -> None:
+        counts[copy].add_(1)
+
+    sample = graph_sampler([partial(count, copy) for copy in (0, 1, 2, 1)])
+    before = counts.clone()
+    assert sample() > 0
+    # Once while the timed ones wait, and once timed.
+    assert (counts - before).tolist() == [2, 4, 2]

@@ -155,7 +155,7 @@ def _run(
             "screened_head": options.screened_head,
             "notes": notes,
             **({} if found.screen is None else {"screen": found.screen}),
-            **({} if subject.planted is None else {"planted": found.planted}),
+            **({} if subject.planted is None else {"planted": {"rank": subject.planted.rank, "modes": found.planted}}),
         }
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from dejavu.cli.output import Output, new_table, number, ratio, screen_line
-from dejavu.cli.subjects import EngineOptions, Subject, planted_qualities
+from dejavu.cli.subjects import EngineOptions, Subject, planted_qualities, quality_line
 from dejavu.config import Progress
 
 if TYPE_CHECKING:
@@ -61,9 +61,10 @@ def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequenc
         head_densities=plan.head_densities,
         selections=subject.selections,
     )
-    found = Found(planted=planted_qualities(subject, variants))
-    for quality in found.planted:
-        out.say(quality.pop("line"))
+    found = Found()
+    for mode, quality in planted_qualities(subject, variants):
+        out.say(quality_line(mode, quality))
+        found.planted.append({"mode": mode, **asdict(quality)})
     common: dict[str, Any] = {
         "backend": subject.backend,
         "dtype": subject.dtype,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from dejavu.cli.options import open_model
-from dejavu.cli.output import Output, number
+from dejavu.cli.output import Output, number, percent
 
 if TYPE_CHECKING:
     from dejavu.language_model import LanguageModel
@@ -204,28 +204,21 @@ def _planted(
     )
 
 
-def planted_qualities(subject: Subject, variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    """What the predictors of each sparse variant find and miss, on other tokens than their thresholds come from."""
-    from dataclasses import asdict
-
+def planted_qualities(subject: Subject, variants: Sequence[Variant]) -> list[tuple[str, PlantedQuality]]:
+    """Mode, and what the predictors find and miss on other tokens than their thresholds come from, of each sparse variant."""
     from dejavu.measure.density import MAX_TOKENS
     from dejavu.measure.planted import planted_quality
 
-    if subject.planted is None:
+    made = subject.planted
+    if made is None:
         return []
-    others = subject.ids[min(MAX_TOKENS, subject.model.config.max_positions) :]
-    found = []
-    for variant in variants:
-        if variant.layers is not None:
-            quality = planted_quality(subject.planted, variant.layers, others)
-            found.append({"mode": variant.mode, "rank": subject.planted.rank, **asdict(quality)})
-            found[-1]["line"] = _quality_line(variant.mode, quality)
-    return found
+    others = subject.ids[min(MAX_TOKENS, made.config.max_positions) :]
+    return [(each.mode, planted_quality(made, each.layers, others)) for each in variants if each.layers is not None]
 
 
-def _quality_line(mode: str, quality: PlantedQuality) -> str:
+def quality_line(mode: str, quality: PlantedQuality) -> str:
+    """What planted predictors were measured to do, for a person."""
     logits = quality.mlp_and_heads or quality.mlp
-    fires = f"{number(100 * quality.natural_density, '.1f')} % of the neurons fire"
-    selected = f"selected: {number(100 * quality.mlp_density, '.1f')} % of neurons, {number(100 * quality.head_density, '.1f')} % of heads"
-    kept = f"recall {number(100 * quality.recall, '.1f')} %, KL to dense {number(logits.kl)}"
-    return f"planted, {mode}: {fires}; {selected}; {kept}, same next token after {number(100 * logits.same_argmax, '.1f')} %"
+    selected = f"selected: {percent(quality.mlp_density)} of neurons, {percent(quality.head_density)} of heads"
+    kept = f"recall {percent(quality.recall)}, KL to dense {number(logits.kl)}, same next token after {percent(logits.same_argmax)}"
+    return f"planted, {mode}: {percent(quality.natural_density)} of the neurons fire; {selected}; {kept}"
