@@ -28,6 +28,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: kernels then run on the CPU
+
 from dejavu.config import ModelConfig, RopeConfig
 from dejavu.model.checkpoint import Checkpoint, load_checkpoint
 from dejavu.model.predictor import Predictor

@@ -143,7 +143,7 @@ def test_dense_prefill_and_steps_equal_the_model(model: Transformer, chunk: int)
 def test_a_long_prompt_is_prefilled_in_chunks(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("llama"), ids_of(3, 50)
     whole = TorchEngine(model).prefill(0, ids)
-    monkeypatch.setattr("dejavu.engine.torch_engine.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("dejavu.engine.prefill.PREFILL_CHUNK", 7)
     torch.testing.assert_close(TorchEngine(model).prefill(0, ids), whole, rtol=0, atol=1e-5)
 
 

@@ -71,13 +71,10 @@ class PagedCache:
         assert self.k_scale_LPGS is None, "an int8 cache is written by its engine"
         table, size, total = self._tables[slot], self.page_size, k_TGK.shape[0]
         assert position + total <= len(table) * size, f"{position=} {total=} {len(table)=}: reserve first"
-        done = 0
-        while done < total:
-            page, offset = divmod(position + done, size)
-            count = min(size - offset, total - done)
-            for pool, new_TGK in ((self.k_LPGSK, k_TGK), (self.v_LPGSK, v_TGK)):
-                pool[layer, table[page], :, offset : offset + count] = new_TGK[done : done + count].transpose(0, 1)
-            done += count
+        place_T = position + torch.arange(total, device=k_TGK.device)
+        page_T, offset_T = self._table_BN[slot, place_T // size], place_T % size
+        for pool, new_TGK in ((self.k_LPGSK, k_TGK), (self.v_LPGSK, v_TGK)):
+            pool[layer][page_T, :, offset_T] = new_TGK
 
     def advance(self, slot: int, tokens: int) -> None:
         """Count tokens as stored, once every layer has written them."""
@@ -87,6 +84,11 @@ class PagedCache:
     def pages(self, slot: int, length: int) -> Tensor:
         """Page numbers [N] (int64) that hold the first `length` tokens, in order."""
         return self._table_BN[slot, : -(-length // self.page_size)]
+
+    @property
+    def table(self) -> Tensor:
+        """Page numbers [B, N] (int64) of every slot, in order: memory that stays where it is."""
+        return self._table_BN
 
     def table_address(self, slot: int) -> int:
         """Address of the slot's page numbers (int64, in order), for a library that reads them in place."""

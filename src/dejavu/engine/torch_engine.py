@@ -6,7 +6,7 @@ In: token ids and slots. Out: logits, and per layer the neurons and heads that w
 Keys and values are computed and stored for every head. Rows of a step are computed one after the other, each as if it
 were alone: its tokens are bit-identical whatever its batch mates, in every dtype. Other engines are tested against this.
 
-Letters: B rows of a step  T tokens  D model  F neurons  H query heads  G key/value heads  R query heads per group
+Letters: B rows of a step  D model  F neurons  H query heads  G key/value heads  R query heads per group
 K head_dim  A selected groups or neurons  V vocabulary  L layers
 """
 
@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.config import ModelConfig, require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
 from dejavu.engine.paged import PagedEngine
+from dejavu.engine.prefill import prefill
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
 from dejavu.kernels.sparse_mlp import MlpWeights, dense_mlp, sparse_mlp
 from dejavu.model.layers import rotate
@@ -35,7 +35,6 @@ from dejavu.model.predictor import (
 )
 from dejavu.model.transformer import Block, LayerInputs, Transformer
 
-PREFILL_CHUNK = 512
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
@@ -101,9 +100,7 @@ class TorchEngine(PagedEngine):
         """Append tokens to the slot densely, in chunks; logits fp32 [V] after the last one."""
         require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
         self._admit(slot, token_ids)
-        ids_T = torch.tensor(token_ids, dtype=torch.int64, device=self._all_groups.device)
-        last_D = [self._prefill_chunk(slot, chunk_T)[-1] for chunk_T in ids_T.split(PREFILL_CHUNK)][-1]
-        return self.model.logits(self._normed(last_D))
+        return prefill(self.model, self._cache, slot, token_ids)
 
     @torch.inference_mode()
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
@@ -123,29 +120,6 @@ class TorchEngine(PagedEngine):
 
     def _normed(self, x_D: Tensor) -> Tensor:
         return x_D if self.model.final_norm is None else self.model.final_norm(x_D)
-
-    def _prefill_chunk(self, slot: int, ids_T: Tensor) -> Tensor:
-        """Residual stream [T, D] after the last layer; the chunk's keys and values are stored."""
-        start, count = self._cache.lengths[slot], ids_T.shape[0]
-        position_T = torch.arange(start, start + count, device=ids_T.device)
-        seen_TT = torch.arange(start + count, device=ids_T.device)[None, :] <= position_T[:, None]
-        page_N = self._cache.pages(slot, start + count)
-        grouped = self.config.heads_per_group > 1
-        x_TD = self.model.embedded(ids_T, position_T)
-        for index, block in enumerate(self._blocks):
-            q_THK, k_TGK, v_TGK = block.query_key_value(block.attention_input(x_TD), position_T, self.model.inv_freq)
-            self._cache.write(index, slot, start, k_TGK, v_TGK)
-            k_GTK, v_GTK = (
-                pool[index].index_select(0, page_N).transpose(0, 1).flatten(1, 2)[:, : start + count]
-                for pool in (self._cache.k_LPGSK, self._cache.v_LPGSK)
-            )
-            mixed_HTK = F.scaled_dot_product_attention(
-                q_THK.transpose(0, 1)[None], k_GTK[None], v_GTK[None], attn_mask=seen_TT, enable_gqa=grouped
-            )[0]
-            x_TD, mlp_TD = block.after_attention(x_TD, mixed_HTK.transpose(0, 1))
-            x_TD = block.after_mlp(x_TD, block.down(block.activations(mlp_TD)))
-        self._cache.advance(slot, count)
-        return x_TD
 
     def _row(self, token_id: int, slot: int) -> tuple[Tensor, tuple[LayerSelection, ...]]:
         """One token of one slot through every layer: logits fp32 [V] and what each layer computed."""

@@ -26,8 +26,8 @@ from dejavu.kernels.attention import masked_output_heads, plain_attention
 from dejavu.kernels.cuda.common import begin, launch, multiprocessors, or_any
 from dejavu.kernels.cuda.select import NeuronScores, select_arguments, select_block, select_blocks, select_constants
 
-TOKENS = 32
-MAX_SPLITS = 16
+TOKENS = 32  # of the cache at a time
+MAX_SPLITS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,10 @@ class Partials:
     stats: Tensor
 
 
-def splits_for(rows: int, heads: int, device: torch.device) -> int:
-    """Parts that the sequence is cut into, so that the programs fill the device twice."""
-    wanted = 2 * multiprocessors(device) / (rows * heads)
-    return max(1, min(MAX_SPLITS, triton.next_power_of_2(int(wanted)))) if wanted >= 1 else 1
+def splits_for(rows: int, heads: int, device: torch.device, *, tokens: int) -> int:
+    """Parts that a sequence of at most so many tokens is cut into: enough programs to fill the device, and work for each of them."""
+    wanted = 4 * multiprocessors(device) // (rows * heads)
+    return triton.next_power_of_2(max(1, min(MAX_SPLITS, wanted, triton.cdiv(tokens, TOKENS))))
 
 
 @triton.jit

@@ -63,8 +63,8 @@ def parts(size: int) -> tuple[int, int, int]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; 4 under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Streaming multiprocessors of the device; 1 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, programmatic: bool = False, **constants: Any) -> None:
@@ -113,6 +113,43 @@ def tile(matrix, row_R, live_R, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.c
         return tl.load(
             matrix + row_R.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
         )
+
+
+@triton.jit
+def tiles(matrix, row_R, live_R, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr):
+    """Rows in their three parts."""
+    return (
+        tile(matrix, row_R, live_R, D, 0, D1),
+        tile(matrix, row_R, live_R, D, D1, D2),
+        tile(matrix, row_R, live_R, D, D1 + D2, D3),
+    )
+
+
+@triton.jit
+def norm_parts(weight, bias, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr):
+    """A norm's weight and bias in their parts, as stored: loaded before the residual is there. Zeros where the norm has none."""
+    w = (_raw(weight, D, 0, D1, AFFINE), _raw(weight, D, D1, D2, AFFINE), _raw(weight, D, D1 + D2, D3, AFFINE))
+    has_bias: tl.constexpr = AFFINE and not RMS
+    b = (_raw(bias, D, 0, D1, has_bias), _raw(bias, D, D1, D2, has_bias), _raw(bias, D, D1 + D2, D3, has_bias))
+    return w, b
+
+
+@triton.jit
+def _raw(vector, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, THERE: tl.constexpr):
+    if THERE and FIRST < D:
+        column = FIRST + tl.arange(0, SIZE)
+        return tl.load(vector + column, mask=column < D, other=0.0)
+    else:
+        return tl.zeros([SIZE], vector.dtype.element_ty)
+
+
+@triton.jit
+def row_bias(bias, row_R, live_R, THERE: tl.constexpr):
+    """Biases of rows as stored; zeros without."""
+    if THERE:
+        return tl.load(bias + row_R, mask=live_R, other=0.0)
+    else:
+        return tl.zeros([row_R.shape[0]], bias.dtype.element_ty)
 
 
 @triton.jit
@@ -169,10 +206,10 @@ def zero(vector, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.con
 
 @triton.jit
 def normed(
-    v1, v2, v3, weight, bias, eps, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
+    v1, v2, v3, w, b, eps, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
     RMS: tl.constexpr, AFFINE: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm or RMSNorm of a row in three parts, rounded to the dtype that the products read."""
+    """LayerNorm or RMSNorm of a row in three parts, by w and b of `norm_parts`, rounded to the dtype that the products read."""
     if not RMS:
         mean = (tl.sum(v1, 0) + tl.sum(v2, 0) + tl.sum(v3, 0)) / D
         v1 = _centered(v1, mean, D, 0, D1)
@@ -184,13 +221,13 @@ def normed(
     v2 = v2 * scale
     v3 = v3 * scale
     if AFFINE:
-        v1 = v1 * part(weight, D, 0, D1)
-        v2 = v2 * part(weight, D, D1, D2)
-        v3 = v3 * part(weight, D, D1 + D2, D3)
+        v1 = v1 * w[0].to(tl.float32)
+        v2 = v2 * w[1].to(tl.float32)
+        v3 = v3 * w[2].to(tl.float32)
         if not RMS:
-            v1 = v1 + part(bias, D, 0, D1)
-            v2 = v2 + part(bias, D, D1, D2)
-            v3 = v3 + part(bias, D, D1 + D2, D3)
+            v1 = v1 + b[0].to(tl.float32)
+            v2 = v2 + b[1].to(tl.float32)
+            v3 = v3 + b[2].to(tl.float32)
     return v1.to(TO), v2.to(TO), v3.to(TO)
 
 
@@ -211,9 +248,7 @@ def side_rows(
     for r in range(first, count, step):
         row = r + tl.arange(0, 1)
         live = row < count
-        a1 = tile(matrix, row, live, D, 0, D1)
-        a2 = tile(matrix, row, live, D, D1, D2)
-        a3 = tile(matrix, row, live, D, D1 + D2, D3)
+        a1, a2, a3 = tiles(matrix, row, live, D, D1, D2, D3)
         tl.store(out + row, products(a1, a2, a3, x1, x2, x3) * tl.load(scale + row))
 
 

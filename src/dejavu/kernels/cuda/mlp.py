@@ -30,27 +30,28 @@ from dejavu.kernels.cuda.common import (
     launch,
     multiprocessors,
     norm_definition,
+    norm_parts,
     normed,
     or_any,
     part,
     parts,
     products,
     residual,
+    row_bias,
     side_rows,
     store_part,
-    tile,
+    tiles,
 )
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpShape:
-    """How the kernel runs: neurons at a time, warps of a program, programs of a multiprocessor, whether it loads ahead."""
+    """How the kernel runs: neurons at a time, warps of a program, programs of a multiprocessor."""
 
     rows: int
     warps: int
     programs: int
-    ahead: bool = True
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _mlp(
     side, side_scale, side_out, side_count, F,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr,
     GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    LISTED: tl.constexpr, AHEAD: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
+    LISTED: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -73,86 +74,49 @@ def _mlp(
     row = r
     if LISTED:
         row = tl.load(idx + r, mask=live, other=0)
-    if AHEAD:
-        # These rows do not depend on the kernel before: the list was there before it (see common.py).
-        a1 = tile(up, row, live, D, 0, D1)
-        a2 = tile(up, row, live, D, D1, D2)
-        a3 = tile(up, row, live, D, D1 + D2, D3)
-        if GATED:
-            g1 = tile(gate, row, live, D, 0, D1)
-            g2 = tile(gate, row, live, D, D1, D2)
-            g3 = tile(gate, row, live, D, D1 + D2, D3)
-        v1 = tile(down, row, live, D, 0, D1)
-        v2 = tile(down, row, live, D, D1, D2)
-        v3 = tile(down, row, live, D, D1 + D2, D3)
+    # These rows do not depend on the kernel before: the list was there before it (see common.py).
+    a1, a2, a3 = tiles(up, row, live, D, D1, D2, D3)
+    if GATED:
+        g1, g2, g3 = tiles(gate, row, live, D, D1, D2, D3)
+    v1, v2, v3 = tiles(down, row, live, D, D1, D2, D3)
+    up_b = row_bias(up_bias, row, live, UP_BIAS)
+    gate_b = row_bias(gate_bias, row, live, GATE_BIAS)
+    w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
     begin(programmatic)
-    w1, w2, w3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, True)
-    x1, x2, x3 = normed(w1, w2, w3, norm_weight, norm_bias, eps, D, D1, D2, D3, RMS, AFFINE, up.dtype.element_ty)
+    y1, y2, y3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, True)
+    x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, up.dtype.element_ty)
     if SIDE:
         side_rows(side, side_scale, side_out, pid, programs, side_count, x1, x2, x3, D, D1, D2, D3)
     acc1 = tl.zeros([D1], tl.float32)
     acc2 = tl.zeros([D2], tl.float32)
     acc3 = tl.zeros([D3], tl.float32)
     for first in tl.range(lo, hi, R, num_stages=1):
-        if AHEAD:
-            next_r = first + R + tl.arange(0, R)
-            next_live = next_r < hi
-            next_row = next_r
-            if LISTED:
-                next_row = tl.load(idx + next_r, mask=next_live, other=0)
-            b1 = tile(up, next_row, next_live, D, 0, D1)
-            b2 = tile(up, next_row, next_live, D, D1, D2)
-            b3 = tile(up, next_row, next_live, D, D1 + D2, D3)
-            if GATED:
-                h1 = tile(gate, next_row, next_live, D, 0, D1)
-                h2 = tile(gate, next_row, next_live, D, D1, D2)
-                h3 = tile(gate, next_row, next_live, D, D1 + D2, D3)
-            u1 = tile(down, next_row, next_live, D, 0, D1)
-            u2 = tile(down, next_row, next_live, D, D1, D2)
-            u3 = tile(down, next_row, next_live, D, D1 + D2, D3)
-        else:
-            r = first + tl.arange(0, R)
-            live = r < hi
-            row = r
-            if LISTED:
-                row = tl.load(idx + r, mask=live, other=0)
-            a1 = tile(up, row, live, D, 0, D1)
-            a2 = tile(up, row, live, D, D1, D2)
-            a3 = tile(up, row, live, D, D1 + D2, D3)
-            if GATED:
-                g1 = tile(gate, row, live, D, 0, D1)
-                g2 = tile(gate, row, live, D, D1, D2)
-                g3 = tile(gate, row, live, D, D1 + D2, D3)
-            v1 = tile(down, row, live, D, 0, D1)
-            v2 = tile(down, row, live, D, D1, D2)
-            v3 = tile(down, row, live, D, D1 + D2, D3)
-        act = products(a1, a2, a3, x1, x2, x3)
-        if UP_BIAS:
-            act += tl.load(up_bias + row, mask=live, other=0.0).to(tl.float32)
+        next_r = first + R + tl.arange(0, R)
+        next_live = next_r < hi
+        next_row = next_r
+        if LISTED:
+            next_row = tl.load(idx + next_r, mask=next_live, other=0)
+        b1, b2, b3 = tiles(up, next_row, next_live, D, D1, D2, D3)
         if GATED:
-            gated = products(g1, g2, g3, x1, x2, x3)
-            if GATE_BIAS:
-                gated += tl.load(gate_bias + row, mask=live, other=0.0).to(tl.float32)
-            act = activate(gated, ACTIVATION, threshold) * act
+            h1, h2, h3 = tiles(gate, next_row, next_live, D, D1, D2, D3)
+        u1, u2, u3 = tiles(down, next_row, next_live, D, D1, D2, D3)
+        next_up_b = row_bias(up_bias, next_row, next_live, UP_BIAS)
+        next_gate_b = row_bias(gate_bias, next_row, next_live, GATE_BIAS)
+        act = products(a1, a2, a3, x1, x2, x3) + up_b.to(tl.float32)
+        if GATED:
+            act = activate(products(g1, g2, g3, x1, x2, x3) + gate_b.to(tl.float32), ACTIVATION, threshold) * act
+            g1, g2, g3 = h1, h2, h3
         else:
             act = activate(act, ACTIVATION, threshold)
         act = tl.where(live, act, 0.0)
         acc1 += tl.sum(v1.to(tl.float32) * act[:, None], 0)
         acc2 += tl.sum(v2.to(tl.float32) * act[:, None], 0)
         acc3 += tl.sum(v3.to(tl.float32) * act[:, None], 0)
-        if AHEAD:
-            row = next_row
-            live = next_live
-            a1 = b1
-            a2 = b2
-            a3 = b3
-            if GATED:
-                g1 = h1
-                g2 = h2
-                g3 = h3
-            v1 = u1
-            v2 = u2
-            v3 = u3
+        live = next_live
+        a1, a2, a3 = b1, b2, b3
+        v1, v2, v3 = u1, u2, u3
+        up_b = next_up_b
+        gate_b = next_gate_b
     if DOWN_BIAS:
         if pid == 0:
             acc1 += part(down_bias, D, 0, D1)
@@ -215,7 +179,7 @@ def mlp_token(
         D=size, D1=first, D2=second, D3=third, R=shape.rows, RMS=norm.rms, AFFINE=norm.weight is not None,
         GATED=weights.gate_FD is not None, UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
         DOWN_BIAS=weights.down_bias_D is not None, ACTIVATION=ACTIVATION_CODES[weights.activation], LISTED=idx_F is not None,
-        AHEAD=shape.ahead, SIDE=side is not None, PARTIAL=partial, num_warps=shape.warps, programmatic=programmatic,
+        SIDE=side is not None, PARTIAL=partial, num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 

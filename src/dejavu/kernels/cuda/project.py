@@ -30,13 +30,15 @@ from dejavu.kernels.cuda.common import (
     launch,
     multiprocessors,
     norm_definition,
+    norm_parts,
     normed,
     or_any,
     parts,
     products,
     residual,
+    row_bias,
     side_rows,
-    tile,
+    tiles,
     zero,
 )
 
@@ -95,18 +97,18 @@ def _project(
     r = first + tl.arange(0, R)
     live = r < (N if HEADS else work)
     row = tl.where(r < N, r + Q, r - N)
-    a1 = tile(matrix, row, live, D, 0, D1)
-    a2 = tile(matrix, row, live, D, D1, D2)
-    a3 = tile(matrix, row, live, D, D1 + D2, D3)
+    a1, a2, a3 = tiles(matrix, row, live, D, D1, D2, D3)
+    added = row_bias(bias, row, live, BIAS)
+    w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
     begin(programmatic)
-    w1, w2, w3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, WRITE)
+    y1, y2, y3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, WRITE)
     if CLEAR:
         if pid == tl.num_programs(0) - 1:
             zero(cleared, D, D1, D2, D3)
     if COUNTER:
         if pid == 0:
             tl.store(counter, 0)
-    x1, x2, x3 = normed(w1, w2, w3, norm_weight, norm_bias, eps, D, D1, D2, D3, RMS, AFFINE, matrix.dtype.element_ty)
+    x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, matrix.dtype.element_ty)
     if HEADS:
         chosen, place = selected_groups(scorer, scorer_scale, scorer_bias, scorer_threshold, scorer_h, G, GP, P, PP)
         g = tl.arange(0, GP)
@@ -119,9 +121,8 @@ def _project(
             live = r < work
             at = (first - N) // per_group
             row = tl.sum(tl.where((chosen == 1) & (place == at), g, 0), 0) * per_group + (r - N) % per_group
-            a1 = tile(matrix, row, live, D, 0, D1)
-            a2 = tile(matrix, row, live, D, D1, D2)
-            a3 = tile(matrix, row, live, D, D1 + D2, D3)
+            a1, a2, a3 = tiles(matrix, row, live, D, D1, D2, D3)
+            added = row_bias(bias, row, live, BIAS)
     if SIDE:
         side_rows(side, side_scale, side_out, pid, tl.num_programs(0), side_count, x1, x2, x3, D, D1, D2, D3)
     for begin_r in tl.range(first, work, step, num_stages=1):
@@ -133,18 +134,13 @@ def _project(
             next_row = tl.where(next_r < N, next_r + Q, group * per_group + (next_r - N) % per_group)
         else:
             next_row = tl.where(next_r < N, next_r + Q, next_r - N)
-        b1 = tile(matrix, next_row, next_live, D, 0, D1)
-        b2 = tile(matrix, next_row, next_live, D, D1, D2)
-        b3 = tile(matrix, next_row, next_live, D, D1 + D2, D3)
-        s = products(a1, a2, a3, x1, x2, x3)
-        if BIAS:
-            s += tl.load(bias + row, mask=live, other=0.0).to(tl.float32)
-        tl.store(out + row, s, mask=live)
+        b1, b2, b3 = tiles(matrix, next_row, next_live, D, D1, D2, D3)
+        next_added = row_bias(bias, next_row, next_live, BIAS)
+        tl.store(out + row, products(a1, a2, a3, x1, x2, x3) + added.to(tl.float32), mask=live)
         row = next_row
         live = next_live
-        a1 = b1
-        a2 = b2
-        a3 = b3
+        added = next_added
+        a1, a2, a3 = b1, b2, b3
 
 
 def default_shape(size: int) -> ProjectShape:

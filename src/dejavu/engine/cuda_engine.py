@@ -1,0 +1,219 @@
+"""The engine of the GPU: a whole decode step is one CUDA graph, whatever is selected.
+
+In: token ids and slots. Out: logits and counts, as tensors on the device: a step does not wait for it. What changes from step to
+step (tokens, slots, positions) is copied into memory that the graph reads; what is selected never leaves the device. There is a
+graph for each number of rows in BUCKETS and for short and long sequences; rows that fill a bucket up write to a page that no
+sequence has. Off the GPU (under Triton's interpreter) the same kernels run without a graph.
+
+Letters: B rows of a step  V vocabulary  L layers  F neurons  G key/value heads
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dejavu.config import require
+from dejavu.engine.cache import PAGE_SIZE, PagedCache
+from dejavu.engine.cuda_token import AHEAD, TokenStep
+from dejavu.engine.cuda_weights import check_model, head_weight, layer_predictors, layer_weights, norm_weights
+from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
+from dejavu.engine.paged import PagedEngine
+from dejavu.engine.prefill import prefill
+from dejavu.engine.torch_engine import DTYPE_NAMES, check_layers
+from dejavu.kernels.cuda.common import INTERPRETED
+from dejavu.kernels.cuda.read import read_buffer
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import Transformer
+
+SHORT = 512  # tokens up to which attention is cut into fewer parts
+
+
+class CudaEngine(PagedEngine):
+    """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place.
+
+    ahead, deterministic: see TokenStep. Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture
+    that the kernels do not compute.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        layers: Sequence[LayerAdapter] | None = None,
+        *,
+        num_slots: int = 1,
+        cache_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+        record: bool = False,
+        ahead: str = "beside",
+        deterministic: bool = False,
+    ) -> None:
+        config, weight = model.config, model.embed.weight
+        device = weight.device
+        require(device.type == "cuda" or INTERPRETED, f"backend 'cuda' needs a model on a GPU, and this one is on {device}")
+        require(weight.dtype in (torch.float32, torch.float16, torch.bfloat16), f"backend 'cuda' does not compute in {weight.dtype}")
+        require(ahead in AHEAD, f"unknown value {ahead!r} for ahead; choose one of {', '.join(AHEAD)}")
+        check_model(config)
+        self.model, self.config = model, config
+        self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
+        check_layers(self.layers, config)
+        require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
+        pages_per_slot = -(-config.max_positions // page_size)
+        num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
+        # One slot and one page more than the user's: where the rows that fill a bucket write.
+        cache = PagedCache(
+            num_layers=config.num_layers,
+            num_groups=config.num_kv_heads,
+            head_dim=config.head_dim,
+            num_slots=num_slots + 1,
+            num_pages=num_pages + 1,
+            page_size=page_size,
+            dtype=weight.dtype,
+            device=device,
+        )
+        cache.reserve(num_slots, 1)
+        self._weights = [layer_weights(block) for block in model.blocks]
+        self._predictors, self._counts_2L = layer_predictors(self.layers, config, device)
+        self._ahead, self._deterministic, self._record = ahead, deterministic, record
+        self._steps: dict[tuple[int, int], TokenStep] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._sums: Tensor | None = None
+        info = EngineInfo(
+            backend="cuda",
+            dtype=DTYPE_NAMES[weight.dtype],
+            cache_dtype=DTYPE_NAMES[weight.dtype],
+            device=str(device),
+            threads=torch.get_num_threads(),
+            sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
+            vocab_size=config.vocab_size,
+            num_layers=config.num_layers,
+            num_neurons=config.intermediate_size,
+            num_heads=config.num_heads,
+            max_positions=config.max_positions,
+            num_slots=num_slots,
+            page_size=page_size,
+            num_pages=num_pages,
+        )
+        super().__init__(info, cache)
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """Append tokens to the slot densely, in chunks; logits fp32 [V] after the last one."""
+        require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
+        self._admit(slot, token_ids)
+        return prefill(self.model, self._cache, slot, token_ids)
+
+    @torch.inference_mode()
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        """Append one token to each of B different slots. Logits and counts are on the device; nothing waits for them."""
+        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
+        for token_id, slot in zip(token_ids_B, slots_B, strict=True):
+            self._admit(slot, (token_id,))
+        results = [self._row(token_id, slot) for token_id, slot in zip(token_ids_B, slots_B, strict=True)]
+        for slot in slots_B:
+            self._cache.advance(slot, 1)
+        if len(results) == 1:
+            return results[0]
+        return StepResult(
+            logits_BV=torch.cat([result.logits_BV for result in results]),
+            neurons_BL=torch.cat([result.neurons_BL for result in results]),
+            heads_BL=torch.cat([result.heads_BL for result in results]),
+            selections=tuple(row for result in results for row in result.selections or ()) if self._record else None,
+        )
+
+    def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
+        """As `step`, with what its rows together made it read; it tells no times of parts."""
+        result = self.step(token_ids_B, slots_B)
+        neurons_L, heads_L = result.neurons_BL[0], result.heads_BL[0]
+        return result, StepProfile(seconds={}, neurons_L=neurons_L, fired_L=neurons_L, heads_L=heads_L)
+
+    def nodes(self, rows: int = 1) -> int | None:
+        """Nodes of the graph of a step of so many rows, of those used so far; None before the first step."""
+        graphs = [graph for (size, _), graph in self._graphs.items() if size == rows]
+        return _node_count(graphs[-1]) if graphs else None
+
+    def read(self, buffer: Tensor) -> None:
+        """Read a device buffer once, as fast as the device can."""
+        self._sums = read_buffer(buffer, self._sums)
+
+    def _row(self, token_id: int, slot: int) -> StepResult:
+        position = self._cache.lengths[slot]
+        key = (1, SHORT if position < SHORT else self.info.max_positions)
+        if key not in self._steps:
+            self._steps[key] = self._new_step(key[1])
+        step = self._steps[key]
+        step.inputs.copy_(torch.tensor([[token_id], [slot], [position]], dtype=torch.int32))
+        if step.inputs.device.type != "cuda":
+            step.run()
+        else:
+            if key not in self._graphs:
+                self._graphs[key] = _captured(step)
+            self._graphs[key].replay()
+        counts_2L = self._counts_2L.long()
+        return StepResult(
+            logits_BV=step.logits.clone(),
+            neurons_BL=counts_2L[:1],
+            heads_BL=counts_2L[1:] * self.config.heads_per_group,
+            selections=(self._selections(),) if self._record else None,
+        )
+
+    def _new_step(self, tokens: int) -> TokenStep:
+        model, config = self.model, self.config
+        table = model.embed.weight.detach()
+        return TokenStep(
+            config,
+            self._weights,
+            self._predictors,
+            (table, None if model.position is None else model.position.weight.detach()),
+            head_weight(model),
+            norm_weights(model.final_norm),
+            self._cache,
+            None if model.inv_freq is None else model.inv_freq.float(),
+            tokens=tokens,
+            ahead=self._ahead,
+            deterministic=self._deterministic,
+            inputs=torch.zeros(3, 1, dtype=torch.int32, device=table.device),
+        )
+
+    def _selections(self) -> tuple[LayerSelection, ...]:
+        """What the last step selected, by layer, in order."""
+        found = []
+        for own in self._predictors:
+            neurons_A = heads_A = None
+            if own.neurons is not None:
+                neurons_A = own.neurons.neurons[: int(own.neurons.count)].long().sort().values.cpu()
+            if own.heads is not None:
+                groups_A = own.heads.groups[: int(own.heads.count)].long().cpu()
+                per = self.config.heads_per_group
+                heads_A = (groups_A[:, None] * per + torch.arange(per)).flatten()
+            found.append(LayerSelection(neurons_A=neurons_A, heads_A=heads_A))
+        return tuple(found)
+
+
+def _captured(step: TokenStep) -> torch.cuda.CUDAGraph:
+    """A graph of the step's kernels. They run once first: what is compiled or allocated then is not captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph, stream=stream):
+        step.run()
+    graph.instantiate()
+    return graph
+
+
+def _node_count(graph: torch.cuda.CUDAGraph) -> int | None:
+    """cudaGraphGetNodes, through the runtime library that torch has loaded; None where it is not found."""
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+        paths = [line.split()[-1] for line in maps if "libcudart" in line]
+    if not paths:
+        return None
+    count = ctypes.c_size_t()
+    status = ctypes.CDLL(paths[0]).cudaGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    return count.value if status == 0 else None

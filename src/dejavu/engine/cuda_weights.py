@@ -1,0 +1,217 @@
+"""A model's weights and predictors as the cuda engine reads them.
+
+In: a Transformer on the device and its LayerAdapters. Out: per layer one matrix of q, k and v together, and predictors int8 where
+that is exactly what they are, else fp32. Nothing is copied for good: the model's own q, k and v become views of the joint matrix.
+
+A predictor's A runs beside a product of the same input: `before` in the MLP of the layer before, `beside` in q, k and v of its
+own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`.
+
+Letters: D model  F neurons  Q = H K, rows of queries  N = 2 G K, rows of keys and values  R predictor rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dejavu.config import ModelConfig, require
+from dejavu.kernels.cuda.common import NormWeights, Side
+from dejavu.kernels.cuda.project import GroupScores
+from dejavu.kernels.cuda.select import NeuronScores
+from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.sparse_mlp import MlpWeights
+from dejavu.model.layers import Norm
+from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.transformer import Block, Transformer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One layer: qkv [Q + N, D] and its bias, o [Q, D] and its bias, the MLP, both norms."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    mlp: MlpWeights
+    norm1: NormWeights
+    norm2: NormWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPredictors:
+    """The two halves of one layer's predictors, by where the first one runs; None where there is none."""
+
+    before: Side | None = None
+    beside: Side | None = None
+    own_heads: Side | None = None
+    own_mlp: Side | None = None
+    heads: GroupScores | None = None
+    neurons: NeuronScores | None = None
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise ValueError for an architecture that the kernels do not compute."""
+    unsupported = [
+        text
+        for wrong, text in (
+            (not config.pre_norm, "norms after the blocks"),
+            (not config.final_norm, "no final norm"),
+            (config.embed_width != config.hidden_size, "an embedding narrower than the model"),
+            (config.head_dim % 2 == 1, f"an odd head size, {config.head_dim}"),
+        )
+        if wrong
+    ]
+    require(not unsupported, f"backend 'cuda' does not compute {', '.join(unsupported)}; use --backend torch")
+
+
+def layer_weights(block: Block) -> LayerWeights:
+    """The layer's weights in place; q, k and v move into one matrix, once."""
+    qkv, qkv_bias = _joined([block.q, block.k, block.v])
+    mlp = MlpWeights(
+        up_FD=block.up.weight.detach(),
+        down_FD=block.down.weight.detach(),
+        gate_FD=None if block.gate is None else block.gate.weight.detach(),
+        up_bias_F=_detached(block.up.bias),
+        gate_bias_F=None if block.gate is None else _detached(block.gate.bias),
+        down_bias_D=_detached(block.down.bias),
+        activation=block.config.activation,
+        activation_threshold=block.config.activation_threshold,
+    )
+    norms = [norm_weights(norm) for norm in (block.norm1, block.norm2)]
+    return LayerWeights(
+        qkv=qkv, qkv_bias=qkv_bias, o=block.o.weight.detach(), o_bias=_detached(block.o.bias), mlp=mlp, norm1=norms[0], norm2=norms[1]
+    )
+
+
+def norm_weights(norm: Norm | None) -> NormWeights:
+    assert norm is not None
+    return NormWeights(weight=_detached(norm.weight), bias=_detached(norm.bias), eps=norm.eps, rms=norm.rms)
+
+
+def head_weight(model: Transformer) -> Tensor:
+    return (model.embed.weight if model.head is None else model.head.weight).detach()
+
+
+def layer_predictors(
+    layers: Sequence[LayerAdapter], config: ModelConfig, device: torch.device
+) -> tuple[list[LayerPredictors], Tensor]:
+    """The predictors of every layer, packed, with room for what they select; and the counts of it, int32 [2, L]: neurons and
+    groups. Each predictor's count is an element of that; a part without a predictor counts all it has."""
+    counts_2L = torch.empty(2, len(layers), dtype=torch.int32, device=device)
+    counts_2L[0], counts_2L[1] = config.intermediate_size, config.num_kv_heads
+    return [_layer(layer, config, device, counts_2L[:, index : index + 1]) for index, layer in enumerate(layers)], counts_2L
+
+
+def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_21: Tensor) -> LayerPredictors:
+    heads, mlp = layer.heads, layer.mlp
+    before = [predictor for predictor in (heads, mlp) if predictor is not None and _runs_before(predictor, heads=predictor is heads)]
+    side = None if not before else _side([predictor.A_RD for predictor in before], device)
+    places: dict[int, Tensor] = {}
+    if side is not None:
+        first = 0
+        for predictor in before:
+            places[id(predictor)] = side.out[first : first + predictor.A_RD.shape[0]]
+            first += predictor.A_RD.shape[0]
+    own_heads = _side([heads.A_RD], device) if heads is not None and id(heads) not in places else None
+    own_mlp = beside = None
+    if mlp is not None and id(mlp) not in places:
+        made = _side([mlp.A_RD], device)
+        own_mlp, beside = (made, None) if mlp.lookahead == 0 else (None, made)
+    if heads is not None and own_heads is not None:
+        places[id(heads)] = own_heads.out
+    made = own_mlp or beside
+    if mlp is not None and made is not None:
+        places[id(mlp)] = made.out
+    return LayerPredictors(
+        before=side,
+        beside=beside,
+        own_heads=own_heads,
+        own_mlp=own_mlp,
+        heads=None if heads is None else _group_scores(heads, places[id(heads)], config.num_kv_heads, count_21[1]),
+        neurons=None if mlp is None else _neuron_scores(mlp, places[id(mlp)], count_21[0]),
+    )
+
+
+def _runs_before(predictor: Predictor, *, heads: bool) -> bool:
+    """Whether it reads the MLP input of the layer before."""
+    return predictor.lookahead == (1 if heads else 2)
+
+
+def _packed(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int8 with its scales where the matrix is exactly that, else fp32 and ones."""
+    wide = matrix.detach().float().to(device)
+    q, scale = quantize_rows(wide)
+    if torch.equal(dequantize_rows(q, scale), wide):
+        return q.contiguous(), scale.contiguous()
+    return wide.contiguous(), torch.ones(wide.shape[0], device=device)
+
+
+def _side(matrices: Sequence[Tensor], device: torch.device) -> Side:
+    matrix, scale = _packed(torch.cat([matrix.detach().float().to(device) for matrix in matrices]), device)
+    return Side(matrix=matrix, scale=scale, out=torch.zeros(matrix.shape[0], device=device))
+
+
+def _group_scores(predictor: Predictor, h: Tensor, groups: int, count: Tensor) -> GroupScores:
+    device = h.device
+    matrix, scale = _packed(predictor.B_OR, device)
+    return GroupScores(
+        matrix=matrix,
+        scale=scale,
+        bias=predictor.bias_O.float().to(device),
+        threshold=torch.tensor([predictor.threshold], device=device),
+        h=h,
+        groups=torch.zeros(groups, dtype=torch.int32, device=device),
+        count=count,
+    )
+
+
+def _neuron_scores(predictor: Predictor, h: Tensor, count: Tensor) -> NeuronScores:
+    device = h.device
+    matrix, scale = _packed(predictor.B_OR, device)
+    return NeuronScores(
+        matrix=matrix,
+        scale=scale,
+        bias=predictor.bias_O.float().to(device),
+        threshold=torch.tensor([predictor.threshold], device=device),
+        h=h,
+        neurons=torch.zeros(matrix.shape[0], dtype=torch.int32, device=device),
+        count=count,
+    )
+
+
+@torch.no_grad()
+def _joined(projections: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The weights and biases of several products of one input, as one; the modules' parameters become views of it."""
+    found = []
+    for name in ("weight", "bias"):
+        parameters = [getattr(projection, name) for projection in projections]
+        if parameters[0] is None:
+            found.append(None)
+            continue
+        rows = sum(parameter.shape[0] for parameter in parameters)
+        address, adjacent = parameters[0].data_ptr(), True
+        for parameter in parameters:
+            adjacent &= parameter.data_ptr() == address and parameter.is_contiguous()
+            address += parameter.numel() * parameter.element_size()
+        first = parameters[0].detach()
+        size = (rows, *first.shape[1:])
+        room = first.untyped_storage().nbytes() - first.storage_offset() * first.element_size()
+        if adjacent and room >= rows * first[0].numel() * first.element_size():  # joined before, by another engine
+            found.append(first.as_strided(size, first.stride()))
+            continue
+        whole = torch.cat([parameter.detach() for parameter in parameters])
+        start = 0
+        for projection, parameter in zip(projections, parameters, strict=True):
+            setattr(projection, name, nn.Parameter(whole[start : start + parameter.shape[0]], requires_grad=False))
+            start += parameter.shape[0]
+        found.append(whole)
+    assert found[0] is not None
+    return found[0], found[1]
+
+
+def _detached(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach()

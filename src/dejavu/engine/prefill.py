@@ -1,0 +1,50 @@
+"""Dense prefill in plain torch: whole chunks of a prompt through the model, keys and values into the cache.
+
+In: a slot's cache and token ids. Out: the residual stream after the last layer. The torch and the cuda engine share it.
+
+Letters: T tokens  D model  H query heads  G key/value heads  K head_dim  N pages of the slot
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dejavu.engine.cache import PagedCache
+from dejavu.model.transformer import Transformer
+
+PREFILL_CHUNK = 512
+
+
+def prefill(model: Transformer, cache: PagedCache, slot: int, token_ids: Sequence[int]) -> Tensor:
+    """Append tokens, for which there are pages, to the slot, in chunks; logits fp32 [V] after the last one."""
+    ids_T = torch.tensor(token_ids, dtype=torch.int64, device=model.embed.weight.device)
+    last_D = [_chunk(model, cache, slot, chunk_T)[-1] for chunk_T in ids_T.split(PREFILL_CHUNK)][-1]
+    return model.logits(last_D if model.final_norm is None else model.final_norm(last_D))
+
+
+def _chunk(model: Transformer, cache: PagedCache, slot: int, ids_T: Tensor) -> Tensor:
+    """Residual stream [T, D] after the last layer; the chunk's keys and values are stored."""
+    start, count = cache.lengths[slot], ids_T.shape[0]
+    position_T = torch.arange(start, start + count, device=ids_T.device)
+    seen_TT = torch.arange(start + count, device=ids_T.device)[None, :] <= position_T[:, None]
+    page_N = cache.pages(slot, start + count)
+    grouped = model.config.heads_per_group > 1
+    x_TD = model.embedded(ids_T, position_T)
+    for index, block in enumerate(model.blocks):
+        q_THK, k_TGK, v_TGK = block.query_key_value(block.attention_input(x_TD), position_T, model.inv_freq)
+        cache.write(index, slot, start, k_TGK, v_TGK)
+        k_GTK, v_GTK = (
+            pool[index].index_select(0, page_N).transpose(0, 1).flatten(1, 2)[:, : start + count]
+            for pool in (cache.k_LPGSK, cache.v_LPGSK)
+        )
+        mixed_HTK = F.scaled_dot_product_attention(
+            q_THK.transpose(0, 1)[None], k_GTK[None], v_GTK[None], attn_mask=seen_TT, enable_gqa=grouped
+        )[0]
+        x_TD, mlp_TD = block.after_attention(x_TD, mixed_HTK.transpose(0, 1))
+        x_TD = block.after_mlp(x_TD, block.down(block.activations(mlp_TD)))
+    cache.advance(slot, count)
+    return x_TD

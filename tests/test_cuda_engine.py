@@ -1,0 +1,106 @@
+"""The cuda engine against the torch engine and the masked forward pass: on the CPU under Triton's interpreter, on a GPU with -m gpu."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from conftest import Tiny
+from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.model.transformer import Transformer
+from test_engine import decode, ids_of, masked_forward, random_layers
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", {}),
+    "llama": ("llama", {}),
+    "llama-relu-wide-heads": ("llama", {"activation": "relu", "head_dim": 12, "num_heads": 6, "num_kv_heads": 2, "num_layers": 3}),
+    "opt-three-parts": ("opt", {"hidden_size": 112, "num_heads": 4, "num_kv_heads": 4, "head_dim": 28, "intermediate_size": 70}),
+}
+STEPS = 3
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest, tiny: Tiny) -> Transformer:
+    family, overrides = MODELS[request.param]
+    return tiny(family, **overrides)
+
+
+def on(model: Transformer, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    return copy.deepcopy(model).to(device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("mlp", "heads", "options"),
+    [
+        (None, None, {}),
+        (1, 1, {}),
+        (0, 0, {}),
+        (2, None, {}),
+        (1, None, {"ahead": "in-line"}),
+        (1, 1, {"ahead": "branch"}),
+        (1, 1, {"deterministic": True}),
+    ],
+    ids=str,
+)
+def test_decode_equals_the_torch_engine(model: Transformer, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]) -> None:
+    """The same selections, logits to 2e-5, after a prefill of a few pages and with steps that begin new ones."""
+    layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1, 10 + STEPS)
+    torch_engine = TorchEngine(model, layers, record=True, page_size=3)
+    cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, **options)
+    for engine in (torch_engine, cuda_engine):
+        engine.prefill(0, ids[:10])
+    (expected, wanted), (found, steps) = decode(torch_engine, ids[10:]), decode(cuda_engine, ids[10:])
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-5)
+    for want, step in zip(wanted, steps, strict=True):
+        assert want.selections is not None and step.selections is not None
+        for one, other in zip(want.selections[0], step.selections[0], strict=True):
+            for a, b in ((one.neurons_A, other.neurons_A), (one.heads_A, other.heads_A)):
+                assert (a is None) == (b is None)
+                assert a is None or b is None or a.tolist() == b.tolist()
+        assert step.neurons_BL.tolist() == want.neurons_BL.tolist() and step.heads_BL.tolist() == want.heads_BL.tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_is_as_good_as_the_plain_one(model: Transformer, device: str, dtype: torch.dtype) -> None:
+    """Against fp32 with the same rounded weights, all neurons and heads selected: no worse than twice the plain forward pass."""
+    layers, ids = random_layers(model, mlp=1, heads=1, threshold=-1e9), ids_of(2, 12)
+    low = on(model, device, dtype)
+    exact, _ = masked_forward(low.float() if device == "cpu" else on(low, "cpu", torch.float32), layers, ids)
+    low = on(model, device, dtype)
+    with torch.inference_mode():
+        plain = low(torch.tensor([ids], device=device))[0].cpu()
+    found, _ = decode(CudaEngine(low, layers), ids)
+    limit = 2 * (plain - exact).abs().max() + 0.1 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (found.cpu() - exact).abs().max() <= limit
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_engines_share_the_models_memory(tiny: Tiny, device: str) -> None:
+    model = on(tiny("opt"), device)
+    first = CudaEngine(model)
+    address = model.blocks[0].q.weight.data_ptr()
+    second = CudaEngine(model, random_layers(model, mlp=1, heads=1))
+    assert model.blocks[0].q.weight.data_ptr() == address == first._weights[0].qkv.data_ptr() == second._weights[0].qkv.data_ptr()
+    for name in ("q", "k", "v"):
+        torch.testing.assert_close(getattr(model.blocks[1], name).weight, on(getattr(tiny("opt").blocks[1], name), device).weight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [({"pre_norm": False, "final_norm": False}, "norms after the blocks, no final norm"), ({"embed_size": 16}, "narrower than the model")],
+)
+def test_an_architecture_without_kernels_is_refused(tiny: Tiny, overrides: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        CudaEngine(tiny("opt", **overrides))
+
+
+def test_an_unknown_way_of_looking_ahead_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="beside, branch, in-line"):
+        CudaEngine(tiny("opt"), ahead="sideways")
