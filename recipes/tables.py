@@ -5,7 +5,7 @@
 
 `record` appends the object that a command printed to results/quality.jsonl, with device, versions, commit and time.
 `render` replaces what stands between `<!-- table: NAME -->` and `<!-- end -->` in the Markdown files by the newest figures.
-Speeds come from results/bench.jsonl (rows of `dejavu bench`).
+Speeds come from results/bench.jsonl (rows of `dejavu bench`): those of a CPU and those of a GPU have tables of their own.
 """
 
 from __future__ import annotations
@@ -139,10 +139,17 @@ def layers() -> str:
     return _table(header, rows) + _source(train)
 
 
+def on_gpu(row: Row) -> bool:
+    """A CPU's name ends with the number of its cores."""
+    return row.device is not None and not row.device.endswith(" cores")
+
+
 def bench_runs() -> list[list[Row]]:
-    """The rows of the newest run of `dejavu bench` for each model, dtype, context and set of batches, on each device."""
+    """The rows of the newest run of `dejavu bench` for each model, dtype, context and set of batches, on each CPU."""
     runs: dict[tuple[object, ...], list[Row]] = {}
     for row in read_rows(BENCH):
+        if on_gpu(row):
+            continue
         runs.setdefault((row.time, row.context, row.device), []).append(row)
     newest: dict[tuple[object, ...], list[Row]] = {}
     for rows in runs.values():
@@ -197,6 +204,94 @@ def peers() -> str:
     return _table(header, table) + _bench_source(found[-1][-1])
 
 
+NOT_MEASURED = "Not measured yet.\n"
+GPU_MODELS = ("opt-6.7b", "opt-30b")
+PROGRAMS = {"transformers": "transformers, eager", "transformers-compile": "transformers, compiled"}
+
+
+def gpu_points() -> list[list[Row]]:
+    """Decode rows on a GPU by what was measured together: a command, model, dtype, context and batch. The oldest first."""
+    points: dict[tuple[object, ...], list[Row]] = {}
+    for row in read_rows(BENCH):
+        if on_gpu(row) and row.op == "decode":
+            points.setdefault((row.time, row.device, row.model, row.dtype, row.context, row.batch), []).append(row)
+    return [rows for rows in points.values() if any(row.mode == "dense" for row in rows)]
+
+
+def _sources(rows: list[Row]) -> str:
+    """A line for each machine, commit and day."""
+    return "".join(dict.fromkeys(_bench_source(row) for row in rows))
+
+
+def _gpu_cells(row: Row, dense: Row) -> list[str]:
+    """MLP density, heads, time of a step, tokens/s, times dense: what both tables of decode end with."""
+    assert row.p50_us is not None
+    own = row.backend != row.mode
+    return [
+        _percent(row.mlp_density) if own else "",
+        _percent(row.head_density) if own else "",
+        f"{row.p50_us / 1e3:.2f}",
+        f"{row.tok_s:.1f}",
+        _ratio(row, dense),
+    ]
+
+
+def gpu_speed() -> str:
+    """Decode of one sequence on a GPU: transformers on the same weights, ours dense and sparse, from one run for each model."""
+    table, sources = [], []
+    for model in GPU_MODELS:
+        points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch) == (model, 1)]
+        if not points:
+            continue
+        with_peers = [rows for rows in points if _decodes(rows)[1]]
+        own, others = _decodes((with_peers or points)[-1])
+        dense = next(row for row in own if row.mode == "dense")
+        for row in (*sorted(others, key=lambda row: row.mode), *own):
+            name = PROGRAMS.get(row.mode, row.mode) if row in others else f"dejavu {row.mode}"
+            speed = ["" if row.nodes is None else str(row.nodes), "" if row.gbs is None else f"{row.gbs:.0f}"]
+            share = "" if row.pct_ceiling is None else f"{row.pct_ceiling:.0f} %"
+            about = [f"{row.model}{', synthetic' if row.synthetic else ''}", row.dtype, str(row.context)]
+            table.append([name, *about, *_gpu_cells(row, dense), *speed, share])
+        sources.append(dense)
+    header = ["program", "model", "dtype", "context", "MLP density", "heads", "ms a token", "tokens/s", "times our dense"]
+    header += ["graph nodes", "useful GB/s", "of the read ceiling"]
+    return _table(header, table) + _sources(sources) if table else NOT_MEASURED
+
+
+def gpu_batches() -> str:
+    """Our decode on a GPU at every context and batch, the newest of each."""
+    newest = {(rows[0].model, rows[0].dtype, rows[0].device, rows[0].context, rows[0].batch): rows for rows in gpu_points()}
+    table, sources = [], []
+    order = list(dict.fromkeys(key[:3] for key in newest))
+    for key in sorted(newest, key=lambda key: (order.index(key[:3]), key[3:])):
+        own, _ = _decodes(newest[key])
+        dense = next(row for row in own if row.mode == "dense")
+        for row in own:
+            about = [f"{row.model}{', synthetic' if row.synthetic else ''}", row.dtype, str(row.context), str(row.batch)]
+            table.append([f"dejavu {row.mode}", *about, _percent(row.union_density), *_gpu_cells(row, dense)])
+        sources.append(dense)
+    header = ["program", "model", "dtype", "context", "batch", "union density", "MLP density", "heads", "ms a step", "tokens/s"]
+    return _table([*header, "times our dense"], table) + _sources(sources) if table else NOT_MEASURED
+
+
+def gpu_ops() -> str:
+    """Single kernels on a GPU, of the newest run of each model, batch and context."""
+    runs: dict[tuple[object, ...], list[Row]] = {}
+    for row in read_rows(BENCH):
+        if on_gpu(row) and row.op not in ("decode", "prefill", "read"):
+            runs.setdefault((row.time, row.model, row.dtype, row.device, row.batch, row.context), []).append(row)
+    newest = {key[1:]: rows for key, rows in runs.items()}
+    table, sources = [], []
+    for rows in newest.values():
+        for row in rows:
+            about = [row.model, row.dtype, str(row.batch), str(row.context), _percent(row.mlp_density, 0), row.selection or ""]
+            times = [f"{value:.1f}" for value in (row.p20_us, row.p50_us, row.p80_us) if value is not None]
+            table.append([f"{row.op}, {row.mode}", *about, *times, f"{row.gbs:.0f}", f"{row.pct_ceiling:.0f} %"])
+        sources.append(rows[0])
+    header = ["op", "model", "dtype", "batch", "context", "density", "selection", "p20 µs", "p50 µs", "p80 µs", "useful GB/s"]
+    return _table([*header, "of the read ceiling"], table) + _sources(sources) if table else NOT_MEASURED
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "texts": texts,
@@ -204,6 +299,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": layers,
     "speed": speed,
     "peers": peers,
+    "gpu-speed": gpu_speed,
+    "gpu-batches": gpu_batches,
+    "gpu-ops": gpu_ops,
 }
 
 

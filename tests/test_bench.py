@@ -13,12 +13,15 @@ from conftest import Tiny
 from dejavu.engine.native_engine import NativeEngine
 from dejavu.measure.bench import TURN, bench, ratios_of
 from dejavu.measure.decoders import DENSE_VARIANT, Peer, Variant, export_name
+from dejavu.measure.memory import buffer_bytes
 from dejavu.measure.results import Row
 from dejavu.measure.traffic import Reads, formats_of, step_bytes, weight_bytes
 from dejavu.model.transformer import Transformer
+from standins import GPU_NAME, CudaStandIn, cuda
 from test_engine import ids_of, random_layers
 from test_native import needs_library
 
+__all__ = ["cuda"]  # fixtures
 IDS = ids_of(7, 60)
 SIZES: dict[str, Any] = {"name": "tiny", "backend": "torch", "context": 9, "steps": 7}
 
@@ -29,7 +32,7 @@ class FakePeer:
     def __init__(
         self, model: Transformer, *, name: str = "tiny", mode: str = "transformers", dtype: str = "fp32", error: float = 0.0
     ) -> None:
-        self.mode, self.dtype, self.model, self.version, self.threads = mode, dtype, name, "1.2.3", 1
+        self.mode, self.dtype, self.model, self.version, self.threads, self.device = mode, dtype, name, "1.2.3", 1, "cpu"
         self.error, self.silent, self.closed = error, False, False
         self.reference, self.ids = model, list[int]()
         self.asked: list[list[int]] = []
@@ -230,3 +233,55 @@ def test_a_ratio_below_one_is_a_ratio() -> None:
 def test_counts_that_cannot_be(tiny: Tiny, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bench(tiny("opt"), [DENSE_VARIANT], IDS, **(SIZES | options))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_cuda_backend(tiny: Tiny, cuda: type[CudaStandIn], batch: int) -> None:
+    """Rows name the GPU and the graph's nodes; bytes are of the profile's counts; the engine reads the buffer; `ahead` reaches it."""
+    model = tiny("opt", max_positions=64)
+    chosen = random_layers(model, mlp=1, heads=1)
+    peer = FakePeer(model)
+    peer.device = "cuda:0"
+    found = bench(
+        model, [DENSE_VARIANT, Variant(mode="sparse+heads", layers=chosen)], IDS, **(SIZES | {"backend": "cuda", "batch": batch}),
+        ahead="in-line", peers=[peer],
+    )  # fmt: skip
+    assert (
+        all(options["ahead"] == "in-line" for options in cuda.made) and [options.get("record") for options in cuda.made[2:]] == [False] * 2
+    )
+    assert {row.device for row in found.rows} == {GPU_NAME} and {row.op for row in found.rows} == {"prefill", "read", "decode"}
+    own = {row.mode: row for row in found.rows if row.op == "decode" and row.backend == "cuda"}
+    assert [row.nodes for row in own.values()] == [100 + batch] * 2
+    assert set(cuda.buffers) == {2048} and any("over 0.00 GB instead of 1.07: 0.00 GB are free on cuda:0" in note for note in found.notes)
+    # Half of the selected neurons' rows of down: fewer bytes than with all of them.
+    sparse, dense = own["sparse+heads"], own["dense"]
+    assert sparse.gbs is not None and sparse.p50_us is not None and dense.gbs is not None and dense.p50_us is not None
+    assert sparse.gbs * sparse.p50_us < dense.gbs * dense.p50_us
+    assert (sparse.union_density is None) == (batch == 1)
+    assert [row.nodes for row in found.rows if row.mode == "transformers"] == [None] * (2 if batch == 1 else 0)
+
+
+def test_the_device_is_waited_for_around_every_run(tiny: Tiny, cuda: type[CudaStandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    model = tiny("opt")
+    bench(model, [DENSE_VARIANT], IDS, **(SIZES | {"backend": "cuda"}), peers=[FakePeer(model)])
+    # Prefills of two; steps of two to warm up; steps of two and the read: before and after each.
+    assert len(waits) == 2 * (6 * 2 + 3 * TURN * (2 + 3))
+
+
+@pytest.mark.parametrize(
+    ("weights", "device", "free", "size"),
+    [
+        (1e6, "cpu", None, 1_000_000),
+        (1e12, "cpu", None, 1 << 30),
+        (1e6, "cuda:0", 80e9, 1 << 30),
+        (2e9, "cuda:0", 80e9, 2_000_000_000),
+        (1e12, "cuda:0", 80e9, 4 << 30),
+        (1e12, "cuda:0", 2e9, 1_000_000_000),
+    ],
+)
+def test_size_of_the_buffer(weights: float, device: str, free: float | None, size: int) -> None:
+    found, note = buffer_bytes(weights, device, None if free is None else int(free))
+    assert found == size and (note is not None) == (free == 2e9)
+    assert note is None or note == "the read ceiling is over 1.00 GB instead of 4.29: 2.00 GB are free on cuda:0"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +15,15 @@ import pytest
 from dejavu.cli.main import run
 from dejavu.config import ModelConfig
 from dejavu.language_model import load
-from dejavu.measure import synthetic
+from dejavu.measure import cuda_peers, op_bench, planted, synthetic
 from dejavu.measure.decoders import Peer
+from standins import GPU_NAME, CudaStandIn, cuda
 from test_bench import FakePeer
 from test_cli import call, obj, work
 from test_native import needs_library
 
-__all__ = ["call", "work"]  # fixtures
+__all__ = ["call", "cuda", "work"]  # fixtures
+assert cuda_peers  # before `peers` replaces a module that it imports
 SHORT = ("--steps", "6", "--context", "16")
 
 
@@ -130,11 +134,114 @@ def test_a_peer_that_is_wrong_means_no_number(work: Path, peers: list[tuple[Any,
 def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dejavu.kernels.native.default_threads", lambda: 77)  # of the native engine, which does not run here
     arguments = ("bench", "--synthetic", "opt-small", "--backend", "torch", "--dense", *SHORT)
-    result = obj(call(*arguments, "--against", "transformers,llama.cpp", "--gguf", "a.gguf", "--json"))
+    result = obj(call(*arguments, "--against", "transformers,ctranslate2,llama.cpp", "--gguf", "a.gguf", "--json"))
     assert peers[0] == (["llama.cpp"], None, Path("a.gguf"), result["rows"][0]["threads"]) and peers[0][3] < 77
-    assert [row["mode"] for row in result["rows"] if row["op"] == "decode"] == ["dense", "llama.cpp"]
-    assert [row["synthetic"] for row in result["rows"] if row["op"] == "decode"] == [True, False]
-    assert any("transformers loads an exported model" in note for note in result["notes"])
+    decodes = [row for row in result["rows"] if row["op"] == "decode"]
+    assert [row["mode"] for row in decodes] == ["dense", "transformers", "llama.cpp"]
+    assert [(row["synthetic"], row["model"]) for row in decodes] == [(True, "opt-small")] * 2 + [(False, "other.gguf")]
+    assert any("ctranslate2 loads an exported model" in note for note in result["notes"])
+    assert any(note.startswith("transformers fp32 picks the same next token as opt-small dense after") for note in result["notes"])
+
+
+@pytest.fixture
+def planted_here(cuda: type[CudaStandIn], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The GPU's backend without one: what is planted lies on the CPU. What was asked for is kept."""
+    asked: list[dict[str, Any]] = []
+
+    def planted_on_cpu(name: str, **options: Any) -> planted.PlantedModel:
+        asked.append({"name": name, **options})
+        return make(name, **options | {"device": "cpu"})
+
+    make = planted.planted_model
+    monkeypatch.setattr(planted, "planted_model", planted_on_cpu)
+    return asked
+
+
+def test_a_planted_model_on_the_gpu(call, planted_here: list[dict[str, Any]], cuda: type[CudaStandIn]) -> None:
+    arguments = ("bench", "--synthetic", "opt-small", "--backend", "cuda", "--layers", "2", "--density", "0.3", "--density", "0.2")
+    arguments = (*arguments, "--head-density", "0.5", "--ahead", "in-line", "--dtype", "fp32", *SHORT)
+    result = obj(call(*arguments, "--against", "transformers,llama.cpp", "--json"))
+    assert planted_here == [
+        {"name": "opt-small", "device": "cuda", "dtype": "fp32", "density": 0.1, "rank": 128, "num_layers": 2, "seed": 0}
+    ]
+    decodes = [row for row in result["rows"] if row["op"] == "decode"]
+    assert [row["mode"] for row in decodes] == ["dense", *("sparse", "sparse+heads") * 2, "transformers"]
+    assert [row["nodes"] for row in decodes] == [101] * 5 + [None] and result["model"] == "opt-small[2 of 3 layers]"
+    assert {(row["model"], row["layers"], row["synthetic"]) for row in result["rows"]} == {("opt-small[2 of 3 layers]", 2, True)}
+    assert [row["mlp_density"] for row in decodes[1:5]] == pytest.approx([0.3, 0.3, 0.2, 0.2], rel=0.2)
+    assert all(options["ahead"] == "in-line" for options in cuda.made if "dtype" in options)
+    assert "llama.cpp would run on the CPU and our engine on the GPU: not timed" in result["notes"]
+    qualities = result["planted"]["modes"]
+    assert [each["mode"] for each in qualities] == ["sparse", "sparse+heads"] * 2 and result["planted"]["rank"] == 128
+    assert all(each["recall"] > 2 * each["mlp_density"] for each in qualities)
+    assert qualities[0]["mlp_and_heads"] is None and qualities[1]["mlp_and_heads"]["kl"] > 0
+
+
+def test_a_planted_model_shows_what_it_misses_before_its_speed(call, planted_here: list[dict[str, Any]]) -> None:
+    shown = call("bench", "--synthetic", "opt-small", "--backend", "cuda", "--rank", "32", *SHORT)
+    assert planted_here[0]["dtype"] == "fp16" and planted_here[0]["rank"] == 32 and planted_here[0]["density"] == pytest.approx(0.05)
+    assert "opt-small (synthetic)" in shown and "backend cuda · fp16 · cache fp16" in shown and "nodes" in shown
+    assert 0 < shown.index("planted, sparse: ") < shown.index("Speed of opt-small (synthetic)") and "recall" in shown
+    dense = obj(call("bench", "--synthetic", "opt-small", "--backend", "cuda", "--dense", *SHORT, "--json"))
+    assert dense["planted"]["modes"] == [] and [row["mode"] for row in dense["rows"] if row["op"] == "decode"] == ["dense"]
+
+
+def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def op(**changes: Any) -> op_bench.OpRun:
+        return op_bench.OpRun(run=lambda copy: None, bytes=100.0, check=lambda: 0.5, copies=2, **changes)
+
+    def cuda_ops(model: Any, layers: Any, **options: Any) -> Any:
+        asked.append(options)
+        return lambda density, selection: {"head": op(mode="dense")} if density is None else {"mlp": op()}, op()
+
+    module = ModuleType("dejavu.measure.cuda_ops")
+    module.cuda_ops = cuda_ops  # pyrefly: ignore[missing-attribute]
+    monkeypatch.setitem(sys.modules, "dejavu.measure.cuda_ops", module)
+    monkeypatch.setattr(op_bench, "graph_sampler", op_bench.loop_sampler(time.perf_counter))
+    arguments = (
+        "bench",
+        "--synthetic",
+        "opt-small",
+        "--backend",
+        "cuda",
+        "--ops",
+        "--selection",
+        "hot-set",
+        "--selection",
+        "uniform",
+        *SHORT,
+    )
+    result = obj(call(*arguments, "--batch", "1", "--batch", "3", "--json"))
+    rows = [row for row in result["rows"] if row["op"] not in ("decode", "prefill", "read")]
+    assert asked == [{"batch": batch, "context": 16, "seed": 0} for batch in (1, 3)]
+    at = [(density, selection) for density in (0.05, 0.1, 0.2, 0.5) for selection in ("hot-set", "uniform")]
+    assert [(row["mlp_density"], row["selection"]) for row in rows] == [(None, None), *at, (1.0, None)] * 2
+    assert {(row["op"], row["mode"], row["nodes"], row["head_density"]) for row in rows} == {
+        ("head", "dense", None, None), ("mlp", "sparse", None, None),
+    }  # fmt: skip
+    assert [row["batch"] for row in rows] == [1] * 10 + [3] * 10 and {row["device"] for row in rows} == {GPU_NAME}
+    shown = call(*arguments)
+    assert "Single ops of opt-small" in shown and "Speed of opt-small (synthetic): batch 1, context 16" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layers", "9"), "layers must lie between 1 and 3"),
+        (("--dtype", "int8"), "dtype 'int8' is not available for a synthetic model on backend 'cuda'; choose one of fp32, fp16, bf16"),
+        (("--selection", "uniform"), "--selection on the cuda backend is of --ops"),
+        (("--ahead", "in-line", "--results", "r.jsonl"), "no key for .* nor for --ahead but beside"),
+    ],
+)
+def test_mistakes_on_the_gpu(
+    work: Path, planted_here: list[dict[str, Any]], arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(work)
+    assert run(["bench", "--synthetic", "opt-small", "--backend", "cuda", *SHORT, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1 and not (work / "r.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +261,12 @@ def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]], mon
         (("--synthetic", "opt-small", "--dense", "--density", "0.1"), "--dense leaves nothing to select"),
         (("no-such-model", "--dense", "--density", "0.1"), "--dense leaves nothing to select"),
         (("model", "--text", "text.txt", "--density", "0.1"), "a density needs predictors"),
-        (("model", "--selection", "uniform"), "--selection and --rank plant predictors; they need --synthetic"),
+        (("model", "--selection", "uniform"), "--selection says what is made up; it needs --synthetic NAME"),
+        (("model", "--layers", "2"), "--layers says what is made up; it needs --synthetic NAME"),
+        (("--synthetic", "opt-small", "--layers", "2"), "--layers takes a slice of a model planted on the GPU; backend 'torch' has none"),
+        (("--synthetic", "opt-small", "--ahead", "beside"), "--ahead beside is of the cuda backend, not of 'torch'"),
+        (("model", "--text", "text.txt", "--ahead", "beside"), "--ahead beside is of the cuda backend, not of 'torch'"),
+        (("--synthetic", "opt-small", "--ops"), "--ops times kernels of the cuda backend, not of 'torch'"),
         (("model", "--against", "vllm"), "--against vllm is no peer; choose from transformers"),
         (("model", "--gguf", "a.gguf"), "--gguf is the model of --against llama.cpp"),
         (("--synthetic", "opt-small", "--cache-dtype", "int8"), "cache dtype 'int8' is not available on backend 'torch' in fp32"),
@@ -164,8 +276,6 @@ def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]], mon
     ],
 )
 def test_mistakes(work: Path, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    import re
-
     monkeypatch.chdir(work)
     assert run(["bench", *arguments, "--backend", "torch"]) == 2
     error = capsys.readouterr().err

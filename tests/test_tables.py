@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from dejavu.measure.results import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,3 +39,101 @@ def test_a_stale_number_is_replaced(tables: ModuleType) -> None:
     stale = "<!-- table: headline -->\n| 1 |\n<!-- end -->\n"
     assert "| 1 |" not in tables.rendered(stale)
     assert tables.rendered(stale).endswith("<!-- end -->\n")
+
+
+GPU = "NVIDIA Test 80GB"
+GPU_TABLES = ("gpu-speed", "gpu-batches", "gpu-ops")
+
+
+def row(mode: str, tok_s: float, **changes: Any) -> Row:
+    """A decode row of the cuda backend."""
+    values = {"op": "decode", "mode": mode, "backend": "cuda", "model": "opt-6.7b", "layers": 32, "dtype": "fp16", "batch": 1}
+    values |= {
+        "context": 128,
+        "threads": 1,
+        "synthetic": True,
+        "mlp_density": 1.0,
+        "head_density": 1.0,
+        "p50_us": 1e6 / tok_s,
+        "tok_s": tok_s,
+    }
+    values |= {"device": GPU, "versions": {"torch": "9.9"}, "commit": "0123456789abcdef", "time": "2030-01-01T00:00:00+00:00"}
+    return Row.from_dict(values | changes)
+
+
+@pytest.fixture
+def measured(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """measured(rows): from now on these are the results, after one of a CPU."""
+    path = tmp_path / "bench.jsonl"
+    monkeypatch.setattr(tables, "BENCH", path)
+
+    def write(*rows: Row) -> None:
+        cpu = row("dense", 7.0, backend="native", device="AMD EPYC, 2 cores", dtype="int8")
+        path.write_text("".join(json.dumps(each.to_dict()) + "\n" for each in (cpu, *rows)))
+
+    return write
+
+
+def lines(tables: ModuleType, name: str) -> list[list[str]]:
+    """The cells of a table's rows, without header."""
+    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in tables.TABLES[name]().splitlines() if line.startswith("|")][
+        2:
+    ]
+
+
+def test_nothing_was_measured_on_a_gpu_yet(tables: ModuleType, measured: Any) -> None:
+    measured()
+    assert [tables.TABLES[name]() for name in GPU_TABLES] == ["Not measured yet.\n"] * 3
+
+
+def test_rows_of_a_gpu_are_not_among_those_of_a_cpu(tables: ModuleType, measured: Any) -> None:
+    measured()
+    before = [tables.TABLES["speed"](), tables.bench_runs()]
+    measured(row("dense", 90.0), row("transformers", 30.0, backend="transformers"))
+    assert [tables.TABLES["speed"](), tables.bench_runs()] == before and len(lines(tables, "speed")) == 1
+
+
+def test_speed_on_a_gpu(tables: ModuleType, measured: Any) -> None:
+    """From one run for each model: the newest with peers, though a newer one has none."""
+    peer = row("transformers", 50.0, backend="transformers", gbs=None)
+    compiled = row("transformers-compile", 80.0, backend="transformers-compile")
+    later = "2031-01-01T00:00:00+00:00"
+    measured(
+        row("dense", 100.0, nodes=170, gbs=1500.0, pct_ceiling=55.0), row("sparse", 200.0, mlp_density=0.1, nodes=171), compiled, peer,
+        row("dense", 10.0, time=later), row("sparse", 11.0, time=later), row("dense", 5.0, batch=4), row("dense", 3.0, model="opt-13b"),
+    )  # fmt: skip
+    assert lines(tables, "gpu-speed") == [
+        ["transformers, eager", "opt-6.7b, synthetic", "fp16", "128", "", "", "20.00", "50.0", "0.50", "", "", ""],
+        ["transformers, compiled", "opt-6.7b, synthetic", "fp16", "128", "", "", "12.50", "80.0", "0.80", "", "", ""],
+        ["dejavu dense", "opt-6.7b, synthetic", "fp16", "128", "100.0 %", "100.0 %", "10.00", "100.0", "1.00", "170", "1500", "55 %"],
+        ["dejavu sparse", "opt-6.7b, synthetic", "fp16", "128", "10.0 %", "100.0 %", "5.00", "200.0", "2.00", "171", "", ""],
+    ]
+    assert f"{GPU}, torch 9.9, commit 0123456789, 2030-01-01." in tables.TABLES["gpu-speed"]()
+
+
+def test_batches_on_a_gpu(tables: ModuleType, measured: Any) -> None:
+    later = "2031-01-01T00:00:00+00:00"
+    measured(
+        row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1),
+        row("dense", 20.0, context=1024), row("dense", 25.0), row("dense", 40.0, batch=4, time=later),
+    )  # fmt: skip
+    found = lines(tables, "gpu-batches")
+    assert [(cells[0], cells[3], cells[4], cells[9], cells[10]) for cells in found] == [
+        ("dejavu dense", "128", "1", "25.0", "1.00"),
+        ("dejavu dense", "128", "4", "40.0", "1.00"),
+        ("dejavu dense", "1024", "1", "20.0", "1.00"),
+    ]
+    measured(row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1))
+    assert lines(tables, "gpu-batches")[1][5:] == ["30.0 %", "10.0 %", "100.0 %", "10.00", "100.0", "1.25"]
+
+
+def test_single_ops_on_a_gpu(tables: ModuleType, measured: Any) -> None:
+    op = {"op": "mlp", "p20_us": 9.0, "p80_us": 11.0, "gbs": 1234.0, "pct_ceiling": 61.0}
+    measured(
+        row("sparse", 1e5, **(op | {"gbs": 1.0})),
+        row("sparse", 1e5, **op, mlp_density=0.05, selection="hot-set", time="2031-01-01T00:00:00+00:00"),
+        row("dense", 50.0),
+    )
+    assert lines(tables, "gpu-ops") == [
+        ["mlp, sparse", "opt-6.7b", "fp16", "1", "128", "5 %", "hot-set", "9.0", "10.0", "11.0", "1234", "61 %"]
+    ]

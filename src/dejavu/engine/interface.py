@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -118,4 +118,31 @@ class Engine(Protocol):
 
     def free(self, slot: int) -> None:
         """Empty the slot and give its pages back; an empty slot is left as it is."""
+        ...
+
+
+@runtime_checkable
+class ProfilesSteps(Protocol):
+    """An engine that tells what a step read without recording it, and perhaps what its parts took."""
+
+    def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], /) -> tuple[StepResult, StepProfile]:
+        """A step as `Engine.step`, and its profile. seconds is empty where the parts of a step have no times of their own."""
+        ...
+
+
+@runtime_checkable
+class ReadsBuffers(Protocol):
+    """An engine that can read memory as fast as it knows how: what a benchmark calls the ceiling."""
+
+    def read(self, buffer: Tensor, /) -> object:
+        """Read a buffer on the engine's device once, in order."""
+        ...
+
+
+@runtime_checkable
+class CapturesSteps(Protocol):
+    """An engine that replays a captured graph."""
+
+    def nodes(self, rows: int, /) -> int | None:
+        """Nodes of the graph of a step of so many rows; None where that cannot be told."""
         ...

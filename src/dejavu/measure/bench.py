@@ -4,14 +4,16 @@ In: a model, variants of running it, token ids. Out: `Bench`: Rows of results.py
 
     check     each variant's and peer's logits against a (masked) forward pass; where they differ nothing is timed
     prefill   dense in every mode: the dense engine and the peers
-    profile   every variant decodes the text once, each step telling what its parts took and what it read (native engine); for
-              the variants and the peers this is also the warm-up
-    decode    the same tokens again, without a profile; a sequential read by the engine's threads takes its turn in every round
+    profile   every variant decodes the text once, each step telling what it read and, on the native engine, what its parts took;
+              for the variants and the peers this is also the warm-up
+    decode    the same tokens again, without a profile; a sequential read by the engine takes its turn in every round
 
 A turn is TURN steps, the first SKIPPED of which find the caches full of what others read and do not count, in both passes.
 
+A step's duration is that of the host's clock, from when all earlier work is done to when its own is, also on a GPU: latency.
+
 Useful bytes are those of traffic.py for what the steps selected. The read ceiling is the median of the sequential reads, over
-a buffer as large as the weights that a dense token reads, at most MAX_BUFFER: no cache holds that.
+a buffer as large as the weights that a dense token reads, within the limits of memory.buffer_bytes.
 
 Letters: B rows of a step  T tokens  L layers
 """
@@ -29,18 +31,16 @@ from torch import Tensor
 
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
-from dejavu.engine.interface import Engine, StepProfile, StepResult
-from dejavu.engine.native_engine import NativeEngine
+from dejavu.engine.interface import CapturesSteps, Engine, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
 from dejavu.measure.decoders import Peer, Variant, check_mode, check_peer, runs_same
-from dejavu.measure.memory import sequential_buffer
-from dejavu.measure.results import Row
+from dejavu.measure.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
+from dejavu.measure.results import Row, device_name
 from dejavu.measure.traffic import Reads, formats_of, step_bytes, weight_bytes
 from dejavu.measure.turns import MIN_REPEATS, Work, nothing, percentiles, take_turns
 from dejavu.model.transformer import Transformer
 
 TURN, SKIPPED = 4, 1  # steps of a turn, and how many of them do not count
 PREFILLS = 6  # the first one does not count
-MAX_BUFFER = 1 << 30
 READ = "read"  # the sequential read among the decoders' turns
 
 
@@ -89,7 +89,7 @@ class _Decoder:
         return self.engine.step(self._tokens(index), self.slots)
 
     def profiled_step(self, index: int) -> tuple[StepResult, StepProfile | None]:
-        if isinstance(self.engine, NativeEngine):
+        if isinstance(self.engine, ProfilesSteps):
             return self.engine.profiled_step(self._tokens(index), self.slots)
         return self.step(index), None
 
@@ -137,6 +137,7 @@ def bench(
     cache_dtype: str | None = None,
     screened_head: int = 0,
     threads: int | None = None,
+    ahead: str | None = None,
     batch: int = 1,
     context: int = 128,
     steps: int = 32,
@@ -148,7 +149,7 @@ def bench(
     """Rows of prefill, of decode in every variant (the first of which is dense), of its parts (native engine), and of peers.
 
     ids: a text with room for context and steps, of which row b of the batch reads its own stretch. steps: decode steps that
-    count, rounded up to whole turns. dtype, cache_dtype, screened_head, threads: of the engines, see make_engine. peers: decode
+    count, rounded up to whole turns. dtype, cache_dtype, screened_head, threads, ahead: of the engines, see make_engine. peers: decode
     one sequence, so they are left out, with a note, where batch is not 1. Raises ValueError for a count that is not positive,
     too few steps, a context that leaves no room for the steps, and a decoder that fails its check.
     """
@@ -162,21 +163,22 @@ def bench(
     notes = [f"{peer.mode} decodes one sequence: not timed at batch {batch}" for peer in peers if batch != 1]
     peers = peers if batch == 1 else ()
     options: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "screened_head": screened_head, "threads": threads}
+    options |= {} if ahead is None else {"ahead": ahead}
     for variant in variants:
         check_mode(model, variant.layers, ids, backend, **options)
     notes += _check_peers(peers, model, ids, name)
     rows_BT = [[ids[(row * context + t) % len(ids)] for t in range(needed)] for row in range(batch)]
 
     def decoder_of(variant: Variant) -> _Decoder:
-        # torch keeps its lists anyway, so that recording them costs nothing; native tells unions in its profile.
-        record, tokens = backend != "native", batch * (needed + 64)
+        # torch keeps its lists anyway, so that recording them costs nothing; the others tell unions in their profile.
+        record, tokens = backend not in ("native", "cuda"), batch * (needed + 64)
         engine = make_engine(model, variant.layers, backend=backend, num_slots=batch, cache_tokens=tokens, record=record, **options)
         return _Decoder(engine, variant, rows_BT, context, model.config.num_kv_heads)
 
     run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, synthetic=synthetic)
     run.time(clock, progress)
     rows = run.rows()
-    return Bench(rows=rows, ratios=ratios_of(rows), notes=notes)
+    return Bench(rows=rows, ratios=ratios_of(rows), notes=notes + run.notes)
 
 
 def _check_peers(peers: Sequence[Peer], model: Transformer, ids: Sequence[int], name: str) -> list[str]:
@@ -199,15 +201,17 @@ class _Run:
         self.dense, self.info = decoders[0].engine, decoders[0].engine.info
         self.batch, self.context = len(decoders[0].rows_BT), decoders[0].context
         self.formats = formats_of(self.info)
-        size = max(4, round(min(weight_bytes(self.config, self.formats), MAX_BUFFER)))
-        self.buffer = sequential_buffer(size // 4, self.info.device)
+        device = self.info.device
+        size, note = buffer_bytes(weight_bytes(self.config, self.formats), device, free_gpu_bytes(device))
+        self.buffer = sequential_buffer(size // 4, device)
+        self.notes = [] if note is None else [note]
         self.prefill: dict[Any, list[float]] = {}
         self.decode: dict[Any, list[float]] = {}
 
     def time(self, clock: Callable[[], float], progress: Progress | None) -> None:
         row = self.decoders[0].rows_BT[0]
         prompt, tokens = row[: self.context], row[self.context :]
-        sync = torch.cuda.synchronize if self.info.device.startswith("cuda") else nothing
+        sync = torch.cuda.synchronize if _on_gpu(self.info.device) else nothing  # a peer on the CPU has nothing to wait for
 
         def steps(works: dict[Any, Work], what: str) -> dict[Any, list[float]]:
             rounds = len(tokens) // TURN
@@ -219,11 +223,11 @@ class _Run:
             for peer in self.peers.values():
                 peer.prefill(prompt)
 
-        prefills = {key: Work(run=lambda _, peer=peer: peer.prefill(prompt)) for key, peer in self.peers.items()}
+        prefills = {key: Work(run=lambda _, peer=peer: peer.prefill(prompt), sync=sync) for key, peer in self.peers.items()}
         own = Work(run=lambda _: self.dense.prefill(0, prompt), sync=sync, done=lambda *_: self.dense.free(0))
         found = take_turns({self.decoders[0]: own, **prefills}, PREFILLS, clock=clock, progress=progress, name="prefills")
         self.prefill = {key: seconds[1:] for key, seconds in found.items()}
-        peers = {key: Work(run=lambda index, peer=peer: peer.step(tokens[index])) for key, peer in self.peers.items()}
+        peers = {key: Work(run=lambda index, peer=peer: peer.step(tokens[index]), sync=sync) for key, peer in self.peers.items()}
         profiled = {decoder: Work(run=decoder.profiled_step, sync=sync, done=decoder.note) for decoder in self.decoders}
         start()
         steps({**profiled, **peers}, "warm-up and profile")
@@ -249,6 +253,7 @@ class _Run:
             "model": self.name,
             "layers": self.config.num_layers,
             "dtype": self.info.dtype,
+            "device": device_name(cuda=_on_gpu(self.info.device)),
         }
         own |= {"batch": self.batch, "threads": self.info.threads, "synthetic": self.synthetic, "mlp_density": 1.0, "head_density": 1.0}
         own |= {"op": op, "context": self.context, "p20_us": p20, "p50_us": p50, "p80_us": p80}
@@ -269,13 +274,15 @@ class _Run:
             "head_density": float(np.mean(held.heads)),
             "union_density": float(np.mean(held.union)) if self.batch > 1 else None,
         }
-        whole = self._row("decode", self.decode[decoder], tokens=self.batch, useful=sum(useful.values()), **values)
+        nodes = decoder.engine.nodes(self.batch) if isinstance(decoder.engine, CapturesSteps) else None
+        whole = self._row("decode", self.decode[decoder], tokens=self.batch, useful=sum(useful.values()), nodes=nodes, **values)
         # An op that reads nothing (a dense model's predictor) is none.
         return [whole, *(self._row(op, held.seconds[op], useful=useful[op], **values) for op in held.seconds if useful[op] > 0)]
 
     def _of_peer(self, op: str, peer: Peer, seconds: list[float], tokens: int) -> Row:
         same = runs_same(peer, self.name)
         values: dict[str, Any] = {"mode": peer.mode, "backend": peer.mode, "dtype": peer.dtype, "batch": 1, "threads": peer.threads}
+        values |= {"device": device_name(cuda=_on_gpu(peer.device))}
         values |= {"model": self.name, "synthetic": self.synthetic} if same else {"model": peer.model, "synthetic": False, "layers": None}
         return self._row(op, seconds, tokens=tokens, **values)
 
@@ -302,6 +309,10 @@ def ratios_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _read(engine: Engine, buffer: Tensor) -> float:
-    """The buffer's sum, by the engine's own threads: the library's, or torch's."""
-    return engine.read(buffer) if isinstance(engine, NativeEngine) else float(buffer.sum())
+def _read(engine: Engine, buffer: Tensor) -> object:
+    """Read the buffer once, as the engine does it: with the library's threads, the GPU's best kernel, or torch's sum."""
+    return engine.read(buffer) if isinstance(engine, ReadsBuffers) else float(buffer.sum())
+
+
+def _on_gpu(device: str) -> bool:
+    return device.startswith("cuda")

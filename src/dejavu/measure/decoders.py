@@ -30,13 +30,14 @@ FP32_LIMIT, LIMIT, PEER_LIMIT = 0.02, 0.1, 0.2
 
 class Peer(Protocol):
     """Another program that decodes one sequence. mode: its name in --against; version: its own, in words; model: what it runs,
-    by name, never a path (of an exported folder: the folder's own name)."""
+    by name, never a path (of an exported folder: the folder's own name); device: cpu, or a GPU as torch calls it."""
 
     mode: str
     version: str
     dtype: str
     model: str
     threads: int
+    device: str
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Forget the sequence and read these tokens."""

@@ -31,7 +31,7 @@ ERROR_LEVEL = 4
 class LlamaCppPeer:
     """llama.cpp on a GGUF file, through the C functions of llama-cpp-python."""
 
-    mode = "llama.cpp"
+    mode, device = "llama.cpp", "cpu"
 
     def __init__(self, file: Path, *, threads: int, file_type: str | None = None) -> None:
         """file_type: a key of FILE_TYPES to requantise the file to, None: run it as it is."""

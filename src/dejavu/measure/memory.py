@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+MAX_BUFFER = 1 << 30  # on the CPU: no cache holds that
+# On a GPU one read must take long beside its launch and the wait for it, and a graph or two may yet ask for memory.
+MIN_GPU_BUFFER, MAX_GPU_BUFFER, GPU_SHARE = 1 << 30, 4 << 30, 0.5
+
 
 def sequential_buffer(count: int, device: str) -> Tensor:
     """`count` fp32 ones; on the CPU in huge pages where the system has them, as the native engine's weights are."""
@@ -19,6 +23,32 @@ def sequential_buffer(count: int, device: str) -> Tensor:
         with suppress(OSError):  # a kernel without huge pages: the engine's weights have none either
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
+
+
+def buffer_bytes(weights: float, device: str, free: int | None) -> tuple[int, str | None]:
+    """Size of the buffer of the read ceiling, for a dense token that reads so many bytes of weights; a note where it is not as meant.
+
+    As large as these weights, at most MAX_BUFFER; on a GPU between MIN_ and MAX_GPU_BUFFER, of what is free at most GPU_SHARE.
+    """
+    if device == "cpu":
+        return max(4, round(min(weights, MAX_BUFFER))), None
+    meant = round(min(max(weights, MIN_GPU_BUFFER), MAX_GPU_BUFFER))
+    most = meant if free is None else int(free * GPU_SHARE)
+    if meant <= most:
+        return meant, None
+    size = max(4, most)
+    return (
+        size,
+        f"the read ceiling is over {size / 1e9:.2f} GB instead of {meant / 1e9:.2f}: {(free or 0) / 1e9:.2f} GB are free on {device}",
+    )
+
+
+def free_gpu_bytes(device: str) -> int | None:
+    """Memory of the GPU that this process may still take; None for the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # taken by this process and not in use
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def available_bytes(root: Path) -> int | None:

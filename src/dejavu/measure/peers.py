@@ -12,11 +12,9 @@ each with the number of threads, all or one, that it is faster with, and a sente
 from __future__ import annotations
 
 import importlib
-import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,75 +30,26 @@ from dejavu.config import require
 from dejavu.files import read_json
 from dejavu.measure.decoders import Peer
 from dejavu.measure.llama_cpp import FILE_TYPES, LlamaCppPeer, smollm2
+from dejavu.measure.transformers_peer import TransformersDecoder, quiet
 
 TRIAL_PROMPT, TRIAL_STEPS, TRIAL_SKIPPED = 8, 14, 3
 CLEARLY = 0.95  # one thread is taken where its median is below this share of that with all threads
 
 
-class _Tunable(Peer, Protocol):
+class Tunable(Peer, Protocol):
     def use_threads(self, threads: int) -> None:
         """Compute with so many threads from the next prefill on."""
         ...
 
 
-class TransformersPeer:
-    """A causal language model of transformers in fp32. compiled: a cache of fixed size, and torch.compile for a step."""
-
-    dtype = "fp32"
+class TransformersPeer(TransformersDecoder):
+    """A causal language model of transformers in fp32, loaded from an exported folder. compiled: torch.compile for a step."""
 
     def __init__(self, folder: Path, *, threads: int, compiled: bool = False) -> None:
         transformers = importlib.import_module("transformers")
-        self.mode = "transformers-compile" if compiled else "transformers"
-        self.model, self.threads, self.version = folder.name, threads, metadata.version("transformers")
-        self._transformers, self._compiled, self._room = transformers, compiled, 64
-        with _quiet(transformers):
-            self._net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        # Older versions know the cache by its older name; newer ones warn of that.
-        self._cache_name = "cache" if "cache" in inspect.signature(self._net.forward).parameters else "past_key_values"
-        self._forward = torch.compile(self._net.forward, dynamic=False) if compiled else self._net.forward
-        self._ids: list[int] = []
-        self._cache: Any = None
-        self._limit = 0  # positions of a cache of fixed size
-
-    def use_threads(self, threads: int) -> None:
-        self.threads = threads
-
-    def prefill(self, ids: Sequence[int]) -> None:
-        self._ids = []
-        if self._compiled:
-            # A step reads the whole cache: it should be little larger than what the sequence comes to.
-            self._limit = -(-(len(ids) + self._room) // 64) * 64
-            self._cache = self._transformers.StaticCache(config=self._net.config, max_cache_len=self._limit)
-        else:
-            self._cache = self._transformers.DynamicCache(config=self._net.config)
-        self._run(self._net.forward, ids, {})
-
-    def step(self, token_id: int) -> Tensor:
-        if self._compiled and len(self._ids) == self._limit:
-            self._room *= 2
-            self.prefill(list(self._ids))
-        masks = {}
-        if self._compiled:
-            # A ready mask: working one out from the cache's length would break the graph.
-            seen = torch.arange(self._limit) <= len(self._ids)
-            masks["attention_mask"] = torch.where(seen, 0.0, -torch.inf)[None, None, None]
-        return self._run(self._forward, [token_id], masks)[0, -1].clone()
-
-    @torch.inference_mode()
-    def _run(self, forward: Callable[..., Any], ids: Sequence[int], masks: dict[str, Tensor]) -> Tensor:
-        positions_BT = torch.arange(len(self._ids), len(self._ids) + len(ids))[None]
-        self._ids += ids
-        options = {"use_cache": True, "logits_to_keep": 1, self._cache_name: self._cache, **masks}
-        with _torch_threads(self.threads):
-            return forward(input_ids=torch.tensor([list(ids)]), position_ids=positions_BT, **options).logits
-
-    @torch.inference_mode()
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        with _torch_threads(self.threads):
-            return self._net(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-
-    def close(self) -> None:
-        self._net = self._forward = self._cache = None
+        with quiet(transformers):
+            net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        super().__init__(net, model=folder.name, threads=threads, compile_options={"dynamic": False} if compiled else None)
 
 
 class CTranslate2Peer:
@@ -110,7 +59,7 @@ class CTranslate2Peer:
     is computed while others have their turn. That costs two handovers between threads a step, some ten microseconds.
     """
 
-    mode, dtype = "ctranslate2", "int8"
+    mode, dtype, device = "ctranslate2", "int8", "cpu"
 
     def __init__(self, folder: Path, *, threads: int) -> None:
         self._ctranslate2 = importlib.import_module("ctranslate2")
@@ -123,7 +72,7 @@ class CTranslate2Peer:
         self.generated: list[int] = []
         self._temporary = TemporaryDirectory(prefix="dejavu-ctranslate2-")
         try:
-            with _quiet(transformers):
+            with quiet(transformers):
                 converter = self._ctranslate2.converters.TransformersConverter(str(folder))
                 converter.convert(self._temporary.name, quantization="int8", force=True)
             self._tokens: list[str] = read_json(Path(self._temporary.name) / "vocabulary.json")  # pyrefly: ignore[bad-assignment]
@@ -191,11 +140,11 @@ class CTranslate2Peer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Candidate:
+class Candidate:
     """label: who it is in a sentence; make: loads it; tuned: whether its number of threads may still be changed."""
 
     label: str
-    make: Callable[[], _Tunable]
+    make: Callable[[], Tunable]
     tuned: bool = True
 
 
@@ -212,7 +161,7 @@ def open_peers(names: Sequence[str], *, export_folder: Path | None, gguf: Path |
     try:
         for name in names:
             for candidate in _candidates(name, export_folder, gguf, threads):
-                peer, said = _opened(candidate, threads)
+                peer, said = open_candidate(candidate, threads)
                 opened += [] if peer is None else [peer]
                 notes += [] if said is None else [said]
     except BaseException:
@@ -222,23 +171,23 @@ def open_peers(names: Sequence[str], *, export_folder: Path | None, gguf: Path |
     return opened, notes
 
 
-def _candidates(name: str, folder: Path | None, gguf: Path | None, threads: int) -> list[_Candidate]:
+def _candidates(name: str, folder: Path | None, gguf: Path | None, threads: int) -> list[Candidate]:
     if name == "llama.cpp":
         file = gguf or smollm2()
         if gguf is not None or file is None:
-            return [_Candidate(label=name, make=lambda: LlamaCppPeer(_given(file), threads=threads))]
-        as_it_is = _Candidate(label=f"{name} q4_1", make=lambda: LlamaCppPeer(file, threads=threads))
+            return [Candidate(label=name, make=lambda: LlamaCppPeer(_given(file), threads=threads))]
+        as_it_is = Candidate(label=f"{name} q4_1", make=lambda: LlamaCppPeer(file, threads=threads))
         return [as_it_is] + [
-            _Candidate(label=f"{name} {kind}", make=lambda kind=kind: LlamaCppPeer(file, threads=threads, file_type=kind))
+            Candidate(label=f"{name} {kind}", make=lambda kind=kind: LlamaCppPeer(file, threads=threads, file_type=kind))
             for kind in FILE_TYPES
         ]
     assert folder is not None, f"{name} needs an exported folder"
     if name == "ctranslate2":
-        return [_Candidate(label=name, make=lambda: CTranslate2Peer(folder, threads=threads))]
+        return [Candidate(label=name, make=lambda: CTranslate2Peer(folder, threads=threads))]
     compiled = name == "transformers-compile"
     assert compiled or name == "transformers", name
     # Compiled code has its number of threads built in.
-    return [_Candidate(label=name, make=lambda: TransformersPeer(folder, threads=threads, compiled=compiled), tuned=not compiled)]
+    return [Candidate(label=name, make=lambda: TransformersPeer(folder, threads=threads, compiled=compiled), tuned=not compiled)]
 
 
 def _given(file: Path | None) -> Path:
@@ -248,9 +197,9 @@ def _given(file: Path | None) -> Path:
     return file
 
 
-def _opened(candidate: _Candidate, threads: int) -> tuple[Peer | None, str | None]:
+def open_candidate(candidate: Candidate, threads: int) -> tuple[Peer | None, str | None]:
     """The peer, if it runs, and what is to be said of it."""
-    peer: _Tunable | None = None
+    peer: Tunable | None = None
     try:
         peer = candidate.make()
         return peer, _try_out(peer, threads if candidate.tuned else 1, candidate.label)
@@ -263,7 +212,7 @@ def _opened(candidate: _Candidate, threads: int) -> tuple[Peer | None, str | Non
     return None, f"{candidate.label} cannot run: {reason}"
 
 
-def _try_out(peer: _Tunable, threads: int, label: str) -> str | None:
+def _try_out(peer: Tunable, threads: int, label: str) -> str | None:
     """Decode a few tokens, with one thread as well where there are more, and keep what is faster: that is for the peer to gain."""
     first = _step_seconds(peer)
     if threads == 1:
@@ -287,29 +236,3 @@ def _step_seconds(peer: Peer) -> float:
         peer.step(token)
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[TRIAL_SKIPPED:]))
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    """torch computes with so many threads meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bar of transformers meanwhile, and no word from it but errors."""
-    logging = transformers.utils.logging
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()

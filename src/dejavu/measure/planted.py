@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, require
 from dejavu.measure.density import MAX_TOKENS
-from dejavu.measure.memory import available_bytes
+from dejavu.measure.memory import available_bytes, free_gpu_bytes
 from dejavu.measure.synthetic import shape_of
 from dejavu.model.adapter import quantized
 from dejavu.model.families import empty_model, parameter_shapes
@@ -167,8 +167,7 @@ def free_bytes(device: torch.device) -> int | None:
     """Memory of the device that this process may still take; None where that is not known."""
     if device.type != "cuda":
         return available_bytes(Path("/"))
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # taken by this process and not in use
-    return torch.cuda.mem_get_info(device)[0] + cached
+    return free_gpu_bytes(str(device))
 
 
 def check_planted_memory(name: str, config: ModelConfig, *, device: str, dtype: str, rank: int, available: int | None) -> None:

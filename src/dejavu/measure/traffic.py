@@ -72,10 +72,10 @@ class Formats:
 
 
 def formats_of(info: EngineInfo) -> Formats:
-    """How an engine stores what it reads: native keeps vectors fp32 and predictors int8; torch has one dtype for all."""
+    """How an engine stores what it reads: native and cuda keep predictors int8; native vectors fp32; torch has one dtype for all."""
     if info.backend == "native":
         return Formats(weights=info.dtype, cache=info.cache_dtype, vectors="fp32", int8_predictors=True, screened=info.screened_head)
-    return Formats(weights=info.dtype, cache=info.cache_dtype, vectors=info.dtype, int8_predictors=False)
+    return Formats(weights=info.dtype, cache=info.cache_dtype, vectors=info.dtype, int8_predictors=info.backend == "cuda")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,145 @@
+"""The runs of `dejavu bench`, one for each batch and context, and what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from dejavu.cli.output import Output, new_table, number, ratio, screen_line
+from dejavu.cli.subjects import EngineOptions, Subject, planted_qualities, quality_line
+from dejavu.config import Progress
+
+if TYPE_CHECKING:
+    from dejavu.measure.bench import Bench
+    from dejavu.measure.decoders import Peer, Variant
+    from dejavu.measure.results import Row
+
+DEFAULT_CONTEXT = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """At what to measure. contexts: none for the usual one. ops: single ops too, at these selections."""
+
+    dense: bool
+    head_densities: Sequence[float]
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    steps: int
+    ops: bool = False
+    op_selections: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class Found:
+    """What was measured: runs by title, rows of single ops, what planted predictors miss, the screened head's agreement."""
+
+    runs: list[tuple[str, Bench]] = field(default_factory=list)
+    op_rows: list[Row] = field(default_factory=list)
+    planted: list[dict[str, Any]] = field(default_factory=list)
+    screen: dict[str, Any] | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for _, measured in self.runs for row in measured.rows] + self.op_rows
+
+
+def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequence[Peer], out: Output, progress: Progress | None) -> Found:
+    """Every run. Planted predictors say what they miss before any speed is measured."""
+    from dejavu.measure.bench import bench
+    from dejavu.measure.decoders import variants_at
+    from dejavu.measure.screening import head_agreement
+
+    variants = variants_at(
+        subject.model,
+        subject.layers_for if not plan.dense else lambda *_: None,
+        subject.ids,
+        densities=subject.densities,
+        head_densities=plan.head_densities,
+        selections=subject.selections,
+    )
+    found = Found()
+    for mode, quality in planted_qualities(subject, variants):
+        out.say(quality_line(mode, quality))
+        found.planted.append({"mode": mode, **asdict(quality)})
+    common: dict[str, Any] = {
+        "backend": subject.backend,
+        "dtype": subject.dtype,
+        "cache_dtype": subject.cache_dtype,
+        "screened_head": options.screened_head,
+        "threads": subject.threads,
+        "progress": progress,
+    }
+    for length in plan.contexts or [min(DEFAULT_CONTEXT, subject.model.config.max_positions // 2)]:
+        for size in plan.batches or [1]:
+            measured = bench(
+                subject.model, variants, subject.ids, name=subject.name, synthetic=subject.synthetic, batch=size, context=length,
+                steps=plan.steps, peers=peers, ahead=options.ahead, **common,
+            )  # fmt: skip
+            found.runs.append((f"batch {size}, context {length}", measured))
+            if plan.ops:
+                found.op_rows += _op_rows(subject, variants, plan, measured, options.seed, progress)
+    if options.screened_head:  # in the last of the variants: with the predictors, where there are any
+        found.screen = head_agreement(subject.model, variants[-1].layers, subject.ids, **common)
+    return found
+
+
+def _op_rows(subject: Subject, variants: Sequence[Variant], plan: Plan, measured: Bench, seed: int, progress: Progress | None) -> list[Row]:
+    """Rows of single ops, with the predictors of the last variant, at the batch and context of a run."""
+    from dejavu.measure.cuda_ops import cuda_ops  # pyrefly: ignore[missing-import]  # beside the kernels that it runs
+    from dejavu.measure.op_bench import bench_ops
+    from dejavu.measure.synthetic import SELECTIONS
+
+    decode = next(row for row in measured.rows if row.op == "decode")
+    ops_at, read = cuda_ops(subject.model, variants[-1].layers, batch=decode.batch, context=decode.context, seed=seed)
+    return bench_ops(ops_at, read=read, template=decode, selections=plan.op_selections or SELECTIONS, device="cuda", progress=progress)
+
+
+def show(out: Output, subject: Subject, found: Found, peers: Sequence[dict[str, Any]], notes: Sequence[str]) -> None:
+    """Tables, ratios, peers and notes."""
+    for title, measured in found.runs:
+        _show_run(out, f"Speed of {subject.name}{' (synthetic)' if subject.synthetic else ''}: {title}", measured)
+    if found.op_rows:
+        _show_ops(out, f"Single ops of {subject.name}", found.op_rows)
+    for each in peers:
+        line = "peer {mode} {version} · {dtype} · threads: {threads} · {model}".format(**each)
+        out.show(escape(line))
+    if found.screen is not None:
+        out.show(screen_line(found.screen))
+    for note in notes:
+        out.say(f"note: {note}")
+
+
+def _show_run(out: Output, title: str, measured: Bench) -> None:
+    """The rows as a table, and how their speeds compare."""
+    union = any(row.union_density is not None for row in measured.rows)
+    nodes = any(row.nodes is not None for row in measured.rows)
+    densities = ("MLP", "heads", *(("union",) if union else ()))
+    times = ("p20 µs", "p50 µs", "p80 µs", "tok/s", "GB/s", "% of read", *(("nodes",) if nodes else ()))
+    table = new_table(escape(title), "op", "mode", *densities, *times, left=2)
+    for row in measured.rows:
+        mode = ", ".join(part for part in (row.mode, row.selection, row.dtype if row.backend == row.mode else None) if part is not None)
+        cells = [number(row.mlp_density), number(row.head_density), *((number(row.union_density),) if union else ())]
+        cells += [number(value, ",.0f") for value in (row.p20_us, row.p50_us, row.p80_us)]
+        cells += [number(row.tok_s, ",.1f"), number(row.gbs, ".1f"), number(row.pct_ceiling, ".0f")]
+        table.add_row(row.op, mode, *cells, *((number(row.nodes, "d"),) if nodes else ()))
+    out.show(table)
+    for each in measured.ratios:
+        against = each["against"] if each["against"] == "dense" else f"{each['against']} {each['against_dtype']}"
+        chosen = "" if each["selection"] is None else f", {each['selection']}"
+        at = "" if each["mode"] == "dense" else f" (MLP density {each['mlp_density']:.3f}, heads {each['head_density']:.3f}{chosen})"
+        out.show(ratio(each["ratio"], 1.0, mode=each["mode"], against=escape(against)) + at)
+
+
+def _show_ops(out: Output, title: str, rows: Sequence[Row]) -> None:
+    table = new_table(
+        escape(title), "op", "mode", "selection", "batch", "context", "density", "p20 µs", "p50 µs", "p80 µs", "GB/s", "% of read", left=3
+    )
+    for row in rows:
+        cells = [str(row.batch), str(row.context), number(row.mlp_density, ".2f")]
+        cells += [number(value, ",.1f") for value in (row.p20_us, row.p50_us, row.p80_us)]
+        table.add_row(row.op, row.mode, row.selection or "", *cells, number(row.gbs, ",.0f"), number(row.pct_ceiling, ".0f"))
+    out.show(table)

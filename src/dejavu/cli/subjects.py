@@ -1,0 +1,224 @@
+"""What `dejavu bench` times: a loaded model, or a made-up one, with the predictors it runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from dejavu.cli.options import open_model
+from dejavu.cli.output import Output, number, percent
+
+if TYPE_CHECKING:
+    from dejavu.language_model import LanguageModel
+    from dejavu.measure.decoders import Layers, Variant
+    from dejavu.measure.planted import PlantedModel, PlantedQuality
+    from dejavu.model.transformer import Transformer
+
+DEFAULT_DENSITY = 0.1
+PLANTED_RANK = 128
+PLANTED_SHARE = 0.5  # of the smallest density asked for, the neurons that fire: as with trained predictors, more are selected than fire
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """The options of a command that say what engine to build; dtype and backend may be auto. See make_engine."""
+
+    backend: str
+    dtype: str
+    cache_dtype: str
+    screened_head: int
+    threads: int | None
+    seed: int
+    ahead: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is timed: a loaded model (lm), or a made-up one, of which `planted` runs on the device it was made on.
+
+    layers_for(selection, density): predictors, see decoders.variants_at. densities, selections: those to time.
+    """
+
+    name: str
+    model: Transformer
+    layers_for: Callable[[str | None, float | None], Layers | None]
+    ids: list[int]
+    backend: str
+    dtype: str | None
+    cache_dtype: str
+    threads: int | None
+    notes: list[str]
+    densities: Sequence[float]
+    selections: Sequence[str] = ()
+    lm: LanguageModel | None = None
+    planted: PlantedModel | None = None
+
+    @property
+    def synthetic(self) -> bool:
+        return self.lm is None
+
+
+def loaded(
+    model: str,
+    out: Output,
+    options: EngineOptions,
+    *,
+    texts: list[str] | None,
+    adapter: Path | None,
+    dense: bool,
+    accept_base: bool,
+    densities: Sequence[float],
+) -> Subject:
+    """A model that exists, on a text."""
+    from dejavu.measure.texts import DATA, documents, named_texts
+
+    named = named_texts(texts or [str(DATA / "evaluation.txt")])
+    lm = open_model(
+        model, out, texts=texts, backend=options.backend, dtype=options.dtype, cache_dtype=options.cache_dtype,
+        screened_head=options.screened_head, threads=options.threads, seed=options.seed, adapter=adapter, dense=dense,
+        accept_base=accept_base,
+    )  # fmt: skip
+    _check_ahead(options, lm.backend)
+    layers = lm.layers()
+    return Subject(
+        name=lm.name,
+        model=lm.model,
+        layers_for=lambda selection, density: layers,
+        ids=lm.tokenizer.encode("\n".join(part for whole in named.values() for part in documents(whole))),
+        backend=lm.backend,
+        dtype=lm.dtype,
+        cache_dtype=lm.cache_dtype,
+        threads=lm.threads,
+        notes=list(lm.notes),
+        densities=densities,
+        lm=lm,
+    )
+
+
+def made_up(
+    name: str,
+    out: Output,
+    options: EngineOptions,
+    *,
+    rank: int | None,
+    num_layers: int | None,
+    dense: bool,
+    densities: Sequence[float],
+    heads: bool,
+    selections: Sequence[str],
+    ops: bool,
+) -> Subject:
+    """A model of a known shape: planted on the GPU for the cuda backend, else random. heads: with predictors of heads.
+
+    selections: for the cuda backend those of `ops` alone.
+    """
+    from dejavu.config import require
+    from dejavu.engine.backends import BACKEND_DTYPES, check_screen, pick_backend, pick_cache_dtype
+    from dejavu.language_model import set_threads
+    from dejavu.measure.synthetic import shape_of
+
+    picked = pick_backend(options.backend, dtype="int8" if options.dtype == "auto" else options.dtype)
+    usual = "fp16" if picked == "cuda" else "int8" if "int8" in BACKEND_DTYPES[picked] else "fp32"
+    dtype = usual if options.dtype == "auto" else options.dtype
+    offered = [each for each in BACKEND_DTYPES[picked] if picked != "torch" or each in ("fp32", "bf16")]
+    require(
+        dtype in offered,
+        f"dtype {dtype!r} is not available for a synthetic model on backend {picked!r}; choose one of {', '.join(offered)}",
+    )
+    _check_ahead(options, picked)
+    if options.threads is not None:
+        set_threads(options.threads)
+    cached = pick_cache_dtype(options.cache_dtype, backend=picked, dtype=dtype)
+    check_screen(options.screened_head, backend=picked, vocab_size=shape_of(name).vocab_size)
+    wanted = [] if dense else list(densities) or [DEFAULT_DENSITY]
+    common: dict[str, Any] = {"backend": picked, "dtype": dtype, "cache_dtype": cached, "threads": options.threads, "notes": []}
+    if picked == "cuda":
+        require(
+            not selections or ops, "--selection on the cuda backend is of --ops: a planted model selects what its tokens need; add --ops"
+        )
+        subject = _planted(name, common, rank=rank, num_layers=num_layers, densities=wanted, heads=heads, seed=options.seed)
+    else:
+        require(num_layers is None, f"--layers takes a slice of a model planted on the GPU; backend {picked!r} has none, leave it out")
+        chosen = [] if dense else selections or ["uniform"]
+        subject = _random(name, common, rank=rank, densities=wanted, heads=heads, selections=chosen, seed=options.seed)
+    size = sum(parameter.numel() for parameter in subject.model.parameters())
+    head = f" · screened head {options.screened_head:,}" if options.screened_head else ""
+    about = f"(synthetic) · {size / 1e6:,.1f} M parameters · backend {picked} · {dtype} · cache {cached}{head}"
+    out.show(f"[bold]{escape(subject.name)}[/bold] {about}")
+    return subject
+
+
+def _check_ahead(options: EngineOptions, backend: str) -> None:
+    from dejavu.config import require
+
+    require(options.ahead is None or backend == "cuda", f"--ahead {options.ahead} is of the cuda backend, not of {backend!r}; leave it out")
+
+
+def _random(
+    name: str, common: dict[str, Any], *, rank: int | None, densities: list[float], heads: bool, selections: Sequence[str], seed: int
+) -> Subject:
+    """Random weights, and predictors that select by themselves."""
+    from dejavu.measure.synthetic import RANK, planted_layers, random_ids, synthetic_model
+
+    made = synthetic_model(name, backend=common["backend"], dtype=common["dtype"], seed=seed)
+    if common["backend"] == "native":
+        made.model.round_cache(common["cache_dtype"])
+
+    def layers_for(selection: str | None, density: float | None) -> Layers | None:
+        if selection is None or density is None:
+            return None
+        return planted_layers(
+            made.config, selection=selection, density=density, heads=heads, rank=RANK if rank is None else rank, seed=seed
+        )
+
+    ids = random_ids(made.config, 2 * made.config.max_positions, seed=seed)
+    return Subject(name=name, model=made.model, layers_for=layers_for, ids=ids, densities=densities, selections=selections, **common)
+
+
+def _planted(
+    name: str, common: dict[str, Any], *, rank: int | None, num_layers: int | None, densities: list[float], heads: bool, seed: int
+) -> Subject:
+    """Sparsity that predictors predict, made on the GPU. A slice of the shape says so in its name."""
+    from dejavu.measure.planted import planted_model
+    from dejavu.measure.synthetic import random_ids
+    from dejavu.model.predictor import LayerAdapter
+
+    made = planted_model(
+        name, device="cuda", dtype=common["dtype"], density=PLANTED_SHARE * min(densities or [DEFAULT_DENSITY]),
+        rank=PLANTED_RANK if rank is None else rank, num_layers=num_layers, seed=seed,
+    )  # fmt: skip
+    layers = made.layers if heads else tuple(LayerAdapter(mlp=layer.mlp) for layer in made.layers)
+    label = f"{name}[{made.config.num_layers} of {made.layers_of_full} layers]" if made.is_slice else name
+    return Subject(
+        name=label,
+        model=made.model,
+        layers_for=lambda selection, density: layers if densities else None,
+        ids=random_ids(made.config, 2 * made.config.max_positions, seed=seed),
+        densities=densities,
+        planted=made,
+        **common,
+    )
+
+
+def planted_qualities(subject: Subject, variants: Sequence[Variant]) -> list[tuple[str, PlantedQuality]]:
+    """Mode, and what the predictors find and miss on other tokens than their thresholds come from, of each sparse variant."""
+    from dejavu.measure.density import MAX_TOKENS
+    from dejavu.measure.planted import planted_quality
+
+    made = subject.planted
+    if made is None:
+        return []
+    others = subject.ids[min(MAX_TOKENS, made.config.max_positions) :]
+    return [(each.mode, planted_quality(made, each.layers, others)) for each in variants if each.layers is not None]
+
+
+def quality_line(mode: str, quality: PlantedQuality) -> str:
+    """What planted predictors were measured to do, for a person."""
+    logits = quality.mlp_and_heads or quality.mlp
+    selected = f"selected: {percent(quality.mlp_density)} of neurons, {percent(quality.head_density)} of heads"
+    kept = f"recall {percent(quality.recall)}, KL to dense {number(logits.kl)}, same next token after {percent(logits.same_argmax)}"
+    return f"planted, {mode}: {percent(quality.natural_density)} of the neurons fire; {selected}; {kept}"

@@ -1,0 +1,78 @@
+"""Stand-ins for what needs a GPU: an engine that says it is cuda's and computes as torch's, on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dejavu.engine import backends
+from dejavu.engine.interface import StepProfile, StepResult
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import Transformer
+
+GPU_NAME = "NVIDIA Test 80GB"
+
+
+class CudaStandIn(TorchEngine):
+    """Offers what the cuda engine does besides decoding. made: how each was built; buffers: what each was asked to read, in bytes."""
+
+    made: list[dict[str, Any]]
+    buffers: list[int]
+
+    def __init__(self, model: Transformer, layers: Sequence[LayerAdapter] | None, device: str, **options: Any) -> None:
+        super().__init__(model, layers, **options | {"record": True})
+        self._info = dataclasses.replace(self._info, backend="cuda", device=device)
+
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        return dataclasses.replace(super().step(token_ids_B, slots_B), selections=None)
+
+    def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
+        result = super().step(token_ids_B, slots_B)
+        assert result.selections is not None
+
+        def union(layer: int, part: str, total: int) -> int:
+            chosen = [getattr(row[layer], part) for row in result.selections or ()]
+            return total if any(indices is None for indices in chosen) else len({int(i) for indices in chosen for i in indices})
+
+        layers = range(self.info.num_layers)
+        neurons_L = torch.tensor([union(layer, "neurons_A", self.info.num_neurons) for layer in layers])
+        heads_L = torch.tensor([union(layer, "heads_A", self.info.num_heads) for layer in layers])
+        profile = StepProfile(seconds={}, neurons_L=neurons_L, fired_L=neurons_L // 2, heads_L=heads_L)
+        return dataclasses.replace(result, selections=None), profile
+
+    def nodes(self, rows: int) -> int:
+        return 100 + rows
+
+    def read(self, buffer: Tensor) -> None:
+        self.buffers.append(buffer.nbytes)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> type[CudaStandIn]:
+    """From now on `make_engine(backend="cuda")` builds a CudaStandIn that says it is on cuda:0, and this machine has a GPU to name."""
+    make_engine = backends.make_engine
+    CudaStandIn.made, CudaStandIn.buffers = [], []
+
+    def make(model: Transformer, layers: Any = None, *, backend: str = "auto", **options: Any) -> Any:
+        if backend != "cuda":
+            return make_engine(model, layers, backend=backend, **options)
+        CudaStandIn.made.append(options)
+        known = {key: options[key] for key in ("num_slots", "cache_tokens") if key in options}
+        return CudaStandIn(model, layers, "cuda:0", **known)
+
+    for module in ("engine.backends", "measure.bench", "measure.decoders"):
+        monkeypatch.setattr(f"dejavu.{module}.make_engine", make)
+    monkeypatch.setitem(backends.BACKEND_DTYPES, "cuda", ("fp32", "fp16", "bf16"))
+    offered = backends.BackendStatus(name="cuda")
+    monkeypatch.setattr(backends, "backends", lambda: (offered, backends.BackendStatus(name="torch")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU_NAME)
+    monkeypatch.setattr("dejavu.measure.bench.free_gpu_bytes", lambda device: 4096 if device == "cuda:0" else None)
+    monkeypatch.setattr("dejavu.measure.bench.sequential_buffer", lambda count, device: torch.ones(count))
+    return CudaStandIn
