@@ -48,7 +48,9 @@ def on(model: Transformer, device: str, dtype: torch.dtype = torch.float32) -> T
     ],
     ids=str,
 )
-def test_decode_equals_the_torch_engine(model: Transformer, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]) -> None:
+def test_decode_equals_the_torch_engine(
+    model: Transformer, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]
+) -> None:
     """The same selections, logits to 2e-5, after a prefill of a few pages and with steps that begin new ones."""
     layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1, 10 + STEPS)
     torch_engine = TorchEngine(model, layers, record=True, page_size=3)
@@ -110,7 +112,9 @@ def test_an_unknown_way_of_looking_ahead_is_refused(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("mlp", "heads", "options"), [(None, None, {}), (1, 1, {}), (0, 0, {}), (2, None, {}), (1, 1, {"deterministic": True})], ids=str
 )
-def test_rows_of_a_batch_equal_the_torch_engine(model: Transformer, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]) -> None:
+def test_rows_of_a_batch_equal_the_torch_engine(
+    model: Transformer, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]
+) -> None:
     """Three sequences of different lengths in a bucket of four: each row selects and gives what it does alone."""
     layers = random_layers(model, mlp=mlp, heads=heads)
     prompts = [ids_of(seed, length) for seed, length in ((3, 4), (4, 9), (5, 1))]

@@ -94,7 +94,7 @@ class BatchStep:
         """The groups that a row selected in a layer, int64."""
         return self._groups_LBG[index, row, : int(self._row_counts[1, row, index])].long()
 
-    def run(self, watch: Callable[[int, Tensor], None] | None = None) -> None:
+    def run(self, watch: Callable[[int, Tensor], object] | None = None) -> None:
         """Start every kernel on the current stream. watch(layer, words int32 [F]) is called where a layer has selected."""
         config = self.config
         table, positions = self.embed
@@ -142,7 +142,7 @@ class BatchStep:
             if own.heads is None:
                 self._first_counts[1, :, index] = config.num_kv_heads
 
-    def _layer(self, index: int, delta: Tensor, watch: Callable[[int, Tensor], None] | None) -> Tensor:
+    def _layer(self, index: int, delta: Tensor, watch: Callable[[int, Tensor], object] | None) -> Tensor:
         """One layer; what it adds to the residual stream last, which the next norm takes in."""
         layer, own, config, x_BD = self.weights[index], self.predictors[index], self.config, self._x_BD
         heads_first, heads, neurons_first, neurons = self._halves[index]
@@ -254,7 +254,7 @@ def _between(table: list[tuple[float, float]], share: float) -> float:
     return left_time
 
 
-def _milliseconds(work: Callable[[], None]) -> float:
+def _milliseconds(work: Callable[[], object]) -> float:
     """Median time on the device, without launches: of a graph's replays."""
     work()
     torch.cuda.synchronize()

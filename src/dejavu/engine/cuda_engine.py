@@ -38,8 +38,8 @@ SHORT = 512  # tokens up to which attention is cut into fewer parts
 class CudaEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place.
 
-    ahead, deterministic: see TokenStep. crossover: let layers run dense for several rows where that is measured to be faster. Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture
-    that the kernels do not compute.
+    ahead, deterministic: see TokenStep. crossover: let layers run dense for several rows where that is measured to be faster.
+    Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture that the kernels do not compute.
     """
 
     def __init__(
@@ -135,8 +135,7 @@ class CudaEngine(PagedEngine):
             self._admit(slot, (token_id,))
         largest = BUCKETS[-1]
         found = [
-            self._rows(token_ids_B[first : first + largest], slots_B[first : first + largest])
-            for first in range(0, len(slots_B), largest)
+            self._rows(token_ids_B[first : first + largest], slots_B[first : first + largest]) for first in range(0, len(slots_B), largest)
         ]
         for slot in slots_B:
             self._cache.advance(slot, 1)

@@ -4,7 +4,8 @@ In: a Transformer on the device and its LayerAdapters. Out: per layer one matrix
 that is exactly what they are, else fp32. Nothing is copied for good: the model's own q, k and v become views of the joint matrix.
 
 A predictor's A runs beside a product of the same input: `before` in the MLP of the layer before, `beside` in q, k and v of its
-own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`. For several rows each runs alone: `heads_first`, `neurons_first`.
+own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`. For several
+rows each runs alone: `heads_first`, `neurons_first`.
 
 Letters: D model  F neurons  Q = H K, rows of queries  N = 2 G K, rows of keys and values  R predictor rank
 """
@@ -100,9 +101,7 @@ def head_weight(model: Transformer) -> Tensor:
     return (model.embed.weight if model.head is None else model.head.weight).detach()
 
 
-def layer_predictors(
-    layers: Sequence[LayerAdapter], config: ModelConfig, device: torch.device
-) -> tuple[list[LayerPredictors], Tensor]:
+def layer_predictors(layers: Sequence[LayerAdapter], config: ModelConfig, device: torch.device) -> tuple[list[LayerPredictors], Tensor]:
     """The predictors of every layer, packed, with room for what they select; and the counts of it, int32 [2, L]: neurons and
     groups. Each predictor's count is an element of that; a part without a predictor counts all it has."""
     counts_2L = torch.empty(2, len(layers), dtype=torch.int32, device=device)

@@ -38,8 +38,7 @@ def _chunk(model: Transformer, cache: PagedCache, slot: int, ids_T: Tensor) -> T
         q_THK, k_TGK, v_TGK = block.query_key_value(block.attention_input(x_TD), position_T, model.inv_freq)
         cache.write(index, slot, start, k_TGK, v_TGK)
         k_GTK, v_GTK = (
-            pool[index].index_select(0, page_N).transpose(0, 1).flatten(1, 2)[:, : start + count]
-            for pool in (cache.k_LPGSK, cache.v_LPGSK)
+            pool[index].index_select(0, page_N).transpose(0, 1).flatten(1, 2)[:, : start + count] for pool in (cache.k_LPGSK, cache.v_LPGSK)
         )
         mixed_HTK = F.scaled_dot_product_attention(
             q_THK.transpose(0, 1)[None], k_GTK[None], v_GTK[None], attn_mask=seen_TT, enable_gqa=grouped

@@ -260,7 +260,14 @@ def output_token(
 
 
 def attention_definition(
-    q_HK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, weight_QD: Tensor, bias_D: Tensor | None, idx_A: Tensor | None
+    q_HK: Tensor,
+    k_PGSK: Tensor,
+    v_PGSK: Tensor,
+    page_N: Tensor,
+    length: int,
+    weight_QD: Tensor,
+    bias_D: Tensor | None,
+    idx_A: Tensor | None,
 ) -> Tensor:
     """What `attend` and `output_token` add to out for one row whose `length` tokens, the new one too, are in the cache.
 

@@ -82,8 +82,6 @@ def or_any(value: Tensor | None, other: Tensor) -> Tensor:
     return other if value is None else value
 
 
-
-
 def norm_definition(x_D: Tensor, norm: NormWeights) -> Tensor:
     """LayerNorm or RMSNorm in plain torch, in the dtype of x."""
     if not norm.rms:
@@ -110,9 +108,7 @@ def tile(matrix, row_R, live_R, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.c
         mask = live_R[:, None]
         if FIRST + SIZE > D:
             mask = mask & (column < D)[None, :]
-        return tl.load(
-            matrix + row_R.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-        )
+        return tl.load(matrix + row_R.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -126,7 +122,9 @@ def tiles(matrix, row_R, live_R, D: tl.constexpr, D1: tl.constexpr, D2: tl.const
 
 
 @triton.jit
-def norm_parts(weight, bias, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr):
+def norm_parts(
+    weight, bias, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr
+):
     """A norm's weight and bias in their parts, as stored: loaded before the residual is there. Zeros where the norm has none."""
     w = (_raw(weight, D, 0, D1, AFFINE), _raw(weight, D, D1, D2, AFFINE), _raw(weight, D, D1 + D2, D3, AFFINE))
     has_bias: tl.constexpr = AFFINE and not RMS
@@ -182,9 +180,7 @@ def _centered(v, mean, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr)
 
 
 @triton.jit
-def residual(
-    y, delta, y_out, writes, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, WRITE: tl.constexpr
-):
+def residual(y, delta, y_out, writes, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, WRITE: tl.constexpr):
     """y + delta in three parts; the program for which `writes` holds stores it."""
     v1 = part(y, D, 0, D1) + part(delta, D, 0, D1)
     v2 = part(y, D, D1, D2) + part(delta, D, D1, D2)
@@ -241,9 +237,7 @@ def products(a1, a2, a3, x1, x2, x3):
 
 
 @triton.jit
-def side_rows(
-    matrix, scale, out, first, step, count, x1, x2, x3, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr
-):
+def side_rows(matrix, scale, out, first, step, count, x1, x2, x3, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr):
     """out[r] = scale[r] (matrix[r] . x) for rows first, first + step, ..: a predictor's A beside products of the same x."""
     for r in range(first, count, step):
         row = r + tl.arange(0, 1)

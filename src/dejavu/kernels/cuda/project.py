@@ -194,9 +194,7 @@ def project_token(
     )  # fmt: skip
 
 
-def project_token_definition(
-    y_D: Tensor, delta_D: Tensor, norm: NormWeights, matrix: Tensor, bias: Tensor | None
-) -> Tensor:
+def project_token_definition(y_D: Tensor, delta_D: Tensor, norm: NormWeights, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """Every row's product, in the dtype of the matrix."""
     x_D = norm_definition((y_D + delta_D).to(matrix.dtype), norm)
     return matrix @ x_D if bias is None else matrix @ x_D + bias

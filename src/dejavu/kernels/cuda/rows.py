@@ -158,7 +158,9 @@ def project_rows(side: Side, x_BD: Tensor) -> None:
     rows, size = x_BD.shape
     first, second, third = parts(size)
     count = side.matrix.shape[0]
-    launch(_project_rows, (count,), side.matrix, side.scale, x_BD, side.out, rows, count, D=size, D1=first, D2=second, D3=third, num_warps=4)
+    launch(
+        _project_rows, (count,), side.matrix, side.scale, x_BD, side.out, rows, count, D=size, D1=first, D2=second, D3=third, num_warps=4
+    )
 
 
 def group_rows(scores: GroupScores) -> None:

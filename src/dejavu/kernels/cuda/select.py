@@ -110,9 +110,7 @@ def select_token(scores: NeuronScores, *, programmatic: bool = False) -> None:
 def order_token(scores: NeuronScores, marks_F: Tensor, out_F: Tensor, *, programmatic: bool = False) -> None:
     """The list of `scores` in rising order, into out_F int32 [F]. marks_F int32 [F] holds zeros, and does again afterwards."""
     size = scores.matrix.shape[0]
-    launch(
-        _ordered, (1,), scores.neurons, scores.count, marks_F, out_F, size, BLOCK=SORT_BLOCK, num_warps=4, programmatic=programmatic
-    )
+    launch(_ordered, (1,), scores.neurons, scores.count, marks_F, out_F, size, BLOCK=SORT_BLOCK, num_warps=4, programmatic=programmatic)
 
 
 def select_definition(scores: NeuronScores) -> Tensor:
