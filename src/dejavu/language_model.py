@@ -86,7 +86,8 @@ class LanguageModel:
             f"the adapter belongs to {chosen.config.base_id} with base hash {', '.join(chosen.config.base_hashes)}, but the hash of "
             f"{self.name} is {self.base_hash}; use its own adapter or train one",
         )
-        return chosen.layers
+        device = self.model.embed.weight.device
+        return tuple(layer.to(device) for layer in chosen.layers)
 
     @overload
     def generate(
@@ -352,6 +353,8 @@ def load(
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
     elif backend == "native" and dtype not in ("auto", "fp32"):
         checkpoint.model.round_matrices(dtype)
+    if backend == "cuda":
+        checkpoint.model.to("cuda")
     packed = dtype if backend == "native" and dtype != "auto" else None
     lm = LanguageModel(
         checkpoint, backend=backend, adapter=adapter, dtype=packed, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads

@@ -89,7 +89,7 @@ def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequenc
 
 def _op_rows(subject: Subject, variants: Sequence[Variant], plan: Plan, measured: Bench, seed: int, progress: Progress | None) -> list[Row]:
     """Rows of single ops, with the predictors of the last variant, at the batch and context of a run."""
-    from dejavu.measure.cuda_ops import cuda_ops  # pyrefly: ignore[missing-import]  # beside the kernels that it runs
+    from dejavu.measure.cuda_ops import cuda_ops
     from dejavu.measure.op_bench import bench_ops
     from dejavu.measure.synthetic import SELECTIONS
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from dejavu.config import BACKENDS, require
 from dejavu.engine.interface import Engine
@@ -14,7 +17,7 @@ from dejavu.kernels.native import missing_reason
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
-BACKEND_DTYPES = {"native": NATIVE_DTYPES, "torch": ("fp32", "fp16", "bf16", "fp64")}
+BACKEND_DTYPES = {"native": NATIVE_DTYPES, "cuda": ("fp32", "fp16", "bf16"), "torch": ("fp32", "fp16", "bf16", "fp64")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +35,17 @@ class BackendStatus:
 def backends() -> tuple[BackendStatus, ...]:
     """Every backend, the one that `auto` prefers first."""
     return (
+        BackendStatus(name="cuda", reason=_no_cuda()),
         BackendStatus(name="native", reason=missing_reason()),
-        BackendStatus(name="cuda", reason="this version of dejavu has no cuda engine"),
         BackendStatus(name="torch"),
     )
+
+
+def _no_cuda() -> str | None:
+    """Why the cuda engine cannot run here; None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it comes with PyTorch for CUDA on Linux)"
+    return None if torch.cuda.is_available() else "PyTorch sees no NVIDIA GPU"
 
 
 def pick_backend(name: str = "auto", *, dtype: str = "fp32") -> str:
@@ -91,18 +101,22 @@ def make_engine(
     cache_dtype: str | None = None,
     screened_head: int = 0,
     threads: int | None = None,
+    ahead: str | None = None,
 ) -> Engine:
     """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
 
     dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's.
     cache_dtype: see `pick_cache_dtype`. screened_head: see NativeEngine. threads: of the native engine (None: every processor
-    that this process may use); torch has one number for the whole process.
+    that this process may use); torch has one number for the whole process. ahead: of the cuda engine, see CudaEngine.
     """
     weight = model.embed.weight
     stored = DTYPE_NAMES[weight.dtype]
     picked = pick_backend(backend, dtype=dtype or stored)
-    if backend == "auto" and (weight.device.type != "cpu" or stored != "fp32"):  # what native packs is fp32 on the CPU
+    if backend == "auto" and weight.device.type == "cuda":  # the model is where it is
+        picked = pick_backend("cuda") if _no_cuda() is None else "torch"
+    elif backend == "auto" and (stored != "fp32" or picked == "cuda"):  # what native packs is fp32 on the CPU
         picked = "torch"
+    require(ahead is None or picked == "cuda", f"a way of looking ahead is of backend 'cuda', not {picked!r}; leave --ahead out")
     if picked == "native":
         return NativeEngine(
             model,
@@ -115,10 +129,15 @@ def make_engine(
             screened_head=screened_head,
             threads=threads,
         )
-    assert picked == "torch", f"{picked=} has no engine"
     require(
-        dtype in (None, stored), f"dtype {dtype!r} is not available on backend 'torch' for a model loaded as {stored}; load it as {dtype}"
+        dtype in (None, stored),
+        f"dtype {dtype!r} is not available on backend {picked!r} for a model loaded as {stored}; load it as {dtype}",
     )
     pick_cache_dtype(cache_dtype or "auto", backend=picked, dtype=stored)
     check_screen(screened_head, backend=picked, vocab_size=model.config.vocab_size)
+    if picked == "cuda":
+        from dejavu.engine.cuda_engine import CudaEngine  # needs triton
+
+        return CudaEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record, ahead=ahead or "beside")
+    assert picked == "torch", f"{picked=} has no engine"
     return TorchEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record)

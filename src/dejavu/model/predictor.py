@@ -10,6 +10,7 @@ Letters: B batch  T tokens  D model  R predictor rank  O outputs (neurons F, or 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,13 @@ class Predictor:
     threshold: float
     lookahead: int
 
+    def to(self, device: torch.device) -> Predictor:
+        """The predictor on that device; itself where it is there already."""
+        if self.A_RD.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("A_RD", "B_OR", "bias_O")}
+        return dataclasses.replace(self, **moved)
+
     def scores(self, x: Tensor) -> Tensor:
         """Scores [.., O] in fp32 of inputs x [.., D] in any float dtype."""
         return (x.float() @ self.A_RD.T) @ self.B_OR.T + self.bias_O
@@ -66,6 +74,11 @@ class LayerAdapter:
 
     mlp: Predictor | None = None
     heads: Predictor | None = None
+
+    def to(self, device: torch.device) -> LayerAdapter:
+        """Both predictors on that device."""
+        mlp, heads = (None if predictor is None else predictor.to(device) for predictor in (self.mlp, self.heads))
+        return LayerAdapter(mlp=mlp, heads=heads)
 
 
 @dataclass(slots=True)

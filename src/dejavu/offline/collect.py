@@ -135,7 +135,7 @@ class _Recorder(Selection):
 def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress: Progress | None = None) -> Iterator[LayerData]:
     """The data of layer 0, 1, ... in turn. A consumer that is done with one deletes it before it takes the next: memory holds one."""
     num_layers, count = model.config.num_layers, len(ids_WT)
-    position_T = torch.arange(ids_WT.shape[1])
+    position_T = torch.arange(ids_WT.shape[1], device=ids_WT.device)
     x_WTD = torch.empty(*ids_WT.shape, model.config.hidden_size)
     for first in range(0, count, batch):
         x_WTD[first : first + batch] = model.embedded(ids_WT[first : first + batch], position_T).float()

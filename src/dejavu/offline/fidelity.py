@@ -56,7 +56,7 @@ class DenseStates:
 
     def __init__(self, model: Transformer, ids_1T: Tensor) -> None:
         self.model = model
-        self.position_T = torch.arange(ids_1T.shape[1])
+        self.position_T = torch.arange(ids_1T.shape[1], device=ids_1T.device)
         x, mlp_in = model.embedded(ids_1T, self.position_T), None
         self.states: list[tuple[Tensor, Tensor | None]] = []
         for layer in range(model.config.num_layers):
