@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -29,7 +30,7 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
 from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint, load_checkpoint, resolve_model
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.transformer import DENSE
+from dejavu.model.transformer import DENSE, Transformer
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -218,7 +219,8 @@ class LanguageModel:
 
         texts = {"text": text} if isinstance(text, str) else text
         ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
-        return profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress)
+        with _on_cpu(self.model):
+            return profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress)
 
     def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter:
         """Train predictors and calibrate them to a loss budget (allowed relative rise of perplexity on held-out text).
@@ -250,14 +252,15 @@ class LanguageModel:
 
         config = TrainConfig.from_dict({"budget": budget, "method": method, "max_tokens": max_tokens, "seed": seed, **options})
         texts = [text] if isinstance(text, str) else list(text)
-        adapter, measured = train_adapter(
-            self.checkpoint,
-            self.training_windows(texts, max_tokens=max_tokens),
-            config,
-            text_hash=corpus_hash(texts),
-            work_folder=None if work_folder is None else Path(work_folder),
-            progress=progress,
-        )
+        with _on_cpu(self.model):
+            adapter, measured = train_adapter(
+                self.checkpoint,
+                self.training_windows(texts, max_tokens=max_tokens),
+                config,
+                text_hash=corpus_hash(texts),
+                work_folder=None if work_folder is None else Path(work_folder),
+                progress=progress,
+            )
         described = dataclasses.replace(adapter.config, calibration_max_tokens=max_tokens)
         return Adapter(layers=adapter.layers, config=described), measured
 
@@ -344,7 +347,8 @@ def load(
         own_adapter = MODELS_FOLDER / name / ADAPTER_FOLDER
         name = read_json(own_adapter / "config.json")["base_id"]
     path = resolve_model(name, revision=revision)
-    checkpoint = load_checkpoint(path, dtype=torch_dtype, name=name if name in bundled_models() else None)
+    device = "cuda" if backend == "cuda" else "cpu"
+    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=name if name in bundled_models() else None)
     if adapter == "bundled":
         adapter = own_adapter or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
@@ -353,8 +357,6 @@ def load(
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
     elif backend == "native" and dtype not in ("auto", "fp32"):
         checkpoint.model.round_matrices(dtype)
-    if backend == "cuda":
-        checkpoint.model.to("cuda")
     packed = dtype if backend == "native" and dtype != "auto" else None
     lm = LanguageModel(
         checkpoint, backend=backend, adapter=adapter, dtype=packed, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads
@@ -376,6 +378,17 @@ def set_threads(threads: int) -> None:
     cores = os.cpu_count() or 1
     require(1 <= threads <= cores, f"threads must lie between 1 and {cores} (the cores of this machine), not {threads}")
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def _on_cpu(model: Transformer) -> Iterator[None]:
+    """The model on the CPU meanwhile: profiles and predictors are computed there, whatever the backend decodes on."""
+    device = model.embed.weight.device
+    model.to("cpu")
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
 def _torch_dtype(dtype: str, backend: str) -> torch.dtype:

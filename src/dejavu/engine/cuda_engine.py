@@ -106,6 +106,15 @@ class CudaEngine(PagedEngine):
             num_pages=num_pages,
         )
         super().__init__(info, cache)
+        if device.type == "cuda":
+            self._prepare()
+
+    @torch.inference_mode()
+    def _prepare(self) -> None:
+        """Compile and capture a step of one row, as if it filled a bucket: the first real step is then as fast as the others."""
+        step = self._steps[1, SHORT] = self._new_step(1, SHORT)
+        step.inputs[1].fill_(self.info.num_slots)
+        self._graphs[1, SHORT] = self._captured(step)
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:

@@ -8,7 +8,8 @@ In: a model, variants of running it, token ids. Out: `Bench`: Rows of results.py
               for the variants and the peers this is also the warm-up
     decode    the same tokens again, without a profile; a sequential read by the engine takes its turn in every round
 
-A turn is TURN steps, the first SKIPPED of which find the caches full of what others read and do not count, in both passes.
+A turn is TURN steps, the first SKIPPED of which find the caches full of what others read and do not count, in both passes. On a GPU
+a turn of the timed pass is up to QUEUED steps, or reads, of which only the last is waited for, and a duration is its share.
 
 A step's duration is that of the host's clock, from when all earlier work is done to when its own is, also on a GPU: latency.
 
@@ -40,6 +41,7 @@ from dejavu.measure.turns import MIN_REPEATS, Work, nothing, percentiles, take_t
 from dejavu.model.transformer import Transformer
 
 TURN, SKIPPED = 4, 1  # steps of a turn, and how many of them do not count
+QUEUED = 8  # steps of a turn on a GPU, in the pass that is timed
 PREFILLS = 6  # the first one does not count
 READ = "read"  # the sequential read among the decoders' turns
 
@@ -231,10 +233,19 @@ class _Run:
         profiled = {decoder: Work(run=decoder.profiled_step, sync=sync, done=decoder.note) for decoder in self.decoders}
         start()
         steps({**profiled, **peers}, "warm-up and profile")
-        timed = {decoder: Work(run=decoder.step, sync=sync) for decoder in self.decoders}
-        read = Work(run=lambda _: _read(self.dense, self.buffer), sync=sync)
+        timed = {decoder: decoder.step for decoder in self.decoders}
+        read = {READ: lambda _: _read(self.dense, self.buffer)}
         start()
-        self.decode = steps({**timed, READ: read, **peers}, "decode steps")
+        if not _on_gpu(self.info.device):
+            alone = {key: Work(run=run, sync=sync) for key, run in {**timed, **read}.items()}
+            self.decode = steps({**alone, **peers}, "decode steps")
+            return
+        # The steps of a turn wait in the device's queue, as they do where it draws the tokens itself: the host's part is beside them.
+        queued = max(1, min(QUEUED, len(tokens) // MIN_REPEATS))
+        stepped = {key: lambda index, peer=peer: peer.step(tokens[index]) for key, peer in self.peers.items()}
+        turns = {key: Work(run=_repeated(run, queued), sync=sync) for key, run in {**timed, **read, **stepped}.items()}
+        found = take_turns(turns, len(tokens) // queued, clock=clock, progress=progress, name="decode steps")
+        self.decode = {key: [each / queued for each in seconds] for key, seconds in found.items()}
 
     def rows(self) -> list[Row]:
         prefill = [self._row("prefill", self.prefill[self.decoders[0]], tokens=self.context, batch=1)]
@@ -307,6 +318,16 @@ def ratios_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _repeated(run: Callable[[int], Any], times: int) -> Callable[[int], None]:
+    """Turn `index` of so many runs, one behind the other."""
+
+    def turn(index: int) -> None:
+        for number in range(index * times, (index + 1) * times):
+            run(number)
+
+    return turn
 
 
 def _read(engine: Engine, buffer: Tensor) -> object:
