@@ -266,8 +266,8 @@ def test_the_device_is_waited_for_around_every_run(tiny: Tiny, cuda: type[CudaSt
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     model = tiny("opt")
     bench(model, [DENSE_VARIANT], IDS, **(SIZES | {"backend": "cuda"}), peers=[FakePeer(model)])
-    # Prefills of two; steps of two to warm up; steps of two and the read: before and after each.
-    assert len(waits) == 2 * (6 * 2 + 3 * TURN * (2 + 3))
+    # Prefills of two; steps of two to warm up; turns of two steps each of two and of the read: before and after each.
+    assert len(waits) == 2 * (6 * 2 + 3 * TURN * 2 + 3 * TURN // 2 * 3)
 
 
 @pytest.mark.parametrize(
