@@ -254,7 +254,7 @@ def test_the_cuda_backend(tiny: Tiny, cuda: type[CudaStandIn], batch: int) -> No
     assert [row.nodes for row in own.values()] == [100 + batch] * 2
     assert set(cuda.buffers) == {2048} and any("over 0.00 GB instead of 1.07: 0.00 GB are free on cuda:0" in note for note in found.notes)
     # Half of the selected neurons' rows of down: fewer bytes than with all of them.
-    sparse, dense = own["sparse+heads"], own["dense"]
+    sparse, dense = own["sparse+heads in-line"], own["dense"]
     assert sparse.gbs is not None and sparse.p50_us is not None and dense.gbs is not None and dense.p50_us is not None
     assert sparse.gbs * sparse.p50_us < dense.gbs * dense.p50_us
     assert (sparse.union_density is None) == (batch == 1)

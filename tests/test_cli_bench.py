@@ -165,7 +165,7 @@ def test_a_planted_model_on_the_gpu(call, planted_here: list[dict[str, Any]], cu
         {"name": "opt-small", "device": "cuda", "dtype": "fp32", "density": 0.1, "rank": 128, "num_layers": 2, "seed": 0}
     ]
     decodes = [row for row in result["rows"] if row["op"] == "decode"]
-    assert [row["mode"] for row in decodes] == ["dense", *("sparse", "sparse+heads") * 2, "transformers"]
+    assert [row["mode"] for row in decodes] == ["dense", *("sparse in-line", "sparse+heads in-line") * 2, "transformers"]
     assert [row["nodes"] for row in decodes] == [101] * 5 + [None] and result["model"] == "opt-small[2 of 3 layers]"
     assert {(row["model"], row["layers"], row["synthetic"]) for row in result["rows"]} == {("opt-small[2 of 3 layers]", 2, True)}
     assert [row["mlp_density"] for row in decodes[1:5]] == pytest.approx([0.3, 0.3, 0.2, 0.2], rel=0.2)
@@ -232,7 +232,6 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
         (("--layers", "9"), "layers must lie between 1 and 3"),
         (("--dtype", "int8"), "dtype 'int8' is not available for a synthetic model on backend 'cuda'; choose one of fp32, fp16, bf16"),
         (("--selection", "uniform"), "--selection on the cuda backend is of --ops"),
-        (("--ahead", "in-line", "--results", "r.jsonl"), "no key for .* nor for --ahead but beside"),
     ],
 )
 def test_mistakes_on_the_gpu(

@@ -24,9 +24,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 STEPS = 3
 
 
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest, tiny: Tiny) -> Transformer:
-    family, overrides = MODELS[request.param]
+def made(tiny: Tiny, name: str) -> Transformer:
+    family, overrides = MODELS[name]
     return tiny(family, **overrides)
 
 
@@ -36,22 +35,23 @@ def on(model: Transformer, device: str, dtype: torch.dtype = torch.float32) -> T
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("mlp", "heads", "options"),
+    ("name", "mlp", "heads", "options"),
     [
-        (None, None, {}),
-        (1, 1, {}),
-        (0, 0, {}),
-        (2, None, {}),
-        (1, None, {"ahead": "in-line"}),
-        (1, 1, {"ahead": "branch"}),
-        (1, 1, {"deterministic": True}),
+        *((name, 1, 1, {}) for name in MODELS),
+        ("opt", None, None, {}),
+        ("llama", 0, 0, {}),
+        ("opt", 2, None, {}),
+        ("opt", 1, None, {"ahead": "in-line"}),
+        ("opt", 1, 1, {"ahead": "branch"}),
+        ("llama", 1, 1, {"deterministic": True}),
     ],
     ids=str,
 )
 def test_decode_equals_the_torch_engine(
-    model: Transformer, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]
+    tiny: Tiny, name: str, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]
 ) -> None:
     """The same selections, logits to 2e-5, after a prefill of a few pages and with steps that begin new ones."""
+    model = made(tiny, name)
     layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1, 10 + STEPS)
     torch_engine = TorchEngine(model, layers, record=True, page_size=3)
     cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, **options)
@@ -69,10 +69,11 @@ def test_decode_equals_the_torch_engine(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_is_as_good_as_the_plain_one(model: Transformer, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("opt", torch.float16), ("llama", torch.bfloat16)], ids=str)
+def test_low_precision_is_as_good_as_the_plain_one(tiny: Tiny, name: str, device: str, dtype: torch.dtype) -> None:
     """Against fp32 with the same rounded weights, all neurons and heads selected: no worse than twice the plain forward pass."""
-    layers, ids = random_layers(model, mlp=1, heads=1, threshold=-1e9), ids_of(2, 12)
+    model = made(tiny, name)
+    layers, ids = random_layers(model, mlp=1, heads=1, threshold=-1e9), ids_of(2, 4)
     low = on(model, device, dtype)
     exact, _ = masked_forward(low.float() if device == "cpu" else on(low, "cpu", torch.float32), layers, ids)
     low = on(model, device, dtype)
@@ -110,12 +111,21 @@ def test_an_unknown_way_of_looking_ahead_is_refused(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("mlp", "heads", "options"), [(None, None, {}), (1, 1, {}), (0, 0, {}), (2, None, {}), (1, 1, {"deterministic": True})], ids=str
+    ("name", "mlp", "heads", "options"),
+    [
+        *((name, 1, 1, {}) for name in MODELS),
+        ("opt", None, None, {}),
+        ("llama", 0, 0, {}),
+        ("opt", 2, None, {}),
+        ("opt", 1, 1, {"deterministic": True}),
+    ],
+    ids=str,
 )
 def test_rows_of_a_batch_equal_the_torch_engine(
-    model: Transformer, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]
+    tiny: Tiny, name: str, device: str, mlp: int | None, heads: int | None, options: dict[str, Any]
 ) -> None:
     """Three sequences of different lengths in a bucket of four: each row selects and gives what it does alone."""
+    model = made(tiny, name)
     layers = random_layers(model, mlp=mlp, heads=heads)
     prompts = [ids_of(seed, length) for seed, length in ((3, 4), (4, 9), (5, 1))]
     torch_engine = TorchEngine(model, layers, record=True, page_size=3, num_slots=3)

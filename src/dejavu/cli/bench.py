@@ -27,7 +27,6 @@ from dejavu.cli.runs import open_run, write_sections
 from dejavu.cli.speed import Plan, measure, show
 from dejavu.cli.subjects import EngineOptions, Subject, loaded, made_up
 
-USUAL_AHEAD = "beside"
 BELONGS_TO_MODEL = "belongs to a MODEL, not to --synthetic (--results keeps rows of both)"
 NEEDS_SYNTHETIC = "says what is made up; it needs --synthetic NAME instead of MODEL"
 MODEL_HELP = "A bundled model or adapter, a folder, a GGUF file, or a cached hub id."
@@ -91,7 +90,7 @@ def bench(
     _require_one(model, synthetic)
     _require_sense(dense=dense, thinned=thinned, gguf=gguf, names=names)
     if results is not None:
-        _require_keys(cache_dtype, screened_head, ahead)
+        _require_keys(cache_dtype, screened_head)
     folder = None if output is None else open_run(output)
     options = EngineOptions(
         backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed, ahead=ahead
@@ -174,15 +173,12 @@ def _require_sense(*, dense: bool, thinned: bool, gguf: Path | None, names: Sequ
     require(gguf is None or "llama.cpp" in names, "--gguf is the model of --against llama.cpp; add that or leave it out")
 
 
-def _require_keys(cache_dtype: str, screened_head: int, ahead: str | None) -> None:
+def _require_keys(cache_dtype: str, screened_head: int) -> None:
     """What a row of --results has no key for."""
     from dejavu.config import require
 
-    unnamed = cache_dtype != "auto" or screened_head != 0 or ahead not in (None, USUAL_AHEAD)
-    message = (
-        f"a row of --results has no key for --cache-dtype and --screened-head, nor for --ahead but {USUAL_AHEAD}; "
-        "leave them out, or keep the rows with -o DIR or --json"
-    )
+    unnamed = cache_dtype != "auto" or screened_head != 0
+    message = "a row of --results has no key for --cache-dtype and --screened-head; leave them out, or keep the rows with -o DIR or --json"
     require(not unnamed, message)
 
 

@@ -21,6 +21,7 @@ Letters: B rows of a step  T tokens  L layers
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from dejavu.measure.turns import MIN_REPEATS, Work, nothing, percentiles, take_t
 from dejavu.model.transformer import Transformer
 
 TURN, SKIPPED = 4, 1  # steps of a turn, and how many of them do not count
+USUAL_AHEAD = "beside"  # another way of looking ahead is part of a mode's name
 QUEUED = 8  # steps of a turn on a GPU, in the pass that is timed
 PREFILLS = 6  # the first one does not count
 READ = "read"  # the sequential read among the decoders' turns
@@ -166,6 +168,8 @@ def bench(
     peers = peers if batch == 1 else ()
     options: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "screened_head": screened_head, "threads": threads}
     options |= {} if ahead is None else {"ahead": ahead}
+    if ahead not in (None, USUAL_AHEAD):
+        variants = [each if each.layers is None else dataclasses.replace(each, mode=f"{each.mode} {ahead}") for each in variants]
     for variant in variants:
         check_mode(model, variant.layers, ids, backend, **options)
     notes += _check_peers(peers, model, ids, name)

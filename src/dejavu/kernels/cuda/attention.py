@@ -68,6 +68,19 @@ def _rotated(pointer, k, position, inv_freq, K: tl.constexpr, ROTARY: tl.constex
 
 
 @triton.jit
+def _cached(k_pool, v_pool, pages, first, last, group, k, G: tl.constexpr, K: tl.constexpr, S: tl.constexpr, T: tl.constexpr):
+    """Keys and values [T, KP] of a group from token `first` on, as stored; zeros from `last` on."""
+    t = first + tl.arange(0, T)
+    there = t < last
+    page_T = tl.load(pages + t // S, mask=there, other=0)
+    place_T = ((page_T * G + group) * S + t % S) * K
+    mask = there[:, None] & (k < K)[None, :]
+    keys = tl.load(k_pool + place_T[:, None] + k[None, :], mask=mask, other=0.0)
+    values = tl.load(v_pool + place_T[:, None] + k[None, :], mask=mask, other=0.0)
+    return keys, values
+
+
+@triton.jit
 def _attend(
     qkv, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, groups, group_count, count_stride, mixed, stats, scale, programs,
     matrix, row_scale, row_bias, threshold, h, neurons, count, F, cleared, cleared_size,
@@ -88,13 +101,24 @@ def _attend(
     slot = tl.load(slots + b)
     position = tl.load(positions + b)
     k = tl.arange(0, KP)
-    begin(programmatic)
+    row = qkv + b * W
+    pages = table + slot.to(tl.int64) * table_stride
+    group = at // PER
+    live = True
+    if HEADS:
+        begin(programmatic)  # the list is of the kernel before
+        live = group < tl.load(group_count + b * count_stride)
+        group = tl.load(groups + b * G + group, mask=live, other=0)
+    chunk = tl.cdiv(tl.cdiv(position, T), SPLITS) * T
+    start = split * chunk
+    last = tl.where(live, tl.minimum(position, start + chunk), start)
+    keys, values = _cached(k_pool, v_pool, pages, start, last, group, k, G, K, S, T)
+    if not HEADS:
+        begin(programmatic)
     if CLEAR:
         for first in range(pid * CLEARED, cleared_size, programs * CLEARED):
             c = first + tl.arange(0, CLEARED)
             tl.store(cleared + c, 0.0, mask=c < cleared_size)
-    row = qkv + b * W
-    pages = table + slot.to(tl.int64) * table_stride
     if (split == 0) & (at % PER == 0):
         # Every group's new key and value, whatever is selected: the cache has no holes.
         own = at // PER
@@ -104,42 +128,28 @@ def _attend(
         tl.store(k_pool + place + k, new_k.to(k_pool.dtype.element_ty), mask=k < K)
         new_v = tl.load(row + (H + G) * K + own * K + k, mask=k < K, other=0.0)
         tl.store(v_pool + place + k, new_v.to(v_pool.dtype.element_ty), mask=k < K)
-    group = at // PER
-    live = True
-    if HEADS:
-        live = group < tl.load(group_count + b * count_stride)
-        group = tl.load(groups + b * G + group, mask=live, other=0)
     if live:
         head = group * PER + at % PER
         q = _rotated(row + head * K, k, position, inv_freq, K, ROTARY) * scale
         # The new token's own key and value come from this step's products: another program writes them to the cache. Rounded as there.
         own_k = _rotated(row + H * K + group * K, k, position, inv_freq, K, ROTARY).to(k_pool.dtype.element_ty).to(tl.float32)
         own_v = tl.load(row + (H + G) * K + group * K + k, mask=k < K, other=0.0).to(v_pool.dtype.element_ty).to(tl.float32)
-        if split == 0:
-            top = tl.sum(q * own_k, 0)
-            total = top * 0.0 + 1.0
-            acc = own_v
-        else:
-            top = tl.sum(q * own_k, 0) * 0.0 - 1e30
-            total = top * 0.0
-            acc = own_v * 0.0
-        chunk = tl.cdiv(tl.cdiv(position, T), SPLITS) * T
-        last = tl.minimum(position, (split + 1) * chunk)
-        for first in range(split * chunk, last, T):
-            t = first + tl.arange(0, T)
-            there = t < last
-            page_T = tl.load(pages + t // S, mask=there, other=0)
-            place_T = ((page_T * G + group) * S + t % S) * K
-            mask = there[:, None] & (k < K)[None, :]
-            keys = tl.load(k_pool + place_T[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
-            values = tl.load(v_pool + place_T[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
-            s = tl.where(there, tl.sum(keys * q[None, :], 1), -1e30)
+        own_share = tl.where(split == 0, 1.0, 0.0)
+        top = tl.where(split == 0, tl.sum(q * own_k, 0), -1e30)
+        total = own_share
+        acc = own_v * own_share
+        for first in tl.range(start, last, T, num_stages=1):
+            next_keys, next_values = _cached(k_pool, v_pool, pages, first + T, last, group, k, G, K, S, T)
+            there = first + tl.arange(0, T) < last
+            s = tl.where(there, tl.sum(keys.to(tl.float32) * q[None, :], 1), -1e30)
             new_top = tl.maximum(top, tl.max(s, 0))
             p = tl.where(there, tl.exp(s - new_top), 0.0)
             shrink = tl.exp(top - new_top)
-            acc = acc * shrink + tl.sum(p[:, None] * values, 0)
+            acc = acc * shrink + tl.sum(p[:, None] * values.to(tl.float32), 0)
             total = total * shrink + tl.sum(p, 0)
             top = new_top
+            keys = next_keys
+            values = next_values
         where = (b * H + head) * SPLITS + split
         tl.store(mixed + where * K + k, acc, mask=k < K)
         tl.store(stats + where * 2, top)
