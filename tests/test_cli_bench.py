@@ -192,7 +192,7 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
     def op(**changes: Any) -> op_bench.OpRun:
         return op_bench.OpRun(run=lambda copy: None, bytes=100.0, check=lambda: 0.5, copies=2, **changes)
 
-    def cuda_ops(model: Any, layers: Any, **options: Any) -> Any:
+    def cuda_ops(model: Any, **options: Any) -> Any:
         asked.append(options)
         return lambda density, selection: {"head": op(mode="dense")} if density is None else {"mlp": op()}, op()
 
@@ -215,7 +215,7 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
     )
     result = obj(call(*arguments, "--batch", "1", "--batch", "3", "--json"))
     rows = [row for row in result["rows"] if row["op"] not in ("decode", "prefill", "read")]
-    assert asked == [{"batch": batch, "context": 16, "seed": 0} for batch in (1, 3)]
+    assert asked == [{"batch": batch, "seed": 0} for batch in (1, 3)]
     at = [(density, selection) for density in (0.05, 0.1, 0.2, 0.5) for selection in ("hot-set", "uniform")]
     assert [(row["mlp_density"], row["selection"]) for row in rows] == [(None, None), *at, (1.0, None)] * 2
     assert {(row["op"], row["mode"], row["nodes"], row["head_density"]) for row in rows} == {

@@ -12,7 +12,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -30,7 +29,7 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
 from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint, load_checkpoint, resolve_model
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.transformer import DENSE, Transformer
+from dejavu.model.transformer import DENSE, on_cpu
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -219,7 +218,7 @@ class LanguageModel:
 
         texts = {"text": text} if isinstance(text, str) else text
         ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
-        with _on_cpu(self.model):
+        with on_cpu(self.model):
             return profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress)
 
     def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter:
@@ -252,7 +251,7 @@ class LanguageModel:
 
         config = TrainConfig.from_dict({"budget": budget, "method": method, "max_tokens": max_tokens, "seed": seed, **options})
         texts = [text] if isinstance(text, str) else list(text)
-        with _on_cpu(self.model):
+        with on_cpu(self.model):
             adapter, measured = train_adapter(
                 self.checkpoint,
                 self.training_windows(texts, max_tokens=max_tokens),
@@ -278,7 +277,8 @@ class LanguageModel:
             raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
         windows = self.training_windows(texts, max_tokens=max_tokens)
         ids_WT = pack_windows(windows, context=self.config.max_positions, bos=self.tokenizer.document_bos)
-        return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
+        with on_cpu(self.model):
+            return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
         """The windows of a text that training reads: as long as the context, BOS included, but ids without BOS."""
@@ -378,17 +378,6 @@ def set_threads(threads: int) -> None:
     cores = os.cpu_count() or 1
     require(1 <= threads <= cores, f"threads must lie between 1 and {cores} (the cores of this machine), not {threads}")
     torch.set_num_threads(threads)
-
-
-@contextmanager
-def _on_cpu(model: Transformer) -> Iterator[None]:
-    """The model on the CPU meanwhile: profiles and predictors are computed there, whatever the backend decodes on."""
-    device = model.embed.weight.device
-    model.to("cpu")
-    try:
-        yield
-    finally:
-        model.to(device)
 
 
 def _torch_dtype(dtype: str, backend: str) -> torch.dtype:

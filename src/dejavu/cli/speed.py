@@ -14,7 +14,7 @@ from dejavu.config import Progress
 
 if TYPE_CHECKING:
     from dejavu.measure.bench import Bench
-    from dejavu.measure.decoders import Peer, Variant
+    from dejavu.measure.decoders import Peer
     from dejavu.measure.results import Row
 
 DEFAULT_CONTEXT = 128
@@ -81,20 +81,20 @@ def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequenc
             )  # fmt: skip
             found.runs.append((f"batch {size}, context {length}", measured))
             if plan.ops:
-                found.op_rows += _op_rows(subject, variants, plan, measured, options.seed, progress)
+                found.op_rows += _op_rows(subject, plan, measured, options.seed, progress)
     if options.screened_head:  # in the last of the variants: with the predictors, where there are any
         found.screen = head_agreement(subject.model, variants[-1].layers, subject.ids, **common)
     return found
 
 
-def _op_rows(subject: Subject, variants: Sequence[Variant], plan: Plan, measured: Bench, seed: int, progress: Progress | None) -> list[Row]:
-    """Rows of single ops, with the predictors of the last variant, at the batch and context of a run."""
+def _op_rows(subject: Subject, plan: Plan, measured: Bench, seed: int, progress: Progress | None) -> list[Row]:
+    """Rows of single ops at the batch of a run."""
     from dejavu.measure.cuda_ops import cuda_ops
     from dejavu.measure.op_bench import bench_ops
     from dejavu.measure.synthetic import SELECTIONS
 
     decode = next(row for row in measured.rows if row.op == "decode")
-    ops_at, read = cuda_ops(subject.model, variants[-1].layers, batch=decode.batch, context=decode.context, seed=seed)
+    ops_at, read = cuda_ops(subject.model, batch=decode.batch, seed=seed)
     return bench_ops(ops_at, read=read, template=decode, selections=plan.op_selections or SELECTIONS, device="cuda", progress=progress)
 
 

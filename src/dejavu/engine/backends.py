@@ -114,8 +114,9 @@ def make_engine(
     picked = pick_backend(backend, dtype=dtype or stored)
     if backend == "auto" and weight.device.type == "cuda":  # the model is where it is
         picked = pick_backend("cuda") if _no_cuda() is None else "torch"
-    elif backend == "auto" and (stored != "fp32" or picked == "cuda"):  # what native packs is fp32 on the CPU
-        picked = "torch"
+    elif backend == "auto":  # what native packs is fp32 on the CPU
+        native = stored == "fp32" and missing_reason() is None and (dtype or stored) in NATIVE_DTYPES
+        picked = "native" if native else "torch"
     require(ahead is None or picked == "cuda", f"a way of looking ahead is of backend 'cuda', not {picked!r}; leave --ahead out")
     if picked == "native":
         return NativeEngine(

@@ -2,7 +2,7 @@
 
 For each layer: norm, q, k, v (the vendor's product), attention and O by row with its own heads, norm, and the MLP over the union
 of what the rows select, each row masked to its own, or dense where that is measured to be faster. Predictors run row by row in
-fp32. The residual stream y_BD is fp32.
+fp32. The residual stream y_BD is fp32. A layer that runs dense selects nothing: its rows count as dense, as they do in any dense layer.
 
 Whether a layer's MLP runs over the union depends on the union's size and on the device: `crossover` times both ways at several
 sizes, and the first step of a bucket counts the union of each layer. `dense_layers` holds the outcome.
@@ -201,16 +201,19 @@ class BatchStep:
         )  # fmt: skip
         return self._sums.sum(0) if self.deterministic else self._delta_BD
 
-    def choose(self) -> None:
-        """Run dense those layers whose union, as the last step left it, is slower than dense on this device."""
+    def run_dense(self, layers: frozenset[int]) -> None:
+        """Run these layers dense from now on, too."""
+        self.dense_layers |= layers
+        self._start()
+
+    def slower_sparse(self) -> frozenset[int]:
+        """The layers whose union, as the last step left it, is slower than dense on this device."""
         table = self.crossover()
         unions = self._union_counts.tolist()
         neurons = self.config.intermediate_size
-        slower = {
+        return frozenset(
             index for index, union in enumerate(unions) if index not in self.dense_layers and _between(table, union / neurons) > table[0][1]
-        }
-        self.dense_layers |= slower
-        self._start()
+        )
 
     def crossover(self) -> list[tuple[float, float]]:
         """(share of the neurons, milliseconds) of a layer's MLP over a union of that size with its selection; first (0, dense)."""

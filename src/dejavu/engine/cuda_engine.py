@@ -38,7 +38,8 @@ SHORT = 512  # tokens up to which attention is cut into fewer parts
 class CudaEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place.
 
-    ahead, deterministic: see TokenStep. crossover: let layers run dense for several rows where that is measured to be faster.
+    ahead, deterministic: see TokenStep. crossover: for several rows let those layers run dense whose
+    union, at the first step of a bucket, is measured to be slower; such a layer then selects nothing, and counts as dense.
     Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture that the kernels do not compute.
     """
 
@@ -65,6 +66,8 @@ class CudaEngine(PagedEngine):
         self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
         check_layers(self.layers, config)
         require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
+        for what, value in (("slots", num_slots), ("tokens", 1 if cache_tokens is None else cache_tokens)):
+            require(value >= 1, f"the key/value cache needs at least 1 of its {what}, not {value}")
         pages_per_slot = -(-config.max_positions // page_size)
         num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
         # One slot and one page more than the user's: where the rows that fill a bucket write.
@@ -81,7 +84,9 @@ class CudaEngine(PagedEngine):
         cache.reserve(num_slots, 1)
         self._weights = [layer_weights(block) for block in model.blocks]
         self._predictors, self._counts_2L = layer_predictors(self.layers, config, device)
-        self._ahead, self._deterministic, self._record, self.crossover = ahead, deterministic, record, crossover
+        self._ahead, self._deterministic, self._record = ahead, deterministic, record
+        self._crossover = crossover and any(own.neurons is not None for own in self._predictors)
+        self._dense_layers: dict[int, frozenset[int]] = {}  # by bucket: what was measured to be faster dense
         words = config.num_layers if record else 0
         self._words_LF = torch.zeros(words, config.intermediate_size, dtype=torch.int32, device=device)
         self._steps: dict[tuple[int, int], TokenStep | BatchStep] = {}
@@ -133,8 +138,7 @@ class CudaEngine(PagedEngine):
         """As `step`, with what its rows together made it read, at most BUCKETS[-1] of them; it tells no times of parts."""
         require(len(slots_B) <= BUCKETS[-1], f"a profiled step has at most {BUCKETS[-1]} rows, not {len(slots_B)}")
         result, unions = self._step(token_ids_B, slots_B)
-        # Heads are read row by row; what rows share of them is not known: the rows' mean is what each reads.
-        heads_L = result.heads_BL.amax(0)
+        heads_L = result.heads_BL.amax(0)  # of q and O; each row reads its own cache
         return result, StepProfile(seconds={}, neurons_L=unions[0], fired_L=unions[0], heads_L=heads_L)
 
     def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, list[Tensor]]:
@@ -212,8 +216,8 @@ class CudaEngine(PagedEngine):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._run(step)
-            if isinstance(step, BatchStep) and self.crossover and any(own.neurons is not None for own in self._predictors):
-                step.choose()
+            if isinstance(step, BatchStep) and self._crossover and not self._deterministic:
+                self._choose(step)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -221,6 +225,13 @@ class CudaEngine(PagedEngine):
             self._run(step)
         graph.instantiate()
         return graph
+
+    def _choose(self, step: BatchStep) -> None:
+        """Which layers run dense in this bucket: measured at its first step, and the same from then on."""
+        rows = step.inputs.shape[1]
+        if rows not in self._dense_layers:
+            self._dense_layers[rows] = step.slower_sparse()
+        step.run_dense(self._dense_layers[rows])
 
     def _staged(self, numbers: tuple[list[int], list[int], list[int]]) -> Tensor:
         """A step's numbers in memory that the device copies from when it comes to it. No row is written again before it has."""

@@ -24,16 +24,17 @@ from dejavu.kernels.cuda.mlp import mlp_token
 from dejavu.kernels.cuda.mlp_rows import dense_mlp_rows, mlp_rows, mlp_rows_definition, padded_rows
 from dejavu.kernels.cuda.project import project_token, project_token_definition
 from dejavu.kernels.cuda.read import read_buffer
+from dejavu.kernels.cuda.rows import MAX_ROWS
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
-from dejavu.measure.decoders import Layers
 from dejavu.measure.memory import buffer_bytes, free_gpu_bytes
 from dejavu.measure.op_bench import OpRun, OpsAt, copies_for, index_lists
 from dejavu.model.transformer import Transformer
 
 
-def cuda_ops(model: Transformer, layers: Layers | None, *, batch: int, context: int, seed: int) -> tuple[OpsAt, OpRun]:
+def cuda_ops(model: Transformer, *, batch: int, seed: int) -> tuple[OpsAt, OpRun]:
     """See OpsAt. Raises ValueError where the model is not on a GPU."""
     device = model.embed.weight.device
+    require(batch <= MAX_ROWS, f"--ops times kernels of at most {MAX_ROWS} rows, not {batch}")
     require(device.type == "cuda", f"--ops times kernels of the cuda backend, and the model is on {device}")
     weights = [layer_weights(block) for block in model.blocks]
     matrices = 3 if model.config.gated else 2
@@ -67,7 +68,7 @@ class _Mlp:
         self.delta_BD, self.y_out_BD, self.out_BD = torch.zeros(3, batch, self.size, device=self.device).unbind(0)
         self.x_BD = norm_definition(self.y_BD.to(up_FD.dtype), weights[0].norm2)
         self.act_FB = torch.zeros(self.neurons, padded_rows(batch), dtype=up_FD.dtype, device=self.device)
-        self.every_word_F = torch.full((self.neurons,), (1 << batch) - 1, dtype=torch.int32, device=self.device)
+        self.every_word_F = torch.full((self.neurons,), -1, dtype=torch.int32, device=self.device)
 
     def sparse(self, density: float, selection: str, dense_bytes: int) -> OpRun:
         count = min(len(self.weights), copies_for(density * dense_bytes))

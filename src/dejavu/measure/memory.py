@@ -47,8 +47,8 @@ def free_gpu_bytes(device: str) -> int | None:
     """Memory of the GPU that this process may still take; None for the CPU."""
     if not device.startswith("cuda"):
         return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # taken by this process and not in use
-    return torch.cuda.mem_get_info(device)[0] + cached
+    torch.cuda.empty_cache()  # what this process has taken and does not use, in pieces that may be too small
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def available_bytes(root: Path) -> int | None:

@@ -11,6 +11,8 @@ Letters: B batch  T tokens  D model  F neurons  H query heads  G key/value heads
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +51,20 @@ class Selection:
 
 
 DENSE = Selection()
+
+
+@contextmanager
+def on_cpu(model: nn.Module) -> Iterator[None]:
+    """The model on the CPU meanwhile, in fp32 where it was on a GPU: profiles and predictors are computed there, whatever decodes."""
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    if device.type != "cpu":
+        model.to("cpu", torch.float32)
+    try:
+        yield
+    finally:
+        if device.type != "cpu":
+            model.to(device, dtype)
 
 
 class Block(nn.Module):

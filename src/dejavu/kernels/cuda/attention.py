@@ -180,8 +180,8 @@ def _output(
     group = at // PER
     live = True
     if HEADS:
-        live = group < tl.load(group_count)
-        group = tl.load(groups + group, mask=live, other=0)
+        live = group < tl.load(group_count, cache_modifier=".cg")
+        group = tl.load(groups + group, mask=live, other=0, cache_modifier=".cg")
     head = group * PER + at % PER
     row = head.to(tl.int64) * K + k
     # The list was there before the kernel before this one (see common.py): its rows of O can be loaded at once.

@@ -8,7 +8,8 @@ The residual stream is y_D + delta_D, both fp32: kernels add to delta atomically
 it out as the new y. No kernel adds to what another program of it still reads.
 
 A kernel that is launched with `programmatic` starts while the one before it still runs. Before `gdc_wait` it may read weights,
-and whatever was written by the kernel before the previous one or earlier, because every kernel waits before it lets the next start.
+and whatever was written by the kernel before the previous one or earlier, because every kernel waits before it lets the next start. Such lists
+are loaded past the first-level cache (.cg), which may hold what the same memory was for the layer or the token before.
 
 Letters: D model  R rows at a time
 """
@@ -67,12 +68,19 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
+def overlaps(device: int) -> bool:
+    """Whether kernels of the device can start before the one before has ended: from compute capability 9.0 (Hopper) on."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, programmatic: bool = False, **constants: Any) -> None:
     """Start a kernel. programmatic: it may begin before the one before it has ended (see above)."""
     assert min(grid) > 0, f"an empty grid {grid}"
     if INTERPRETED:
         kernel[grid](*arguments, programmatic=False, **constants)
     else:
+        programmatic = programmatic and overlaps(torch.cuda.current_device())
         extra = {"launch_pdl": True} if programmatic else {}
         kernel[grid](*arguments, programmatic=programmatic, num_warps=num_warps, **extra, **constants)
 

@@ -66,14 +66,14 @@ def _mlp(
     programs = tl.num_programs(0)
     total = F
     if LISTED:
-        total = tl.load(count)
+        total = tl.load(count, cache_modifier=".cg")
     lo = (total * pid) // programs
     hi = (total * (pid + 1)) // programs
     r = lo + tl.arange(0, R)
     live = r < hi
     row = r
     if LISTED:
-        row = tl.load(idx + r, mask=live, other=0)
+        row = tl.load(idx + r, mask=live, other=0, cache_modifier=".cg")
     # These rows do not depend on the kernel before: the list was there before it (see common.py).
     a1, a2, a3 = tiles(up, row, live, D, D1, D2, D3)
     if GATED:
@@ -95,7 +95,7 @@ def _mlp(
         next_live = next_r < hi
         next_row = next_r
         if LISTED:
-            next_row = tl.load(idx + next_r, mask=next_live, other=0)
+            next_row = tl.load(idx + next_r, mask=next_live, other=0, cache_modifier=".cg")
         b1, b2, b3 = tiles(up, next_row, next_live, D, D1, D2, D3)
         if GATED:
             h1, h2, h3 = tiles(gate, next_row, next_live, D, D1, D2, D3)
