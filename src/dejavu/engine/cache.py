@@ -52,10 +52,13 @@ class PagedCache:
     def free_pages(self) -> int:
         return len(self._free)
 
+    def missing(self, slot: int, tokens: int) -> int:
+        """Pages that the slot lacks for that many more tokens."""
+        return max(0, -(-(self.lengths[slot] + tokens) // self.page_size) - len(self._tables[slot]))
+
     def reserve(self, slot: int, tokens: int) -> None:
         """Give the slot the pages for that many more tokens. Raises ValueError, changing nothing, when the pool has too few."""
-        table = self._tables[slot]
-        needed = -(-(self.lengths[slot] + tokens) // self.page_size) - len(table)
+        table, needed = self._tables[slot], self.missing(slot, tokens)
         if needed > len(self._free):
             raise ValueError(
                 f"the key/value cache is full: {tokens} more tokens need {needed} pages of {self.page_size} tokens and "

@@ -3,7 +3,8 @@
 In: token ids and slots. Out: logits and counts, as tensors on the device: a step does not wait for it. What changes from step to
 step (tokens, slots, positions) is copied into memory that the graph reads; what is selected never leaves the device. There is a
 graph for each number of rows in BUCKETS and for short and long sequences; rows that fill a bucket up write to a page that no
-sequence has. Off the GPU (under Triton's interpreter) the same kernels run without a graph.
+sequence has. `decode` samples on the device too and feeds the tokens back: another graph for each of these, replayed once a token.
+Off the GPU (under Triton's interpreter) the same kernels run without a graph.
 
 Letters: B rows of a step  V vocabulary  L layers  F neurons  G key/value heads
 """
@@ -11,14 +12,15 @@ Letters: B rows of a step  V vocabulary  L layers  F neurons  G key/value heads
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dejavu.config import require
+from dejavu.config import SamplingConfig, require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.cuda_batch import BatchStep
+from dejavu.engine.cuda_decode import RING, SETTING_ROWS, DecodeRows, packed_settings
 from dejavu.engine.cuda_token import AHEAD, TokenStep
 from dejavu.engine.cuda_weights import check_model, head_weight, layer_predictors, layer_weights, norm_weights
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
@@ -91,8 +93,11 @@ class CudaEngine(PagedEngine):
         self._words_LF = torch.zeros(words, config.intermediate_size, dtype=torch.int32, device=device)
         self._steps: dict[tuple[int, int], TokenStep | BatchStep] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._decode_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._inputs: dict[int, Tensor] = {}  # by bucket: its short and its long step read the same
+        self._decode_rows: dict[int, DecodeRows] = {}
         self._sums: Tensor | None = None
-        self._staging = torch.zeros(STAGING_ROWS, 3 * BUCKETS[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._staging = torch.zeros(STAGING_ROWS, (3 + SETTING_ROWS) * BUCKETS[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staging_numbers, self._staging_row = self._staging.numpy(), 0
         info = EngineInfo(
             backend="cuda",
@@ -117,9 +122,10 @@ class CudaEngine(PagedEngine):
     @torch.inference_mode()
     def _prepare(self) -> None:
         """Compile and capture a step of one row, as if it filled a bucket: the first real step is then as fast as the others."""
-        step = self._steps[1, SHORT] = self._new_step(1, SHORT)
+        key = 1, SHORT
+        step = self._step_of(key)
         step.inputs[1].fill_(self.info.num_slots)
-        self._graphs[1, SHORT] = self._captured(step)
+        self._graphs[key] = self._captured(key, lambda: self._run(step))
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
@@ -132,6 +138,38 @@ class CudaEngine(PagedEngine):
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         """Append one token to each of B different slots. Logits and counts are on the device; nothing waits for them."""
         return self._step(token_ids_B, slots_B)[0]
+
+    @torch.inference_mode()
+    def decode(
+        self, token_ids_B: Sequence[int], slots_B: Sequence[int], count: int, sampling: Sequence[SamplingConfig] | None = None
+    ) -> Tensor:
+        """Append `count` tokens to each of B different slots: the given ones first, then what is sampled. int64 [count, B], all sampled.
+
+        sampling: one for each row; greedy without. The last tokens sampled are not yet appended: they begin the next call. Nothing
+        waits for the device, and nothing ends early: who reads the tokens cuts them where a text ends. A token of -1 says that
+        the logits were not numbers. Raises ValueError as `step` does, before any row is computed.
+        """
+        require(count >= 1, f"decode makes at least 1 token of each row, not {count}")
+        wanted = (SamplingConfig(),) * len(slots_B) if sampling is None else sampling
+        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) == len(wanted) > 0, f"{token_ids_B=} {slots_B=} {sampling=}"
+        for token_id, slot in zip(token_ids_B, slots_B, strict=True):
+            self._check(slot, (token_id,), count)
+        missing = sum(self._cache.missing(slot, count) for slot in slots_B)
+        require(
+            missing <= self.free_pages,
+            f"the key/value cache is full: {count} more tokens for each of {len(slots_B)} rows need {missing} pages and "
+            f"{self.free_pages} are free; decode fewer tokens, free a sequence or give the cache more tokens",
+        )
+        for slot in slots_B:
+            self._cache.reserve(slot, count)
+        largest = BUCKETS[-1]
+        found = []
+        for first in range(0, len(slots_B), largest):
+            part = slice(first, first + largest)
+            found.append(self._decode_bucket(token_ids_B[part], slots_B[part], count, wanted[part]))
+        for slot in slots_B:
+            self._cache.advance(slot, count)
+        return torch.cat(found, 1)
 
     @torch.inference_mode()
     def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
@@ -175,21 +213,11 @@ class CudaEngine(PagedEngine):
     def _rows(self, token_ids: Sequence[int], slots: Sequence[int]) -> tuple[StepResult, Tensor]:
         """One graph: its rows' results, and the neurons that it read by layer."""
         rows = len(slots)
-        bucket = next(size for size in BUCKETS if size >= rows)
-        positions = [self._cache.lengths[slot] for slot in slots]
-        key = (bucket, SHORT if max(positions) < SHORT else self.info.max_positions)
-        spare = bucket - rows
-        numbers = [*token_ids, *[0] * spare], [*slots, *[self.info.num_slots] * spare], [*positions, *[0] * spare]
-        if key not in self._steps:
-            self._steps[key] = self._new_step(*key)
-        step = self._steps[key]
-        step.inputs.copy_(self._staged(numbers), non_blocking=True)
-        if step.inputs.device.type != "cuda":
-            self._run(step)
-        else:
-            if key not in self._graphs:
-                self._graphs[key] = self._captured(step)
-            self._graphs[key].replay()
+        bucket, longest, numbers = self._padded(token_ids, slots)
+        key = self._key(bucket, longest)
+        step = self._step_of(key)
+        step.inputs.copy_(self._staged(numbers).view(3, bucket), non_blocking=True)
+        self._start(key, self._graphs, lambda: self._run(step))
         per = self.config.heads_per_group
         if isinstance(step, TokenStep):
             counts_2BL = self._counts_2L.long()[:, None]
@@ -210,19 +238,78 @@ class CudaEngine(PagedEngine):
         else:
             step.run(lambda index, word_F: self._words_LF[index].copy_(word_F))
 
-    def _captured(self, step: TokenStep | BatchStep) -> torch.cuda.CUDAGraph:
-        """A graph of the step's kernels. They run first: what is compiled, allocated or chosen by measurement then is not captured."""
-        stream = torch.cuda.Stream()
+    def _decode_bucket(self, token_ids: Sequence[int], slots: Sequence[int], count: int, sampling: Sequence[SamplingConfig]) -> Tensor:
+        """`decode` for the rows of one bucket."""
+        bucket, longest, numbers = self._padded(token_ids, slots)
+        if bucket not in self._decode_rows:
+            self._decode_rows[bucket] = DecodeRows(bucket, self.info.vocab_size, self.info.num_slots, self.model.embed.weight.device)
+        rows = self._decode_rows[bucket]
+        keys = [self._key(bucket, longest + index) for index in range(count)]
+        inputs = self._step_of(keys[0]).inputs
+        settings = packed_settings(sampling, [self._cache.lengths[slot] for slot in slots], bucket)
+        staged = self._staged(numbers + settings.flatten().tolist()).view(3 + SETTING_ROWS, bucket)
+
+        def begin() -> None:
+            inputs.copy_(staged[:3], non_blocking=True)
+            rows.words.copy_(staged[3:], non_blocking=True)
+            rows.made.zero_()
+
+        def work(key: tuple[int, int]) -> Callable[[], None]:
+            step = self._step_of(key)
+
+            def both() -> None:
+                self._run(step)
+                rows.run(step.logits, inputs)
+
+            return both
+
+        if inputs.device.type == "cuda":
+            for key in sorted(set(keys) - set(self._decode_graphs)):
+                begin()  # a capture runs the kernels once before it, at the place where the first token will be
+                self._decode_graphs[key] = self._captured(key, work(key))
+        begin()
+        found = torch.empty(count, len(slots), dtype=torch.int64, device=inputs.device)
+        for index, key in enumerate(keys):
+            self._start(key, self._decode_graphs, work(key))
+            done = index % RING + 1
+            if done == RING or index == count - 1:
+                found[index + 1 - done : index + 1] = rows.ring_NB[:done, : len(slots)]
+                rows.made.zero_()  # the ring is written from its start again
+        return found
+
+    def _padded(self, token_ids: Sequence[int], slots: Sequence[int]) -> tuple[int, int, list[int]]:
+        """The bucket of so many rows, the longest row's length, and the bucket's tokens, slots and positions, one after the other."""
+        bucket = next(size for size in BUCKETS if size >= len(slots))
+        positions = [self._cache.lengths[slot] for slot in slots]
+        spare = bucket - len(slots)
+        return bucket, max(positions), [*token_ids, *[0] * spare, *slots, *[self.info.num_slots] * spare, *positions, *[0] * spare]
+
+    def _key(self, bucket: int, longest: int) -> tuple[int, int]:
+        """Which step runs for a longest row of so many tokens."""
+        return bucket, SHORT if longest < SHORT else self.info.max_positions
+
+    def _start(self, key: tuple[int, int], graphs: dict[tuple[int, int], torch.cuda.CUDAGraph], work: Callable[[], None]) -> None:
+        """Replay the key's graph, captured when it is first wanted; off the GPU do its work."""
+        if self._step_of(key).inputs.device.type != "cuda":
+            work()
+            return
+        if key not in graphs:
+            graphs[key] = self._captured(key, work)
+        graphs[key].replay()
+
+    def _captured(self, key: tuple[int, int], work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of the work. It is done once before: what is compiled, allocated or chosen by measurement then is not captured."""
+        step, stream = self._step_of(key), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._run(step)
+            work()
             if isinstance(step, BatchStep) and self._crossover and not self._deterministic:
                 self._choose(step)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, stream=stream):
-            self._run(step)
+            work()
         graph.instantiate()
         return graph
 
@@ -233,15 +320,20 @@ class CudaEngine(PagedEngine):
             self._dense_layers[rows] = step.slower_sparse()
         step.run_dense(self._dense_layers[rows])
 
-    def _staged(self, numbers: tuple[list[int], list[int], list[int]]) -> Tensor:
+    def _staged(self, numbers: Sequence[int]) -> Tensor:
         """A step's numbers in memory that the device copies from when it comes to it. No row is written again before it has."""
         if self._staging_row == STAGING_ROWS:
             torch.cuda.synchronize()
             self._staging_row = 0
-        at, rows = self._staging_row, len(numbers[0])
-        self._staging_numbers[at, : 3 * rows] = numbers[0] + numbers[1] + numbers[2]
+        at = self._staging_row
+        self._staging_numbers[at, : len(numbers)] = numbers
         self._staging_row += self._staging.is_pinned()
-        return self._staging[at, : 3 * rows].view(3, rows)
+        return self._staging[at, : len(numbers)]
+
+    def _step_of(self, key: tuple[int, int]) -> TokenStep | BatchStep:
+        if key not in self._steps:
+            self._steps[key] = self._new_step(*key)
+        return self._steps[key]
 
     def _new_step(self, rows: int, tokens: int) -> TokenStep | BatchStep:
         model, config = self.model, self.config
@@ -256,7 +348,9 @@ class CudaEngine(PagedEngine):
             self._cache,
             None if model.inv_freq is None else model.inv_freq.float(),
         )
-        inputs = torch.zeros(3, rows, dtype=torch.int32, device=table.device)
+        if rows not in self._inputs:
+            self._inputs[rows] = torch.zeros(3, rows, dtype=torch.int32, device=table.device)
+        inputs = self._inputs[rows]
         if rows == 1:
             return TokenStep(*given, tokens=tokens, ahead=self._ahead, deterministic=self._deterministic, inputs=inputs)
         return BatchStep(*given, tokens=tokens, deterministic=self._deterministic, inputs=inputs, padding=self.info.num_slots)

@@ -36,10 +36,14 @@ class PagedEngine:
 
     def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
         """Check ids, context and cache, and reserve pages, before anything is computed."""
+        self._check(slot, token_ids, len(token_ids))
+        self._cache.reserve(slot, len(token_ids))
+
+    def _check(self, slot: int, token_ids: Sequence[int], count: int) -> None:
+        """Check ids, and that the context holds `count` tokens more."""
         assert 0 <= slot < self._info.num_slots, f"{slot=} {self._info.num_slots=}"
         vocab, context = self._info.vocab_size, self._info.max_positions
         for token_id in (min(token_ids), max(token_ids)):
             require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
-        total = self._cache.lengths[slot] + len(token_ids)
+        total = self._cache.lengths[slot] + count
         require(total <= context, f"{total} tokens exceed the model's context of {context}; shorten the text")
-        self._cache.reserve(slot, len(token_ids))

@@ -1,0 +1,76 @@
+"""What a decode loop on the GPU keeps beside a step: how each row is sampled, and the tokens that it made so far.
+
+After a step's kernels, two sample its logits and one makes the tokens the next step's input: step, sampling and feedback are one
+graph, and the host only starts it again. Steps of short and of long sequences share the memory, so that one can take over from the
+other between two tokens.
+
+The random numbers of a token depend on its row's seed and on its position alone: the same seed draws the same numbers whatever
+the batch mates, and whether a text is decoded in one call or in several.
+
+Letters: B rows  V vocabulary  N tokens of the ring
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dejavu.config import SamplingConfig
+from dejavu.kernels.cuda.sample import SampleSettings, advance_rows, sample_rows, sample_scratch
+
+RING = 256  # steps whose tokens are kept before they are copied away
+SETTING_ROWS = 6
+COLDEST, HOTTEST = 1e-30, 1e30  # a temperature below is greedy in fp32, one above draws evenly
+
+
+class DecodeRows:
+    """The memory of the rows of one bucket. words int32 [6, B]: the settings, as `packed_settings` lays them out."""
+
+    def __init__(self, rows: int, vocab: int, padding: int, device: torch.device) -> None:
+        self.words = torch.zeros(SETTING_ROWS, rows, dtype=torch.int32, device=device)
+        self.ring_NB = torch.zeros(RING, rows, dtype=torch.int32, device=device)
+        self.made = torch.zeros(1, dtype=torch.int32, device=device)
+        self._token_B = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._scratch = sample_scratch(rows, vocab, device)
+        self._padding = padding
+        self._settings = SampleSettings(
+            seed_B=self.words[:2].view(-1).view(torch.int64),
+            temperature_B=self.words[2].view(torch.float32),
+            top_k_B=self.words[3],
+            top_p_B=self.words[4].view(torch.float32),
+            step_B=self.words[5],
+        )
+
+    def run(self, logits_BV: Tensor, inputs_3B: Tensor) -> None:
+        """Sample the logits, keep the tokens, and make them and the next positions the inputs."""
+        sample_rows(logits_BV, self._settings, self._scratch, self._token_B)
+        advance_rows(self._token_B, inputs_3B, self.ring_NB, self.made, padding=self._padding)
+
+
+def packed_settings(sampling: Sequence[SamplingConfig], positions: Sequence[int], rows: int) -> NDArray[np.int32]:
+    """int32 [6, rows]: seeds (int64, over two rows), temperature and top_p (bits of fp32), top_k, step. Rows left over are greedy."""
+    words = np.zeros((SETTING_ROWS, rows), dtype=np.int32)
+    given = len(sampling)
+    seeds = np.zeros(rows, dtype=np.uint64)
+    seeds[:given] = [stream_seed(config.seed) for config in sampling]
+    words[:2] = seeds.view(np.int32).reshape(2, rows)
+    heats = [0.0 if config.temperature < COLDEST else min(config.temperature, HOTTEST) for config in sampling]
+    words[2, :given] = np.array(heats, dtype=np.float32).view(np.int32)
+    words[3, :given] = [min(config.top_k or 0, 2**31 - 1) for config in sampling]
+    shares = [1.0 if config.top_p is None else config.top_p for config in sampling]
+    words[4, :given] = np.maximum(np.array(shares, dtype=np.float32), np.finfo(np.float32).tiny).view(np.int32)
+    words[5, :given] = positions
+    return words
+
+
+def stream_seed(seed: int | None) -> int:
+    """The 64 bits of a seed's stream, as `Sampler` makes its own; fresh ones without a seed."""
+    if seed is None:
+        return secrets.randbits(64)
+    return int.from_bytes(hashlib.sha256(f"{seed}/0".encode()).digest()[:8], "big")

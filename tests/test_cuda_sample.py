@@ -1,0 +1,241 @@
+"""Sampling on the device, and the decode loop that feeds its tokens back: on the CPU under Triton's interpreter, on a GPU with -m gpu."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import dejavu.engine.cuda_engine as cuda_engine
+from conftest import Tiny
+from dejavu.config import SamplingConfig
+from dejavu.engine.cuda_decode import DecodeRows, packed_settings
+from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.kernels.cuda.sample import SampleSettings, random_words, sample_definition, sample_rows, sample_scratch
+from test_cuda_engine import DEVICES, on
+from test_engine import ids_of, random_layers
+
+SETTINGS = ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (2.0, 40, 0.6), (1e-30, 3, 0.5), (5.0, 10**6, 1.0))
+
+
+def settings_of(device: str, rows: int, kinds: tuple[tuple[float, int, float], ...] = SETTINGS, *, seed: int = 0) -> SampleSettings:
+    """Rows of the kinds (temperature, top_k, top_p) in turn, each with a seed of its own, at steps of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    of_rows = [kinds[row % len(kinds)] for row in range(rows)]
+    return SampleSettings(
+        temperature_B=torch.tensor([kind[0] for kind in of_rows], device=device),
+        top_k_B=torch.tensor([kind[1] for kind in of_rows], dtype=torch.int32, device=device),
+        top_p_B=torch.tensor([kind[2] for kind in of_rows], device=device),
+        seed_B=torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device),
+        step_B=(torch.arange(rows, dtype=torch.int32) * 3).to(device),
+    )
+
+
+def sampled(logits_BV: Tensor, settings: SampleSettings) -> list[int]:
+    """The tokens of one launch; the steps of `settings` rise."""
+    token_B = torch.full((len(logits_BV),), -7, dtype=torch.int32, device=logits_BV.device)
+    rows, vocab = logits_BV.shape
+    sample_rows(logits_BV, settings, sample_scratch(rows, vocab, logits_BV.device), token_B)
+    return token_B.tolist()
+
+
+def logits_of(rows: int, vocab: int, device: str, *, seed: int = 1) -> Tensor:
+    """Random logits of few different values: every row has ties, also of its best."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, vocab, generator=generator) * 4).round().div(2).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocab", [2, 7, 1024, 1025, 5003])
+def test_greedy_is_the_first_of_the_best(device: str, vocab: int) -> None:
+    logits_BV = logits_of(3, vocab, device)
+    logits_BV[1] = -0.5  # all the same
+    logits_BV[2, vocab - 1] = 50.0
+    settings = settings_of(device, 3, ((0.0, 0, 1.0), (0.0, 2, 0.5), (0.0, 0, 1.0)))
+    first = [int((row_V == row_V.max()).nonzero()[0]) for row_V in logits_BV]
+    assert sampled(logits_BV, settings) == first == [first[0], 0, vocab - 1]
+    assert settings.step_B.tolist() == [1, 4, 7]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocab", [13, 1301])
+def test_draws_equal_the_definition_given_the_same_numbers(device: str, vocab: int) -> None:
+    """Greedy, free, top_k, top_p and both, over logits full of ties."""
+    logits_BV, settings = logits_of(14, vocab, device), settings_of(device, 14)
+    word_BV = random_words(settings.seed_B, settings.step_B, vocab)
+    expected = sample_definition(logits_BV, settings, word_BV).tolist()
+    assert sampled(logits_BV, settings) == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cuts_cross_chunks_of_a_long_row(device: str) -> None:
+    """Ties on both sides of a chunk's end, of which only some are kept."""
+    logits_BV = torch.zeros(3, 4100, device=device)
+    logits_BV[:, 4090:4099] = 9.0
+    settings = settings_of(device, 3, ((3.0, 7, 1.0), (3.0, 0, 1e-4), (3.0, 8, 0.5)))
+    word_BV = random_words(settings.seed_B, settings.step_B, 4100)
+    expected = sample_definition(logits_BV, settings, word_BV).tolist()
+    assert sampled(logits_BV, settings) == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 3, 0.9)], ids=str)
+def test_rows_that_are_not_numbers_give_no_token(device: str, kind: tuple[float, int, float]) -> None:
+    logits_BV = torch.randn(5, 1030, generator=torch.Generator().manual_seed(0))
+    logits_BV[0, 1029] = torch.nan
+    logits_BV[1, 3] = torch.inf
+    logits_BV[2] = -torch.inf
+    logits_BV[3, 5:] = -torch.inf  # as where only a part of the vocabulary has logits
+    found = sampled(logits_BV.to(device), settings_of(device, 5, (kind,)))
+    assert found[:3] == [-1, -1, -1] and 0 <= found[3] < 5 and found[4] >= 0
+
+
+def chi_square(counts_V: Tensor, probability_V: Tensor) -> float:
+    expected_V = probability_V * counts_V.sum()
+    return float(((counts_V - expected_V) ** 2 / expected_V).sum())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_draws_follow_the_softmax_at_the_temperature(device: str) -> None:
+    """Chi square with 5 degrees of freedom exceeds 25.7 once in 10000 times; the seeds are fixed."""
+    logits_V = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 1.5])
+    rows = 20000 if device == "cuda" else 150
+    settings = settings_of(device, rows, ((2.0, 0, 1.0),))
+    logits_BV = logits_V.expand(rows, 6).contiguous().to(device)
+    found = torch.tensor([sampled(logits_BV, settings) for _ in range(2)])  # two steps of each seed
+    assert chi_square(found.flatten().bincount(minlength=6), (logits_V / 2).softmax(0)) < 25.7
+
+
+def test_the_definition_follows_the_softmax() -> None:
+    """Many more draws than the interpreter can make: the random numbers, and their noise in the tail."""
+    logits_V, rows = torch.tensor([0.0, 3.0, -4.0, -2.0, 1.0, -1.0]), 5000
+    settings = settings_of("cpu", rows, ((1.0, 0, 1.0),))
+    settings.step_B.fill_(4)
+    word_BV = random_words(settings.seed_B, settings.step_B, 6)
+    found = sample_definition(logits_V.expand(rows, 6), settings, word_BV)
+    assert chi_square(found.bincount(minlength=6), logits_V.softmax(0)) < 25.7
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("kind", "allowed"),
+    [
+        ((9.0, 3, 1.0), {1, 3, 6}),
+        ((9.0, 1, 1.0), {1}),
+        ((1.0, 0, 0.42), {1}),
+        ((1.0, 0, 0.46), {1, 3}),
+        ((1.0, 2, 0.6), {1}),  # the share is taken of what top_k left: 0.62 of two, 0.44 of seven
+        ((1.0, 0, 0.6), {1, 3}),
+        ((9.0, 0, 1e-9), {1}),
+    ],
+    ids=str,
+)
+def test_cuts_keep_exactly_what_they_should(device: str, kind: tuple[float, int, float], allowed: set[int]) -> None:
+    logits_BV = torch.tensor([1.0, 4.0, 2.0, 3.5, -1.0, 0.5, 3.0], device=device).expand(8, 7).contiguous()
+    assert set(sampled(logits_BV, settings_of(device, 8, (kind,)))) == allowed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_top_k_keeps_no_more_among_equals(device: str) -> None:
+    assert set(sampled(torch.zeros(10, 9, device=device), settings_of(device, 10, ((1.0, 2, 1.0),)))) == {0, 1}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_rows_token_depends_on_its_seed_and_step_alone(device: str) -> None:
+    logits_BV, settings = logits_of(7, 1301, device), settings_of(device, 7)
+    logits_BV[1:] = torch.randn(6, 1301, generator=torch.Generator().manual_seed(5)).to(device)
+    alone = []
+    for row in range(7):
+        own = dataclasses.replace(settings, **{name: getattr(settings, name)[row : row + 1].clone() for name in settings.__slots__})
+        alone += sampled(logits_BV[row : row + 1], own)
+    first = sampled(logits_BV, settings)
+    assert first == alone
+    again = sampled(logits_BV, settings)  # the steps have risen
+    assert again[0] == first[0] and again[1] != first[1]
+
+
+def test_settings_reach_the_kernels_as_they_were_given() -> None:
+    """Through the words that one copy brings to the device: seeds of 64 bits, temperatures beyond fp32, no cuts as none."""
+    given = [
+        SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, seed=1),
+        SamplingConfig(temperature=1e-300, seed=1),
+        SamplingConfig(temperature=1e300, top_k=10**12, seed=2),
+        SamplingConfig(temperature=1.0, top_p=1e-300),
+    ]
+    rows = DecodeRows(8, 96, 8, torch.device("cpu"))
+    rows.words.copy_(torch.from_numpy(packed_settings(given, [3, 4, 5, 6], 8)))
+    settings = rows._settings
+    assert settings.temperature_B.tolist() == pytest.approx([0.7, 0, 1e30, 1, 0, 0, 0, 0])
+    assert settings.top_k_B.tolist() == [5, 0, 2**31 - 1, 0, 0, 0, 0, 0]
+    assert settings.top_p_B[:3].tolist() == pytest.approx([0.9, 1, 1]) and 0 < settings.top_p_B[3] < 1e-30
+    assert settings.step_B.tolist() == [3, 4, 5, 6, 0, 0, 0, 0]
+    seeds = settings.seed_B.tolist()
+    assert seeds[0] == seeds[1] and len(set(seeds[:4])) == 3 and seeds[4:] == [0] * 4
+    assert (settings.seed_B[:4].abs() > 2**40).all()
+
+
+def prefilled(engine: Any) -> Any:
+    """The engine with a prompt of 4, 5 and 6 tokens in its slots, as many as it has."""
+    for slot in range(engine.info.num_slots):
+        engine.prefill(slot, ids_of(30 + slot, 4 + slot))
+    return engine
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("family", "rows", "crossing"), [("opt", 3, 8), ("llama", 1, 7)])
+def test_decode_equals_greedy_steps(
+    tiny: Tiny, device: str, family: str, rows: int, crossing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several pages, from the short step into the long one on the way, a ring that fills up; then on with a step."""
+    monkeypatch.setattr(cuda_engine, "SHORT", crossing)
+    monkeypatch.setattr(cuda_engine, "RING", 2)
+    model = tiny(family)
+    layers, slots, tokens = random_layers(model, mlp=1, heads=1), [2, 0, 1][:rows], [7, 20, 30][:rows]
+    reference = prefilled(TorchEngine(model, layers, num_slots=4, page_size=3))
+    engine = prefilled(CudaEngine(on(model, device), layers, num_slots=4, page_size=3, crossover=False))
+    expected = [tokens]
+    for _ in range(4):
+        expected.append(reference.step(expected[-1], slots).logits_BV.argmax(-1).tolist())
+    pages = list(engine._cache._tables[3])
+    before = engine._cache.k_LPGSK[:, pages].clone()
+    found = engine.decode(tokens, slots, 3)
+    assert found.dtype == torch.int64 and found.device.type == device
+    assert found.tolist() == expected[1:4]
+    assert [engine.length(slot) for slot in range(4)] == [4 + slot + 3 * (slot in slots) for slot in range(4)]
+    assert {key[1] for key in engine._steps} == {crossing, engine.info.max_positions}
+    assert engine.step(expected[3], slots).logits_BV.argmax(-1).tolist() == expected[4]
+    assert torch.equal(engine._cache.k_LPGSK[:, pages], before)  # a sequence that was not decoded
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_seeds_repeat_in_any_batch_and_in_any_number_of_calls(tiny: Tiny, device: str) -> None:
+    model = on(tiny("opt", num_layers=1), device)
+    drawn, cut = SamplingConfig(temperature=1.5, seed=3), SamplingConfig(temperature=1.0, top_k=20, top_p=0.9, seed=4)
+    whole = prefilled(CudaEngine(model, num_slots=2)).decode([5, 6], [0, 1], 3, [drawn, cut])
+    for row, config in enumerate((drawn, cut)):
+        engine = prefilled(CudaEngine(model, num_slots=2))
+        first = engine.decode([5 + row], [row], 1, [config])
+        rest = engine.decode(first[-1].tolist(), [row], 2, [config])
+        assert torch.cat([first, rest])[:, 0].tolist() == whole[:, row].tolist()
+    other = prefilled(CudaEngine(model, num_slots=2)).decode([5], [0], 3, [dataclasses.replace(drawn, seed=8)])
+    assert other[:, 0].tolist() != whole[:, 0].tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_cannot_be_decoded_is_refused_before_anything_runs(tiny: Tiny, device: str) -> None:
+    model = on(tiny("opt"), device)
+    engine = CudaEngine(model, num_slots=2, page_size=4, cache_tokens=16)
+    engine.prefill(0, [1, 2, 3])
+    with pytest.raises(ValueError, match="at least 1 token"):
+        engine.decode([1], [0], 0)
+    with pytest.raises(ValueError, match="cache is full: 6 more tokens for each of 2 rows need 4 pages and 3 are free"):
+        engine.decode([1, 1], [0, 1], 6)
+    with pytest.raises(ValueError, match="vocabulary"):
+        engine.decode([10**6], [0], 2)
+    with pytest.raises(ValueError, match="context"):
+        CudaEngine(model).decode([1], [0], model.config.max_positions + 1)
+    assert engine.length(0) == 3 and engine.length(1) == 0 and engine.free_pages == 3
