@@ -33,7 +33,7 @@ MODEL_HELP = "A bundled model or adapter, a folder, a GGUF file, or a cached hub
 SHAPE_HELP = "Random weights of a known shape, e.g. opt-6.7b, instead of MODEL; planted sparsity on the cuda backend."
 DENSITY_HELP = "MLP density to set the predictors' thresholds to; may repeat."
 SELECTION_HELP = "uniform, clustered or hot-set (with --synthetic; on cuda of --ops); may repeat."
-AHEAD_HELP = "Run what predicts beside the work before it, or in line (cuda)."
+AHEAD_HELP = "Where neurons are selected: beside attention, on a branch of the graph, or in-line (cuda)."
 
 Ahead = Annotated[str | None, typer.Option("--ahead", metavar="NAME", help=AHEAD_HELP)]
 Against = Annotated[list[str] | None, typer.Option("--against", metavar="NAMES", help=f"Peers to time: {', '.join(PEERS)}; may repeat.")]
