@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 import dejavu.engine.cuda_engine as cuda_engine
 from conftest import Tiny
 from dejavu.config import SamplingConfig
+from dejavu.engine.cuda_batch import BatchStep
 from dejavu.engine.cuda_decode import DecodeRows, packed_settings
 from dejavu.engine.cuda_engine import CudaEngine
 from dejavu.engine.torch_engine import TorchEngine
@@ -140,8 +141,9 @@ def test_cuts_keep_exactly_what_they_should(device: str, kind: tuple[float, int,
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_top_k_keeps_no_more_among_equals(device: str) -> None:
-    assert set(sampled(torch.zeros(10, 9, device=device), settings_of(device, 10, ((1.0, 2, 1.0),)))) == {0, 1}
+@pytest.mark.parametrize("kind", [(1.0, 2, 1.0), (1.0, 0, 0.17), (1.0, 8, 0.2)], ids=str)
+def test_of_equals_no_more_are_kept_than_needed(device: str, kind: tuple[float, int, float]) -> None:
+    assert set(sampled(torch.zeros(10, 9, device=device), settings_of(device, 10, (kind,)))) == {0, 1}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -194,18 +196,21 @@ def test_decode_equals_greedy_steps(
     monkeypatch.setattr(cuda_engine, "SHORT", crossing)
     monkeypatch.setattr(cuda_engine, "RING", 2)
     model = tiny(family)
-    layers, slots, tokens = random_layers(model, mlp=1, heads=1), [2, 0, 1][:rows], [7, 20, 30][:rows]
+    layers, slots, tokens = random_layers(model, mlp=1, heads=1), [2, 0, 1][:rows], [10, 23, 33][:rows]
     reference = prefilled(TorchEngine(model, layers, num_slots=4, page_size=3))
     engine = prefilled(CudaEngine(on(model, device), layers, num_slots=4, page_size=3, crossover=False))
     expected = [tokens]
     for _ in range(4):
         expected.append(reference.step(expected[-1], slots).logits_BV.argmax(-1).tolist())
+    assert expected[1] != expected[3], "a text that repeats itself would hide a ring that does not turn"
     pages = list(engine._cache._tables[3])
     before = engine._cache.k_LPGSK[:, pages].clone()
     found = engine.decode(tokens, slots, 3)
     assert found.dtype == torch.int64 and found.device.type == device
     assert found.tolist() == expected[1:4]
     assert [engine.length(slot) for slot in range(4)] == [4 + slot + 3 * (slot in slots) for slot in range(4)]
+    if rows == 3:
+        assert engine._inputs[4][:, 3].tolist() == [0, 4, 0]  # the row that fills the bucket stays where it is
     assert {key[1] for key in engine._steps} == {crossing, engine.info.max_positions}
     assert engine.step(expected[3], slots).logits_BV.argmax(-1).tolist() == expected[4]
     assert torch.equal(engine._cache.k_LPGSK[:, pages], before)  # a sequence that was not decoded
@@ -239,3 +244,16 @@ def test_what_cannot_be_decoded_is_refused_before_anything_runs(tiny: Tiny, devi
     with pytest.raises(ValueError, match="context"):
         CudaEngine(model).decode([1], [0], model.config.max_positions + 1)
     assert engine.length(0) == 3 and engine.length(1) == 0 and engine.free_pages == 3
+
+
+def test_a_choice_made_again_keeps_the_memory_that_a_graph_reads(tiny: Tiny) -> None:
+    """A step has two graphs, one of steps and one of decode; the second capture applies the same choice of dense layers."""
+    model = on(tiny("opt"), "cpu")
+    engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), num_slots=2))
+    engine.step([5, 6], [0, 1])
+    (step,) = engine._steps.values()
+    assert isinstance(step, BatchStep)
+    step.run_dense(frozenset({0}))
+    counts, unions = step._first_counts, step._first_unions
+    step.run_dense(frozenset({0}))
+    assert step._first_counts is counts and step._first_unions is unions

@@ -202,9 +202,10 @@ class BatchStep:
         return self._sums.sum(0) if self.deterministic else self._delta_BD
 
     def run_dense(self, layers: frozenset[int]) -> None:
-        """Run these layers dense from now on, too."""
-        self.dense_layers |= layers
-        self._start()
+        """Run these layers dense from now on, too. Where they do already, nothing changes: a graph may read what `_start` replaces."""
+        if not layers <= self.dense_layers:
+            self.dense_layers |= layers
+            self._start()
 
     def slower_sparse(self) -> frozenset[int]:
         """The layers whose union, as the last step left it, is slower than dense on this device."""
