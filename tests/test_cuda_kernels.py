@@ -98,7 +98,7 @@ MLP_CASES = [
     MlpCase(size=250, neurons=64, count=0, dtype=BF16, gated=True, partial=True, side=6),
     MlpCase(size=129, neurons=7, count=6, dtype=FP16, activation="relu2", rms=True, affine=False),
     MlpCase(size=96, neurons=64, count=20, dtype=FP32, activation="fatrelu", gated=True, rms=True),
-    MlpCase(size=17, neurons=64, count=20, dtype=FP32, activation="silu", gated=True),
+    MlpCase(size=31, neurons=64, count=20, dtype=FP32, activation="silu", gated=True, affine=False),
     MlpCase(size=16, neurons=64, count=33, dtype=BF16, activation="gelu"),
     MlpCase(size=17, neurons=64, count=33, dtype=FP32, activation="gelu"),
     MlpCase(size=129, neurons=64, count=5, dtype=FP32, activation="gelu_tanh"),
@@ -203,6 +203,7 @@ PROJECT_CASES = [
     ProjectCase(size=96, groups=3, per=1, head_dim=6, count=2, dtype=BF16, affine=False),
     ProjectCase(size=129, groups=5, per=3, head_dim=4, count=4, dtype=FP32, rms=True, side=11, prepares=False),
     ProjectCase(size=250, groups=2, per=2, head_dim=16, count=2, dtype=FP16, rows=16, side=4),
+    ProjectCase(size=31, groups=2, per=4, head_dim=4, count=1, dtype=FP16, rows=16),
     ProjectCase(size=250, groups=5, per=2, head_dim=8, count=None, dtype=BF16, rms=True, affine=False, programs=3),
     ProjectCase(size=129, groups=1, per=1, head_dim=7, count=None, dtype=FP32, biased=False, rows=4),
 ]
