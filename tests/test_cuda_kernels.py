@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -126,9 +128,7 @@ def check_that_all_fire(x_D: Tensor, weights: MlpWeights) -> None:
     assert (pre_F > (0.5 if weights.activation == "fatrelu" else 0)).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", MLP_CASES, ids=str)
-def test_mlp_token(case: MlpCase, device: str) -> None:
+def check_mlp_token(case: MlpCase, device: str) -> None:
     memory = Memory(device, case.dtype)
     weights, norm = mlp_weights(case, memory), norm_of(memory, case.size, rms=case.rms, affine=case.affine)
     y_D, delta_D = (memory.normal(case.size, dtype=FP32) for _ in range(2))
@@ -162,6 +162,30 @@ def test_mlp_token(case: MlpCase, device: str) -> None:
     assert torch.equal(y_out_D.cpu(), y_D + delta_D)
     if case.side:
         check_side(side, norm_definition((y_D + delta_D).to(case.dtype), norm), x_D, case.dtype, given_side)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", MLP_CASES, ids=str)
+def test_mlp_token(case: MlpCase, device: str) -> None:
+    check_mlp_token(case, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_mlp_token_of_any_size(data: st.DataObject, device: str) -> None:
+    neurons = data.draw(st.integers(1, 80))
+    case = MlpCase(
+        size=data.draw(st.integers(16, 300)),
+        neurons=neurons,
+        count=data.draw(st.integers(0, neurons)),
+        dtype=data.draw(st.sampled_from([FP32, FP16, BF16])),
+        gated=data.draw(st.booleans()),
+        partial=data.draw(st.booleans()),
+        rows=data.draw(st.sampled_from([1, 4, 16])),
+        programs=data.draw(st.integers(1, 5)),
+    )
+    check_mlp_token(case, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -367,6 +391,7 @@ ATTENTION_CASES = [
     AttentionCase(groups=3, per=2, head_dim=10, page=5, splits=4, positions=(129,), dtype=FP32, counts=(2,), rope=True, beside=70),
     AttentionCase(groups=4, per=1, head_dim=20, page=16, splits=2, positions=(64,), dtype=FP16, counts=(4,), partial=True, size=250),
     AttentionCase(groups=2, per=3, head_dim=8, page=7, splits=8, positions=(6,), dtype=BF16, rope=True),
+    AttentionCase(groups=1, per=1, head_dim=16, page=256, splits=4, positions=(3001,), dtype=FP32, rope=True),
     AttentionCase(groups=3, per=1, head_dim=8, page=4, splits=1, positions=(7, 40), dtype=BF16, counts=(1, 3)),
     AttentionCase(groups=2, per=2, head_dim=12, page=5, splits=2, positions=(0, 66, 5), dtype=FP16, rope=True),
     AttentionCase(groups=3, per=2, head_dim=4, page=3, splits=2, positions=(1, 0, 32, 8, 3), dtype=FP32, rope=True, counts=(0, 3, 1, 2, 1)),
