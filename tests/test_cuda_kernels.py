@@ -170,10 +170,10 @@ def test_mlp_token(case: MlpCase, device: str) -> None:
     check_mlp_token(case, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=15)
 @given(data=st.data())
-def test_mlp_token_of_any_size(data: st.DataObject, device: str) -> None:
+def test_mlp_token_of_any_size(data: st.DataObject) -> None:
+    """On the CPU alone: a GPU would compile a kernel for each."""
     neurons = data.draw(st.integers(1, 80))
     case = MlpCase(
         size=data.draw(st.integers(16, 300)),
@@ -185,7 +185,7 @@ def test_mlp_token_of_any_size(data: st.DataObject, device: str) -> None:
         rows=data.draw(st.sampled_from([1, 4, 16])),
         programs=data.draw(st.integers(1, 5)),
     )
-    check_mlp_token(case, device)
+    check_mlp_token(case, "cpu")
 
 
 @pytest.mark.parametrize("device", DEVICES)
