@@ -1,6 +1,6 @@
 """Every kernel for several rows, against its definition: on the CPU under Triton's interpreter, on a GPU with -m gpu.
 
-As test_cuda_kernels.py, which has `combine_rows`, since it follows `attend`.
+As test_cuda_kernels.py. `combine_rows` is in test_cuda_attention.py.
 """
 
 from dataclasses import dataclass, replace
