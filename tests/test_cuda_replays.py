@@ -1,0 +1,203 @@
+"""The cuda engine over many steps whose selections change: what a graph replays is what its kernels give, and is accurate.
+
+Against the torch engine, against the same kernels without a graph, and against fp64 with the selections that were made. On the CPU
+(under Triton's interpreter, without a graph) with few steps of tiny models; on a GPU with -m gpu.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from conftest import Tiny
+from dejavu.config import ModelConfig
+from dejavu.engine.cuda_batch import BatchStep
+from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.cuda_token import TokenStep
+from dejavu.engine.interface import LayerSelection
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.measure.density import rethresholded
+from dejavu.measure.planted import plant, planted_model
+from dejavu.measure.synthetic import random_ids, shape_of
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import LayerInputs, Selection, Transformer
+from kernel_memory import check_rule
+from test_cuda_engine import on
+from test_engine import ids_of, random_layers
+
+THRESHOLDS = (1e9, 0.0, -1e9, 0.3)  # nothing (of heads: the best group), some, everything, fewer
+
+
+def with_threshold(layers: Sequence[LayerAdapter], threshold: float) -> tuple[LayerAdapter, ...]:
+    found = []
+    for layer in layers:
+        parts = {name: getattr(layer, name) for name in ("mlp", "heads")}
+        found.append(
+            LayerAdapter(**{k: None if part is None else dataclasses.replace(part, threshold=threshold) for k, part in parts.items()})
+        )
+    return tuple(found)
+
+
+def set_threshold(engine: CudaEngine, threshold: float) -> None:
+    """In the memory that the engine's graphs read."""
+    for own in engine._predictors:
+        for scores in (own.neurons, own.heads):
+            if scores is not None:
+                scores.threshold.fill_(threshold)
+
+
+@pytest.mark.parametrize(("device", "steps"), [("cpu", 12), pytest.param("cuda", 50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("rows", "options"), [(1, {}), (1, {"deterministic": True}), (1, {"ahead": "branch"}), (3, {}), (3, {"deterministic": True})], ids=str
+)
+def test_counts_that_change_from_step_to_step(tiny: Tiny, device: str, steps: int, rows: int, options: dict[str, Any]) -> None:
+    """Nothing, some and everything selected in turn, over the same memory: the torch engine's logits and counts each time."""
+    model = tiny("llama", activation="relu", intermediate_size=70)
+    layers = random_layers(model, mlp=1, heads=1)
+    torch_engine = TorchEngine(model, layers, num_slots=rows)
+    cuda_engine = CudaEngine(on(model, device), layers, num_slots=rows, crossover=False, **options)
+    if device == "cpu":
+        steps = steps if (rows, options) == (1, {}) else len(THRESHOLDS)  # an interpreted step takes its time
+    for engine in (torch_engine, cuda_engine):
+        for slot in range(rows):
+            engine.prefill(slot, ids_of(slot, 3 + slot))
+    neurons = set()
+    for index in range(steps):
+        threshold = THRESHOLDS[index % len(THRESHOLDS)]
+        torch_engine.layers = with_threshold(layers, threshold)
+        set_threshold(cuda_engine, threshold)
+        tokens, slots = ids_of(50 + index, rows), list(range(rows))
+        want, found = torch_engine.step(tokens, slots), cuda_engine.step(tokens, slots)
+        assert found.neurons_BL.tolist() == want.neurons_BL.tolist() and found.heads_BL.tolist() == want.heads_BL.tolist()
+        torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
+        neurons |= set(want.neurons_BL.flatten().tolist())
+    assert {0, 70} < neurons, "the test must select nothing, some and everything"
+
+
+class WithoutGraph:
+    """What stands in for a graph: the kernels themselves, one after the other."""
+
+    def __init__(self, engine: CudaEngine, step: TokenStep | BatchStep) -> None:
+        self.engine, self.step = engine, step
+
+    def replay(self) -> None:
+        self.engine._run(self.step)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("device", "steps"), [("cpu", 4), pytest.param("cuda", 10_000, marks=pytest.mark.gpu)])
+def test_a_graph_gives_what_its_kernels_give(tiny: Tiny, device: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens greedily from a graph and from the kernels that it was made of, whatever is selected; logits bit for bit."""
+    model = on(tiny("opt", vocab_size=50), device)
+    layers = random_layers(tiny("opt", vocab_size=50), mlp=1, heads=1)
+    graph, eager = (CudaEngine(model, layers, deterministic=True) for _ in range(2))
+    monkeypatch.setattr(eager, "_captured", lambda step: WithoutGraph(eager, step))
+    tokens, generator = [3, 3], torch.Generator().manual_seed(0)
+    lengths, counts = [], set()
+    for index in range(steps):
+        if index % 50 == 0:
+            for engine in (graph, eager):
+                engine.free(0)
+                engine.prefill(0, [2, index % 50, index // 50 % 50])
+        threshold = THRESHOLDS[int(torch.randint(len(THRESHOLDS), (1,), generator=generator))]
+        steps_of = []
+        for engine, token in zip((graph, eager), tokens, strict=True):
+            set_threshold(engine, threshold)
+            steps_of.append(engine.step([token], [0]))
+        tokens = [int(step.logits_BV.argmax()) for step in steps_of]
+        assert tokens[0] == tokens[1] and torch.equal(steps_of[0].logits_BV, steps_of[1].logits_BV), f"step {index}"
+        assert torch.equal(steps_of[0].neurons_BL, steps_of[1].neurons_BL)
+        counts |= set(steps_of[0].neurons_BL.flatten().tolist())
+        lengths.append(graph.length(0))
+    assert len(counts) > 2 and len(set(lengths)) == min(steps, 50)
+    if device == "cuda":
+        assert graph.nodes() is not None and isinstance(next(iter(eager._graphs.values())), WithoutGraph)
+
+
+class Recorded(Selection):
+    """The selections that an engine recorded for the tokens of one sequence, [T] by layer, applied to a forward pass over it."""
+
+    def __init__(self, tokens: Sequence[Sequence[LayerSelection]], config: ModelConfig, device: torch.device) -> None:
+        layers = list(zip(*tokens, strict=True))
+        self.neurons_LTF = [_mask([part.neurons_A for part in layer], config.intermediate_size, device) for layer in layers]
+        self.heads_LTH = [_mask([part.heads_A for part in layer], config.num_heads, device) for layer in layers]
+
+    def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
+        return torch.where(self.heads_LTH[layer][None, :, :, None], mixed_BTHK, 0)
+
+    def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
+        return torch.where(self.neurons_LTF[layer][None], act_BTF, 0)
+
+
+def _mask(selected: Sequence[Tensor | None], size: int, device: torch.device) -> Tensor:
+    """Bool [T, size]; all where a part ran dense."""
+    mask = torch.zeros(len(selected), size, dtype=torch.bool)
+    for row, indices in enumerate(selected):
+        mask[row, slice(None) if indices is None else indices] = True
+    return mask.to(device)
+
+
+@torch.inference_mode()
+def check_engine(engine: CudaEngine, ids_BT: Sequence[Sequence[int]], wide: Transformer) -> None:
+    """Decode rows of ids from their first token on, and hold every logit to the rule: fp64, and the plain forward pass in the
+    engine's dtype, select what the engine selected. wide: the same model in fp64."""
+    slots, model = list(range(len(ids_BT))), engine.model
+    device = model.embed.weight.device
+    steps = [engine.step(tokens, slots) for tokens in zip(*ids_BT, strict=True)]
+    counts = torch.stack([step.neurons_BL for step in steps])
+    assert 0 < counts.sum() < counts.numel() * engine.config.intermediate_size, "the test must select some"
+    for row, ids in enumerate(ids_BT):
+        recorded = []
+        for step in steps:
+            assert step.selections is not None
+            recorded.append(step.selections[row])
+        selection = Recorded(recorded, engine.config, device)
+        plain, truth = (made(torch.tensor([ids], device=device), selection)[0] for made in (model, wide))
+        check_rule(torch.stack([step.logits_BV[row] for step in steps]), plain.cpu(), truth.double().cpu(), model.embed.weight.dtype)
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 100, "num_heads": 4, "num_kv_heads": 4, "head_dim": 12}
+SHAPES = ("opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "llama-2-7b-relu")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["opt-1.3b", "llama-2-7b-relu"])
+def test_a_tiny_planted_model_against_fp64(kind: str, rows: int) -> None:
+    config = ModelConfig.from_dict(shape_of(kind).to_dict() | SIZES | {"num_layers": 3, "max_positions": 32})
+    made = plant(config, name=kind, device="cpu", dtype="fp16", density=0.2, rank=8, num_layers=2)
+    layers = rethresholded(made.model, made.layers, random_ids(config, 32, seed=1), mlp_density=0.3, head_density=0.5)
+    engine = CudaEngine(made.model, layers, record=True, num_slots=rows, crossover=False)
+    ids_BT = [random_ids(config, 3, seed=2 + row) for row in range(rows)]
+    check_engine(engine, ids_BT, copy.deepcopy(made.model).double())
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_size_against_fp64(name: str, rows: int) -> None:
+    """Two layers of that shape in fp16."""
+    made = planted_model(name, device="cuda", dtype="fp16", density=0.1, num_layers=2)
+    layers = rethresholded(made.model, made.layers, random_ids(made.config, 256, seed=1), mlp_density=0.15, head_density=0.5)
+    engine = CudaEngine(made.model, layers, record=True, num_slots=rows, cache_tokens=256, crossover=False)
+    ids_BT = [random_ids(made.config, 20, seed=2 + row) for row in range(rows)]
+    check_engine(engine, ids_BT, copy.deepcopy(made.model).double())
+
+
+def test_the_check_sees_a_wrong_engine(tiny: Tiny) -> None:
+    """A neuron's row of down, other than the one that the forward passes read."""
+    model = tiny("opt").half()
+    layers, wide = random_layers(model, mlp=1, heads=None), copy.deepcopy(model).double()
+    engine = CudaEngine(copy.deepcopy(model), layers, record=True)
+    down_FD = engine._weights[1].mlp.down_FD
+    engine._weights[1] = dataclasses.replace(
+        engine._weights[1], mlp=dataclasses.replace(engine._weights[1].mlp, down_FD=down_FD.roll(1, 0).contiguous())
+    )
+    with pytest.raises(AssertionError, match="limit"):
+        check_engine(engine, [ids_of(3, 3)], wide)
