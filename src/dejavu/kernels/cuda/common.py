@@ -8,8 +8,8 @@ The residual stream is y_D + delta_D, both fp32: kernels add to delta atomically
 it out as the new y. No kernel adds to what another program of it still reads.
 
 A kernel that is launched with `programmatic` starts while the one before it still runs. Before `gdc_wait` it may read weights,
-and whatever was written by the kernel before the previous one or earlier, because every kernel waits before it lets the next start. Such lists
-are loaded past the first-level cache (.cg), which may hold what the same memory was for the layer or the token before.
+and whatever was written by the kernel before the previous one or earlier, because every kernel waits before it lets the next start. What it
+reads so is loaded past the first-level cache (.cg), which may hold what the same memory was before.
 
 Letters: D model  R rows at a time
 """

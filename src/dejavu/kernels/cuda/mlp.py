@@ -95,7 +95,7 @@ def _mlp(
         next_live = next_r < hi
         next_row = next_r
         if LISTED:
-            next_row = tl.load(idx + next_r, mask=next_live, other=0, cache_modifier=".cg")
+            next_row = tl.load(idx + next_r, mask=next_live, other=0)
         b1, b2, b3 = tiles(up, next_row, next_live, D, D1, D2, D3)
         if GATED:
             h1, h2, h3 = tiles(gate, next_row, next_live, D, D1, D2, D3)
