@@ -179,14 +179,16 @@ def _output(
     k = tl.arange(0, KP)
     group = at // PER
     live = True
+    rows = K
     if HEADS:
         live = group < tl.load(group_count, cache_modifier=".cg")
         group = tl.load(groups + group, mask=live, other=0, cache_modifier=".cg")
+        rows = tl.where(live, K, 0)
     head = group * PER + at % PER
     row = head.to(tl.int64) * K + k
     # The list was there before the kernel before this one (see common.py): its rows of O can be loaded at once.
     w = tl.load(
-        weight + row[:, None] * D + column[None, :], mask=(k < K)[:, None] & (column < D)[None, :] & live, other=0.0,
+        weight + row[:, None] * D + column[None, :], mask=(k < rows)[:, None] & (column < D)[None, :], other=0.0,
         eviction_policy="evict_first",
     )  # fmt: skip
     begin(programmatic)
