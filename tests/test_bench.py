@@ -285,3 +285,15 @@ def test_size_of_the_buffer(weights: float, device: str, free: float | None, siz
     found, note = buffer_bytes(weights, device, None if free is None else int(free))
     assert found == size and (note is not None) == (free == 2e9)
     assert note is None or note == "the read ceiling is over 1.00 GB instead of 4.29: 2.00 GB are free on cuda:0"
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_library)])
+def test_layers_that_read_everything_are_named(tiny: Tiny, backend: str) -> None:
+    """A mode that is called sparse and was not says so; one that left neurons out says nothing."""
+    model = tiny("opt", max_positions=64)
+    modes = {"all": random_layers(model, mlp=1, heads=None, threshold=-1e9), "some": random_layers(model, mlp=1, heads=None)}
+    variants = [DENSE_VARIANT, *(Variant(mode=mode, layers=layers) for mode, layers in modes.items())]
+    notes = bench(model, variants, IDS, **(SIZES | {"backend": backend})).notes
+    assert [note for note in notes if "read every neuron" in note] == [
+        "all at batch 1, context 9 read every neuron of 2 layers that have predictors"
+    ]

@@ -90,7 +90,8 @@ def test_engines_share_the_models_memory(tiny: Tiny, device: str) -> None:
     first = CudaEngine(model)
     address = model.blocks[0].q.weight.data_ptr()
     second = CudaEngine(model, random_layers(model, mlp=1, heads=1))
-    assert model.blocks[0].q.weight.data_ptr() == address == first._weights[0].qkv.data_ptr() == second._weights[0].qkv.data_ptr()
+    joined = [engine._model.weights[0].qkv.data_ptr() for engine in (first, second)]
+    assert [model.blocks[0].q.weight.data_ptr(), *joined] == [address] * 3
     for name in ("q", "k", "v"):
         torch.testing.assert_close(getattr(model.blocks[1], name).weight, on(getattr(tiny("opt").blocks[1], name), device).weight)
 

@@ -15,11 +15,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dejavu.kernels.cuda.common import NormWeights, Side, multiprocessors, norm_definition
-from dejavu.kernels.cuda.mlp import MlpShape, mlp_token, mlp_token_definition, programs_of
+from dejavu.kernels.cuda.common import GridShape, NormWeights, Side, multiprocessors, norm_definition
+from dejavu.kernels.cuda.mlp import mlp_token, mlp_token_definition, programs_of
 from dejavu.kernels.cuda.project import (
     GroupScores,
-    ProjectShape,
     project_token,
     project_token_definition,
     selected_groups_definition,
@@ -137,7 +136,7 @@ def check_mlp_token(case: MlpCase, device: str) -> None:
     x_D = norm_definition(y_D.double() + delta_D.double(), exact_norm)
     check_that_all_fire(x_D, weights)
 
-    shape = MlpShape(rows=case.rows, warps=4, programs=case.programs)
+    shape = GridShape(rows=case.rows, warps=4, programs=case.programs)
     programs = programs_of(shape, torch.device(device))
     start_D = memory.normal(case.size, dtype=FP32)
     out = memory.room(programs, case.size) if case.partial else memory.room(case.size, holds=start_D)
@@ -266,7 +265,7 @@ def test_project_token(case: ProjectCase, device: str) -> None:
         None if bias is None else memory.given(poisoned_rows(bias, wanted)), out, queries=queries, num_groups=case.groups,
         scores=None if case.count is None else given_scores, side=given_side if case.side else None,
         y_out_D=y_out_D if case.prepares else None, cleared_D=cleared_D if case.prepares else None,
-        counter=counter if case.prepares else None, shape=ProjectShape(rows=case.rows, warps=4, programs=case.programs),
+        counter=counter if case.prepares else None, shape=GridShape(rows=case.rows, warps=4, programs=case.programs),
     )  # fmt: skip
     memory.check()
     check_rule(out.cpu()[wanted], plain[wanted], truth[wanted], case.dtype)

@@ -17,11 +17,11 @@ import triton.language as tl
 
 from dejavu.kernels.cuda import attention
 from dejavu.kernels.cuda.attention import Partials, Places, attend, attention_definition, output_token
-from dejavu.kernels.cuda.common import NormWeights, launch, tile
+from dejavu.kernels.cuda.common import GridShape, NormWeights, launch, tile
 from dejavu.kernels.cuda.embed import embed_rows
-from dejavu.kernels.cuda.mlp import MlpShape, mlp_token, mlp_token_definition
+from dejavu.kernels.cuda.mlp import mlp_token, mlp_token_definition
 from dejavu.kernels.cuda.mlp_rows import mlp_rows, mlp_rows_definition, padded_rows
-from dejavu.kernels.cuda.project import GroupScores, ProjectShape, project_token, project_token_definition
+from dejavu.kernels.cuda.project import GroupScores, project_token, project_token_definition
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.sparse_mlp import MlpWeights
 from kernel_memory import check_rule
@@ -87,7 +87,7 @@ def test_neurons_of_one_token(device: str) -> None:
     out_D, both = torch.zeros(4096, device=device), torch.arange(2)
     mlp_token(
         y_D.to(device), delta_D.to(device), torch.empty(4096, device=device), out_D, NORM, far, idx_A.int().to(device),
-        torch.tensor([2], dtype=torch.int32, device=device), shape=MlpShape(rows=2, warps=8, programs=1),
+        torch.tensor([2], dtype=torch.int32, device=device), shape=GridShape(rows=2, warps=8, programs=1),
     )  # fmt: skip
     truth_D = mlp_token_definition(y_D.double(), delta_D.double(), NORM, wide(near), both)
     check_rule(out_D, mlp_token_definition(y_D, delta_D, NORM, near, both), truth_D, FP16)
@@ -126,7 +126,7 @@ def test_rows_of_queries_keys_and_values(device: str) -> None:
         )  # fmt: skip
     project_token(
         y_D.to(device), delta_D.to(device), NORM, matrix, None, out, queries=queries, num_groups=groups, scores=scores,
-        shape=ProjectShape(rows=4, warps=4, programs=2),
+        shape=GridShape(rows=4, warps=4, programs=2),
     )  # fmt: skip
     truth = project_token_definition(y_D.double(), delta_D.double(), NORM, values.double(), None)
     check_rule(out.cpu()[wanted], project_token_definition(y_D, delta_D, NORM, values, None), truth, FP16)

@@ -195,9 +195,9 @@ def test_the_check_sees_a_wrong_engine(tiny: Tiny) -> None:
     model = tiny("opt").half()
     layers, wide = random_layers(model, mlp=1, heads=None), copy.deepcopy(model).double()
     engine = CudaEngine(copy.deepcopy(model), layers, record=True)
-    down_FD = engine._weights[1].mlp.down_FD
-    engine._weights[1] = dataclasses.replace(
-        engine._weights[1], mlp=dataclasses.replace(engine._weights[1].mlp, down_FD=down_FD.roll(1, 0).contiguous())
+    down_FD = engine._model.weights[1].mlp.down_FD
+    engine._model.weights[1] = dataclasses.replace(
+        engine._model.weights[1], mlp=dataclasses.replace(engine._model.weights[1].mlp, down_FD=down_FD.roll(1, 0).contiguous())
     )
     with pytest.raises(AssertionError, match="limit"):
         check_engine(engine, [ids_of(3, 3)], wide)

@@ -213,7 +213,7 @@ def test_a_slice_is_the_first_layers_of_the_whole(kind: str) -> None:
     made, part = made_of(kind), make(kind, num_layers=2)
     assert part.is_slice and not made.is_slice and part.layers_of_full == made.layers_of_full == 3
     assert part.config.num_layers == len(part.layers) == len(part.model.blocks) == 2
-    assert part.label == f"{kind} (the first 2 of 3 layers)" and made.label == kind
+    assert part.label == f"{kind}[2 of 3 layers]" and made.label == kind
     whole = dict(made.model.named_parameters())
     assert all(torch.equal(value, whole[key]) for key, value in part.model.named_parameters())
     mlps = [(a.mlp, b.mlp) for a, b in zip(part.layers, made.layers[:2], strict=True)]

@@ -192,9 +192,8 @@ def _planted(
         rank=PLANTED_RANK if rank is None else rank, num_layers=num_layers, seed=seed,
     )  # fmt: skip
     layers = made.layers if heads else tuple(LayerAdapter(mlp=layer.mlp) for layer in made.layers)
-    label = f"{name}[{made.config.num_layers} of {made.layers_of_full} layers]" if made.is_slice else name
     return Subject(
-        name=label,
+        name=made.label,
         model=made.model,
         layers_for=lambda selection, density: layers if densities else None,
         ids=random_ids(made.config, 2 * made.config.max_positions, seed=seed),

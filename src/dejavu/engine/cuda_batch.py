@@ -13,17 +13,16 @@ Letters: B rows  D model  L layers  H query heads  G key/value heads  K head_dim
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dejavu.config import ModelConfig
 from dejavu.engine.cache import PagedCache
-from dejavu.engine.cuda_weights import LayerPredictors, LayerWeights
+from dejavu.engine.cuda_weights import LayerPredictors, StepModel
 from dejavu.kernels.cuda.attention import Partials, Places, attend, splits_for
-from dejavu.kernels.cuda.common import NormWeights, Side
+from dejavu.kernels.cuda.common import Scores, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.mlp_rows import DownShape, dense_mlp_rows, mlp_rows, padded_rows, shares_of
 from dejavu.kernels.cuda.project import GroupScores
@@ -42,23 +41,17 @@ class BatchStep:
 
     def __init__(
         self,
-        config: ModelConfig,
-        weights: Sequence[LayerWeights],
-        predictors: Sequence[LayerPredictors],
-        embed: tuple[Tensor, Tensor | None],
-        head: Tensor,
-        final_norm: NormWeights,
+        model: StepModel,
         cache: PagedCache,
-        inv_freq: Tensor | None,
         *,
         tokens: int,
         deterministic: bool,
         inputs: Tensor,
         padding: int,
     ) -> None:
-        device, dtype, rows = head.device, head.dtype, inputs.shape[1]
-        self.config, self.weights, self.predictors = config, weights, predictors
-        self.embed, self.head, self.final_norm, self.cache = embed, head, final_norm, cache
+        config, device, dtype, rows = model.config, model.head.device, model.head.dtype, inputs.shape[1]
+        self.model, self.cache = model, cache
+        self.config, self.weights, self.predictors = config, model.weights, model.predictors
         self.inputs, self.padding, self.deterministic = inputs, padding, deterministic
         size, neurons, layers = config.hidden_size, config.intermediate_size, config.num_layers
         splits = splits_for(rows, config.num_heads, device, tokens=tokens)
@@ -69,7 +62,7 @@ class BatchStep:
             mixed=torch.zeros(rows, config.num_heads, splits, config.head_dim, device=device),
             stats=torch.zeros(rows, config.num_heads, splits, 2, device=device),
         )
-        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=inv_freq)
+        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=model.inv_freq)
         self._act_FB = torch.zeros(neurons, padded_rows(rows), device=device, dtype=dtype)
         self._word_F, self._union_F = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         shares = shares_of(size, DownShape(), device) if deterministic else 0
@@ -77,8 +70,8 @@ class BatchStep:
         self._row_counts = torch.zeros(2, rows, layers, dtype=torch.int32, device=device)
         self._union_counts = torch.zeros(layers, dtype=torch.int32, device=device)
         self._groups_LBG = torch.zeros(layers, rows, config.num_kv_heads, dtype=torch.int32, device=device)
-        self.dense_layers = frozenset(index for index, own in enumerate(predictors) if own.neurons is None)
-        self._halves = [self._rows_of(index, own, rows) for index, own in enumerate(predictors)]
+        self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.neurons is None)
+        self._halves = [self._rows_of(index, own, rows) for index, own in enumerate(model.predictors)]
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
         self._start()
 
@@ -97,15 +90,15 @@ class BatchStep:
     def run(self, watch: Callable[[int, Tensor], object] | None = None) -> None:
         """Start every kernel on the current stream. watch(layer, words int32 [F]) is called where a layer has selected."""
         config = self.config
-        table, positions = self.embed
+        model = self.model
         self._row_counts.copy_(self._first_counts)
         self._union_counts.copy_(self._first_unions)
         delta: Tensor = self._delta_BD
-        embed_rows(self.inputs[0], self.inputs[2], table, positions, config.position_offset, self._y_BD, self._delta_BD)
+        embed_rows(self.inputs[0], self.inputs[2], model.embed, model.positions, config.position_offset, self._y_BD, self._delta_BD)
         for index in range(config.num_layers):
             delta = self._layer(index, delta, watch)
-        norm_rows(self._y_BD, delta, self.final_norm, self._x_BD)
-        self.logits.copy_(F.linear(self._x_BD, self.head))
+        norm_rows(self._y_BD, delta, model.final_norm, self._x_BD)
+        self.logits.copy_(F.linear(self._x_BD, model.head))
 
     def _rows_of(
         self, index: int, own: LayerPredictors, rows: int
@@ -120,11 +113,7 @@ class BatchStep:
         if own.neurons is not None and own.neurons_first is not None:
             neurons_first = _for_rows(own.neurons_first, rows)
             neurons = UnionScores(
-                matrix=own.neurons.matrix,
-                scale=own.neurons.scale,
-                bias=own.neurons.bias,
-                threshold=own.neurons.threshold,
-                h=neurons_first.out,
+                **{field.name: getattr(own.neurons, field.name) for field in dataclasses.fields(Scores)} | {"h": neurons_first.out},
                 word_F=self._word_F,
                 union=self._union_F,
                 count=self._union_counts[index : index + 1],

@@ -22,7 +22,7 @@ from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.cuda_batch import BatchStep
 from dejavu.engine.cuda_decode import RING, SETTING_ROWS, DecodeRows, packed_settings
 from dejavu.engine.cuda_token import AHEAD, TokenStep
-from dejavu.engine.cuda_weights import check_model, head_weight, layer_predictors, layer_weights, norm_weights
+from dejavu.engine.cuda_weights import check_model, layer_predictors, step_model
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill
@@ -84,8 +84,8 @@ class CudaEngine(PagedEngine):
             device=device,
         )
         cache.reserve(num_slots, 1)
-        self._weights = [layer_weights(block) for block in model.blocks]
         self._predictors, self._counts_2L = layer_predictors(self.layers, config, device)
+        self._model = step_model(model, self._predictors)
         self._ahead, self._deterministic, self._record = ahead, deterministic, record
         self._crossover = crossover and any(own.neurons is not None for own in self._predictors)
         self._dense_layers: dict[int, frozenset[int]] = {}  # by bucket: what was measured to be faster dense
@@ -336,24 +336,13 @@ class CudaEngine(PagedEngine):
         return self._steps[key]
 
     def _new_step(self, rows: int, tokens: int) -> TokenStep | BatchStep:
-        model, config = self.model, self.config
-        table = model.embed.weight.detach()
-        given = (
-            config,
-            self._weights,
-            self._predictors,
-            (table, None if model.position is None else model.position.weight.detach()),
-            head_weight(model),
-            norm_weights(model.final_norm),
-            self._cache,
-            None if model.inv_freq is None else model.inv_freq.float(),
-        )
         if rows not in self._inputs:
-            self._inputs[rows] = torch.zeros(3, rows, dtype=torch.int32, device=table.device)
+            self._inputs[rows] = torch.zeros(3, rows, dtype=torch.int32, device=self._model.head.device)
         inputs = self._inputs[rows]
         if rows == 1:
-            return TokenStep(*given, tokens=tokens, ahead=self._ahead, deterministic=self._deterministic, inputs=inputs)
-        return BatchStep(*given, tokens=tokens, deterministic=self._deterministic, inputs=inputs, padding=self.info.num_slots)
+            return TokenStep(self._model, self._cache, tokens=tokens, ahead=self._ahead, deterministic=self._deterministic, inputs=inputs)
+        padding = self.info.num_slots
+        return BatchStep(self._model, self._cache, tokens=tokens, deterministic=self._deterministic, inputs=inputs, padding=padding)
 
     def _selections(self, step: TokenStep | BatchStep, row: int) -> tuple[LayerSelection, ...]:
         """What a row of the last step selected, by layer, in order; all neurons where a layer with a predictor ran dense."""

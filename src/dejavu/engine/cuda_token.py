@@ -13,16 +13,13 @@ Letters: B rows (1)  D model  L layers  H query heads  G key/value heads  K head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig
 from dejavu.engine.cache import PagedCache
-from dejavu.engine.cuda_weights import LayerPredictors, LayerWeights
+from dejavu.engine.cuda_weights import StepModel
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
-from dejavu.kernels.cuda.common import NormWeights
+from dejavu.kernels.cuda.common import NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
 from dejavu.kernels.cuda.project import project_token
@@ -40,14 +37,8 @@ class TokenStep:
 
     def __init__(
         self,
-        config: ModelConfig,
-        weights: Sequence[LayerWeights],
-        predictors: Sequence[LayerPredictors],
-        embed: tuple[Tensor, Tensor | None],
-        head: Tensor,
-        final_norm: NormWeights,
+        model: StepModel,
         cache: PagedCache,
-        inv_freq: Tensor | None,
         *,
         tokens: int,
         ahead: str,
@@ -55,9 +46,9 @@ class TokenStep:
         inputs: Tensor,
     ) -> None:
         assert ahead in AHEAD and inputs.shape == (3, 1)
-        device = head.device
-        self.config, self.weights, self.predictors = config, weights, predictors
-        self.embed, self.head, self.final_norm, self.cache = embed, head, final_norm, cache
+        config, device = model.config, model.head.device
+        self.model, self.cache = model, cache
+        self.config, self.weights, self.predictors = config, model.weights, model.predictors
         self.ahead, self.deterministic = ahead, deterministic
         self.inputs = inputs  # int32 [3, 1]: token, slot, position
         size, neurons = config.hidden_size, config.intermediate_size
@@ -70,7 +61,7 @@ class TokenStep:
             mixed=torch.zeros(1, config.num_heads, splits, config.head_dim, device=device),
             stats=torch.zeros(1, config.num_heads, splits, 2, device=device),
         )
-        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=inv_freq)
+        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=model.inv_freq)
         self._shape = default_shape(size)
         if deterministic:
             self._mlp_sums = torch.zeros(programs_of(self._shape, device), size, device=device)
@@ -81,21 +72,19 @@ class TokenStep:
 
     def run(self) -> None:
         """Start every kernel on the current stream. Afterwards `logits` and the predictors' counts are the step's."""
-        table, positions = self.embed
-        embed_rows(self.inputs[0], self.inputs[2], table, positions, self.config.position_offset, self._y0[None], self._delta_mlp[None])
+        model = self.model
+        first = self._y0[None], self._delta_mlp[None]
+        embed_rows(self.inputs[0], self.inputs[2], model.embed, model.positions, self.config.position_offset, *first)
         for index in range(self.config.num_layers):
             self._layer(index)
-        project_token(self._y0, self._delta_mlp, self.final_norm, self.head, None, self.logits[0], programmatic=self._chained)
+        project_token(self._y0, self._delta_mlp, model.final_norm, model.head, None, self.logits[0], programmatic=self._chained)
 
     def _layer(self, index: int) -> None:
         layer, own, config, chained = self.weights[index], self.predictors[index], self.config, self._chained
         following = self.predictors[index + 1] if index + 1 < config.num_layers else None
         heads = own.heads
         if own.own_heads is not None:
-            none = layer.qkv[:0]
-            project_token(
-                self._y0, self._delta_mlp, layer.norm1, none, None, self._qkv[0], side=own.own_heads, programmatic=chained
-            )  # fmt: skip
+            self._first_half(index, self._y0, self._delta_mlp, layer.norm1, own.own_heads)
         project_token(
             self._y0, self._delta_mlp, layer.norm1, layer.qkv, layer.qkv_bias, self._qkv[0],
             queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=heads, side=own.beside,
@@ -133,6 +122,10 @@ class TokenStep:
         if self.deterministic:
             torch.sum(self._mlp_sums, 0, out=self._delta_mlp)
 
+    def _first_half(self, index: int, y_D: Tensor, delta_D: Tensor, norm: NormWeights, side: Side) -> None:
+        """A predictor's A in a kernel of its own: rows beside a product of no rows."""
+        project_token(y_D, delta_D, norm, self.weights[index].qkv[:0], None, self._qkv[0], side=side, programmatic=self._chained)
+
     def _selected_late(self, index: int, early: NeuronScores | None) -> bool:
         """Select what was not selected beside attention; whether the MLP's list was there before the kernel before it."""
         own, layer = self.predictors[index], self.weights[index]
@@ -144,9 +137,6 @@ class TokenStep:
             torch.cuda.current_stream().wait_stream(self._branch)
             return False
         if own.own_mlp is not None:
-            none = layer.qkv[:0]
-            project_token(
-                self._y1, self._delta_attention, layer.norm2, none, None, self._qkv[0], side=own.own_mlp, programmatic=self._chained
-            )  # fmt: skip
+            self._first_half(index, self._y1, self._delta_attention, layer.norm2, own.own_mlp)
         select_token(own.neurons, programmatic=self._chained)
         return False

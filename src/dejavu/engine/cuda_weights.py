@@ -58,6 +58,20 @@ class LayerPredictors:
     neurons_lookahead: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepModel:
+    """What the steps of an engine read: layers and predictors, embedding and position table, head, final norm, rotary frequencies."""
+
+    config: ModelConfig
+    weights: list[LayerWeights]
+    predictors: Sequence[LayerPredictors]
+    embed: Tensor
+    positions: Tensor | None
+    head: Tensor
+    final_norm: NormWeights
+    inv_freq: Tensor | None
+
+
 def check_model(config: ModelConfig) -> None:
     """Raise ValueError for an architecture that the kernels do not compute."""
     unsupported = [
@@ -109,6 +123,20 @@ def layer_predictors(layers: Sequence[LayerAdapter], config: ModelConfig, device
     return [_layer(layer, config, device, counts_2L[:, index : index + 1]) for index, layer in enumerate(layers)], counts_2L
 
 
+def step_model(model: Transformer, predictors: Sequence[LayerPredictors]) -> StepModel:
+    """The model's weights in place, with these predictors."""
+    return StepModel(
+        config=model.config,
+        weights=[layer_weights(block) for block in model.blocks],
+        predictors=predictors,
+        embed=model.embed.weight.detach(),
+        positions=None if model.position is None else model.position.weight.detach(),
+        head=head_weight(model),
+        final_norm=norm_weights(model.final_norm),
+        inv_freq=None if model.inv_freq is None else model.inv_freq.float(),
+    )
+
+
 def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_21: Tensor) -> LayerPredictors:
     heads, mlp = layer.heads, layer.mlp
     before = [predictor for predictor in (heads, mlp) if predictor is not None and _runs_before(predictor, heads=predictor is heads)]
@@ -135,8 +163,12 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
         beside=beside,
         own_heads=own_heads,
         own_mlp=own_mlp,
-        heads=None if heads is None else _group_scores(heads, places[id(heads)].out, config.num_kv_heads, count_21[1]),
-        neurons=None if mlp is None else _neuron_scores(mlp, places[id(mlp)].out, count_21[0]),
+        heads=None
+        if heads is None
+        else GroupScores(**_scores(heads, places[id(heads)].out), groups=_room(config.num_kv_heads, device), count=count_21[1]),
+        neurons=None
+        if mlp is None
+        else NeuronScores(**_scores(mlp, places[id(mlp)].out), neurons=_room(config.intermediate_size, device), count=count_21[0]),
         heads_first=None if heads is None else places[id(heads)],
         neurons_first=None if mlp is None else places[id(mlp)],
         heads_before=heads is not None and heads.lookahead == 1,
@@ -163,32 +195,16 @@ def _side(matrices: Sequence[Tensor], device: torch.device) -> Side:
     return Side(matrix=matrix, scale=scale, out=torch.zeros(matrix.shape[0], device=device))
 
 
-def _group_scores(predictor: Predictor, h: Tensor, groups: int, count: Tensor) -> GroupScores:
-    device = h.device
-    matrix, scale = _packed(predictor.B_OR, device)
-    return GroupScores(
-        matrix=matrix,
-        scale=scale,
-        bias=predictor.bias_O.float().to(device),
-        threshold=torch.tensor([predictor.threshold], device=device),
-        h=h,
-        groups=torch.zeros(groups, dtype=torch.int32, device=device),
-        count=count,
-    )
+def _scores(predictor: Predictor, h: Tensor) -> dict[str, Tensor]:
+    """The fields of `Scores`."""
+    matrix, scale = _packed(predictor.B_OR, h.device)
+    bias, threshold = predictor.bias_O.float().to(h.device), torch.tensor([predictor.threshold], device=h.device)
+    return {"matrix": matrix, "scale": scale, "bias": bias, "threshold": threshold, "h": h}
 
 
-def _neuron_scores(predictor: Predictor, h: Tensor, count: Tensor) -> NeuronScores:
-    device = h.device
-    matrix, scale = _packed(predictor.B_OR, device)
-    return NeuronScores(
-        matrix=matrix,
-        scale=scale,
-        bias=predictor.bias_O.float().to(device),
-        threshold=torch.tensor([predictor.threshold], device=device),
-        h=h,
-        neurons=torch.zeros(matrix.shape[0], dtype=torch.int32, device=device),
-        count=count,
-    )
+def _room(count: int, device: torch.device) -> Tensor:
+    """For a list of so many."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 @torch.no_grad()

@@ -183,6 +183,7 @@ def bench(
 
     run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, synthetic=synthetic)
     run.time(clock, progress)
+    run.say_dense()
     rows = run.rows()
     return Bench(rows=rows, ratios=ratios_of(rows), notes=notes + run.notes)
 
@@ -250,6 +251,15 @@ class _Run:
         turns = {key: Work(run=_repeated(run, queued), sync=sync) for key, run in {**timed, **read, **stepped}.items()}
         found = take_turns(turns, len(tokens) // queued, clock=clock, progress=progress, name="decode steps")
         self.decode = {key: [each / queued for each in seconds] for key, seconds in found.items()}
+
+    def say_dense(self) -> None:
+        """Note which modes ran layers dense that have predictors of neurons: an engine may, where that is faster."""
+        for decoder in self.decoders:
+            ran = [float(neurons) == self.info.num_neurons for neurons in decoder.steps.mean_reads(self.batch).neurons_L]
+            dense = sum(all_read and layer.mlp is not None for all_read, layer in zip(ran, decoder.variant.layers or (), strict=False))
+            if dense:
+                where = f"at batch {self.batch}, context {self.context}"
+                self.notes.append(f"{decoder.variant.mode} {where} read every neuron of {dense} layers that have predictors")
 
     def rows(self) -> list[Row]:
         prefill = [self._row("prefill", self.prefill[self.decoders[0]], tokens=self.context, batch=1)]

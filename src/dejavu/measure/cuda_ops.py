@@ -56,6 +56,15 @@ def cuda_ops(model: Transformer, *, batch: int, seed: int) -> tuple[OpsAt, OpRun
     return ops_at, OpRun(run=read, bytes=buffer.nbytes, check=lambda: 0.0, copies=1, mode="dense")
 
 
+def _uncached(what: str, one: float, copies: int, device: torch.device) -> None:
+    """Raise ValueError where all that the calls of an op read fits into the device's cache: its speed would be the cache's."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    require(
+        one * copies > cache,
+        f"{what} reads {one * copies / 1e6:.0f} MB in all, and the GPU's cache holds {cache / 1e6:.0f} MB; take a larger model for --ops",
+    )
+
+
 class _Mlp:
     """MLPs of the model's layers, with the buffers they need."""
 
@@ -72,6 +81,7 @@ class _Mlp:
 
     def sparse(self, density: float, selection: str, dense_bytes: int) -> OpRun:
         count = min(len(self.weights), copies_for(density * dense_bytes))
+        _uncached(f"the MLP at density {density:g}", density * dense_bytes, count, self.device)
         drawn = index_lists(self.neurons, density, selection, count, self.seed, self.device)
         lists = [torch.zeros(self.neurons, dtype=torch.int32, device=self.device) for _ in drawn]
         for whole_F, idx_A in zip(lists, drawn, strict=True):
@@ -103,6 +113,7 @@ class _Mlp:
 
         every = torch.arange(self.neurons, device=self.device)
         copies = min(len(self.weights), copies_for(dense_bytes))
+        _uncached("the dense MLP", dense_bytes, copies, self.device)
         return OpRun(run=run, bytes=dense_bytes, check=lambda: self._error(run, every), copies=copies, mode="dense")
 
     def _error(self, run: Callable[[int], None], idx_A: Tensor) -> float:
@@ -136,6 +147,7 @@ def _head(model: Transformer) -> OpRun:
         exact = matrix.double() @ _wide_norm(y_D, norm)
         return _over(out_V, plain, exact, matrix.dtype)
 
+    _uncached("the head", matrix.nbytes, 1, matrix.device)
     return OpRun(run=run, bytes=matrix.nbytes, check=error, copies=1, mode="dense")
 
 

@@ -75,8 +75,8 @@ class PlantedModel:
 
     @property
     def label(self) -> str:
-        """The name, with what part of it this is."""
-        return f"{self.name} (the first {self.config.num_layers} of {self.layers_of_full} layers)" if self.is_slice else self.name
+        """The name, and what part of the shape it is: "opt-66b[16 of 64 layers]"."""
+        return f"{self.name}[{self.config.num_layers} of {self.layers_of_full} layers]" if self.is_slice else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,26 @@ class NormWeights:
     rms: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridShape:
+    """How a persistent kernel runs: rows at a time, warps of a program, programs of a multiprocessor."""
+
+    rows: int
+    warps: int
+    programs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The second half of a predictor: matrix [O, P] of any dtype, scale and bias fp32 [O], threshold fp32 [1], h fp32 [P] or [B, P]."""
+
+    matrix: Tensor
+    scale: Tensor
+    bias: Tensor
+    threshold: Tensor
+    h: Tensor
+
+
 def parts(size: int) -> tuple[int, int, int]:
     """Sizes of the three parts of a row of `size` values: powers of two, 1 where not needed."""
     found, left = [], size

@@ -13,8 +13,6 @@ Letters: D model  F neurons  A selected  R neurons at a time
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from dejavu.kernels.cuda.common import (
     ACTIVATION_CODES,
+    GridShape,
     NormWeights,
     Side,
     activate,
@@ -43,15 +42,6 @@ from dejavu.kernels.cuda.common import (
     tiles,
 )
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MlpShape:
-    """How the kernel runs: neurons at a time, warps of a program, programs of a multiprocessor."""
-
-    rows: int
-    warps: int
-    programs: int
 
 
 @triton.jit
@@ -132,14 +122,14 @@ def _mlp(
         add_part(out, acc3, D, D1 + D2, D3)
 
 
-def default_shape(size: int) -> MlpShape:
+def default_shape(size: int) -> GridShape:
     """What was fastest on an H100 at 10 % density, by hidden size (docs/log.md)."""
     if size <= 4096:
-        return MlpShape(rows=4, warps=8, programs=1)
-    return MlpShape(rows=1, warps=4, programs=2) if size <= 8192 else MlpShape(rows=1, warps=16, programs=1)
+        return GridShape(rows=4, warps=8, programs=1)
+    return GridShape(rows=1, warps=4, programs=2) if size <= 8192 else GridShape(rows=1, warps=16, programs=1)
 
 
-def programs_of(shape: MlpShape, device: torch.device) -> int:
+def programs_of(shape: GridShape, device: torch.device) -> int:
     return multiprocessors(device) * shape.programs
 
 
@@ -154,7 +144,7 @@ def mlp_token(
     count: Tensor | None = None,
     *,
     side: Side | None = None,
-    shape: MlpShape | None = None,
+    shape: GridShape | None = None,
     partial: bool = False,
     programmatic: bool = False,
 ) -> None:

@@ -155,25 +155,22 @@ def mlp_rows(
     )  # fmt: skip
 
 
-def dense_mlp_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
-    """The MLP of each x with every neuron, by the vendor's matrix products, in the dtype of x."""
+def _activations(x_BD: Tensor, weights: MlpWeights) -> Tensor:
+    """Activations [B, F] of every neuron, by the vendor's matrix products, in the dtype of x."""
     up_BF = torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
     if weights.gate_FD is None:
-        act_BF = activate_definition(up_BF, weights.activation, weights.activation_threshold)
-    else:
-        gate_BF = torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
-        act_BF = activate_definition(gate_BF, weights.activation, weights.activation_threshold) * up_BF
-    down_FD, bias_D = weights.down_FD, weights.down_bias_D
-    return act_BF @ down_FD if bias_D is None else torch.addmm(bias_D, act_BF, down_FD)
+        return activate_definition(up_BF, weights.activation, weights.activation_threshold)
+    gate_BF = torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
+    return activate_definition(gate_BF, weights.activation, weights.activation_threshold) * up_BF
+
+
+def dense_mlp_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
+    """The MLP of each x with every neuron, by the vendor's matrix products, in the dtype of x."""
+    act_BF, bias_D = _activations(x_BD, weights), weights.down_bias_D
+    return act_BF @ weights.down_FD if bias_D is None else torch.addmm(bias_D, act_BF, weights.down_FD)
 
 
 def mlp_rows_definition(x_BD: Tensor, weights: MlpWeights, keep_BF: Tensor) -> Tensor:
     """What `mlp_rows` adds to out, in the dtype of x; keep_BF: what each row selects."""
-    up_BF = torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
-    if weights.gate_FD is None:
-        act_BF = activate_definition(up_BF, weights.activation, weights.activation_threshold)
-    else:
-        gate_BF = torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
-        act_BF = activate_definition(gate_BF, weights.activation, weights.activation_threshold) * up_BF
-    y_BD = (act_BF * keep_BF.to(act_BF.dtype)) @ weights.down_FD
+    y_BD = (_activations(x_BD, weights) * keep_BF.to(x_BD.dtype)) @ weights.down_FD
     return y_BD if weights.down_bias_D is None else y_BD + weights.down_bias_D

@@ -24,7 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.cuda.common import (
+    GridShape,
     NormWeights,
+    Scores,
     Side,
     begin,
     launch,
@@ -44,24 +46,9 @@ from dejavu.kernels.cuda.common import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProjectShape:
-    """How the kernel runs: rows at a time, warps of a program, programs of a multiprocessor."""
+class GroupScores(Scores):
+    """Of a head predictor, O = G; and where the selection goes: groups int32 [G], count int32 [1]."""
 
-    rows: int
-    warps: int
-    programs: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupScores:
-    """The second half of a head predictor: matrix [G, P] of any dtype, scale and bias fp32 [G], threshold fp32 [1], h fp32 [P];
-    and where the selection goes: groups int32 [G], count int32 [1]."""
-
-    matrix: Tensor
-    scale: Tensor
-    bias: Tensor
-    threshold: Tensor
-    h: Tensor
     groups: Tensor
     count: Tensor
 
@@ -143,9 +130,9 @@ def _project(
         a1, a2, a3 = b1, b2, b3
 
 
-def default_shape(size: int) -> ProjectShape:
+def default_shape(size: int) -> GridShape:
     """What was fastest on an H100 (docs/log.md)."""
-    return ProjectShape(rows=4 if size <= 4096 else 2 if size <= 8192 else 1, warps=4, programs=2)
+    return GridShape(rows=4 if size <= 4096 else 2 if size <= 8192 else 1, warps=4, programs=2)
 
 
 def project_token(
@@ -163,7 +150,7 @@ def project_token(
     y_out_D: Tensor | None = None,
     cleared_D: Tensor | None = None,
     counter: Tensor | None = None,
-    shape: ProjectShape | None = None,
+    shape: GridShape | None = None,
     programmatic: bool = False,
 ) -> None:
     """out fp32 [rows] = matrix [rows, D] @ norm(y + delta) + bias; of the first `queries` rows only the selected groups' where

@@ -22,6 +22,7 @@ from torch import Tensor
 from dejavu.kernels.cuda.attention import Partials, combined
 from dejavu.kernels.cuda.common import (
     NormWeights,
+    Scores,
     Side,
     launch,
     norm_parts,
@@ -41,15 +42,10 @@ BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnionScores:
-    """The second half of a neuron predictor for several rows: as NeuronScores, with h fp32 [B, P]; and where the selection goes:
-    word_F int32 [F], union int32 [F] and count int32 [1] (zero), row_count int32 [B, stride] (zero), of which the first column is used."""
+class UnionScores(Scores):
+    """Of a neuron predictor for several rows, O = F; and where the selection goes: word_F int32 [F], union int32 [F] and count int32 [1]
+    (zero), row_count int32 [B, stride] (zero), of which the first column is used."""
 
-    matrix: Tensor
-    scale: Tensor
-    bias: Tensor
-    threshold: Tensor
-    h: Tensor
     word_F: Tensor
     union: Tensor
     count: Tensor

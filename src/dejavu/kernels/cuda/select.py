@@ -18,22 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.cuda.common import begin, launch
+from dejavu.kernels.cuda.common import Scores, begin, launch
 
 BLOCK = 64
 SORT_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeuronScores:
-    """The second half of a neuron predictor: matrix [F, P] of any dtype, scale and bias fp32 [F], threshold fp32 [1], h fp32 [P];
-    and where the selection goes: neurons int32 [F], count int32 [1], which holds 0."""
+class NeuronScores(Scores):
+    """Of a neuron predictor, O = F; and where the selection goes: neurons int32 [F], count int32 [1], which holds 0."""
 
-    matrix: Tensor
-    scale: Tensor
-    bias: Tensor
-    threshold: Tensor
-    h: Tensor
     neurons: Tensor
     count: Tensor
 
