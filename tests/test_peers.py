@@ -25,7 +25,6 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from test_cli import call, obj, work
 from test_engine import ids_of
-from test_gguf import write_gguf
 
 __all__ = ["call", "work"]  # fixtures
 IDS = ids_of(7, 90)
@@ -130,6 +129,8 @@ def test_llama_cpp(tiny: Tiny, tok96: Any, tmp_path: Path, file_type: str | None
     pytest.importorskip("llama_cpp")
     # Heads of 32 and rows of whole blocks, which its kernels and formats ask for.
     model = tiny("llama", hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32)
+    from test_gguf import write_gguf  # gguf is not on every machine that the other tests run on
+
     write_gguf(model, tok96, tmp_path / "small.gguf")
     with closing(LlamaCppPeer(tmp_path / "small.gguf", threads=1, file_type=file_type)) as peer:
         assert peer.model == ("small" if file_type is None else f"small as {file_type}") and dtype in (peer.dtype, "all")

@@ -26,8 +26,11 @@ from dejavu.kernels.attention import masked_output_heads, plain_attention
 from dejavu.kernels.cuda.common import begin, launch, multiprocessors, or_any
 from dejavu.kernels.cuda.select import NeuronScores, select_arguments, select_block, select_blocks, select_constants
 
-TOKENS = 32  # of the cache at a time
+WARPS = 1  # of a program: with one its sums need no barrier
+TILE_BYTES = 4096  # of keys, and as many of values, that a warp holds at a time
+SPLIT_TOKENS = 32  # the least work of a split
 MAX_SPLITS = 32
+CLEARED = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ class Partials:
 
 def splits_for(rows: int, heads: int, device: torch.device, *, tokens: int) -> int:
     """Parts that a sequence of at most so many tokens is cut into: enough programs to fill the device, and work for each of them."""
-    wanted = max(1, min(MAX_SPLITS, 8 * multiprocessors(device) // (rows * heads), tokens // (2 * TOKENS)))
+    wanted = max(1, min(MAX_SPLITS, 16 * multiprocessors(device) // (rows * heads), tokens // SPLIT_TOKENS))
     return 1 << (wanted.bit_length() - 1)
 
 
@@ -68,13 +71,18 @@ def _rotated(pointer, k, position, inv_freq, K: tl.constexpr, ROTARY: tl.constex
 
 
 @triton.jit
-def _cached(k_pool, v_pool, pages, first, last, group, k, G: tl.constexpr, K: tl.constexpr, S: tl.constexpr, T: tl.constexpr):
+def _pages(pages, first, last, S: tl.constexpr, T: tl.constexpr):
+    """Pages [T] of the tokens from `first` on."""
+    t = first + tl.arange(0, T)
+    return tl.load(pages + t // S, mask=t < last, other=0)
+
+
+@triton.jit
+def _cached(k_pool, v_pool, page_T, first, last, group, k, G: tl.constexpr, K: tl.constexpr, S: tl.constexpr, T: tl.constexpr):
     """Keys and values [T, KP] of a group from token `first` on, as stored; zeros from `last` on."""
     t = first + tl.arange(0, T)
-    there = t < last
-    page_T = tl.load(pages + t // S, mask=there, other=0)
     place_T = ((page_T * G + group) * S + t % S) * K
-    mask = there[:, None] & (k < K)[None, :]
+    mask = (t < last)[:, None] & (k < K)[None, :]
     keys = tl.load(k_pool + place_T[:, None] + k[None, :], mask=mask, other=0.0)
     values = tl.load(v_pool + place_T[:, None] + k[None, :], mask=mask, other=0.0)
     return keys, values
@@ -103,43 +111,38 @@ def _attend(
     k = tl.arange(0, KP)
     row = qkv + b * W
     pages = table + slot.to(tl.int64) * table_stride
+    chunk = tl.cdiv(tl.cdiv(position, T), SPLITS) * T
+    start = split * chunk
+    last = tl.minimum(position, start + chunk)
+    page_T = _pages(pages, start, last, S, T)
+    next_page_T = _pages(pages, start + T, last, S, T)
+    own_page = tl.load(pages + position // S)
     group = at // PER
     live = True
     if HEADS:
         begin(programmatic)  # the list is of the kernel before
+        listed = tl.load(groups + b * G + group)  # beyond the count: an index all the same, and not used
         live = group < tl.load(group_count + b * count_stride)
-        group = tl.load(groups + b * G + group, mask=live, other=0)
-    chunk = tl.cdiv(tl.cdiv(position, T), SPLITS) * T
-    start = split * chunk
-    last = tl.where(live, tl.minimum(position, start + chunk), start)
-    keys, values = _cached(k_pool, v_pool, pages, start, last, group, k, G, K, S, T)
+        group = listed
+        last = tl.where(live, last, start)
+    keys, values = _cached(k_pool, v_pool, page_T, start, last, group, k, G, K, S, T)
     if not HEADS:
         begin(programmatic)
-    if CLEAR:
-        for first in range(pid * CLEARED, cleared_size, programs * CLEARED):
-            c = first + tl.arange(0, CLEARED)
-            tl.store(cleared + c, 0.0, mask=c < cleared_size)
-    if (split == 0) & (at % PER == 0):
-        # Every group's new key and value, whatever is selected: the cache has no holes.
-        own = at // PER
-        page = tl.load(pages + position // S)
-        place = ((page * G + own) * S + position % S) * K
-        new_k = _rotated(row + H * K + own * K, k, position, inv_freq, K, ROTARY)
-        tl.store(k_pool + place + k, new_k.to(k_pool.dtype.element_ty), mask=k < K)
-        new_v = tl.load(row + (H + G) * K + own * K + k, mask=k < K, other=0.0)
-        tl.store(v_pool + place + k, new_v.to(v_pool.dtype.element_ty), mask=k < K)
+    # The last split, which is never the longest, has the new token's key and value; they come from this step's products.
+    is_last = split == SPLITS - 1
     if live:
         head = group * PER + at % PER
         q = _rotated(row + head * K, k, position, inv_freq, K, ROTARY) * scale
-        # The new token's own key and value come from this step's products: another program writes them to the cache. Rounded as there.
+        # Rounded as they are in the cache, where another program writes them.
         own_k = _rotated(row + H * K + group * K, k, position, inv_freq, K, ROTARY).to(k_pool.dtype.element_ty).to(tl.float32)
         own_v = tl.load(row + (H + G) * K + group * K + k, mask=k < K, other=0.0).to(v_pool.dtype.element_ty).to(tl.float32)
-        own_share = tl.where(split == 0, 1.0, 0.0)
-        top = tl.where(split == 0, tl.sum(q * own_k, 0), -1e30)
+        own_share = tl.where(is_last, 1.0, 0.0)
+        top = tl.where(is_last, tl.sum(q * own_k, 0), -1e30)
         total = own_share
         acc = own_v * own_share
         for first in tl.range(start, last, T, num_stages=1):
-            next_keys, next_values = _cached(k_pool, v_pool, pages, first + T, last, group, k, G, K, S, T)
+            next_keys, next_values = _cached(k_pool, v_pool, next_page_T, first + T, last, group, k, G, K, S, T)
+            next_page_T = _pages(pages, first + 2 * T, last, S, T)
             there = first + tl.arange(0, T) < last
             s = tl.where(there, tl.sum(keys.to(tl.float32) * q[None, :], 1), -1e30)
             new_top = tl.maximum(top, tl.max(s, 0))
@@ -154,6 +157,18 @@ def _attend(
         tl.store(mixed + where * K + k, acc, mask=k < K)
         tl.store(stats + where * 2, top)
         tl.store(stats + where * 2 + 1, total)
+    if is_last & (at % PER == 0):
+        # Every group's new key and value, whatever is selected: the cache has no holes.
+        own = at // PER
+        place = ((own_page * G + own) * S + position % S) * K
+        new_k = _rotated(row + H * K + own * K, k, position, inv_freq, K, ROTARY)
+        tl.store(k_pool + place + k, new_k.to(k_pool.dtype.element_ty), mask=k < K)
+        new_v = tl.load(row + (H + G) * K + own * K + k, mask=k < K, other=0.0)
+        tl.store(v_pool + place + k, new_v.to(v_pool.dtype.element_ty), mask=k < K)
+    if CLEAR:
+        for first in range(pid * CLEARED, cleared_size, programs * CLEARED):
+            c = first + tl.arange(0, CLEARED)
+            tl.store(cleared + c, 0.0, mask=c < cleared_size)
 
 
 @triton.jit
@@ -181,8 +196,9 @@ def _output(
     live = True
     rows = K
     if HEADS:
+        listed = tl.load(groups + group, cache_modifier=".cg")  # beyond the count: an index all the same, and not used
         live = group < tl.load(group_count, cache_modifier=".cg")
-        group = tl.load(groups + group, mask=live, other=0, cache_modifier=".cg")
+        group = listed
         rows = tl.where(live, K, 0)
     head = group * PER + at % PER
     row = head.to(tl.int64) * K + k
@@ -228,9 +244,11 @@ def attend(
     rows, splits = qkv_BW.shape[0], partials.mixed.shape[2]
     assert qkv_BW.shape[1] == (heads + 2 * groups) * head_dim and (select is None or rows == 1)
     programs = rows * heads * splits
-    extra = 0 if select is None else select_blocks(select.matrix.shape[0])
+    padded = max(16, triton.next_power_of_2(head_dim))
+    tokens = max(2, WARPS * TILE_BYTES // (padded * k_PGSK.element_size()))
+    extra = 0 if select is None else select_blocks(select, WARPS)
     chosen = (qkv_BW,) * 7 + (0,) if select is None else select_arguments(select)
-    sizes = {"P": 16, "PP": 16, "BLOCK": 16} if select is None else select_constants(select)
+    sizes = {"P": 16, "PP": 16, "BLOCK": 16} if select is None else select_constants(select, WARPS)
     launch(
         _attend,
         (programs + extra,),
@@ -238,9 +256,9 @@ def attend(
         or_any(places.inv_freq, qkv_BW), or_any(groups_BG, qkv_BW), or_any(count_B, qkv_BW), 1 if count_B is None else count_B.stride(0),
         partials.mixed, partials.stats,
         head_dim**-0.5, programs, *chosen, or_any(cleared, qkv_BW), 0 if cleared is None else cleared.numel(),
-        H=heads, G=groups, K=head_dim, KP=max(16, triton.next_power_of_2(head_dim)), S=page_size, T=TOKENS, SPLITS=splits,
+        H=heads, G=groups, K=head_dim, KP=padded, S=page_size, T=tokens, SPLITS=splits,
         ROTARY=places.inv_freq is not None, HEADS=groups_BG is not None, SELECT=select is not None, CLEAR=cleared is not None,
-        CLEARED=1024, **sizes, num_warps=4, programmatic=programmatic,
+        CLEARED=CLEARED, **sizes, num_warps=WARPS, programmatic=programmatic,
     )  # fmt: skip
 
 

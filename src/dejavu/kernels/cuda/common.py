@@ -17,6 +17,7 @@ Letters: D model  R rows at a time
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -82,6 +83,12 @@ def parts(size: int) -> tuple[int, int, int]:
     return tuple([*found, 1, 1][:3])  # pyrefly: ignore[bad-return]
 
 
+def shape_up_to(size: int, shapes: Mapping[int, tuple[int, int, int]]) -> GridShape:
+    """The shape of the smallest size that is not below this one."""
+    rows, warps, programs = shapes[min(limit for limit in shapes if size <= limit)]
+    return GridShape(rows=rows, warps=warps, programs=programs)
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; 1 under the interpreter."""
@@ -95,14 +102,16 @@ def overlaps(device: int) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, programmatic: bool = False, **constants: Any) -> None:
-    """Start a kernel. programmatic: it may begin before the one before it has ended (see above)."""
+    """Start a kernel. programmatic: it may begin before the one before it has ended (see above).
+
+    Products are not fused into sums: lanes that hold the same value then compute the same one, and what they write is no race."""
     assert min(grid) > 0, f"an empty grid {grid}"
     if INTERPRETED:
         kernel[grid](*arguments, programmatic=False, **constants)
     else:
         programmatic = programmatic and overlaps(torch.cuda.current_device())
         extra = {"launch_pdl": True} if programmatic else {}
-        kernel[grid](*arguments, programmatic=programmatic, num_warps=num_warps, **extra, **constants)
+        kernel[grid](*arguments, programmatic=programmatic, num_warps=num_warps, enable_fp_fusion=False, **extra, **constants)
 
 
 def or_any(value: Tensor | None, other: Tensor) -> Tensor:

@@ -37,20 +37,46 @@ from dejavu.kernels.cuda.common import (
     products,
     residual,
     row_bias,
+    shape_up_to,
     side_rows,
     store_part,
     tiles,
 )
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
 
+# By the largest hidden size that each is for: rows, warps, programs.
+SHAPES = {2048: (8, 8, 1), 3072: (2, 8, 2), 4096: (4, 8, 1), 6144: (1, 8, 2), 8192: (1, 4, 2), 1 << 31: (1, 16, 1)}
+
+
+@triton.jit
+def _rows(
+    up, gate, down, up_bias, gate_bias, idx, first, hi, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
+    R: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, LISTED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """What R places of the list from `first` on need of the weights: which are live, rows of up, gate (or up) and down, biases."""
+    r = first + tl.arange(0, R)
+    live = r < hi
+    row = r
+    if LISTED:
+        if EARLY:
+            row = tl.load(idx + r, mask=live, other=0, cache_modifier=".cg")
+        else:
+            row = tl.load(idx + r, mask=live, other=0)
+    a = tiles(up, row, live, D, D1, D2, D3)
+    g = a
+    if GATED:
+        g = tiles(gate, row, live, D, D1, D2, D3)
+    v = tiles(down, row, live, D, D1, D2, D3)
+    return live, a, g, v, row_bias(up_bias, row, live, UP_BIAS), row_bias(gate_bias, row, live, GATE_BIAS)
+
 
 @triton.jit
 def _mlp(
     y, delta, y_out, norm_weight, norm_bias, eps, up, gate, down, up_bias, gate_bias, down_bias, idx, count, out, threshold,
     side, side_scale, side_out, side_count, F,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    LISTED: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr,
+    AFFINE: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, LISTED: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -59,18 +85,8 @@ def _mlp(
         total = tl.load(count, cache_modifier=".cg")
     lo = (total * pid) // programs
     hi = (total * (pid + 1)) // programs
-    r = lo + tl.arange(0, R)
-    live = r < hi
-    row = r
-    if LISTED:
-        row = tl.load(idx + r, mask=live, other=0, cache_modifier=".cg")
     # These rows do not depend on the kernel before: the list was there before it (see common.py).
-    a1, a2, a3 = tiles(up, row, live, D, D1, D2, D3)
-    if GATED:
-        g1, g2, g3 = tiles(gate, row, live, D, D1, D2, D3)
-    v1, v2, v3 = tiles(down, row, live, D, D1, D2, D3)
-    up_b = row_bias(up_bias, row, live, UP_BIAS)
-    gate_b = row_bias(gate_bias, row, live, GATE_BIAS)
+    now = _rows(up, gate, down, up_bias, gate_bias, idx, lo, hi, D, D1, D2, D3, R, GATED, UP_BIAS, GATE_BIAS, LISTED, True)
     w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
     begin(programmatic)
     y1, y2, y3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, True)
@@ -81,32 +97,20 @@ def _mlp(
     acc2 = tl.zeros([D2], tl.float32)
     acc3 = tl.zeros([D3], tl.float32)
     for first in tl.range(lo, hi, R, num_stages=1):
-        next_r = first + R + tl.arange(0, R)
-        next_live = next_r < hi
-        next_row = next_r
-        if LISTED:
-            next_row = tl.load(idx + next_r, mask=next_live, other=0)
-        b1, b2, b3 = tiles(up, next_row, next_live, D, D1, D2, D3)
+        new = _rows(
+            up, gate, down, up_bias, gate_bias, idx, first + R, hi, D, D1, D2, D3, R, GATED, UP_BIAS, GATE_BIAS, LISTED, False
+        )  # fmt: skip
+        live, a, g, v, up_b, gate_b = now
+        act = products(a[0], a[1], a[2], x1, x2, x3) + up_b.to(tl.float32)
         if GATED:
-            h1, h2, h3 = tiles(gate, next_row, next_live, D, D1, D2, D3)
-        u1, u2, u3 = tiles(down, next_row, next_live, D, D1, D2, D3)
-        next_up_b = row_bias(up_bias, next_row, next_live, UP_BIAS)
-        next_gate_b = row_bias(gate_bias, next_row, next_live, GATE_BIAS)
-        act = products(a1, a2, a3, x1, x2, x3) + up_b.to(tl.float32)
-        if GATED:
-            act = activate(products(g1, g2, g3, x1, x2, x3) + gate_b.to(tl.float32), ACTIVATION, threshold) * act
-            g1, g2, g3 = h1, h2, h3
+            act = activate(products(g[0], g[1], g[2], x1, x2, x3) + gate_b.to(tl.float32), ACTIVATION, threshold) * act
         else:
             act = activate(act, ACTIVATION, threshold)
         act = tl.where(live, act, 0.0)
-        acc1 += tl.sum(v1.to(tl.float32) * act[:, None], 0)
-        acc2 += tl.sum(v2.to(tl.float32) * act[:, None], 0)
-        acc3 += tl.sum(v3.to(tl.float32) * act[:, None], 0)
-        live = next_live
-        a1, a2, a3 = b1, b2, b3
-        v1, v2, v3 = u1, u2, u3
-        up_b = next_up_b
-        gate_b = next_gate_b
+        acc1 += tl.sum(v[0].to(tl.float32) * act[:, None], 0)
+        acc2 += tl.sum(v[1].to(tl.float32) * act[:, None], 0)
+        acc3 += tl.sum(v[2].to(tl.float32) * act[:, None], 0)
+        now = new
     if DOWN_BIAS:
         if pid == 0:
             acc1 += part(down_bias, D, 0, D1)
@@ -123,10 +127,8 @@ def _mlp(
 
 
 def default_shape(size: int) -> GridShape:
-    """What was fastest on an H100 at 10 % density, by hidden size (docs/log.md)."""
-    if size <= 4096:
-        return GridShape(rows=4, warps=8, programs=1)
-    return GridShape(rows=1, warps=4, programs=2) if size <= 8192 else GridShape(rows=1, warps=16, programs=1)
+    """What was fastest on an H100, by hidden size (docs/log.md)."""
+    return shape_up_to(size, SHAPES)
 
 
 def programs_of(shape: GridShape, device: torch.device) -> int:

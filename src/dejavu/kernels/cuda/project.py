@@ -39,10 +39,14 @@ from dejavu.kernels.cuda.common import (
     products,
     residual,
     row_bias,
+    shape_up_to,
     side_rows,
     tiles,
     zero,
 )
+
+# By the largest hidden size that each is for: rows, warps, programs.
+SHAPES = {2048: (8, 8, 2), 3072: (4, 4, 4), 4096: (4, 4, 2), 6144: (2, 8, 2), 8192: (2, 4, 2), 1 << 31: (1, 4, 2)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +135,8 @@ def _project(
 
 
 def default_shape(size: int) -> GridShape:
-    """What was fastest on an H100 (docs/log.md)."""
-    return GridShape(rows=4 if size <= 4096 else 2 if size <= 8192 else 1, warps=4, programs=2)
+    """What was fastest on an H100, by hidden size (docs/log.md)."""
+    return shape_up_to(size, SHAPES)
 
 
 def project_token(

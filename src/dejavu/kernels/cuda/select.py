@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dejavu.kernels.cuda.common import Scores, begin, launch
 
-BLOCK = 64
+SCORES = 4096  # products that a warp makes at a time
+WARPS = 4
 SORT_BLOCK = 1024
 
 
@@ -79,14 +80,16 @@ def _ordered(neurons, count, marks, out, F, BLOCK: tl.constexpr, programmatic: t
         base += tl.sum(mark, 0)
 
 
-def select_blocks(neurons: int) -> int:
-    return triton.cdiv(neurons, BLOCK)
+def select_blocks(scores: NeuronScores, warps: int) -> int:
+    """Programs of so many warps that score all neurons."""
+    return triton.cdiv(scores.matrix.shape[0], select_constants(scores, warps)["BLOCK"])
 
 
-def select_constants(scores: NeuronScores) -> dict[str, int]:
-    """The compile-time sizes of a selection, for the kernels that contain one."""
+def select_constants(scores: NeuronScores, warps: int) -> dict[str, int]:
+    """The compile-time sizes of a selection by programs of so many warps, for the kernels that contain one."""
     rank = scores.matrix.shape[1]
-    return {"P": rank, "PP": max(16, triton.next_power_of_2(rank)), "BLOCK": BLOCK}
+    padded = max(16, triton.next_power_of_2(rank))
+    return {"P": rank, "PP": padded, "BLOCK": min(256, max(16, warps * SCORES // padded))}
 
 
 def select_arguments(scores: NeuronScores) -> tuple[Tensor | int, ...]:
@@ -97,8 +100,8 @@ def select_arguments(scores: NeuronScores) -> tuple[Tensor | int, ...]:
 
 def select_token(scores: NeuronScores, *, programmatic: bool = False) -> None:
     """Fill scores.neurons and scores.count, which must hold 0."""
-    grid = (select_blocks(scores.matrix.shape[0]),)
-    launch(_select, grid, *select_arguments(scores), **select_constants(scores), num_warps=4, programmatic=programmatic)
+    grid = (select_blocks(scores, WARPS),)
+    launch(_select, grid, *select_arguments(scores), **select_constants(scores, WARPS), num_warps=WARPS, programmatic=programmatic)
 
 
 def order_token(scores: NeuronScores, marks_F: Tensor, out_F: Tensor, *, programmatic: bool = False) -> None:
