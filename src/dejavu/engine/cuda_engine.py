@@ -27,6 +27,7 @@ from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, Ste
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill
 from dejavu.engine.torch_engine import DTYPE_NAMES, check_layers
+from dejavu.kernels.cuda.attention import SHORT
 from dejavu.kernels.cuda.common import INTERPRETED
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.model.predictor import LayerAdapter
@@ -34,7 +35,6 @@ from dejavu.model.transformer import Transformer
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 STAGING_ROWS = 256
-SHORT = 512  # tokens up to which attention is cut into fewer parts
 
 
 class CudaEngine(PagedEngine):

@@ -62,7 +62,7 @@ class TokenStep:
             stats=torch.zeros(1, config.num_heads, splits, 2, device=device),
         )
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=model.inv_freq)
-        self._shape = default_shape(size)
+        self._shape = default_shape(size, gated=config.gated)
         if deterministic:
             self._mlp_sums = torch.zeros(programs_of(self._shape, device), size, device=device)
             self._head_sums = torch.zeros(config.num_heads, size, device=device)

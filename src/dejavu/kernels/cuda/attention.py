@@ -26,9 +26,10 @@ from dejavu.kernels.attention import masked_output_heads, plain_attention
 from dejavu.kernels.cuda.common import begin, launch, multiprocessors, or_any
 from dejavu.kernels.cuda.select import NeuronScores, select_arguments, select_block, select_blocks, select_constants
 
-WARPS = 1  # of a program: with one its sums need no barrier
+WARPS = 2  # of a program: most of its time is sums, whose barriers cost the less the fewer take part
 TILE_BYTES = 4096  # of keys, and as many of values, that a warp holds at a time
 SPLIT_TOKENS = 32  # the least work of a split
+SHORT = 512  # tokens: of longer sequences there are twice as many splits, which keep more loads under way
 MAX_SPLITS = 32
 CLEARED = 256
 
@@ -53,7 +54,8 @@ class Partials:
 
 def splits_for(rows: int, heads: int, device: torch.device, *, tokens: int) -> int:
     """Parts that a sequence of at most so many tokens is cut into: enough programs to fill the device, and work for each of them."""
-    wanted = max(1, min(MAX_SPLITS, 16 * multiprocessors(device) // (rows * heads), tokens // SPLIT_TOKENS))
+    programs = multiprocessors(device) * (4 if tokens <= SHORT else 8)
+    wanted = max(1, min(MAX_SPLITS, programs // (rows * heads), tokens // SPLIT_TOKENS))
     return 1 << (wanted.bit_length() - 1)
 
 
