@@ -218,6 +218,11 @@ def gpu_points() -> list[list[Row]]:
     return [rows for rows in points.values() if any(row.mode == "dense" for row in rows)]
 
 
+def _ahead(rows: list[Row]) -> str:
+    """How a point's sparse modes looked ahead: what their names end with (see Row)."""
+    return next((row.mode.partition(" ")[2] for row in rows if " " in row.mode), "beside")
+
+
 def _sources(rows: list[Row]) -> str:
     """A line for each machine, commit and day."""
     return "".join(dict.fromkeys(_bench_source(row) for row in rows))
@@ -240,11 +245,11 @@ def gpu_speed() -> str:
     """Decode of one sequence on a GPU: transformers on the same weights, ours dense and sparse, from one run for each model."""
     table, sources = [], []
     for model in GPU_MODELS:
-        points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch) == (model, 1)]
+        points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch, _ahead(rows)) == (model, 1, "beside")]
         if not points:
             continue
         with_peers = [rows for rows in points if _decodes(rows)[1]]
-        own, others = _decodes((with_peers or points)[-1])
+        own, others = _decodes(max(with_peers or points, key=lambda rows: (rows[0].time, -rows[0].context)))
         dense = next(row for row in own if row.mode == "dense")
         for row in (*sorted(others, key=lambda row: row.mode), *own):
             name = PROGRAMS.get(row.mode, row.mode) if row in others else f"dejavu {row.mode}"
@@ -260,7 +265,8 @@ def gpu_speed() -> str:
 
 def gpu_batches() -> str:
     """Our decode on a GPU at every context and batch, the newest of each."""
-    newest = {(rows[0].model, rows[0].dtype, rows[0].device, rows[0].context, rows[0].batch): rows for rows in gpu_points()}
+    points = [rows for rows in gpu_points() if _ahead(rows) == "beside"]
+    newest = {(rows[0].model, rows[0].dtype, rows[0].device, rows[0].context, rows[0].batch): rows for rows in points}
     table, sources = [], []
     order = list(dict.fromkeys(key[:3] for key in newest))
     for key in sorted(newest, key=lambda key: (order.index(key[:3]), key[3:])):
@@ -272,6 +278,31 @@ def gpu_batches() -> str:
         sources.append(dense)
     header = ["program", "model", "dtype", "context", "batch", "union density", "MLP density", "heads", "ms a step", "tokens/s"]
     return _table([*header, "times our dense"], table) + _sources(sources) if table else NOT_MEASURED
+
+
+def gpu_ahead() -> str:
+    """Where the next selection is computed: the newest of each way, for what was measured in more than one."""
+    ways: dict[tuple[object, ...], dict[str, list[Row]]] = {}
+    for rows in gpu_points():
+        first = rows[0]
+        ways.setdefault((first.model, first.dtype, first.device, first.context, first.batch), {})[_ahead(rows)] = rows
+    table, sources = [], []
+    for found in ways.values():
+        for ahead, rows in found.items() if len(found) > 1 else ():
+            own, _ = _decodes(rows)
+            dense = next(row for row in own if row.mode == "dense")
+            for row in own:
+                if row is not dense:
+                    about = [
+                        f"{row.model}{', synthetic' if row.synthetic else ''}",
+                        row.dtype,
+                        str(row.context),
+                        row.mode.partition(" ")[0],
+                    ]
+                    table.append([ahead, *about, *_gpu_cells(row, dense), "" if row.nodes is None else str(row.nodes)])
+            sources.append(dense)
+    header = ["selected", "model", "dtype", "context", "mode", "MLP density", "heads", "ms a token", "tokens/s", "times our dense"]
+    return _table([*header, "graph nodes"], table) + _sources(sources) if table else NOT_MEASURED
 
 
 def gpu_ops() -> str:
@@ -301,6 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "gpu-speed": gpu_speed,
     "gpu-batches": gpu_batches,
+    "gpu-ahead": gpu_ahead,
     "gpu-ops": gpu_ops,
 }
 

@@ -46,7 +46,7 @@ from dejavu.kernels.cuda.common import (
 )
 
 # By the largest hidden size that each is for: rows, warps, programs.
-SHAPES = {2048: (8, 8, 2), 3072: (4, 4, 4), 4096: (4, 4, 2), 6144: (2, 8, 2), 8192: (2, 4, 2), 1 << 31: (1, 4, 2)}
+SHAPES = {2048: (8, 8, 2), 3072: (2, 4, 4), 4096: (4, 4, 2), 8192: (2, 4, 2), 1 << 31: (1, 4, 2)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
