@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 import dejavu.engine.cuda_engine as cuda_engine
 from conftest import Tiny
 from dejavu.config import SamplingConfig
-from dejavu.engine.cuda_batch import BatchStep
 from dejavu.engine.cuda_decode import DecodeRows, packed_settings
 from dejavu.engine.cuda_engine import CudaEngine
 from dejavu.engine.torch_engine import TorchEngine
@@ -244,16 +243,3 @@ def test_what_cannot_be_decoded_is_refused_before_anything_runs(tiny: Tiny, devi
     with pytest.raises(ValueError, match="context"):
         CudaEngine(model).decode([1], [0], model.config.max_positions + 1)
     assert engine.length(0) == 3 and engine.length(1) == 0 and engine.free_pages == 3
-
-
-def test_a_choice_made_again_keeps_the_memory_that_a_graph_reads(tiny: Tiny) -> None:
-    """A step has two graphs, one of steps and one of decode; the second capture applies the same choice of dense layers."""
-    model = on(tiny("opt"), "cpu")
-    engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), num_slots=2))
-    engine.step([5, 6], [0, 1])
-    (step,) = engine._steps.values()
-    assert isinstance(step, BatchStep)
-    step.run_dense(frozenset({0}))
-    counts, unions = step._first_counts, step._first_unions
-    step.run_dense(frozenset({0}))
-    assert step._first_counts is counts and step._first_unions is unions

@@ -5,7 +5,8 @@ of what the rows select, each row masked to its own, or dense where that is meas
 fp32. The residual stream y_BD is fp32. A layer that runs dense selects nothing: its rows count as dense, as they do in any dense layer.
 
 Whether a layer's MLP runs over the union depends on the union's size and on the device: `crossover` times both ways at several
-sizes, and the first step of a bucket counts the union of each layer. `dense_layers` holds the outcome.
+sizes, and the first step of a bucket counts the union of each layer. `dense_layers` holds the outcome. q, k, v and O are read whole
+whatever heads the rows select, so selecting them saves reading the cache alone: `slower_heads` times attention both ways.
 
 Letters: B rows  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  F neurons
 """
@@ -71,6 +72,7 @@ class BatchStep:
         self._union_counts = torch.zeros(layers, dtype=torch.int32, device=device)
         self._groups_LBG = torch.zeros(layers, rows, config.num_kv_heads, dtype=torch.int32, device=device)
         self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.neurons is None)
+        self.dense_heads = False
         self._halves = [self._rows_of(index, own, rows) for index, own in enumerate(model.predictors)]
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
         self._start()
@@ -128,15 +130,17 @@ class BatchStep:
         for index, own in enumerate(self.predictors):
             if index in self.dense_layers:
                 self._first_counts[0, :, index] = self._first_unions[index] = config.intermediate_size
-            if own.heads is None:
+            if own.heads is None or self.dense_heads:
                 self._first_counts[1, :, index] = config.num_kv_heads
 
     def _layer(self, index: int, delta: Tensor, watch: Callable[[int, Tensor], object] | None) -> Tensor:
         """One layer; what it adds to the residual stream last, which the next norm takes in."""
-        layer, own, config, x_BD = self.weights[index], self.predictors[index], self.config, self._x_BD
+        layer, own, x_BD = self.weights[index], self.predictors[index], self._x_BD
         heads_first, heads, neurons_first, neurons = self._halves[index]
         if index in self.dense_layers:
             neurons_first = neurons = None
+        if self.dense_heads:
+            heads_first = heads = None
         norm_rows(self._y_BD, delta, layer.norm1, x_BD)
         if heads is not None and heads_first is not None:
             if not own.heads_before:
@@ -145,12 +149,7 @@ class BatchStep:
         if neurons_first is not None and own.neurons_lookahead == 1:
             project_rows(neurons_first, x_BD)
         qkv_BW = F.linear(x_BD, layer.qkv, layer.qkv_bias)
-        chosen = (None, None) if heads is None else (heads.groups, heads.count)
-        attend(
-            qkv_BW, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
-            groups_BG=chosen[0], count_B=chosen[1],
-        )  # fmt: skip
-        combine_rows(self._partials, *chosen, self._mixed_BHK)
+        self._attend(index, qkv_BW, heads)
         mixed_BQ = self._mixed_BHK.flatten(1)
         added = mixed_BQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_BQ, layer.o)
         norm_rows(self._y_BD, added, layer.norm2, x_BD, None if neurons is None else self._delta_BD)
@@ -165,13 +164,22 @@ class BatchStep:
             return dense_mlp_rows(x_BD, layer.mlp)
         return self._union_mlp(index)
 
+    def _attend(self, index: int, qkv_BW: Tensor, heads: GroupScores | None) -> None:
+        """Store the rows' keys and values and put their heads together in `_mixed_BHK`."""
+        chosen = (None, None) if heads is None else (heads.groups, heads.count)
+        attend(
+            qkv_BW, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=self.config.num_heads,
+            groups_BG=chosen[0], count_B=chosen[1],
+        )  # fmt: skip
+        combine_rows(self._partials, *chosen, self._mixed_BHK)
+
     def _run_before(self, index: int) -> None:
         """The first halves of the next layer's predictors that read this layer's MLP input."""
         if index == self.config.num_layers:
             return
         own = self.predictors[index]
         heads_first, _, neurons_first, _ = self._halves[index]
-        if heads_first is not None and own.heads_before:
+        if heads_first is not None and own.heads_before and not self.dense_heads:
             project_rows(heads_first, self._x_BD)
         if neurons_first is not None and own.neurons_lookahead == 2 and index not in self.dense_layers:
             project_rows(neurons_first, self._x_BD)
@@ -190,20 +198,40 @@ class BatchStep:
         )  # fmt: skip
         return self._sums.sum(0) if self.deterministic else self._delta_BD
 
-    def run_dense(self, layers: frozenset[int]) -> None:
-        """Run these layers dense from now on, too. Where they do already, nothing changes: a graph may read what `_start` replaces."""
-        if not layers <= self.dense_layers:
+    def run_dense(self, layers: frozenset[int], *, heads: bool = False) -> None:
+        """Run these layers, and heads, dense from now on, too. Where they do, nothing changes: a graph may read what `_start` replaces."""
+        if not layers <= self.dense_layers or heads > self.dense_heads:
             self.dense_layers |= layers
+            self.dense_heads |= heads
             self._start()
 
     def slower_sparse(self) -> frozenset[int]:
         """The layers whose union, as the last step left it, is slower than dense on this device."""
+        if len(self.dense_layers) == self.config.num_layers:
+            return frozenset()
         table = self.crossover()
         unions = self._union_counts.tolist()
         neurons = self.config.intermediate_size
         return frozenset(
             index for index, union in enumerate(unions) if index not in self.dense_layers and _between(table, union / neurons) > table[0][1]
         )
+
+    def slower_heads(self) -> bool:
+        """Whether attention over the rows' selected heads, with their selection, is slower than over all: of one layer, at the
+        positions of the last step, whose keys and values there are overwritten: the step must run again."""
+        index = next((at for at, own in enumerate(self.predictors) if own.heads is not None), None)
+        if index is None or self.dense_heads:
+            return False
+        first, scores, _, _ = self._halves[index]
+        assert first is not None and scores is not None
+        qkv_BW = F.linear(self._x_BD, self.weights[index].qkv, self.weights[index].qkv_bias)
+
+        def sparse() -> None:
+            project_rows(first, self._x_BD)
+            group_rows(scores)
+            self._attend(index, qkv_BW, scores)
+
+        return _milliseconds(sparse) > _milliseconds(lambda: self._attend(index, qkv_BW, None))
 
     def crossover(self) -> list[tuple[float, float]]:
         """(share of the neurons, milliseconds) of a layer's MLP over a union of that size with its selection; first (0, dense)."""

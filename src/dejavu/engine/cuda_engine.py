@@ -41,7 +41,7 @@ class CudaEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place.
 
     ahead, deterministic: see TokenStep. crossover: for several rows let those layers run dense whose
-    union, at the first step of a bucket, is measured to be slower; such a layer then selects nothing, and counts as dense.
+    union, at the first step of a bucket, is measured to be slower, and heads likewise; what runs dense selects nothing and counts as dense.
     Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture that the kernels do not compute.
     """
 
@@ -87,8 +87,9 @@ class CudaEngine(PagedEngine):
         self._predictors, self._counts_2L = layer_predictors(self.layers, config, device)
         self._model = step_model(model, self._predictors)
         self._ahead, self._deterministic, self._record = ahead, deterministic, record
-        self._crossover = crossover and any(own.neurons is not None for own in self._predictors)
+        self._crossover = crossover and not deterministic
         self._dense_layers: dict[int, frozenset[int]] = {}  # by bucket: what was measured to be faster dense
+        self._dense_heads: dict[tuple[int, int], bool] = {}  # by bucket and length
         words = config.num_layers if record else 0
         self._words_LF = torch.zeros(words, config.intermediate_size, dtype=torch.int32, device=device)
         self._steps: dict[tuple[int, int], TokenStep | BatchStep] = {}
@@ -303,8 +304,8 @@ class CudaEngine(PagedEngine):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()
-            if isinstance(step, BatchStep) and self._crossover and not self._deterministic:
-                self._choose(step)
+            if isinstance(step, BatchStep) and self._crossover:
+                self._choose(key, step)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -313,12 +314,14 @@ class CudaEngine(PagedEngine):
         graph.instantiate()
         return graph
 
-    def _choose(self, step: BatchStep) -> None:
-        """Which layers run dense in this bucket: measured at its first step, and the same from then on."""
-        rows = step.inputs.shape[1]
+    def _choose(self, key: tuple[int, int], step: BatchStep) -> None:
+        """What runs dense: layers by bucket, heads by bucket and length; measured once each, and the same from then on."""
+        rows, _ = key
         if rows not in self._dense_layers:
             self._dense_layers[rows] = step.slower_sparse()
-        step.run_dense(self._dense_layers[rows])
+        if key not in self._dense_heads:
+            self._dense_heads[key] = step.slower_heads()
+        step.run_dense(self._dense_layers[rows], heads=self._dense_heads[key])
 
     def _staged(self, numbers: Sequence[int]) -> Tensor:
         """A step's numbers in memory that the device copies from when it comes to it. No row is written again before it has."""

@@ -1,0 +1,99 @@
+"""Several rows on the GPU: what is measured to be slower sparse runs dense, and is then what a dense layer is."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from conftest import Tiny
+from dejavu.engine import cuda_batch
+from dejavu.engine.cuda_batch import BatchStep
+from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.model.predictor import LayerAdapter
+from test_cuda_kernels import DEVICES
+from test_cuda_replays import on
+from test_cuda_sample import prefilled
+from test_engine import ids_of, random_layers
+
+
+def batch_step(engine: CudaEngine) -> BatchStep:
+    step = engine._step_of(engine._key(2, 5))
+    assert isinstance(step, BatchStep)
+    return step
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("layers", "heads"), [((), True), ((0,), False), ((0, 1), True)])
+def test_what_runs_dense(tiny: Tiny, device: str, layers: tuple[int, ...], heads: bool) -> None:
+    """As an engine whose layers have no such predictors: the same logits and counts."""
+    model = tiny("llama", activation="relu", num_layers=2)
+    sparse = random_layers(model, mlp=1, heads=1)
+    left = [
+        LayerAdapter(mlp=None if index in layers else layer.mlp, heads=None if heads else layer.heads)
+        for index, layer in enumerate(sparse)
+    ]  # fmt: skip
+    reference = TorchEngine(model, left, num_slots=2)
+    engine = CudaEngine(on(model, device), sparse, num_slots=2, crossover=False)
+    batch_step(engine).run_dense(frozenset(layers), heads=heads)
+    for slot in range(2):
+        for each in (reference, engine):
+            each.prefill(slot, ids_of(slot, 5 + slot))
+    for index in range(3):
+        tokens = ids_of(40 + index, 2)
+        want, found = reference.step(tokens, [0, 1]), engine.step(tokens, [0, 1])
+        assert found.neurons_BL.tolist() == want.neurons_BL.tolist() and found.heads_BL.tolist() == want.heads_BL.tolist()
+        torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("slower", [False, True])
+def test_heads_are_timed_both_ways(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, slower: bool) -> None:
+    model = on(tiny("opt"), "cpu")
+    engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), num_slots=2))
+    engine.step([5, 6], [0, 1])
+    step, times = batch_step(engine), iter((2.0, 1.0) if slower else (1.0, 2.0))
+
+    def timed(work):
+        work()
+        return next(times)
+
+    monkeypatch.setattr(cuda_batch, "_milliseconds", timed)
+    assert step.slower_heads() is slower and list(times) == []
+
+
+def test_without_predictors_there_is_nothing_to_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on(tiny("opt"), "cpu")
+    engine = CudaEngine(model, [dataclasses.replace(layer, mlp=None) for layer in random_layers(model, mlp=1, heads=1)], num_slots=2)
+    monkeypatch.setattr(cuda_batch, "_milliseconds", lambda _: pytest.fail("timed"))
+    assert batch_step(engine).slower_sparse() == frozenset()
+    dense = batch_step(CudaEngine(model, num_slots=2))
+    assert dense.slower_sparse() == frozenset() and not dense.slower_heads()
+
+
+@pytest.mark.gpu
+def test_a_step_chooses_before_it_is_captured(tiny: Tiny) -> None:
+    """Whatever is chosen, steps, decode and a longer text go on with it."""
+    model = on(tiny("opt"), "cuda")
+    engine = prefilled(CudaEngine(model, random_layers(tiny("opt"), mlp=1, heads=1), num_slots=2))
+    engine.step([5, 6], [0, 1])
+    key = engine._key(2, 5)
+    chosen = engine._dense_layers[2], engine._dense_heads[key]
+    found = engine.decode([7, 8], [0, 1], 4)
+    assert found.shape == (4, 2) and (engine._dense_layers[2], engine._dense_heads[key]) == chosen
+    step = engine.step([5, 6], [0, 1])
+    assert (step.heads_BL == model.config.num_heads).all() or not chosen[1]
+
+
+def test_a_choice_made_again_keeps_the_memory_that_a_graph_reads(tiny: Tiny) -> None:
+    """A step has two graphs, one of steps and one of decode; the second capture applies the same choice of dense layers."""
+    model = on(tiny("opt"), "cpu")
+    engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), num_slots=2))
+    engine.step([5, 6], [0, 1])
+    (step,) = engine._steps.values()
+    assert isinstance(step, BatchStep)
+    step.run_dense(frozenset({0}))
+    counts, unions = step._first_counts, step._first_unions
+    step.run_dense(frozenset({0}))
+    assert step._first_counts is counts and step._first_unions is unions
