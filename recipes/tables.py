@@ -306,7 +306,7 @@ def gpu_ahead() -> str:
 
 
 def gpu_ops() -> str:
-    """Single kernels on a GPU, of the newest run of each model, batch and context."""
+    """Single kernels on a GPU, of the newest run of each model, batch and context: densities in rows, selections side by side."""
     runs: dict[tuple[object, ...], list[Row]] = {}
     for row in read_rows(BENCH):
         if on_gpu(row) and row.op not in ("decode", "prefill", "read"):
@@ -314,13 +314,20 @@ def gpu_ops() -> str:
     newest = {key[1:]: rows for key, rows in runs.items()}
     table, sources = [], []
     for rows in newest.values():
+        points: dict[tuple[str, str, float | None], dict[str | None, Row]] = {}
         for row in rows:
-            about = [row.model, row.dtype, str(row.batch), str(row.context), _percent(row.mlp_density, 0), row.selection or ""]
-            times = [f"{value:.1f}" for value in (row.p20_us, row.p50_us, row.p80_us) if value is not None]
-            table.append([f"{row.op}, {row.mode}", *about, *times, f"{row.gbs:.0f}", f"{row.pct_ceiling:.0f} %"])
+            points.setdefault((row.op, row.mode, row.mlp_density), {})[row.selection] = row
+        for (op, mode, density), found in points.items():
+            first = next(iter(found.values()))
+            cells = [_op_cell(found.get(None) or found.get("uniform")), *(_op_cell(found.get(name)) for name in ("clustered", "hot-set"))]
+            table.append([f"{op}, {mode}", first.model, first.dtype, str(first.batch), _percent(density, 0), *cells])
         sources.append(rows[0])
-    header = ["op", "model", "dtype", "batch", "context", "density", "selection", "p20 µs", "p50 µs", "p80 µs", "useful GB/s"]
-    return _table([*header, "of the read ceiling"], table) + _sources(sources) if table else NOT_MEASURED
+    header = ["op", "model", "dtype", "batch", "density", "µs, GB/s, of the read ceiling", "clustered", "hot-set"]
+    return _table(header, table) + _sources(sources) if table else NOT_MEASURED
+
+
+def _op_cell(row: Row | None) -> str:
+    return "" if row is None else f"{row.p50_us:.1f}, {row.gbs:.0f}, {row.pct_ceiling:.0f} %"
 
 
 TABLES: dict[str, Callable[[], str]] = {
