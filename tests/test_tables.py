@@ -141,7 +141,8 @@ def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> 
     """A run whose sparse modes looked ahead another way is no run of the other tables."""
     later = "2031-01-01T00:00:00+00:00"
     measured(
-        row("dense", 100.0), row("sparse", 200.0, nodes=130), row("dense", 90.0, time=later), row("sparse in-line", 150.0, time=later, nodes=162),
+        row("dense", 100.0), row("sparse", 200.0, nodes=130), row("dense", 90.0, time=later),
+        row("sparse in-line", 150.0, time=later, nodes=162),
         row("dense", 7.0, model="opt-13b"),
     )  # fmt: skip
     assert [(cells[0], cells[4], cells[9], cells[10]) for cells in lines(tables, "gpu-ahead")] == [
