@@ -11,8 +11,9 @@ import tokenizers
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import dejavu
 from conftest import open_fp32
-from dejavu.engine.backends import make_engine
+from dejavu.engine.backends import make_engine, pick_backend
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.checkpoint import Checkpoint
@@ -186,6 +187,22 @@ def test_a_backend_computes_it_or_says_what_it_does_not(opened: dict[str, Any], 
     if beyond:
         with pytest.raises(ValueError, match=f"does not compute .*{beyond[0]}.*use --backend torch"):
             make_engine(model, backend="native")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "arcee"])
+def test_it_is_loaded_for_a_backend_that_computes_it(opened: dict[str, Any], name: str) -> None:
+    """By name it is refused before a weight is read; auto goes to torch and says so."""
+    folder = opened[name][2]
+    lm = dejavu.load(folder)
+    assert str(lm.generate("the cat", max_new_tokens=3)) is not None
+    if name == "gemma2":
+        said = any("does not compute norms of what blocks add" in note for note in lm.notes)
+        assert lm.backend == "torch" and said != (pick_backend() == "torch")
+        if pick_backend() == "native":
+            with pytest.raises(ValueError, match="backend 'native' does not compute norms of what blocks add"):
+                dejavu.load(folder, backend="native")
+    else:
+        assert lm.backend == pick_backend() and lm.notes == ()
 
 
 def test_minicpm_is_llama_with_scales(tok96: tokenizers.Tokenizer, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
-from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint, load_checkpoint, resolve_model
+from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint, load_checkpoint, read_config, resolve_model
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import DENSE, on_cpu
 
@@ -334,11 +334,12 @@ def load(
     native backend int8 and int4; there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
     values, likewise: auto (on the native backend fp32 beside fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
-    threads: of torch, for the whole process, and of the native engine. revision: of a hub id. Nothing is downloaded. Raises
+    threads: of torch, for the whole process, and of the native engine. revision: of a hub id. backend: auto takes torch for an
+    architecture that the other one does not compute, with a note. Nothing is downloaded. Raises
     ValueError for what is not found, damaged, unavailable or of another model.
     """
-    backend = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
-    torch_dtype = _torch_dtype(dtype, backend)
+    asked = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
+    _torch_dtype(dtype, asked)
     if threads is not None:
         set_threads(threads)
     name = str(name)
@@ -347,6 +348,10 @@ def load(
         own_adapter = MODELS_FOLDER / name / ADAPTER_FOLDER
         name = read_json(own_adapter / "config.json")["base_id"]
     path = resolve_model(name, revision=revision)
+    lacking = read_config(path).beyond_kernels if asked != "torch" else ()
+    require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
+    backend = "torch" if lacking else asked
+    torch_dtype = _torch_dtype(dtype, backend)
     device = "cuda" if backend == "cuda" else "cpu"
     checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=name if name in bundled_models() else None)
     if adapter == "bundled":
@@ -363,6 +368,8 @@ def load(
     )
     if backend == "native":
         lm.model.round_cache(lm.cache_dtype)
+    if lacking:
+        lm.notes = (*lm.notes, f"backend torch: {asked} does not compute {', '.join(lacking)}")
     lm.layers()
     return lm
 

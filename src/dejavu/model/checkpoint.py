@@ -152,6 +152,11 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch
     )
 
 
+def read_config(path: Path) -> ModelConfig:
+    """The architecture of a folder or a GGUF file, without its weights."""
+    return config_from_hf(GGUFFile(path).hf_config() if path.suffix == ".gguf" else read_hf_config(path))
+
+
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, with the BOS and EOS ids of generation_config.json where that file has its own."""
     file = folder / "config.json"
