@@ -152,6 +152,18 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch
     )
 
 
+def assembled(
+    hf: Mapping[str, Any], tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str | torch.device, where: str
+) -> tuple[Transformer, str]:
+    """A model and its base_hash from a config and named tensors in memory, copied: as `load_checkpoint` from files."""
+    config = config_from_hf(hf)
+    assembler = Assembler(config, foreign_targets(config), dtype=dtype, device=device, where=Path(where))
+    for name, values in tensors.items():
+        assembler.add(_as_stored(name, values.detach(), Path(where)))
+    model, digests = assembler.finish()
+    return model, base_hash(model.config, digests)
+
+
 def read_config(path: Path) -> ModelConfig:
     """The architecture of a folder or a GGUF file, without its weights."""
     return config_from_hf(GGUFFile(path).hf_config() if path.suffix == ".gguf" else read_hf_config(path))
