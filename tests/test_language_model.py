@@ -393,7 +393,7 @@ def test_no_engine_of_old_weights_is_used_again(folder: Path, change: str) -> No
     if change != "adapter":
         running.close()  # its engine is of the old weights, and comes back after they have changed
     fresh = LanguageModel(lm.checkpoint, backend=lm.backend, adapter=lm.adapter)
-    assert logprobs(lm) == logprobs(fresh) != before
+    assert logprobs(lm) == pytest.approx(logprobs(fresh), abs=1e-5) != before
 
 
 def test_an_engine_may_be_used_in_and_out_of_inference_mode(folder: Path, made: Any) -> None:

@@ -143,8 +143,8 @@ class ModelConfig(Config):
 class SamplingConfig(Config):
     """How the next token is drawn. temperature 0 is greedy; top_k and top_p cut the tail before drawing.
 
-    seed: repeats a text on the same backend. Backends draw from different streams of random numbers, so that another one may give
-    another text; a greedy text is the same on all, but for rounding.
+    seed: repeats the draws, and with the same logits the text, on the same backend. Backends draw from different streams of random
+    numbers: on another one the same seed may give another text. A greedy text is the same on all, but for rounding.
     """
 
     temperature: float = 0.0

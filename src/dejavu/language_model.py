@@ -144,8 +144,8 @@ class LanguageModel:
 
         Returns the new text as a GeneratedText: a str with prompt_tokens, new_tokens, tok_s, prefill_tok_s (tokens a
         second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces
-        being the same text. temperature 0 is greedy. Raises ValueError, at once, for a negative count, an empty prompt,
-        one that fills the context, a sampling value out of range, an adapter of another model.
+        being the same text. temperature 0 is greedy; seed: see SamplingConfig. Raises ValueError, at once, for a negative count,
+        an empty prompt, one that fills the context, a sampling value out of range, an adapter of another model.
         """
         generation = self.start(
             prompt,
