@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define DEJAVU_ABI_VERSION 2
+#define DEJAVU_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -27,18 +27,20 @@ enum dejavu_dtype { DEJAVU_FP32 = 0, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, DEJA
 enum dejavu_activation { DEJAVU_RELU = 0, DEJAVU_RELU2 = 1, DEJAVU_FATRELU = 2, DEJAVU_SILU = 3, DEJAVU_GELU = 4, DEJAVU_GELU_TANH = 5 };
 enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_EMBED = 0, DEJAVU_POSITION, DEJAVU_PROJECT_IN, DEJAVU_PROJECT_OUT, DEJAVU_HEAD, DEJAVU_FINAL_NORM, DEJAVU_INV_FREQ,
-  DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O, DEJAVU_GATE, DEJAVU_UP, DEJAVU_DOWN
+  DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O, DEJAVU_GATE, DEJAVU_UP, DEJAVU_DOWN,
+  DEJAVU_Q_NORM, DEJAVU_K_NORM /* of every head, before it is rotated; both or neither */
 };
 enum dejavu_predicted { DEJAVU_MLP = 0, DEJAVU_HEADS = 1 };
 enum dejavu_op { /* parts of a block, for its profile */
   DEJAVU_OP_PREDICTOR = 0, DEJAVU_OP_ATTENTION, DEJAVU_OP_MLP, DEJAVU_OP_HEAD, DEJAVU_OP_OTHER, DEJAVU_OPS
 };
 
+/* rotary_factor: of what is rotated; attention_scale: of scores. */
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
   int64_t position_offset;
   int32_t dtype, activation, gated, rms, pre_norm, final_norm, rope, tied_head;
-  float norm_eps, activation_threshold;
+  float norm_eps, activation_threshold, rotary_factor, attention_scale;
 } dejavu_config;
 
 typedef struct dejavu_model dejavu_model;
@@ -82,7 +84,8 @@ DEJAVU_API const char *dejavu_error(void);
 DEJAVU_API const char *dejavu_instruction_sets(void);
 
 DEJAVU_API int dejavu_model_new(const dejavu_config *config, dejavu_model **out);
-/* Copies (and packs) one part. Norms are a matrix [1, D] with an optional bias; position and inverse frequencies are fp32. */
+/* Copies (and packs) one part. Norms are a matrix [1, D] with an optional bias, those of heads [1, head_dim] without; position and
+ * inverse frequencies are fp32. There are as many inverse frequencies as pairs of a head are rotated, at most head_dim / 2. */
 DEJAVU_API int dejavu_model_set(dejavu_model *model, int part, int64_t layer, const dejavu_matrix *matrix);
 DEJAVU_API void dejavu_model_free(dejavu_model *model);
 

@@ -69,7 +69,8 @@ dejavu_model *new_model(const dejavu_config &c, bool biased) {
   EXPECT(dejavu_model_new(&c, &model) == DEJAVU_OK);
   const int64_t d = c.hidden_size, f = c.intermediate_size, q = c.num_heads * c.head_dim, k = c.num_kv_heads * c.head_dim;
   set(model, DEJAVU_EMBED, -1, c.vocab_size, c.embed_size, c.dtype);
-  if (c.rope) set(model, DEJAVU_INV_FREQ, -1, 1, c.head_dim / 2, DEJAVU_FP32);
+  const bool special = c.rotary_factor != 1;  // heads rotated in part, and normed
+  if (c.rope) set(model, DEJAVU_INV_FREQ, -1, 1, special ? c.head_dim / 4 : c.head_dim / 2, DEJAVU_FP32);
   else set(model, DEJAVU_POSITION, -1, c.max_positions + c.position_offset, d, DEJAVU_FP32);
   if (c.embed_size != d) {
     set(model, DEJAVU_PROJECT_IN, -1, d, c.embed_size, c.dtype);
@@ -78,6 +79,8 @@ dejavu_model *new_model(const dejavu_config &c, bool biased) {
   if (!c.tied_head) set(model, DEJAVU_HEAD, -1, c.vocab_size, c.embed_size, c.dtype);
   if (c.final_norm) set(model, DEJAVU_FINAL_NORM, -1, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
   for (int64_t l = 0; l < c.num_layers; l++) {
+    if (special)
+      for (int part : {DEJAVU_Q_NORM, DEJAVU_K_NORM}) set(model, part, l, 1, c.head_dim, DEJAVU_FP32);
     for (int part : {DEJAVU_NORM1, DEJAVU_NORM2}) set(model, part, l, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
     set(model, DEJAVU_Q, l, q, d, c.dtype, biased ? q : 0);
     for (int part : {DEJAVU_K, DEJAVU_V}) set(model, part, l, k, d, c.dtype, biased ? k : 0);
@@ -207,13 +210,13 @@ void bad_input(const dejavu_config &good) {
 
 int main() {
   const dejavu_config configs[] = {
-      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | dtype, act, gated, rms, pre, final, rope, tied, eps, threshold
-      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, 0, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 1e-5f, 0},
-      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, 0, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 1e-5f, 0},
-      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 1e-5f, 0},
-      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 1e-5f, 0},
-      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 1e-5f, 0},
-      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 1e-5f, 0.01f},
+      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | dtype, act, gated, rms, pre, final, rope, tied, eps, threshold, of rotation, of scores
+      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, 0, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 1e-5f, 0, 1, 0.3f},
+      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, 0, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 1e-5f, 0, 1, 0.3f},
+      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 1e-5f, 0, 1, 0.3f},
+      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 1e-5f, 0, 1, 0.3f},
+      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 1e-5f, 0, 1, 0.3f},
+      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 1e-5f, 0.01f, 1.2f, 0.2f},
   };
   int runs = 0, models = 0;
   for (dejavu_config config : configs)

@@ -28,10 +28,20 @@ void Pass::store(const float *head, void *pool, float *scales, int64_t at) const
   }
 }
 
-// Rotary position of one head, halves paired: (u, v) -> (u cos - v sin, v cos + u sin).
+// RMSNorm of one head, where the model has it.
+void Pass::norm_head(const Buffer<float> &weight, float *head) const {
+  if (weight.empty()) return;
+  const int64_t size = config.head_dim;
+  float square = 0;
+  for (int64_t i = 0; i < size; i++) square += head[i] * head[i];
+  const float scale = 1.0f / std::sqrt(square / (float)size + config.norm_eps);
+  for (int64_t i = 0; i < size; i++) head[i] = head[i] * scale * weight[i];
+}
+
+// Rotary position of one head, halves of what is rotated paired: (u, v) -> (u cos - v sin, v cos + u sin).
 void Pass::rotate(int64_t row, float *head) const {
   if (!config.rope) return;
-  const int64_t half = config.head_dim / 2;
+  const int64_t half = model.rotated;
   const float *cosine = engine.cosine.data() + row * half, *sine = engine.sine.data() + row * half;
   for (int64_t i = 0; i < half; i++) {
     const float u = head[i], v = head[i + half];
@@ -68,12 +78,15 @@ void Pass::project_heads(int64_t layer) {
     for (int64_t r = 0; r < rows; r++) {
       if (is_query && !selects(r, head)) continue;
       float *computed = own.query[r].f;
-      if (is_query || is_key) rotate(r, computed);
+      if (is_query || is_key) {
+        norm_head(is_query ? weights.q_norm : weights.k_norm, computed);
+        rotate(r, computed);
+      }
       if (!is_query) {  // past `size` it is zero: nothing is written there
         store(computed, is_key ? block.k_pool : block.v_pool, is_key ? block.k_scale : block.v_scale, cache_row(layer, r, head, block.position[r]));
         continue;
       }
-      const float scale = 1.0f / std::sqrt((float)size);
+      const float scale = config.attention_scale;
       float *to = engine.query.data() + (r * heads + head) * model.head_width;
       for (int64_t i = 0; i < size; i++) to[i] = computed[i] * scale;
     }

@@ -48,7 +48,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   require(!c.final_norm || !model->final_norm.weight.empty(), "the model has no final norm");
   for (const Layer &layer : model->layers)
     require(layer.q.present() && layer.k.present() && layer.v.present() && layer.o.present() && !layer.norm1.weight.empty() &&
-                !layer.norm2.weight.empty() && layer.up.filled() && layer.down.filled() && (!c.gated || layer.gate.filled()),
+                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && layer.up.filled() && layer.down.filled() && (!c.gated || layer.gate.filled()),
             "a layer of the model lacks a part");
   residual = Buffer<float>(product({rows, width}));
   query = Buffer<float>(product({rows, c.num_heads, model->head_width}));
@@ -131,11 +131,11 @@ bool dejavu_engine::run(const dejavu_block &block, dejavu_profile *wanted) {
   check(block);
   const dejavu_config &c = model->config;
   if (c.rope) {
-    const int64_t half = c.head_dim / 2;
+    const int64_t half = model->rotated;
     for (int64_t r = 0; r < block.rows; r++)
       for (int64_t i = 0; i < half; i++) {
         const float angle = (float)block.position[r] * model->inv_freq[i];
-        cosine[r * half + i] = std::cos(angle), sine[r * half + i] = std::sin(angle);
+        cosine[r * half + i] = std::cos(angle) * c.rotary_factor, sine[r * half + i] = std::sin(angle) * c.rotary_factor;
       }
   }
   finite.store(true);

@@ -130,7 +130,9 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
     case DEJAVU_HEAD: return own(head, c.dtype, c.vocab_size, c.embed_size, "the head");
     case DEJAVU_FINAL_NORM: return set_norm(final_norm, m, "the final norm");
     case DEJAVU_INV_FREQ:
-      require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns == c.head_dim / 2, "inverse frequencies must be one row of head_dim / 2");
+      require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns >= 1 && m.columns <= c.head_dim / 2,
+              "inverse frequencies must be one row of at most head_dim / 2");
+      rotated = m.columns;
       return copy_vector(inv_freq, m.columns, (const float *)m.data, m.columns);
     default: break;
   }
@@ -142,6 +144,11 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   switch (part) {
     case DEJAVU_NORM1: return set_norm(layer.norm1, m, "norm1" + where);
     case DEJAVU_NORM2: return set_norm(layer.norm2, m, "norm2" + where);
+    case DEJAVU_Q_NORM:
+    case DEJAVU_K_NORM:
+      require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns == c.head_dim && m.bias == nullptr,
+              "a norm of heads must be one fp32 row of " + std::to_string(c.head_dim) + " without a bias" + where);
+      return copy_vector(part == DEJAVU_Q_NORM ? layer.q_norm : layer.k_norm, c.head_dim, (const float *)m.data, c.head_dim);
     case DEJAVU_Q: return of_layer(layer.q, queries, "q");
     case DEJAVU_K: return of_layer(layer.k, keys, "k");
     case DEJAVU_V: return of_layer(layer.v, keys, "v");

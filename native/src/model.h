@@ -63,7 +63,7 @@ struct Norm {
 struct Layer {
   Norm norm1, norm2;
   Matrix q, k, v, o, gate, up, down;  // neurons are records gate | up | down
-  Buffer<float> o_bias, down_bias;
+  Buffer<float> o_bias, down_bias, q_norm, k_norm;  // norms of heads: empty where there are none
 };
 
 struct dejavu_model {
@@ -76,6 +76,7 @@ struct dejavu_model {
   Matrix embed, position, project_in, project_out, head;
   Norm final_norm;
   Buffer<float> inv_freq;
+  int64_t rotated = 0;  // pairs of a head
   std::vector<Layer> layers;
 
   const Matrix &output_head() const { return config.tied_head ? embed : head; }

@@ -36,6 +36,7 @@ class Pass {
   int64_t cache_row(int64_t layer, int64_t row, int64_t group, int64_t position) const;
   RowList cache_rows(const void *pool, int64_t first, int64_t count) const;
   void store(const float *head, void *pool, float *scales, int64_t at) const;
+  void norm_head(const Buffer<float> &weight, float *head) const;
   void rotate(int64_t row, float *head) const;
 
   // mlp.cpp

@@ -80,7 +80,7 @@ def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: st
     picked = offered[0] if backend == "auto" else pick_backend(backend, dtype=dtype or "fp32")
     kind = weight.dtype if on_gpu else torch.float32
     model, base_hash = assembled(net.config.to_dict(), net.state_dict(), dtype=kind, device=weight.device, where=type(net).__name__)
-    if backend == "auto" and model.config.beyond_kernels:
+    if backend == "auto" and model.config.beyond(picked):
         picked = "torch"
     if picked == "native" and dtype not in (None, "fp32"):
         model.round_matrices(dtype or "fp32")

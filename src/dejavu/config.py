@@ -185,24 +185,23 @@ class ModelConfig(Config):
     def heads_per_group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
-    @property
-    def beyond_kernels(self) -> tuple[str, ...]:
-        """What this architecture has that the native and cuda kernels do not compute, in words."""
+    def beyond(self, backend: str) -> tuple[str, ...]:
+        """What this architecture has that the kernels of a backend do not compute, in words; nothing is beyond torch."""
         rope = self.rope
-        parts = (
-            (rope is not None and rope.partial < 1, "heads rotated in part"),
-            (rope is not None and rope.attention_factor != 1, "a scale of rotary positions"),
-            (self.local_rope is not None, "rotary positions by layer"),
-            (self.qk_norm, "norms of queries and keys"),
-            (self.block_norms, "norms of what blocks add"),
-            (self.parallel, "parallel blocks"),
-            (self.up_activation is not None, "an activation of the up projection"),
-            (self.window is not None, "sliding windows"),
-            (self.attention_scale is not None, "a scale of attention"),
-            (self.attention_cap > 0 or self.logit_cap > 0, "capped scores or logits"),
-            (self.embed_scale != 1 or self.residual_scale != 1 or self.logit_scale != 1, "scaled embeddings, blocks or logits"),
+        parts = (  # whether it is there, in words, and who else computes it
+            (rope is not None and rope.partial < 1, "heads rotated in part", ("native",)),
+            (rope is not None and rope.attention_factor != 1, "a scale of rotary positions", ("native",)),
+            (self.local_rope is not None, "rotary positions by layer", ()),
+            (self.qk_norm, "norms of queries and keys", ("native",)),
+            (self.block_norms, "norms of what blocks add", ()),
+            (self.parallel, "parallel blocks", ()),
+            (self.up_activation is not None, "an activation of the up projection", ()),
+            (self.window is not None, "sliding windows", ()),
+            (self.attention_scale is not None, "a scale of attention", ("native",)),
+            (self.attention_cap > 0 or self.logit_cap > 0, "capped scores or logits", ()),
+            (self.embed_scale != 1 or self.residual_scale != 1 or self.logit_scale != 1, "scaled embeddings, blocks or logits", ()),
         )
-        return tuple(text for there, text in parts if there)
+        return tuple(text for there, text, computed in parts if there and backend not in ("torch", *computed))
 
     @property
     def has_exact_zeros(self) -> bool:

@@ -51,7 +51,7 @@ def load(
         own_adapter = MODELS_FOLDER / name / ADAPTER_FOLDER
         name = read_json(own_adapter / "config.json")["base_id"]
     path = resolve_model(name, revision=revision)
-    lacking = read_config(path).beyond_kernels if asked != "torch" else ()
+    lacking = read_config(path).beyond(asked)
     require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
     backend = "torch" if lacking else asked
     torch_dtype = _torch_dtype(dtype, backend)

@@ -105,7 +105,7 @@ def make_engine(
 ) -> Engine:
     """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
 
-    backend: auto takes torch for an architecture that the kernels do not compute (ModelConfig.beyond_kernels).
+    backend: auto takes torch for an architecture that the kernels do not compute (ModelConfig.beyond).
 
     dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's.
     cache_dtype: see `pick_cache_dtype`. screened_head: see NativeEngine. threads: of the native engine (None: every processor
@@ -114,13 +114,13 @@ def make_engine(
     weight = model.embed.weight
     stored = DTYPE_NAMES[weight.dtype]
     picked = pick_backend(backend, dtype=dtype or stored)
-    if backend == "auto" and model.config.beyond_kernels:
-        picked = "torch"
-    elif backend == "auto" and weight.device.type == "cuda":  # the model is where it is
+    if backend == "auto" and weight.device.type == "cuda":  # the model is where it is
         picked = pick_backend("cuda") if _no_cuda() is None else "torch"
     elif backend == "auto":  # what native packs is fp32 on the CPU
         native = stored == "fp32" and missing_reason() is None and (dtype or stored) in NATIVE_DTYPES
         picked = "native" if native else "torch"
+    if backend == "auto" and model.config.beyond(picked):
+        picked = "torch"
     require(ahead is None or picked == "cuda", f"a way of looking ahead is of backend 'cuda', not {picked!r}; leave --ahead out")
     if picked == "native":
         return NativeEngine(

@@ -83,7 +83,7 @@ def check_model(config: ModelConfig) -> None:
             (config.head_dim % 2 == 1, f"an odd head size, {config.head_dim}"),
         )
         if wrong
-    ] + list(config.beyond_kernels)
+    ] + list(config.beyond("cuda"))
     require(not unsupported, f"backend 'cuda' does not compute {', '.join(unsupported)}; use --backend torch")
 
 

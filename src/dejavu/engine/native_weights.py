@@ -74,7 +74,7 @@ class NativeModel:
             weight.dtype == torch.float32 and weight.device.type == "cpu",
             f"the native engine needs a model loaded as fp32 on the cpu, not {weight.dtype} on {weight.device}",
         )
-        beyond = model.config.beyond_kernels
+        beyond = model.config.beyond("native")
         require(not beyond, f"backend 'native' does not compute {', '.join(beyond)}; use --backend torch")
         self.dtype = dtype
         self.handle = ctypes.c_void_p()
@@ -128,6 +128,8 @@ def native_config(config: ModelConfig, dtype: str) -> native.Config:
         tied_head=config.tied_head,
         norm_eps=config.norm_eps,
         activation_threshold=config.activation_threshold,
+        rotary_factor=1.0 if config.rope is None else config.rope.attention_factor,
+        attention_scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
     )
 
 
@@ -147,8 +149,11 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
         yield native.FINAL_NORM, -1, _norm(model.final_norm, size)
     for index, block in enumerate(model.blocks):
         yield native.NORM1, index, _norm(block.norm1, size)
-        assert block.norm2 is not None, "see beyond_kernels"
+        assert block.norm2 is not None, "see ModelConfig.beyond"
         yield native.NORM2, index, _norm(block.norm2, size)
+        for part, norm in ((native.QUERY_NORM, block.q_norm), (native.KEY_NORM, block.k_norm)):
+            if norm is not None:
+                yield part, index, _norm(norm, model.config.head_dim)
         linear: tuple[tuple[int, nn.Module | None], ...] = (
             *((native.QUERY, block.q), (native.KEY, block.k), (native.VALUE, block.v), (native.OUTPUT, block.o)),
             *((native.GATE, block.gate), (native.UP, block.up), (native.DOWN, block.down)),

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
 DTYPE_CODES = {"fp32": 0, "int8": 1, "bf16": 2, "int4": 3, "fp16": 4}  # dejavu_dtype
 ACTIVATION_CODES = {"relu": 0, "relu2": 1, "fatrelu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
 EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(16)
+QUERY_NORM, KEY_NORM = 16, 17
 MLP, HEADS = range(2)
 HEAD_PAD = 16  # a head takes a multiple of this many values in the cache
 MAX_ROWS = 32  # tokens that the library computes together
@@ -35,7 +36,7 @@ class Config(Structure):
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "max_positions", "position_offset")),
         *((name, c_int32) for name in ("dtype", "activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head")),
         ("norm_eps", c_float),
-        ("activation_threshold", c_float),
+        *((name, c_float) for name in ("activation_threshold", "rotary_factor", "attention_scale")),
     )
 
 
