@@ -57,6 +57,7 @@ class LanguageModel:
         self.screened_head = screened_head
         self.threads = threads
         self.adapter = adapter
+        self._attached: tuple[Adapter, tuple[LayerAdapter, ...]] | None = None  # merged weights are made once
 
     def __repr__(self) -> str:
         state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"
@@ -74,7 +75,7 @@ class LanguageModel:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
-        """The predictors to run with: those of `adapter`, else of the model's own; None where it runs dense.
+        """The predictors (and changed weights) of `adapter`, else of the model's own; None where it runs dense.
 
         Raises ValueError for an adapter of another model.
         """
@@ -86,8 +87,9 @@ class LanguageModel:
             f"the adapter belongs to {chosen.config.base_id} with base hash {', '.join(chosen.config.base_hashes)}, but the hash of "
             f"{self.name} is {self.base_hash}; use its own adapter or train one",
         )
-        device = self.model.embed.weight.device
-        return tuple(layer.to(device) for layer in chosen.layers)
+        if self._attached is None or self._attached[0] is not chosen:
+            self._attached = (chosen, chosen.attached(self.model, dtype=self.dtype))
+        return self._attached[1]
 
     @overload
     def generate(
@@ -261,7 +263,7 @@ class LanguageModel:
                 progress=progress,
             )
         described = dataclasses.replace(adapter.config, calibration_max_tokens=max_tokens)
-        return Adapter(layers=adapter.layers, config=described), measured
+        return dataclasses.replace(adapter, config=described), measured
 
     def calibration_perplexity(self, texts: Sequence[str], adapter: Adapter) -> float:
         """Dense perplexity of this model on the tokens that the adapter's `ppl_dense` was measured on.
