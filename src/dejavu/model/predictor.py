@@ -138,7 +138,7 @@ class MaskedSelection(Selection):
         if totals_L is self.counter.mlp_L and layer == 0:
             self.counter.tokens += tokens
 
-    def block(self, layer: int, own: Block) -> Block:
+    def block_of(self, layer: int, own: Block) -> Block:
         return self.layers[layer].block or own
 
     def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:

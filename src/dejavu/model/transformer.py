@@ -41,7 +41,7 @@ class LayerInputs:
 class Selection:
     """What a forward pass keeps. The base class keeps everything: the dense model."""
 
-    def block(self, layer: int, own: Block) -> Block:
+    def block_of(self, layer: int, own: Block) -> Block:
         """The weights that layer `layer` runs with: the model's own, unless an adapter changes them."""
         return own
 
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
         self, index: int, x_BTD: Tensor, position_T: Tensor, previous_mlp: Tensor | None, selection: Selection
     ) -> tuple[Tensor, Tensor]:
         """One layer over a whole sequence: the residual stream after it and the MLP input within it."""
-        block = selection.block(index, self.blocks[index])
+        block = selection.block_of(index, self.blocks[index])
         attention_in = block.attention_input(x_BTD)
         mixed = block.attend(attention_in, position_T, self.inv_freq)
         mixed = selection.heads(index, LayerInputs(attention_in, None, previous_mlp), mixed)
