@@ -270,7 +270,7 @@ def _read_layer(entry: LayerConfig, tensors: dict[str, Tensor], model: ModelConf
         part: _read_predictor(f"layers.{entry.layer}.{part}", entry.layer, config, outputs[part], model.hidden_size, tensors, path)
         for part, config in entry.parts()
     }
-    return LayerAdapter(**predictors)
+    return LayerAdapter(mlp=predictors.get("mlp"), heads=predictors.get("heads"))
 
 
 def _read_predictor(

@@ -77,7 +77,8 @@ def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | No
     merged = copy.deepcopy(block)
     for name, factors in lora.factors.items():
         module = getattr(merged, name)
-        values = merged_weight(module, *(factor.to(module.weight.device) for factor in factors), scale)
+        A_RI, B_OR = (factor.to(module.weight.device) for factor in factors)
+        values = merged_weight(module, A_RI, B_OR, scale)
         module.weight.copy_(rounded(values, dtype) if dtype in ROUNDED else values)
     for name, weight_D in lora.norms.items():
         getattr(merged, name).weight.copy_(weight_D)

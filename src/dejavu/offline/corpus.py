@@ -8,7 +8,7 @@ Letters: N tokens  B windows of a batch  T tokens of a window
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +58,11 @@ def tokenized(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
 
 
-def kept_ids(path: Path, make: Iterable[np.ndarray]) -> np.ndarray:
-    """The ids in the file, which is written first, from the arrays of `make`, where it is not there."""
+def kept_ids(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The ids in the file, which is made first where it is not there."""
     if not path.exists():
         fresh = path.with_suffix(".new.npy")
-        np.save(fresh, np.concatenate(list(make)))
+        np.save(fresh, make())
         fresh.rename(path)
     return np.load(path, mmap_mode="r")
 

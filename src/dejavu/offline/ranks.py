@@ -1,6 +1,7 @@
 """Several processes that train one model, each on its own windows: plain data parallelism under torchrun.
 
-In: a process started by torchrun, or alone. Out: its rank, and averages over all. Alone, nothing is initialised and every average is the value.
+In: a process started by torchrun, or alone. Out: its rank, and averages over all. Alone, nothing is initialised and an
+average is the value itself.
 """
 
 from __future__ import annotations
