@@ -15,6 +15,14 @@ def tests(session: nox.Session, transformers: str) -> None:
     session.run("pytest", "-q", "-n", "2", *session.posargs)
 
 
+@nox.session(python="3.11")
+@nox.parametrize("transformers", ["==5.17.*", ">=5.10,<6"])
+def families(session: nox.Session, transformers: str) -> None:
+    """Every family against two transformers: `python -m pytest tests/ -k families` with each."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]", f"transformers{transformers}")
+    session.run("pytest", "-q", "-n", "2", "tests/", "-k", "families", *session.posargs)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, into site/; a broken link is an error."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dejavu.measure.results import Row, commit, device_name, read_rows, versions
+from dejavu.model.families import config_from_hf
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY, BENCH = ROOT / "results" / "quality.jsonl", ROOT / "results" / "bench.jsonl"
@@ -306,7 +307,7 @@ def gpu_ahead() -> str:
 
 
 def gpu_ops() -> str:
-    """Single kernels on a GPU, of the newest run of each model, batch and context."""
+    """Single kernels on a GPU, of the newest run of each model, batch and context: densities in rows, selections side by side."""
     runs: dict[tuple[object, ...], list[Row]] = {}
     for row in read_rows(BENCH):
         if on_gpu(row) and row.op not in ("decode", "prefill", "read"):
@@ -314,16 +315,61 @@ def gpu_ops() -> str:
     newest = {key[1:]: rows for key, rows in runs.items()}
     table, sources = [], []
     for rows in newest.values():
+        points: dict[tuple[str, str, float | None], dict[str | None, Row]] = {}
         for row in rows:
-            about = [row.model, row.dtype, str(row.batch), str(row.context), _percent(row.mlp_density, 0), row.selection or ""]
-            times = [f"{value:.1f}" for value in (row.p20_us, row.p50_us, row.p80_us) if value is not None]
-            table.append([f"{row.op}, {row.mode}", *about, *times, f"{row.gbs:.0f}", f"{row.pct_ceiling:.0f} %"])
+            points.setdefault((row.op, row.mode, row.mlp_density), {})[row.selection] = row
+        for (op, mode, density), found in points.items():
+            first = next(iter(found.values()))
+            cells = [_op_cell(found.get(None) or found.get("uniform")), *(_op_cell(found.get(name)) for name in ("clustered", "hot-set"))]
+            table.append([f"{op}, {mode}", first.model, first.dtype, str(first.batch), _percent(density, 0), *cells])
         sources.append(rows[0])
-    header = ["op", "model", "dtype", "batch", "context", "density", "selection", "p20 µs", "p50 µs", "p80 µs", "useful GB/s"]
-    return _table([*header, "of the read ceiling"], table) + _sources(sources) if table else NOT_MEASURED
+    header = ["op", "model", "dtype", "batch", "density", "µs, GB/s, of the read ceiling", "clustered", "hot-set"]
+    return _table(header, table) + _sources(sources) if table else NOT_MEASURED
+
+
+def _op_cell(row: Row | None) -> str:
+    return "" if row is None else f"{row.p50_us:.1f}, {row.gbs:.0f}, {row.pct_ceiling:.0f} %"
+
+
+PLAIN = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}
+PLAIN |= {"num_key_value_heads": 2, "intermediate_size": 48, "hidden_act": "silu", "head_dim": 16}
+LONG_ROPE = {"rope_type": "longrope", "long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 16}
+# model_type, models known to have such a config, and the fields that matter to the kernels.
+KINDS: list[tuple[str, str, dict[str, object]]] = [
+    ("opt", "OPT 125M to 66B but 350M, opt-mini", {"ffn_dim": 48, "head_dim": None, "word_embed_proj_dim": 64}),
+    ("opt", "OPT 350M", {"ffn_dim": 48, "head_dim": None, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    ("llama", "Llama 2 and 3, SmolLM2, ReluLLaMA, ProSparse", {}),
+    ("llama", "Llama with yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    ("mistral", "Mistral 7B from v0.2", {"sliding_window": None}),
+    ("mistral", "Mistral 7B v0.1", {"sliding_window": 8}),
+    ("mistral", "TurboSparse-Mistral", {"sliding_window": None, "hidden_act": "drelu"}),
+    ("qwen2", "Qwen2, Qwen2.5", {}),
+    ("qwen3", "Qwen3", {}),
+    ("arcee", "Arcee AFM", {"hidden_act": "relu2"}),
+    ("nemotron", "Nemotron 4, Minitron", {"hidden_act": "relu2"}),
+    ("phi3", "Phi-3 mini and medium, 4k", {"sliding_window": None}),
+    ("phi3", "Phi-3 and 3.5, 128k", {"sliding_window": None, "rope_parameters": LONG_ROPE}),
+    ("gemma2", "Gemma 2", {"sliding_window": 8}),
+    ("gemma3_text", "Gemma 3, text", {"sliding_window": 8}),
+    ("falcon", "Falcon 7B, 40B, 180B", {"head_dim": None}),
+    ("minicpm", "MiniCPM, MiniCPM-S", {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}),
+]
+
+
+def families() -> str:
+    """Which architectures are read, and which backends compute them: what a config of that kind says of itself."""
+    table = []
+    for kind, models, fields in KINDS:
+        config = config_from_hf(PLAIN | {"model_type": kind} | fields)
+        lacking = list(config.beyond_kernels)
+        native = "yes" if not lacking else "no"
+        cuda = "yes" if not lacking and config.pre_norm and config.embed_width == config.hidden_size else "no"
+        table.append([f"`{kind}`", models, "yes", native, cuda, ", ".join(lacking)])
+    return _table(["model_type", "models", "torch", "native", "cuda", "what native and cuda do not compute"], table)
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "families": families,
     "headline": headline,
     "texts": texts,
     "tasks": tasks,

@@ -84,7 +84,7 @@ def layer_with_losses(
         norms = group_norms(block, mixed[:masked].detach(), mixed.shape[2])
         keep = torch.zeros_like(norms).scatter(-1, norms.topk(heads_kept, -1).indices, 1.0)
         mixed = torch.cat([mixed[:masked] * keep[..., None].to(mixed.dtype), mixed[masked:]])
-    x, mlp_in = block.after_attention(x, mixed)
+    x, mlp_in = block.after_attention(x, block.o(mixed.flatten(-2)))
     act = block.activations(mlp_in)
     fired = (act > 0).sum((0, 1), dtype=torch.float32)
     unforeseen = predictor_loss = predicted = torch.zeros((), device=x.device)
@@ -240,7 +240,7 @@ class Trainer:
         fade = learning_rate(self.step, recipe)
         error_L = (self.density_L.clamp_min(1e-6) / self.target()).log().clamp(-1, 1)
         for index, block in enumerate(self.model.blocks):
-            assert block.norm2.weight is not None
+            assert block.norm2 is not None and block.norm2.weight is not None
             spread_F = (block.up.weight * block.norm2.weight).norm(dim=1)
             lift_F = (rate_LF[index] < recipe.rate_floor).float()
             # Steering is as strong as the gradient: stronger, it moves biases that the weights can no longer follow; weaker,

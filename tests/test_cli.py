@@ -14,10 +14,10 @@ from conftest import Tiny
 from dejavu.cli.main import run
 from dejavu.cli.output import plain, ratio
 from dejavu.engine.backends import pick_backend
-from dejavu.language_model import load
 from dejavu.measure.results import read_rows
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
+from dejavu.opening import load
 from test_language_model import PROMPT, TEXT, make_adapter
 from test_native import needs_library
 

@@ -14,9 +14,9 @@ import pytest
 
 from dejavu.cli.main import run
 from dejavu.config import ModelConfig
-from dejavu.language_model import load
 from dejavu.measure import cuda_peers, op_bench, planted, synthetic
 from dejavu.measure.decoders import Peer
+from dejavu.opening import load
 from standins import GPU_NAME, CudaStandIn, cuda
 from test_bench import FakePeer
 from test_cli import call, obj, work

@@ -186,8 +186,8 @@ def test_rope_theta_reaches_the_frequencies_and_two_values_are_refused() -> None
         config_from_hf(hf | {"rope_theta": 10000.0})
     with pytest.raises(ValueError, match=r"rope_type: 'default' and 'linear'"):
         config_from_hf(hf | {"rope_scaling": {"type": "linear", "factor": 2.0}})
-    with pytest.raises(ValueError, match=r"'yarn' is not supported; supported: default, linear, llama3"):
-        config_from_hf(hf | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}})
+    with pytest.raises(ValueError, match=r"'su2' is not supported; supported: default, linear, dynamic, llama3, yarn, longrope"):
+        config_from_hf(hf | {"rope_parameters": {"rope_type": "su2", "rope_theta": 1e4, "factor": 2.0}})
     for place in ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}):
         with pytest.raises(ValueError, match="partial_rotary_factor 0.5"):
             config_from_hf(hf | place)
@@ -196,7 +196,10 @@ def test_rope_theta_reaches_the_frequencies_and_two_values_are_refused() -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported: llama, opt"),
+        (
+            {"model_type": "mamba"},
+            r"model_type 'mamba' is not supported; supported: arcee, falcon, .* llama, .* opt, .* qwen3",
+        ),
         ({"model_type": None}, r"model_type None is not supported"),
         ({"hidden_size": None}, r"no 'hidden_size'"),
         ({"num_hidden_layers": -1}, r"num_hidden_layers must be a positive whole number, not -1"),

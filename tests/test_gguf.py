@@ -57,7 +57,7 @@ def write_gguf(model: Transformer, tok96: tokenizers.Tokenizer, path: Path, *, k
     writer.add_add_bos_token(changes.get("add_bos", True))
     writer.add_chat_template("{{ messages }}")
     for name, parameter in model.named_parameters():
-        plain = FAMILIES["llama"].foreign_name(name)
+        plain = FAMILIES["llama"].foreign_name(name, model.config)
         values = (parameter.T if is_transposed(name) else parameter).contiguous().numpy()
         parts = plain.split(".")
         if parts[0] == "layers":

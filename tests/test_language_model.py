@@ -15,7 +15,7 @@ from conftest import Tiny, random_predictor
 from dejavu.config import ModelConfig
 from dejavu.engine.backends import pick_backend
 from dejavu.kernels.native import missing_reason
-from dejavu.language_model import LanguageModel, load
+from dejavu.language_model import LanguageModel
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.resume import PartStore
 from dejavu.measure.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
@@ -23,6 +23,7 @@ from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, part_confi
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.tokenizer import Tokenizer
+from dejavu.opening import load
 
 PROMPT = "the cat sat on the mat"
 TEXT = " ".join(["the cat sat on the mat and then the other cat ran to the hat"] * 30)
@@ -215,7 +216,7 @@ def test_rounded_weights(folder: Path, dtype: str, limit: float) -> None:
 
 def test_names_of_bundled_models_and_adapters(folder: Path, tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer, monkeypatch) -> None:
     monkeypatch.setattr("dejavu.model.bundle.MODELS_FOLDER", tmp_path)
-    monkeypatch.setattr("dejavu.language_model.MODELS_FOLDER", tmp_path)
+    monkeypatch.setattr("dejavu.opening.MODELS_FOLDER", tmp_path)
     write_bundle(tiny("opt"), tokenizer, tmp_path / "mine")
     mine = load("mine")
     assert mine.name == "mine" and mine.adapter is None

@@ -17,6 +17,7 @@ RANKS = (
     {"offline", "engine"},
     {"measure"},
     {"language_model"},
+    {"attached", "opening"},
     {"__init__"},
     {"cli"},
     {"__main__"},

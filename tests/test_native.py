@@ -371,7 +371,7 @@ def test_full_cache_refuses_and_recovers(tiny: Tiny) -> None:
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 def test_values_that_are_not_finite_are_an_error(tiny: Tiny, dtype: str) -> None:
     model = tiny("opt")
-    model.blocks[1].norm2.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
+    model.blocks[1].norm1.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
     engine = engine_of(model, dtype=dtype)
     with pytest.raises(ValueError, match="logits are not finite"):
         engine.step([5], [0])

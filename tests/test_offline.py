@@ -163,7 +163,7 @@ def test_a_large_mean_of_the_inputs_drowns_neither_training_nor_rounding(tiny: T
     model = skewed(tiny)
     block = model.blocks[1]
     offset_D = 40 * torch.randn(32, generator=torch.Generator().manual_seed(2)).sign()
-    assert block.norm2.bias is not None and block.up.bias is not None
+    assert block.norm2 is not None and block.norm2.bias is not None and block.up.bias is not None
     with torch.no_grad():
         block.norm2.bias.add_(offset_D)
         block.up.bias.sub_(block.up.weight @ offset_D)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from conftest import Tiny
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.language_model import load
 from dejavu.measure import peers as module
 from dejavu.measure.decoders import Peer, check_peer
 from dejavu.measure.llama_cpp import LlamaCppPeer
@@ -23,6 +22,7 @@ from dejavu.measure.peers import CTranslate2Peer, TransformersPeer, open_peers
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.opening import load
 from test_cli import call, obj, work
 from test_engine import ids_of
 

@@ -110,7 +110,7 @@ def test_bad_screens_are_refused(tiny: Tiny) -> None:
             engine_of(model, screened_head=count)
     with pytest.raises(ValueError, match="a screened head is not available on backend 'torch'"):
         make_engine(model, backend="torch", screened_head=5)
-    model.blocks[1].norm2.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
+    model.blocks[1].norm1.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
     with pytest.raises(ValueError, match="logits are not finite"):
         engine_of(model, screened_head=5).prefill(0, [1])
 

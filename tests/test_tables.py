@@ -134,6 +134,20 @@ def test_single_ops_on_a_gpu(tables: ModuleType, measured: Any) -> None:
         row("sparse", 1e5, **op, mlp_density=0.05, selection="hot-set", time="2031-01-01T00:00:00+00:00"),
         row("dense", 50.0),
     )
-    assert lines(tables, "gpu-ops") == [
-        ["mlp, sparse", "opt-6.7b", "fp16", "1", "128", "5 %", "hot-set", "9.0", "10.0", "11.0", "1234", "61 %"]
+    assert lines(tables, "gpu-ops") == [["mlp, sparse", "opt-6.7b", "fp16", "1", "5 %", "", "", "10.0, 1234, 61 %"]]
+
+
+def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> None:
+    """A run whose sparse modes looked ahead another way is no run of the other tables."""
+    later = "2031-01-01T00:00:00+00:00"
+    measured(
+        row("dense", 100.0), row("sparse", 200.0, nodes=130), row("dense", 90.0, time=later),
+        row("sparse in-line", 150.0, time=later, nodes=162),
+        row("dense", 7.0, model="opt-13b"),
+    )  # fmt: skip
+    assert [(cells[0], cells[4], cells[9], cells[10]) for cells in lines(tables, "gpu-ahead")] == [
+        ("beside", "sparse", "2.00", "130"),
+        ("in-line", "sparse", "1.67", "162"),
     ]
+    for table, column in (("gpu-speed", 7), ("gpu-batches", 9)):
+        assert [cells[column] for cells in lines(tables, table)][:2] == ["100.0", "200.0"]

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from dejavu.version import __version__
 
 if TYPE_CHECKING:
-    from dejavu.language_model import LanguageModel, load
+    from dejavu.attached import attach, detach
+    from dejavu.language_model import LanguageModel
     from dejavu.model.adapter import Adapter
+    from dejavu.opening import load
 
-__all__ = ["Adapter", "LanguageModel", "__version__", "load"]
+__all__ = ["Adapter", "LanguageModel", "__version__", "attach", "detach", "load"]
 
-_LAZY = {"load": "dejavu.language_model", "LanguageModel": "dejavu.language_model", "Adapter": "dejavu.model.adapter"}
+_LAZY = {"load": "dejavu.opening", "LanguageModel": "dejavu.language_model", "Adapter": "dejavu.model.adapter"}
+_LAZY |= {"attach": "dejavu.attached", "detach": "dejavu.attached"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "fatrelu")
 EXACT_ZERO_ACTIVATIONS = ("relu", "relu2", "fatrelu")
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 BACKENDS = ("auto", "torch", "native", "cuda")
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): what is a step's name, e.g. "wiki.txt dense"; done and total count its tokens, pairs or rows."""
@@ -46,7 +46,12 @@ def require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig(Config):
-    """Rotary positions: base and, for long-context variants, how frequencies are rescaled (transformers' names)."""
+    """Rotary positions: base and, for long-context variants, how frequencies are rescaled (transformers' names).
+
+    partial: share of a head's values that is rotated, the first ones. attention_factor scales what is rotated (yarn, longrope).
+    longrope divides by short_factors up to original_max_positions tokens and by long_factors beyond; dynamic is default up to the
+    model's context. Neither reaches beyond that here: the keys of a sequence that grows past it would have to be rotated anew.
+    """
 
     theta: float = 10000.0
     type: str = "default"
@@ -54,10 +59,28 @@ class RopeConfig(Config):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    partial: float = 1.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.type in ROPE_TYPES, f"rope type {self.type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
         require(self.theta > 0, f"rope theta must be positive, not {self.theta}")
+        require(0 < self.partial <= 1, f"partial_rotary_factor must lie in (0, 1], not {self.partial}")
+        require((self.type == "longrope") == bool(self.short_factors), "short factors belong to rope type 'longrope', and only there")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        lists = {key: tuple(values[key]) for key in ("short_factors", "long_factors") if key in values}
+        return super(RopeConfig, cls).from_dict({**values, **lists})
+
+    def size(self, head_dim: int) -> int:
+        """How many values of a head are rotated."""
+        return int(head_dim * self.partial)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +90,12 @@ class ModelConfig(Config):
     hidden_size D, intermediate_size F (neurons of one MLP), num_heads H query heads of head_dim K, num_kv_heads G.
     embed_size is the width of the embedding table (OPT-350m: half of hidden_size). position_offset is the number of
     unused rows at the start of a learned position table (OPT: 2).
+
+    qk_norm: a norm of every query and key head, before rotation. block_norms: a norm of what each block adds, besides the one of its
+    input. parallel: the MLP reads the input of attention, by a norm of its own unless shared_norm. up_activation: of the up
+    projection of a gated MLP, None for none. windowed: layers whose tokens see the last `window` tokens alone, themselves
+    included; local_rope: their rotary positions where they have others. attention_scale: of scores, head_dim^-0.5 if None.
+    A cap c turns x into c tanh(x / c), 0 is none. Scales multiply the embedding, what a block adds, and the logits.
     """
 
     family: str
@@ -94,6 +123,20 @@ class ModelConfig(Config):
     out_bias: bool = False
     mlp_bias: bool = False
     tied_head: bool = True
+    qk_norm: bool = False
+    block_norms: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    up_activation: str | None = None
+    window: int | None = None
+    windowed: tuple[int, ...] = ()
+    local_rope: RopeConfig | None = None
+    attention_scale: float | None = None
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -101,10 +144,6 @@ class ModelConfig(Config):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
         for name in sizes:
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        require(
-            self.activation in ACTIVATIONS,
-            f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}",
-        )
         require(
             self.activation != "fatrelu" or self.activation_threshold > 0,
             f"activation fatrelu needs a positive threshold (hidden_act_param), not {self.activation_threshold}",
@@ -114,15 +153,28 @@ class ModelConfig(Config):
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         require((self.positions == "rope") == (self.rope is not None), "rope settings belong to rope positions, and only there")
-        require(self.rope is None or self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for rotary positions")
+        for rope in (self.rope, self.local_rope):
+            rotated = 0 if rope is None else rope.size(self.head_dim)
+            require(rotated % 2 == 0, f"head_dim {self.head_dim} must be even for rotary positions, of which {rotated} values are rotated")
+        for activation in (self.activation, self.up_activation):
+            require(
+                activation is None or activation in ACTIVATIONS,
+                f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}",
+            )
+        require(self.gated or self.up_activation is None, "an activation of the up projection belongs to a gated MLP")
+        require(self.window is None or self.window >= 1, f"a window holds at least 1 token, not {self.window}")
+        require((self.window is None) == (not self.windowed), "a window belongs to windowed layers, and only there")
+        require(self.parallel or not self.shared_norm, "one norm for both blocks belongs to parallel blocks")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         fields = dict(values)
-        if isinstance(fields.get("rope"), Mapping):
-            fields["rope"] = RopeConfig.from_dict(fields["rope"])
-        if "eos_token_ids" in fields:
-            fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        for key in ("rope", "local_rope"):
+            if isinstance(fields.get(key), Mapping):
+                fields[key] = RopeConfig.from_dict(fields[key])
+        for key in ("eos_token_ids", "windowed"):
+            if key in fields:
+                fields[key] = tuple(fields[key])
         return super(ModelConfig, cls).from_dict(fields)
 
     @property
@@ -134,9 +186,28 @@ class ModelConfig(Config):
         return self.num_heads // self.num_kv_heads
 
     @property
+    def beyond_kernels(self) -> tuple[str, ...]:
+        """What this architecture has that the native and cuda kernels do not compute, in words."""
+        rope = self.rope
+        parts = (
+            (rope is not None and rope.partial < 1, "heads rotated in part"),
+            (rope is not None and rope.attention_factor != 1, "a scale of rotary positions"),
+            (self.local_rope is not None, "rotary positions by layer"),
+            (self.qk_norm, "norms of queries and keys"),
+            (self.block_norms, "norms of what blocks add"),
+            (self.parallel, "parallel blocks"),
+            (self.up_activation is not None, "an activation of the up projection"),
+            (self.window is not None, "sliding windows"),
+            (self.attention_scale is not None, "a scale of attention"),
+            (self.attention_cap > 0 or self.logit_cap > 0, "capped scores or logits"),
+            (self.embed_scale != 1 or self.residual_scale != 1 or self.logit_scale != 1, "scaled embeddings, blocks or logits"),
+        )
+        return tuple(text for there, text in parts if there)
+
+    @property
     def has_exact_zeros(self) -> bool:
         """True where an activation can be exactly zero, so that skipping a neuron can be lossless."""
-        return self.activation in EXACT_ZERO_ACTIVATIONS
+        return {self.activation, self.up_activation} & set(EXACT_ZERO_ACTIVATIONS) != set()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

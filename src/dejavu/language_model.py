@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,20 +17,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from dejavu.config import DTYPES, Progress, SamplingConfig, require
-from dejavu.engine.backends import BACKEND_DTYPES, check_screen, make_engine, pick_backend, pick_cache_dtype
+from dejavu.config import Progress, SamplingConfig, require
+from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
-from dejavu.files import read_json
 from dejavu.kernels.native import default_threads
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
-from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
-from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint, load_checkpoint, resolve_model
+from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import DENSE, on_cpu
-
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class LanguageModel:
@@ -316,79 +311,6 @@ class LanguageModel:
             strict=strict,
             progress=progress,
         )
-
-
-def load(
-    name: str | Path,
-    *,
-    backend: str = "auto",
-    dtype: str = "auto",
-    cache_dtype: str = "auto",
-    screened_head: int = 0,
-    adapter: Adapter | str | Path | None = "bundled",
-    threads: int | None = None,
-    revision: str | None = None,
-) -> LanguageModel:
-    """Load a model by the name of a bundled model or bundled adapter, a folder, a GGUF file, or a hub id in the local cache.
-
-    adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder, an Adapter, or None to
-    run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
-    native backend int8 and int4; there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
-    values, likewise: auto (on the native backend fp32 beside fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
-    native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
-    threads: of torch, for the whole process, and of the native engine. revision: of a hub id. Nothing is downloaded. Raises
-    ValueError for what is not found, damaged, unavailable or of another model.
-    """
-    backend = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
-    torch_dtype = _torch_dtype(dtype, backend)
-    if threads is not None:
-        set_threads(threads)
-    name = str(name)
-    own_adapter: Path | None = None
-    if name in bundled_adapters():
-        own_adapter = MODELS_FOLDER / name / ADAPTER_FOLDER
-        name = read_json(own_adapter / "config.json")["base_id"]
-    path = resolve_model(name, revision=revision)
-    device = "cuda" if backend == "cuda" else "cpu"
-    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=name if name in bundled_models() else None)
-    if adapter == "bundled":
-        adapter = own_adapter or checkpoint.adapter_folder
-    if isinstance(adapter, str | Path):
-        adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
-    if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
-        dtype = "int8"  # the weights are int8 rows already: nothing is rounded
-    elif backend == "native" and dtype not in ("auto", "fp32"):
-        checkpoint.model.round_matrices(dtype)
-    packed = dtype if backend == "native" and dtype != "auto" else None
-    lm = LanguageModel(
-        checkpoint, backend=backend, adapter=adapter, dtype=packed, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads
-    )
-    if backend == "native":
-        lm.model.round_cache(lm.cache_dtype)
-    lm.layers()
-    return lm
-
-
-def bundled_adapters() -> list[str]:
-    """Names of the adapters that come with the package without their base."""
-    named = {path.parent.parent.name for path in MODELS_FOLDER.glob(f"*/{ADAPTER_FOLDER}/config.json")}
-    return sorted(named - set(bundled_models()))
-
-
-def set_threads(threads: int) -> None:
-    """Threads that torch computes with. Raises ValueError outside 1 .. the cores of this machine."""
-    cores = os.cpu_count() or 1
-    require(1 <= threads <= cores, f"threads must lie between 1 and {cores} (the cores of this machine), not {threads}")
-    torch.set_num_threads(threads)
-
-
-def _torch_dtype(dtype: str, backend: str) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32
-    require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
-    offered = [name for name in BACKEND_DTYPES[backend] if name in DTYPES]
-    require(dtype in offered, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(offered)}")
-    return torch.float32 if backend == "native" else TORCH_DTYPES[dtype]  # native packs its own from fp32
 
 
 def _texts(generation: Generation) -> Iterator[str]:

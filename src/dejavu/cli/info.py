@@ -11,9 +11,9 @@ def info(as_json: AsJson = False) -> None:
     import torch
 
     from dejavu.engine.backends import backends, pick_backend
-    from dejavu.language_model import bundled_adapters
     from dejavu.measure.results import device_name, versions
     from dejavu.model.bundle import bundled_models
+    from dejavu.opening import bundled_adapters
 
     out = Output(as_json)
     result = {

@@ -57,7 +57,7 @@ def open_model(
 
     from dejavu.cli.accept import accept
     from dejavu.config import require
-    from dejavu.language_model import load
+    from dejavu.opening import load
 
     require(not (dense and adapter is not None), "--dense ignores the adapter that --adapter names; give one of the two")
     require(not (accept_base and adapter is None), "--accept-base needs --adapter DIR, the adapter that is to accept this model")

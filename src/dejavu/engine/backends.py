@@ -106,6 +106,8 @@ def make_engine(
 ) -> Engine:
     """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
 
+    backend: auto takes torch for an architecture that the kernels do not compute (ModelConfig.beyond_kernels).
+
     dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's.
     cache_dtype: see `pick_cache_dtype`. screened_head: see NativeEngine. threads: of the native engine (None: every processor
     that this process may use); torch has one number for the whole process. ahead: of the cuda engine, see CudaEngine.
@@ -114,7 +116,9 @@ def make_engine(
     weight = model.embed.weight
     stored = DTYPE_NAMES[weight.dtype]
     picked = pick_backend(backend, dtype=dtype or stored)
-    if backend == "auto" and weight.device.type == "cuda":  # the model is where it is
+    if backend == "auto" and model.config.beyond_kernels:
+        picked = "torch"
+    elif backend == "auto" and weight.device.type == "cuda":  # the model is where it is
         picked = pick_backend("cuda") if _no_cuda() is None else "torch"
     elif backend == "auto":  # what native packs is fp32 on the CPU
         native = stored == "fp32" and missing_reason() is None and (dtype or stored) in NATIVE_DTYPES

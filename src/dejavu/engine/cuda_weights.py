@@ -83,7 +83,7 @@ def check_model(config: ModelConfig) -> None:
             (config.head_dim % 2 == 1, f"an odd head size, {config.head_dim}"),
         )
         if wrong
-    ]
+    ] + list(config.beyond_kernels)
     require(not unsupported, f"backend 'cuda' does not compute {', '.join(unsupported)}; use --backend torch")
 
 
@@ -100,6 +100,7 @@ def layer_weights(block: Block) -> LayerWeights:
         activation=block.config.activation,
         activation_threshold=block.config.activation_threshold,
     )
+    assert block.norm2 is not None, "see check_model"
     norms = [norm_weights(norm) for norm in (block.norm1, block.norm2)]
     return LayerWeights(
         qkv=qkv, qkv_bias=qkv_bias, o=block.o.weight.detach(), o_bias=_detached(block.o.bias), mlp=mlp, norm1=norms[0], norm2=norms[1]

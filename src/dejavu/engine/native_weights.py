@@ -74,6 +74,8 @@ class NativeModel:
             weight.dtype == torch.float32 and weight.device.type == "cpu",
             f"the native engine needs a model loaded as fp32 on the cpu, not {weight.dtype} on {weight.device}",
         )
+        beyond = model.config.beyond_kernels
+        require(not beyond, f"backend 'native' does not compute {', '.join(beyond)}; use --backend torch")
         self.dtype = dtype
         self.handle = ctypes.c_void_p()
         self.head_stride = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
@@ -145,6 +147,7 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
         yield native.FINAL_NORM, -1, _norm(model.final_norm, size)
     for index, block in enumerate(model.blocks):
         yield native.NORM1, index, _norm(block.norm1, size)
+        assert block.norm2 is not None, "see beyond_kernels"
         yield native.NORM2, index, _norm(block.norm2, size)
         linear: tuple[tuple[int, nn.Module | None], ...] = (
             *((native.QUERY, block.q), (native.KEY, block.k), (native.VALUE, block.v), (native.OUTPUT, block.o)),

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
+from dejavu.kernels.attention import attend_tokens
 from dejavu.model.transformer import Transformer
 
 PREFILL_CHUNK = 512
@@ -30,20 +30,17 @@ def _chunk(model: Transformer, cache: PagedCache, slot: int, ids_T: Tensor) -> T
     """Residual stream [T, D] after the last layer; the chunk's keys and values are stored."""
     start, count = cache.lengths[slot], ids_T.shape[0]
     position_T = torch.arange(start, start + count, device=ids_T.device)
-    seen_TT = torch.arange(start + count, device=ids_T.device)[None, :] <= position_T[:, None]
     page_N = cache.pages(slot, start + count)
-    grouped = model.config.heads_per_group > 1
     x_TD = model.embedded(ids_T, position_T)
     for index, block in enumerate(model.blocks):
-        q_THK, k_TGK, v_TGK = block.query_key_value(block.attention_input(x_TD), position_T, model.inv_freq)
+        q_THK, k_TGK, v_TGK = block.query_key_value(block.attention_input(x_TD), position_T, model.frequencies(index))
         cache.write(index, slot, start, k_TGK, v_TGK)
         k_GTK, v_GTK = (
             pool[index].index_select(0, page_N).transpose(0, 1).flatten(1, 2)[:, : start + count] for pool in (cache.k_LPGSK, cache.v_LPGSK)
         )
-        mixed_HTK = F.scaled_dot_product_attention(
-            q_THK.transpose(0, 1)[None], k_GTK[None], v_GTK[None], attn_mask=seen_TT, enable_gqa=grouped
-        )[0]
-        x_TD, mlp_TD = block.after_attention(x_TD, mixed_HTK.transpose(0, 1))
+        seen_TT = block.scores.seen(position_T, start + count)
+        mixed_HTK = attend_tokens(q_THK.transpose(0, 1)[None], k_GTK[None], v_GTK[None], seen_TT, block.scores)[0]
+        x_TD, mlp_TD = block.after_attention(x_TD, block.o(mixed_HTK.transpose(0, 1).flatten(-2)))
         x_TD = block.after_mlp(x_TD, block.down(block.activations(mlp_TD)))
     cache.advance(slot, count)
     return x_TD

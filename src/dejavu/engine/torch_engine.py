@@ -24,7 +24,6 @@ from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
 from dejavu.kernels.sparse_mlp import MlpWeights, dense_mlp, sparse_mlp
-from dejavu.model.layers import rotate
 from dejavu.model.predictor import (
     HEAD_LOOKAHEADS,
     MLP_LOOKAHEADS,
@@ -135,7 +134,7 @@ class TorchEngine(PagedEngine):
             inputs = LayerInputs(attention_D, None, previous_mlp)
             groups_A = self._selected_groups(index, inputs)
             y_D = self._attention(index, attention_D, position_T, slot, page_N, groups_A)
-            x_D, mlp_D = _after_attention(block, x_D, y_D)
+            x_D, mlp_D = block.after_attention(x_D, y_D)
             neurons_A = self._selected_neurons(index, LayerInputs(attention_D, mlp_D, previous_mlp))
             weights = self._mlps[index]
             y_D = dense_mlp(mlp_D, weights) if neurons_A is None else sparse_mlp(mlp_D, weights, neurons_A)
@@ -161,9 +160,7 @@ class TorchEngine(PagedEngine):
         block, config, position = self._blocks[index], self.config, self._cache.lengths[slot]
         q_HK = query_heads(x_D, block.q.weight, block.q.bias, groups_A, config.num_kv_heads).view(-1, config.head_dim)
         k_GK, v_GK = (project(x_D).view(-1, config.head_dim) for project in (block.k, block.v))
-        inv_freq = self.model.inv_freq
-        if inv_freq is not None:
-            q_HK, k_GK = (rotate(t[None], position_T, inv_freq)[0] for t in (q_HK, k_GK))
+        q_HK, k_GK = (heads[0] for heads in block.placed_heads(q_HK[None], k_GK[None], position_T, self.model.frequencies(index)))
         self._cache.write(index, slot, position, block.as_cached(k_GK)[None], block.as_cached(v_GK)[None])
         mixed_ARK = attend_pages(
             q_HK.view(-1, config.heads_per_group, config.head_dim),
@@ -172,6 +169,7 @@ class TorchEngine(PagedEngine):
             page_N,
             position + 1,
             self._all_groups if groups_A is None else groups_A,
+            block.scores,
         )
         return output_heads(mixed_ARK, block.o.weight, block.o.bias, groups_A, config.num_kv_heads)
 
@@ -181,15 +179,6 @@ class TorchEngine(PagedEngine):
         if groups_A is None or per_group == 1:
             return groups_A
         return (groups_A[:, None] * per_group + torch.arange(per_group, device=groups_A.device)).flatten()
-
-
-def _after_attention(block: Block, x_D: Tensor, y_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual stream and MLP input after the attention block's output, as Block.after_attention from the mixed heads."""
-    if block.config.pre_norm:
-        x_D = x_D + y_D
-        return x_D, block.norm2(x_D)
-    x_D = block.norm1(x_D + y_D)
-    return x_D, x_D
 
 
 def _mlp_weights(block: Block) -> MlpWeights:
@@ -203,6 +192,7 @@ def _mlp_weights(block: Block) -> MlpWeights:
         down_bias_D=block.down.bias,
         activation=block.config.activation,
         activation_threshold=block.config.activation_threshold,
+        up_activation=block.config.up_activation,
     )
 
 

@@ -1,7 +1,8 @@
 """The attention of one token, over all head groups or selected ones. Tensors in, tensors out.
 
 A group is one key/value head with the R query heads that share it. For a group g and its query heads h
-    q_h = Q_h x;   m_h = softmax(q_h k_g^T / sqrt(K)) v_g;   y_D = sum over the selected h of m_h O_h, + bias
+    q_h = Q_h x;   m_h = softmax(cap(scale q_h k_g^T)) v_g;   y_D = sum over the selected h of m_h O_h, + bias
+scale is 1 / sqrt(K) unless a model has another, cap(s) = c tanh(s / c) where it has one; a window leaves the last tokens alone.
 Keys and values lie in pages of S tokens; a sequence is a list of page numbers. A group left out costs no row of Q, no
 read of the cache and no row of O. Beside each function: the bytes that any implementation of it has to move.
 
@@ -11,9 +12,46 @@ sequence  S tokens per page  T tokens of the sequence
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """How scores are made of queries and keys; see above. scale None: 1 / sqrt(K); cap 0: none; window None: all tokens."""
+
+    scale: float | None = None
+    cap: float = 0.0
+    window: int | None = None
+
+    def first(self, length: int) -> int:
+        """The first of so many tokens that the last one sees."""
+        return 0 if self.window is None else max(0, length - self.window)
+
+    def seen(self, position_T: Tensor, count: int) -> Tensor:
+        """bool [T, S]: which of the first `count` tokens those at these positions see."""
+        token_S = torch.arange(count, device=position_T.device)[None, :]
+        seen_TS = token_S <= position_T[:, None]
+        return seen_TS if self.window is None else seen_TS & (token_S > position_T[:, None] - self.window)
+
+
+PLAIN = Scores()
+
+
+def attend_tokens(q: Tensor, k: Tensor, v: Tensor, seen_TS: Tensor | None, scores: Scores) -> Tensor:
+    """Mixed values [.., H, T, K] of queries [.., H, T, K] over keys and values [.., G, S, K]; seen: None for all."""
+    per = q.shape[-3] // max(1, k.shape[-3])  # no group may be selected
+    if scores.cap == 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TS, scale=scores.scale, enable_gqa=per > 1)
+    k, v = k.repeat_interleave(per, -3), v.repeat_interleave(per, -3)
+    score = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
+    score = scores.cap * torch.tanh(score / scores.cap)
+    if seen_TS is not None:
+        score = score.masked_fill(~seen_TS, -torch.inf)
+    return score.float().softmax(-1).to(v.dtype) @ v
 
 
 def query_heads(x_D: Tensor, weight_QD: Tensor, bias_Q: Tensor | None, idx_A: Tensor | None, num_groups: int) -> Tensor:
@@ -30,7 +68,9 @@ def query_heads_bytes(x_D: Tensor, weight_QD: Tensor, bias_Q: Tensor | None, idx
     return rows * row_bytes + x_D.nbytes
 
 
-def attend_pages(q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None) -> Tensor:
+def attend_pages(
+    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: Scores = PLAIN
+) -> Tensor:
     """Mixed values [A, R, K] of queries [A, R, K] over the first `length` tokens in pages page_N (int64 [N]).
 
     Reads the keys and values of the groups idx_A alone (int64; all groups when None). Softmax accumulates in fp32.
@@ -44,7 +84,8 @@ def attend_pages(q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, 
     k_ATK, v_ATK = (
         pool.view(-1, page_size * head_dim).index_select(0, row_AN.flatten()).view(shape)[:, :length] for pool in (k_PGSK, v_PGSK)
     )
-    return F.scaled_dot_product_attention(q_ARK[None], k_ATK[None], v_ATK[None])[0]
+    first = scores.first(length)
+    return attend_tokens(q_ARK[None], k_ATK[None, :, first:], v_ATK[None, :, first:], None, scores)[0]
 
 
 def attend_pages_bytes(q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None) -> int:

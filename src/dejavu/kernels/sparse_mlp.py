@@ -1,7 +1,7 @@
 """The MLP of one token, dense and over a list of selected neurons. Tensors in, tensors out.
 
     a_F = activation(up_FD x_D + up_bias_F)                              (plain)
-    a_F = activation(gate_FD x_D + gate_bias_F) * (up_FD x_D + up_bias_F)  (gated)
+    a_F = activation(gate_FD x_D + gate_bias_F) * (up_FD x_D + up_bias_F)  (gated; some models activate the second factor too)
     y_D = sum over the selected neurons f of a_f down_FD[f], + down_bias_D
 
 `down_FD` holds a row per neuron, so that a neuron left out is one row of each matrix not read. Beside each function: the
@@ -33,6 +33,16 @@ class MlpWeights:
     down_bias_D: Tensor | None = None
     activation: str = "relu"
     activation_threshold: float = 0.0
+    up_activation: str | None = None
+
+
+def activated(up: Tensor, gate: Tensor | None, weights: MlpWeights) -> Tensor:
+    """Activations from the products with up and gate (None where not gated), of any shape."""
+    if gate is None:
+        return activate(up, weights.activation, weights.activation_threshold)
+    if weights.up_activation is not None:
+        up = activate(up, weights.up_activation)
+    return activate(gate, weights.activation, weights.activation_threshold) * up
 
 
 def _rows(weight_FD: Tensor, bias_F: Tensor | None, x_D: Tensor) -> Tensor:
@@ -45,12 +55,9 @@ def _gathered_rows(weight_FD: Tensor, bias_F: Tensor | None, x_D: Tensor, idx_A:
 
 def dense_mlp(x_D: Tensor, weights: MlpWeights) -> Tensor:
     """y_D of every neuron."""
-    act_F = _rows(weights.up_FD, weights.up_bias_F, x_D)
-    if weights.gate_FD is None:
-        act_F = activate(act_F, weights.activation, weights.activation_threshold)
-    else:
-        gate_F = _rows(weights.gate_FD, weights.gate_bias_F, x_D)
-        act_F = activate(gate_F, weights.activation, weights.activation_threshold) * act_F
+    up_F = _rows(weights.up_FD, weights.up_bias_F, x_D)
+    gate_F = None if weights.gate_FD is None else _rows(weights.gate_FD, weights.gate_bias_F, x_D)
+    act_F = activated(up_F, gate_F, weights)
     return _rows(weights.down_FD.t(), weights.down_bias_D, act_F)
 
 
@@ -64,12 +71,9 @@ def sparse_mlp(x_D: Tensor, weights: MlpWeights, idx_A: Tensor) -> Tensor:
     No neuron: exactly the down bias, or zeros.
     """
     assert idx_A.dtype == torch.int64, f"{idx_A.dtype=}"
-    act_A = _gathered_rows(weights.up_FD, weights.up_bias_F, x_D, idx_A)
-    if weights.gate_FD is None:
-        act_A = activate(act_A, weights.activation, weights.activation_threshold)
-    else:
-        gate_A = _gathered_rows(weights.gate_FD, weights.gate_bias_F, x_D, idx_A)
-        act_A = activate(gate_A, weights.activation, weights.activation_threshold) * act_A
+    up_A = _gathered_rows(weights.up_FD, weights.up_bias_F, x_D, idx_A)
+    gate_A = None if weights.gate_FD is None else _gathered_rows(weights.gate_FD, weights.gate_bias_F, x_D, idx_A)
+    act_A = activated(up_A, gate_A, weights)
     # A weighted sum of rows is an embedding bag: one pass over them, no gathered copy of down.
     start = torch.zeros(1, dtype=torch.int64, device=idx_A.device)
     y_D = F.embedding_bag(idx_A, weights.down_FD, start, mode="sum", per_sample_weights=act_A)[0]
@@ -85,13 +89,10 @@ def masked_mlp(x_D: Tensor, weights: MlpWeights, idx_A: Tensor) -> Tensor:
     up_F = weights.up_FD @ x_D
     if weights.up_bias_F is not None:
         up_F = up_F + weights.up_bias_F
-    if weights.gate_FD is None:
-        act_F = activate(up_F, weights.activation, weights.activation_threshold)
-    else:
-        gate_F = weights.gate_FD @ x_D
-        if weights.gate_bias_F is not None:
-            gate_F = gate_F + weights.gate_bias_F
-        act_F = activate(gate_F, weights.activation, weights.activation_threshold) * up_F
+    gate_F = None if weights.gate_FD is None else weights.gate_FD @ x_D
+    if gate_F is not None and weights.gate_bias_F is not None:
+        gate_F = gate_F + weights.gate_bias_F
+    act_F = activated(up_F, gate_F, weights)
     keep_F = torch.zeros_like(act_F).index_fill(0, idx_A, 1)
     y_D = (act_F * keep_F) @ weights.down_FD
     return y_D if weights.down_bias_D is None else y_D + weights.down_bias_D

@@ -47,8 +47,9 @@ def network_of_views(model: Transformer, config: ModelConfig) -> Any:
         foreign = transformers.AutoConfig.for_model(**config_to_hf(config))
         with torch.device("meta"):
             net = transformers.AutoModelForCausalLM.from_config(foreign, dtype=weight.dtype).eval()
+    require(not family.fused and not family.norm_shift, f"tensors of {config.family} are not stored as ours: there are no views of them")
     for ours, parameter in model.named_parameters():
-        owner, _, last = family.full_name(ours).rpartition(".")
+        owner, _, last = family.full_name(family.foreign_name(ours, config)).rpartition(".")
         value = parameter.detach().t() if is_transposed(ours) else parameter.detach()
         module = net.get_submodule(owner)
         shape = getattr(module, last).shape

@@ -39,7 +39,6 @@ from dejavu.measure.memory import available_bytes, free_gpu_bytes
 from dejavu.measure.synthetic import shape_of
 from dejavu.model.adapter import quantized
 from dejavu.model.families import empty_model, parameter_shapes
-from dejavu.model.layers import inverse_frequencies
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
@@ -148,8 +147,7 @@ def plant(
         _fill_attention(block, maker, full)
         mlp = _fill_mlp(block, maker, full, density=density, rank=rank)
         layers.append(LayerAdapter(mlp=mlp, heads=_head_predictor(config, maker, lookahead=min(index, 1))))
-    if config.rope is not None:
-        model.inv_freq = inverse_frequencies(config.rope, config.head_dim).to(device)
+    model.fill_frequencies(device)
     return PlantedModel(
         name=name,
         model=model.eval(),
@@ -279,7 +277,7 @@ def _fill_ends(model: Transformer, maker: _Maker) -> None:
 def _fill_attention(block: Block, maker: _Maker, full: int) -> None:
     size = block.config.hidden_size
     for norm in (block.norm1, block.norm2):
-        assert norm.weight is not None
+        assert norm is not None and norm.weight is not None
         norm.weight = maker.constant(norm.weight, 1.0)
         if norm.bias is not None:
             norm.bias = maker.constant(norm.bias, 0.0)

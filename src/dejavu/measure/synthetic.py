@@ -37,7 +37,6 @@ from dejavu.measure.traffic import Formats, weight_bytes
 from dejavu.model.adapter import quantized
 from dejavu.model.bundle import bundled_folder
 from dejavu.model.families import config_from_hf, empty_model
-from dejavu.model.layers import inverse_frequencies
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.transformer import Transformer
 
@@ -172,8 +171,7 @@ def synthetic_model(name: str, *, backend: str, dtype: str, seed: int = 0) -> Sy
         owner, _, last = key.rpartition(".")
         value = tensors[_first_layer(key) if shared else key].to(stored)
         setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
-    if config.rope is not None:
-        model.inv_freq = inverse_frequencies(config.rope, config.head_dim)
+    model.fill_frequencies("cpu")
     return SyntheticModel(name=name, model=model.eval(), config=config, backend=backend, dtype=dtype, num_parameters=total)
 
 

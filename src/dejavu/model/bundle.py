@@ -20,7 +20,7 @@ from dejavu.config import require
 from dejavu.files import new_folder, write_json
 from dejavu.kernels.quantize import quantize_rows
 from dejavu.model.adapter import Adapter, write_adapter
-from dejavu.model.families import FAMILIES, config_to_hf, is_transposed
+from dejavu.model.families import FAMILIES, config_to_hf
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
@@ -65,11 +65,9 @@ def export(model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, dtyp
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
     hf_dtype, stored_as = EXPORT_DTYPES[dtype]
     family = FAMILIES[model.config.family]
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32, "export an fp32 model"
-        values = parameter.detach().cpu().to(stored_as)
-        tensors[family.full_name(name)] = (values.T if is_transposed(name) else values).contiguous()
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "export an fp32 model"
+    plain = family.stored({name: parameter.detach().cpu() for name, parameter in model.named_parameters()}, model.config)
+    tensors = {family.full_name(name): values.to(stored_as).contiguous() for name, values in plain.items()}
     with new_folder(folder) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         write_json(partial / "config.json", config_to_hf(model.config) | {"dtype": hf_dtype})

@@ -25,10 +25,9 @@ from dejavu.config import ModelConfig, require
 from dejavu.files import read_json, read_safetensors, safe_member
 from dejavu.kernels.quantize import dequantize_rows
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
-from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, parameter_shapes
+from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
 from dejavu.model.gguf import GGUFFile
-from dejavu.model.layers import inverse_frequencies
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
 
@@ -119,6 +118,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch
     if dtype == torch.float16 and torch.device(device).type == "cpu":
         notes.append("fp16 on the CPU is computed in fp32")
         dtype = torch.float32
+    bundle = False
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         config = config_from_hf(file.hf_config())
@@ -136,7 +136,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch
         )
         stored = _bundle_tensors(path) if bundle else _folder_tensors(path, notes)
         targets = {own: Target(own, False) for own in parameter_shapes(config)} if bundle else foreign_targets(config)
-    assembler = Assembler(config, targets, dtype=dtype, device=device, where=path)
+    assembler = Assembler(config, targets, dtype=dtype, device=device, where=path, foreign=not bundle)
     for tensor in stored:
         assembler.add(tensor)
     model, digests = assembler.finish()
@@ -150,6 +150,23 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch
         notes=(*notes, *assembler.notes),
         path=path,
     )
+
+
+def assembled(
+    hf: Mapping[str, Any], tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str | torch.device, where: str
+) -> tuple[Transformer, str]:
+    """A model and its base_hash from a config and named tensors in memory, copied: as `load_checkpoint` from files."""
+    config = config_from_hf(hf)
+    assembler = Assembler(config, foreign_targets(config), dtype=dtype, device=device, where=Path(where))
+    for name, values in tensors.items():
+        assembler.add(_as_stored(name, values.detach(), Path(where)))
+    model, digests = assembler.finish()
+    return model, base_hash(model.config, digests)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The architecture of a folder or a GGUF file, without its weights."""
+    return config_from_hf(GGUFFile(path).hf_config() if path.suffix == ".gguf" else read_hf_config(path))
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -167,10 +184,18 @@ class Assembler:
     """Takes stored tensors in any order and puts each where it belongs; `finish` returns the model once all are there."""
 
     def __init__(
-        self, config: ModelConfig, targets: Mapping[str, Target], *, dtype: torch.dtype, device: str | torch.device, where: Path
+        self,
+        config: ModelConfig,
+        targets: Mapping[str, Target],
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        where: Path,
+        foreign: bool = True,
     ) -> None:
         self.config, self.targets, self.dtype, self.device, self.where = config, dict(targets), dtype, device, where
         self.family = FAMILIES[config.family]
+        self.shifted = self.family.norm_shift if foreign else 0.0
         self.shapes = parameter_shapes(config)
         self.values: dict[str, Tensor] = {}
         self.digests: dict[str, bytes] = {}
@@ -182,7 +207,10 @@ class Assembler:
             self.shapes[HEAD] = self.shapes[EMBED]
 
     def add(self, stored: Stored) -> None:
-        plain = self.family.plain_name(stored.name)
+        for plain, values in self.family.unfused(self.family.plain_name(stored.name), stored.values, self.config).items():
+            self._add(plain, stored._replace(values=values))
+
+    def _add(self, plain: str, stored: Stored) -> None:
         target = self.targets.get(plain)
         if target is None:
             if not self.family.is_ignored(plain):
@@ -190,6 +218,8 @@ class Assembler:
             return
         require(target.name not in self.values, f"{self.where} holds tensor {plain!r} twice (second: {stored.name!r}); remove one")
         values = stored.values
+        if self.shifted and is_norm_weight(target.name):
+            values = values + self.shifted
         if target.transposed and values.dim() == 2:
             values = values.T.contiguous()
         expected = self.shapes[target.name]
@@ -215,8 +245,7 @@ class Assembler:
             self.notes.append(f"{len(self.unused)} tensors of the checkpoint are not used: {', '.join(self.unused[:5])}")
         model = empty_model(self.config)
         model.load_state_dict(self.values, strict=True, assign=True)
-        if self.config.rope is not None:
-            model.inv_freq = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.device)
+        model.fill_frequencies(self.device)
         return model.eval().requires_grad_(False), self.digests
 
     def stored_dtype(self) -> str:

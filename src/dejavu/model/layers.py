@@ -17,9 +17,9 @@ from dejavu.config import ModelConfig, RopeConfig
 class Norm(nn.Module):
     """LayerNorm, y = (x - mean) / std * weight + bias, or RMSNorm, y = x / rms(x) * weight."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, size: int | None = None) -> None:
         super().__init__()
-        size = config.hidden_size
+        size = size or config.hidden_size
         self.rms = config.norm == "rmsnorm"
         self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(size)) if config.norm_affine else None
@@ -51,24 +51,61 @@ class InputMajorLinear(nn.Module):
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """inv_freq [K/2] fp32 of the rotary embedding, by rope type (the rules of transformers' modeling_rope_utils)."""
-    inv_freq = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    if rope.type == "linear":
-        return inv_freq / rope.factor
-    if rope.type == "llama3":
-        wavelength = 2 * math.pi / inv_freq
-        low = rope.original_max_positions / rope.low_freq_factor
-        high = rope.original_max_positions / rope.high_freq_factor
-        smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        between = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-        scaled = torch.where(wavelength > low, inv_freq / rope.factor, inv_freq)
-        return torch.where((wavelength <= low) & (wavelength >= high), between, scaled)
+    """inv_freq fp32 [half of a head's rotated values], by rope type (the rules of transformers' modeling_rope_utils)."""
+    size = rope.size(head_dim)
+    inv_freq = 1.0 / rope.theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
+    match rope.type:
+        case "linear":
+            return inv_freq / rope.factor
+        case "llama3":
+            return _llama3(rope, inv_freq)
+        case "yarn":
+            return _yarn(rope, inv_freq, size)
+        case "longrope":
+            return inv_freq / torch.tensor(rope.short_factors)
     return inv_freq
 
 
-def rotate(x_THK: Tensor, position_T: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotary embedding of x [..., T, heads, K] at positions [T] (the half-split layout of Hugging Face checkpoints)."""
+def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
+    """Low frequencies divided by the factor, high ones as they are, a ramp over wavelengths between."""
+    wavelength = 2 * math.pi / inv_freq
+    low = rope.original_max_positions / rope.low_freq_factor
+    high = rope.original_max_positions / rope.high_freq_factor
+    smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    between = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    scaled = torch.where(wavelength > low, inv_freq / rope.factor, inv_freq)
+    return torch.where((wavelength <= low) & (wavelength >= high), between, scaled)
+
+
+def _yarn(rope: RopeConfig, inv_freq: Tensor, size: int) -> Tensor:
+    """The same with a ramp over the index, between those that turn beta_fast and beta_slow times within the original context."""
+
+    def index_of(turns: float) -> float:
+        return size * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = index_of(rope.beta_fast), index_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high += 0.001 if low == high else 0
+    ramp = ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
+
+
+def rotate(x_THK: Tensor, position_T: Tensor, inv_freq: Tensor, factor: float = 1.0) -> Tensor:
+    """Rotary embedding of x [..., T, heads, K] at positions [T] (the half-split layout of Hugging Face checkpoints), times the factor.
+
+    Of each head the first 2 * len(inv_freq) values are rotated; the others stay as they are.
+    """
+    size = 2 * inv_freq.shape[0]
     angle_TK = torch.outer(position_T.float(), inv_freq).repeat(1, 2)[:, None, :]
-    cos, sin = angle_TK.cos().to(x_THK.dtype), angle_TK.sin().to(x_THK.dtype)
-    first, second = x_THK.chunk(2, dim=-1)
-    return x_THK * cos + torch.cat([-second, first], dim=-1) * sin
+    cos, sin = (angle_TK.cos() * factor).to(x_THK.dtype), (angle_TK.sin() * factor).to(x_THK.dtype)
+    turned = x_THK[..., :size]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return turned if size == x_THK.shape[-1] else torch.cat([turned, x_THK[..., size:]], dim=-1)
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap); x where the cap is 0."""
+    return x if cap == 0 else cap * torch.tanh(x / cap)

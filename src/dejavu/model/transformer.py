@@ -1,8 +1,10 @@
-"""The model: a decoder-only transformer whose families (OPT, Llama) are values of ModelConfig.
+"""The model: a decoder-only transformer whose families are values of ModelConfig.
 
 In: token ids [B, T]. Out: hidden states [B, T, D] and logits [B, T, V] fp32. A layer is
     x = x + O(attention(norm1 x));  x = x + down(activation(up(norm2 x)))                (pre-norm)
     x = norm1(x + O(attention x));  x = norm2(x + down(activation(up x)))                (post-norm)
+    x = x + O(attention(norm1 x)) + down(activation(up(norm2 x)))                        (parallel)
+What a block adds may pass a norm of its own (block_norms) and a scale.
 A `Selection` sees every head's output and every neuron's activation on the way and may zero some: with the base class
 the model is dense; measurement, training and masked evaluation are other Selections over the same forward.
 
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig
 from dejavu.kernels.activation import activate
+from dejavu.kernels.attention import Scores, attend_tokens
 from dejavu.kernels.quantize import rounded, rounded_vectors
-from dejavu.model.layers import InputMajorLinear, Norm, inverse_frequencies, rotate
+from dejavu.model.layers import InputMajorLinear, Norm, capped, inverse_frequencies, rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,41 +77,73 @@ def on_cpu(model: nn.Module) -> Iterator[None]:
 class Block(nn.Module):
     """One decoder layer. `down` and `o` hold a row per input, `up` and `gate` a row per neuron."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
         size, head = config.hidden_size, config.head_dim
         self.config = config
         self.cache_dtype: str | None = None  # what keys and values are rounded to: see Transformer.round_cache
+        windowed = index in config.windowed
+        self.scores = Scores(scale=config.attention_scale, cap=config.attention_cap, window=config.window if windowed else None)
+        rope = config.local_rope if windowed and config.local_rope is not None else config.rope
+        self.rotary_factor = 1.0 if rope is None else rope.attention_factor
         self.norm1 = Norm(config)
         self.q = nn.Linear(size, config.num_heads * head, bias=config.qkv_bias)
         self.k = nn.Linear(size, config.num_kv_heads * head, bias=config.qkv_bias)
         self.v = nn.Linear(size, config.num_kv_heads * head, bias=config.qkv_bias)
+        self.q_norm = Norm(config, head) if config.qk_norm else None
+        self.k_norm = Norm(config, head) if config.qk_norm else None
         self.o = InputMajorLinear(config.num_heads * head, size, bias=config.out_bias)
-        self.norm2 = Norm(config)
+        self.norm1_out = Norm(config) if config.block_norms else None
+        self.norm2 = None if config.shared_norm else Norm(config)
         self.up = nn.Linear(size, config.intermediate_size, bias=config.mlp_bias)
         self.gate = nn.Linear(size, config.intermediate_size, bias=config.mlp_bias) if config.gated else None
         self.down = InputMajorLinear(config.intermediate_size, size, bias=config.mlp_bias)
+        self.norm2_out = Norm(config) if config.block_norms else None
 
     def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1(x) if self.config.pre_norm else x
 
-    def after_attention(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual stream and MLP input, from the residual stream before and the mixed heads [.., H, K]."""
-        x = x + self.o(mixed.flatten(-2))
+    def after_attention(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual stream and MLP input, from the residual stream before and what O gave."""
+        if self.norm1_out is not None:
+            y = self.norm1_out(y)
+        if self.config.residual_scale != 1:
+            y = y * self.config.residual_scale
+        if self.config.parallel:
+            return x + y, self._mlp_input(x)
+        x = x + y
         if self.config.pre_norm:
-            return x, self.norm2(x)
+            return x, self._mlp_input(x)
         x = self.norm1(x)
         return x, x
 
+    def _mlp_input(self, x: Tensor) -> Tensor:
+        return self.norm1(x) if self.norm2 is None else self.norm2(x)
+
     def after_mlp(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y if self.config.pre_norm else self.norm2(x + y)
+        """Residual stream from the one before and what the MLP gave."""
+        if self.norm2_out is not None:
+            y = self.norm2_out(y)
+        if self.config.residual_scale != 1:
+            y = y * self.config.residual_scale
+        if self.config.pre_norm:
+            return x + y
+        assert self.norm2 is not None, "blocks in turn have a norm each"
+        return self.norm2(x + y)
+
+    def placed_heads(self, q: Tensor, k: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys [.., T, heads, K] normed and rotated, where the model does either."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if inv_freq is None:
+            return q, k
+        return rotate(q, position_T, inv_freq, self.rotary_factor), rotate(k, position_T, inv_freq, self.rotary_factor)
 
     def query_key_value(self, x_TD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [.., T, H, K], k and v [.., T, G, K] of the attention input, rotated where positions are rotary, rounded as cached."""
         split = (-1, self.config.head_dim)
         q, k, v = (project(x_TD).unflatten(-1, split) for project in (self.q, self.k, self.v))
-        if inv_freq is not None:
-            q, k = rotate(q, position_T, inv_freq), rotate(k, position_T, inv_freq)
+        q, k = self.placed_heads(q, k, position_T, inv_freq)
         return q, self.as_cached(k), self.as_cached(v)
 
     def as_cached(self, vectors: Tensor) -> Tensor:
@@ -118,15 +153,22 @@ class Block(nn.Module):
     def activations(self, x_TD: Tensor) -> Tensor:
         """Activation of every neuron [.., T, F]: act(up x), or act(gate x) * up x where gated."""
         config = self.config
+        up = self.up(x_TD)
         if self.gate is None:
-            return activate(self.up(x_TD), config.activation, config.activation_threshold)
-        return activate(self.gate(x_TD), config.activation, config.activation_threshold) * self.up(x_TD)
+            return activate(up, config.activation, config.activation_threshold)
+        if config.up_activation is not None:
+            up = activate(up, config.up_activation)
+        return activate(self.gate(x_TD), config.activation, config.activation_threshold) * up
 
     def attend(self, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> Tensor:
         """Causal attention over the sequence itself: head outputs [B, T, H, K] before the output projection."""
         q, k, v = (t.transpose(1, 2) for t in self.query_key_value(x_BTD, position_T, inv_freq))
-        grouped = self.config.heads_per_group > 1
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+        if self.scores.cap == 0 and self.scores.window is None:
+            grouped = self.config.heads_per_group > 1
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scores.scale, enable_gqa=grouped)
+        else:
+            mixed = attend_tokens(q, k, v, self.scores.seen(position_T, k.shape[-2]), self.scores)
+        return mixed.transpose(1, 2)
 
 
 class Transformer(nn.Module):
@@ -141,15 +183,28 @@ class Transformer(nn.Module):
         self.position = nn.Embedding(config.max_positions + config.position_offset, size) if learned else None
         self.project_in = nn.Linear(width, size, bias=False) if width != size else None
         self.project_out = nn.Linear(size, width, bias=False) if width != size else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.final_norm = Norm(config) if config.final_norm else None
         self.head = None if config.tied_head else nn.Linear(width, config.vocab_size, bias=False)
-        inv_freq = inverse_frequencies(config.rope, config.head_dim) if config.rope is not None else None
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.inv_freq: Tensor | None
+        self.local_inv_freq: Tensor | None
+        for name, rope in (("inv_freq", config.rope), ("local_inv_freq", config.local_rope)):
+            self.register_buffer(name, None if rope is None else inverse_frequencies(rope, config.head_dim), persistent=False)
 
     @property
     def blocks(self) -> list[Block]:
         return list(self.layers)  # pyrefly: ignore[bad-return]  # nn.ModuleList is typed as a list of Module
+
+    def frequencies(self, index: int) -> Tensor | None:
+        """inv_freq of a layer; None where positions are learned."""
+        local = self.local_inv_freq is not None and index in self.config.windowed
+        return self.local_inv_freq if local else self.inv_freq
+
+    def fill_frequencies(self, device: torch.device | str) -> None:
+        """Work the rotary frequencies out again: those of a model made on the meta device have no values."""
+        for name, rope in (("inv_freq", self.config.rope), ("local_inv_freq", self.config.local_rope)):
+            if rope is not None:
+                setattr(self, name, inverse_frequencies(rope, self.config.head_dim).to(device))
 
     @torch.no_grad()
     def round_matrices(self, dtype: str) -> None:
@@ -166,6 +221,9 @@ class Transformer(nn.Module):
     def embedded(self, ids_BT: Tensor, position_T: Tensor) -> Tensor:
         """The residual stream before layer 0, from ids [.., T] at positions [T]."""
         x = self.embed(ids_BT)
+        if self.config.embed_scale != 1:
+            # The scale as a value of the stream's dtype: what transformers multiplies with.
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.position is not None:
@@ -178,9 +236,9 @@ class Transformer(nn.Module):
         """One layer over a whole sequence: the residual stream after it and the MLP input within it."""
         block = selection.block_of(index, self.blocks[index])
         attention_in = block.attention_input(x_BTD)
-        mixed = block.attend(attention_in, position_T, self.inv_freq)
+        mixed = block.attend(attention_in, position_T, self.frequencies(index))
         mixed = selection.heads(index, LayerInputs(attention_in, None, previous_mlp), mixed)
-        x_BTD, mlp_in = block.after_attention(x_BTD, mixed)
+        x_BTD, mlp_in = block.after_attention(x_BTD, block.o(mixed.flatten(-2)))
         act = block.activations(mlp_in)
         act = selection.neurons(index, LayerInputs(attention_in, mlp_in, previous_mlp), act)
         return block.after_mlp(x_BTD, block.down(act)), mlp_in
@@ -204,7 +262,9 @@ class Transformer(nn.Module):
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         head = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(hidden, head).float()
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
+        return capped(F.linear(hidden, head).float(), self.config.logit_cap)
 
     def forward(self, ids_BT: Tensor, selection: Selection = DENSE) -> Tensor:
         """Logits [B, T, V] in fp32 of whole sequences."""

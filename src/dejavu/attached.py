@@ -1,0 +1,201 @@
+"""dejavu inside transformers: `attach(model, adapter)` makes `model.generate(...)` of an existing model decode here.
+
+In: a causal language model of transformers and an adapter for it. Out: the same model, whose `generate` runs prefill and decode on
+our engine for greedy decoding and sampling with temperature, top_k and top_p, one sequence or several (padded on the left, or
+not); whatever else is asked of it goes to transformers' own `generate`, and why is said once. `detach` takes it away: the model's
+weights and its class were never touched.
+
+The engine has copies of the weights, made by `attach`. Weights that change later do not reach it: detach, and attach again.
+
+Letters: B sequences  T tokens
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dejavu.config import SamplingConfig, require
+from dejavu.engine.backends import backends, make_engine, pick_backend
+from dejavu.engine.interface import Engine
+from dejavu.engine.sampling import Sampler
+from dejavu.model.adapter import Adapter
+from dejavu.model.checkpoint import assembled
+from dejavu.model.transformer import Transformer
+
+NAME = "_dejavu"  # where a model keeps what is attached to it
+# Fields of a generation config that we obey, and those that change nothing of what we do. Any other has to be at a value that does nothing.
+OBEYED = ("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id")
+WITHOUT_EFFECT = (
+    "bos_token_id", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
+    "continuous_batching_config", "transformers_version", "_from_model_config", "early_stopping", "length_penalty", "low_memory",
+    "decoder_start_token_id", "prefill_chunk_size", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "speculation_type", "use_mtp",
+)  # fmt: skip
+DOES_NOTHING: dict[str, Any] = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "top_h": 1.0, "typical_p": 1.0}
+DOES_NOTHING |= {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0}
+TOP_K = 50  # transformers' own default when sampling
+
+
+class Attached(NamedTuple):
+    """What `attach` leaves at a model. reasons: why calls went to transformers, each said once."""
+
+    model: Transformer
+    layers: Any
+    backend: str
+    dtype: str | None
+    reasons: set[str]
+
+
+class Request(NamedTuple):
+    """A call of generate that we can serve: prompts without padding, limits, what ends a sequence, how to draw."""
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    pad_id: int
+    sampling: SamplingConfig
+
+
+def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: str = "auto", dtype: str | None = None) -> Any:
+    """Let net.generate decode here, sparse by `adapter` (None: dense), and return net.
+
+    net: of an architecture that dejavu reads, on the CPU or a GPU. backend, dtype: of the engine, as `dejavu.load` has them; by
+    default the best for where net is, in fp32 on a CPU and in net's own dtype on a GPU. Raises ValueError for a model of another
+    kind, an adapter of another base, and a model that has something attached already.
+    """
+    require(not hasattr(net, NAME), "this model has an adapter attached already; detach it first")
+    require(hasattr(net, "config") and hasattr(net, "generate"), f"{type(net).__name__} is no model of transformers that generates text")
+    weight = next(net.parameters())
+    on_gpu = weight.device.type == "cuda"
+    offered = [status.name for status in backends() if status.available and (status.name != "cuda" or on_gpu)]
+    picked = offered[0] if backend == "auto" else pick_backend(backend, dtype=dtype or "fp32")
+    kind = weight.dtype if on_gpu else torch.float32
+    model, base_hash = assembled(net.config.to_dict(), net.state_dict(), dtype=kind, device=weight.device, where=type(net).__name__)
+    if backend == "auto" and model.config.beyond_kernels:
+        picked = "torch"
+    if picked == "native" and dtype not in (None, "fp32"):
+        model.round_matrices(dtype or "fp32")
+    if isinstance(adapter, str | Path):
+        adapter = Adapter.load(adapter, model=model.config, base_hash=base_hash)
+    if adapter is not None:
+        known = ", ".join(adapter.config.base_hashes)
+        require(
+            base_hash in adapter.config.base_hashes, f"the adapter's base has the hash {known}, this model {base_hash}; use its own adapter"
+        )
+    layers = None if adapter is None else tuple(layer.to(weight.device) for layer in adapter.layers)
+    setattr(net, NAME, Attached(model, layers, picked, dtype if picked == "native" else None, set()))
+    net.generate = types.MethodType(_generate, net)
+    return net
+
+
+def detach(net: Any) -> Any:
+    """Give net its own generate back, and return it; nothing happens where nothing is attached."""
+    if hasattr(net, NAME):
+        delattr(net, NAME)
+        del net.generate
+    return net
+
+
+def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = None, **given: Any) -> Any:
+    """What stands in for net.generate."""
+    held: Attached = getattr(net, NAME)
+    request = _request(net, inputs, generation_config, given)
+    if isinstance(request, str):
+        if request not in held.reasons:
+            held.reasons.add(request)
+            warnings.warn(f"dejavu: {request}: generated by transformers, dense", stacklevel=2)
+        return type(net).generate(net, inputs, generation_config=generation_config, **given)
+    ids = inputs if inputs is not None else given["input_ids"]
+    length = max(len(prompt) for prompt in request.prompts) + request.max_new_tokens
+    tokens = sum(-(-length // 64) * 64 for _ in request.prompts)
+    engine = make_engine(
+        held.model, held.layers, backend=held.backend, num_slots=len(request.prompts), cache_tokens=tokens, dtype=held.dtype
+    )  # fmt: skip
+    new = decode(engine, request)
+    longest = max(len(tokens) for tokens in new)
+    padded = [tokens + [request.pad_id] * (longest - len(tokens)) for tokens in new]
+    return torch.cat([ids, torch.tensor(padded, dtype=ids.dtype, device=ids.device)], 1)
+
+
+@torch.inference_mode()
+def decode(engine: Engine, request: Request) -> list[list[int]]:
+    """The new tokens of each prompt, what ended it included."""
+    samplers = [Sampler(request.sampling, index=row) for row in range(len(request.prompts))]
+    new: list[list[int]] = []
+    for row, prompt in enumerate(request.prompts):
+        new.append([samplers[row].draw(engine.prefill(row, prompt)).token_id])
+    running = [row for row in range(len(new)) if new[row][-1] not in request.stop_ids and request.max_new_tokens > 1]
+    while running:
+        step = engine.step([new[row][-1] for row in running], running)
+        for at, row in enumerate(running):
+            new[row].append(samplers[row].draw(step.logits_BV[at]).token_id)
+        running = [row for row in running if new[row][-1] not in request.stop_ids and len(new[row]) < request.max_new_tokens]
+    return new
+
+
+def _request(net: Any, inputs: Tensor | None, generation_config: Any, given: Mapping[str, Any]) -> Request | str:
+    """What is asked for, or why we cannot serve it."""
+    settings = _settings(net, generation_config, given)
+    if isinstance(settings, str):
+        return settings
+    extra = {key: value for key, value in given.items() if key not in settings and value is not None}
+    ids, mask = inputs if inputs is not None else extra.pop("input_ids", None), extra.pop("attention_mask", None)
+    if extra:
+        return f"generate was given {', '.join(sorted(extra))}"
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] == 0:
+        return "there are no input_ids [sequences, tokens]"
+    mask = torch.ones_like(ids) if mask is None else mask
+    if mask.shape != ids.shape or not bool((mask.long().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all()):
+        return "the attention mask is not one of padding on the left"
+    prompts = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+    stop = settings["eos_token_id"]
+    stops = frozenset() if stop is None else frozenset([stop] if isinstance(stop, int) else torch.as_tensor(stop).tolist())
+    limit = _limit(net, settings, ids.shape[1])
+    if isinstance(limit, str):
+        return limit
+    pad = settings["pad_token_id"]
+    return Request(prompts, limit, stops, int(pad) if pad is not None else min(stops, default=0), _sampling(settings))
+
+
+def _settings(net: Any, generation_config: Any, given: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Fields of the generation config by name: of the call, else of the config that came with it, else of the model."""
+    own = net.generation_config.to_dict()
+    settings = own if generation_config is None else own | {k: v for k, v in generation_config.to_dict().items() if v is not None}
+    settings |= {key: value for key, value in given.items() if key in settings}
+    for key, value in settings.items():
+        if key in OBEYED or key in WITHOUT_EFFECT or value in (None, False, DOES_NOTHING.get(key, 0)):
+            continue
+        return f"generate was asked for {key}={value!r}"
+    return settings
+
+
+def _limit(net: Any, settings: Mapping[str, Any], prompt: int) -> int | str:
+    """New tokens at most: max_new_tokens, else max_length (20 by default) less the prompt."""
+    longest = settings["max_length"] or 20
+    limit = settings["max_new_tokens"] if settings["max_new_tokens"] is not None else longest - prompt
+    context = net.config.max_position_embeddings
+    if limit < 1 or prompt + limit > context:
+        return f"{limit} new tokens behind {prompt} are none, or more than the context of {context}"
+    return int(limit)
+
+
+def _sampling(settings: Mapping[str, Any]) -> SamplingConfig:
+    """Seeds come from torch's generator: torch.manual_seed makes a call repeatable."""
+    if not settings["do_sample"]:
+        return SamplingConfig()
+    temperature, top_k, top_p = (settings[key] for key in ("temperature", "top_k", "top_p"))
+    top_k = TOP_K if top_k is None else int(top_k)
+    return SamplingConfig(
+        temperature=1.0 if temperature is None else float(temperature),
+        top_k=top_k or None,
+        top_p=None if top_p is None or top_p >= 1 else float(top_p),
+        seed=int(torch.randint(1 << 31, ())),
+    )

@@ -1,0 +1,116 @@
+"""Families of models, each a mapping in a file of its own: config fields and tensor names, Hugging Face's and ours.
+
+In: a Hugging Face `config.json` as a dict, or a ModelConfig. Out: the other one, and the names of the tensors both ways.
+Adding a family adds an entry to FAMILIES (and the two functions of its config fields), no model code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dejavu.config import ModelConfig, require
+from dejavu.model.families.falcon import FALCON
+from dejavu.model.families.family import Family, Fused, Target, is_norm_weight, is_transposed
+from dejavu.model.families.gemma import GEMMA2, GEMMA3
+from dejavu.model.families.llama import ARCEE, LLAMA, MINICPM, MISTRAL, QWEN2, QWEN3
+from dejavu.model.families.nemotron import NEMOTRON
+from dejavu.model.families.opt import OPT
+from dejavu.model.families.phi3 import PHI3
+from dejavu.model.transformer import Transformer
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Fused",
+    "Target",
+    "config_from_hf",
+    "config_to_hf",
+    "empty_model",
+    "find_family",
+    "foreign_targets",
+    "is_norm_weight",
+    "is_transposed",
+    "parameter_shapes",
+]
+
+FAMILIES: dict[str, Family] = {
+    "arcee": ARCEE,
+    "falcon": FALCON,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "llama": LLAMA,
+    "minicpm": MINICPM,
+    "mistral": MISTRAL,
+    "nemotron": NEMOTRON,
+    "opt": OPT,
+    "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips the random initialisation of modules: on the meta device it does nothing but load torch's compiler (a second or two)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """Transformer(config) on the meta device: shapes without memory, for `load_state_dict(..., assign=True)`."""
+    with torch.device("meta"), _NoInitialisation():
+        return Transformer(config)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of Transformer(config), without allocating one."""
+    return {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
+
+
+def foreign_targets(config: ModelConfig) -> dict[str, Target]:
+    """For every parameter: plain Hugging Face tensor name -> where it goes."""
+    family = FAMILIES[config.family]
+    return {family.foreign_name(ours, config): Target(ours, is_transposed(ours)) for ours in parameter_shapes(config)}
+
+
+def find_family(model_type: object) -> Family:
+    """The family of a config's model_type; ValueError with the supported ones where there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a Hugging Face config dict. ValueError names a missing field, an unsupported type or activation."""
+    family = find_family(hf.get("model_type"))
+    require(
+        not hf.get("quantization_config"),
+        "the checkpoint is quantised (quantization_config in config.json); use an unquantised one, or a GGUF file of it",
+    )
+    return family.read_config(hf)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The Hugging Face config dict of a ModelConfig, as transformers would write it (without dtype)."""
+    family = FAMILIES[config.family]
+    eos = config.eos_token_ids
+    return {
+        "architectures": [family.architecture],
+        "model_type": config.family,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": None,
+        "tie_word_embeddings": config.tied_head,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+    } | family.write_config(config)

@@ -1,0 +1,148 @@
+"""dejavu inside transformers: the same greedy tokens, and everything else left to it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import dejavu
+from dejavu import attached
+from dejavu.model.bundle import export
+from test_other_families import SIZES, reference_of
+
+PROMPT = torch.tensor([[2, 5, 7, 11, 13, 17]])
+
+
+@pytest.fixture
+def net() -> Any:
+    torch.manual_seed(0)
+    model = reference_of("llama", SIZES).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+    return model
+
+
+def greedy(net: Any, ids: torch.Tensor, **options: Any) -> list[list[int]]:
+    return net.generate(ids, **({"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | options)).tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "falcon", "nemotron"])
+def test_greedy_tokens_are_those_of_transformers(kind: str) -> None:
+    torch.manual_seed(1)
+    extra = {} if kind == "falcon" else {"head_dim": 8}
+    model = reference_of(kind, {key: value for key, value in SIZES.items() if kind != "falcon" or "key_value" not in key} | extra).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+    wanted = greedy(model, PROMPT)
+    assert dejavu.attach(model) is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert greedy(model, PROMPT) == wanted
+
+
+def test_rows_padded_on_the_left_and_rows_that_end(net: Any) -> None:
+    """Each as it is alone; what has ended is filled up with the padding token."""
+    ids = torch.tensor([[0, 0, 2, 5, 7], [2, 31, 37, 41, 43]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ends = greedy(net, ids, attention_mask=mask)[0][8]
+    wanted = greedy(net, ids, attention_mask=mask, eos_token_id=ends)
+    dejavu.attach(net)
+    assert greedy(net, ids, attention_mask=mask, eos_token_id=ends) == wanted
+    assert wanted[0][-1] == 0 and wanted[1][-1] != 0
+    assert greedy(net, ids, attention_mask=mask, eos_token_id=[ends, 95]) == wanted
+    assert greedy(net, PROMPT, max_new_tokens=1)[0][:6] == PROMPT[0].tolist()
+
+
+def test_max_length_and_the_model_s_own_settings(net: Any) -> None:
+    net.generation_config = GenerationConfig(max_length=9, eos_token_id=2, pad_token_id=0)
+    wanted = net.generate(PROMPT).tolist()
+    dejavu.attach(net)
+    assert net.generate(PROMPT).tolist() == wanted and len(wanted[0]) <= 9
+    config = GenerationConfig(max_new_tokens=4, eos_token_id=2, pad_token_id=0)
+    assert len(net.generate(PROMPT, generation_config=config)[0]) == 10
+    assert net.generate(input_ids=PROMPT, max_new_tokens=4).tolist() == net.generate(PROMPT, generation_config=config).tolist()
+
+
+def test_sampling_repeats_by_torch_s_seed_and_keeps_to_its_cut(net: Any) -> None:
+    dejavu.attach(net)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(
+            net.generate(PROMPT.repeat(2, 1), do_sample=True, temperature=2.0, max_new_tokens=12, pad_token_id=0, eos_token_id=None)
+        )
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0][0], draws[0][1]), "rows draw from streams of their own"
+    only = net.generate(PROMPT, do_sample=True, top_k=1, max_new_tokens=6, pad_token_id=0, eos_token_id=None).tolist()
+    assert only == greedy(net, PROMPT, max_new_tokens=6, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"repetition_penalty": 1.3}, "repetition_penalty=1.3"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, "padding on the left"),
+        ({"max_new_tokens": 200}, "more than the context of 64"),
+        ({"stopping_criteria": []}, "stopping_criteria"),
+    ],
+)
+def test_the_rest_goes_to_transformers_said_once(net: Any, options: dict[str, Any], reason: str) -> None:
+    call = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0} | options
+    plain = net.generate(PROMPT, **call)
+    dejavu.attach(net)
+    with pytest.warns(UserWarning, match=reason):
+        found = net.generate(PROMPT, **call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (found == plain).all() if isinstance(found, torch.Tensor) else torch.equal(found.sequences, plain.sequences)
+        net.generate(PROMPT, **call)
+
+
+def test_detach_undoes_it(net: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    own = vars(net).copy()
+    dejavu.attach(net)
+    greedy(net, PROMPT)
+    with pytest.raises(ValueError, match="attached already"):
+        dejavu.attach(net)
+    assert dejavu.detach(net) is net and dejavu.detach(net) is net
+    assert vars(net) == own and net.generate.__func__ is type(net).generate
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_an_adapter_makes_it_sparse_and_has_to_be_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled model through transformers: our sparse tokens."""
+    lm = dejavu.load("opt-mini", backend="torch", dtype="fp32")
+    export(lm.model, lm.tokenizer, tmp_path / "hf", adapter=lm.adapter)
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert lm.adapter is not None
+    dejavu.attach(net, tmp_path / "hf" / "adapter", backend="torch")
+    ids = torch.tensor([lm.tokenizer.encode("The lighthouse keeper")])
+    made = []
+    original = attached.make_engine
+
+    def watched(*args: Any, **options: Any) -> Any:
+        made.append(original(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(attached, "make_engine", watched)
+    found = net.generate(ids, max_new_tokens=8, do_sample=False)
+    wanted = lm.generate("The lighthouse keeper", max_new_tokens=8)
+    assert found[0, ids.shape[1] :].tolist() == list(wanted.token_ids) and made[0].info.sparse
+    dejavu.detach(net)
+    with torch.no_grad():
+        net.model.decoder.layers[0].fc1.weight[:64] += 0.1
+    for adapter in (lm.adapter, tmp_path / "hf" / "adapter"):
+        with pytest.raises(ValueError, match="hash"):
+            dejavu.attach(net, adapter)
+    with pytest.raises(ValueError, match="Linear is no model of transformers"):
+        dejavu.attach(torch.nn.Linear(2, 2))

@@ -1,0 +1,240 @@
+"""Families beside OPT and Llama equal transformers on tiny random checkpoints that transformers itself saved (fp32), decode as they
+compute whole sequences, and go back to a folder that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import dejavu
+from conftest import open_fp32
+from dejavu.engine.backends import make_engine, pick_backend
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.model.bundle import export, write_bundle
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.families import config_from_hf, config_to_hf
+from dejavu.model.predictor import MaskedSelection
+from test_engine import random_layers
+from test_families import IDS, saved
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+FALCON: dict[str, Any] = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "intermediate_size")}
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn, stated": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5,
+        "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False,
+    },
+    "yarn, mscale": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.3,
+    },
+}  # fmt: skip
+PARTIAL: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+LONG = {"long_factor": [1.0, 2.0, 3.0, 4.0], "short_factor": [1.0, 1.1, 1.2, 1.5]}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    *(("llama, " + name, "llama", SIZES | {"rope_parameters": rope}) for name, rope in ROPES.items()),
+    ("llama, drelu", "llama", SIZES),
+    ("mistral", "mistral", SIZES | {"sliding_window": None}),
+    ("mistral, window", "mistral", SIZES | {"sliding_window": 4}),
+    ("mistral, head size", "mistral", SIZES | {"sliding_window": 4, "head_dim": 12, "hidden_act": "relu"}),
+    ("qwen2", "qwen2", SIZES),
+    ("qwen2, tied", "qwen2", SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ("qwen2, window", "qwen2", SIZES | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ("qwen3", "qwen3", SIZES | {"head_dim": 16}),
+    ("qwen3, biases", "qwen3", SIZES | {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    ("qwen3, window", "qwen3", SIZES | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    ("arcee", "arcee", SIZES),
+    ("arcee, biases", "arcee", SIZES | {"attention_bias": True, "mlp_bias": True, "hidden_act": "silu"}),
+    ("nemotron", "nemotron", SIZES),
+    ("nemotron, all", "nemotron", SIZES | {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
+    ("nemotron, a quarter", "nemotron", SIZES | {"rope_parameters": PARTIAL | {"partial_rotary_factor": 0.25}}),
+    ("phi3", "phi3", SIZES),
+    ("phi3, window", "phi3", SIZES | {"sliding_window": 4}),
+    ("phi3, in part", "phi3", SIZES | {"rope_parameters": PARTIAL}),
+    ("phi3, longrope", "phi3", SIZES | {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **LONG},
+    }),
+    ("gemma2", "gemma2", SIZES | {"head_dim": 8, "query_pre_attn_scalar": 24, "sliding_window": 4}),
+    ("gemma2, no caps", "gemma2", SIZES | {
+        "head_dim": 8, "sliding_window": 64, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True,
+    }),
+    ("gemma2, caps that matter", "gemma2", SIZES | {
+        "head_dim": 8, "query_pre_attn_scalar": 4, "sliding_window": 4, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0,
+    }),
+    ("gemma3", "gemma3_text", SIZES | {
+        "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }),
+    ("gemma3, wide", "gemma3_text", SIZES | {
+        "head_dim": 8, "sliding_window": 512, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }),
+    ("falcon", "falcon", FALCON),
+    ("falcon, as many", "falcon", FALCON | {"multi_query": False, "bias": True}),
+    ("falcon, in turn", "falcon", FALCON | {"parallel_attn": False, "bias": True}),
+    ("falcon, new", "falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon, new, one norm", "falcon", FALCON | {
+        "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True,
+    }),
+    ("falcon, own head", "falcon", FALCON | {"tie_word_embeddings": False, "ffn_hidden_size": 40}),
+]  # fmt: skip
+
+
+def reference_of(kind: str, fields: dict[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.for_model(kind, **fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@pytest.fixture(scope="module")
+def opened(tok96: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrainedModel, Checkpoint, Path]]:
+    """Cases by name, made when first asked for."""
+    made: dict[str, tuple[PreTrainedModel, Checkpoint, Path]] = {}
+
+    class Made(dict[str, tuple[PreTrainedModel, Checkpoint, Path]]):
+        def __missing__(self, name: str) -> tuple[PreTrainedModel, Checkpoint, Path]:
+            kind, fields = next((kind, fields) for case, kind, fields in CASES if case == name)
+            folder = tmp_path_factory.mktemp("family")
+            reference = saved(reference_of(kind, fields), tok96, folder)
+            if "drelu" in name:
+                path = folder / "config.json"
+                path.write_text(path.read_text().replace('"hidden_act": "silu"', '"hidden_act": "drelu"'))
+                for layer in reference.model.layers:
+                    layer.mlp.forward = lambda x, mlp=layer.mlp: mlp.down_proj(mlp.gate_proj(x).relu() * mlp.up_proj(x).relu())
+            self[name] = reference, open_fp32(folder), folder
+            return self[name]
+
+    return Made(made)
+
+
+NAMES = [name for name, _, _ in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_transformers(opened: dict[str, Any], name: str) -> None:
+    reference, checkpoint, _ = opened[name]
+    with torch.inference_mode():
+        ours, theirs = checkpoint.model(IDS), reference(IDS).logits
+    assert theirs.std() > 0.1, "a reference that says something"
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+    assert checkpoint.notes == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decode_equals_the_masked_forward_pass(opened: dict[str, Any], name: str) -> None:
+    """Dense prefill of a few tokens, then steps with predictors of neurons and heads."""
+    model = opened[name][1].model
+    layers = random_layers(model, mlp=1, heads=1)
+    engine = TorchEngine(model, layers, page_size=3)
+    found = [engine.prefill(0, IDS[0, :3].tolist())] + [engine.step([token], [0]).logits_BV[0] for token in IDS[0, 3:].tolist()]
+    sparse = torch.arange(IDS.shape[1])[None] >= 3
+    with torch.inference_mode():
+        wanted = model(IDS[:1], MaskedSelection(layers, sparse))[0, 2:]
+    torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-5, atol=2e-5)
+    assert not torch.equal(wanted, model(IDS[:1])[0, 2:]), "the selection matters"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_export_is_loaded_by_transformers_and_by_us(opened: dict[str, Any], name: str, tmp_path: Path) -> None:
+    if "drelu" in name:
+        pytest.skip("transformers has no drelu")
+    _, checkpoint, _ = opened[name]
+    export(checkpoint.model, checkpoint.tokenizer, tmp_path / "hf")
+    again = open_fp32(tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        wanted = checkpoint.model(IDS)
+        torch.testing.assert_close(again.model(IDS), wanted, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(theirs(IDS).logits, wanted, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["nemotron", "phi3", "gemma3", "falcon, new"])
+def test_a_bundle_of_it_is_loaded(opened: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """In our own names and layout, so that nothing comes apart or is added to."""
+    _, checkpoint, _ = opened[name]
+    write_bundle(checkpoint.model, checkpoint.tokenizer, tmp_path / "bundle")
+    with torch.inference_mode():
+        error = (open_fp32(tmp_path / "bundle").model(IDS) - checkpoint.model(IDS)).abs().mean()
+        assert 0 < error < 0.1 * checkpoint.model(IDS).std()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backend_computes_it_or_says_what_it_does_not(opened: dict[str, Any], name: str) -> None:
+    model = opened[name][1].model
+    beyond = model.config.beyond_kernels
+    assert make_engine(model).info.backend == ("torch" if beyond else make_engine(model).info.backend)
+    if beyond:
+        with pytest.raises(ValueError, match=f"does not compute .*{beyond[0]}.*use --backend torch"):
+            make_engine(model, backend="native")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "arcee"])
+def test_it_is_loaded_for_a_backend_that_computes_it(opened: dict[str, Any], name: str) -> None:
+    """By name it is refused before a weight is read; auto goes to torch and says so."""
+    folder = opened[name][2]
+    lm = dejavu.load(folder)
+    assert str(lm.generate("the cat", max_new_tokens=3)) is not None
+    if name == "gemma2":
+        said = any("does not compute norms of what blocks add" in note for note in lm.notes)
+        assert lm.backend == "torch" and said != (pick_backend() == "torch")
+        if pick_backend() == "native":
+            with pytest.raises(ValueError, match="backend 'native' does not compute norms of what blocks add"):
+                dejavu.load(folder, backend="native")
+    else:
+        assert lm.backend == pick_backend() and lm.notes == ()
+
+
+def test_minicpm_is_llama_with_scales(tok96: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    """transformers has no such class: its Llama, with the embedding, what blocks add and the logits scaled in the weights."""
+    reference = saved(reference_of("llama", SIZES | {"tie_word_embeddings": False}), tok96, tmp_path)
+    path = tmp_path / "config.json"
+    scales = '"model_type": "minicpm", "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 8'
+    path.write_text(path.read_text().replace('"model_type": "llama"', scales))
+    checkpoint = open_fp32(tmp_path)
+    with torch.no_grad():
+        reference.model.embed_tokens.weight *= 3.0
+        reference.lm_head.weight *= 8 / 32
+        for layer in reference.model.layers:
+            layer.self_attn.o_proj.weight *= 1.4 / 3**0.5
+            layer.mlp.down_proj.weight *= 1.4 / 3**0.5
+        torch.testing.assert_close(checkpoint.model(IDS), reference(IDS).logits, rtol=1e-5, atol=2e-5)
+    assert config_from_hf(config_to_hf(checkpoint.config)) == checkpoint.config
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("falcon", {"alibi": True}, "alibi positions are not supported"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is off"),
+        ("qwen2", {"layer_types": ["linear_attention"] * 3}, "linear_attention are not supported"),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"]}, "1 layer_types of 3 layers"),
+        ("gemma2", {"use_bidirectional_attention": True}, "for encoders"),
+        ("mistral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported for model_type 'mistral'"),
+        ("mistral", {"sliding_window": -3}, "sliding_window must be a positive"),
+    ],
+)
+def test_what_is_not_supported_is_said(kind: str, changes: dict[str, Any], message: str) -> None:
+    hf = SIZES | {"model_type": kind, "hidden_act": "silu"} | changes
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(hf)
