@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from conftest import Tiny
 from dejavu.cli.main import run
-from dejavu.language_model import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.adapt import Trainer
+from dejavu.opening import load
 from test_adapt import TEXT
 from test_native import needs_library
 

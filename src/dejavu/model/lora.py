@@ -31,7 +31,6 @@ from dejavu.model.layers import InputMajorLinear
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Block, Transformer
 
-NORMS = ("norm1", "norm2")
 ROUNDED = ("bf16", "int8", "int4")  # dtypes whose values an fp32 model may hold, see Transformer.round_matrices
 
 
@@ -61,6 +60,11 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     if config.gated:
         shapes["gate"] = (config.intermediate_size, size)
     return shapes | {"down": (size, config.intermediate_size)}
+
+
+def changed_norms(config: ModelConfig) -> tuple[str, ...]:
+    """The norms of a layer whose weights change: those of the inputs of its two blocks."""
+    return () if not config.norm_affine else ("norm1",) if config.shared_norm else ("norm1", "norm2")
 
 
 def merged_weight(module: nn.Module, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
@@ -93,7 +97,7 @@ def adapted_model(model: Transformer, layers: Sequence[LayerAdapter]) -> Transfo
     for name, child in model.named_children():
         setattr(adapted, name, child)
     adapted.layers = nn.ModuleList(layer.block or own for layer, own in zip(layers, model.blocks, strict=True))
-    adapted.inv_freq = model.inv_freq
+    adapted.fill_frequencies(model.embed.weight.device)
     return adapted.eval()
 
 
@@ -138,6 +142,5 @@ def read_lora(index: int, config: LoraConfig, tensors: dict[str, Tensor], model:
             for letter, shape in (("A", (config.rank, inputs)), ("B", (outputs, config.rank)))
         )
         factors[name] = (A, B)
-    names = NORMS if model.norm_affine else ()
-    norms = {name: take(f"layers.{index}.{name}", (model.hidden_size,), torch.float32) for name in names}
+    norms = {name: take(f"layers.{index}.{name}", (model.hidden_size,), torch.float32) for name in changed_norms(model)}
     return LayerLora(factors=factors, norms=norms)

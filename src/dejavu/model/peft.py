@@ -27,17 +27,18 @@ def write_peft(adapter: Adapter, model: ModelConfig, folder: str | Path, *, dtyp
     if lora is None or adapter.lora is None:
         raise ValueError(f"an adapter of method {adapter.config.method!r} changes no weights, so there is nothing for PEFT to read")
     family = FAMILIES[model.family]
-    require(family.prefix.startswith("model."), f"PEFT names of family {model.family!r} are not known")
+    plain = not family.fused and not family.norm_shift and family.prefix.startswith("model.")
+    require(plain, f"model_type {model.family!r} stores fused or shifted weights, for which changes cannot be written as a LoRA")
     tensors: dict[str, Tensor] = {}
     targets, norms = set(), set()
     for index, layer in enumerate(adapter.lora):
         for name, factors in layer.factors.items():
-            full = family.full_name(f"layers.{index}.{name}.weight").removesuffix(".weight")
+            full = family.full_name(family.foreign_name(f"layers.{index}.{name}.weight", model)).removesuffix(".weight")
             targets.add(full.rpartition(".")[2])
             for letter, matrix in zip("AB", factors, strict=True):
                 tensors[f"{PREFIX}{full}.lora_{letter}.weight"] = matrix.to(dtype).contiguous()
         for name, weight_D in layer.norms.items():
-            full = family.full_name(f"layers.{index}.{name}.weight")
+            full = family.full_name(family.foreign_name(f"layers.{index}.{name}.weight", model))
             norms.add(full.removesuffix(".weight").rpartition(".")[2])
             tensors[f"{PREFIX}{full}"] = weight_D.to(dtype).contiguous()
     config = {

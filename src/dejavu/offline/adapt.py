@@ -129,6 +129,7 @@ class Trainer:
         self, model: Transformer, config: AdaptConfig, windows: Mixture, *, lookahead_L: tuple[int, ...], device: str = "cpu"
     ) -> None:
         require(model.project_out is None, "adapting a model whose embeddings are narrower than its layers is not supported")
+        require(model.config.logit_cap == 0, "adapting a model with capped logits is not supported")
         self.config, self.windows, self.device = config, windows, device
         self.rank, self.world = world()
         require(

@@ -104,7 +104,7 @@ def _prepare(
     windows = Windows(ids, config.length, config.seed)
     if config.chat_share and not (folder / "chat.npy").exists():
         writer = copy.deepcopy(checkpoint.model).to(device=device, dtype=TORCH_DTYPES[config.dtype])
-        writer.inv_freq = checkpoint.model.inv_freq if checkpoint.model.inv_freq is None else checkpoint.model.inv_freq.to(device)
+        writer.fill_frequencies(device)
         kept_ids(
             folder / "chat.npy",
             lambda: chat.written(writer, checkpoint.tokenizer, documents, tokens=chat_tokens, seed=config.seed, progress=progress),

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from dejavu.config import Progress, require
+from dejavu.kernels.attention import attend_tokens
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Block, Transformer
 
@@ -66,10 +66,8 @@ def _attend(block: Block, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | 
     start, stop = int(position_T[0]), int(position_T[-1]) + 1
     for pool, new in zip(cache, (k, v), strict=True):
         pool[:, :, start:stop] = new
-    grouped, whole = block.config.heads_per_group > 1, start == 0
-    k, v = (pool[:, :, :stop] for pool in cache)
-    assert whole or stop == start + 1, "a prompt, then one token at a time"
-    return F.scaled_dot_product_attention(q, k, v, is_causal=whole and stop > 1, enable_gqa=grouped).transpose(1, 2)
+    keys, values = (pool[:, :, :stop] for pool in cache)
+    return attend_tokens(q, keys, values, block.scores.seen(position_T, stop), block.scores).transpose(1, 2)
 
 
 @torch.inference_mode()
@@ -86,9 +84,9 @@ def continued(model: Transformer, prompt_BP: Tensor, *, new_tokens: int, generat
     for position in [torch.arange(start), *(torch.tensor([p]) for p in range(start, total - 1))]:
         position_T = position.to(weight.device)
         x = model.embedded(new, position_T)
-        for block, (keys, values) in zip(model.blocks, caches, strict=True):
-            mixed = _attend(block, block.attention_input(x), position_T, model.inv_freq, (keys, values))
-            x, mlp_in = block.after_attention(x, mixed)
+        for index, (block, (keys, values)) in enumerate(zip(model.blocks, caches, strict=True)):
+            mixed = _attend(block, block.attention_input(x), position_T, model.frequencies(index), (keys, values))
+            x, mlp_in = block.after_attention(x, block.o(mixed.flatten(-2)))
             x = block.after_mlp(x, block.down(block.activations(mlp_in)))
         last = x[:, -1]
         probabilities_BV = model.logits(last if model.final_norm is None else model.final_norm(last)).softmax(-1)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dejavu.model.layers import InputMajorLinear
-from dejavu.model.lora import NORMS, LayerLora, linear_shapes
+from dejavu.model.lora import LayerLora, changed_norms, linear_shapes
 from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import DENSE, Block, Transformer
 
@@ -80,7 +80,7 @@ class TrainedPredictor(nn.Module):
 def plain_layer(block: Block, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> Tensor:
     """A layer of the teacher."""
     mixed_BTHK = block.attend(block.attention_input(x_BTD), position_T, inv_freq)
-    x_BTD, mlp_in = block.after_attention(x_BTD, mixed_BTHK)
+    x_BTD, mlp_in = block.after_attention(x_BTD, block.o(mixed_BTHK.flatten(-2)))
     return block.after_mlp(x_BTD, block.down(block.activations(mlp_in)))
 
 
@@ -90,7 +90,7 @@ def masked_layer(
     """A layer of the student: the residual stream, and the soft and the hard density of its masked positions, fp32."""
     attention_in = block.attention_input(x_BTD)
     mixed_BTHK = block.attend(attention_in, position_T, inv_freq)
-    x_BTD, mlp_in = block.after_attention(x_BTD, mixed_BTHK)
+    x_BTD, mlp_in = block.after_attention(x_BTD, block.o(mixed_BTHK.flatten(-2)))
     act_BTF = block.activations(mlp_in)
     score_BTF = predictor(attention_in if predictor.lookahead else mlp_in).float()
     soft_BTF, hard_BTF = score_BTF.sigmoid(), (score_BTF > 0).float()
@@ -132,15 +132,13 @@ class Student(nn.Module):
             changed = copy.deepcopy(block).requires_grad_(False)
             for name, (outputs, inputs) in linear_shapes(config).items():
                 setattr(changed, name, LowRankLinear(getattr(changed, name), outputs, inputs, lora_rank, scale, generator))
-            if config.norm_affine:
-                for name in NORMS:
-                    getattr(changed, name).weight.requires_grad_(True)
+            for name in changed_norms(config):
+                getattr(changed, name).weight.requires_grad_(True)
             self.layers.append(changed)
         self.to(device)
         # Not a submodule: the teacher is in the computing dtype and has nothing to train or to save.
         self.teacher = (copy.deepcopy(model).to(device=device, dtype=dtype).requires_grad_(False),)
-        if model.inv_freq is not None:
-            self.teacher[0].inv_freq = model.inv_freq.to(device)  # fp32 whatever the dtype
+        self.teacher[0].fill_frequencies(device)  # fp32 whatever the dtype
         compiled = device != "cpu"
         self.plain = torch.compile(plain_layer, **COMPILED) if compiled else plain_layer
         self.masked = torch.compile(masked_layer, **COMPILED) if compiled else masked_layer
@@ -162,28 +160,29 @@ class Student(nn.Module):
         """What is trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def _start(self, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        teacher = self.teacher[0]
+    def _start(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         position_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        return teacher.embedded(ids_BT, position_T), position_T, teacher.inv_freq
+        return self.teacher[0].embedded(ids_BT, position_T), position_T
 
     def _finish(self, x_BTD: Tensor) -> Tensor:
         final_norm = self.teacher[0].final_norm
-        return (x_BTD if final_norm is None else final_norm(x_BTD)).flatten(0, 1)
+        return (x_BTD if final_norm is None else final_norm(x_BTD)).flatten(0, 1) * self.config.logit_scale
 
     @torch.no_grad()
     def taught(self, ids_BT: Tensor) -> Tensor:
-        """Last hidden states of the teacher [N, D]."""
-        x_BTD, position_T, inv_freq = self._start(ids_BT)
-        for block in self.teacher[0].blocks:
-            x_BTD = self.plain(block, x_BTD, position_T, inv_freq)
+        """Last hidden states of the teacher [N, D], as the head reads them."""
+        teacher = self.teacher[0]
+        x_BTD, position_T = self._start(ids_BT)
+        for index, block in enumerate(teacher.blocks):
+            x_BTD = self.plain(block, x_BTD, position_T, teacher.frequencies(index))
         return self._finish(x_BTD)
 
     def forward(self, ids_BT: Tensor, dense_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Last hidden states of the student [N, D], soft and hard densities of its layers [L]. dense_BT: positions without a mask."""
-        x_BTD, position_T, inv_freq = self._start(ids_BT)
+        x_BTD, position_T = self._start(ids_BT)
         soft, hard = [], []
-        for block, predictor in zip(self.blocks, self.trained, strict=True):
+        for index, (block, predictor) in enumerate(zip(self.blocks, self.trained, strict=True)):
+            inv_freq = self.teacher[0].frequencies(index)
             x_BTD, soft_density, hard_density = self.masked(block, predictor, x_BTD, position_T, inv_freq, dense_BT)
             soft.append(soft_density)
             hard.append(hard_density)
@@ -197,8 +196,7 @@ class Student(nn.Module):
             for name in linear_shapes(self.config):
                 module = getattr(block, name)
                 factors[name] = (module.A_RI.detach().float().cpu(), module.B_OR.detach().float().cpu())
-            names = NORMS if self.config.norm_affine else ()
-            norms = {name: getattr(block, name).weight.detach().float().cpu() for name in names}
+            norms = {name: getattr(block, name).weight.detach().float().cpu() for name in changed_norms(self.config)}
             found.append(LayerLora(factors=factors, norms=norms))
         return tuple(found)
 
@@ -210,8 +208,8 @@ def residual_cosines(model: Transformer, ids_WT: Tensor) -> list[float]:
     position_T = torch.arange(ids_WT.shape[1], device=ids_WT.device)
     x, found = model.embedded(ids_WT, position_T), []
     for index, block in enumerate(model.blocks):
-        mixed = block.attend(block.attention_input(x), position_T, model.inv_freq)
-        after, _ = block.after_attention(x, mixed)
+        mixed = block.attend(block.attention_input(x), position_T, model.frequencies(index))
+        after, _ = block.after_attention(x, block.o(mixed.flatten(-2)))
         found.append(float(F.cosine_similarity(x.float(), after.float(), dim=-1).mean()))
         x, _ = model.layer(index, x, position_T, None, DENSE)
     return found
