@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +175,12 @@ def test_the_whole_road(checkpoint: Checkpoint, tmp_path: Path) -> None:
     adapter.save(tmp_path / "adapter")
     loaded = Adapter.load(tmp_path / "adapter", model=checkpoint.config, base_hash=checkpoint.base_hash)
     assert loaded.config == adapter.config and loaded.config.method == "adapted" and loaded.config.schema_version == 2
+    with pytest.raises(ValueError, match=r"schema_version 1 is not supported .* reads 2 for adapted"):
+        edited(tmp_path / "adapter", lambda config: config.update(schema_version=1), checkpoint)
+    with pytest.raises(ValueError, match="only that"):
+        edited(tmp_path / "adapter", lambda config: config.update(lora=None), checkpoint)
+    with pytest.raises(ValueError, match=r"layers\.0\.lora\.q\.A"):
+        edited(tmp_path / "adapter", lambda config: config["lora"].update(rank=2), checkpoint)
     layers = loaded.attached(model)
     ids = ids_of(1, 14)
     selection = MaskedSelection(layers)
@@ -192,6 +201,19 @@ def test_the_whole_road(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert again is not None and again[1]["kl"] == result["kl"] and again[1]["steps"] == 8
     with pytest.raises(ValueError, match="density is 0.3 there and 0.2 here"):
         adapt(checkpoint, [TEXT], dataclasses.replace(config, density=0.2), **options)
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], object], checkpoint: Checkpoint) -> Adapter:
+    """The adapter of a folder whose config.json was changed meanwhile."""
+    path = folder / "config.json"
+    text = path.read_text()
+    config = json.loads(text)
+    edit(config)
+    try:
+        path.write_text(json.dumps(config))
+        return Adapter.load(folder, model=checkpoint.config, base_hash=checkpoint.base_hash)
+    finally:
+        path.write_text(text)
 
 
 def test_merged_weights_are_the_sum(tiny: Tiny) -> None:

@@ -195,10 +195,10 @@ class Trainer:
         price_L = (self.steering.prices() / target / self.steering.push_L.numel()).float().to(device)
         self.gradient_P.zero_()
         seen = torch.zeros(len(price_L) + 2, device=device)
-        for micro in range(parts):
-            samples = self.samples(micro)
-            ids_BT = self.windows.batch(samples).to(device)
-            dense_BT = self.prompts(samples, ids_BT.shape[1]).to(device)
+        samples = [self.samples(micro) for micro in range(parts)]
+        ids = torch.stack([self.windows.batch(each) for each in samples]).to(device)  # at once: a copy waits for all that runs
+        dense = torch.stack([self.prompts(each, ids.shape[-1]) for each in samples]).to(device)
+        for ids_BT, dense_BT in zip(ids, dense, strict=True):
             hidden_ND, soft_L, hard_L = self.student(ids_BT, dense_BT)
             kl = mean_divergence(hidden_ND, self.student.taught(ids_BT), self.student.head(), self.pair)
             ((kl + (price_L * soft_L).sum()) / parts).backward()
