@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dejavu.cli.options import AsJson, Model, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
@@ -89,10 +86,11 @@ def adapt(
         if place == 0:
             make_folder(work)
         kept = f"the state is kept in {work}; run the same command again to go on"
-        with resumable(kept), _stopping(pause) as stop, progress_bars() as progress, _live(place) as report:
+        with resumable(kept), _stopping(pause) as stop, progress_bars(place == 0) as progress:
             found = run_adapt(
                 lm.checkpoint, [part for whole in texts for part in documents(whole)], config, text_hash=corpus_hash(texts), folder=work,
-                device=device, chat_tokens=chat_tokens, report=report, stop=stop, progress=progress if place == 0 else None,
+                device=device, chat_tokens=chat_tokens, stop=stop, progress=progress,
+                report=None if progress is None else lambda made: progress(f"training\t{line(made)}", round(100 * made.fraction), 100),
             )  # fmt: skip
             if found is None and stop.interrupted:
                 raise KeyboardInterrupt
@@ -164,28 +162,6 @@ def _stopping(pause: float | None) -> Iterator[_Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, usual)
-
-
-@contextmanager
-def _live(place: int) -> Iterator[Callable[[StepReport], None] | None]:
-    """A bar of the whole training with what the last step measured; None where stderr is no terminal."""
-    if place != 0 or not sys.stderr.isatty():
-        yield None
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        TextColumn("{task.percentage:>5.1f}%"),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=1.0, visible=False)
-
-        def report(made: StepReport) -> None:
-            bars.update(task, completed=made.fraction, description=line(made), visible=True)
-
-        yield report
 
 
 def line(made: StepReport) -> str:
