@@ -15,6 +15,8 @@ from torch import Tensor
 
 from conftest import Tiny
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.measure.perplexity import MaskedSelections
+from dejavu.measure.tasks import Request, score_requests
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
@@ -304,3 +306,34 @@ def test_alone_an_average_is_the_value_and_parts_of_a_batch_add_up(checkpoint: C
 def test_impossible_settings(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_a_task_of_which_nothing_runs_sparse_is_scored_with_the_changed_weights(tiny: Tiny) -> None:
+    model = tiny("llama")
+    layers = layers_of(shaken(model, (0, 1)), model)
+    requests = [Request(inputs=tuple(row), targets=(7,)) for row in ids_of(3, 6).tolist()]
+    dense, sparse = score_requests(model, requests, masked=MaskedSelections(layers))
+    changed, _ = score_requests(adapted_model(model, layers), requests)
+    assert sparse is not None and [score.log_prob for score in sparse] == pytest.approx([score.log_prob for score in changed])
+    assert max(abs(a.log_prob - b.log_prob) for a, b in zip(dense, sparse, strict=True)) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 0.02), ("bf16", 0.15)])
+def test_on_a_gpu_training_is_that_of_the_cpu(checkpoint: Checkpoint, tmp_path: Path, dtype: str, limit: float) -> None:
+    """Compiled, fused and resumed: losses and densities as on the CPU, within what the dtype and flipped neurons make of it."""
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    windows = windows_of(config, checkpoint.tokenizer)
+    usual = trainer_of(checkpoint, CONFIG)
+    first, second = (Trainer(checkpoint.model, config, windows, lookahead_L=(0, 1, 1), device="cuda") for _ in range(2))
+    for step in range(6):
+        if step == 3:
+            first.save(tmp_path)
+            assert second.resume(tmp_path)
+            for name, parameter in first.parameters.items():
+                assert torch.equal(parameter, second.parameters[name]), name
+        here, there = usual.train_step(), (first if step < 3 else second).train_step()
+        assert there.kl == pytest.approx(here.kl, rel=limit) and there.density == pytest.approx(here.density, abs=limit)
+    options = {"text_hash": "t" * 64, "folder": tmp_path / "run", "device": "cuda", "chat_tokens": 300}
+    found = adapt(checkpoint, [TEXT], dataclasses.replace(config, chat_share=0.3), **options)
+    assert found is not None and found[1]["kl"] > 0 and next(checkpoint.model.parameters()).device.type == "cpu"
