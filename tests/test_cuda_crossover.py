@@ -81,9 +81,10 @@ def test_a_step_chooses_before_it_is_captured(tiny: Tiny) -> None:
     key = engine._key(2, 5)
     chosen = engine._dense_layers[2], engine._dense_heads[key]
     found = engine.decode([7, 8], [0, 1], 4)
-    assert found.shape == (4, 2) and (engine._dense_layers[2], engine._dense_heads[key]) == chosen
+    assert found.token_NB.shape == (4, 2) and (engine._dense_layers[2], engine._dense_heads[key]) == chosen
     step = engine.step([5, 6], [0, 1])
-    assert (step.heads_BL == model.config.num_heads).all() or not chosen[1]
+    for heads in (step.heads_BL, found.heads_NBL):
+        assert (heads == model.config.num_heads).all() or not chosen[1]
 
 
 def test_a_choice_made_again_keeps_the_memory_that_a_graph_reads(tiny: Tiny) -> None:

@@ -14,8 +14,18 @@ from conftest import Tiny
 from dejavu.config import SamplingConfig
 from dejavu.engine.cuda_decode import DecodeRows, packed_settings
 from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.sampling import Sampler
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.kernels.cuda.sample import SampleSettings, random_words, sample_definition, sample_rows, sample_scratch
+from dejavu.kernels.cuda.sample import (
+    Ring,
+    SampleSettings,
+    advance_rows,
+    logprob_definition,
+    random_words,
+    sample_definition,
+    sample_rows,
+    sample_scratch,
+)
 from test_cuda_engine import DEVICES, on
 from test_engine import ids_of, random_layers
 
@@ -36,10 +46,13 @@ def settings_of(device: str, rows: int, kinds: tuple[tuple[float, int, float], .
 
 
 def sampled(logits_BV: Tensor, settings: SampleSettings) -> list[int]:
-    """The tokens of one launch; the steps of `settings` rise."""
-    token_B = torch.full((len(logits_BV),), -7, dtype=torch.int32, device=logits_BV.device)
+    """The tokens of one launch, whose log-probabilities are checked here; the steps of `settings` rise."""
     rows, vocab = logits_BV.shape
-    sample_rows(logits_BV, settings, sample_scratch(rows, vocab, logits_BV.device), token_B)
+    token_B = torch.full((rows,), -7, dtype=torch.int32, device=logits_BV.device)
+    logprob_B = torch.full((rows,), 7.0, device=logits_BV.device)
+    sample_rows(logits_BV, settings, sample_scratch(rows, vocab, logits_BV.device), token_B, logprob_B)
+    expected_B = logprob_definition(logits_BV, token_B)
+    torch.testing.assert_close(logprob_B.double().cpu(), expected_B, rtol=1e-6, atol=1e-5, equal_nan=True)
     return token_B.tolist()
 
 
@@ -92,6 +105,38 @@ def test_rows_that_are_not_numbers_give_no_token(device: str, kind: tuple[float,
     logits_BV[3, 5:] = -torch.inf  # as where only a part of the vocabulary has logits
     found = sampled(logits_BV.to(device), settings_of(device, 5, (kind,)))
     assert found[:3] == [-1, -1, -1] and 0 <= found[3] < 5 and found[4] >= 0
+
+
+def test_log_probabilities_of_a_row_in_blocks_are_those_of_the_host() -> None:
+    """Blocks that are far below, at -inf, and behind the best; the host's Sampler is greedy here, as the row is."""
+    logits_BV = torch.randn(1, 4000, generator=torch.Generator().manual_seed(2)) * 3
+    logits_BV[0, :1024] -= 200
+    logits_BV[0, 1024:2048] = -torch.inf
+    settings, token_B, logprob_B = settings_of("cpu", 1, ((0.0, 0, 1.0),)), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    sample_rows(logits_BV, settings, sample_scratch(1, 4000, torch.device("cpu")), token_B, logprob_B)
+    expected = Sampler(SamplingConfig()).draw(logits_BV[0])
+    assert (int(token_B), float(logprob_B)) == (expected.token_id, pytest.approx(expected.logprob, abs=1e-5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "layers"), [(3, 5), (2, 300)], ids=str)
+def test_what_a_step_made_goes_into_the_next_place_of_the_ring(device: str, rows: int, layers: int) -> None:
+    """Of many layers, more counts than the kernel copies at a time."""
+    ring = Ring(
+        token_NB=torch.zeros(3, rows, dtype=torch.int32, device=device),
+        logprob_NB=torch.zeros(3, rows, device=device),
+        counts_N2BL=torch.zeros(3, 2, rows, layers, dtype=torch.int32, device=device),
+    )
+    made = torch.ones(1, dtype=torch.int32, device=device)
+    inputs_3B = torch.tensor([[9] * rows, [0, 7, 1][:rows], [5] * rows], dtype=torch.int32, device=device)
+    token_B = torch.tensor([-1, 4, 6][:rows], dtype=torch.int32, device=device)
+    logprob_B = torch.tensor([torch.nan, -1.5, -2.5][:rows], device=device)
+    counts_2BL = torch.arange(2 * rows * layers, dtype=torch.int32, device=device).view(2, rows, layers) + 1
+    advance_rows(token_B, logprob_B, counts_2BL, inputs_3B, ring, made, padding=7)
+    assert made.tolist() == [2] and ring.token_NB.tolist() == [[0] * rows, token_B.tolist(), [0] * rows]
+    torch.testing.assert_close(ring.logprob_NB[1], logprob_B, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(ring.counts_N2BL[1], counts_2BL) and not ring.counts_N2BL[[0, 2]].any()
+    assert inputs_3B[:, :2].tolist() == [[0, 9], [0, 7], [6, 5]]  # the padding row stays
 
 
 def chi_square(counts_V: Tensor, probability_V: Tensor) -> float:
@@ -167,7 +212,7 @@ def test_settings_reach_the_kernels_as_they_were_given() -> None:
         SamplingConfig(temperature=1e300, top_k=10**12, seed=2),
         SamplingConfig(temperature=1.0, top_p=1e-300),
     ]
-    rows = DecodeRows(8, 96, 8, torch.device("cpu"))
+    rows = DecodeRows(8, 96, 2, 8, torch.device("cpu"))
     rows.words.copy_(torch.from_numpy(packed_settings(given, [3, 4, 5, 6], 8)))
     settings = rows._settings
     assert settings.temperature_B.tolist() == pytest.approx([0.7, 0, 1e30, 1, 0, 0, 0, 0])
@@ -177,6 +222,8 @@ def test_settings_reach_the_kernels_as_they_were_given() -> None:
     seeds = settings.seed_B.tolist()
     assert seeds[0] == seeds[1] and len(set(seeds[:4])) == 3 and seeds[4:] == [0] * 4
     assert (settings.seed_B[:4].abs() > 2**40).all()
+    rows.words.copy_(torch.from_numpy(packed_settings(given[:2], [3, 3], 8, [0, 1])))
+    assert settings.seed_B[0] == seeds[0] and settings.seed_B[1] not in seeds  # choices of one request
 
 
 def prefilled(engine: Any) -> Any:
@@ -191,22 +238,29 @@ def prefilled(engine: Any) -> Any:
 def test_decode_equals_greedy_steps(
     tiny: Tiny, device: str, family: str, rows: int, crossing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over several pages, from the short step into the long one on the way, a ring that fills up; then on with a step."""
+    """Over several pages, from the short step into the long one on the way, a ring that fills up; then on with a step. Tokens,
+    log-probabilities and counts are those of the torch engine."""
     monkeypatch.setattr(cuda_engine, "SHORT", crossing)
     monkeypatch.setattr(cuda_engine, "RING", 2)
     model = tiny(family)
     layers, slots, tokens = random_layers(model, mlp=1, heads=1), [2, 0, 1][:rows], [10, 23, 33][:rows]
     reference = prefilled(TorchEngine(model, layers, num_slots=4, page_size=3))
     engine = prefilled(CudaEngine(on(model, device), layers, num_slots=4, page_size=3, crossover=False))
-    expected = [tokens]
+    expected, steps = [tokens], []
     for _ in range(4):
-        expected.append(reference.step(expected[-1], slots).logits_BV.argmax(-1).tolist())
+        steps.append(reference.step(expected[-1], slots))
+        expected.append(steps[-1].logits_BV.argmax(-1).tolist())
     assert expected[1] != expected[3], "a text that repeats itself would hide a ring that does not turn"
     pages = list(engine._cache._tables[3])
     before = engine._cache.k_LPGSK[:, pages].clone()
     found = engine.decode(tokens, slots, 3)
-    assert found.dtype == torch.int64 and found.device.type == device
-    assert found.tolist() == expected[1:4]
+    assert found.token_NB.dtype == torch.int64 and found.token_NB.device.type == device
+    found = found.cpu()
+    assert found.token_NB.tolist() == expected[1:4]
+    for index, step in enumerate(steps[:3]):
+        logprob_B = logprob_definition(step.logits_BV, found.token_NB[index])
+        torch.testing.assert_close(found.logprob_NB[index].double(), logprob_B, rtol=0, atol=2e-5)
+        assert torch.equal(found.neurons_NBL[index], step.neurons_BL) and torch.equal(found.heads_NBL[index], step.heads_BL)
     assert [engine.length(slot) for slot in range(4)] == [4 + slot + 3 * (slot in slots) for slot in range(4)]
     if rows == 3:
         assert engine._inputs[4][:, 3].tolist() == [0, 4, 0]  # the row that fills the bucket stays where it is
@@ -219,14 +273,16 @@ def test_decode_equals_greedy_steps(
 def test_seeds_repeat_in_any_batch_and_in_any_number_of_calls(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt", num_layers=1), device)
     drawn, cut = SamplingConfig(temperature=1.5, seed=3), SamplingConfig(temperature=1.0, top_k=20, top_p=0.9, seed=4)
-    whole = prefilled(CudaEngine(model, num_slots=2)).decode([5, 6], [0, 1], 3, [drawn, cut])
+    whole = prefilled(CudaEngine(model, num_slots=2)).decode([5, 6], [0, 1], 3, [drawn, cut]).token_NB
     for row, config in enumerate((drawn, cut)):
         engine = prefilled(CudaEngine(model, num_slots=2))
-        first = engine.decode([5 + row], [row], 1, [config])
-        rest = engine.decode(first[-1].tolist(), [row], 2, [config])
+        first = engine.decode([5 + row], [row], 1, [config]).token_NB
+        rest = engine.decode(first[-1].tolist(), [row], 2, [config]).token_NB
         assert torch.cat([first, rest])[:, 0].tolist() == whole[:, row].tolist()
     other = prefilled(CudaEngine(model, num_slots=2)).decode([5], [0], 3, [dataclasses.replace(drawn, seed=8)])
-    assert other[:, 0].tolist() != whole[:, 0].tolist()
+    choice = prefilled(CudaEngine(model, num_slots=2)).decode([5], [0], 3, [drawn], [1])
+    for different in (other, choice):
+        assert different.token_NB[:, 0].tolist() != whole[:, 0].tolist()
 
 
 @pytest.mark.parametrize("device", DEVICES)

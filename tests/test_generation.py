@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import Tiny, random_predictor
 from dejavu.config import SamplingConfig
 from dejavu.engine.generation import GeneratedText, Generation, Piece, generate_tokens
-from dejavu.engine.interface import EngineInfo, StepResult
+from dejavu.engine.interface import Decoded, EngineInfo, StepResult
 from dejavu.engine.streaming import StopStrings, TextStream
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter, Predictor
@@ -72,6 +72,42 @@ class ScriptedEngine:
             logits_BV=self._logits(self.steps)[None],
             neurons_BL=torch.tensor([[1 + self.steps, 8]]),
             heads_BL=torch.tensor([[4, 2]]),
+        )
+
+
+class DecodingEngine(ScriptedEngine):
+    """A scripted engine that decodes by itself; `asked` says how many tokens at a time. A script that ends goes on with NaN."""
+
+    def __init__(self, script: Sequence[int], *, max_positions: int = 64, records: bool = False) -> None:
+        super().__init__(script, max_positions=max_positions)
+        self.records = records
+        self.asked: list[int] = []
+
+    def decode(
+        self,
+        token_ids_B: Sequence[int],
+        slots_B: Sequence[int],
+        count: int,
+        sampling: Sequence[SamplingConfig] | None = None,
+        choices: Sequence[int] | None = None,
+    ) -> Decoded:
+        self.asked.append(count)
+        steps: list[StepResult] = []
+        ids, logprobs = list(token_ids_B), []
+        for _ in range(count):
+            if self.steps + 1 == len(self.script):
+                ids.append(-1)
+                logprobs.append(float("nan"))
+                steps.append(steps[-1])
+                continue
+            steps.append(self.step(ids[-1:], slots_B))
+            ids.append(self.script[self.steps])
+            logprobs.append(float(steps[-1].logits_BV[0].log_softmax(0)[ids[-1]]))
+        return Decoded(
+            token_NB=torch.tensor(ids[1:])[:, None],
+            logprob_NB=torch.tensor(logprobs)[:, None],
+            neurons_NBL=torch.stack([step.neurons_BL for step in steps]),
+            heads_NBL=torch.stack([step.heads_BL for step in steps]),
         )
 
 
@@ -357,6 +393,95 @@ def test_the_slot_is_freed_after_an_error() -> None:
     with pytest.raises(ValueError, match="full"):
         generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=2).result()
     assert engine.frees == [0]
+
+
+# Engines that decode by themselves
+
+
+@given(
+    words=st.lists(LETTERS, min_size=1, max_size=24),
+    stops=st.lists(LETTERS.filter(bool), max_size=3),
+    limit=st.integers(0, 24),
+    stop_id=st.integers(0, 23),
+    context=st.integers(2, 30),
+)
+def test_tokens_that_come_several_at_a_time_give_what_single_ones_do(
+    words: list[str], stops: list[str], limit: int, stop_id: int, context: int
+) -> None:
+    """Whatever ends the text in the middle of a chunk: the same pieces, tokens, counts and densities."""
+    found: list[object] = []
+    logprobs: list[tuple[float, ...]] = []
+    for made in (ScriptedEngine, DecodingEngine):
+        engine = made([*range(len(words)), *[len(words)] * 40], max_positions=context)
+        options = {"max_new_tokens": limit, "stop": stops, "stop_ids": [stop_id]}
+        generation = generate_tokens(engine, WordTokenizer(words), [0], **options)  # pyrefly: ignore[bad-argument-type]
+        pieces = [
+            (piece.text, piece.finish_reason, [(token.token_id, token.neurons_L, token.heads_L) for token in piece.tokens])
+            for piece in generation
+        ]
+        result = generation.result()
+        found.append((pieces, result, result.finish_reason, result.new_tokens, result.mlp_density, result.head_density))
+        logprobs.append(result.logprobs)
+        assert engine.frees == [0] and (result.tok_s is None) == (result.new_tokens < 2)
+    assert found[0] == found[1] and logprobs[0] == pytest.approx(logprobs[1], abs=1e-6)
+
+
+def test_chunks_grow_and_keep_to_what_is_left() -> None:
+    def asked(*, max_new_tokens: int, max_positions: int = 64, free_pages: int = 100) -> list[int]:
+        engine = DecodingEngine([0] * 70, max_positions=max_positions)
+        engine.free_pages = free_pages
+        generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=max_new_tokens).result()
+        assert engine.steps == sum(engine.asked), "no token too many"
+        return engine.asked
+
+    assert asked(max_new_tokens=1) == []
+    assert asked(max_new_tokens=29) == [1, 2, 4, 8, 8, 5]
+    assert asked(max_new_tokens=100, max_positions=12) == [1, 2, 4, 3]
+    assert asked(max_new_tokens=19, free_pages=0)[:5] == [1, 2, 4, 8, 1], "what a page has left, then one, which the engine refuses"
+
+
+def test_an_engine_that_records_is_stepped() -> None:
+    engine = DecodingEngine([0] * 4, records=True)
+    assert generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=4).result() == "aaaa"
+    assert (engine.asked, engine.steps) == ([], 3)
+
+
+def test_tokens_before_logits_that_are_not_numbers_are_handed_out() -> None:
+    ended: list[int] = []
+    engine = DecodingEngine([0] * 6)
+    generation = generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=9, on_end=lambda: ended.append(0))
+    assert [next(generation).text for _ in range(6)] == ["a"] * 6
+    with pytest.raises(ValueError, match="logits are not numbers"):
+        next(generation)
+    assert engine.frees == [0] and ended == [], "an engine that failed is not handed on"
+
+
+def test_the_time_of_dropped_tokens_counts_and_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("dejavu.engine.generation.time.perf_counter", lambda: now[0])
+
+    class SlowEngine(DecodingEngine):
+        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+            now[0] += 2
+            return super().step(token_ids_B, slots_B)
+
+    engine = SlowEngine([0, 0, 0, 0, 1, *[0] * 20])
+    result = generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=20).result()
+    assert (result, engine.asked, result.new_tokens, result.tok_s) == ("aaaa", [1, 2, 4], 5, 4 / 14)
+
+
+def test_the_end_is_told_once_when_the_slot_is_free() -> None:
+    for leave_early in (False, True):
+        engine, ended = ScriptedEngine([0] * 4), []
+        generation = generate_tokens(
+            engine, WordTokenizer(["a"]), [0], max_new_tokens=3, on_end=lambda at=engine, told=ended: told.append(at.length(0))
+        )
+        next(generation)
+        assert ended == []
+        if not leave_early:
+            generation.result()
+        generation.close()
+        assert ended == [0]
 
 
 # Real engines

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,8 @@ import torch
 import dejavu
 from conftest import Tiny, random_predictor
 from dejavu.config import ModelConfig
-from dejavu.engine.backends import pick_backend
+from dejavu.engine.backends import make_engine, pick_backend
+from dejavu.engine.interface import Engine
 from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
 from dejavu.measure.evaluate import evaluate
@@ -285,3 +290,123 @@ def test_profile_and_train(folder: Path) -> None:
         lm.train(TEXT, ranks=4)
     with pytest.raises(ValueError, match="budget"):
         lm.train(TEXT, budget=-1.0)
+
+
+# One engine for one generation after the other
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Engine]:
+    """The engines made since the test began that are still alive; `made.total` counts all of them."""
+
+    class Made(weakref.WeakSet[Engine]):
+        total = 0
+
+    engines = Made()
+
+    def make(*arguments: Any, **options: Any) -> Engine:
+        engine = make_engine(*arguments, **options)
+        engines.add(engine)
+        engines.total += 1
+        return engine
+
+    monkeypatch.setattr("dejavu.engine.idle.make_engine", make)
+    return engines
+
+
+def ids(lm: LanguageModel, prompt: str = PROMPT, **options: Any) -> tuple[int, ...]:
+    return lm.generate(prompt, **{"max_new_tokens": 6, "ignore_eos": True, **options}).token_ids  # pyrefly: ignore[no-matching-overload]
+
+
+def test_generations_one_after_the_other_share_an_engine(folder: Path, made: Any) -> None:
+    """Dense and sparse have one each; a text gives what it gives on an engine of its own."""
+    fresh = {(prompt, dense): ids(load(folder), prompt, dense=dense) for prompt in (PROMPT, "a dog") for dense in (False, True)}
+    made.total, lm = 0, load(folder)
+    for _ in range(2):
+        for (prompt, dense), expected in fresh.items():
+            assert ids(lm, prompt, dense=dense) == expected
+            assert "".join(lm.generate(prompt, max_new_tokens=6, ignore_eos=True, dense=dense, stream=True))
+    assert made.total == 2
+    lm.threads = 1
+    assert ids(lm) == fresh[PROMPT, False] and made.total == 3, "another option, another engine"
+
+
+def test_engines_do_not_grow_in_number_and_rarely_in_size(folder: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dejavu.engine.idle.SMALLEST", 16)
+    lm = load(folder)
+    gc.collect()
+    for count in range(1, 50, 3):
+        ids(lm, "a", max_new_tokens=count)
+    assert made.total == 3 and sorted(engine.info.cache_tokens for engine in made) == [64]  # 16, 32, 64
+    for seed in range(5):
+        ids(lm, adapter=make_adapter(lm.config, lm.base_hash, threshold=seed / 10))
+    gc.collect()
+    assert made.total == 8 and len(made) == 2
+
+
+def test_two_texts_at_once_have_an_engine_each(lm: LanguageModel, made: Any) -> None:
+    lm._engines.clear()
+    alone = ids(lm)
+    streams = [lm.start(PROMPT, max_new_tokens=6, ignore_eos=True) for _ in range(3)]
+    for pieces in zip(*streams, strict=True):
+        assert len({piece.token_ids for piece in pieces}) == 1
+    assert [stream.result().token_ids for stream in streams] == [alone] * 3 and made.total == 3
+    assert ids(lm) == alone and made.total == 3
+
+
+def test_an_engine_comes_back_from_a_text_that_was_left_or_refused(lm: LanguageModel, made: Any) -> None:
+    lm._engines.clear()
+    running = lm.start(PROMPT, max_new_tokens=6, ignore_eos=True)
+    next(running)
+    running.close()
+    with pytest.raises(ValueError, match="must not be empty"):
+        ids(lm, stop=[""])
+    pieces = lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True, stream=True)
+    next(pieces)
+    pieces.close()  # pyrefly: ignore[missing-attribute]
+    running.close()  # again: the slot may be another's by now
+    assert len(ids(lm)) == 6 and made.total == 1
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "adapter", "adapter in place"])
+def test_no_engine_of_old_weights_is_used_again(folder: Path, change: str) -> None:
+    lm = load(folder)
+
+    def logprobs(lm: LanguageModel) -> tuple[float, ...]:
+        return lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True).logprobs
+
+    before = logprobs(lm)
+    assert lm.adapter is not None and lm.adapter.layers[0].mlp is not None
+    running = lm.start(PROMPT, max_new_tokens=6, ignore_eos=True)
+    next(running)
+    embed = lm.model.embed
+    with torch.no_grad():
+        if change == "in place":
+            embed.weight.copy_(embed.weight.flip(0))
+        elif change == "replaced":
+            embed.weight = torch.nn.Parameter(embed.weight.flip(0), requires_grad=False)
+        elif change == "adapter":
+            lm.adapter = make_adapter(lm.config, lm.base_hash, threshold=0.7)
+        else:
+            for layer in lm.adapter.layers:
+                assert layer.mlp is not None
+                layer.mlp.bias_O.add_(0.7)
+    if change != "adapter":
+        running.close()  # its engine is of the old weights, and comes back after they have changed
+    fresh = LanguageModel(lm.checkpoint, backend=lm.backend, adapter=lm.adapter)
+    assert logprobs(lm) == pytest.approx(logprobs(fresh), abs=1e-5) != before
+
+
+def test_an_engine_may_be_used_in_and_out_of_inference_mode(folder: Path, made: Any) -> None:
+    lm = load(folder)
+    with torch.inference_mode():
+        first = ids(lm)
+    assert ids(lm) == first and made.total == 1
+
+
+def test_idle_engines_are_gone_while_a_model_trains(folder: Path, made: Any) -> None:
+    lm = load(folder, adapter=None)
+    ids(lm)
+    lm.profile(TEXT, max_tokens=100)
+    gc.collect()
+    assert len(made) == 0 and len(ids(copy.deepcopy(lm))) == 6

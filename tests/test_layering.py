@@ -18,6 +18,7 @@ RANKS = (
     {"measure"},
     {"language_model"},
     {"attached", "opening"},
+    {"harness"},
     {"__init__"},
     {"cli"},
     {"__main__"},

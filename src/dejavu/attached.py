@@ -27,6 +27,7 @@ from dejavu.engine.interface import Engine
 from dejavu.engine.sampling import Sampler
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import assembled
+from dejavu.model.hub import adapter_folder
 from dejavu.model.transformer import Transformer
 
 NAME = "_dejavu"  # where a model keeps what is attached to it
@@ -84,7 +85,7 @@ def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: st
     if picked == "native" and dtype not in (None, "fp32"):
         model.round_matrices(dtype or "fp32")
     if isinstance(adapter, str | Path):
-        adapter = Adapter.load(adapter, model=model.config, base_hash=base_hash)
+        adapter = Adapter.load(adapter_folder(adapter), model=model.config, base_hash=base_hash)
     if adapter is not None:
         known = ", ".join(adapter.config.base_hashes)
         require(

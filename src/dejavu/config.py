@@ -212,7 +212,11 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig(Config):
-    """How the next token is drawn. temperature 0 is greedy; top_k and top_p cut the tail before drawing."""
+    """How the next token is drawn. temperature 0 is greedy; top_k and top_p cut the tail before drawing.
+
+    seed: repeats the draws, and with the same logits the text, on the same backend. Backends draw from different streams of random
+    numbers: on another one the same seed may give another text. A greedy text is the same on all, but for rounding.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None

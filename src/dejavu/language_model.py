@@ -8,9 +8,10 @@ Letters: T tokens  V vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Progress, SamplingConfig, require
-from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
+from dejavu.engine.backends import check_screen, pick_cache_dtype
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
+from dejavu.engine.idle import IdleEngines, weights_state
 from dejavu.kernels.native import default_threads
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
@@ -52,7 +54,8 @@ class LanguageModel:
         self.screened_head = screened_head
         self.threads = threads
         self.adapter = adapter
-        self._attached: tuple[Adapter, tuple[LayerAdapter, ...]] | None = None  # merged weights are made once
+        self._engines = IdleEngines()
+        self._attached: tuple[Adapter, Hashable, tuple[LayerAdapter, ...]] | None = None  # merged weights are made once
 
     def __repr__(self) -> str:
         state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"
@@ -74,17 +77,23 @@ class LanguageModel:
 
         Raises ValueError for an adapter of another model.
         """
-        chosen = None if dense else adapter or self.adapter
+        chosen = self._chosen(adapter, dense=dense)
         if chosen is None:
             return None
-        require(
-            self.base_hash in chosen.config.base_hashes,
-            f"the adapter belongs to {chosen.config.base_id} with base hash {', '.join(chosen.config.base_hashes)}, but the hash of "
-            f"{self.name} is {self.base_hash}; use its own adapter or train one",
-        )
-        if self._attached is None or self._attached[0] is not chosen:
-            self._attached = (chosen, chosen.attached(self.model, dtype=self.dtype))
-        return self._attached[1]
+        state = weights_state(self.model, chosen)
+        if state is None or self._attached is None or self._attached[0] is not chosen or self._attached[1] != state:
+            with torch.inference_mode(False):
+                self._attached = (chosen, state, chosen.attached(self.model, dtype=self.dtype))
+        return self._attached[2]
+
+    def _chosen(self, adapter: Adapter | None, *, dense: bool) -> Adapter | None:
+        chosen = None if dense else adapter or self.adapter
+        if chosen is not None and self.base_hash not in chosen.config.base_hashes:
+            raise ValueError(
+                f"the adapter belongs to {chosen.config.base_id} with base hash {', '.join(chosen.config.base_hashes)}, but the hash of "
+                f"{self.name} is {self.base_hash}; use its own adapter or train one"
+            )
+        return chosen
 
     @overload
     def generate(
@@ -137,8 +146,8 @@ class LanguageModel:
 
         Returns the new text as a GeneratedText: a str with prompt_tokens, new_tokens, tok_s, prefill_tok_s (tokens a
         second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces
-        being the same text. temperature 0 is greedy. Raises ValueError, at once, for a negative count, an empty prompt,
-        one that fills the context, a sampling value out of range, an adapter of another model.
+        being the same text. temperature 0 is greedy; seed: see SamplingConfig. Raises ValueError, at once, for a negative count,
+        an empty prompt, one that fills the context, a sampling value out of range, an adapter of another model.
         """
         generation = self.start(
             prompt,
@@ -152,7 +161,7 @@ class LanguageModel:
             adapter=adapter,
             dense=dense,
         )
-        return _texts(generation) if stream else generation.result()
+        return generation.texts() if stream else generation.result()
 
     def start(
         self,
@@ -175,20 +184,19 @@ class LanguageModel:
         """
         prompt_ids = self.tokenizer.encode(prompt)
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
-        layers = self.layers(adapter=adapter, dense=dense)
-        engine = make_engine(
-            self.model, layers, backend=self.backend, cache_tokens=room, record=record, dtype=self.dtype,
+        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        engine, give_back = self._engines.take(
+            self.model, self._chosen(adapter, dense=dense), tokens=room, backend=self.backend, record=record, dtype=self.dtype,
             cache_dtype=self.cache_dtype, screened_head=self.screened_head, threads=self.threads,
         )  # fmt: skip
-        return generate_tokens(
-            engine,
-            self.tokenizer,
-            prompt_ids,
-            max_new_tokens=max_new_tokens,
-            sampling=SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
-            stop=stop,
-            ignore_eos=ignore_eos,
-        )
+        try:
+            return generate_tokens(
+                engine, self.tokenizer, prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, ignore_eos=ignore_eos,
+                on_end=give_back,
+            )  # fmt: skip
+        except ValueError:
+            give_back()
+            raise
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], *, adapter: Adapter | None = None, dense: bool = False) -> Tensor:
@@ -205,6 +213,13 @@ class LanguageModel:
         ids_BT = torch.tensor([list(token_ids)], device=self.model.embed.weight.device)
         return self.model(ids_BT, DENSE if layers is None else MaskedSelection(layers))[0]
 
+    @contextlib.contextmanager
+    def _on_cpu(self) -> Iterator[None]:
+        """See `on_cpu`; engines that are idle would keep the weights where they were."""
+        self._engines.clear()
+        with on_cpu(self.model):
+            yield
+
     def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 20_000, progress: Progress | None = None) -> dict[str, Any]:
         """Where the dense model is sparse by nature (Deja Vu, section 3): see `dejavu.offline.profile` for the keys.
 
@@ -215,7 +230,7 @@ class LanguageModel:
 
         texts = {"text": text} if isinstance(text, str) else text
         ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
-        with on_cpu(self.model):
+        with self._on_cpu():
             return profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress)
 
     def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter:
@@ -248,7 +263,7 @@ class LanguageModel:
 
         config = TrainConfig.from_dict({"budget": budget, "method": method, "max_tokens": max_tokens, "seed": seed, **options})
         texts = [text] if isinstance(text, str) else list(text)
-        with on_cpu(self.model):
+        with self._on_cpu():
             adapter, measured = train_adapter(
                 self.checkpoint,
                 self.training_windows(texts, max_tokens=max_tokens),
@@ -274,7 +289,7 @@ class LanguageModel:
             raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
         windows = self.training_windows(texts, max_tokens=max_tokens)
         ids_WT = pack_windows(windows, context=self.config.max_positions, bos=self.tokenizer.document_bos)
-        with on_cpu(self.model):
+        with self._on_cpu():
             return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
@@ -311,12 +326,3 @@ class LanguageModel:
             strict=strict,
             progress=progress,
         )
-
-
-def _texts(generation: Generation) -> Iterator[str]:
-    try:
-        for piece in generation:
-            if piece.text:
-                yield piece.text
-    finally:
-        generation.close()

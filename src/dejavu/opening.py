@@ -14,6 +14,7 @@ from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
 from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model
+from dejavu.model.hub import adapter_folder
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,8 +32,8 @@ def load(
 ) -> LanguageModel:
     """Load a model by the name of a bundled model or bundled adapter, a folder, a GGUF file, or a hub id in the local cache.
 
-    adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder, an Adapter, or None to
-    run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
+    adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder or hub id, an Adapter,
+    or None to run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
     native backend int8 and int4; there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
     values, likewise: auto (on the native backend fp32 beside fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
@@ -59,7 +60,7 @@ def load(
     if adapter == "bundled":
         adapter = own_adapter or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
-        adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
+        adapter = Adapter.load(adapter_folder(adapter), model=checkpoint.config, base_hash=checkpoint.base_hash)
     if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
     elif backend == "native" and dtype not in ("auto", "fp32"):

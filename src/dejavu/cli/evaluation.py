@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,12 +33,17 @@ if TYPE_CHECKING:
     from dejavu.language_model import LanguageModel
 
 MAX_SCREEN_TOKENS = 2048
+NOTHING: dict[str, Any] = {"dense": {"texts": {}, "tasks": {}}, "sparse": None, "rise": None, "rise_stderr": None}
 
 
 def evaluation(
     model: Model,
     text: OptionalTexts = None,
     tasks: Annotated[list[str] | None, typer.Option("--tasks", metavar="FILE", help="A JSONL file or a quoted glob; may repeat.")] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option("--harness", metavar="TASK", help="A task of lm-evaluation-harness, or its YAML file; may repeat."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens scored of each text.")] = 100_000,
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="Items used of each task.")] = 250,
     stride: Annotated[int | None, typer.Option("--stride", metavar="N", help="Tokens between windows (default: the context).")] = None,
@@ -62,7 +68,7 @@ def evaluation(
     from dejavu.measure.texts import SEPARATOR, has_separator, named_files, named_texts
 
     out = Output(as_json)
-    require(bool(text or tasks), "nothing to evaluate; give a text (--text) or a task (--tasks)")
+    require(bool(text or tasks or harness), "nothing to evaluate; give a text (--text) or a task (--tasks, --harness)")
     require(not screened_head or bool(text), "--screened-head is measured on a text; give one (--text)")
     texts = named_texts(text or [])
     items = {Path(name).with_suffix("").as_posix(): read_items(path) for name, path in named_files(tasks or []).items()}
@@ -82,7 +88,11 @@ def evaluation(
         "nothing was kept; with -o DIR a run resumes" if folder is None else f"finished texts and tasks are kept in {folder}; run it again"
     )
     with resumable(hint), progress_bars() as progress:
-        result = evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
+        result = NOTHING | {}
+        if texts or items:
+            result = evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
+        if harness:
+            result["harness"] = _harness(lm, harness, limit, progress)
         if screened_head:
             result["screen"] = _agreement(lm, texts, progress)
     if store.reused:
@@ -92,6 +102,26 @@ def evaluation(
         written = write_sections(folder, lm, screen=result.get("screen"), evaluation=result)
         out.say(f"Results: {written}")
     out.finish(result | {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": notes})
+
+
+def _harness(lm: LanguageModel, tasks: list[str], limit: int, progress: Progress | None) -> dict[str, Any]:
+    """Metrics of lm-evaluation-harness by task, dense and sparse."""
+    from dejavu.config import require
+
+    require(find_spec("lm_eval") is not None, "--harness needs lm-evaluation-harness; install dejavu[eval]")
+    from dejavu.harness import harness_results
+
+    return dict(harness_results(lm, tasks, limit=limit, progress=progress))
+
+
+def _harness_table(found: dict[str, Any]) -> Any:
+    sparse = found["sparse"]
+    table = new_table("lm-evaluation-harness", "task", "metric", "dense", *(() if sparse is None else ("sparse",)))
+    for task, metrics in found["dense"].items():
+        for metric, value in metrics.items():
+            other = () if sparse is None else (number(sparse[task].get(metric)),)
+            table.add_row(escape(task), escape(metric), number(value), *other)
+    return table
 
 
 def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | None) -> dict[str, Any]:
@@ -130,6 +160,8 @@ def show(out: Output, result: dict[str, Any]) -> None:
         out.show(_text_table(dense, sparse))
     if dense["tasks"]:
         out.show(_task_table(dense, sparse))
+    if "harness" in result:
+        out.show(_harness_table(result["harness"]))
     if "screen" in result:
         out.show(screen_line(result["screen"]))
     if sparse is None:

@@ -23,7 +23,10 @@ ScreenedHead = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Makes the command reproducible.")]
-AdapterFolder = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter instead of the one that came with MODEL.")]
+AdapterFolder = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="An adapter, by folder or cached hub id; default: the one that came with MODEL."),
+]
 AcceptBase = Annotated[
     bool,
     typer.Option("--accept-base", help="Let the adapter accept MODEL, if its dense perplexity on the calibration text (--text) agrees."),

@@ -36,8 +36,8 @@ REPEATS = 5
 class BatchStep:
     """The kernels of a step of several rows, over memory that stays where it is: a graph of them can be replayed.
 
-    inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int64 [2, B, L], neurons
-    and groups of each row, and unions int64 [L], the neurons that were read; valid after `run`.
+    inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int32 [2, B, L], neurons
+    and groups of each row, in place, and unions int64 [L], the neurons that were read; valid after `run`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class BatchStep:
 
     @property
     def counts(self) -> Tensor:
-        return self._row_counts.long()
+        return self._row_counts
 
     @property
     def unions(self) -> Tensor:

@@ -1,18 +1,18 @@
-"""What a decode loop on the GPU keeps beside a step: how each row is sampled, and the tokens that it made so far.
+"""What a decode loop on the GPU keeps beside a step: how each row is sampled, and what it made so far: tokens, log-probabilities, counts.
 
 After a step's kernels, two sample its logits and one makes the tokens the next step's input: step, sampling and feedback are one
 graph, and the host only starts it again. Steps of short and of long sequences share the memory, so that one can take over from the
 other between two tokens.
 
-The random numbers of a token depend on its row's seed and on its position alone: the same seed draws the same numbers whatever
-the batch mates, and whether a text is decoded in one call or in several.
+The random numbers of a token depend on its row's seed, on which choice of a request the row is and on its position alone: the same
+seed draws the same numbers whatever the batch mates, and whether a text is decoded in one call or in several.
 
-Letters: B rows  V vocabulary  N tokens of the ring
+Letters: B rows  V vocabulary  N tokens of the ring  L layers
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import secrets
 from collections.abc import Sequence
 
@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dejavu.config import SamplingConfig
-from dejavu.kernels.cuda.sample import SampleSettings, advance_rows, sample_rows, sample_scratch
+from dejavu.engine.interface import Decoded
+from dejavu.engine.sampling import stream_digest
+from dejavu.kernels.cuda.sample import Ring, SampleSettings, advance_rows, sample_rows, sample_scratch
 
 RING = 256  # steps whose tokens are kept before they are copied away
 SETTING_ROWS = 6
@@ -32,11 +34,16 @@ COLDEST, HOTTEST = 1e-30, 1e30  # a temperature below is greedy in fp32, one abo
 class DecodeRows:
     """The memory of the rows of one bucket. words int32 [6, B]: the settings, as `packed_settings` lays them out."""
 
-    def __init__(self, rows: int, vocab: int, padding: int, device: torch.device) -> None:
+    def __init__(self, rows: int, vocab: int, layers: int, padding: int, device: torch.device) -> None:
         self.words = torch.zeros(SETTING_ROWS, rows, dtype=torch.int32, device=device)
-        self.ring_NB = torch.zeros(RING, rows, dtype=torch.int32, device=device)
+        self.ring = Ring(
+            token_NB=torch.zeros(RING, rows, dtype=torch.int32, device=device),
+            logprob_NB=torch.zeros(RING, rows, device=device),
+            counts_N2BL=torch.zeros(RING, 2, rows, layers, dtype=torch.int32, device=device),
+        )
         self.made = torch.zeros(1, dtype=torch.int32, device=device)
         self._token_B = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._logprob_B = torch.zeros(rows, device=device)
         self._scratch = sample_scratch(rows, vocab, device)
         self._padding = padding
         self._settings = SampleSettings(
@@ -47,18 +54,42 @@ class DecodeRows:
             step_B=self.words[5],
         )
 
-    def run(self, logits_BV: Tensor, inputs_3B: Tensor) -> None:
-        """Sample the logits, keep the tokens, and make them and the next positions the inputs."""
-        sample_rows(logits_BV, self._settings, self._scratch, self._token_B)
-        advance_rows(self._token_B, inputs_3B, self.ring_NB, self.made, padding=self._padding)
+    def run(self, logits_BV: Tensor, counts_2BL: Tensor, inputs_3B: Tensor) -> None:
+        """Sample the logits, keep the tokens with the step's counts, and make them and the next positions the inputs."""
+        sample_rows(logits_BV, self._settings, self._scratch, self._token_B, self._logprob_B)
+        advance_rows(self._token_B, self._logprob_B, counts_2BL, inputs_3B, self.ring, self.made, padding=self._padding)
+
+    def taken(self, tokens: int, rows: int, heads_per_group: int) -> Decoded:
+        """A copy of the ring's first tokens of the first rows; the ring is written from its start again."""
+        ring = self.ring
+        found = Decoded(
+            token_NB=ring.token_NB[:tokens, :rows].long(),
+            logprob_NB=ring.logprob_NB[:tokens, :rows].clone(),
+            neurons_NBL=ring.counts_N2BL[:tokens, 0, :rows].long(),
+            heads_NBL=ring.counts_N2BL[:tokens, 1, :rows].long() * heads_per_group,
+        )
+        self.made.zero_()
+        return found
 
 
-def packed_settings(sampling: Sequence[SamplingConfig], positions: Sequence[int], rows: int) -> NDArray[np.int32]:
-    """int32 [6, rows]: seeds (int64, over two rows), temperature and top_p (bits of fp32), top_k, step. Rows left over are greedy."""
+def joined(parts: Sequence[Decoded], dim: int) -> Decoded:
+    """What was decoded, one after the other by token (dim 0) or by row (dim 1)."""
+    if len(parts) == 1:
+        return parts[0]
+    names = (field.name for field in dataclasses.fields(Decoded))
+    return Decoded(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name in names})
+
+
+def packed_settings(
+    sampling: Sequence[SamplingConfig], positions: Sequence[int], rows: int, choices: Sequence[int] | None = None
+) -> NDArray[np.int32]:
+    """int32 [6, rows]: seeds (int64, over two rows), temperature and top_p (bits of fp32), top_k, step. Rows left over are greedy.
+
+    choices: which choice of a request each row is, 0 without."""
     words = np.zeros((SETTING_ROWS, rows), dtype=np.int32)
     given = len(sampling)
     seeds = np.zeros(rows, dtype=np.uint64)
-    seeds[:given] = [stream_seed(config.seed) for config in sampling]
+    seeds[:given] = [stream_seed(config.seed, choice) for config, choice in zip(sampling, choices or (0,) * given, strict=True)]
     words[:2] = seeds.view(np.int32).reshape(2, rows)
     heats = [0.0 if config.temperature < COLDEST else min(config.temperature, HOTTEST) for config in sampling]
     words[2, :given] = np.array(heats, dtype=np.float32).view(np.int32)
@@ -69,8 +100,8 @@ def packed_settings(sampling: Sequence[SamplingConfig], positions: Sequence[int]
     return words
 
 
-def stream_seed(seed: int | None) -> int:
+def stream_seed(seed: int | None, choice: int) -> int:
     """The 64 bits of a seed's stream, as `Sampler` makes its own; fresh ones without a seed."""
     if seed is None:
         return secrets.randbits(64)
-    return int.from_bytes(hashlib.sha256(f"{seed}/0".encode()).digest()[:8], "big")
+    return int.from_bytes(stream_digest(seed, choice)[:8], "big")

@@ -20,10 +20,10 @@ from torch import Tensor
 from dejavu.config import SamplingConfig, require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.cuda_batch import BatchStep
-from dejavu.engine.cuda_decode import RING, SETTING_ROWS, DecodeRows, packed_settings
+from dejavu.engine.cuda_decode import RING, SETTING_ROWS, DecodeRows, joined, packed_settings
 from dejavu.engine.cuda_token import AHEAD, TokenStep
 from dejavu.engine.cuda_weights import check_model, layer_predictors, step_model
-from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
+from dejavu.engine.interface import Decoded, EngineInfo, LayerSelection, StepProfile, StepResult
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill
 from dejavu.engine.torch_engine import DTYPE_NAMES, check_layers
@@ -122,11 +122,18 @@ class CudaEngine(PagedEngine):
 
     @torch.inference_mode()
     def _prepare(self) -> None:
-        """Compile and capture a step of one row, as if it filled a bucket: the first real step is then as fast as the others."""
+        """Compile and capture a step of one row, as if it filled a bucket, alone and in `decode`, which does not record: the first
+        real one is then as fast as the others."""
         key = 1, SHORT
         step = self._step_of(key)
         step.inputs[1].fill_(self.info.num_slots)
         self._graphs[key] = self._captured(key, lambda: self._run(step))
+        if not self._record:
+            self._decode_bucket((0,), (self.info.num_slots,), 1, (SamplingConfig(),), (0,))
+
+    @property
+    def records(self) -> bool:
+        return self._record
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
@@ -142,17 +149,18 @@ class CudaEngine(PagedEngine):
 
     @torch.inference_mode()
     def decode(
-        self, token_ids_B: Sequence[int], slots_B: Sequence[int], count: int, sampling: Sequence[SamplingConfig] | None = None
-    ) -> Tensor:
-        """Append `count` tokens to each of B different slots: the given ones first, then what is sampled. int64 [count, B], all sampled.
-
-        sampling: one for each row; greedy without. The last tokens sampled are not yet appended: they begin the next call. Nothing
-        waits for the device, and nothing ends early: who reads the tokens cuts them where a text ends. A token of -1 says that
-        the logits were not numbers. Raises ValueError as `step` does, before any row is computed.
-        """
+        self,
+        token_ids_B: Sequence[int],
+        slots_B: Sequence[int],
+        count: int,
+        sampling: Sequence[SamplingConfig] | None = None,
+        choices: Sequence[int] | None = None,
+    ) -> Decoded:
+        """See DecodesTokens. Nothing waits for the device, and nothing ends early: who reads the tokens cuts them where a text ends."""
         require(count >= 1, f"decode makes at least 1 token of each row, not {count}")
         wanted = (SamplingConfig(),) * len(slots_B) if sampling is None else sampling
-        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) == len(wanted) > 0, f"{token_ids_B=} {slots_B=} {sampling=}"
+        chosen = (0,) * len(slots_B) if choices is None else choices
+        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) == len(wanted) == len(chosen) > 0, f"{slots_B=} {sampling=}"
         for token_id, slot in zip(token_ids_B, slots_B, strict=True):
             self._check(slot, (token_id,), count)
         missing = sum(self._cache.missing(slot, count) for slot in slots_B)
@@ -167,10 +175,10 @@ class CudaEngine(PagedEngine):
         found = []
         for first in range(0, len(slots_B), largest):
             part = slice(first, first + largest)
-            found.append(self._decode_bucket(token_ids_B[part], slots_B[part], count, wanted[part]))
+            found.append(self._decode_bucket(token_ids_B[part], slots_B[part], count, wanted[part], chosen[part]))
         for slot in slots_B:
             self._cache.advance(slot, count)
-        return torch.cat(found, 1)
+        return joined(found, dim=1)
 
     @torch.inference_mode()
     def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
@@ -220,11 +228,8 @@ class CudaEngine(PagedEngine):
         step.inputs.copy_(self._staged(numbers).view(3, bucket), non_blocking=True)
         self._start(key, self._graphs, lambda: self._run(step))
         per = self.config.heads_per_group
-        if isinstance(step, TokenStep):
-            counts_2BL = self._counts_2L.long()[:, None]
-            union_L = counts_2BL[0, 0]
-        else:
-            counts_2BL, union_L = step.counts[:, :rows], step.unions
+        counts_2BL = self._counts_of(step)[:, :rows].long()
+        union_L = counts_2BL[0, 0] if isinstance(step, TokenStep) else step.unions
         result = StepResult(
             logits_BV=step.logits[:rows].clone(),
             neurons_BL=counts_2BL[0],
@@ -239,15 +244,22 @@ class CudaEngine(PagedEngine):
         else:
             step.run(lambda index, word_F: self._words_LF[index].copy_(word_F))
 
-    def _decode_bucket(self, token_ids: Sequence[int], slots: Sequence[int], count: int, sampling: Sequence[SamplingConfig]) -> Tensor:
+    def _counts_of(self, step: TokenStep | BatchStep) -> Tensor:
+        """What the last run selected, int32 [2, B, L] in place: neurons and groups."""
+        return self._counts_2L[:, None] if isinstance(step, TokenStep) else step.counts
+
+    def _decode_bucket(
+        self, token_ids: Sequence[int], slots: Sequence[int], count: int, sampling: Sequence[SamplingConfig], choices: Sequence[int]
+    ) -> Decoded:
         """`decode` for the rows of one bucket."""
         bucket, longest, numbers = self._padded(token_ids, slots)
         if bucket not in self._decode_rows:
-            self._decode_rows[bucket] = DecodeRows(bucket, self.info.vocab_size, self.info.num_slots, self.model.embed.weight.device)
+            vocab, layers, device = self.info.vocab_size, self.info.num_layers, self._model.head.device
+            self._decode_rows[bucket] = DecodeRows(bucket, vocab, layers, self.info.num_slots, device)
         rows = self._decode_rows[bucket]
         keys = [self._key(bucket, longest + index) for index in range(count)]
         inputs = self._step_of(keys[0]).inputs
-        settings = packed_settings(sampling, [self._cache.lengths[slot] for slot in slots], bucket)
+        settings = packed_settings(sampling, [self._cache.lengths[slot] for slot in slots], bucket, choices)
         staged = self._staged(numbers + settings.flatten().tolist()).view(3 + SETTING_ROWS, bucket)
 
         def begin() -> None:
@@ -260,7 +272,7 @@ class CudaEngine(PagedEngine):
 
             def both() -> None:
                 self._run(step)
-                rows.run(step.logits, inputs)
+                rows.run(step.logits, self._counts_of(step), inputs)
 
             return both
 
@@ -269,14 +281,13 @@ class CudaEngine(PagedEngine):
                 begin()  # a capture runs the kernels once before it, at the place where the first token will be
                 self._decode_graphs[key] = self._captured(key, work(key))
         begin()
-        found = torch.empty(count, len(slots), dtype=torch.int64, device=inputs.device)
+        found = []
         for index, key in enumerate(keys):
             self._start(key, self._decode_graphs, work(key))
             done = index % RING + 1
             if done == RING or index == count - 1:
-                found[index + 1 - done : index + 1] = rows.ring_NB[:done, : len(slots)]
-                rows.made.zero_()  # the ring is written from its start again
-        return found
+                found.append(rows.taken(done, len(slots), self.config.heads_per_group))
+        return joined(found, dim=0)
 
     def _padded(self, token_ids: Sequence[int], slots: Sequence[int]) -> tuple[int, int, list[int]]:
         """The bucket of so many rows, the longest row's length, and the bucket's tokens, slots and positions, one after the other."""

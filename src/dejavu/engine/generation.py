@@ -2,23 +2,26 @@
 
 In: an engine, a tokenizer, prompt ids and how to sample and stop. Out: pieces of text while it runs, and at the end the
 whole text with counts, speeds and densities. The first token is drawn from the prefill's logits, each later one from a
-decode step: n tokens take n - 1 steps.
+decode step: n tokens take n - 1 steps. An engine that decodes by itself is asked for a few tokens at a time, which are then handed out
+one by one; those behind the end of a text are dropped and count nowhere, though their time does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dejavu.config import SamplingConfig
-from dejavu.engine.interface import Engine, LayerSelection, StepResult
-from dejavu.engine.sampling import Sampler
+from dejavu.engine.interface import DecodesTokens, Engine, LayerSelection
+from dejavu.engine.sampling import NOT_NUMBERS, Sampler
 from dejavu.engine.streaming import Detokenizer, StopStrings, TextStream
 from dejavu.model.predictor import DensityCounter
 
 FinishReason = Literal["stop", "length"]
+CHUNK = 8  # tokens that an engine which decodes by itself is asked for at a time, after 1, 2 and 4 so that the first come early
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +87,7 @@ class Generation(Iterator[Piece]):
         stops: StopStrings,
         stop_ids: frozenset[int],
         slot: int,
+        on_end: Callable[[], object] | None = None,
     ) -> None:
         self._engine, self._slot, self._sampler, self._stops, self._stop_ids = engine, slot, sampler, stops, stop_ids
         self._prompt_ids = list(prompt_ids)
@@ -94,6 +98,10 @@ class Generation(Iterator[Piece]):
         self._finish_reason: FinishReason | None = None
         self._prefill_s = self._decode_s = 0.0
         self._counter = DensityCounter(engine.info.num_layers)
+        self._decoder = engine if isinstance(engine, DecodesTokens) and not engine.records else None
+        self._chunk = 1
+        self._ready: deque[Token] = deque()  # decoded, not yet handed out
+        self._on_end = on_end
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -105,6 +113,15 @@ class Generation(Iterator[Piece]):
     def close(self) -> None:
         """End the generation early; its slot is freed. Nothing happens when it has ended."""
         self._pieces.close()
+
+    def texts(self) -> Iterator[str]:
+        """The pieces' texts, without empty ones. The generation ends with this iterator."""
+        try:
+            for piece in self:
+                if piece.text:
+                    yield piece.text
+        finally:
+            self.close()
 
     def result(self) -> GeneratedText:
         """Run to the end and return the whole text with its counts, speeds and densities."""
@@ -126,10 +143,17 @@ class Generation(Iterator[Piece]):
         return text
 
     def _run(self) -> Generator[Piece, None, None]:
+        whole = False
         try:
             yield from self._loop()
+            whole = True
+        except GeneratorExit:
+            whole = True
+            raise
         finally:
             self._engine.free(self._slot)
+            if whole and self._on_end is not None:
+                self._on_end()
 
     def _loop(self) -> Generator[Piece, None, None]:
         unsent = 0
@@ -171,27 +195,60 @@ class Generation(Iterator[Piece]):
         return len(self._prompt_ids) + len(self._tokens) >= self._engine.info.max_tokens
 
     def _next_token(self) -> Token:
-        """Prefill before the first token, one decode step before each other. The clocks run here and nowhere else."""
+        """Prefill before the first token, decode before each other. The clocks run here and nowhere else."""
         start = time.perf_counter()
         if not self._tokens:
             assert self._engine.length(self._slot) == 0, f"slot {self._slot} was taken since this generation was made"
             sampled = self._sampler.draw(self._engine.prefill(self._slot, self._prompt_ids))
             self._prefill_s += time.perf_counter() - start
             return Token(token_id=sampled.token_id, logprob=sampled.logprob)
-        step = self._engine.step([self._tokens[-1].token_id], [self._slot])
-        sampled = self._sampler.draw(step.logits_BV[0])
-        self._decode_s += time.perf_counter() - start
-        return self._counted(sampled.token_id, sampled.logprob, step)
+        if not self._ready:
+            last = self._tokens[-1].token_id
+            self._ready.extend([self._stepped(last)] if self._decoder is None else self._decoded(self._decoder, last))
+            self._decode_s += time.perf_counter() - start
+        return self._counted(self._ready.popleft())
 
-    def _counted(self, token_id: int, logprob: float, step: StepResult) -> Token:
+    def _stepped(self, last: int) -> Token:
+        """The token after the last one, by a step of the engine and the host's draw."""
+        step = self._engine.step([last], [self._slot])
+        sampled = self._sampler.draw(step.logits_BV[0])
+        return Token(
+            token_id=sampled.token_id,
+            logprob=sampled.logprob,
+            neurons_L=tuple(step.neurons_BL[0].tolist()),
+            heads_L=tuple(step.heads_BL[0].tolist()),
+            selections=None if step.selections is None else step.selections[0],
+        )
+
+    def _decoded(self, decoder: DecodesTokens, last: int) -> list[Token]:
+        """The next tokens after the last one, drawn by the engine."""
+        wanted = min(self._chunk, self._max_new_tokens - len(self._tokens), self._room())
+        self._chunk = min(2 * self._chunk, CHUNK)
+        sampling, choice = self._sampler.config, self._sampler.index
+        found = decoder.decode([last], [self._slot], max(1, wanted), [sampling], [choice]).cpu()  # 1 where the cache is full: it says so
+        columns = (part[:, 0].tolist() for part in (found.token_NB, found.logprob_NB, found.neurons_NBL, found.heads_NBL))
+        return [
+            Token(token_id=token_id, logprob=logprob, neurons_L=tuple(neurons_L), heads_L=tuple(heads_L))
+            for token_id, logprob, neurons_L, heads_L in zip(*columns, strict=True)
+        ]
+
+    def _room(self) -> int:
+        """How many tokens more the context and the cache hold."""
+        info = self._engine.info
+        pages = self._engine.free_pages * info.page_size + -self._engine.length(self._slot) % info.page_size
+        return min(info.max_tokens - len(self._prompt_ids) - len(self._tokens), pages)
+
+    def _counted(self, token: Token) -> Token:
+        """The token, counted in the densities. Raises ValueError where its logits were not numbers."""
+        if token.token_id < 0:
+            raise ValueError(NOT_NUMBERS)
         info, counter = self._engine.info, self._counter
-        neurons_L, heads_L = tuple(step.neurons_BL[0].tolist()), tuple(step.heads_BL[0].tolist())
+        assert token.neurons_L is not None and token.heads_L is not None
         counter.tokens += 1
         for layer in range(info.num_layers):
-            counter.mlp_L[layer] += neurons_L[layer] / info.num_neurons
-            counter.heads_L[layer] += heads_L[layer] / info.num_heads
-        selections = None if step.selections is None else step.selections[0]
-        return Token(token_id=token_id, logprob=logprob, neurons_L=neurons_L, heads_L=heads_L, selections=selections)
+            counter.mlp_L[layer] += token.neurons_L[layer] / info.num_neurons
+            counter.heads_L[layer] += token.heads_L[layer] / info.num_heads
+        return token
 
 
 def generate_tokens(
@@ -206,12 +263,14 @@ def generate_tokens(
     ignore_eos: bool = False,
     slot: int = 0,
     index: int = 0,
+    on_end: Callable[[], object] | None = None,
 ) -> Generation:
     """Start a generation in an empty slot: an iterator over Pieces; `.result()` is the GeneratedText.
 
     stop: strings that end the text before them; the prompt is not searched. stop_ids: tokens that end it, beside the
     tokenizer's EOS (which ignore_eos passes over); they are counted but give no text. At the end of the context the
     generation ends with "length". index: which of several choices of one request (see Sampler).
+    on_end: called once the text has ended or is closed and its slot is free; not after an error.
 
     Raises ValueError, here and not at the first piece, for an empty prompt, a prompt that leaves no room in the context,
     a negative count and an empty stop string.
@@ -236,4 +295,5 @@ def generate_tokens(
         stops=StopStrings(stop),
         stop_ids=frozenset(stop_ids) | (frozenset() if ignore_eos else frozenset(tokenizer.eos_token_ids)),
         slot=slot,
+        on_end=on_end,
     )

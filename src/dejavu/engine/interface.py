@@ -4,7 +4,7 @@ A slot holds one sequence. `prefill` runs tokens through the model densely and f
 token for each of several slots, sparse where the engine has predictors; `free` empties a slot. A row's result depends on
 that row alone, never on the rows beside it.
 
-Letters: B rows of a step  V vocabulary  L layers  A selected
+Letters: B rows of a step  V vocabulary  L layers  A selected  N tokens decoded
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from dejavu.config import SamplingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,28 @@ class StepResult:
     neurons_BL: Tensor
     heads_BL: Tensor
     selections: tuple[tuple[LayerSelection, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """Several tokens of each row, sampled where the model is, on its device.
+
+    Tokens int64 [N, B], -1 where the logits were not numbers; their log-probabilities fp32, as `Sampler` defines them; and what
+    the step that led to each computed, int64 [N, B, L], as in StepResult.
+    """
+
+    token_NB: Tensor
+    logprob_NB: Tensor
+    neurons_NBL: Tensor
+    heads_NBL: Tensor
+
+    def cpu(self) -> Decoded:
+        """A copy on the CPU; the device is waited for once."""
+        parts = (self.token_NB, self.logprob_NB, self.neurons_NBL, self.heads_NBL)
+        token_NB, logprob_NB, neurons_NBL, heads_NBL = (part.to("cpu", non_blocking=True) for part in parts)
+        if self.token_NB.is_cuda:
+            torch.cuda.current_stream(self.token_NB.device).synchronize()
+        return Decoded(token_NB=token_NB, logprob_NB=logprob_NB, neurons_NBL=neurons_NBL, heads_NBL=heads_NBL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +143,32 @@ class Engine(Protocol):
 
     def free(self, slot: int) -> None:
         """Empty the slot and give its pages back; an empty slot is left as it is."""
+        ...
+
+
+@runtime_checkable
+class DecodesTokens(Protocol):
+    """An engine that samples where the model is and feeds the tokens back by itself."""
+
+    @property
+    def records(self) -> bool:
+        """Whether steps keep their selections; what is decoded has none."""
+        ...
+
+    def decode(
+        self,
+        token_ids_B: Sequence[int],
+        slots_B: Sequence[int],
+        count: int,
+        sampling: Sequence[SamplingConfig] | None = None,
+        choices: Sequence[int] | None = None,
+        /,
+    ) -> Decoded:
+        """Append `count` tokens to each of B different slots: the given ones first, then what is sampled; all sampled ones are returned.
+
+        sampling: one for each row; greedy without. choices: which choice of a request each row is, see `Sampler`; 0 without. The
+        last tokens sampled are not yet appended: they begin the next call. Raises ValueError as `step` does, before any row is computed.
+        """
         ...
 
 

@@ -2,7 +2,8 @@
 
 The log-probability is that of the full softmax, before temperature, top_k and top_p. Drawing happens on the CPU in fp64,
 with a generator of the sequence's own: the same seed gives the same tokens whatever else runs, and torch's global random
-state is never touched.
+state is never touched. An engine that decodes several tokens by itself draws them from a stream of its own: the same seed gives the
+same tokens there too, and others than here.
 
 Letters: V vocabulary  C candidates
 """
@@ -29,6 +30,14 @@ class SampledToken:
     logprob: float
 
 
+NOT_NUMBERS = "the model's logits are not numbers (NaN): its weights are damaged or overflow in this dtype; try fp32"
+
+
+def stream_digest(seed: int, index: int) -> bytes:
+    """The bytes that a seed's stream starts from, for one of the choices of a request."""
+    return hashlib.sha256(f"{seed}/{index}".encode()).digest()
+
+
 class Sampler:
     """Draws the tokens of one sequence.
 
@@ -37,12 +46,12 @@ class Sampler:
     """
 
     def __init__(self, config: SamplingConfig, *, index: int = 0) -> None:
-        self.config = config
+        self.config, self.index = config, index
         self._generator = torch.Generator()
         if config.seed is None:
             self._generator.seed()
         else:
-            digest = hashlib.sha256(f"{config.seed}/{index}".encode()).digest()
+            digest = stream_digest(config.seed, index)
             self._generator.manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator reads 32 bits of a seed
 
     def draw(self, logits_V: Tensor) -> SampledToken:
@@ -55,7 +64,7 @@ class Sampler:
             below_V = value_V - value_V[best]
             total = float(np.exp(below_V).sum())
             if not 0 < total < math.inf:
-                raise ValueError("the model's logits are not numbers (NaN): its weights are damaged or overflow in this dtype; try fp32")
+                raise ValueError(NOT_NUMBERS)
             token_id = best if self.config.temperature == 0 else self._draw(below_V)
         return SampledToken(token_id, float(below_V[token_id]) - math.log(total))
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from dejavu.config import ModelConfig, require
@@ -28,11 +26,11 @@ from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_f
 from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
 from dejavu.model.gguf import GGUFFile
+from dejavu.model.hub import cached_snapshot, in_cache, looks_local, packaged_file
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FORMS = "a folder with config.json, a .gguf file, or a hub id (owner/name) in the local Hugging Face cache"
 HEAD, EMBED = "head.weight", "embed.weight"
 
@@ -71,8 +69,8 @@ class Stored(NamedTuple):
 def resolve_model(name: str, *, revision: str | None = None) -> Path:
     """The folder or GGUF file that the user's word for a model stands for. Never touches the network.
 
-    Tried in this order: a bundled model; an existing folder or .gguf file; a hub id in the local cache. ValueError says
-    what was looked for; a word that looks like a path is never taken for a hub id.
+    Tried in this order: a bundled model; an existing folder or .gguf file; a hub id in the local cache, or in an installed
+    package. ValueError says what was looked for; a word that looks like a path is never taken for a hub id.
     """
     require(bool(name.strip()), f"an empty name is no model; a model is {FORMS}")
     if name in bundled_models():
@@ -81,29 +79,15 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     require(not path.is_file(), f"{path} is a file, but no .gguf file; a model is {FORMS}")
-    if not _looks_local(name):
-        return _cached_snapshot(name, revision)
+    bundled = ", ".join(bundled_models()) or "none"
+    if not looks_local(name):
+        packaged = None if revision is not None else packaged_file(name)
+        if packaged is not None and not in_cache(name):
+            return packaged
+        return cached_snapshot(name, revision, otherwise=f"a bundled model ({bundled}), a folder or a .gguf file")
     if re.search(r"[/\\~]|\.gguf$", name) or name in (".", ".."):
         raise ValueError(f"model {'file' if path.suffix == '.gguf' else 'directory'} not found: {path}")
-    bundled = ", ".join(bundled_models()) or "none"
     raise ValueError(f"unknown model {name!r}: no bundled model ({bundled}) and no folder of that name; a model can also be {FORMS}")
-
-
-def _looks_local(name: str) -> bool:
-    """Anything but `owner/name` where no folder `owner` is here: such a word can only be a hub id."""
-    return name.startswith((".", "~")) or HUB_ID.fullmatch(name) is None or name.endswith(".gguf") or Path(name).parent.is_dir()
-
-
-def _cached_snapshot(name: str, revision: str | None) -> Path:
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        bundled = ", ".join(bundled_models()) or "none"
-        raise ValueError(
-            f"hub model {name!r}{at} is not in the local Hugging Face cache; run `hf download {name}` first, "
-            f"or give a bundled model ({bundled}), a folder or a .gguf file"
-        ) from error
 
 
 def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", name: str | None = None) -> Checkpoint:

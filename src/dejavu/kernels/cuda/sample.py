@@ -6,16 +6,21 @@ That is a draw from softmax(logit / T) over the kept v (the Gumbel-max rule, mul
 T = 0 is the argmax, the smallest index at ties. Kept are the top_k best, and of these the fewest, best first, whose weights reach
 the share top_p; the smaller index first at ties. The token is -1 where a row has NaN, an infinity above, or nothing finite.
 
+    logprob_b = logit_token - top - log(sum_v exp(logit_v - top)),    top = max_v logit_v
+
+is the token's log-probability before temperature and cuts; NaN beside a token of -1.
+
 E_v comes from word v of Philox 4x32-10 with the row's seed as key and (v, step) as counter: a row's numbers depend on its seed and
 on its step alone, which the last kernel increments, so a graph of the kernels draws anew at each replay.
 
-Two kernels. `_partial`: the best of each block of a row without a cut. `_finish`: one program a row, which reduces these, or, for
-a row with a cut, finds the threshold by bisection over the bits of the values (32 steps are exact) and draws from what is above.
+Two kernels. `_partial`: each block's largest logit and sum of exponentials, and its best with noise in a row without a cut.
+`_finish`: one program a row, which reduces these, or, for a row with a cut, finds the threshold by bisection over the bits of the
+values (32 steps are exact) and draws from what is above.
 
-Bytes that any implementation moves: 4 V of a row. Beside them here: 8 a block of scratch, written and read. A row with a cut is
+Bytes that any implementation moves: 4 V of a row. Beside them here: 16 a block of scratch, written and read. A row with a cut is
 read 2 times and 33 or 34 times more for each of its cuts, from the L2 cache: `_finish` is the whole cost of such a row.
 
-Letters: B rows  V vocabulary  C values at a time
+Letters: B rows  V vocabulary  C values at a time  L layers  N tokens of a ring
 """
 
 from __future__ import annotations
@@ -52,15 +57,28 @@ class SampleSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleScratch:
-    """The best of each block of a row: value fp32 and index int32, both [B, blocks]."""
+    """Of each block of a row, all [B, blocks]: the best, value fp32 and index int32; the largest logit and the sum of
+    exponentials below it, fp32."""
 
     value: Tensor
     index: Tensor
+    top: Tensor
+    total: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ring:
+    """What the last steps made: tokens int32 and log-probabilities fp32 [N, B], counts int32 [N, 2, B, L] of neurons and groups."""
+
+    token_NB: Tensor
+    logprob_NB: Tensor
+    counts_N2BL: Tensor
 
 
 def sample_scratch(rows: int, vocab: int, device: torch.device) -> SampleScratch:
     shape = (rows, triton.cdiv(vocab, BLOCK))
-    return SampleScratch(value=torch.zeros(shape, device=device), index=torch.zeros(shape, dtype=torch.int32, device=device))
+    value, top, total = torch.zeros(3, *shape, device=device).unbind(0)
+    return SampleScratch(value=value, index=torch.zeros(shape, dtype=torch.int32, device=device), top=top, total=total)
 
 
 @triton.jit
@@ -88,25 +106,40 @@ def _best(x, v):
 
 
 @triton.jit
+def _is_number(top):
+    """Whether a row or a block with this largest value can be sampled."""
+    return (top > float("-inf")) & (top < float("inf"))
+
+
+@triton.jit
+def _exp_below(x, top):
+    """exp(x - top) where top is a number and the largest x; finite, and of no meaning, elsewhere."""
+    return tl.exp(tl.minimum(x - tl.where(_is_number(top), top, 0.0), 0.0))
+
+
+@triton.jit
 def _has_cut(temperature, top_k, top_p, V):
     return (temperature > 0) & (((top_k > 0) & (top_k < V)) | (top_p < 1.0))
 
 
 @triton.jit
 def _partial(
-    logits, temperature, top_k, top_p, seed, step, value, index, V, BLOCK: tl.constexpr, programmatic: tl.constexpr
+    logits, temperature, top_k, top_p, seed, step, value, index, top, total, V, BLOCK: tl.constexpr, programmatic: tl.constexpr
 ):  # fmt: skip
     b = tl.program_id(0)
     block = tl.program_id(1)
+    where = b * tl.num_programs(1) + block
     begin(programmatic)
+    v = block * BLOCK + tl.arange(0, BLOCK)
+    x = _values(logits + b.to(tl.int64) * V, v, V)
+    highest = tl.max(x, 0)
+    tl.store(top + where, highest)
+    tl.store(total + where, tl.sum(_exp_below(x, highest), 0))
     heat = tl.load(temperature + b)
     if not _has_cut(heat, tl.load(top_k + b), tl.load(top_p + b), V):
-        v = block * BLOCK + tl.arange(0, BLOCK)
-        x = _values(logits + b.to(tl.int64) * V, v, V)
         if heat > 0:
             x = x + heat * _noise(tl.load(seed + b), tl.load(step + b), v)
         best, at = _best(x, v)
-        where = b * tl.num_programs(1) + block
         tl.store(value + where, best)
         tl.store(index + where, at)
 
@@ -180,13 +213,10 @@ def _key_value(key):
 
 
 @triton.jit
-def _draw_of_cut(row, heat, top_k, top_p, seed, step, V, C: tl.constexpr):
-    """The token of a row with a cut, by one program."""
-    top = tl.full([], float("-inf"), tl.float32)
-    for first in range(0, V, C):
-        top = tl.maximum(top, tl.max(_values(row, first + tl.arange(0, C), V), 0))
+def _draw_of_cut(row, top, heat, top_k, top_p, seed, step, V, C: tl.constexpr):
+    """The token of a row with a cut, whose largest logit is `top`, by one program."""
     token = tl.full([], -1, tl.int32)
-    if (top > float("-inf")) & (top < float("inf")):
+    if _is_number(top):
         least, ties = _cut(row, top, heat, top_k, top_p, V, C)
         best = tl.full([], float("-inf"), tl.float32)
         seen = tl.full([], 0, tl.int32)
@@ -206,64 +236,87 @@ def _draw_of_cut(row, heat, top_k, top_p, seed, step, V, C: tl.constexpr):
 
 @triton.jit
 def _finish(
-    logits, temperature, top_k, top_p, seed, step, value, index, token, V, blocks,
+    logits, temperature, top_k, top_p, seed, step, value, index, top, total, token, logprob, V, blocks,
     BP: tl.constexpr, C: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     begin(programmatic)
+    row = logits + b.to(tl.int64) * V
     heat = tl.load(temperature + b)
     k = tl.load(top_k + b)
     p = tl.load(top_p + b)
     now = tl.load(step + b)
+    c = tl.arange(0, BP)
+    top_c = tl.load(top + b * blocks + c, mask=c < blocks, other=float("-inf"))
+    highest = tl.max(top_c, 0)
+    weight = tl.sum(tl.load(total + b * blocks + c, mask=c < blocks, other=0.0) * _exp_below(top_c, highest), 0)
+    sane = _is_number(highest)
     if _has_cut(heat, k, p, V):
-        found = _draw_of_cut(logits + b.to(tl.int64) * V, heat, k, p, tl.load(seed + b), now, V, C)
+        found = _draw_of_cut(row, highest, heat, k, p, tl.load(seed + b), now, V, C)
     else:
-        c = tl.arange(0, BP)
         x = tl.load(value + b * blocks + c, mask=c < blocks, other=float("-inf"))
-        best, found = _best(x, tl.load(index + b * blocks + c, mask=c < blocks, other=NOWHERE))
-        found = tl.where((best > float("-inf")) & (best < float("inf")), found, -1)
+        _, found = _best(x, tl.load(index + b * blocks + c, mask=c < blocks, other=NOWHERE))
+        found = tl.where(sane, found, -1)
+    below = tl.load(row + tl.maximum(found, 0)) - tl.where(sane, highest, 0.0)
+    tl.store(logprob + b, tl.where(sane, below - tl.log(tl.where(sane, weight, 1.0)), float("nan")))
     tl.store(token + b, found)
     tl.store(step + b, now + 1)
 
 
 @triton.jit
-def _advance(token, tokens, slots, positions, padding, ring, made, B, BP: tl.constexpr, programmatic: tl.constexpr):
+def _advance(
+    token, logprob, counts, tokens, slots, positions, padding, ring_token, ring_logprob, ring_counts, made, B, size,
+    BP: tl.constexpr, C: tl.constexpr, programmatic: tl.constexpr,
+):  # fmt: skip
     b = tl.arange(0, BP)
     live = b < B
     begin(programmatic)
     found = tl.load(token + b, mask=live, other=0)
     moves = live & (tl.load(slots + b, mask=live, other=0) != padding)
     place = tl.load(made)
-    tl.store(ring + place * B + b, found, mask=live)
+    tl.store(ring_token + place * B + b, found, mask=live)
+    tl.store(ring_logprob + place * B + b, tl.load(logprob + b, mask=live, other=0.0), mask=live)
+    for first in range(0, size, C):
+        i = first + tl.arange(0, C)
+        tl.store(ring_counts + place * size + i, tl.load(counts + i, mask=i < size, other=0), mask=i < size)
     tl.store(tokens + b, tl.maximum(found, 0), mask=moves)
     tl.store(positions + b, tl.load(positions + b, mask=moves, other=0) + 1, mask=moves)
     tl.store(made, place + 1)
 
 
 def sample_rows(
-    logits_BV: Tensor, settings: SampleSettings, scratch: SampleScratch, token_B: Tensor, *, programmatic: bool = False
+    logits_BV: Tensor, settings: SampleSettings, scratch: SampleScratch, token_B: Tensor, logprob_B: Tensor, *, programmatic: bool = False
 ) -> None:
-    """Fill token_B int32 from logits fp32 [B, V], contiguous, and add 1 to each row's step. Decides nothing on the host."""
+    """Fill token_B int32 and logprob_B fp32 from logits fp32 [B, V], contiguous, and add 1 to each row's step. Decides nothing on
+    the host."""
     rows, vocab = logits_BV.shape
     blocks = scratch.value.shape[1]
     assert logits_BV.dtype == torch.float32 and logits_BV.is_contiguous() and blocks == triton.cdiv(vocab, BLOCK)
     given = (logits_BV, settings.temperature_B, settings.top_k_B, settings.top_p_B, settings.seed_B, settings.step_B)
-    launch(_partial, (rows, blocks), *given, scratch.value, scratch.index, vocab, BLOCK=BLOCK, num_warps=4, programmatic=programmatic)
+    found = (scratch.value, scratch.index, scratch.top, scratch.total)
+    launch(_partial, (rows, blocks), *given, *found, vocab, BLOCK=BLOCK, num_warps=4, programmatic=programmatic)
     launch(
-        _finish, (rows,), *given, scratch.value, scratch.index, token_B, vocab, blocks, BP=triton.next_power_of_2(blocks),
+        _finish, (rows,), *given, *found, token_B, logprob_B, vocab, blocks, BP=triton.next_power_of_2(blocks),
         C=min(CHUNK, max(16, triton.next_power_of_2(vocab))), num_warps=16, programmatic=programmatic,
     )  # fmt: skip
 
 
-def advance_rows(token_B: Tensor, inputs_3B: Tensor, ring_NB: Tensor, made: Tensor, *, padding: int, programmatic: bool = False) -> None:
+def advance_rows(
+    token_B: Tensor, logprob_B: Tensor, counts_2BL: Tensor, inputs_3B: Tensor, ring: Ring, made: Tensor, *, padding: int,
+    programmatic: bool = False,
+) -> None:  # fmt: skip
     """Make the sampled tokens the next step's input: inputs int32 [3, B] are tokens, slots and positions, which rise by 1.
 
-    Rows of the slot `padding` stay as they are. The tokens are also kept in row made[0] of the ring int32 [N, B], and made int32
-    [1] rises by 1; the caller sets it back before it reaches N. A token of -1 (see above) is kept as it is and fed back as 0.
+    Rows of the slot `padding` stay as they are. The tokens, their log-probabilities and the step's counts int32 [2, B, L] are also
+    kept in row made[0] of the ring, and made int32 [1] rises by 1; the caller sets it back before it reaches N. A token of -1 (see
+    above) is kept as it is and fed back as 0.
     """
-    rows = token_B.shape[0]
+    rows, size = token_B.shape[0], counts_2BL.numel()
+    assert counts_2BL.dtype == torch.int32 and counts_2BL.is_contiguous() and ring.counts_N2BL.shape[1:] == counts_2BL.shape
     launch(
-        _advance, (1,), token_B, *inputs_3B.unbind(0), padding, ring_NB, made, rows, BP=triton.next_power_of_2(rows), num_warps=1,
+        _advance, (1,), token_B, logprob_B, counts_2BL, *inputs_3B.unbind(0), padding, ring.token_NB, ring.logprob_NB, ring.counts_N2BL,
+        made, rows, size, BP=triton.next_power_of_2(rows), C=min(1024, triton.next_power_of_2(size)),
+        num_warps=1,  # of several, one could read `made` after another has raised it
         programmatic=programmatic,
     )  # fmt: skip
 
@@ -303,3 +356,10 @@ def sample_definition(logits_BV: Tensor, settings: SampleSettings, word_BV: Tens
         noise_V = -(-torch.log1p(-(word_V + 0.5) * 2.0**-32)).log()
         found.append(int(id_C[(x_V + heat * noise_V)[id_C].argmax()]))
     return torch.tensor(found)
+
+
+def logprob_definition(logits_BV: Tensor, token_B: Tensor) -> Tensor:
+    """The log-probabilities fp64 [B] of tokens int [B], NaN for a token of -1."""
+    token_B1 = token_B.long().cpu()[:, None]
+    found_B1 = logits_BV.double().cpu().log_softmax(-1).gather(1, token_B1.clamp(min=0))
+    return found_B1.masked_fill(token_B1 < 0, torch.nan)[:, 0]

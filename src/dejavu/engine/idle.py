@@ -1,0 +1,99 @@
+"""Engines between two generations: making one takes time (on a GPU kernels are compiled and graphs captured), so the next takes it over.
+
+In: a model, an adapter and the options of `make_engine`. Out: an engine of one slot that nobody else has, and what gives it back. An
+engine in use is not in here: a second text at the same time gets one of its own, and one that is never given back is simply gone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dejavu.engine.backends import make_engine
+from dejavu.engine.interface import Engine
+from dejavu.model.adapter import Adapter
+from dejavu.model.transformer import Transformer
+
+KEPT = 2  # dense and sparse
+SMALLEST = 128  # tokens of the smallest key/value cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Idle:
+    """state: of the weights that the engine was made of. adapter: kept, so that no other object gets its identity."""
+
+    engine: Engine
+    adapter: Adapter | None
+    state: Hashable
+
+
+class IdleEngines:
+    """At most KEPT engines, the last ones used. One whose weights were replaced or changed in place is not used again.
+
+    What changes a weight behind PyTorch's back (`parameter.data`) is not seen. A copy has no engines.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: dict[Hashable, _Idle] = {}
+
+    def take(self, model: Transformer, adapter: Adapter | None, *, tokens: int, **options: Any) -> tuple[Engine, Callable[[], None]]:
+        """An empty engine whose cache holds `tokens`, dense without an adapter, and a function that gives it back, empty again.
+
+        The cache of a new one is larger, a power of two, so that longer and longer texts need few engines. options: of `make_engine`.
+        """
+        key = (id(adapter), *options.items())
+        with self._lock:
+            for stale in [other for other, idle in self._idle.items() if idle.state != weights_state(model, idle.adapter)]:
+                del self._idle[stale]
+            found = self._idle.pop(key, None)
+        if found is not None and found.engine.info.cache_tokens >= tokens:
+            engine, state = found.engine, found.state
+        else:
+            found = None  # its memory goes before another takes some
+            room = min(max(SMALLEST, 1 << (tokens - 1).bit_length()), model.config.max_positions)
+            with torch.inference_mode(False), torch.no_grad():  # also for a caller outside of the mode that this one may be in
+                layers = None if adapter is None else adapter.attached(model, dtype=options.get("dtype"))
+                engine = make_engine(model, layers, cache_tokens=room, **options)
+            state = weights_state(model, adapter)  # an engine may lay the weights out anew
+
+        def give_back() -> None:
+            if state is None or state != weights_state(model, adapter):
+                return
+            with self._lock:
+                self._idle[key] = _Idle(engine=engine, adapter=adapter, state=state)
+                while len(self._idle) > KEPT:
+                    del self._idle[next(iter(self._idle))]
+
+        return engine, give_back
+
+    def __reduce__(self) -> tuple[type[IdleEngines], tuple[()]]:
+        return IdleEngines, ()
+
+    def clear(self) -> None:
+        """Let all of them go, and their memory."""
+        with self._lock:
+            self._idle.clear()
+
+
+def weights_state(model: Transformer, adapter: Adapter | None) -> Hashable:
+    """Where the weights lie and how often each was changed in place; None where a tensor does not count its changes."""
+    tensors = [*model.parameters(), *_tensors(adapter)]
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+def _tensors(adapter: Adapter | None) -> Iterator[Tensor]:
+    for lora in () if adapter is None or adapter.lora is None else adapter.lora:
+        yield from (factor for factors in lora.factors.values() for factor in factors)
+        yield from lora.norms.values()
+    for layer in () if adapter is None else adapter.layers:
+        for predictor in (layer.mlp, layer.heads):
+            if predictor is not None:
+                yield from (predictor.A_RD, predictor.B_OR, predictor.bias_O)
