@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dejavu.cli.options import AsJson, Model, Seed, Texts, Threads, open_model
-from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
-from dejavu.cli.runs import write_sections
+from dejavu.cli.output import Output, new_table, number, percent, plain, progress_bars, resumable
 
 if TYPE_CHECKING:
     from dejavu.offline.adapt import StepReport
 
 DEFAULT_MINUTES = 20.0
+MEASURED_FILE = "adapt.json"
 
 
 def adapt(
@@ -58,7 +58,7 @@ def adapt(
 ) -> None:
     """Distil a model into itself with predictors in the loop; writes an adapter. Resumes; runs under torchrun on several GPUs."""
     from dejavu.config import require
-    from dejavu.files import absolute, check_replaceable, make_folder, new_folder
+    from dejavu.files import absolute, check_replaceable, make_folder, new_folder, write_json
     from dejavu.measure.texts import corpus_hash, documents, named_texts
     from dejavu.model.adapter import write_adapter
     from dejavu.offline.adapt import AdaptConfig
@@ -103,7 +103,7 @@ def adapt(
         adapter, measured = found
         with new_folder(target) as folder:
             write_adapter(adapter, folder)
-            write_sections(folder, lm, adapt=measured)
+            write_json(folder / MEASURED_FILE, plain(measured))
             if (work / LOG_FILE).exists():
                 shutil.copyfile(work / LOG_FILE, folder / LOG_FILE)
         shutil.rmtree(work, ignore_errors=True)
