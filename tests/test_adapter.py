@@ -117,6 +117,13 @@ def test_the_card_and_the_file_say_what_is_inside(case: Case) -> None:
     ]
 
 
+def test_an_adapter_without_changes_is_what_older_readers_know(case: Case) -> None:
+    config = json.loads((case.folder / "config.json").read_text())
+    assert config["schema_version"] == 1 and "lora" not in config
+    config_with = AdapterConfig.from_dict(config | {"lora": None})
+    assert config_with == case.adapter.config
+
+
 def test_a_missing_predictor_names_its_layer(case: Case) -> None:
     case.edit_config(lambda config: config["layers"].pop(7))
     with pytest.raises(ValueError, match=rf"predictor for layer 7 not found: {re.escape(str(case.folder))}"):

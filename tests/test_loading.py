@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import Tiny, open_fp32
-from dejavu.config import ModelConfig
+from dejavu.config import ModelConfig, RopeConfig
 from dejavu.files import write_json
 from dejavu.model.bundle import export
 from dejavu.model.checkpoint import load_checkpoint, resolve_model
@@ -272,6 +273,18 @@ def test_the_base_hash_sees_weights_and_architecture_and_nothing_else(tiny: Tiny
     ]
     hashes = {model_hash(model) for model in others} | {base, model_hash(tiny("opt"), stored_as=torch.bfloat16)}
     assert len(hashes) == len(others) + 2
+
+
+def test_fields_at_their_default_leave_the_hash_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of the rotary positions: a field added later must not make strangers of models and their adapters."""
+    rope = RopeConfig(theta=500.0)
+    first = model_hash(tiny("llama", rope=rope))
+    assert first == model_hash(tiny("llama", rope=RopeConfig(theta=500.0, partial=1.0)))
+    assert first != model_hash(tiny("llama", rope=RopeConfig(theta=501.0)))
+    fields = tuple(field for field in dataclasses.fields(RopeConfig) if field.name != "partial")  # as before `partial` was added
+    usual = dataclasses.fields
+    monkeypatch.setattr("dejavu.model.fingerprint.dataclasses.fields", lambda config: fields if config is rope else usual(config))
+    assert model_hash(tiny("llama", rope=rope)) == first
 
 
 def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:

@@ -91,7 +91,7 @@ def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: st
         require(
             base_hash in adapter.config.base_hashes, f"the adapter's base has the hash {known}, this model {base_hash}; use its own adapter"
         )
-    layers = None if adapter is None else tuple(layer.to(weight.device) for layer in adapter.layers)
+    layers = None if adapter is None else adapter.attached(model, dtype=dtype)
     setattr(net, NAME, Attached(model, layers, picked, dtype if picked == "native" else None, set()))
     net.generate = types.MethodType(_generate, net)
     return net

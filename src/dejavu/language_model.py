@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from dejavu.config import Progress, SamplingConfig, require
 from dejavu.engine.backends import check_screen, pick_cache_dtype
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
-from dejavu.engine.idle import IdleEngines
+from dejavu.engine.idle import IdleEngines, weights_state
 from dejavu.kernels.native import default_threads
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
@@ -55,6 +55,7 @@ class LanguageModel:
         self.threads = threads
         self.adapter = adapter
         self._engines = IdleEngines()
+        self._attached: tuple[Adapter, Hashable, tuple[LayerAdapter, ...]] | None = None  # merged weights are made once
 
     def __repr__(self) -> str:
         state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"
@@ -72,12 +73,18 @@ class LanguageModel:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
-        """The predictors to run with: those of `adapter`, else of the model's own; None where it runs dense.
+        """The predictors (and changed weights) of `adapter`, else of the model's own; None where it runs dense.
 
         Raises ValueError for an adapter of another model.
         """
-        chosen, device = self._chosen(adapter, dense=dense), self.model.embed.weight.device
-        return None if chosen is None else tuple(layer.to(device) for layer in chosen.layers)
+        chosen = self._chosen(adapter, dense=dense)
+        if chosen is None:
+            return None
+        state = weights_state(self.model, chosen)
+        if state is None or self._attached is None or self._attached[0] is not chosen or self._attached[1] != state:
+            with torch.inference_mode(False):
+                self._attached = (chosen, state, chosen.attached(self.model, dtype=self.dtype))
+        return self._attached[2]
 
     def _chosen(self, adapter: Adapter | None, *, dense: bool) -> Adapter | None:
         chosen = None if dense else adapter or self.adapter
@@ -266,7 +273,7 @@ class LanguageModel:
                 progress=progress,
             )
         described = dataclasses.replace(adapter.config, calibration_max_tokens=max_tokens)
-        return Adapter(layers=adapter.layers, config=described), measured
+        return dataclasses.replace(adapter, config=described), measured
 
     def calibration_perplexity(self, texts: Sequence[str], adapter: Adapter) -> float:
         """Dense perplexity of this model on the tokens that the adapter's `ppl_dense` was measured on.

@@ -17,6 +17,9 @@ def export(
     dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="fp32 or bf16.")] = "fp32",
     adapter: AdapterFolder = None,
     dense: Dense = False,
+    peft: Annotated[
+        Path | None, typer.Option("--peft", metavar="DIR", help="Also write the adapter's changes of weights as a LoRA that PEFT reads.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a folder that transformers loads; its adapter goes to DIR/adapter, which loading DIR uses."""
@@ -24,10 +27,15 @@ def export(
     from dejavu.files import absolute
     from dejavu.model.bundle import EXPORT_DTYPES
     from dejavu.model.bundle import export as write_export
+    from dejavu.model.peft import write_peft
 
     out = Output(as_json)
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
     lm = open_model(model, out, backend="auto", dtype="fp32", threads=None, seed=0, adapter=adapter, dense=dense)
+    if peft is not None and lm.adapter is None:
+        raise ValueError("--peft writes an adapter's changes of weights, and there is no adapter; give one with --adapter DIR")
+    if peft is not None and lm.adapter is not None:
+        write_peft(lm.adapter, lm.config, peft)
     write_export(lm.model, lm.tokenizer, folder, dtype=dtype, adapter=lm.adapter)
     path = absolute(folder)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dejavu.cli.adapt import adapt
 from dejavu.cli.bench import bench
 from dejavu.cli.demo import demo
 from dejavu.cli.evaluation import evaluation
@@ -58,6 +59,7 @@ for name, command in {
     "demo": demo,
     "profile": profile,
     "train": train,
+    "adapt": adapt,
     "eval": evaluation,
     "generate": generate,
     "bench": bench,

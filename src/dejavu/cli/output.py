@@ -99,9 +99,12 @@ def screen_line(screen: dict[str, Any]) -> str:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback progress(what, done, total) that draws a bar for each `what`; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
+def progress_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback progress(what, done, total) that draws a bar for each `what`; None where stderr is no terminal or nothing is `shown`.
+
+    What follows a tab in `what` is shown beside the bar and may change.
+    """
+    if not (shown and sys.stderr.isatty()):
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -109,11 +112,12 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
+            what, _, detail = what.partition("\t")
             if what not in tasks:
                 for task in tasks.values():  # earlier parts are over: only what runs is shown
                     bars.update(task, visible=False)
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=done, total=total, description=f"{what} {detail}".rstrip())
 
         yield progress
 

@@ -14,6 +14,7 @@ from dejavu.engine.native_engine import NativeEngine, check_shortlist
 from dejavu.engine.native_weights import NATIVE_CACHE_DTYPES, NATIVE_DTYPES, default_cache_dtype
 from dejavu.engine.torch_engine import DTYPE_NAMES, TorchEngine
 from dejavu.kernels.native import missing_reason
+from dejavu.model.lora import adapted_model
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
@@ -111,6 +112,7 @@ def make_engine(
     cache_dtype: see `pick_cache_dtype`. screened_head: see NativeEngine. threads: of the native engine (None: every processor
     that this process may use); torch has one number for the whole process. ahead: of the cuda engine, see CudaEngine.
     """
+    model = model if layers is None else adapted_model(model, layers)
     weight = model.embed.weight
     stored = DTYPE_NAMES[weight.dtype]
     picked = pick_backend(backend, dtype=dtype or stored)

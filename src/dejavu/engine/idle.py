@@ -49,22 +49,21 @@ class IdleEngines:
         """
         key = (id(adapter), *options.items())
         with self._lock:
-            for stale in [other for other, idle in self._idle.items() if idle.state != _state(model, idle.adapter)]:
+            for stale in [other for other, idle in self._idle.items() if idle.state != weights_state(model, idle.adapter)]:
                 del self._idle[stale]
             found = self._idle.pop(key, None)
         if found is not None and found.engine.info.cache_tokens >= tokens:
             engine, state = found.engine, found.state
         else:
             found = None  # its memory goes before another takes some
-            device = model.embed.weight.device
             room = min(max(SMALLEST, 1 << (tokens - 1).bit_length()), model.config.max_positions)
             with torch.inference_mode(False), torch.no_grad():  # also for a caller outside of the mode that this one may be in
-                layers = None if adapter is None else [layer.to(device) for layer in adapter.layers]
+                layers = None if adapter is None else adapter.attached(model, dtype=options.get("dtype"))
                 engine = make_engine(model, layers, cache_tokens=room, **options)
-            state = _state(model, adapter)  # an engine may lay the weights out anew
+            state = weights_state(model, adapter)  # an engine may lay the weights out anew
 
         def give_back() -> None:
-            if state is None or state != _state(model, adapter):
+            if state is None or state != weights_state(model, adapter):
                 return
             with self._lock:
                 self._idle[key] = _Idle(engine=engine, adapter=adapter, state=state)
@@ -82,7 +81,7 @@ class IdleEngines:
             self._idle.clear()
 
 
-def _state(model: Transformer, adapter: Adapter | None) -> Hashable:
+def weights_state(model: Transformer, adapter: Adapter | None) -> Hashable:
     """Where the weights lie and how often each was changed in place; None where a tensor does not count its changes."""
     tensors = [*model.parameters(), *_tensors(adapter)]
     if any(tensor.is_inference() for tensor in tensors):
@@ -91,6 +90,9 @@ def _state(model: Transformer, adapter: Adapter | None) -> Hashable:
 
 
 def _tensors(adapter: Adapter | None) -> Iterator[Tensor]:
+    for lora in () if adapter is None or adapter.lora is None else adapter.lora:
+        yield from (factor for factors in lora.factors.values() for factor in factors)
+        yield from lora.norms.values()
     for layer in () if adapter is None else adapter.layers:
         for predictor in (layer.mlp, layer.heads):
             if predictor is not None:

@@ -8,6 +8,7 @@ Letters: B batch  T tokens  V vocabulary  L layers
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -82,7 +83,7 @@ def variants_of(layers: Layers | None, *, selection: str | None = None) -> list[
     """The sparse variants that an adapter offers."""
     found = []
     if layers is not None and any(layer.mlp is not None for layer in layers):
-        found.append(Variant(mode="sparse", layers=tuple(LayerAdapter(mlp=layer.mlp) for layer in layers), selection=selection))
+        found.append(Variant(mode="sparse", layers=tuple(dataclasses.replace(layer, heads=None) for layer in layers), selection=selection))
     if layers is not None and any(layer.heads is not None for layer in layers):
         found.append(Variant(mode="sparse+heads", layers=layers, selection=selection))
     return found

@@ -34,6 +34,7 @@ from dejavu.measure.results import about
 from dejavu.measure.texts import DATA, documents
 from dejavu.model.adapter import Adapter, LayerConfig, PartConfig
 from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.profile import profile
@@ -170,15 +171,16 @@ def run_demo(
         else:
             assert adapter is not None
             predictors = stated_quality(adapter)
+        layers = adapter.attached(model, dtype=dtype)
         with clock.step("generate"):
-            generation, recorded = _generate(model, tokenizer, engine, adapter, sizes, seed, progress)
+            generation, recorded = _generate(model, tokenizer, engine, layers, sizes, seed, progress)
         speeds = [generation[name]["tok_s"] for name in ("dense", "sparse")]
         tell(f"speed: {speeds[0]:.1f} tok/s dense, {speeds[1]:.1f} sparse")
         with clock.step("evaluate"):
             quality = evaluate(
                 model,
                 tokenizer,
-                adapter.layers,
+                layers,
                 texts=evaluation_texts,
                 tasks={},
                 max_tokens=sizes.evaluation_tokens,
@@ -187,8 +189,8 @@ def run_demo(
             )
         tell(f"perplexity: {quality['dense']['ppl']:.3f} dense, {quality['sparse']['ppl']:.3f} sparse")
         with clock.step("curves"):
-            curves = perplexity_curves(model, adapter.layers, unseen[: sizes.curve_tokens], bos=bos, progress=progress)
-            recall = recall_curves(model, adapter.layers, unseen[: sizes.recall_tokens], bos=bos)
+            curves = perplexity_curves(model, layers, unseen[: sizes.curve_tokens], bos=bos, progress=progress)
+            recall = recall_curves(model, layers, unseen[: sizes.recall_tokens], bos=bos)
         prompt_ids = tokenizer.encode(PROMPT)
         facts = about(checkpoint, backend=ran.backend, dtype=ran.dtype, threads=ran.threads, cuda=ran.device.startswith("cuda"))
         facts["environment"]["cache_dtype"] = ran.cache_dtype
@@ -200,7 +202,7 @@ def run_demo(
             "train": predictors,
             "curves": curves,
             "recall": recall,
-            "firing": firing(model, tokenizer, adapter.layers, prompt_ids, recorded),
+            "firing": firing(model, tokenizer, layers, prompt_ids, recorded),
             "seconds": clock.seconds,
         }
         write_json(folder / RESULTS_FILE, results)
@@ -212,13 +214,13 @@ def _generate(
     model: Any,
     tokenizer: Tokenizer,
     make: Callable[..., Engine],
-    adapter: Adapter,
+    layers: tuple[LayerAdapter, ...],
     sizes: DemoSizes,
     seed: int,
     progress: Progress | None,
 ) -> tuple[dict[str, Any], GeneratedText]:
     """The `generation` section of the results, and the sparse text once more with its record of what ran."""
-    engines = {"dense": make(), "sparse": make(adapter.layers)}
+    engines = {"dense": make(), "sparse": make(layers)}
     prompt_ids = tokenizer.encode(PROMPT)
     room = model.config.max_positions - len(prompt_ids)
     require(room >= 2, f"the demo's prompt has {len(prompt_ids)} tokens: a context of {model.config.max_positions} has no room for a text")
@@ -249,7 +251,7 @@ def _generate(
         "mlp_density": sparse.mlp_density,
         "head_density": sparse.head_density,
     }
-    return generation, run(make(adapter.layers, record=True), count)
+    return generation, run(make(layers, record=True), count)
 
 
 def _side(runs: Sequence[GeneratedText]) -> dict[str, Any]:

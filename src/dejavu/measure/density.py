@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import require
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor, head_predictor_input, mlp_predictor_input
+from dejavu.model.predictor import LayerAdapter, MaskedSelection, head_predictor_input, mlp_predictor_input
 from dejavu.model.transformer import LayerInputs, Transformer
 
 MAX_TOKENS = 256  # of the pass
@@ -30,22 +30,23 @@ class _Rethreshold(MaskedSelection):
         super().__init__(tuple(layers))
         self.mlp_density, self.head_density = mlp_density, head_density
 
-    def _replace(self, layer: int, **parts: Predictor) -> None:
-        changed = dataclasses.replace(self.layers[layer], **parts)
+    def _replace(self, layer: int, changed: LayerAdapter) -> None:
         self.layers = (*self.layers[:layer], changed, *self.layers[layer + 1 :])
 
     def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
         predictor = self.layers[layer].heads
         if predictor is not None and self.head_density is not None:
             scores = predictor.scores(head_predictor_input(inputs, predictor.lookahead))
-            self._replace(layer, heads=dataclasses.replace(predictor, threshold=_head_threshold(scores, self.head_density)))
+            moved = dataclasses.replace(predictor, threshold=_head_threshold(scores, self.head_density))
+            self._replace(layer, dataclasses.replace(self.layers[layer], heads=moved))
         return super().heads(layer, inputs, mixed_BTHK)
 
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
         predictor = self.layers[layer].mlp
         if predictor is not None and self.mlp_density is not None:
             scores = predictor.scores(mlp_predictor_input(inputs, predictor.lookahead))
-            self._replace(layer, mlp=dataclasses.replace(predictor, threshold=_below(scores.flatten(), self.mlp_density * scores.numel())))
+            moved = dataclasses.replace(predictor, threshold=_below(scores.flatten(), self.mlp_density * scores.numel()))
+            self._replace(layer, dataclasses.replace(self.layers[layer], mlp=moved))
         return super().neurons(layer, inputs, act_BTF)
 
 

@@ -46,7 +46,7 @@ class _Recorder(MaskedSelection):
         self.contribution: list[Tensor] = []
 
     def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
-        o_HKD = self.model.blocks[layer].o.weight.unflatten(0, mixed_BTHK.shape[-2:])
+        o_HKD = self.block_of(layer, self.model.blocks[layer]).o.weight.unflatten(0, mixed_BTHK.shape[-2:])
         self.contribution.append(torch.einsum("thk,hkd->thd", mixed_BTHK[0].float(), o_HKD.float()).norm(dim=-1))
         return super().heads(layer, inputs, mixed_BTHK)
 

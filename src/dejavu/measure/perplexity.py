@@ -44,6 +44,7 @@ class MaskedSelections:
     def __init__(self, layers: tuple[LayerAdapter, ...]) -> None:
         self.layers = layers
         self.counter = DensityCounter(len(layers))
+        self.changes_weights = any(layer.block is not None for layer in layers)  # then a dense token differs too
 
     def __call__(self, sparse_BT: Tensor | None = None) -> MaskedSelection:
         selection = MaskedSelection(self.layers, sparse_BT)

@@ -216,7 +216,8 @@ def score_requests(
 ) -> tuple[list[Score], list[Score] | None]:
     """Scores of every request, dense and (with `masked`, whose counter grows) sparse, both on the same batches.
 
-    A batch in which no token runs sparse is the dense one, so its scores are taken over. progress counts requests.
+    A batch in which no token runs sparse is the dense one, so its scores are taken over, unless the adapter changes weights. progress
+    counts requests.
     """
     dense: dict[int, Score] = {}
     sparse: dict[int, Score] = {}
@@ -224,7 +225,8 @@ def score_requests(
         scores = _run(model, batch, requests, dense_selection)
         dense |= scores
         if masked is not None:
-            sparse |= _run(model, batch, requests, masked) if bool(batch.sparse_BT.any()) else scores
+            differs = masked.changes_weights or bool(batch.sparse_BT.any())
+            sparse |= _run(model, batch, requests, masked) if differs else scores
         if progress is not None:
             progress(len(dense), len(requests))
     every = range(len(requests))

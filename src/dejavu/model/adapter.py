@@ -2,7 +2,8 @@
 
 On disk: `config.json` (AdapterConfig), `adapter.safetensors` and `README.md`, a card rendered from the config. The tensors
 of layer 7's MLP predictor are `layers.7.mlp.A` int8 [R, D] with `layers.7.mlp.A.scale` fp32 [R], `layers.7.mlp.B` int8 [O, R]
-with `layers.7.mlp.B.scale` fp32 [O], and `layers.7.mlp.bias` fp32 [O]; of its heads `layers.7.heads.*`. Names are exact.
+with `layers.7.mlp.B.scale` fp32 [O], and `layers.7.mlp.bias` fp32 [O]; of its heads `layers.7.heads.*`; of changed weights see
+lora.py. Names are exact.
 In memory the predictors are the dequantised fp32 values, so that what calibration measured is what every engine runs.
 
 Letters: D model  R predictor rank  O outputs (neurons F, or head groups G)
@@ -24,13 +25,15 @@ from torch import Tensor
 from dejavu.config import Config, ModelConfig, require
 from dejavu.files import new_folder, read_json, read_safetensors, write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.model.lora import LayerLora, LoraConfig, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import HEAD_LOOKAHEADS, MLP_LOOKAHEADS, LayerAdapter, Predictor
+from dejavu.model.transformer import Transformer
 from dejavu.version import __version__
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = {"predicted": 1, "adapted": 2}  # by method: a reader that knows only 1 must refuse an adapter that changes weights
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "config.json", "adapter.safetensors", "README.md"
 LOOKAHEADS = {"mlp": MLP_LOOKAHEADS, "heads": HEAD_LOOKAHEADS}
-METHODS = ("predicted",)
+METHODS = tuple(SCHEMA_VERSIONS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +85,11 @@ class AdapterConfig(Config):
 
     base_hashes: every accepted form of the base (see fingerprint.py). budget: allowed relative rise of perplexity.
     calibration_max_tokens: how many tokens of the calibration text were asked for, None where that is not known.
-    quality: measured numbers by name, e.g. ppl_dense, ppl_sparse. Densities are averages over all layers.
+    quality: measured numbers by name, e.g. ppl_dense, ppl_sparse. Densities are averages over all layers. lora: how the weights
+    change, where the method is "adapted".
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
     base_id: str
     base_hashes: tuple[str, ...]
     method: str
@@ -97,14 +101,17 @@ class AdapterConfig(Config):
     head_density: float
     seed: int
     layers: tuple[LayerConfig, ...]
+    lora: LoraConfig | None = None
     dejavu_version: str = __version__
 
     def __post_init__(self) -> None:
-        require(
-            self.schema_version == SCHEMA_VERSION,
-            f"adapter schema_version {self.schema_version} is not supported (this dejavu {__version__} reads {SCHEMA_VERSION})",
-        )
         require(self.method in METHODS, f"adapter method {self.method!r} is not supported; supported: {', '.join(METHODS)}")
+        known = SCHEMA_VERSIONS[self.method]
+        require(
+            self.schema_version == known,
+            f"adapter schema_version {self.schema_version} is not supported (this dejavu {__version__} reads {known} for {self.method})",
+        )
+        require((self.lora is not None) == (self.method == "adapted"), "method adapted has lora settings, and only that")
         tokens = self.calibration_max_tokens
         require(tokens is None or tokens >= 1, f"calibration_max_tokens must be at least 1, not {tokens}")
 
@@ -115,17 +122,30 @@ class AdapterConfig(Config):
             fields["layers"] = tuple(LayerConfig.from_dict(layer) for layer in fields["layers"])
         if isinstance(fields.get("base_hashes"), list):
             fields["base_hashes"] = tuple(fields["base_hashes"])
+        if isinstance(fields.get("lora"), Mapping):
+            fields["lora"] = LoraConfig.from_dict(fields["lora"])
         return super(AdapterConfig, cls).from_dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written: an adapter without changes has no `lora`, so that readers of schema 1 know all of its keys."""
+        values = dataclasses.asdict(self)
+        return values if self.lora is not None else {name: value for name, value in values.items() if name != "lora"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """layers[i] holds the predictors of layer i (fp32, on the CPU after load); config says where they come from."""
+    """layers[i] holds the predictors of layer i (fp32, on the CPU after load); config says where they come from.
+
+    lora[i]: how the weights of layer i change, where they do. What runs a model takes `attached(model)`.
+    """
 
     layers: tuple[LayerAdapter, ...]
     config: AdapterConfig
+    lora: tuple[LayerLora, ...] | None = None
 
     def __post_init__(self) -> None:
+        assert (self.lora is None) == (self.config.lora is None), "config and changes of weights differ"
+        assert self.lora is None or len(self.lora) == len(self.layers), "changes of other layers"
         assert [entry.layer for entry in self.config.layers] == list(range(len(self.layers))), "config and layers differ in their layers"
         for entry, layer in zip(self.config.layers, self.layers, strict=True):
             for config, predictor in ((entry.mlp, layer.mlp), (entry.heads, layer.heads)):
@@ -140,7 +160,19 @@ class Adapter:
         if base_hash in self.config.base_hashes:
             return self
         config = dataclasses.replace(self.config, base_hashes=(*self.config.base_hashes, base_hash))
-        return Adapter(layers=self.layers, config=config)
+        return dataclasses.replace(self, config=config)
+
+    def attached(self, model: Transformer, *, dtype: str | None = None) -> tuple[LayerAdapter, ...]:
+        """The layers to run the model with, on its device, changed weights merged into copies of its own.
+
+        dtype: of the engine, see merged_block; None takes the model's.
+        """
+        layers = tuple(layer.to(model.embed.weight.device) for layer in self.layers)
+        if self.lora is None or self.config.lora is None:
+            return layers
+        scale = self.config.lora.scale
+        blocks = (merged_block(block, lora, scale, dtype=dtype) for block, lora in zip(model.blocks, self.lora, strict=True))
+        return tuple(dataclasses.replace(layer, block=block) for layer, block in zip(layers, blocks, strict=True))
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter folder, whole or not at all. Predictors must be `quantized`: else what was measured is not what is stored."""
@@ -171,8 +203,9 @@ class Adapter:
         config = dataclasses.replace(config, layers=tuple(entries[layer] for layer in range(count)))
         tensors = read_safetensors(folder / TENSOR_FILE)
         layers = tuple(_read_layer(entry, tensors, model, folder / TENSOR_FILE) for entry in config.layers)
+        lora = None if config.lora is None else tuple(read_lora(i, config.lora, tensors, model, folder / TENSOR_FILE) for i in range(count))
         require(not tensors, f"{folder / TENSOR_FILE} has tensors that its {CONFIG_FILE} does not list: {', '.join(sorted(tensors)[:5])}")
-        return Adapter(layers=layers, config=config)
+        return Adapter(layers=layers, config=config, lora=lora)
 
 
 def quantized(predictor: Predictor, mean_D: Tensor | None = None) -> Predictor:
@@ -215,6 +248,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
                 )
                 tensors[f"{name}.{letter}"], tensors[f"{name}.{letter}.scale"] = q, scale
             tensors[f"{name}.bias"] = predictor.bias_O.float().cpu().contiguous()
+    for index, lora in enumerate(adapter.lora or ()):
+        tensors |= lora_tensors(index, lora)
     save_file(tensors, folder / TENSOR_FILE)
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
     (folder / CARD_FILE).write_text(card(adapter.config), encoding="utf-8")
@@ -235,7 +270,7 @@ def _read_layer(entry: LayerConfig, tensors: dict[str, Tensor], model: ModelConf
         part: _read_predictor(f"layers.{entry.layer}.{part}", entry.layer, config, outputs[part], model.hidden_size, tensors, path)
         for part, config in entry.parts()
     }
-    return LayerAdapter(**predictors)
+    return LayerAdapter(mlp=predictors.get("mlp"), heads=predictors.get("heads"))
 
 
 def _read_predictor(
@@ -274,6 +309,10 @@ def card(config: AdapterConfig) -> str:
     measured = "\n".join(f"| {name} | {value:.5g} |" for name, value in config.quality.items())
     rows = "\n".join(_card_row(entry) for entry in config.layers)
     hashes = "\n".join(f"* `{value}`" for value in config.base_hashes)
+    lora = config.lora
+    changed = (
+        "" if lora is None else f"\nWeights change too, while it runs sparse: W + {lora.scale:g} B A of rank {lora.rank}, and the norms."
+    )
     return f"""---
 library_name: dejavu
 base_model: {config.base_id}
@@ -283,7 +322,7 @@ tags:
 # Contextual sparsity for {config.base_id}
 
 Predictors that tell, token by token, which MLP neurons and attention heads of `{config.base_id}` are needed
-(Deja Vu, arXiv 2310.17157). Method `{config.method}`, loss budget {budget}, seed {config.seed}, dejavu {config.dejavu_version}.
+(Deja Vu, arXiv 2310.17157). Method `{config.method}`, loss budget {budget}, seed {config.seed}, dejavu {config.dejavu_version}.{changed}
 
 MLP density {config.mlp_density:.3f}, head density {config.head_density:.3f}, averaged over all layers.
 

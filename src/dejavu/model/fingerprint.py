@@ -14,12 +14,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig
+from dejavu.config import Config, ModelConfig
 from dejavu.model.transformer import Transformer
 
 SAMPLES = 4096
@@ -38,14 +39,15 @@ def tensor_digest(values: Tensor) -> bytes:
 
 def base_hash(config: ModelConfig, digests: Mapping[str, bytes]) -> str:
     """The hash of a model from its architecture and the digest of each parameter by our name."""
-    fields = {
-        field.name: value
-        for field in dataclasses.fields(config)
-        if field.name not in NOT_ARCHITECTURE and (value := getattr(config, field.name)) != field.default
-    }
-    text = json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
+    fields = {name: value for name, value in _set_fields(config).items() if name not in NOT_ARCHITECTURE}
+    text = json.dumps(fields, sort_keys=True, default=_set_fields)
     parameters = b"".join(name.encode() + b"=" + digests[name] for name in sorted(digests))
     return hashlib.sha256(text.encode() + b"\n" + parameters).hexdigest()
+
+
+def _set_fields(config: Config) -> dict[str, Any]:
+    """The fields of a configuration that are not at their default."""
+    return {field.name: value for field in dataclasses.fields(config) if (value := getattr(config, field.name)) != field.default}
 
 
 def model_hash(model: Transformer, *, stored_as: torch.dtype = torch.float32) -> str:

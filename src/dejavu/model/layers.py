@@ -27,10 +27,11 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.rms:
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))  # a trained one is wider than x
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         wide = x.float()
         normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        return normed if self.weight is None else normed * self.weight
+        return normed if self.weight is None else normed * self.weight.to(x.dtype)
 
 
 class InputMajorLinear(nn.Module):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dejavu.model.transformer import LayerInputs, Selection
+from dejavu.model.transformer import Block, LayerInputs, Selection
 
 MLP_LOOKAHEADS = (0, 1, 2)
 HEAD_LOOKAHEADS = (0, 1)
@@ -70,15 +70,19 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerAdapter:
-    """The predictors of one layer; None where the part runs dense."""
+    """The predictors of one layer; None where the part runs dense.
+
+    block: the layer's weights while it runs with this adapter, where the adapter changes them (see lora.py); None: the model's own.
+    """
 
     mlp: Predictor | None = None
     heads: Predictor | None = None
+    block: Block | None = None
 
     def to(self, device: torch.device) -> LayerAdapter:
-        """Both predictors on that device."""
+        """Both predictors on that device; a block is where its model is."""
         mlp, heads = (None if predictor is None else predictor.to(device) for predictor in (self.mlp, self.heads))
-        return LayerAdapter(mlp=mlp, heads=heads)
+        return LayerAdapter(mlp=mlp, heads=heads, block=self.block)
 
 
 @dataclass(slots=True)
@@ -133,6 +137,9 @@ class MaskedSelection(Selection):
             totals_L[layer] += int(kept.sum()) / mask.shape[-1]
         if totals_L is self.counter.mlp_L and layer == 0:
             self.counter.tokens += tokens
+
+    def block_of(self, layer: int, own: Block) -> Block:
+        return self.layers[layer].block or own
 
     def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
         predictor = self.layers[layer].heads

@@ -44,6 +44,10 @@ class LayerInputs:
 class Selection:
     """What a forward pass keeps. The base class keeps everything: the dense model."""
 
+    def block_of(self, layer: int, own: Block) -> Block:
+        """The weights that layer `layer` runs with: the model's own, unless an adapter changes them."""
+        return own
+
     def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
         """Head outputs before the output projection; returns them with the heads left out set to zero."""
         return mixed_BTHK
@@ -230,7 +234,7 @@ class Transformer(nn.Module):
         self, index: int, x_BTD: Tensor, position_T: Tensor, previous_mlp: Tensor | None, selection: Selection
     ) -> tuple[Tensor, Tensor]:
         """One layer over a whole sequence: the residual stream after it and the MLP input within it."""
-        block = self.blocks[index]
+        block = selection.block_of(index, self.blocks[index])
         attention_in = block.attention_input(x_BTD)
         mixed = block.attend(attention_in, position_T, self.frequencies(index))
         mixed = selection.heads(index, LayerInputs(attention_in, None, previous_mlp), mixed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Progress, require
+from dejavu.model.lora import adapted_model
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.collect import LayerData, pack_windows, sweep_layers
@@ -45,6 +46,7 @@ def _points(scored: Scored) -> list[list[float]]:
 def recall_curves(model: Transformer, layers: tuple[LayerAdapter, ...], ids: Sequence[int], *, bos: int | None) -> list[dict[str, Any]]:
     """Per layer, [density, recall, mass] of the MLP and head predictors over thresholds; null where there is no predictor."""
     windows, _ = _halves(model, ids, bos)
+    model = adapted_model(model, layers)
     rows: list[dict[str, Any]] = []
     for data in sweep_layers(model, windows):
         layer, tokens = layers[data.layer], slice(0, SCORED_TOKENS)
@@ -87,6 +89,8 @@ def perplexity_curves(
 ) -> dict[str, Any]:
     """Perplexity against MLP density and against head density, predicted and oracle; layers without a predictor run dense."""
     fit, test = _halves(model, ids, bos)
+    dense_nll = token_nll(model, test, DENSE)  # of the base, whatever weights the adapter brings
+    model = adapted_model(model, layers)
     mlp_scores, heads, head_scores = _fit(model, layers, fit)
     num_heads = model.config.num_heads
     counts = sorted({max(1, round(density * num_heads)) for density in HEAD_DENSITIES})
@@ -100,7 +104,7 @@ def perplexity_curves(
             progress("perplexity against density", done, total)
         return math.exp(float(token_nll(model, test, selection).double().mean()))
 
-    curves["ppl_dense"] = math.exp(float(token_nll(model, test, DENSE).double().mean()))
+    curves["ppl_dense"] = math.exp(float(dense_nll.double().mean()))
     for factor in FACTORS:
         scaled = []
         for layer, scored in zip(layers, mlp_scores, strict=True):

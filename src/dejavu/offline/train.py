@@ -202,7 +202,8 @@ def _load_layer(folder: Path, layer: int, key: str) -> TrainedLayer | None:
 
 
 def _with_threshold(trained: TrainedLayer, kind: str, threshold: float) -> LayerAdapter:
-    return LayerAdapter(**{kind: dataclasses.replace(trained.predictors[kind], threshold=threshold)})
+    predictor = dataclasses.replace(trained.predictors[kind], threshold=threshold)
+    return LayerAdapter(mlp=predictor) if kind == "mlp" else LayerAdapter(heads=predictor)
 
 
 def priced_parts(
@@ -247,7 +248,7 @@ def _layer_adapters(parts: Sequence[Part], choice: Sequence[Candidate | None], l
         if candidate is not None:
             predictor = layers[part.layer].predictors[part.kind]
             chosen[part.layer][part.kind] = dataclasses.replace(predictor, threshold=candidate.threshold)
-    return tuple(LayerAdapter(**kinds) for kinds in chosen)
+    return tuple(LayerAdapter(mlp=kinds.get("mlp"), heads=kinds.get("heads")) for kinds in chosen)
 
 
 def _layer_configs(parts: Sequence[Part], choice: Sequence[Candidate | None], layers: Sequence[TrainedLayer]) -> tuple[LayerConfig, ...]:

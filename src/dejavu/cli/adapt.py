@@ -1,0 +1,185 @@
+"""`dejavu adapt`: distil a model into itself with predictors in the loop, so that it becomes contextually sparse."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dejavu.cli.options import AsJson, Model, Seed, Texts, Threads, open_model
+from dejavu.cli.output import Output, new_table, number, percent, plain, progress_bars, resumable
+
+if TYPE_CHECKING:
+    from dejavu.offline.adapt import StepReport
+
+DEFAULT_MINUTES = 20.0
+MEASURED_FILE = "adapt.json"
+
+
+def adapt(
+    model: Model,
+    text: Texts,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The adapter folder to write.")],
+    density: Annotated[float, typer.Option("--density", metavar="X", help="Mean share of the neurons selected.")] = 0.15,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="X", help="How long to train (20 where --steps is not given either).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="How many steps to train.")] = None,
+    pause: Annotated[
+        float | None, typer.Option("--pause", metavar="X", help="Stop after X minutes of this run; the same command goes on.")
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of the predictors.")] = 64,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", metavar="N", help="Rank of the changes of weights.")] = 32,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate.")] = 6e-4,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows of a step, over all processes.")] = 64,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", metavar="N", help="Windows that a process computes at a time.")] = 16,
+    length: Annotated[int | None, typer.Option("--length", metavar="N", help="Tokens of a window (default: 1024, or the context).")] = None,
+    lookahead_cosine: Annotated[
+        float, typer.Option("--lookahead-cosine", metavar="X", help="Look ahead where attention keeps this cosine of the stream.")
+    ] = 0.9,
+    prompt_share: Annotated[
+        float, typer.Option("--prompt-share", metavar="X", help="Share of windows whose first part runs dense, as a prompt.")
+    ] = 0.25,
+    chat_share: Annotated[
+        float, typer.Option("--chat-share", metavar="X", help="Share of windows that the dense model writes itself.")
+    ] = 0.0,
+    chat_tokens: Annotated[int, typer.Option("--chat-tokens", metavar="N", help="Tokens that it writes.")] = 2_000_000,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto (bf16 on cuda, else fp32), fp32 or bf16.")] = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Distil a model into itself with predictors in the loop; writes an adapter. Resumes; runs under torchrun on several GPUs."""
+    from dejavu.config import require
+    from dejavu.files import absolute, check_replaceable, make_folder, new_folder, write_json
+    from dejavu.measure.texts import corpus_hash, documents, named_texts
+    from dejavu.model.adapter import write_adapter
+    from dejavu.offline.adapt import AdaptConfig
+    from dejavu.offline.adapt_run import LOG_FILE
+    from dejavu.offline.adapt_run import adapt as run_adapt
+    from dejavu.offline.ranks import joined_ranks
+
+    device = _device(device)
+    options: dict[str, Any] = {"density": density, "rank": rank, "lora_rank": lora_rank, "lookahead_cosine": lookahead_cosine}
+    options |= {"steps": steps, "minutes": DEFAULT_MINUTES if steps is None and minutes is None else minutes, "batch": batch, "seed": seed}
+    options |= {"learning_rate": learning_rate, "micro_batch": micro_batch, "prompt_share": prompt_share, "chat_share": chat_share}
+    options["dtype"] = ("bf16" if device == "cuda" else "fp32") if dtype == "auto" else dtype
+    AdaptConfig.from_dict({**options, "length": length or 1024})  # an impossible value is said before a model is loaded
+    require(pause is None or pause > 0, f"--pause takes a positive number of minutes, not {pause}")
+    require(chat_tokens >= 1, f"--chat-tokens must be at least 1, not {chat_tokens}")
+    target = absolute(output)
+    work = target.with_name(f"{target.name}.partial")
+    check_replaceable(target)
+    check_replaceable(work)
+    with joined_ranks(device) as place:
+        out = Output(as_json) if place == 0 else _Silent()
+        texts = list(named_texts(text).values())
+        lm = open_model(model, out, backend="torch", dtype="fp32", threads=threads, seed=seed, needs_adapter=False)
+        config = AdaptConfig.from_dict({**options, "length": length or min(1024, lm.config.max_positions)})
+        if place == 0:
+            make_folder(work)
+        kept = f"the state is kept in {work}; run the same command again to go on"
+        with resumable(kept), _stopping(pause) as stop, progress_bars(place == 0) as progress:
+            found = run_adapt(
+                lm.checkpoint, [part for whole in texts for part in documents(whole)], config, text_hash=corpus_hash(texts), folder=work,
+                device=device, chat_tokens=chat_tokens, stop=stop, progress=progress,
+                report=None if progress is None else lambda made: progress(f"training\t{line(made)}", round(100 * made.fraction), 100),
+            )  # fmt: skip
+            if found is None and stop.interrupted:
+                raise KeyboardInterrupt
+        if place != 0:
+            return
+        if found is None:
+            out.say(f"Paused; {kept}")
+            out.finish({"paused": True, "model": lm.name})
+            return
+        adapter, measured = found
+        with new_folder(target) as folder:
+            write_adapter(adapter, folder)
+            write_json(folder / MEASURED_FILE, plain(measured))
+            if (work / LOG_FILE).exists():
+                shutil.copyfile(work / LOG_FILE, folder / LOG_FILE)
+        shutil.rmtree(work, ignore_errors=True)
+        show(out, measured)
+        out.say(f"Adapter: {target}\nUse it:  dejavu generate {model} --adapter {output} --prompt ...")
+        out.finish(
+            measured | {"paused": False, "adapter": str(target), "model": lm.name, "dtype": options["dtype"], "notes": list(lm.notes)}
+        )
+
+
+class _Silent(Output):
+    """The output of a process that is not the first: none."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=True)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        pass
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from dejavu.config import require
+
+    require(name in ("auto", "cpu", "cuda"), f"device {name!r} is not known; choose auto, cpu or cuda")
+    available = torch.cuda.is_available()
+    require(name != "cuda" or available, "device 'cuda' is not available: PyTorch sees no NVIDIA GPU; choose cpu")
+    return "cuda" if available and name == "auto" else "cpu" if name == "auto" else name
+
+
+class _Stop:
+    """Whether to stop after the step at hand: ^C came, or the time of this run is over."""
+
+    def __init__(self, pause: float | None) -> None:
+        self.interrupted = False
+        self.end = None if pause is None else time.monotonic() + 60 * pause
+
+    def __call__(self) -> bool:
+        return self.interrupted or (self.end is not None and time.monotonic() > self.end)
+
+
+@contextmanager
+def _stopping(pause: float | None) -> Iterator[_Stop]:
+    """Within, the first ^C ends training after the step at hand, so that what is saved is whole; a second one ends at once."""
+    stop = _Stop(pause)
+    usual = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: Any) -> None:
+        if stop.interrupted:
+            raise KeyboardInterrupt
+        stop.interrupted = True
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def line(made: StepReport) -> str:
+    """One step in words."""
+    left = "" if made.seconds_left is None else f" · {made.seconds_left / 60:,.1f} min left"
+    densities = f"density {made.density:.3f} (target {made.target:.3f})"
+    return f"step {made.step:,} · KL {made.kl:.4f} · {densities} · {made.tokens_per_second:,.0f} tokens/s{left}"
+
+
+def show(out: Output, measured: dict[str, Any]) -> None:
+    """The table of layers and the summary."""
+    table = new_table("Adapted layers on held-out text", "layer", "MLP density", "mass", "lookahead", "cosine")
+    for index, layer in enumerate(measured["layers"]):
+        row = (number(layer["density"]), percent(layer["mass"]), str(layer["lookahead"]), number(layer["cosine"]))
+        table.add_row(str(index), *row)
+    out.show(table)
+    rise = f"[bold]{measured['rise']:+.2%}[/bold], KL [bold]{measured['kl']:.4f}[/bold]"
+    out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
+    out.show(f"perplexity with all neurons of the changed weights: {measured['ppl_unmasked']:.3f}")
+    trained = f"{measured['steps']:,} steps · {measured['tokens']:,} tokens · {measured['training_seconds']:,.0f} s"
+    out.show(f"MLP density [bold]{measured['mlp_density']:.3f}[/bold] over all layers · {trained}")

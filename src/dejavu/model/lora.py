@@ -1,0 +1,146 @@
+"""Low-rank changes of a model's weights that come with an adapter, and the layers in which they are merged.
+
+A linear map W [O, I] (outputs x inputs, whatever layout the model keeps it in) becomes
+
+    W' = W + scale * B A        A [R, I], B [O, R], the sum in fp32, then in the dtype of W
+
+and a norm's weight is replaced. On disk, beside the predictors of layer 3: `layers.3.lora.q.A` int8 [R, I] with
+`layers.3.lora.q.A.scale` fp32 [R], `layers.3.lora.q.B` int8 [O, R] with its scale [O], the same for k, v, o, up, gate and
+down, and `layers.3.norm1`, `layers.3.norm2` fp32 [D]. In memory factors are the dequantised fp32 values.
+
+The base stays as it is: a merged layer is a copy, which a LayerAdapter carries, so that a dense run of the same model
+object has the base's weights and a sparse one the merged ones.
+
+Letters: R rank of the change  I inputs  O outputs  D model
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dejavu.config import Config, ModelConfig, require
+from dejavu.kernels.quantize import dequantize_rows, quantize_rows, rounded
+from dejavu.model.families import empty_model
+from dejavu.model.layers import InputMajorLinear
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import Block, Transformer
+
+ROUNDED = ("bf16", "int8", "int4")  # dtypes whose values an fp32 model may hold, see Transformer.round_matrices
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig(Config):
+    """rank R of every change, and the scale of B A (PEFT's lora_alpha / r)."""
+
+    rank: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"lora rank must be at least 1, not {self.rank}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLora:
+    """The changes of one layer. factors: our module name (q, ..., down) -> (A_RI, B_OR); norms: name -> the weight [D] that it gets."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    norms: Mapping[str, Tensor]
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every linear map of a layer, by our module name."""
+    size, heads, groups = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = {"q": (heads, size), "k": (groups, size), "v": (groups, size), "o": (size, heads), "up": (config.intermediate_size, size)}
+    if config.gated:
+        shapes["gate"] = (config.intermediate_size, size)
+    return shapes | {"down": (size, config.intermediate_size)}
+
+
+def changed_norms(config: ModelConfig) -> tuple[str, ...]:
+    """The norms of a layer whose weights change: those of the inputs of its two blocks."""
+    return () if not config.norm_affine else ("norm1",) if config.shared_norm else ("norm1", "norm2")
+
+
+def merged_weight(module: nn.Module, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """W + scale * B A in fp32, in the layout of the module's weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    change_OI = scale * (B_OR.float() @ A_RI.float())
+    return weight.float() + (change_OI.T if isinstance(module, InputMajorLinear) else change_OI)
+
+
+@torch.no_grad()
+def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | None = None) -> Block:
+    """A copy of the layer with its changes. dtype: of the engine, to which its matrices are rounded as those of the base were."""
+    merged = copy.deepcopy(block)
+    for name, factors in lora.factors.items():
+        module = getattr(merged, name)
+        A_RI, B_OR = (factor.to(module.weight.device) for factor in factors)
+        values = merged_weight(module, A_RI, B_OR, scale)
+        module.weight.copy_(rounded(values, dtype) if dtype in ROUNDED else values)
+    for name, weight_D in lora.norms.items():
+        getattr(merged, name).weight.copy_(weight_D)
+    return merged
+
+
+def adapted_model(model: Transformer, layers: Sequence[LayerAdapter]) -> Transformer:
+    """The model that runs sparse with these layers: itself, or one with the layers that they carry, which shares the rest."""
+    if all(layer.block is None for layer in layers):
+        return model
+    adapted = empty_model(model.config)
+    for name, child in model.named_children():
+        setattr(adapted, name, child)
+    adapted.layers = nn.ModuleList(layer.block or own for layer, own in zip(layers, model.blocks, strict=True))
+    adapted.fill_frequencies(model.embed.weight.device)
+    return adapted.eval()
+
+
+def quantized_lora(lora: LayerLora) -> LayerLora:
+    """The changes rounded to what an adapter stores: factors int8 per row, norms fp32."""
+    factors = {name: (_rounded(A), _rounded(B)) for name, (A, B) in lora.factors.items()}
+    return LayerLora(factors=factors, norms={name: weight.detach().float().cpu() for name, weight in lora.norms.items()})
+
+
+def _rounded(matrix: Tensor) -> Tensor:
+    return dequantize_rows(*quantize_rows(matrix.detach().cpu()))
+
+
+def lora_tensors(index: int, lora: LayerLora) -> dict[str, Tensor]:
+    """What an adapter's file holds of the changes of a layer, which must be `quantized_lora`."""
+    tensors: dict[str, Tensor] = {}
+    for name, factors in lora.factors.items():
+        for letter, matrix in zip("AB", factors, strict=True):
+            key = f"layers.{index}.lora.{name}.{letter}"
+            q, scale = quantize_rows(matrix)
+            assert torch.equal(dequantize_rows(q, scale), matrix), f"{key} is not quantized: calibrate quantized_lora"
+            tensors[key], tensors[f"{key}.scale"] = q, scale
+    return tensors | {f"layers.{index}.{name}": weight.contiguous() for name, weight in lora.norms.items()}
+
+
+def read_lora(index: int, config: LoraConfig, tensors: dict[str, Tensor], model: ModelConfig, path: Path) -> LayerLora:
+    """Take the changes of a layer out of `tensors`, checked for presence, type, shape and finite values."""
+
+    def take(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        require(key in tensors, f"change of layer {index} not found: {key} in {path}")
+        tensor = tensors.pop(key)
+        found = (tuple(tensor.shape), tensor.dtype)
+        require(found == (shape, dtype), f"{key} in {path} is {found[1]} {list(found[0])}; this model needs {dtype} {list(shape)}")
+        require(bool(torch.isfinite(tensor).all()), f"{key} in {path} has NaN or infinite values; make the adapter again")
+        return tensor
+
+    factors = {}
+    for name, (outputs, inputs) in linear_shapes(model).items():
+        key = f"layers.{index}.lora.{name}"
+        A, B = (
+            dequantize_rows(take(f"{key}.{letter}", shape, torch.int8), take(f"{key}.{letter}.scale", shape[:1], torch.float32))
+            for letter, shape in (("A", (config.rank, inputs)), ("B", (outputs, config.rank)))
+        )
+        factors[name] = (A, B)
+    norms = {name: take(f"layers.{index}.{name}", (model.hidden_size,), torch.float32) for name in changed_norms(model)}
+    return LayerLora(factors=factors, norms=norms)

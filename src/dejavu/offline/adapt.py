@@ -1,0 +1,294 @@
+"""Distil a model into itself with predictors in the loop, so that a model without zeros of its own becomes contextually sparse.
+
+In: a checkpoint, its text as windows of ids, an AdaptConfig. Out: a trained Student (adapted.py makes an adapter of it). A step minimises
+
+    KL(teacher || student) per token  +  mean over layers of  price_l * (soft density of l) / target
+
+where the prices steer the densities (steering.py) to a target that falls from a half to config.density over the first half of the
+training. Everything that a step draws depends on the seed and its number alone, so that what is saved is weights, the
+optimiser's moments, the prices and two numbers.
+
+Letters: B windows  T tokens  L layers  P trained parameters
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dejavu.config import Config, require
+from dejavu.files import read_json, write_json
+from dejavu.model.transformer import Transformer
+from dejavu.offline.corpus import Mixture
+from dejavu.offline.divergence import divergence_and_gradient, mean_divergence
+from dejavu.offline.ranks import average_, world
+from dejavu.offline.steering import Steering
+from dejavu.offline.student import COMPILED, Student
+
+LORA_SCALE = 2.0
+FIRST_DENSITY = 0.5
+RAMP = 0.5  # share of the training over which the target falls
+LEAST_RATE = 0.02  # of the peak learning rate, at the end
+UNTIMED = 3  # steps of a process that compile and warm up: a limit in minutes does not count them
+STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptConfig(Config):
+    """How a model is adapted. Trained until `steps` or `minutes`, whichever is given and comes first.
+
+    density: mean share of neurons selected. rank: of predictors; lora_rank: of the changes of weights. batch: windows of a step over all
+    processes, of which one takes micro_batch at a time; length: tokens of a window. lookahead_cosine: a predictor reads the
+    attention's input where attention keeps at least this cosine of the residual stream. prompt_share: of the windows, those whose first
+    part runs dense, as a prompt does. chat_share: of the windows, those that the model wrote itself. floor, ceiling: bounds of a
+    layer's density, in multiples of the target.
+    """
+
+    density: float = 0.15
+    rank: int = 64
+    lora_rank: int = 32
+    lookahead_cosine: float = 0.9
+    steps: int | None = None
+    minutes: float | None = None
+    learning_rate: float = 6e-4
+    warmup: int = 40
+    batch: int = 64
+    micro_batch: int = 16
+    length: int = 1024
+    prompt_share: float = 0.25
+    chat_share: float = 0.0
+    floor: float = 1 / 3
+    ceiling: float = 4.0
+    dtype: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 < self.density < 1, f"density must lie in (0, 1), e.g. 0.15, not {self.density}")
+        for name in ("rank", "lora_rank", "batch", "micro_batch", "warmup"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.batch % self.micro_batch == 0, f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        require(self.length >= 2, f"length must be at least 2, not {self.length}")
+        require(self.steps is not None or self.minutes is not None, "give steps or minutes, how long to train")
+        require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
+        require(self.minutes is None or self.minutes > 0, f"minutes must be positive, not {self.minutes}")
+        require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}")
+        for name in ("prompt_share", "chat_share"):
+            require(0 <= getattr(self, name) <= 0.9, f"{name} must lie in [0, 0.9], not {getattr(self, name)}")
+        require(0 <= self.floor < 1, f"floor must lie in [0, 1), not {self.floor}")
+        require(self.ceiling > 1, f"ceiling must exceed 1, not {self.ceiling}")
+        require(self.dtype in TORCH_DTYPES, f"dtype {self.dtype!r} is not supported; choose one of {', '.join(TORCH_DTYPES)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What a step did. fraction: of the whole training that is done; seconds_left: None until that can be told; rate: learning rate."""
+
+    step: int
+    fraction: float
+    kl: float
+    density_L: list[float]
+    target: float
+    price: float
+    gradient_norm: float
+    rate: float
+    tokens_per_second: float
+    seconds_left: float | None
+
+    @property
+    def density(self) -> float:
+        return math.fsum(self.density_L) / len(self.density_L)
+
+
+def check_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Note what a run folder is for. Raises ValueError naming what differs where it is another run's."""
+    path = folder / RUN_FILE
+    if not path.exists():
+        write_json(path, settings)
+        return
+    held = read_json(path)
+    names = [name for name in sorted({*held, *settings}) if held.get(name) != settings.get(name)]
+    differs = "; ".join(f"{name} is {held.get(name)!r} there and {settings.get(name)!r} here" for name in names)
+    require(not names, f"{folder} is of another run: {differs}; give the same options, or another output folder")
+
+
+class Trainer:
+    """One run: the student, its optimiser, its steering and how far it is."""
+
+    def __init__(
+        self, model: Transformer, config: AdaptConfig, windows: Mixture, *, lookahead_L: tuple[int, ...], device: str = "cpu"
+    ) -> None:
+        require(model.project_out is None, "adapting a model whose embeddings are narrower than its layers is not supported")
+        require(model.config.logit_cap == 0, "adapting a model with capped logits is not supported")
+        self.config, self.windows, self.device = config, windows, device
+        self.rank, self.world = world()
+        require(
+            config.batch % (config.micro_batch * self.world) == 0,
+            f"batch {config.batch} cannot be shared by {self.world} processes with a micro_batch of {config.micro_batch}",
+        )
+        self.student = Student(
+            model, rank=config.rank, lora_rank=config.lora_rank, scale=LORA_SCALE, lookahead_L=lookahead_L,
+            dtype=TORCH_DTYPES[config.dtype], device=device, seed=config.seed,
+        )  # fmt: skip
+        self.parameters = self.student.trainable()
+        self.gradient_P = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=device)
+        first = 0
+        for parameter in self.parameters.values():  # one buffer: one reduction over processes, one norm
+            parameter.grad = self.gradient_P[first : first + parameter.numel()].view_as(parameter)
+            first += parameter.numel()
+        fused = device != "cpu"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
+        )
+        self.steering = Steering(model.config.num_layers, floor=config.floor, ceiling=config.ceiling)
+        self.pair = torch.compile(divergence_and_gradient, **COMPILED) if fused else divergence_and_gradient
+        self.step, self.elapsed = 0, 0.0
+        self.own_steps = 0  # of this process: the first ones compile
+        self.last_seconds = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """How much of the training is done, 0 to 1."""
+        config = self.config
+        by_steps = 0.0 if config.steps is None else self.step / config.steps
+        by_time = 0.0 if config.minutes is None else self.elapsed / (60 * config.minutes)
+        return min(1.0, max(by_steps, by_time))
+
+    def target(self) -> float:
+        """The mean density asked for at this point."""
+        return max(self.config.density, FIRST_DENSITY - (FIRST_DENSITY - self.config.density) * min(1.0, self.fraction / RAMP))
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then half a cosine."""
+        cosine = LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * self.fraction))
+        return self.config.learning_rate * min(1.0, (self.step + 1) / self.config.warmup) * cosine
+
+    def samples(self, micro: int) -> range:
+        """The numbers of the windows that this process reads in a part of the step."""
+        size = self.config.micro_batch
+        first = self.step * self.config.batch + (micro * self.world + self.rank) * size
+        return range(first, first + size)
+
+    def prompts(self, samples: range, length: int) -> Tensor:
+        """[B, T] bool: the positions that run dense, a first part of random length of some windows."""
+        ends = []
+        for sample in samples:
+            chance, share = np.random.default_rng((self.config.seed, 1, sample)).random(2)
+            ends.append(int(share * length) if chance < self.config.prompt_share else 0)
+        return torch.arange(length)[None, :] < torch.tensor(ends)[:, None]
+
+    def train_step(self) -> StepReport:
+        """One step of the optimiser; raises RuntimeError where the loss is no number any more."""
+        started, target, rate = time.perf_counter(), self.target(), self.learning_rate()
+        config, device = self.config, self.device
+        parts = config.batch // (config.micro_batch * self.world)
+        price_L = (self.steering.prices() / target / self.steering.push_L.numel()).float().to(device)
+        self.gradient_P.zero_()
+        seen = torch.zeros(len(price_L) + 2, device=device)
+        samples = [self.samples(micro) for micro in range(parts)]
+        ids = torch.stack([self.windows.batch(each) for each in samples]).to(device)  # at once: a copy waits for all that runs
+        dense = torch.stack([self.prompts(each, ids.shape[-1]) for each in samples]).to(device)
+        for ids_BT, dense_BT in zip(ids, dense, strict=True):
+            hidden_ND, soft_L, hard_L = self.student(ids_BT, dense_BT)
+            kl = mean_divergence(hidden_ND, self.student.taught(ids_BT), self.student.head(), self.pair)
+            ((kl + (price_L * soft_L).sum()) / parts).backward()
+            seen[:-2] += hard_L / parts
+            seen[-2] += kl.detach() / parts
+        seen[-1] = self.last_seconds
+        average_(self.gradient_P)
+        *density_L, divergence, last_seconds = average_(seen).tolist()
+        norm = self.gradient_P.norm()
+        self.gradient_P.mul_((1 / (norm + 1e-6)).clamp_max(1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        gradient_norm = float(norm)
+        if not math.isfinite(divergence + gradient_norm):
+            raise RuntimeError(f"training diverged at step {self.step}: KL {divergence}, gradient norm {gradient_norm}")
+        self.steering.update(torch.tensor(density_L), target)
+        self.step += 1
+        self.own_steps += 1
+        self.elapsed += last_seconds  # of the step before: all processes then agree on the time
+        seconds = time.perf_counter() - started
+        self.last_seconds = seconds if self.own_steps > UNTIMED else 0.0
+        return StepReport(
+            step=self.step, fraction=self.fraction, kl=divergence, density_L=density_L, target=target, price=self.steering.price,
+            gradient_norm=gradient_norm, rate=rate, tokens_per_second=config.batch * config.length / seconds,
+            seconds_left=self._seconds_left(seconds),
+        )  # fmt: skip
+
+    def _seconds_left(self, seconds: float) -> float | None:
+        if self.own_steps <= UNTIMED:
+            return None
+        config = self.config
+        by_steps = math.inf if config.steps is None else (config.steps - self.step) * seconds
+        by_time = math.inf if config.minutes is None else 60 * config.minutes - self.elapsed
+        return max(0.0, min(by_steps, by_time))
+
+    def run(
+        self,
+        folder: Path,
+        *,
+        report: Callable[[StepReport], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+        save_minutes: float = 2.0,
+    ) -> bool:
+        """Train until the end, saving now and then; True when finished, False where `stop` asked for an end before: then all is saved."""
+        saved = time.perf_counter()
+        while self.fraction < 1.0:
+            wanted = torch.tensor([float(stop is not None and stop())], device=self.device)
+            if float(average_(wanted)) > 0:  # one process that stops stops all
+                self.save(folder)
+                return False
+            made = self.train_step()
+            if report is not None:
+                report(made)
+            if time.perf_counter() - saved > 60 * save_minutes:
+                self.save(folder)
+                saved = time.perf_counter()
+        self.save(folder)
+        return True
+
+    def save(self, folder: Path) -> None:
+        """Everything needed to go on, whole or not at all; of several processes the first writes."""
+        if self.rank != 0:
+            return
+        tensors: dict[str, Tensor] = {"steering": self.steering.state()}
+        for name, parameter in self.parameters.items():
+            tensors[f"parameter.{name}"] = parameter
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        fresh = folder / f"{STATE_FILE}.new"
+        state = {"step": str(self.step), "elapsed": repr(self.elapsed + self.last_seconds)}
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, fresh, metadata=state)
+        fresh.rename(folder / STATE_FILE)
+
+    def resume(self, folder: Path) -> bool:
+        """Take up what an earlier run saved in the folder; False where there is nothing."""
+        path = folder / STATE_FILE
+        if not path.exists():
+            return False
+        with safe_open(path, "pt") as file:
+            state = file.metadata()
+        self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
+        tensors = load_file(path)
+        self.steering.restore(tensors["steering"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for index, (name, parameter) in enumerate(self.parameters.items()):
+                parameter.copy_(tensors[f"parameter.{name}"])
+                prefix = f"optimizer.{name}."
+                held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                if held:
+                    moments[index] = held
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        return True

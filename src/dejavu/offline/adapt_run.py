@@ -1,0 +1,121 @@
+"""The whole of `dejavu adapt` in a run folder: tokens, text of the model's own, training that resumes, the finished adapter.
+
+In: a checkpoint (fp32 on the CPU), documents, an AdaptConfig, a folder. Out: an Adapter and what was measured, or None where the run was
+asked to stop. The folder keeps `run.json` (what it is for), `tokens.npy`, `chat.npy`, `lookahead.json`, `state.safetensors` and
+`log.jsonl`; the same call goes on from there, another one is refused. Of several processes the first writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dejavu.config import Progress, require
+from dejavu.files import make_folder, read_json, write_json
+from dejavu.model.adapter import Adapter
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.transformer import Transformer
+from dejavu.offline import chat
+from dejavu.offline.adapt import TORCH_DTYPES, AdaptConfig, StepReport, Trainer, check_run
+from dejavu.offline.adapted import make_adapter
+from dejavu.offline.corpus import Mixture, Windows, kept_ids, tokenized
+from dejavu.offline.ranks import wait, world
+from dejavu.offline.student import choose_lookaheads, residual_cosines
+
+CHAT_TOKENS = 2_000_000
+LOG_EVERY = 10  # steps
+LOG_FILE = "log.jsonl"
+
+
+def adapt(
+    checkpoint: Checkpoint,
+    documents: Sequence[str],
+    config: AdaptConfig,
+    *,
+    text_hash: str,
+    folder: Path,
+    device: str = "cpu",
+    chat_tokens: int = CHAT_TOKENS,
+    report: Callable[[StepReport], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Adapter, dict[str, Any]] | None:
+    """Adapt a model in the folder, going on where an earlier call stopped. None: `stop` ended it, or this process is not the first.
+
+    device: cpu or cuda. chat_tokens: how much the model writes itself where config.chat_share is positive. Raises ValueError for
+    a folder of another run, too little text, sizes that do not fit together.
+    """
+    model, started = checkpoint.model, time.perf_counter()
+    require(
+        config.length <= model.config.max_positions, f"length {config.length} exceeds the model's context of {model.config.max_positions}"
+    )
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    first = world()[0] == 0
+    if first:
+        make_folder(folder)
+        settings = {**config.to_dict(), "base_hash": checkpoint.base_hash, "text_hash": text_hash}
+        check_run(folder, settings | ({"chat_tokens": chat_tokens} if config.chat_share else {}))
+        _prepare(checkpoint, documents, config, folder, device, chat_tokens, progress)
+    wait()
+    text = Windows(np.load(folder / "tokens.npy", mmap_mode="r"), config.length, config.seed)
+    own = Windows(np.load(folder / "chat.npy", mmap_mode="r"), config.length, config.seed, held_out=False) if config.chat_share else None
+    cosine_L = read_json(folder / "lookahead.json")["cosine"]
+    lookahead_L = choose_lookaheads(cosine_L, config.lookahead_cosine)
+    trainer = Trainer(model, config, Mixture(text, own, config.chat_share), lookahead_L=lookahead_L, device=device)
+    trainer.resume(folder)
+
+    def log(made: StepReport) -> None:
+        if first and (made.step % LOG_EVERY == 0 or made.step == 1 or made.fraction >= 1):
+            row = {name: getattr(made, name) for name in ("step", "fraction", "kl", "density", "target", "price", "gradient_norm", "rate")}
+            row |= {"tokens_per_second": round(made.tokens_per_second), "density_L": [round(d, 4) for d in made.density_L]}
+            with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if report is not None:
+            report(made)
+
+    if not trainer.run(folder, report=log, stop=stop) or not first:
+        return None
+    adapter, result = make_adapter(
+        checkpoint, trainer.student, config, text.held_out, text_hash=text_hash, cosine_L=cosine_L, device=device, progress=progress
+    )
+    result |= {"steps": trainer.step, "tokens": trainer.step * config.batch * config.length, "training_seconds": trainer.elapsed}
+    return adapter, result | {"seconds": time.perf_counter() - started}
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    documents: Sequence[str],
+    config: AdaptConfig,
+    folder: Path,
+    device: str,
+    chat_tokens: int,
+    progress: Progress | None,
+) -> None:
+    """What is made once: the ids of the text, text of the model's own, the cosines that decide on lookahead."""
+    ids = kept_ids(folder / "tokens.npy", lambda: tokenized(checkpoint.tokenizer, documents))
+    windows = Windows(ids, config.length, config.seed)
+    if config.chat_share and not (folder / "chat.npy").exists():
+        writer = copy.deepcopy(checkpoint.model).to(device=device, dtype=TORCH_DTYPES[config.dtype])
+        writer.fill_frequencies(device)
+        kept_ids(
+            folder / "chat.npy",
+            lambda: chat.written(writer, checkpoint.tokenizer, documents, tokens=chat_tokens, seed=config.seed, progress=progress),
+        )
+    if not (folder / "lookahead.json").exists():
+        write_json(folder / "lookahead.json", {"cosine": _cosines(checkpoint.model, windows, device)})
+
+
+def _cosines(model: Transformer, windows: Windows, device: str) -> list[float]:
+    model.to(device)
+    try:
+        return residual_cosines(model, windows.held_out)
+    finally:
+        model.to("cpu")

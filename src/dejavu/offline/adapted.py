@@ -1,0 +1,152 @@
+"""From a trained student to an adapter: rounded to what is stored, then measured on text that training did not see.
+
+In: a checkpoint, a Student, held-out windows [W, T]. Out: an Adapter and its measurements; the sparse numbers are those of the
+rounded predictors and changes, in fp32, with every token masked. `ppl_unmasked` is the perplexity of the changed weights with
+all neurons, which is what a prompt runs with.
+
+Letters: B windows of a batch  T tokens  F neurons  L layers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dejavu.config import Progress
+from dejavu.model.adapter import SCHEMA_VERSIONS, Adapter, AdapterConfig, LayerConfig, part_config, quantized
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.lora import LoraConfig, adapted_model, quantized_lora
+from dejavu.model.predictor import LayerAdapter, MaskedSelection, mlp_predictor_input
+from dejavu.model.transformer import DENSE, LayerInputs, Transformer
+from dejavu.offline.adapt import LORA_SCALE, AdaptConfig
+from dejavu.offline.collect import down_norms
+from dejavu.offline.fidelity import compare_runs
+from dejavu.offline.student import Student
+
+
+class _Measured(MaskedSelection):
+    """Masks, and adds up per layer which share of the neurons that are not zero, and of the contribution, it keeps."""
+
+    def __init__(self, model: Transformer, layers: tuple[LayerAdapter, ...]) -> None:
+        super().__init__(layers)
+        self.norms_LF = [down_norms(block) for block in adapted_model(model, layers).blocks]
+        self.active_L, self.recalled_L, self.mass_L, self.kept_L = ([0.0] * len(layers) for _ in range(4))
+
+    def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
+        predictor = self.layers[layer].mlp
+        assert predictor is not None
+        mask_BTF = predictor.neuron_mask(mlp_predictor_input(inputs, predictor.lookahead))
+        contribution_BTF = act_BTF.abs() * self.norms_LF[layer]
+        active_BTF = act_BTF != 0
+        self.active_L[layer] += float(active_BTF.sum())
+        self.recalled_L[layer] += float((active_BTF & mask_BTF).sum())
+        self.mass_L[layer] += float(contribution_BTF.sum())
+        self.kept_L[layer] += float((contribution_BTF * mask_BTF).sum())
+        return super().neurons(layer, inputs, act_BTF)
+
+
+def rounded_layers(student: Student) -> tuple[LayerAdapter, ...]:
+    """The predictors of the student as an adapter stores them."""
+    return tuple(LayerAdapter(mlp=quantized(trained.predictor())) for trained in student.trained)
+
+
+@torch.inference_mode()
+def measured(
+    model: Transformer, layers: tuple[LayerAdapter, ...], ids_WT: Tensor, *, batch: int = 1, progress: Progress | None = None
+) -> tuple[dict[str, float], _Measured]:
+    """kl, ppl_dense, ppl_sparse, rise, rise_stderr, ppl_unmasked on the windows, and what was selected."""
+    selection, unmasked = _Measured(model, layers), adapted_model(model, layers)
+    rows: dict[str, list[Tensor]] = {"dense": [], "sparse": [], "unmasked": []}
+    divergence = 0.0
+    for first in range(0, len(ids_WT), batch):
+        ids = ids_WT[first : first + batch].to(model.embed.weight.device)
+        target = ids[:, 1:].flatten()
+
+        def log_probs(hidden: Tensor) -> Tensor:
+            return model.logits(hidden).flatten(0, 1).log_softmax(-1)
+
+        dense = log_probs(model.hidden(ids, DENSE))
+        sparse = log_probs(model.hidden(ids, selection))
+        divergence += float((dense.exp() * (dense - sparse)).sum())
+        for name, values in (("dense", dense), ("sparse", sparse), ("unmasked", log_probs(unmasked.hidden(ids, DENSE)))):
+            scored = values.view(*ids.shape, -1)[:, :-1].flatten(0, 1)
+            rows[name].append(F.nll_loss(scored, target, reduction="none").view(len(ids), -1).cpu())
+        if progress is not None:
+            progress("measuring on held-out text", min(first + batch, len(ids_WT)), len(ids_WT))
+    nll = {name: torch.cat(values) for name, values in rows.items()}
+    compared = compare_runs(nll["dense"], nll["sparse"])
+    return {
+        "kl": max(0.0, divergence / ids_WT.numel()),
+        "ppl_dense": compared.ppl_dense,
+        "ppl_sparse": compared.ppl_sparse,
+        "rise": compared.rise,
+        "rise_stderr": compared.stderr,
+        "ppl_unmasked": math.exp(float(nll["unmasked"].double().mean())),
+    }, selection
+
+
+def make_adapter(
+    checkpoint: Checkpoint,
+    student: Student,
+    config: AdaptConfig,
+    held_out_WT: Tensor,
+    *,
+    text_hash: str,
+    cosine_L: list[float],
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter of a student with what `dejavu adapt` prints. The checkpoint's model is fp32; it is on `device` meanwhile."""
+    model, layers = checkpoint.model, rounded_layers(student)
+    lora = tuple(quantized_lora(change) for change in student.lora())
+    entries = tuple(LayerConfig(layer=i, mlp=_part(layer)) for i, layer in enumerate(layers))
+    described = AdapterConfig(
+        schema_version=SCHEMA_VERSIONS["adapted"],
+        base_id=checkpoint.name,
+        base_hashes=(checkpoint.base_hash,),
+        method="adapted",
+        budget=None,
+        calibration_text_hash=text_hash,
+        quality={},
+        mlp_density=1.0,
+        head_density=1.0,
+        seed=config.seed,
+        layers=entries,
+        lora=LoraConfig(rank=config.lora_rank, scale=LORA_SCALE),
+    )
+    adapter = Adapter(layers=layers, config=described, lora=lora)
+    model.to(device)
+    try:
+        quality, selection = measured(model, adapter.attached(model), held_out_WT, progress=progress)
+    finally:
+        model.to("cpu")
+    density_L = selection.counter.mlp_per_layer()
+    mlp_density = selection.counter.mlp_density()
+    assert mlp_density is not None
+    rows = []
+    for index, layer in enumerate(layers):
+        assert layer.mlp is not None
+        row = {"density": density_L[index], "lookahead": layer.mlp.lookahead, "cosine": cosine_L[index]}
+        row["recall"] = selection.recalled_L[index] / max(selection.active_L[index], 1.0)
+        row["mass"] = selection.kept_L[index] / max(selection.mass_L[index], 1e-30)
+        rows.append(row)
+    entries = tuple(
+        LayerConfig(layer=i, mlp=_part(layer, **_measures(row))) for i, (layer, row) in enumerate(zip(layers, rows, strict=True))
+    )
+    described = dataclasses.replace(described, quality=quality, mlp_density=mlp_density, layers=entries)
+    result = {"layers": rows, **quality, "mlp_density": mlp_density, "head_density": 1.0, "held_out_tokens": held_out_WT.numel()}
+    return dataclasses.replace(adapter, config=described), result
+
+
+def _measures(row: dict[str, Any]) -> dict[str, float]:
+    return {name: row[name] for name in ("density", "recall", "mass")}
+
+
+def _part(layer: LayerAdapter, *, density: float = 1.0, recall: float = 1.0, mass: float = 1.0) -> Any:
+    assert layer.mlp is not None
+    return part_config(layer.mlp, density=density, recall=recall, mass=mass)

@@ -1,0 +1,220 @@
+"""The student: the teacher's frozen weights with low-rank changes, trained norms, and a hard mask over the neurons of every layer.
+
+In: an fp32 model. Out: hidden states of teacher and student for windows of ids, and the densities of the student's masks. Forward, the
+mask of a predictor multiplies the activations, exactly as decoding would skip; backward, its gradient is that of a sigmoid:
+
+    s = B (A x) + b        mask = [s > 0] + sigmoid(s) - stop(sigmoid(s))
+
+Positions marked dense keep every neuron, as a prompt does: so the changed weights stay good for both. The predictor starts
+as the rank-R approximation of the gate (of up, where there is no gate): it selects where the gate is positive.
+
+Letters: B windows  T tokens  D model  R rank  F neurons  L layers  I inputs  O outputs  N tokens of all windows
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dejavu.model.layers import InputMajorLinear
+from dejavu.model.lora import LayerLora, changed_norms, linear_shapes
+from dejavu.model.predictor import Predictor
+from dejavu.model.transformer import DENSE, Block, Transformer
+
+COSINE_WINDOWS = 4
+COMPILED: dict[str, Any] = {"dynamic": False}
+
+
+class LowRankLinear(nn.Module):
+    """y = x W'^T + bias with W' = W + scale * B A. W and bias are frozen and kept in the base's layout and dtype; A and B are fp32."""
+
+    def __init__(
+        self, base: nn.Linear | InputMajorLinear, outputs: int, inputs: int, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.input_major = isinstance(base, InputMajorLinear)
+        self.scale = scale
+        self.register_buffer("weight", base.weight.detach())
+        self.register_buffer("bias", None if base.bias is None else base.bias.detach())
+        self.A_RI = nn.Parameter(torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs))
+        self.B_OR = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.weight, Tensor)
+        bias = self.bias.to(x.dtype) if isinstance(self.bias, Tensor) else None
+        if self.input_major:
+            y = x @ (self.weight + self.scale * (self.A_RI.T @ self.B_OR.T)).to(x.dtype)
+            return y if bias is None else y + bias
+        return F.linear(x, (self.weight + self.scale * (self.B_OR @ self.A_RI)).to(x.dtype), bias)
+
+
+class TrainedPredictor(nn.Module):
+    """Scores [.., F] of x [.., D], computed in the dtype of x."""
+
+    def __init__(self, block: Block, rank: int, lookahead: int) -> None:
+        super().__init__()
+        matrix = block.up if block.gate is None else block.gate
+        left, singular, right = torch.linalg.svd(matrix.weight.detach().float(), full_matrices=False)
+        rank = min(rank, len(singular))
+        root_R = singular[:rank].sqrt()
+        self.lookahead = lookahead
+        self.A_RD = nn.Parameter((root_R[:, None] * right[:rank]).contiguous())
+        self.B_FR = nn.Parameter((left[:, :rank] * root_R).contiguous())
+        self.bias_F = nn.Parameter(torch.zeros(len(matrix.weight)) if matrix.bias is None else matrix.bias.detach().float().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        return F.linear(F.linear(x, self.A_RD.to(dtype)), self.B_FR.to(dtype), self.bias_F.to(dtype))
+
+    def predictor(self) -> Predictor:
+        """As an adapter has it, fp32 on the CPU."""
+        A_RD, B_FR, bias_F = (parameter.detach().float().cpu() for parameter in (self.A_RD, self.B_FR, self.bias_F))
+        return Predictor(A_RD=A_RD, B_OR=B_FR, bias_O=bias_F, threshold=0.0, lookahead=self.lookahead)
+
+
+def plain_layer(block: Block, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> Tensor:
+    """A layer of the teacher."""
+    mixed_BTHK = block.attend(block.attention_input(x_BTD), position_T, inv_freq)
+    x_BTD, mlp_in = block.after_attention(x_BTD, block.o(mixed_BTHK.flatten(-2)))
+    return block.after_mlp(x_BTD, block.down(block.activations(mlp_in)))
+
+
+def masked_layer(
+    block: Block, predictor: TrainedPredictor, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | None, dense_BT: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer of the student: the residual stream, and the soft and the hard density of its masked positions, fp32."""
+    attention_in = block.attention_input(x_BTD)
+    mixed_BTHK = block.attend(attention_in, position_T, inv_freq)
+    x_BTD, mlp_in = block.after_attention(x_BTD, block.o(mixed_BTHK.flatten(-2)))
+    act_BTF = block.activations(mlp_in)
+    score_BTF = predictor(attention_in if predictor.lookahead else mlp_in).float()
+    soft_BTF, hard_BTF = score_BTF.sigmoid(), (score_BTF > 0).float()
+    dense_BT1 = dense_BT[..., None]
+    mask_BTF = torch.where(dense_BT1, 1.0, hard_BTF + soft_BTF - soft_BTF.detach())
+    x_BTD = block.after_mlp(x_BTD, block.down(act_BTF * mask_BTF.to(act_BTF.dtype)))
+    counted_BT = (~dense_BT).float()
+    total = counted_BT.sum().clamp_min(1)
+    soft, hard = ((each.mean(-1) * counted_BT).sum() / total for each in (soft_BTF, hard_BTF.detach()))
+    return x_BTD, soft, hard
+
+
+class Student(nn.Module):
+    """Trainable: `A_RI`, `B_OR` of every linear map, both norms and the predictor of every layer, all fp32. The rest is the teacher's.
+
+    model: fp32 on the CPU; it is not changed. dtype: what both compute in. lookahead_L: 0 or 1 of each layer's predictor.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        rank: int,
+        lora_rank: int,
+        scale: float,
+        lookahead_L: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        config, generator = model.config, torch.Generator().manual_seed(seed)
+        self.config, self.dtype, self.device = config, dtype, device
+        self.predictors = nn.ModuleList(
+            TrainedPredictor(block, rank, lookahead) for block, lookahead in zip(model.blocks, lookahead_L, strict=True)
+        )
+        self.layers = nn.ModuleList()
+        for block in model.blocks:
+            changed = copy.deepcopy(block).requires_grad_(False)
+            for name, (outputs, inputs) in linear_shapes(config).items():
+                setattr(changed, name, LowRankLinear(getattr(changed, name), outputs, inputs, lora_rank, scale, generator))
+            for name in changed_norms(config):
+                getattr(changed, name).weight.requires_grad_(True)
+            self.layers.append(changed)
+        self.to(device)
+        # Not a submodule: the teacher is in the computing dtype and has nothing to train or to save.
+        self.teacher = (copy.deepcopy(model).to(device=device, dtype=dtype).requires_grad_(False),)
+        self.teacher[0].fill_frequencies(device)  # fp32 whatever the dtype
+        compiled = device != "cpu"
+        self.plain = torch.compile(plain_layer, **COMPILED) if compiled else plain_layer
+        self.masked = torch.compile(masked_layer, **COMPILED) if compiled else masked_layer
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.layers)  # pyrefly: ignore[bad-return]  # nn.ModuleList is typed as a list of Module
+
+    @property
+    def trained(self) -> list[TrainedPredictor]:
+        return list(self.predictors)  # pyrefly: ignore[bad-return]
+
+    def head(self) -> Tensor:
+        """The head of both [V, D], in the computing dtype."""
+        teacher = self.teacher[0]
+        return (teacher.embed if teacher.head is None else teacher.head).weight
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _start(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        position_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        return self.teacher[0].embedded(ids_BT, position_T), position_T
+
+    def _finish(self, x_BTD: Tensor) -> Tensor:
+        final_norm = self.teacher[0].final_norm
+        return (x_BTD if final_norm is None else final_norm(x_BTD)).flatten(0, 1) * self.config.logit_scale
+
+    @torch.no_grad()
+    def taught(self, ids_BT: Tensor) -> Tensor:
+        """Last hidden states of the teacher [N, D], as the head reads them."""
+        teacher = self.teacher[0]
+        x_BTD, position_T = self._start(ids_BT)
+        for index, block in enumerate(teacher.blocks):
+            x_BTD = self.plain(block, x_BTD, position_T, teacher.frequencies(index))
+        return self._finish(x_BTD)
+
+    def forward(self, ids_BT: Tensor, dense_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Last hidden states of the student [N, D], soft and hard densities of its layers [L]. dense_BT: positions without a mask."""
+        x_BTD, position_T = self._start(ids_BT)
+        soft, hard = [], []
+        for index, (block, predictor) in enumerate(zip(self.blocks, self.trained, strict=True)):
+            inv_freq = self.teacher[0].frequencies(index)
+            x_BTD, soft_density, hard_density = self.masked(block, predictor, x_BTD, position_T, inv_freq, dense_BT)
+            soft.append(soft_density)
+            hard.append(hard_density)
+        return self._finish(x_BTD), torch.stack(soft), torch.stack(hard)
+
+    def lora(self) -> tuple[LayerLora, ...]:
+        """The changes of every layer, fp32 on the CPU."""
+        found = []
+        for block in self.blocks:
+            factors = {}
+            for name in linear_shapes(self.config):
+                module = getattr(block, name)
+                factors[name] = (module.A_RI.detach().float().cpu(), module.B_OR.detach().float().cpu())
+            norms = {name: getattr(block, name).weight.detach().float().cpu() for name in changed_norms(self.config)}
+            found.append(LayerLora(factors=factors, norms=norms))
+        return tuple(found)
+
+
+@torch.inference_mode()
+def residual_cosines(model: Transformer, ids_WT: Tensor) -> list[float]:
+    """Per layer, the mean cosine of a token's residual stream before attention and after it, on a few windows [W, T]."""
+    ids_WT = ids_WT[:COSINE_WINDOWS].to(model.embed.weight.device)
+    position_T = torch.arange(ids_WT.shape[1], device=ids_WT.device)
+    x, found = model.embedded(ids_WT, position_T), []
+    for index, block in enumerate(model.blocks):
+        mixed = block.attend(block.attention_input(x), position_T, model.frequencies(index))
+        after, _ = block.after_attention(x, block.o(mixed.flatten(-2)))
+        found.append(float(F.cosine_similarity(x.float(), after.float(), dim=-1).mean()))
+        x, _ = model.layer(index, x, position_T, None, DENSE)
+    return found
+
+
+def choose_lookaheads(cosine_L: list[float], threshold: float) -> tuple[int, ...]:
+    """1 (the predictor reads the attention's input) where attention changes the stream little; never in layer 0."""
+    return tuple(int(layer > 0 and cosine >= threshold) for layer, cosine in enumerate(cosine_L))

@@ -1,0 +1,339 @@
+"""Adapting: the student is the masked model that its adapter makes, gradients pass hard masks, densities are steered, runs resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import Tiny
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.measure.perplexity import MaskedSelections
+from dejavu.measure.tasks import Request, score_requests
+from dejavu.model.adapter import Adapter
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.fingerprint import model_hash
+from dejavu.model.lora import adapted_model, linear_shapes, merged_block
+from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.tokenizer import Tokenizer
+from dejavu.model.transformer import Transformer
+from dejavu.offline.adapt import AdaptConfig, Trainer
+from dejavu.offline.adapt_run import adapt
+from dejavu.offline.chat import continued, cut, frame
+from dejavu.offline.corpus import Mixture, Windows, pieces, tokenized
+from dejavu.offline.divergence import mean_divergence
+from dejavu.offline.ranks import average_, world
+from dejavu.offline.steering import Steering
+from dejavu.offline.student import Student, choose_lookaheads, residual_cosines
+
+WORDS = "the cat sat on the mat and then the other cat ran to the hat there that the man had on his hand in the end\n"
+TEXT = "".join(WORDS[7 * i % 50 :] for i in range(120))
+CONFIG = AdaptConfig(
+    density=0.3, rank=6, lora_rank=3, steps=8, batch=4, micro_batch=2, length=16, warmup=2, learning_rate=5e-3, lookahead_cosine=0.5
+)
+
+
+def checkpoint_of(model: Transformer, tokenizer: Tokenizer) -> Checkpoint:
+    known = {"name": "tiny", "stored_dtype": "fp32", "notes": (), "path": Path()}
+    return Checkpoint(model=model, tokenizer=tokenizer, config=model.config, base_hash=model_hash(model), **known)
+
+
+@pytest.fixture
+def checkpoint(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
+    return checkpoint_of(tiny("llama", num_layers=3), tokenizer)
+
+
+def shaken(model: Transformer, lookahead_L: tuple[int, ...]) -> Student:
+    """A student whose B is not zero and whose norms and biases are not the base's, as after training."""
+    student = Student(model, rank=6, lora_rank=3, scale=2.0, lookahead_L=lookahead_L, dtype=torch.float32, device="cpu", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in student.trainable().items():
+            if name.endswith(("B_OR", "bias_F")) or "norm" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return student
+
+
+def layers_of(student: Student, model: Transformer) -> tuple[LayerAdapter, ...]:
+    """The student as layers to run the base with, not rounded."""
+    blocks = (merged_block(block, lora, 2.0) for block, lora in zip(model.blocks, student.lora(), strict=True))
+    return tuple(LayerAdapter(mlp=p.predictor(), block=block) for p, block in zip(student.trained, blocks, strict=True))
+
+
+def ids_of(rows: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_student_is_the_masked_model_of_its_adapter(tiny: Tiny, family: str) -> None:
+    model = tiny(family, num_layers=3)
+    student, ids = shaken(model, (0, 1, 1)), ids_of()
+    dense_BT = torch.zeros(ids.shape, dtype=torch.bool)
+    dense_BT[1, :5] = True
+    hidden, soft_L, hard_L = student(ids, dense_BT)
+    selection = MaskedSelection(layers_of(student, model), ~dense_BT)
+    expected = model.hidden(ids, selection)
+    torch.testing.assert_close(hidden, expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
+    assert hard_L.tolist() == pytest.approx(selection.counter.mlp_per_layer(), abs=1e-6)
+    assert float(hard_L.min()) > 0.1 and float(hard_L.max()) < 0.9 and not torch.equal(soft_L, hard_L)
+    torch.testing.assert_close(student.taught(ids), model.hidden(ids).flatten(0, 1))
+    assert (hidden - student.taught(ids)).abs().max() > 1e-2
+
+
+def test_gradients_pass_through_hard_masks(tiny: Tiny) -> None:
+    model = tiny("llama", num_layers=2)
+    student, ids = shaken(model, (0, 1)), ids_of()
+    hidden, _, _ = student(ids, torch.zeros(ids.shape, dtype=torch.bool))
+    hidden.square().sum().backward()
+    for name, parameter in student.trainable().items():
+        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
+    assert len(student.trainable()) == 2 * (2 * len(linear_shapes(model.config)) + 2 + 3)
+    student.zero_grad()
+    student(ids, torch.ones(ids.shape, dtype=torch.bool))[0].square().sum().backward()
+    assert all(float(p.grad.abs().max()) == 0 for n, p in student.trainable().items() if n.startswith("predictors") and p.grad is not None)
+
+
+def test_divergence_is_kl_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dejavu.offline.divergence.CHUNK", 3)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, head = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (7, 7, 11))
+    found = student.clone().requires_grad_()
+    value = mean_divergence(found.float(), teacher.float(), head.float())
+    (3 * value).backward()
+    wanted = student.clone().requires_grad_()
+    p, q = (teacher @ head.T).log_softmax(-1), (wanted @ head.T).log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    (3 * expected).backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5) and value.item() > 0.5
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-6)
+
+
+def windows_of(config: AdaptConfig, tokenizer: Tokenizer) -> Mixture:
+    return Mixture(Windows(tokenized(tokenizer, [TEXT]), config.length, config.seed))
+
+
+def trainer_of(checkpoint: Checkpoint, config: AdaptConfig, lookahead_L: tuple[int, ...] = (0, 1, 1)) -> Trainer:
+    return Trainer(checkpoint.model, config, windows_of(config, checkpoint.tokenizer), lookahead_L=lookahead_L)
+
+
+def test_densities_reach_the_target_and_no_layer_dies(checkpoint: Checkpoint) -> None:
+    config = dataclasses.replace(CONFIG, density=0.25, steps=150, learning_rate=1e-2)
+    trainer, reports = trainer_of(checkpoint, config), []
+    while trainer.fraction < 1:
+        reports.append(trainer.train_step())
+    last = [report.density for report in reports[-20:]]
+    assert sum(last) / 20 == pytest.approx(0.25, abs=0.05)
+    assert all(0.25 / 3 * 0.8 < density < 1.0 for density in np.mean([r.density_L for r in reports[-20:]], axis=0))
+    assert reports[0].target == 0.5 and reports[-1].target == 0.25 and reports[0].density == pytest.approx(0.5, abs=0.1)
+    half = reports[len(reports) // 2 :]
+    assert np.mean([r.kl for r in half[-15:]]) < np.mean([r.kl for r in half[:15]])
+
+
+def test_a_layer_out_of_bounds_is_pushed_back() -> None:
+    steering = Steering(3, floor=1 / 3, ceiling=3.0)
+    for _ in range(3):
+        steering.update(torch.tensor([0.01, 0.2, 0.9]), 0.15)
+    low, middle, high = steering.prices().tolist()
+    assert low < 0 < middle < high and middle == pytest.approx(steering.price)
+    other = Steering(3)
+    other.restore(steering.state())
+    assert torch.equal(other.prices(), steering.prices())
+    for _ in range(200):
+        steering.update(torch.tensor([0.15, 0.15, 0.15]), 0.15)
+    assert steering.prices().tolist() == pytest.approx([steering.price] * 3)
+    assert steering.bounds(0.015) == (0.015, 0.045) and Steering(1).bounds(0.5)[1] == 1.0
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    whole = trainer_of(checkpoint, CONFIG)
+    assert whole.run(tmp_path)
+    (tmp_path / "part").mkdir()
+    stops = iter([False] * 3 + [True])
+    assert not trainer_of(checkpoint, CONFIG).run(tmp_path / "part", stop=lambda: next(stops))
+    resumed = trainer_of(checkpoint, CONFIG)
+    assert resumed.resume(tmp_path / "part") and resumed.step == 3
+    assert resumed.run(tmp_path / "part") and resumed.step == 8
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[name]), name
+    assert torch.equal(whole.steering.state(), resumed.steering.state())
+    assert not trainer_of(checkpoint, CONFIG).resume(tmp_path / "nothing")
+
+
+def test_the_whole_road(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """What is saved loads, decodes as the masked forward, leaves the base alone, and another run in the folder is refused."""
+    model, before = checkpoint.model, {n: p.clone() for n, p in checkpoint.model.named_parameters()}
+    config = dataclasses.replace(CONFIG, chat_share=0.3)
+    options = {"text_hash": "t" * 64, "folder": tmp_path / "run", "chat_tokens": 300}
+    found = adapt(checkpoint, [TEXT], config, **options)
+    assert found is not None
+    adapter, result = found
+    adapter.save(tmp_path / "adapter")
+    loaded = Adapter.load(tmp_path / "adapter", model=checkpoint.config, base_hash=checkpoint.base_hash)
+    assert loaded.config == adapter.config and loaded.config.method == "adapted" and loaded.config.schema_version == 2
+    with pytest.raises(ValueError, match=r"schema_version 1 is not supported .* reads 2 for adapted"):
+        edited(tmp_path / "adapter", lambda config: config.update(schema_version=1), checkpoint)
+    with pytest.raises(ValueError, match="only that"):
+        edited(tmp_path / "adapter", lambda config: config.update(lora=None), checkpoint)
+    with pytest.raises(ValueError, match=r"layers\.0\.lora\.q\.A"):
+        edited(tmp_path / "adapter", lambda config: config["lora"].update(rank=2), checkpoint)
+    layers = loaded.attached(model)
+    ids = ids_of(1, 14)
+    selection = MaskedSelection(layers)
+    masked = model(ids, selection)[0]
+    engine = TorchEngine(adapted_model(model, layers), layers, record=True)
+    slot, row = 0, ids[0].tolist()
+    sparse_BT = torch.arange(len(row))[None] >= 4
+    expected = model(ids, MaskedSelection(layers, sparse_BT))[0]
+    torch.testing.assert_close(engine.prefill(slot, row[:4]), expected[3], atol=1e-4, rtol=1e-4)
+    for position in range(4, len(row)):
+        torch.testing.assert_close(engine.step([row[position]], [slot]).logits_BV[0], expected[position], atol=1e-4, rtol=1e-4)
+    assert (masked - model(ids)[0]).abs().max() > 1e-2
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert result["kl"] > 0 and result["ppl_dense"] > 1 and loaded.config.quality["ppl_sparse"] == result["ppl_sparse"]
+    assert result["mlp_density"] == pytest.approx(np.mean([layer["density"] for layer in result["layers"]]))
+    again = adapt(checkpoint, [TEXT], config, **options)  # finished: only measured again
+    assert again is not None and again[1]["kl"] == result["kl"] and again[1]["steps"] == 8
+    with pytest.raises(ValueError, match="density is 0.3 there and 0.2 here"):
+        adapt(checkpoint, [TEXT], dataclasses.replace(config, density=0.2), **options)
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], object], checkpoint: Checkpoint) -> Adapter:
+    """The adapter of a folder whose config.json was changed meanwhile."""
+    path = folder / "config.json"
+    text = path.read_text()
+    config = json.loads(text)
+    edit(config)
+    try:
+        path.write_text(json.dumps(config))
+        return Adapter.load(folder, model=checkpoint.config, base_hash=checkpoint.base_hash)
+    finally:
+        path.write_text(text)
+
+
+def test_merged_weights_are_the_sum(tiny: Tiny) -> None:
+    model = tiny("llama")
+    student = shaken(model, (0, 1))
+    lora = student.lora()[1]
+    block, merged = model.blocks[1], merged_block(model.blocks[1], lora, 2.0)
+    for name in linear_shapes(model.config):
+        A, B = lora.factors[name]
+        change = 2.0 * B @ A
+        change = change.T if name in ("o", "down") else change
+        torch.testing.assert_close(getattr(merged, name).weight, getattr(block, name).weight + change)
+        assert float(change.abs().max()) > 1e-3
+    for name in ("norm1", "norm2"):
+        changed, own = (getattr(each, name).weight for each in (merged, block))
+        assert torch.equal(changed, lora.norms[name]) and not torch.equal(changed, own)
+
+
+def test_lookahead_follows_the_measured_cosine(tiny: Tiny) -> None:
+    model, seen = tiny("llama", num_layers=3), {}
+    ids = ids_of(2, 10)
+    found = residual_cosines(model, ids)
+    x = model.embedded(ids, torch.arange(10))
+    block = model.blocks[0]
+    mixed = block.attend(block.attention_input(x), torch.arange(10), model.inv_freq)
+    after, _ = block.after_attention(x, block.o(mixed.flatten(-2)))
+    seen[0] = float(torch.nn.functional.cosine_similarity(x, after, dim=-1).mean())
+    assert len(found) == 3 and found[0] == pytest.approx(seen[0], abs=1e-5)
+    assert choose_lookaheads([0.99, 0.95, 0.8, 0.9], 0.9) == (0, 1, 0, 1)
+
+
+def test_windows_come_once_a_pass_and_never_from_the_held_out() -> None:
+    windows = Windows(np.arange(400, dtype=np.uint16), 10, seed=3)
+    held = {row[0] for row in windows.held_out.tolist()}
+    count = 40 - len(held)
+    passes = [[int(windows.window(i)[0]) for i in range(first, first + count)] for first in (0, count)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(set(range(0, 400, 10)) - held) and passes[0] != passes[1]
+    own = Windows(np.full(100, 7, dtype=np.uint16), 10, seed=3, held_out=False)
+    batch = Mixture(windows, own, 0.25).batch(range(40))
+    assert int((batch == 7).all(1).sum()) == 10
+    with pytest.raises(ValueError, match="too few"):
+        Windows(np.arange(15, dtype=np.uint16), 10, seed=0)
+
+
+def test_tokens_of_pieces_are_those_of_documents(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dejavu.offline.corpus.PIECE", 30)
+    assert "".join(pieces(TEXT)) == TEXT and len(list(pieces(TEXT))) > 10
+    lines = TEXT.splitlines(keepends=True)[:6]
+    expected = [token for line in lines for token in tokenizer.encode(line)]
+    assert tokenized(tokenizer, lines).tolist() == expected
+
+
+def test_the_model_writes_what_its_own_steps_would(tiny: Tiny, tokenizer: Tokenizer) -> None:
+    model = tiny("llama", num_layers=2)
+    prompt = ids_of(3, 5)
+    rows = continued(model, prompt, new_tokens=6, generator=torch.Generator().manual_seed(2))
+    assert rows.shape == (3, 11) and torch.equal(rows[:, :5], prompt)
+    generator, ids = torch.Generator().manual_seed(2), prompt
+    for _ in range(6):
+        ids = torch.cat([ids, torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=generator)], 1)
+    assert torch.equal(rows, ids)
+    assert cut([5, 6, 2, 7, 2, 9], 3, (2,)) == [5, 6, 2, 7, 2] and cut([5, 6], 1, (2,)) == [5, 6]
+    template = "{% for m in messages %}a {{ m['content'] }} b{% endfor %}{% if add_generation_prompt %}c{% endif %}"
+    assert frame(tokenizer) == ([2], [])
+    before, after = frame(dataclasses.replace(tokenizer, chat_template=template))
+    assert tokenizer.decode(before) == "a " and tokenizer.decode(after) == " bc"
+
+
+def test_alone_an_average_is_the_value_and_parts_of_a_batch_add_up(checkpoint: Checkpoint) -> None:
+    values = torch.tensor([1.0, 2.0])
+    assert world() == (0, 1) and average_(values).tolist() == [1.0, 2.0]
+    by_two, by_four = (trainer_of(checkpoint, dataclasses.replace(CONFIG, prompt_share=0.0, micro_batch=size)) for size in (2, 4))
+    for trainer in (by_two, by_four):
+        trainer.train_step()
+    torch.testing.assert_close(by_two.gradient_P, by_four.gradient_P, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"density": 0.0}, "density"),
+        ({"batch": 5}, "multiple of micro_batch"),
+        ({"steps": None}, "steps or minutes"),
+        ({"dtype": "fp16"}, "dtype 'fp16'"),
+        ({"chat_share": 1.0}, "chat_share"),
+    ],
+)
+def test_impossible_settings(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_a_task_of_which_nothing_runs_sparse_is_scored_with_the_changed_weights(tiny: Tiny) -> None:
+    model = tiny("llama")
+    layers = layers_of(shaken(model, (0, 1)), model)
+    requests = [Request(inputs=tuple(row), targets=(7,)) for row in ids_of(3, 6).tolist()]
+    dense, sparse = score_requests(model, requests, masked=MaskedSelections(layers))
+    changed, _ = score_requests(adapted_model(model, layers), requests)
+    assert sparse is not None and [score.log_prob for score in sparse] == pytest.approx([score.log_prob for score in changed])
+    assert max(abs(a.log_prob - b.log_prob) for a, b in zip(dense, sparse, strict=True)) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 0.02), ("bf16", 0.15)])
+def test_on_a_gpu_training_is_that_of_the_cpu(checkpoint: Checkpoint, tmp_path: Path, dtype: str, limit: float) -> None:
+    """Compiled, fused and resumed: losses and densities as on the CPU, within what the dtype and flipped neurons make of it."""
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    windows = windows_of(config, checkpoint.tokenizer)
+    usual = trainer_of(checkpoint, CONFIG)
+    first, second = (Trainer(checkpoint.model, config, windows, lookahead_L=(0, 1, 1), device="cuda") for _ in range(2))
+    for step in range(6):
+        if step == 3:
+            first.save(tmp_path)
+            assert second.resume(tmp_path)
+            for name, parameter in first.parameters.items():
+                assert torch.equal(parameter, second.parameters[name]), name
+        here, there = usual.train_step(), (first if step < 3 else second).train_step()
+        assert there.kl == pytest.approx(here.kl, rel=limit) and there.density == pytest.approx(here.density, abs=limit)
+    options = {"text_hash": "t" * 64, "folder": tmp_path / "run", "device": "cuda", "chat_tokens": 300}
+    found = adapt(checkpoint, [TEXT], dataclasses.replace(config, chat_share=0.3), **options)
+    assert found is not None and found[1]["kl"] > 0 and next(checkpoint.model.parameters()).device.type == "cpu"
