@@ -338,17 +338,18 @@ LONG_ROPE = {"rope_type": "longrope", "long_factor": [1.0] * 8, "short_factor": 
 KINDS: list[tuple[str, str, dict[str, object]]] = [
     ("opt", "OPT 125M to 66B but 350M, opt-mini", {"ffn_dim": 48, "head_dim": None, "word_embed_proj_dim": 64}),
     ("opt", "OPT 350M", {"ffn_dim": 48, "head_dim": None, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
-    ("llama", "Llama 2 and 3, SmolLM2, ReluLLaMA, ProSparse", {}),
+    ("llama", "Llama 2 and 3, SmolLM2, ReluLLaMA, ProSparse (`sparsellama`)", {}),
     ("llama", "Llama with yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
     ("mistral", "Mistral 7B from v0.2", {"sliding_window": None}),
     ("mistral", "Mistral 7B v0.1", {"sliding_window": 8}),
-    ("mistral", "TurboSparse-Mistral", {"sliding_window": None, "hidden_act": "drelu"}),
+    ("mistral", "any with `drelu`", {"sliding_window": None, "hidden_act": "drelu"}),
     ("qwen2", "Qwen2, Qwen2.5", {}),
     ("qwen3", "Qwen3", {}),
-    ("arcee", "Arcee AFM", {"hidden_act": "relu2"}),
+    ("arcee", "Arcee AFM", {"hidden_act": "relu2", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 20.0}}),
     ("nemotron", "Nemotron 4, Minitron", {"hidden_act": "relu2"}),
-    ("phi3", "Phi-3 mini and medium, 4k", {"sliding_window": None}),
-    ("phi3", "Phi-3 and 3.5, 128k", {"sliding_window": None, "rope_parameters": LONG_ROPE}),
+    ("phi3", "Phi-3 mini and medium, 4k (a window of 2047)", {"sliding_window": 8}),
+    ("phi3", "Phi-3 and 3.5, 128k; Phi-4 mini", {"sliding_window": None, "rope_parameters": LONG_ROPE}),
+    ("phi3", "Phi-4", {"sliding_window": None}),
     ("gemma2", "Gemma 2", {"sliding_window": 8}),
     ("gemma3_text", "Gemma 3, text", {"sliding_window": 8}),
     ("falcon", "Falcon 7B, 40B, 180B", {"head_dim": None}),
@@ -363,7 +364,7 @@ def families() -> str:
         config = config_from_hf(PLAIN | {"model_type": kind} | fields)
         lacking = list(config.beyond("cuda"))
         native = "yes" if not config.beyond("native") else "no"
-        cuda = "yes" if not lacking and config.pre_norm and config.embed_width == config.hidden_size else "no"
+        cuda = "yes" if not lacking else "no"
         table.append([f"`{kind}`", models, "yes", native, cuda, ", ".join(lacking)])
     return _table(["model_type", "models", "torch", "native", "cuda", "what cuda does not compute"], table)
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import dejavu
-from dejavu import attached
+from dejavu.engine import idle
 from dejavu.model.bundle import export
 from test_other_families import SIZES, reference_of
 
@@ -128,13 +128,13 @@ def test_an_adapter_makes_it_sparse_and_has_to_be_its_own(tmp_path: Path, monkey
     dejavu.attach(net, tmp_path / "hf" / "adapter", backend="torch")
     ids = torch.tensor([lm.tokenizer.encode("The lighthouse keeper")])
     made = []
-    original = attached.make_engine
+    original = idle.make_engine
 
     def watched(*args: Any, **options: Any) -> Any:
         made.append(original(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(attached, "make_engine", watched)
+    monkeypatch.setattr(idle, "make_engine", watched)
     found = net.generate(ids, max_new_tokens=8, do_sample=False)
     wanted = lm.generate("The lighthouse keeper", max_new_tokens=8)
     assert found[0, ids.shape[1] :].tolist() == list(wanted.token_ids) and made[0].info.sparse
@@ -146,3 +146,42 @@ def test_an_adapter_makes_it_sparse_and_has_to_be_its_own(tmp_path: Path, monkey
             dejavu.attach(net, adapter)
     with pytest.raises(ValueError, match="Linear is no model of transformers"):
         dejavu.attach(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_padding_without_a_mask_is_taken_as_transformers_takes_it(net: Any) -> None:
+    """Where the padding token is none that ends a text; and a text has 20 new tokens where nothing says how many."""
+    ids = torch.tensor([[0, 0, 2, 5, 7], [2, 31, 37, 41, 43]])
+    net.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=95)
+    wanted = net.generate(ids).tolist()
+    assert len(wanted[0]) == 25
+    dejavu.attach(net)
+    assert net.generate(ids).tolist() == wanted
+    assert net.generate(ids, eos_token_id=[40, 4], pad_token_id=None, max_new_tokens=3).shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"suppress_tokens": torch.tensor([3, 4])}, "suppress_tokens"),
+        ({"do_sample": True, "top_p": 0.0, "top_k": 1}, "top_p of 0"),
+    ],
+)
+def test_odd_values_go_to_transformers(net: Any, options: dict[str, Any], reason: str) -> None:
+    dejavu.attach(net)
+    with pytest.warns(UserWarning, match=reason):
+        net.generate(PROMPT, **({"max_new_tokens": 3, "pad_token_id": 0} | options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "torch", "dtype": "bf16"}, "dtype 'bf16' is not one of backend 'torch'"),
+        ({"backend": "torch", "dtype": "banana"}, "dtype 'banana'"),
+        ({"adapter": 3}, "an adapter is an Adapter"),
+    ],
+)
+def test_what_cannot_be_attached(net: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dejavu.attach(net, **arguments)
+    assert not hasattr(net, "_dejavu")

@@ -114,3 +114,29 @@ def test_the_command_runs_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "acc_norm" in capsys.readouterr().out
     assert run(["eval", "opt-mini", "--harness", str(tmp_path / "none.yaml")]) == 2
     assert "no task file" in capsys.readouterr().err
+
+
+def test_a_long_context_keeps_its_end_and_leaves_room(lm: LanguageModel) -> None:
+    made = []
+    model = DejaVuLM(lm)
+    original = lm.generate
+
+    def watched(context: str, **options: Any) -> Any:
+        made.append(original(context, **options))
+        return made[-1]
+
+    object.__setattr__(lm, "generate", watched)
+    try:
+        model.generate_until([Instance("the keeper " * 1500 + "end", {"max_gen_toks": count}) for count in (20, 1)])
+    finally:
+        del lm.generate  # pyrefly: ignore[missing-attribute]
+    assert [text.prompt_tokens + count <= lm.config.max_positions for text, count in zip(made, (20, 1), strict=True)] == [True, True]
+    assert all(text.prompt_tokens > lm.config.max_positions - 30 for text in made)
+
+
+def test_files_of_the_harness_that_cannot_be_run_are_named(lm: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "group.yaml").write_text("task:\n  - a\n  - b\n")
+    with pytest.raises(ValueError, match="a group of tasks"):
+        harness_results(lm, [str(tmp_path / "group.yaml")])
+    with pytest.raises(ValueError, match="--limit must be at least 1"):
+        harness_results(lm, ["piqa"], limit=-3)

@@ -250,3 +250,59 @@ def test_what_is_not_supported_is_said(kind: str, changes: dict[str, Any], messa
     hf = SIZES | {"model_type": kind, "hidden_act": "silu"} | changes
     with pytest.raises(ValueError, match=message):
         config_from_hf(hf)
+
+
+# Fields as published checkpoints have them, with small sizes.
+PUBLISHED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (
+        {"model_type": "falcon", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 96, "multi_query": True,
+         "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False, "layer_norm_epsilon": 1e-05},
+        {"max_positions": 2048, "num_kv_heads": 1, "parallel": True, "shared_norm": True},
+    ),
+    (
+        {"model_type": "falcon", "n_embed": 32, "n_head": 4, "n_layer": 2, "vocab_size": 96,
+         "new_decoder_architecture": True, "num_kv_heads": 2},
+        {"num_layers": 2, "num_kv_heads": 2, "shared_norm": False},
+    ),
+    (
+        SIZES | {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.01, "rope_scaling": None},
+        {"family": "llama", "activation": "fatrelu"},
+    ),
+    (
+        SIZES | {"architectures": ["MiniCPMForCausalLM"], "hidden_act": "silu", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16},
+        {"family": "minicpm", "embed_scale": 12.0, "logit_scale": 0.5},
+    ),
+    (SIZES | {"model_type": "mistral", "hidden_act": "silu", "max_position_embeddings": 8192}, {"window": 4096, "windowed": (0, 1, 2)}),
+    (SIZES | {"model_type": "mistral", "hidden_act": "silu", "sliding_window": None, "max_position_embeddings": 8192}, {"window": None}),
+    (
+        SIZES | {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": None},
+        {"head_dim": 256, "activation": "gelu_tanh", "window": None, "attention_cap": 50.0},
+    ),
+    (
+        SIZES | {"model_type": "phi3", "hidden_act": "silu", "original_max_position_embeddings": 16, "sliding_window": 262144,
+                 "rope_scaling": {"type": "su", **LONG}},
+        {"max_positions": 16, "window": None},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hf", "fields"), PUBLISHED, ids=lambda value: str(value.get("model_type", "")) if "vocab_size" in value else "")
+def test_configs_as_published(hf: dict[str, Any], fields: dict[str, Any]) -> None:
+    config = config_from_hf(hf)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": "dynamic"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' has no factor"),
+        ({"rope_theta": "1e4"}, "theta of the rotary positions must be a number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "1 short factors"),
+        ({"model_type": "gemma3"}, "text_config"),
+    ],
+)
+def test_bad_values_of_a_config_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(SIZES | {"model_type": "llama", "hidden_act": "silu"} | changes)

@@ -155,6 +155,8 @@ class ModelConfig(Config):
         require((self.positions == "rope") == (self.rope is not None), "rope settings belong to rope positions, and only there")
         for rope in (self.rope, self.local_rope):
             rotated = 0 if rope is None else rope.size(self.head_dim)
+            given = 0 if rope is None else len(rope.short_factors)
+            require(given in (0, rotated // 2), f"{given} short factors of longrope are not one for each of {rotated // 2} pairs")
             require(rotated % 2 == 0, f"head_dim {self.head_dim} must be even for rotary positions, of which {rotated} values are rotated")
         for activation in (self.activation, self.up_activation):
             require(
@@ -189,6 +191,10 @@ class ModelConfig(Config):
         """What this architecture has that the kernels of a backend do not compute, in words; nothing is beyond torch."""
         rope = self.rope
         parts = (  # whether it is there, in words, and who else computes it
+            (not self.pre_norm, "norms after the blocks", ("native",)),
+            (not self.final_norm, "no final norm", ("native",)),
+            (self.embed_width != self.hidden_size, "an embedding narrower than the model", ("native",)),
+            (self.head_dim % 2 == 1, f"an odd head size, {self.head_dim}", ("native",)),
             (rope is not None and rope.partial < 1, "heads rotated in part", ("native",)),
             (rope is not None and rope.attention_factor != 1, "a scale of rotary positions", ("native",)),
             (self.local_rope is not None, "rotary positions by layer", ()),

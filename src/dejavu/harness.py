@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from dejavu.config import Progress, require
 from dejavu.language_model import LanguageModel
 from dejavu.measure.perplexity import MaskedSelections
-from dejavu.measure.tasks import Request, encode_pair, make_request, score_requests
+from dejavu.measure.tasks import Request, encode_pair, first_token, make_request, score_requests
 from dejavu.opening import load
 
 MAX_NEW_TOKENS = 256  # where a task names no limit, as the harness's own models
@@ -63,7 +63,7 @@ class DejaVuLM(LM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of the model's context that do not overlap."""
         tokenizer, limit = self.lm.tokenizer, self.lm.config.max_positions
-        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_ids[0]
+        prefix = first_token(tokenizer)
         made, owner = [], []
         for index, request in enumerate(requests):
             (text,) = request.args
@@ -106,9 +106,10 @@ class DejaVuLM(LM):
         require(not settings, f"generation settings {sorted(settings)} are not supported; until, max_gen_toks, do_sample, temperature are")
         room = self.lm.config.max_positions - count
         require(room > 0, f"max_gen_toks {count} leaves no room for a context in {self.lm.config.max_positions} tokens")
-        ids = self.lm.tokenizer.encode(context)
-        if len(ids) > room:
-            context = self.lm.tokenizer.decode(ids[-room:])
+        ids = self.lm.tokenizer.encode_plain(context)
+        kept = room - (len(self.lm.tokenizer.encode(context)) - len(ids))  # what is put before every text stays
+        while kept > 0 and len(self.lm.tokenizer.encode(context)) > room:  # the same text may be cut into more tokens than before
+            context, kept = self.lm.tokenizer.decode(ids[-kept:]), kept - 1
         stops = [until] if isinstance(until, str) else list(until)
         return str(
             self.lm.generate(context, max_new_tokens=count, stop=stops, temperature=temperature if sampled else 0.0, dense=self.dense)
@@ -119,6 +120,7 @@ def harness_results(
     lm: LanguageModel, tasks: Sequence[str], *, limit: int | None = None, progress: Progress | None = None
 ) -> dict[str, dict[str, dict[str, float]] | None]:
     """The harness's metrics by task: `dense`, and `sparse` where the model has an adapter. A task is a name it knows or a YAML file."""
+    require(limit is None or limit >= 1, f"--limit must be at least 1, not {limit}")
     names, folders = [], []
     for task in tasks:
         path = Path(task)
@@ -149,11 +151,14 @@ def _task_name(path: Path) -> str:
     """`task:` of a YAML file."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("task:"):
-            return line.removeprefix("task:").strip().strip("\"'")
+            name = line.removeprefix("task:").partition(" #")[0].strip().strip("\"'")
+            require(bool(name), f"{path} is of a group of tasks; give the file of one task, or the names of its tasks")
+            return name
     raise ValueError(f"{path} names no task: it has no line 'task: NAME'")
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics that are numbers, by name: `acc`, `acc_stderr`."""
     plain = {key.replace(",none", ""): value for key, value in metrics.items()}
+    plain.pop("sample_len", None)
     return {key: float(value) for key, value in plain.items() if isinstance(value, int | float) and not isinstance(value, bool)}

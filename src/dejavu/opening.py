@@ -72,7 +72,7 @@ def load(
     if backend == "native":
         lm.model.round_cache(lm.cache_dtype)
     if lacking:
-        lm.notes = (*lm.notes, f"backend torch: {asked} does not compute {', '.join(lacking)}")
+        lm.notes = (*lm.notes, f"backend torch on the CPU: {asked} does not compute {', '.join(lacking)}")
     lm.layers()
     return lm
 

@@ -314,9 +314,10 @@ class CudaEngine(PagedEngine):
         step, stream = self._step_of(key), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            work()
             if isinstance(step, BatchStep) and self._crossover:
+                self._run(step)  # and nothing behind it: what is measured then writes where this step does
                 self._choose(key, step)
+            work()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph(keep_graph=True)

@@ -74,16 +74,7 @@ class StepModel:
 
 def check_model(config: ModelConfig) -> None:
     """Raise ValueError for an architecture that the kernels do not compute."""
-    unsupported = [
-        text
-        for wrong, text in (
-            (not config.pre_norm, "norms after the blocks"),
-            (not config.final_norm, "no final norm"),
-            (config.embed_width != config.hidden_size, "an embedding narrower than the model"),
-            (config.head_dim % 2 == 1, f"an odd head size, {config.head_dim}"),
-        )
-        if wrong
-    ] + list(config.beyond("cuda"))
+    unsupported = config.beyond("cuda")
     require(not unsupported, f"backend 'cuda' does not compute {', '.join(unsupported)}; use --backend torch")
 
 

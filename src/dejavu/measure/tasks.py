@@ -96,7 +96,8 @@ def parse_item(record: Mapping[str, Any], where: str) -> Item:
     return Item(form=form, pairs=pairs, label=label)
 
 
-def _prefix(tokenizer: Tokenizer) -> int:
+def first_token(tokenizer: Tokenizer) -> int:
+    """What stands for an empty context: BOS, else EOS; ValueError where there is neither."""
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
     require(len(tokenizer.eos_token_ids) > 0, "an empty context needs a BOS or EOS token, and the tokenizer has neither")
@@ -117,7 +118,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, where: st
     if context_ids:
         rest = tokenizer.encode(context + continuation)[len(context_ids) :] or tokenizer.encode_plain(continuation)
     else:
-        context_ids, rest = [_prefix(tokenizer)], tokenizer.encode_plain(continuation)
+        context_ids, rest = [first_token(tokenizer)], tokenizer.encode_plain(continuation)
         rest = rest[1:] if len(rest) > 1 and rest[0] == context_ids[0] else rest
     require(len(rest) > 0, f"{where}: the continuation {continuation!r} has no tokens; the tokenizer drops all of it")
     return context_ids, rest

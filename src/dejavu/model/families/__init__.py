@@ -80,6 +80,11 @@ def foreign_targets(config: ModelConfig) -> dict[str, Target]:
     return {family.foreign_name(ours, config): Target(ours, is_transposed(ours)) for ours in parameter_shapes(config)}
 
 
+# Names that checkpoints with code of their own give to a family, or their architecture where they have no model_type.
+ALIASES = {"sparsellama": "llama"}
+ARCHITECTURES = {"MiniCPMForCausalLM": "minicpm"}
+
+
 def find_family(model_type: object) -> Family:
     """The family of a config's model_type; ValueError with the supported ones where there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -89,7 +94,11 @@ def find_family(model_type: object) -> Family:
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a Hugging Face config dict. ValueError names a missing field, an unsupported type or activation."""
-    family = find_family(hf.get("model_type"))
+    architecture = next(iter(hf.get("architectures") or ()), None)
+    kind = hf.get("model_type") or ARCHITECTURES.get(str(architecture))
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    require(kind != "gemma3", "model_type 'gemma3' holds a vision model; give the text model in it (text_config, model_type 'gemma3_text')")
+    family, hf = find_family(kind), dict(hf) | {"model_type": kind}
     require(
         not hf.get("quantization_config"),
         "the checkpoint is quantised (quantization_config in config.json); use an unquantised one, or a GGUF file of it",

@@ -27,11 +27,14 @@ MODULES = {
 }
 
 
-def _read(hf: Mapping[str, Any]) -> ModelConfig:
+def _read(given: Mapping[str, Any]) -> ModelConfig:
+    older = {"hidden_size": given.get("n_embed"), "num_attention_heads": given.get("n_head"), "num_hidden_layers": given.get("n_layer")}
+    # The published ones do not state their context; some copies have the names of before.
+    hf: dict[str, Any] = {"max_position_embeddings": 2048} | {key: value for key, value in older.items() if value is not None} | dict(given)
     require(not hf.get("alibi"), "config.json: alibi positions are not supported; use a Falcon with rotary ones")
     rotary, bias = whole_rope(hf), hf.get("bias", False)
     require(rotary.type != "longrope", "config.json: rope type 'longrope' is not supported for model_type 'falcon'")
-    shared = common({"max_position_embeddings": 2048} | dict(hf))
+    shared = common(hf)
     new = hf.get("new_decoder_architecture", False)
     parallel = new or hf.get("parallel_attn", True)
     norms = hf.get("num_ln_in_parallel_attn")

@@ -76,6 +76,14 @@ def one_of(new: Any, old: Any, name: str, places: str) -> Any:
     return old if new is None else new
 
 
+def positive(hf: Mapping[str, Any], key: str, default: float) -> float:
+    """A positive number; the default where it is not there."""
+    value = hf.get(key, default)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    require(good, f"config.json: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
 def kv_heads(hf: Mapping[str, Any]) -> int:
     """num_key_value_heads; as many as query heads where it is not there."""
     return size(hf, "num_attention_heads") if hf.get("num_key_value_heads") is None else size(hf, "num_key_value_heads")
@@ -101,9 +109,15 @@ def sliding_layers(hf: Mapping[str, Any]) -> list[int] | None:
     return [index for index, each in enumerate(types) if each == "sliding_attention"]
 
 
+def _settings(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = hf.get(key) or {}
+    require(isinstance(value, Mapping), f"config.json: {key} must be an object, not {value!r}")
+    return value
+
+
 def rope(hf: Mapping[str, Any], *, partial: float = 1.0, theta: float = 10000.0) -> RopeConfig:
     """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before); defaults of the family."""
-    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    new, old = (_settings(hf, key) for key in ("rope_parameters", "rope_scaling"))
     places = "rope_parameters against rope_theta and rope_scaling"
     base = one_of(new.get("rope_theta"), one_of(hf.get("rope_theta"), old.get("rope_theta"), "rope_theta", places), "rope_theta", places)
 
@@ -138,6 +152,10 @@ def rope(hf: Mapping[str, Any], *, partial: float = 1.0, theta: float = 10000.0)
         values["attention_factor"] = _attention_factor(hf, kind, trained, entry)
         if values["factor"] is None and kind == "yarn":
             values["factor"] = size(hf, "max_position_embeddings") / trained
+    for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        good = isinstance(values[name], int | float | None) and not isinstance(values[name], bool)
+        require(good, f"config.json: {name} of the rotary positions must be a number, not {values[name]!r}")
+    require(kind not in ("linear", "dynamic", "llama3") or values["factor"] is not None, f"config.json: rope type {kind!r} has no factor")
     return RopeConfig(**{key: value for key, value in values.items() if value is not None})
 
 

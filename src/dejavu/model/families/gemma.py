@@ -28,7 +28,8 @@ def _sliding(hf: Mapping[str, Any], full: int) -> list[int]:
 def _fields(hf: Mapping[str, Any], rotary: RopeConfig, sliding: list[int]) -> dict[str, Any]:
     require(not hf.get("use_bidirectional_attention"), "config.json: use_bidirectional_attention is not supported: it is for encoders")
     bias = hf.get("attention_bias", False)
-    fields = gated_rms(hf, rotary) | activation_fields({"hidden_activation": "gelu_pytorch_tanh"} | dict(hf), "hidden_activation")
+    hf = {"head_dim": 256} | {key: value for key, value in hf.items() if value is not None or key != "hidden_activation"}
+    fields = gated_rms(hf, rotary) | activation_fields({"hidden_activation": "gelu_pytorch_tanh"} | hf, "hidden_activation")
     return fields | windows(hf, hf.get("sliding_window", 4096), sliding) | {
         "block_norms": True,
         "embed_scale": fields["hidden_size"] ** 0.5,

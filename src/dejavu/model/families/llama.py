@@ -16,6 +16,7 @@ from dejavu.model.families.fields import (
     common,
     context,
     kv_heads,
+    positive,
     rope,
     size,
     sliding_layers,
@@ -32,7 +33,7 @@ def gated_rms(hf: Mapping[str, Any], rotary: RopeConfig) -> dict[str, Any]:
         "num_kv_heads": kv_heads(hf),
         "gated": True,
         "norm": "rmsnorm",
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "norm_eps": positive(hf, "rms_norm_eps", 1e-6),
         "positions": "rope",
         "position_offset": 0,
         "rope": rotary,
@@ -75,7 +76,7 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
 def _read_mistral(hf: Mapping[str, Any]) -> ModelConfig:
     fields = gated_rms(hf, whole_rope(hf)) | activation_fields(hf)
     layers = list(range(fields["num_layers"]))
-    return ModelConfig(**fields, **windows(hf, hf.get("sliding_window"), layers), tied_head=hf.get("tie_word_embeddings", False))
+    return ModelConfig(**fields, **windows(hf, hf.get("sliding_window", 4096), layers), tied_head=hf.get("tie_word_embeddings", False))
 
 
 def _write_mistral(config: ModelConfig) -> dict[str, Any]:
