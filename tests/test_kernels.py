@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dejavu.kernels import OPS, Op
 from dejavu.kernels.activation import activate
-from dejavu.kernels.attention import attend_pages, output_heads, query_heads
+from dejavu.kernels.attention import Scores, attend_pages, attend_pages_bytes, output_heads, plain_attention, query_heads
 from dejavu.kernels.sparse_mlp import MlpWeights, dense_mlp, masked_mlp, sparse_mlp, sparse_mlp_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -166,3 +166,27 @@ def test_groups_left_out_are_not_read() -> None:
     assert torch.equal(queries, outputs)
     queries, outputs = (output_heads(mixed, w.view(30, 8), None, idx_A, 5) for w in (weight, poison))
     assert torch.equal(queries, outputs)
+
+
+SCORES = [Scores(window=5), Scores(window=64, scale=0.3), Scores(cap=2.0), Scores(window=7, cap=1.5, scale=0.9)]
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+@pytest.mark.parametrize("length", [1, 5, 6, 16, 23])
+def test_windows_caps_and_scales_of_scores(scores: Scores, length: int) -> None:
+    """Against the definition; what lies before the window is NaN."""
+    generator = torch.Generator().manual_seed(length)
+    groups, per, page, head = 3, 2, 4, 6
+    pool = [torch.randn(9, groups, page, head, generator=generator, dtype=torch.float64) for _ in range(2)]
+    page_N = torch.randperm(9, generator=generator)[: -(-length // page)]
+    q_ARK = torch.randn(2, per, head, generator=generator, dtype=torch.float64)
+    idx_A = torch.tensor([2, 0])
+    wanted = plain_attention(q_ARK, pool[0], pool[1], page_N, length, idx_A, scores)
+    for token in range(scores.first(length)):
+        for each in pool:
+            each[page_N[token // page], :, token % page] = torch.nan
+    found = attend_pages(q_ARK, pool[0], pool[1], page_N, length, idx_A, scores)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert attend_pages_bytes(q_ARK, pool[0], pool[1], page_N, length, idx_A, scores) <= attend_pages_bytes(
+        q_ARK, pool[0], pool[1], page_N, length, idx_A
+    )

@@ -51,7 +51,8 @@ def attend_tokens(q: Tensor, k: Tensor, v: Tensor, seen_TS: Tensor | None, score
     score = scores.cap * torch.tanh(score / scores.cap)
     if seen_TS is not None:
         score = score.masked_fill(~seen_TS, -torch.inf)
-    return score.float().softmax(-1).to(v.dtype) @ v
+    wide = torch.promote_types(score.dtype, torch.float32)
+    return score.softmax(-1, dtype=wide).to(v.dtype) @ v
 
 
 def query_heads(x_D: Tensor, weight_QD: Tensor, bias_Q: Tensor | None, idx_A: Tensor | None, num_groups: int) -> Tensor:
@@ -79,18 +80,21 @@ def attend_pages(
     assert 0 < length <= page_N.shape[0] * page_size, f"{length=} {page_N.shape=} {page_size=}"
     if idx_A is None:
         idx_A = torch.arange(groups, device=page_N.device)
+    first = scores.first(length)
+    before = first // page_size  # pages that the window has left behind are not read
+    page_N = page_N[before : -(-length // page_size)]
     row_AN = (page_N * groups)[None, :] + idx_A[:, None]
     shape = (idx_A.shape[0], page_N.shape[0] * page_size, head_dim)
-    k_ATK, v_ATK = (
-        pool.view(-1, page_size * head_dim).index_select(0, row_AN.flatten()).view(shape)[:, :length] for pool in (k_PGSK, v_PGSK)
-    )
-    first = scores.first(length)
-    return attend_tokens(q_ARK[None], k_ATK[None, :, first:], v_ATK[None, :, first:], None, scores)[0]
+    seen = slice(first - before * page_size, length - before * page_size)
+    k_ATK, v_ATK = (pool.view(-1, page_size * head_dim).index_select(0, row_AN.flatten()).view(shape)[:, seen] for pool in (k_PGSK, v_PGSK))
+    return attend_tokens(q_ARK[None], k_ATK[None], v_ATK[None], None, scores)[0]
 
 
-def attend_pages_bytes(q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None) -> int:
+def attend_pages_bytes(
+    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: Scores = PLAIN
+) -> int:
     groups = _selected(idx_A, k_PGSK.shape[1])
-    return 2 * groups * length * k_PGSK.shape[3] * k_PGSK.element_size() + 2 * q_ARK.nbytes + page_N.nbytes
+    return 2 * groups * (length - scores.first(length)) * k_PGSK.shape[3] * k_PGSK.element_size() + 2 * q_ARK.nbytes + page_N.nbytes
 
 
 def output_heads(mixed_ARK: Tensor, weight_QD: Tensor, bias_D: Tensor | None, idx_A: Tensor | None, num_groups: int) -> Tensor:
@@ -113,12 +117,16 @@ def masked_query_heads(x_D: Tensor, weight_QD: Tensor, bias_Q: Tensor | None, id
     return q_Q if idx_A is None else q_Q.view(num_groups, -1)[idx_A].flatten()
 
 
-def plain_attention(q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None) -> Tensor:
-    """The definition of `attend_pages`: the sequence laid out token by token, softmax(q k^T / sqrt(K)) v."""
-    k_GTK, v_GTK = (pool[page_N].transpose(0, 1).flatten(1, 2)[:, :length] for pool in (k_PGSK, v_PGSK))
+def plain_attention(
+    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: Scores = PLAIN
+) -> Tensor:
+    """The definition of `attend_pages`: the sequence laid out token by token, softmax(cap(scale q k^T)) v over the window."""
+    k_GTK, v_GTK = (pool[page_N].transpose(0, 1).flatten(1, 2)[:, scores.first(length) : length] for pool in (k_PGSK, v_PGSK))
     if idx_A is not None:
         k_GTK, v_GTK = k_GTK[idx_A], v_GTK[idx_A]
-    scores_ART = q_ARK @ k_GTK.transpose(1, 2) * q_ARK.shape[-1] ** -0.5
+    scores_ART = q_ARK @ k_GTK.transpose(1, 2) * (q_ARK.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
+    if scores.cap > 0:
+        scores_ART = scores.cap * torch.tanh(scores_ART / scores.cap)
     return scores_ART.softmax(-1) @ v_GTK
 
 
