@@ -32,7 +32,6 @@ from dejavu.engine.sampling import Sampler
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, assembled
 from dejavu.model.hub import adapter_folder
-from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 NAME = "_dejavu"  # where a model keeps what is attached to it
@@ -55,7 +54,6 @@ class Attached(NamedTuple):
 
     model: Transformer
     adapter: Adapter | None
-    layers: tuple[LayerAdapter, ...] | None
     backend: str
     dtype: str | None
     reasons: set[str]
@@ -103,8 +101,7 @@ def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: st
         known = adapter.config.base_hashes
         require(base_hash in known, f"the adapter's base has the hash {', '.join(known)}, this model {base_hash}; use its own adapter")
     packed = dtype if picked == "native" else None
-    layers = None if adapter is None else adapter.attached(model, dtype=packed)
-    setattr(net, NAME, Attached(model, adapter, layers, picked, packed, set(), IdleEngines()))
+    setattr(net, NAME, Attached(model, adapter, picked, packed, set(), IdleEngines()))
     net.generate = types.MethodType(_generate, net)
     return net
 
@@ -137,7 +134,8 @@ def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = N
         give_back()
     else:
         room = rows * -(-tokens // PAGE_SIZE) * PAGE_SIZE
-        engine = make_engine(held.model, held.layers, backend=held.backend, num_slots=rows, cache_tokens=room, dtype=held.dtype)
+        layers = None if held.adapter is None else held.adapter.attached(held.model, dtype=held.dtype)
+        engine = make_engine(held.model, layers, backend=held.backend, num_slots=rows, cache_tokens=room, dtype=held.dtype)
         new = decode(engine, request)
     longest = max(len(tokens) for tokens in new)
     padded = [tokens + [request.pad_id] * (longest - len(tokens)) for tokens in new]

@@ -69,6 +69,7 @@ def evaluation(
 
     out = Output(as_json)
     require(bool(text or tasks or harness), "nothing to evaluate; give a text (--text) or a task (--tasks, --harness)")
+    require(not harness or find_spec("lm_eval") is not None, "--harness needs lm-evaluation-harness; install dejavu[eval]")
     require(not screened_head or bool(text), "--screened-head is measured on a text; give one (--text)")
     texts = named_texts(text or [])
     items = {Path(name).with_suffix("").as_posix(): read_items(path) for name, path in named_files(tasks or []).items()}
@@ -106,9 +107,6 @@ def evaluation(
 
 def _harness(lm: LanguageModel, tasks: list[str], limit: int, progress: Progress | None) -> dict[str, Any]:
     """Metrics of lm-evaluation-harness by task, dense and sparse."""
-    from dejavu.config import require
-
-    require(find_spec("lm_eval") is not None, "--harness needs lm-evaluation-harness; install dejavu[eval]")
     from dejavu.harness import harness_results
 
     return dict(harness_results(lm, tasks, limit=limit, progress=progress))
