@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dejavu.model.selectors import GateThreshold, InputThresholds, column_norms, input_mask, weight_shares
 from dejavu.model.transformer import Block, LayerInputs, Selection
 
 MLP_LOOKAHEADS = (0, 1, 2)
@@ -70,26 +71,39 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerAdapter:
-    """The predictors of one layer; None where the part runs dense.
+    """How one layer selects: with predictors (None where the part runs dense), by its gate, or by inputs (selectors.py).
 
-    block: the layer's weights while it runs with this adapter, where the adapter changes them (see lora.py); None: the model's own.
+    gate stands in the place of mlp; inputs stands alone. block: the layer's weights while it runs with this adapter, where
+    the adapter changes them (see lora.py); None: the model's own.
     """
 
     mlp: Predictor | None = None
     heads: Predictor | None = None
+    gate: GateThreshold | None = None
+    inputs: InputThresholds | None = None
     block: Block | None = None
+
+    def __post_init__(self) -> None:
+        assert self.mlp is None or self.gate is None, "neurons are selected in one way"
+        assert self.inputs is None or (self.mlp, self.heads, self.gate) == (None, None, None), "inputs are selected alone"
+
+    @property
+    def sparse(self) -> bool:
+        """Whether anything is selected here."""
+        return any(part is not None for part in (self.mlp, self.heads, self.gate, self.inputs))
 
     def to(self, device: torch.device) -> LayerAdapter:
         """Both predictors on that device; a block is where its model is."""
         mlp, heads = (None if predictor is None else predictor.to(device) for predictor in (self.mlp, self.heads))
-        return LayerAdapter(mlp=mlp, heads=heads, block=self.block)
+        return dataclasses.replace(self, mlp=mlp, heads=heads)
 
 
 @dataclass(slots=True)
 class DensityCounter:
     """Adds up what was selected, per layer, over the tokens that ran sparse or masked.
 
-    A layer without a predictor counts as density 1. Fractions are of neurons and of query heads.
+    A part that selects nothing counts as density 1. Fractions are of neurons and of query heads; where inputs are selected,
+    of the weights of the MLP and of attention.
     """
 
     num_layers: int
@@ -126,25 +140,44 @@ class MaskedSelection(Selection):
         self.layers = layers
         self.sparse_BT = sparse_BT
         self.counter = DensityCounter(len(layers))
+        self._norms: dict[int, dict[str, Tensor]] = {}  # of layers that select inputs, by point
+        self._shares: dict[int, dict[str, float]] = {}
 
-    def _count(self, totals_L: list[float], layer: int, mask: Tensor | None, shape: torch.Size) -> None:
+    def _count(self, totals_L: list[float], layer: int, mask: Tensor | None, shape: torch.Size, share: float = 1.0) -> int:
+        """Add `share` times what the mask keeps; the number of tokens that count."""
         sparse = self.sparse_BT
         tokens = shape[0] * shape[1] if sparse is None else int(sparse.sum())
         if mask is None:
-            totals_L[layer] += tokens
+            totals_L[layer] += share * tokens
         else:
             kept = mask if sparse is None else mask & sparse[..., None]
-            totals_L[layer] += int(kept.sum()) / mask.shape[-1]
-        if totals_L is self.counter.mlp_L and layer == 0:
-            self.counter.tokens += tokens
+            totals_L[layer] += share * int(kept.sum()) / mask.shape[-1]
+        return tokens
 
     def block_of(self, layer: int, own: Block) -> Block:
-        return self.layers[layer].block or own
+        block = self.layers[layer].block or own
+        if self.layers[layer].inputs is not None and layer not in self._norms:
+            self._norms[layer], self._shares[layer] = column_norms(block), weight_shares(block)
+        return block
+
+    def inputs(self, layer: int, point: str, x: Tensor) -> Tensor:
+        thresholds = self.layers[layer].inputs
+        if thresholds is None:
+            return x
+        threshold = thresholds.of(point)
+        mask = None if threshold is None else input_mask(x, self._norms[layer][point], threshold)
+        totals_L = self.counter.mlp_L if point in ("mlp", "down") else self.counter.heads_L
+        self._count(totals_L, layer, mask, x.shape, self._shares[layer][point])
+        if mask is None:
+            return x
+        keep = mask if self.sparse_BT is None else mask | ~self.sparse_BT[..., None]
+        return x * keep.to(x.dtype)
 
     def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
         predictor = self.layers[layer].heads
         if predictor is None:
-            self._count(self.counter.heads_L, layer, None, mixed_BTHK.shape)
+            if self.layers[layer].inputs is None:
+                self._count(self.counter.heads_L, layer, None, mixed_BTHK.shape)
             return mixed_BTHK
         mask_BTG = predictor.group_mask(head_predictor_input(inputs, predictor.lookahead))
         self._count(self.counter.heads_L, layer, mask_BTG, mixed_BTHK.shape)
@@ -154,11 +187,18 @@ class MaskedSelection(Selection):
         return mixed_BTHK * keep_BTH[..., None].to(mixed_BTHK.dtype)
 
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
-        predictor = self.layers[layer].mlp
-        if predictor is None:
-            self._count(self.counter.mlp_L, layer, None, act_BTF.shape)
+        selector = self.layers[layer]
+        mask_BTF = self._neuron_mask(selector, inputs)
+        tokens = self._count(self.counter.mlp_L, layer, mask_BTF, act_BTF.shape, 0.0 if selector.inputs is not None else 1.0)
+        if layer == 0:
+            self.counter.tokens += tokens
+        if mask_BTF is None:
             return act_BTF
-        mask_BTF = predictor.neuron_mask(mlp_predictor_input(inputs, predictor.lookahead))
-        self._count(self.counter.mlp_L, layer, mask_BTF, act_BTF.shape)
         keep_BTF = mask_BTF if self.sparse_BT is None else mask_BTF | ~self.sparse_BT[..., None]
         return act_BTF * keep_BTF.to(act_BTF.dtype)
+
+    def _neuron_mask(self, selector: LayerAdapter, inputs: LayerInputs) -> Tensor | None:
+        if selector.gate is not None:
+            assert inputs.gate is not None
+            return selector.gate.mask(inputs.gate)
+        return None if selector.mlp is None else selector.mlp.neuron_mask(mlp_predictor_input(inputs, selector.mlp.lookahead))

@@ -33,12 +33,14 @@ class LayerInputs:
     """What exists when a layer selects. In a post-norm model these are the un-normed inputs of the two blocks.
 
     attention [.., D] is read by q, k, v; mlp [.., D] by up and gate (None while heads are selected: it does not exist
-    yet); previous_mlp is `mlp` of the layer before (None in layer 0).
+    yet); previous_mlp is `mlp` of the layer before (None in layer 0); gate [.., F] the activated gate (of an ungated MLP its
+    activations), there once neurons are selected.
     """
 
     attention: Tensor
     mlp: Tensor | None
     previous_mlp: Tensor | None
+    gate: Tensor | None = None
 
 
 class Selection:
@@ -55,6 +57,10 @@ class Selection:
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
         """Activations (gate x up where gated) before the down projection; returns them with the rest set to zero."""
         return act_BTF
+
+    def inputs(self, layer: int, point: str, x: Tensor) -> Tensor:
+        """What the linear maps of a point (selectors.py) read; returns it with the inputs left out set to zero."""
+        return x
 
 
 DENSE = Selection()
@@ -150,15 +156,21 @@ class Block(nn.Module):
         """Keys or values [.., K] as the cache holds them."""
         return vectors if self.cache_dtype is None else rounded_vectors(vectors, self.cache_dtype)
 
-    def activations(self, x_TD: Tensor) -> Tensor:
-        """Activation of every neuron [.., T, F]: act(up x), or act(gate x) * up x where gated."""
+    def gated(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Activated gate act(gate x) and activation act(gate x) * up x of every neuron [.., T, F]; act(up x) twice where not gated."""
         config = self.config
         up = self.up(x_TD)
         if self.gate is None:
-            return activate(up, config.activation, config.activation_threshold)
+            act = activate(up, config.activation, config.activation_threshold)
+            return act, act
         if config.up_activation is not None:
             up = activate(up, config.up_activation)
-        return activate(self.gate(x_TD), config.activation, config.activation_threshold) * up
+        gate = activate(self.gate(x_TD), config.activation, config.activation_threshold)
+        return gate, gate * up
+
+    def activations(self, x_TD: Tensor) -> Tensor:
+        """Activation of every neuron [.., T, F]."""
+        return self.gated(x_TD)[1]
 
     def attend(self, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> Tensor:
         """Causal attention over the sequence itself: head outputs [B, T, H, K] before the output projection."""
@@ -236,12 +248,12 @@ class Transformer(nn.Module):
         """One layer over a whole sequence: the residual stream after it and the MLP input within it."""
         block = selection.block_of(index, self.blocks[index])
         attention_in = block.attention_input(x_BTD)
-        mixed = block.attend(attention_in, position_T, self.frequencies(index))
+        mixed = block.attend(selection.inputs(index, "attention", attention_in), position_T, self.frequencies(index))
         mixed = selection.heads(index, LayerInputs(attention_in, None, previous_mlp), mixed)
-        x_BTD, mlp_in = block.after_attention(x_BTD, block.o(mixed.flatten(-2)))
-        act = block.activations(mlp_in)
-        act = selection.neurons(index, LayerInputs(attention_in, mlp_in, previous_mlp), act)
-        return block.after_mlp(x_BTD, block.down(act)), mlp_in
+        x_BTD, mlp_in = block.after_attention(x_BTD, block.o(selection.inputs(index, "output", mixed.flatten(-2))))
+        gate, act = block.gated(selection.inputs(index, "mlp", mlp_in))
+        act = selection.neurons(index, LayerInputs(attention_in, mlp_in, previous_mlp, gate), act)
+        return block.after_mlp(x_BTD, block.down(selection.inputs(index, "down", act))), mlp_in
 
     def hidden(self, ids_BT: Tensor, selection: Selection = DENSE) -> Tensor:
         """Hidden states [B, T, D] after the final norm (before project_out), for whole sequences from position 0.
