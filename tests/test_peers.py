@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def exported(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPath
 
 
 @contextmanager
-def closing(peer: Peer) -> Iterator[Any]:
+def closing(peer: Peer) -> Generator[Any]:
     try:
         yield peer
     finally:

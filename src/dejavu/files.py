@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -120,7 +120,7 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path) -> Generator[Path]:
     """Fill a folder and put it in place only when it is complete.
 
     Yields a temporary folder beside `path`; when the block ends it takes the place of `path`, and when the block raises

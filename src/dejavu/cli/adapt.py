@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,7 +147,7 @@ class _Stop:
 
 
 @contextmanager
-def _stopping(pause: float | None) -> Iterator[_Stop]:
+def _stopping(pause: float | None) -> Generator[_Stop]:
     """Within, the first ^C ends training after the step at hand, so that what is saved is whole; a second one ends at once."""
     stop = _Stop(pause)
     usual = signal.getsignal(signal.SIGINT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ def peer_names(against: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def opened_peers(names: Sequence[str], subject: Subject, gguf: Path | None, notes: list[str]) -> Iterator[list[Peer]]:
+def opened_peers(names: Sequence[str], subject: Subject, gguf: Path | None, notes: list[str]) -> Generator[list[Peer]]:
     """The peers by name; notes gain what could not run, and why.
 
     On the GPU, and for a made-up model on the torch backend, transformers runs our own tensors; else peers load an export.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,7 +123,7 @@ def progress_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None
 
 
 @contextmanager
-def resumable(saved: str) -> Iterator[None]:
+def resumable(saved: str) -> Generator[None]:
     """Where work within is interrupted, say on stderr what is saved and how to go on."""
     try:
         yield

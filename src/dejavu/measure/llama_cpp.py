@@ -10,7 +10,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -103,7 +103,7 @@ def smollm2() -> Path | None:
 
 
 @contextmanager
-def _llama_log(library: Any) -> Iterator[list[str]]:
+def _llama_log(library: Any) -> Generator[list[str]]:
     """Errors that llama.cpp logs meanwhile; the rest is dropped, for good: it logs at every load, and to stderr."""
     errors: list[str] = []
 

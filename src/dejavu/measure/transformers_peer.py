@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -109,7 +109,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Generator[None]:
     """No progress bar of transformers meanwhile, and no word from it but errors."""
     logging = transformers.utils.logging
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -13,7 +13,7 @@ Letters: B batch  T tokens  D model  F neurons  H query heads  G key/value heads
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ DENSE = Selection()
 
 
 @contextmanager
-def on_cpu(model: nn.Module) -> Iterator[None]:
+def on_cpu(model: nn.Module) -> Generator[None]:
     """The model on the CPU meanwhile, in fp32 where it was on a GPU: profiles and predictors are computed there, whatever decodes."""
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype

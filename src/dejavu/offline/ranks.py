@@ -7,7 +7,7 @@ average is the value itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @contextmanager
-def joined_ranks(device: str) -> Iterator[int]:
+def joined_ranks(device: str) -> Generator[int]:
     """Join the processes that torchrun started (nccl on cuda, gloo on the CPU); yields this one's rank. Alone: 0.
 
     The variables are torchrun's own way of telling a process its place.

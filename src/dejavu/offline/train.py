@@ -301,14 +301,15 @@ def train_adapter(
         rise = compare_runs(dense_nll, token_nll(model, split.calibrate, MaskedSelection(_layer_adapters(parts, choice, layers))))
         return rise.rise + CONFIDENCE * rise.stderr
 
-    goal = config.budget
-    for _ in range(CHECKS):
+    goal, check = config.budget, 0
+    while True:
+        check += 1
         choice = meet_budget(parts, goal, measured_rise)
         adapters = _layer_adapters(parts, choice, layers)
         selection = MaskedSelection(adapters)
         checked = compare_runs(check_nll, token_nll(model, split.check, selection))
         cautious = checked.rise + CONFIDENCE * checked.stderr
-        if cautious <= config.budget or all(candidate is None for candidate in choice):
+        if cautious <= config.budget or all(candidate is None for candidate in choice) or check == CHECKS:
             break
         goal *= 0.9 * config.budget / cautious  # the text that calibration did not see is harder: aim lower
     counter = selection.counter
