@@ -21,7 +21,9 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.lora import adapted_model, linear_shapes, merged_block
+from dejavu.model.peft import write_peft
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.selectors import GateThreshold
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt import AdaptConfig, Trainer
@@ -50,9 +52,10 @@ def checkpoint(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
     return checkpoint_of(tiny("llama", num_layers=3), tokenizer)
 
 
-def shaken(model: Transformer, lookahead_L: tuple[int, ...]) -> Student:
+def shaken(model: Transformer, lookahead_L: tuple[int, ...], activation: str | None = None) -> Student:
     """A student whose B is not zero and whose norms and biases are not the base's, as after training."""
-    student = Student(model, rank=6, lora_rank=3, scale=2.0, lookahead_L=lookahead_L, dtype=torch.float32, device="cpu", seed=0)
+    settings = {"dtype": torch.float32, "device": "cpu", "seed": 0, "activation": activation}
+    student = Student(model, rank=6, lora_rank=3, scale=2.0, lookahead_L=lookahead_L, **settings)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in student.trainable().items():
@@ -85,6 +88,43 @@ def test_the_student_is_the_masked_model_of_its_adapter(tiny: Tiny, family: str)
     assert float(hard_L.min()) > 0.1 and float(hard_L.max()) < 0.9 and not torch.equal(soft_L, hard_L)
     torch.testing.assert_close(student.taught(ids), model.hidden(ids).flatten(0, 1))
     assert (hidden - student.taught(ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_student_with_an_activation_is_masked_by_its_zeros(tiny: Tiny, family: str) -> None:
+    model = tiny(family, num_layers=3)
+    student, ids = shaken(model, (0, 1, 1), activation="relu2"), ids_of()
+    assert not student.trained
+    hidden, soft_L, hard_L = student(ids, torch.zeros(ids.shape, dtype=torch.bool))
+    blocks = (merged_block(block, lora, 2.0, activation="relu2") for block, lora in zip(model.blocks, student.lora(), strict=True))
+    selection = MaskedSelection(tuple(LayerAdapter(gate=GateThreshold(threshold=0.0), block=block) for block in blocks))
+    torch.testing.assert_close(hidden, model.hidden(ids, selection).flatten(0, 1), atol=1e-5, rtol=1e-5)
+    assert hard_L.tolist() == pytest.approx(selection.counter.mlp_per_layer(), abs=1e-6)
+    assert not torch.equal(soft_L, hard_L) and (hidden - student.taught(ids)).abs().max() > 1e-2
+    (hidden.square().sum() + soft_L.sum()).backward()
+    for name, parameter in student.trainable().items():
+        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
+
+
+def test_an_activation_is_steered_stored_and_used(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, activation="relu", density=0.25, steps=120, learning_rate=1e-2)
+    found = adapt(checkpoint, [TEXT], config, text_hash="t" * 64, folder=tmp_path / "run")
+    assert found is not None
+    adapter, result = found
+    assert result["mlp_density"] == pytest.approx(0.25, abs=0.08) and all(layer["lookahead"] is None for layer in result["layers"])
+    assert result["ppl_sparse"] == result["ppl_unmasked"] and all(layer["mass"] == 1 for layer in result["layers"])
+    adapter.save(tmp_path / "adapter")
+    loaded = Adapter.load(tmp_path / "adapter", model=checkpoint.config, base_hash=checkpoint.base_hash)
+    assert loaded.config == adapter.config and loaded.config.lora is not None and loaded.config.lora.activation == "relu"
+    model, ids = checkpoint.model, ids_of(1, 14)
+    layers = loaded.attached(model)
+    changed = adapted_model(model, layers)
+    assert changed.config.activation == "relu" and model.config.activation == "silu"
+    torch.testing.assert_close(model(ids, MaskedSelection(layers)), changed(ids))
+    with pytest.raises(ValueError, match="silu"):
+        edited(tmp_path / "adapter", lambda config: config["lora"].update(activation="silu"), checkpoint)
+    with pytest.raises(ValueError, match="export --merge"):
+        write_peft(loaded, checkpoint.config, tmp_path / "peft")
 
 
 def test_gradients_pass_through_hard_masks(tiny: Tiny) -> None:

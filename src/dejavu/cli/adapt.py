@@ -34,6 +34,9 @@ def adapt(
     pause: Annotated[
         float | None, typer.Option("--pause", metavar="X", help="Stop after X minutes of this run; the same command goes on.")
     ] = None,
+    activation: Annotated[
+        str | None, typer.Option("--activation", metavar="NAME", help="Give the MLPs relu or relu2 and select by its zeros.")
+    ] = None,
     rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of the predictors.")] = 64,
     lora_rank: Annotated[int, typer.Option("--lora-rank", metavar="N", help="Rank of the changes of weights.")] = 32,
     learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate.")] = 6e-4,
@@ -70,6 +73,7 @@ def adapt(
     options: dict[str, Any] = {"density": density, "rank": rank, "lora_rank": lora_rank, "lookahead_cosine": lookahead_cosine}
     options |= {"steps": steps, "minutes": DEFAULT_MINUTES if steps is None and minutes is None else minutes, "batch": batch, "seed": seed}
     options |= {"learning_rate": learning_rate, "micro_batch": micro_batch, "prompt_share": prompt_share, "chat_share": chat_share}
+    options["activation"] = activation
     options["dtype"] = ("bf16" if device == "cuda" else "fp32") if dtype == "auto" else dtype
     AdaptConfig.from_dict({**options, "length": length or 1024})  # an impossible value is said before a model is loaded
     require(pause is None or pause > 0, f"--pause takes a positive number of minutes, not {pause}")
@@ -175,7 +179,8 @@ def show(out: Output, measured: dict[str, Any]) -> None:
     """The table of layers and the summary."""
     table = new_table("Adapted layers on held-out text", "layer", "MLP density", "mass", "lookahead", "cosine")
     for index, layer in enumerate(measured["layers"]):
-        row = (number(layer["density"]), percent(layer["mass"]), str(layer["lookahead"]), number(layer["cosine"]))
+        lookahead = "" if layer["lookahead"] is None else str(layer["lookahead"])
+        row = (number(layer["density"]), percent(layer["mass"]), lookahead, number(layer["cosine"]))
         table.add_row(str(index), *row)
     out.show(table)
     rise = f"[bold]{measured['rise']:+.2%}[/bold], KL [bold]{measured['kl']:.4f}[/bold]"

@@ -27,6 +27,7 @@ from dejavu.files import new_folder, read_json, read_safetensors, write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.model.lora import LayerLora, LoraConfig, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import HEAD_LOOKAHEADS, MLP_LOOKAHEADS, LayerAdapter, Predictor
+from dejavu.model.selectors import GateThreshold
 from dejavu.model.transformer import Transformer
 from dejavu.version import __version__
 
@@ -112,6 +113,9 @@ class AdapterConfig(Config):
             f"adapter schema_version {self.schema_version} is not supported (this dejavu {__version__} reads {known} for {self.method})",
         )
         require((self.lora is not None) == (self.method == "adapted"), "method adapted has lora settings, and only that")
+        predicted = any(layer.mlp is not None for layer in self.layers)
+        by_zeros = self.lora is not None and self.lora.activation is not None
+        require(not (predicted and by_zeros), "neurons of a changed activation are selected by its zeros; a predictor of them has no place")
         tokens = self.calibration_max_tokens
         require(tokens is None or tokens >= 1, f"calibration_max_tokens must be at least 1, not {tokens}")
 
@@ -170,8 +174,8 @@ class Adapter:
         layers = tuple(layer.to(model.embed.weight.device) for layer in self.layers)
         if self.lora is None or self.config.lora is None:
             return layers
-        scale = self.config.lora.scale
-        blocks = (merged_block(block, lora, scale, dtype=dtype) for block, lora in zip(model.blocks, self.lora, strict=True))
+        settings = {"scale": self.config.lora.scale, "activation": self.config.lora.activation, "dtype": dtype}
+        blocks = (merged_block(block, lora, **settings) for block, lora in zip(model.blocks, self.lora, strict=True))
         return tuple(dataclasses.replace(layer, block=block) for layer, block in zip(layers, blocks, strict=True))
 
     def save(self, folder: str | Path) -> None:
@@ -203,6 +207,8 @@ class Adapter:
         config = dataclasses.replace(config, layers=tuple(entries[layer] for layer in range(count)))
         tensors = read_safetensors(folder / TENSOR_FILE)
         layers = tuple(_read_layer(entry, tensors, model, folder / TENSOR_FILE) for entry in config.layers)
+        if config.lora is not None and config.lora.activation is not None:
+            layers = tuple(dataclasses.replace(layer, gate=GateThreshold(threshold=0.0)) for layer in layers)
         lora = None if config.lora is None else tuple(read_lora(i, config.lora, tensors, model, folder / TENSOR_FILE) for i in range(count))
         require(not tensors, f"{folder / TENSOR_FILE} has tensors that its {CONFIG_FILE} does not list: {', '.join(sorted(tensors)[:5])}")
         return Adapter(layers=layers, config=config, lora=lora)

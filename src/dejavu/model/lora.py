@@ -4,7 +4,8 @@ A linear map W [O, I] (outputs x inputs, whatever layout the model keeps it in) 
 
     W' = W + scale * B A        A [R, I], B [O, R], the sum in fp32, then in the dtype of W
 
-and a norm's weight is replaced. On disk, beside the predictors of layer 3: `layers.3.lora.q.A` int8 [R, I] with
+and a norm's weight is replaced; the activation may be another one, too. On disk, beside the predictors of layer 3:
+`layers.3.lora.q.A` int8 [R, I] with
 `layers.3.lora.q.A.scale` fp32 [R], `layers.3.lora.q.B` int8 [O, R] with its scale [O], the same for k, v, o, up, gate and
 down, and `layers.3.norm1`, `layers.3.norm2` fp32 [D]. In memory factors are the dequantised fp32 values.
 
@@ -17,6 +18,7 @@ Letters: R rank of the change  I inputs  O outputs  D model
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +33,30 @@ from dejavu.model.layers import InputMajorLinear
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Block, Transformer
 
+GIVEN_ACTIVATIONS = ("relu", "relu2")  # without a threshold of their own
 ROUNDED = ("bf16", "int8", "int4")  # dtypes whose values an fp32 model may hold, see Transformer.round_matrices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig(Config):
-    """rank R of every change, and the scale of B A (PEFT's lora_alpha / r)."""
+    """rank R of every change, and the scale of B A (PEFT's lora_alpha / r). activation: what the MLPs get in the place of their own.
+
+    With an activation, neurons are selected by its zeros, and layers have no predictor of neurons.
+    """
 
     rank: int
     scale: float
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora rank must be at least 1, not {self.rank}")
+        check_activation(self.activation)
+
+
+def check_activation(name: str | None) -> None:
+    """Raise ValueError for an activation that a model cannot be given: one without exact zeros."""
+    supported = ", ".join(GIVEN_ACTIVATIONS)
+    require(name in (None, *GIVEN_ACTIVATIONS), f"activation {name!r} cannot be given to a model; choose one of {supported}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +90,10 @@ def merged_weight(module: nn.Module, A_RI: Tensor, B_OR: Tensor, scale: float) -
 
 
 @torch.no_grad()
-def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | None = None) -> Block:
+def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | None = None, activation: str | None = None) -> Block:
     """A copy of the layer with its changes. dtype: of the engine, to which its matrices are rounded as those of the base were."""
     merged = copy.deepcopy(block)
+    merged.config = with_activation(block.config, activation)
     for name, factors in lora.factors.items():
         module = getattr(merged, name)
         A_RI, B_OR = (factor.to(module.weight.device) for factor in factors)
@@ -89,11 +104,17 @@ def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | No
     return merged
 
 
+def with_activation(config: ModelConfig, activation: str | None) -> ModelConfig:
+    """The architecture with that activation; itself where it is None."""
+    return config if activation is None else dataclasses.replace(config, activation=activation)
+
+
 def adapted_model(model: Transformer, layers: Sequence[LayerAdapter]) -> Transformer:
     """The model that runs sparse with these layers: itself, or one with the layers that they carry, which shares the rest."""
-    if all(layer.block is None for layer in layers):
+    changed = [layer.block for layer in layers if layer.block is not None]
+    if not changed:
         return model
-    adapted = empty_model(model.config)
+    adapted = empty_model(changed[0].config)
     for name, child in model.named_children():
         setattr(adapted, name, child)
     adapted.layers = nn.ModuleList(layer.block or own for layer, own in zip(layers, model.blocks, strict=True))

@@ -24,6 +24,10 @@ PREFIX = "base_model.model."
 def write_peft(adapter: Adapter, model: ModelConfig, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write the two files, whole or not at all. Raises ValueError where the adapter changes no weights."""
     lora = adapter.config.lora
+    require(
+        lora is None or lora.activation is None,
+        "this adapter changes the activation, which a LoRA of PEFT cannot; write the merged model with export --merge",
+    )
     if lora is None or adapter.lora is None:
         raise ValueError(f"an adapter of method {adapter.config.method!r} changes no weights, so there is nothing for PEFT to read")
     family = FAMILIES[model.family]

@@ -188,7 +188,7 @@ class MaskedSelection(Selection):
 
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
         selector = self.layers[layer]
-        mask_BTF = self._neuron_mask(selector, inputs)
+        mask_BTF = self.neuron_mask(layer, inputs)
         tokens = self._count(self.counter.mlp_L, layer, mask_BTF, act_BTF.shape, 0.0 if selector.inputs is not None else 1.0)
         if layer == 0:
             self.counter.tokens += tokens
@@ -197,7 +197,9 @@ class MaskedSelection(Selection):
         keep_BTF = mask_BTF if self.sparse_BT is None else mask_BTF | ~self.sparse_BT[..., None]
         return act_BTF * keep_BTF.to(act_BTF.dtype)
 
-    def _neuron_mask(self, selector: LayerAdapter, inputs: LayerInputs) -> Tensor | None:
+    def neuron_mask(self, layer: int, inputs: LayerInputs) -> Tensor | None:
+        """Boolean [B, T, F]: the neurons that a layer keeps; None: all."""
+        selector = self.layers[layer]
         if selector.gate is not None:
             assert inputs.gate is not None
             return selector.gate.mask(inputs.gate)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dejavu.config import Config, require
 from dejavu.files import read_json, write_json
+from dejavu.model.lora import check_activation
 from dejavu.model.transformer import Transformer
 from dejavu.offline.corpus import Mixture
 from dejavu.offline.divergence import divergence_and_gradient, mean_divergence
@@ -52,7 +53,8 @@ class AdaptConfig(Config):
     processes, of which one takes micro_batch at a time; length: tokens of a window. lookahead_cosine: a predictor reads the
     attention's input where attention keeps at least this cosine of the residual stream. prompt_share: of the windows, those whose first
     part runs dense, as a prompt does. chat_share: of the windows, those that the model wrote itself. floor, ceiling: bounds of a
-    layer's density, in multiples of the target.
+    layer's density, in multiples of the target. activation: one with exact zeros that the model gets in the place of its own: neurons are
+    then selected by those zeros, and nothing is predicted.
     """
 
     density: float = 0.15
@@ -70,10 +72,12 @@ class AdaptConfig(Config):
     chat_share: float = 0.0
     floor: float = 1 / 3
     ceiling: float = 4.0
+    activation: str | None = None
     dtype: str = "fp32"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_activation(self.activation)
         require(0 < self.density < 1, f"density must lie in (0, 1), e.g. 0.15, not {self.density}")
         for name in ("rank", "lora_rank", "batch", "micro_batch", "warmup"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
@@ -138,7 +142,7 @@ class Trainer:
         )
         self.student = Student(
             model, rank=config.rank, lora_rank=config.lora_rank, scale=LORA_SCALE, lookahead_L=lookahead_L,
-            dtype=TORCH_DTYPES[config.dtype], device=device, seed=config.seed,
+            dtype=TORCH_DTYPES[config.dtype], device=device, seed=config.seed, activation=config.activation,
         )  # fmt: skip
         self.parameters = self.student.trainable()
         self.gradient_P = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=device)

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.config import Progress
-from dejavu.model.adapter import SCHEMA_VERSIONS, Adapter, AdapterConfig, LayerConfig, part_config, quantized
+from dejavu.model.adapter import SCHEMA_VERSIONS, Adapter, AdapterConfig, LayerConfig, PartConfig, part_config, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.lora import LoraConfig, adapted_model, quantized_lora
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, mlp_predictor_input
+from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.selectors import GateThreshold
 from dejavu.model.transformer import DENSE, LayerInputs, Transformer
 from dejavu.offline.adapt import LORA_SCALE, AdaptConfig
 from dejavu.offline.collect import down_norms
@@ -38,9 +39,8 @@ class _Measured(MaskedSelection):
         self.active_L, self.recalled_L, self.mass_L, self.kept_L = ([0.0] * len(layers) for _ in range(4))
 
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
-        predictor = self.layers[layer].mlp
-        assert predictor is not None
-        mask_BTF = predictor.neuron_mask(mlp_predictor_input(inputs, predictor.lookahead))
+        mask_BTF = self.neuron_mask(layer, inputs)
+        assert mask_BTF is not None
         contribution_BTF = act_BTF.abs() * self.norms_LF[layer]
         active_BTF = act_BTF != 0
         self.active_L[layer] += float(active_BTF.sum())
@@ -51,7 +51,9 @@ class _Measured(MaskedSelection):
 
 
 def rounded_layers(student: Student) -> tuple[LayerAdapter, ...]:
-    """The predictors of the student as an adapter stores them."""
+    """How the student selects: with its predictors as an adapter stores them, or by the zeros of its activation."""
+    if student.activation is not None:
+        return tuple(LayerAdapter(gate=GateThreshold(threshold=0.0)) for _ in student.blocks)
     return tuple(LayerAdapter(mlp=quantized(trained.predictor())) for trained in student.trained)
 
 
@@ -117,7 +119,7 @@ def make_adapter(
         head_density=1.0,
         seed=config.seed,
         layers=entries,
-        lora=LoraConfig(rank=config.lora_rank, scale=LORA_SCALE),
+        lora=LoraConfig(rank=config.lora_rank, scale=LORA_SCALE, activation=config.activation),
     )
     adapter = Adapter(layers=layers, config=described, lora=lora)
     model.to(device)
@@ -130,8 +132,8 @@ def make_adapter(
     assert mlp_density is not None
     rows = []
     for index, layer in enumerate(layers):
-        assert layer.mlp is not None
-        row = {"density": density_L[index], "lookahead": layer.mlp.lookahead, "cosine": cosine_L[index]}
+        lookahead = None if layer.mlp is None else layer.mlp.lookahead
+        row = {"density": density_L[index], "lookahead": lookahead, "cosine": cosine_L[index]}
         row["recall"] = selection.recalled_L[index] / max(selection.active_L[index], 1.0)
         row["mass"] = selection.kept_L[index] / max(selection.mass_L[index], 1e-30)
         rows.append(row)
@@ -147,6 +149,5 @@ def _measures(row: dict[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in ("density", "recall", "mass")}
 
 
-def _part(layer: LayerAdapter, *, density: float = 1.0, recall: float = 1.0, mass: float = 1.0) -> Any:
-    assert layer.mlp is not None
-    return part_config(layer.mlp, density=density, recall=recall, mass=mass)
+def _part(layer: LayerAdapter, *, density: float = 1.0, recall: float = 1.0, mass: float = 1.0) -> PartConfig | None:
+    return None if layer.mlp is None else part_config(layer.mlp, density=density, recall=recall, mass=mass)

@@ -8,6 +8,9 @@ mask of a predictor multiplies the activations, exactly as decoding would skip; 
 Positions marked dense keep every neuron, as a prompt does: so the changed weights stay good for both. The predictor starts
 as the rank-R approximation of the gate (of up, where there is no gate): it selects where the gate is positive.
 
+A student that is given an activation with exact zeros has no predictors: its own zeros are the mask, and what steers the
+density is sigmoid(gate / (SOFTNESS x the gate's root mean square)).
+
 Letters: B windows  T tokens  D model  R rank  F neurons  L layers  I inputs  O outputs  N tokens of all windows
 """
 
@@ -21,12 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dejavu.kernels.activation import activate
 from dejavu.model.layers import InputMajorLinear
-from dejavu.model.lora import LayerLora, changed_norms, linear_shapes
+from dejavu.model.lora import LayerLora, changed_norms, linear_shapes, with_activation
 from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import DENSE, Block, Transformer
 
 COSINE_WINDOWS = 4
+SOFTNESS = 0.25
 COMPILED: dict[str, Any] = {"dynamic": False}
 
 
@@ -103,10 +108,27 @@ def masked_layer(
     return x_BTD, soft, hard
 
 
+def zeroed_layer(block: Block, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer of a student whose activation has zeros of its own: the residual stream, the soft and the hard density, fp32."""
+    config = block.config
+    mixed_BTHK = block.attend(block.attention_input(x_BTD), position_T, inv_freq)
+    x_BTD, mlp_in = block.after_attention(x_BTD, block.o(mixed_BTHK.flatten(-2)))
+    gate_BTF = (block.up if block.gate is None else block.gate)(mlp_in)
+    act_BTF = activate(gate_BTF, config.activation, config.activation_threshold)
+    if block.gate is not None:
+        up_BTF = block.up(mlp_in)
+        act_BTF = act_BTF * (up_BTF if config.up_activation is None else activate(up_BTF, config.up_activation))
+    x_BTD = block.after_mlp(x_BTD, block.down(act_BTF))
+    wide_BTF = gate_BTF.float()
+    scale = wide_BTF.detach().square().mean().sqrt() + 1e-6
+    return x_BTD, (wide_BTF / (SOFTNESS * scale)).sigmoid().mean(), (gate_BTF.detach() > 0).float().mean()
+
+
 class Student(nn.Module):
     """Trainable: `A_RI`, `B_OR` of every linear map, both norms and the predictor of every layer, all fp32. The rest is the teacher's.
 
     model: fp32 on the CPU; it is not changed. dtype: what both compute in. lookahead_L: 0 or 1 of each layer's predictor.
+    activation: what the MLPs get in the place of their own; then there are no predictors.
     """
 
     def __init__(
@@ -120,16 +142,20 @@ class Student(nn.Module):
         dtype: torch.dtype,
         device: str,
         seed: int,
+        activation: str | None = None,
     ) -> None:
         super().__init__()
-        config, generator = model.config, torch.Generator().manual_seed(seed)
-        self.config, self.dtype, self.device = config, dtype, device
+        config, generator = with_activation(model.config, activation), torch.Generator().manual_seed(seed)
+        self.config, self.dtype, self.device, self.activation = config, dtype, device, activation
         self.predictors = nn.ModuleList(
-            TrainedPredictor(block, rank, lookahead) for block, lookahead in zip(model.blocks, lookahead_L, strict=True)
+            TrainedPredictor(block, rank, lookahead)
+            for block, lookahead in zip(model.blocks, lookahead_L, strict=True)
+            if activation is None
         )
         self.layers = nn.ModuleList()
         for block in model.blocks:
             changed = copy.deepcopy(block).requires_grad_(False)
+            changed.config = config
             for name, (outputs, inputs) in linear_shapes(config).items():
                 setattr(changed, name, LowRankLinear(getattr(changed, name), outputs, inputs, lora_rank, scale, generator))
             for name in changed_norms(config):
@@ -142,6 +168,7 @@ class Student(nn.Module):
         compiled = device != "cpu"
         self.plain = torch.compile(plain_layer, **COMPILED) if compiled else plain_layer
         self.masked = torch.compile(masked_layer, **COMPILED) if compiled else masked_layer
+        self.zeroed = torch.compile(zeroed_layer, **COMPILED) if compiled else zeroed_layer
 
     @property
     def blocks(self) -> list[Block]:
@@ -181,9 +208,12 @@ class Student(nn.Module):
         """Last hidden states of the student [N, D], soft and hard densities of its layers [L]. dense_BT: positions without a mask."""
         x_BTD, position_T = self._start(ids_BT)
         soft, hard = [], []
-        for index, (block, predictor) in enumerate(zip(self.blocks, self.trained, strict=True)):
+        for index, block in enumerate(self.blocks):
             inv_freq = self.teacher[0].frequencies(index)
-            x_BTD, soft_density, hard_density = self.masked(block, predictor, x_BTD, position_T, inv_freq, dense_BT)
+            if self.activation is None:
+                x_BTD, soft_density, hard_density = self.masked(block, self.trained[index], x_BTD, position_T, inv_freq, dense_BT)
+            else:
+                x_BTD, soft_density, hard_density = self.zeroed(block, x_BTD, position_T, inv_freq)
             soft.append(soft_density)
             hard.append(hard_density)
         return self._finish(x_BTD), torch.stack(soft), torch.stack(hard)
