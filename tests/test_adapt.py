@@ -359,6 +359,7 @@ def test_a_task_of_which_nothing_runs_sparse_is_scored_with_the_changed_weights(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(("dtype", "limit"), [("fp32", 0.02), ("bf16", 0.15)])
 def test_on_a_gpu_training_is_that_of_the_cpu(checkpoint: Checkpoint, tmp_path: Path, dtype: str, limit: float) -> None:
     """Compiled, fused and resumed: losses and densities as on the CPU, within what the dtype and flipped neurons make of it."""

@@ -131,7 +131,7 @@ def test_what_transformers_does_not_know_is_said(tiny: Tiny) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_on_a_gpu_it_runs_as_one_captured_graph(tiny: Tiny, family: str) -> None:
     model = tiny(family, max_positions=128).to("cuda", torch.float16)

@@ -32,7 +32,7 @@ from dejavu.model.lora import check_activation
 from dejavu.model.transformer import Transformer
 from dejavu.offline.corpus import Mixture
 from dejavu.offline.divergence import divergence_and_gradient, mean_divergence
-from dejavu.offline.ranks import average_, world
+from dejavu.offline.ranks import average_, same_, world
 from dejavu.offline.steering import Steering
 from dejavu.offline.student import COMPILED, Student
 
@@ -145,6 +145,8 @@ class Trainer:
             dtype=TORCH_DTYPES[config.dtype], device=device, seed=config.seed, activation=config.activation,
         )  # fmt: skip
         self.parameters = self.student.trainable()
+        for parameter in self.parameters.values():
+            same_(parameter.detach())
         self.gradient_P = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=device)
         first = 0
         for parameter in self.parameters.values():  # one buffer: one reduction over processes, one norm

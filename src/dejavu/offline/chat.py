@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
@@ -23,6 +24,8 @@ from dejavu.model.transformer import Block, Transformer
 
 LINE_TOKENS = (12, 24, 48)  # a prompt is that many first tokens of a line that has at least so many
 SLOT = "@@LINE@@"
+FRAME_TOKENS = 64  # about what a chat template adds
+CACHE_BYTES, MOST_ROWS, MOST_ROWS_CPU = 16 << 30, 2048, 64
 
 
 def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -60,14 +63,19 @@ def prompts(tokenizer: Tokenizer, documents: Sequence[str], *, rows: int, seed: 
             yield torch.tensor(found)
 
 
-def _attend(block: Block, x_BTD: Tensor, position_T: Tensor, inv_freq: Tensor | None, cache: tuple[Tensor, Tensor]) -> Tensor:
-    """Head outputs [B, T, H, K] of new tokens, whose keys and values go into the cache [B, G, S, K]."""
+def _attend(
+    block: Block, x_BTD: Tensor, places: range, position_T: Tensor, inv_freq: Tensor | None, cache: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Head outputs [B, T, H, K] of new tokens at `places` (position_T: on the device). Keys and values go into the cache [B, G, S, K]."""
     q, k, v = (t.transpose(1, 2) for t in block.query_key_value(x_BTD, position_T, inv_freq))
-    start, stop = int(position_T[0]), int(position_T[-1]) + 1
     for pool, new in zip(cache, (k, v), strict=True):
-        pool[:, :, start:stop] = new
-    keys, values = (pool[:, :, :stop] for pool in cache)
-    return attend_tokens(q, keys, values, block.scores.seen(position_T, stop), block.scores).transpose(1, 2)
+        pool[:, :, places.start : places.stop] = new
+    keys, values = (pool[:, :, : places.stop] for pool in cache)
+    if len(places) == 1 and block.scores.cap == 0 and block.scores.window is None:  # one token sees all: a step is a few launches
+        mixed = F.scaled_dot_product_attention(q, keys, values, scale=block.scores.scale, enable_gqa=keys.shape[1] < q.shape[1])
+    else:
+        mixed = attend_tokens(q, keys, values, block.scores.seen(position_T, places.stop), block.scores)
+    return mixed.transpose(1, 2)
 
 
 @torch.inference_mode()
@@ -81,11 +89,11 @@ def continued(model: Transformer, prompt_BP: Tensor, *, new_tokens: int, generat
     shape = (rows, config.num_kv_heads, total, config.head_dim)
     caches = [tuple(torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in "kv") for _ in model.blocks]
     new, written = ids, [ids]
-    for position in [torch.arange(start), *(torch.tensor([p]) for p in range(start, total - 1))]:
-        position_T = position.to(weight.device)
+    for places in [range(start), *(range(p, p + 1) for p in range(start, total - 1))]:
+        position_T = torch.arange(places.start, places.stop, device=weight.device)
         x = model.embedded(new, position_T)
         for index, (block, (keys, values)) in enumerate(zip(model.blocks, caches, strict=True)):
-            mixed = _attend(block, block.attention_input(x), position_T, model.frequencies(index), (keys, values))
+            mixed = _attend(block, block.attention_input(x), places, position_T, model.frequencies(index), (keys, values))
             x, mlp_in = block.after_attention(x, block.o(mixed.flatten(-2)))
             x = block.after_mlp(x, block.down(block.activations(mlp_in)))
         last = x[:, -1]
@@ -93,6 +101,14 @@ def continued(model: Transformer, prompt_BP: Tensor, *, new_tokens: int, generat
         new = torch.multinomial(probabilities_BV, 1, generator=generator)
         written.append(new)
     return torch.cat(written, dim=1)
+
+
+def rows_at_once(model: Transformer, length: int) -> int:
+    """Rows of a batch of sequences of that many tokens."""
+    config, weight = model.config, model.embed.weight
+    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length * weight.element_size()
+    most = MOST_ROWS if weight.device.type == "cuda" else MOST_ROWS_CPU
+    return max(1, min(most, CACHE_BYTES // row_bytes))
 
 
 def cut(row: Sequence[int], prompt_tokens: int, eos: Sequence[int]) -> list[int]:
@@ -108,11 +124,14 @@ def written(
     *,
     tokens: int,
     seed: int,
-    rows: int = 512,
     new_tokens: int = 256,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """At least `tokens` ids of prompts with answers, as the model (on its device, in its dtype) writes them."""
+    """At least `tokens` ids of prompts with answers, as the model (on its device, in its dtype) writes them.
+
+    A step is bound by what it starts, not by its rows: on a GPU there are as many as CACHE_BYTES hold, up to MOST_ROWS.
+    """
+    rows = rows_at_once(model, max(LINE_TOKENS) + FRAME_TOKENS + new_tokens)
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     found: list[int] = []
     for prompt_BP in prompts(tokenizer, documents, rows=rows, seed=seed):

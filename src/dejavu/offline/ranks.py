@@ -46,6 +46,13 @@ def average_(values: Tensor) -> Tensor:
     return values
 
 
+def same_(values: Tensor) -> Tensor:
+    """The first process's tensor in all of them, in place."""
+    if dist.is_initialized():
+        dist.broadcast(values, 0)
+    return values
+
+
 def wait() -> None:
     """Until every process is here."""
     if dist.is_initialized():

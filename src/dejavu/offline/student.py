@@ -61,10 +61,11 @@ class LowRankLinear(nn.Module):
 class TrainedPredictor(nn.Module):
     """Scores [.., F] of x [.., D], computed in the dtype of x."""
 
-    def __init__(self, block: Block, rank: int, lookahead: int) -> None:
+    def __init__(self, block: Block, rank: int, lookahead: int, device: str = "cpu") -> None:
         super().__init__()
         matrix = block.up if block.gate is None else block.gate
-        left, singular, right = torch.linalg.svd(matrix.weight.detach().float(), full_matrices=False)
+        # On the device: beside a GPU, a processor that many processes share takes seconds for each layer.
+        left, singular, right = torch.linalg.svd(matrix.weight.detach().to(device, torch.float32), full_matrices=False)
         rank = min(rank, len(singular))
         root_R = singular[:rank].sqrt()
         self.lookahead = lookahead
@@ -148,7 +149,7 @@ class Student(nn.Module):
         config, generator = with_activation(model.config, activation), torch.Generator().manual_seed(seed)
         self.config, self.dtype, self.device, self.activation = config, dtype, device, activation
         self.predictors = nn.ModuleList(
-            TrainedPredictor(block, rank, lookahead)
+            TrainedPredictor(block, rank, lookahead, device)
             for block, lookahead in zip(model.blocks, lookahead_L, strict=True)
             if activation is None
         )
