@@ -242,6 +242,12 @@ def _gpu_cells(row: Row, dense: Row) -> list[str]:
     ]
 
 
+def _short_name(device: str | None) -> str:
+    """`H100` of `NVIDIA H100 80GB HBM3`."""
+    words = (device or "").removeprefix("NVIDIA ").split()
+    return words[0] if words else ""
+
+
 def gpu_speed() -> str:
     """Decode of one sequence on a GPU: transformers on the same weights, ours dense and sparse, from one run for each model."""
     table, sources = [], []
@@ -274,10 +280,11 @@ def gpu_batches() -> str:
         own, _ = _decodes(newest[key])
         dense = next(row for row in own if row.mode == "dense")
         for row in own:
-            about = [f"{row.model}{', synthetic' if row.synthetic else ''}", row.dtype, str(row.context), str(row.batch)]
+            about = [f"{row.model}{', synthetic' if row.synthetic else ''}", _short_name(row.device), row.dtype]
+            about += [str(row.context), str(row.batch)]
             table.append([f"dejavu {row.mode}", *about, _percent(row.union_density), *_gpu_cells(row, dense)])
         sources.append(dense)
-    header = ["program", "model", "dtype", "context", "batch", "union density", "MLP density", "heads", "ms a step", "tokens/s"]
+    header = ["program", "model", "GPU", "dtype", "context", "batch", "union density", "MLP density", "heads", "ms a step", "tokens/s"]
     return _table([*header, "times our dense"], table) + _sources(sources) if table else NOT_MEASURED
 
 
