@@ -154,3 +154,16 @@ def test_the_native_engine_decodes_as_the_masked_forward(call, work: Path) -> No
 )
 def test_mistakes_are_one_line(call, arguments: tuple[str, ...], error: str) -> None:
     call(*ADAPT, *arguments, status=2, error=error)
+
+
+def test_a_relu_model_is_written_out_as_one(call, work: Path) -> None:
+    """The merged model, dense, says what the base says with the adapter, sparse; transformers reads its activation."""
+    options = ("relu" if option == "adapter" else option for option in ADAPT)
+    found = call(*options, "--activation", "relu", "--steps", "8")
+    assert found["mlp_density"] < 0.9
+    merged = call("export", "model", "merged", "--adapter", "relu", "--merge")
+    assert merged["merged"] is True and merged["adapter"] is False
+    assert json.loads((work / "merged" / "config.json").read_text())["hidden_act"] == "relu"
+    say = ("generate", "--prompt", "the cat", "-n", "8", "--ignore-eos", "--dtype", "fp32")
+    assert call(*say, "model", "--adapter", "relu")["text"] == call(*say, "merged")["text"]
+    call("export", "merged", "twice", "--merge", status=2, error="there are none; give an adapter of dejavu adapt")

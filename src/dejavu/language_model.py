@@ -28,6 +28,7 @@ from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.template import Messages, chat_ids
 from dejavu.model.transformer import DENSE, on_cpu
 
 
@@ -98,7 +99,7 @@ class LanguageModel:
     @overload
     def generate(
         self,
-        prompt: str,
+        prompt: str | Messages,
         *,
         max_new_tokens: int,
         temperature: float = ...,
@@ -114,7 +115,7 @@ class LanguageModel:
     @overload
     def generate(
         self,
-        prompt: str,
+        prompt: str | Messages,
         *,
         max_new_tokens: int,
         temperature: float = ...,
@@ -129,7 +130,7 @@ class LanguageModel:
     ) -> Iterator[str]: ...
     def generate(
         self,
-        prompt: str,
+        prompt: str | Messages,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -144,6 +145,7 @@ class LanguageModel:
     ) -> GeneratedText | Iterator[str]:
         """Continue a prompt; the prompt runs dense, each new token sparse where there is an adapter (Deja Vu, section 4).
 
+        prompt: a text, taken as it is, or messages such as [{"role": "user", "content": "..."}] for a model with a chat template.
         Returns the new text as a GeneratedText: a str with prompt_tokens, new_tokens, tok_s, prefill_tok_s (tokens a
         second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces
         being the same text. temperature 0 is greedy; seed: see SamplingConfig. Raises ValueError, at once, for a negative count,
@@ -165,7 +167,7 @@ class LanguageModel:
 
     def start(
         self,
-        prompt: str,
+        prompt: str | Messages,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -182,7 +184,7 @@ class LanguageModel:
 
         record: keep what every step selected, in the result's `trace`.
         """
-        prompt_ids = self.tokenizer.encode(prompt)
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else chat_ids(self.tokenizer, prompt)
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         engine, give_back = self._engines.take(

@@ -14,7 +14,7 @@ from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
 from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model
-from dejavu.model.hub import adapter_folder
+from dejavu.model.hub import PACKAGED, adapter_folder, packaged_file
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -50,13 +50,15 @@ def load(
     if name in bundled_adapters():
         own_adapter = MODELS_FOLDER / name / ADAPTER_FOLDER
         name = read_json(own_adapter / "config.json")["base_id"]
-    path = resolve_model(name, revision=revision)
+    # A bundled adapter was made for the form of its base that a package carries: that one, where it is installed.
+    path = (packaged_file(name) if own_adapter is not None else None) or resolve_model(name, revision=revision)
     lacking = read_config(path).beyond(asked)
     require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
     backend = "torch" if lacking else asked
     torch_dtype = _torch_dtype(dtype, backend)
     device = "cuda" if backend == "cuda" else "cpu"
-    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=name if name in bundled_models() else None)
+    known = name if name in bundled_models() or name in PACKAGED else None
+    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=known)
     if adapter == "bundled":
         adapter = own_adapter or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dejavu.cli.options import AdapterFolder, AsJson, Dense, Model, open_model
 from dejavu.cli.output import Output
+
+if TYPE_CHECKING:
+    from dejavu.language_model import LanguageModel
+    from dejavu.model.transformer import Transformer
 
 
 def export(
@@ -17,6 +21,9 @@ def export(
     dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="fp32 or bf16.")] = "fp32",
     adapter: AdapterFolder = None,
     dense: Dense = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the model that the adapter makes (changed weights and activation), without an adapter.")
+    ] = False,
     peft: Annotated[
         Path | None, typer.Option("--peft", metavar="DIR", help="Also write the adapter's changes of weights as a LoRA that PEFT reads.")
     ] = None,
@@ -36,9 +43,23 @@ def export(
         raise ValueError("--peft writes an adapter's changes of weights, and there is no adapter; give one with --adapter DIR")
     if peft is not None and lm.adapter is not None:
         write_peft(lm.adapter, lm.config, peft)
-    write_export(lm.model, lm.tokenizer, folder, dtype=dtype, adapter=lm.adapter)
+    merged = _merged(lm) if merge else None
+    written = lm.adapter if merged is None else None
+    write_export(merged or lm.model, lm.tokenizer, folder, dtype=dtype, adapter=written)
     path = absolute(folder)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    with_adapter = "without an adapter" if lm.adapter is None else f"with its adapter in {path / 'adapter'}"
+    with_adapter = "without an adapter" if written is None else f"with its adapter in {path / 'adapter'}"
     out.say(f"Wrote {path} ({size / 1e6:,.1f} MB, {dtype}), {with_adapter}")
-    out.finish({"folder": str(path), "dtype": dtype, "bytes": size, "adapter": lm.adapter is not None, "model": lm.name})
+    out.finish({"folder": str(path), "dtype": dtype, "bytes": size, "adapter": written is not None, "merged": merge, "model": lm.name})
+
+
+def _merged(lm: LanguageModel) -> Transformer:
+    """The model with its adapter's changed weights. Raises ValueError where there are none."""
+    from dejavu.model.lora import adapted_model
+
+    layers = lm.layers()
+    if lm.adapter is None or lm.adapter.lora is None or layers is None:
+        raise ValueError(
+            "--merge writes an adapter's changed weights, and there are none; give an adapter of dejavu adapt, or leave it out"
+        )
+    return adapted_model(lm.model, layers)

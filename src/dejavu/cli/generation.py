@@ -33,6 +33,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens of this total.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may repeat.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, also where the model has a chat template.")] = False,
     adapter: AdapterFolder = None,
     accept_base: AcceptBase = False,
     text: BaseTexts = None,
@@ -45,7 +46,7 @@ def generate(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt, sparse where the model has an adapter."""
+    """Continue a prompt, or answer it where the model has a chat template; sparse where the model has an adapter."""
     from dejavu.config import SamplingConfig, require
     from dejavu.engine.streaming import StopStrings
 
@@ -58,8 +59,9 @@ def generate(
         model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
     )  # fmt: skip
+    chat = not raw and lm.tokenizer.chat_template is not None
     running = lm.start(
-        prompt,
+        [{"role": "user", "content": prompt}] if chat else prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -68,7 +70,7 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
     )
-    out.write(f"\n{prompt}")
+    out.write(f"\n{prompt}" + ("\n\n" if chat else ""))
     try:
         for piece in running:
             out.write(piece.text)
@@ -87,6 +89,7 @@ def generate(
     out.finish(
         {
             "text": str(result),
+            "chat": chat,
             "tok_s": result.tok_s,
             "prefill_tok_s": result.prefill_tok_s,
             "mlp_density": result.mlp_density,

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from dejavu.config import Progress, require
 from dejavu.kernels.attention import attend_tokens
+from dejavu.model.template import rendered
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Block, Transformer
 
@@ -33,11 +32,9 @@ def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     if tokenizer.chat_template is None:
         return ([] if tokenizer.document_bos is None else [tokenizer.document_bos]), []
     try:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(tokenizer.chat_template)
-        special = {name: token for name, token in tokenizer.special_tokens.items() if name in ("bos_token", "eos_token")}
-        text = template.render(messages=[{"role": "user", "content": SLOT}], add_generation_prompt=True, **special)
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template cannot be rendered ({error}); leave --chat-share out") from error
+        text = rendered(tokenizer, [{"role": "user", "content": SLOT}])
+    except ValueError as error:
+        raise ValueError(f"{error}; leave --chat-share out") from error
     require(text.count(SLOT) == 1, "the tokenizer's chat template does not show the user's text once; leave --chat-share out")
     before, after = text.split(SLOT)
     return tokenizer.encode_plain(before), tokenizer.encode_plain(after)

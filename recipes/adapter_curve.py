@@ -1,0 +1,56 @@
+"""Quality against density of an adapter: its thresholds moved up and down together.
+
+    python recipes/adapter_curve.py smollm2-sparse --text 'text/valid/*.txt' | python recipes/tables.py record curve smollm2-sparse
+
+In: a model with an adapter that predicts neurons, texts. Out: one JSON object with a point for each shift: `shift`, `density`, `kl` and
+`rise` (of perplexity) to the dense model, every token masked, in fp32. Scores are logits: at a shift of 0 a neuron is read where the
+predictor holds it for likelier needed than not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+import torch
+
+import dejavu
+from dejavu.measure.texts import named_texts
+from dejavu.offline.adapted import measured
+from dejavu.offline.collect import pack_windows
+
+SHIFTS = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--adapter", default="bundled")
+    parser.add_argument("--windows", type=int, default=4, help="of each text")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    options = parser.parse_args()
+    lm = dejavu.load(options.model, backend="torch", adapter=options.adapter)
+    layers = lm.layers()
+    assert layers is not None and all(layer.mlp is not None for layer in layers), "the adapter predicts the neurons of every layer"
+    parts = []
+    for text in named_texts(options.text).values():
+        windows = pack_windows([lm.tokenizer.encode_plain(text)], context=options.length, bos=lm.tokenizer.document_bos)
+        parts.append(windows[torch.linspace(0, len(windows) - 1, min(options.windows, len(windows))).long()])
+    ids_WT = torch.cat(parts)
+    points = []
+    for shift in SHIFTS:
+        moved = tuple(
+            dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, threshold=layer.mlp.threshold + shift))
+            for layer in layers
+            if layer.mlp is not None
+        )
+        quality, selection = measured(lm.model, moved, ids_WT)
+        density = selection.counter.mlp_density()
+        points.append({"shift": shift, "density": density, "kl": quality["kl"], "rise": quality["rise"]})
+    print(json.dumps({"tokens": ids_WT.numel(), "points": points}))
+
+
+if __name__ == "__main__":
+    main()
