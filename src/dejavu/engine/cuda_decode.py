@@ -39,7 +39,7 @@ class DecodeRows:
         self.ring = Ring(
             token_NB=torch.zeros(RING, rows, dtype=torch.int32, device=device),
             logprob_NB=torch.zeros(RING, rows, device=device),
-            counts_N2BL=torch.zeros(RING, 2, rows, layers, dtype=torch.int32, device=device),
+            counts_NMBL=torch.zeros(RING, 2, rows, layers, dtype=torch.int32, device=device),
         )
         self.made = torch.zeros(1, dtype=torch.int32, device=device)
         self._token_B = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -54,10 +54,10 @@ class DecodeRows:
             step_B=self.words[5],
         )
 
-    def run(self, logits_BV: Tensor, counts_2BL: Tensor, inputs_3B: Tensor) -> None:
+    def run(self, logits_BV: Tensor, counts_MBL: Tensor, inputs_3B: Tensor) -> None:
         """Sample the logits, keep the tokens with the step's counts, and make them and the next positions the inputs."""
         sample_rows(logits_BV, self._settings, self._scratch, self._token_B, self._logprob_B)
-        advance_rows(self._token_B, self._logprob_B, counts_2BL, inputs_3B, self.ring, self.made, padding=self._padding)
+        advance_rows(self._token_B, self._logprob_B, counts_MBL, inputs_3B, self.ring, self.made, padding=self._padding)
 
     def taken(self, tokens: int, rows: int, heads_per_group: int) -> Decoded:
         """A copy of the ring's first tokens of the first rows; the ring is written from its start again."""
@@ -65,8 +65,8 @@ class DecodeRows:
         found = Decoded(
             token_NB=ring.token_NB[:tokens, :rows].long(),
             logprob_NB=ring.logprob_NB[:tokens, :rows].clone(),
-            neurons_NBL=ring.counts_N2BL[:tokens, 0, :rows].long(),
-            heads_NBL=ring.counts_N2BL[:tokens, 1, :rows].long() * heads_per_group,
+            neurons_NBL=ring.counts_NMBL[:tokens, 0, :rows].long(),
+            heads_NBL=ring.counts_NMBL[:tokens, 1, :rows].long() * heads_per_group,
         )
         self.made.zero_()
         return found

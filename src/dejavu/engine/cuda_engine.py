@@ -84,7 +84,7 @@ class CudaEngine(PagedEngine):
             device=device,
         )
         cache.reserve(num_slots, 1)
-        self._predictors, self._counts_2L = layer_predictors(self.layers, config, device)
+        self._predictors, self._counts_ML = layer_predictors(self.layers, config, device)
         self._model = step_model(model, self._predictors)
         self._ahead, self._deterministic, self._record = ahead, deterministic, record
         self._crossover = crossover and not deterministic
@@ -228,12 +228,12 @@ class CudaEngine(PagedEngine):
         step.inputs.copy_(self._staged(numbers).view(3, bucket), non_blocking=True)
         self._start(key, self._graphs, lambda: self._run(step))
         per = self.config.heads_per_group
-        counts_2BL = self._counts_of(step)[:, :rows].long()
-        union_L = counts_2BL[0, 0] if isinstance(step, TokenStep) else step.unions
+        counts_MBL = self._counts_of(step)[:, :rows].long()
+        union_L = counts_MBL[0, 0] if isinstance(step, TokenStep) else step.unions
         result = StepResult(
             logits_BV=step.logits[:rows].clone(),
-            neurons_BL=counts_2BL[0],
-            heads_BL=counts_2BL[1] if per == 1 else counts_2BL[1] * per,
+            neurons_BL=counts_MBL[0],
+            heads_BL=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
             selections=tuple(self._selections(step, row) for row in range(rows)) if self._record else None,
         )
         return result, union_L
@@ -246,7 +246,7 @@ class CudaEngine(PagedEngine):
 
     def _counts_of(self, step: TokenStep | BatchStep) -> Tensor:
         """What the last run selected, int32 [2, B, L] in place: neurons and groups."""
-        return self._counts_2L[:, None] if isinstance(step, TokenStep) else step.counts
+        return self._counts_ML[:, None] if isinstance(step, TokenStep) else step.counts
 
     def _decode_bucket(
         self, token_ids: Sequence[int], slots: Sequence[int], count: int, sampling: Sequence[SamplingConfig], choices: Sequence[int]
