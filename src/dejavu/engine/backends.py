@@ -19,7 +19,7 @@ from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 # How a backend's engine selects, in the words of `LayerAdapter.ways`: what is not here, `auto` leaves to torch.
-BACKEND_WAYS = {"torch": ("predictors", "the gate", "inputs"), "native": ("predictors",), "cuda": ("predictors",)}
+BACKEND_WAYS = {"torch": ("predictors", "the gate", "inputs"), "native": ("predictors",), "cuda": ("predictors", "the gate", "inputs")}
 BACKEND_DTYPES = {"native": NATIVE_DTYPES, "cuda": ("fp32", "fp16", "bf16"), "torch": ("fp32", "fp16", "bf16", "fp64")}
 
 

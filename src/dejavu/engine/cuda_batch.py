@@ -52,8 +52,9 @@ REPEATS = 5
 class BatchStep:
     """The kernels of a step of several rows, over memory that stays where it is: a graph of them can be replayed.
 
-    inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int32 [M, B, L] of each row, as
-    `layer_predictors` has them of one, in place, and unions int64 [L], the neurons that were read; valid after `run`.
+    inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int32 [M, B, L] of each row, in
+    place, as `layer_predictors` has them of one, and unions int64 [L], the neurons that were read; valid after `run`. record: keep what
+    the rows keep of inputs.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class BatchStep:
         deterministic: bool,
         inputs: Tensor,
         padding: int,
+        record: bool = False,
     ) -> None:
         config, device, dtype, rows = model.config, model.head.device, model.head.dtype, inputs.shape[1]
         self.model, self.cache = model, cache
@@ -88,6 +90,11 @@ class BatchStep:
         self._row_counts = torch.zeros(len(every), rows, layers, dtype=torch.int32, device=device)
         self._union_counts = torch.zeros(layers, dtype=torch.int32, device=device)
         self._groups_LBG = torch.zeros(layers, rows, config.num_kv_heads, dtype=torch.int32, device=device)
+        self._kept = {
+            (index, point): torch.zeros(rows, kept.x.shape[0], device=device, dtype=dtype)
+            for index, layer in enumerate(model.inputs if record else ())
+            for point, kept in ({} if layer is None else layer.points).items()
+        }
         self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.neurons is None and own.gate is None)
         self.dense_heads = False
         self._gates = [self._gate_of(index, own) for index, own in enumerate(model.predictors)]
@@ -106,6 +113,10 @@ class BatchStep:
     def groups(self, index: int, row: int) -> Tensor:
         """The groups that a row selected in a layer, int64."""
         return self._groups_LBG[index, row, : int(self._row_counts[1, row, index])].long()
+
+    def kept_inputs(self, index: int, point: str, row: int) -> Tensor:
+        """The inputs that a row kept at a point of a layer, int64, where they are recorded: zero ones never are."""
+        return self._kept[index, point][row].nonzero().squeeze(1)
 
     def run(self, watch: Callable[[int, Tensor], object] | None = None) -> None:
         """Start every kernel on the current stream. watch(layer, words int32 [F]) is called where a layer has selected."""
@@ -202,7 +213,8 @@ class BatchStep:
         layer = self.model.inputs[index]
         if layer is None:
             return x_BI
-        kept, out_BI = layer.points[point], torch.empty_like(x_BI)
+        kept, out_BI = layer.points[point], self._kept.get((index, point))
+        out_BI = torch.empty_like(x_BI) if out_BI is None else out_BI
         mask_rows(x_BI, kept.norm, kept.threshold, out_BI, self._row_counts[2 + POINTS.index(point), :, index : index + 1])
         return out_BI
 

@@ -34,12 +34,13 @@ COLDEST, HOTTEST = 1e-30, 1e30  # a temperature below is greedy in fp32, one abo
 class DecodeRows:
     """The memory of the rows of one bucket. words int32 [6, B]: the settings, as `packed_settings` lays them out."""
 
-    def __init__(self, rows: int, vocab: int, layers: int, padding: int, device: torch.device) -> None:
+    def __init__(self, rows: int, vocab: int, layers: int, padding: int, device: torch.device, *, counts: int = 2) -> None:
+        """counts: kept of each row and layer, see `layer_predictors`."""
         self.words = torch.zeros(SETTING_ROWS, rows, dtype=torch.int32, device=device)
         self.ring = Ring(
             token_NB=torch.zeros(RING, rows, dtype=torch.int32, device=device),
             logprob_NB=torch.zeros(RING, rows, device=device),
-            counts_NMBL=torch.zeros(RING, 2, rows, layers, dtype=torch.int32, device=device),
+            counts_NMBL=torch.zeros(RING, counts, rows, layers, dtype=torch.int32, device=device),
         )
         self.made = torch.zeros(1, dtype=torch.int32, device=device)
         self._token_B = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -61,12 +62,13 @@ class DecodeRows:
 
     def taken(self, tokens: int, rows: int, heads_per_group: int) -> Decoded:
         """A copy of the ring's first tokens of the first rows; the ring is written from its start again."""
-        ring = self.ring
+        ring, counts = self.ring, self.ring.counts_NMBL.shape[1]
         found = Decoded(
             token_NB=ring.token_NB[:tokens, :rows].long(),
             logprob_NB=ring.logprob_NB[:tokens, :rows].clone(),
             neurons_NBL=ring.counts_NMBL[:tokens, 0, :rows].long(),
             heads_NBL=ring.counts_NMBL[:tokens, 1, :rows].long() * heads_per_group,
+            inputs_NBLP=None if counts == 2 else ring.counts_NMBL[:tokens, 2:, :rows].long().permute(0, 2, 3, 1),
         )
         self.made.zero_()
         return found

@@ -4,10 +4,12 @@
     attention, with the neurons' selection beside it; rows of O; the MLP (with the norm, the A of the next layer's predictors);
     the head (with the norm)
 
-Four kernels a layer. Where the gate selects neurons, the MLP is three: products with the gate (with the norm), the selection, rows of up and
-down. Where inputs are selected, each of the four maps has two: keep its inputs, and what their rows add up to. The residual stream is y + delta: q, k, v read y0 + delta_mlp and write the sum to y1, to which O adds
+Four kernels a layer. The residual stream is y + delta: q, k, v read y0 + delta_mlp and write the sum to y1, to which O adds
 delta_attention; the MLP reads y1 + delta_attention, writes the sum to y0 and adds its own to delta_mlp. Deltas are set to zero
 by a kernel that runs while nobody reads or adds to them.
+
+Where the gate selects neurons, the MLP is three kernels: products with the gate (with the norm), the selection, rows of up and down.
+Where inputs are selected, each of q, k, v, of O, of gate and up, and of down is two: keep its inputs, and sum their rows.
 
 Letters: B rows (1)  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  W = (H + 2G) K
 """

@@ -30,9 +30,8 @@ from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.kernels.sparse_mlp import MlpWeights
 from dejavu.model.layers import Norm
 from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.selectors import POINTS, column_norms
+from dejavu.model.selectors import POINTS, InputPoints, column_norms
 from dejavu.model.transformer import Block, Transformer
-
 
 KEEP_ALL = -1.0  # a threshold that every input exceeds
 
@@ -144,8 +143,7 @@ def layer_predictors(layers: Sequence[LayerAdapter], config: ModelConfig, device
 
 def all_counts(config: ModelConfig, *, inputs: bool) -> list[int]:
     """What a layer that selects nothing counts: neurons, groups; with `inputs`, the inputs of each point too."""
-    sizes = (config.hidden_size, config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size)
-    return [config.intermediate_size, config.num_kv_heads, *(sizes if inputs else ())]
+    return [config.intermediate_size, config.num_kv_heads, *(InputPoints.of(config).sizes if inputs else ())]
 
 
 def step_model(model: Transformer, layers: Sequence[LayerAdapter], predictors: Sequence[LayerPredictors], counts_ML: Tensor) -> StepModel:
@@ -169,7 +167,7 @@ def _input_layers(
 ) -> list[InputLayer | None]:
     """Matrices with a row per input are copies, of these layers alone. counts_PL: by point; a layer's count is an element of it."""
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    sizes = all_counts(model.config, inputs=True)[2:]
+    sizes = InputPoints.of(model.config).sizes
     values = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]  # of one layer at a time
     found: list[InputLayer | None] = []
     for index, (block, layer, own) in enumerate(zip(model.blocks, layers, weights, strict=True)):

@@ -73,8 +73,8 @@ def _keep_part(x, norm, threshold, out, inputs, base, D: tl.constexpr, FIRST: tl
     else:
         i = FIRST + tl.arange(0, SIZE)
         live = i < D
-        size = tl.abs(x.to(tl.float32)) * tl.load(norm + i, mask=live, other=0.0)
-        chosen = (exceeds(size, threshold) & live).to(tl.int32)
+        weighed = tl.abs(x.to(tl.float32)) * tl.load(norm + i, mask=live, other=0.0)
+        chosen = (exceeds(weighed, threshold) & live).to(tl.int32)
         tl.store(out + i, x, mask=live)
         tl.store(inputs + base + tl.cumsum(chosen, 0) - 1, i, mask=chosen == 1)
         return base + tl.sum(chosen, 0)
@@ -109,8 +109,8 @@ def _keep_normed(
 def _listed(value, at, live, norm, threshold, out, inputs, count):
     """Store values and append those that are kept to the list."""
     x = value.to(out.dtype.element_ty)
-    size = tl.abs(x.to(tl.float32)) * tl.load(norm + at, mask=live, other=0.0)
-    chosen = (exceeds(size, tl.load(threshold)) & live).to(tl.int32)
+    weighed = tl.abs(x.to(tl.float32)) * tl.load(norm + at, mask=live, other=0.0)
+    chosen = (exceeds(weighed, tl.load(threshold)) & live).to(tl.int32)
     tl.store(out + at, x, mask=live)
     place = tl.cumsum(chosen, 0) - 1
     first = tl.atomic_add(count, tl.sum(chosen, 0), sem="relaxed")
@@ -147,13 +147,13 @@ def _keep_activated(
 
 
 @triton.jit
-def _inputs(x, weight, inputs, first, hi, column, O: tl.constexpr, R: tl.constexpr):
+def _inputs(x, weight, inputs, first, hi, column, WIDTH: tl.constexpr, R: tl.constexpr):
     """Values and rows of R places of the list from `first` on; zeros beyond its end."""
     r = first + tl.arange(0, R)
     live = r < hi
     row = tl.load(inputs + r, mask=live, other=0)
     w = tl.load(
-        weight + row.to(tl.int64)[:, None] * O + column[None, :], mask=live[:, None] & (column < O)[None, :], other=0.0,
+        weight + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=live[:, None] & (column < WIDTH)[None, :], other=0.0,
         eviction_policy="evict_first",
     )  # fmt: skip
     return tl.load(x + row, mask=live, other=0.0), w
@@ -161,7 +161,7 @@ def _inputs(x, weight, inputs, first, hi, column, O: tl.constexpr, R: tl.constex
 
 @triton.jit
 def _sum_inputs(
-    x, weight, bias, inputs, count, out, O: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+    x, weight, bias, inputs, count, out, WIDTH: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
     PARTIAL: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     share = tl.program_id(1)
@@ -171,30 +171,30 @@ def _sum_inputs(
     hi = (total * (share + 1)) // shares
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([COLUMNS], tl.float32)
-    now = _inputs(x, weight, inputs, lo, hi, column, O, R)
+    now = _inputs(x, weight, inputs, lo, hi, column, WIDTH, R)
     for first in tl.range(lo, hi, R, num_stages=1):
-        new = _inputs(x, weight, inputs, first + R, hi, column, O, R)
+        new = _inputs(x, weight, inputs, first + R, hi, column, WIDTH, R)
         xv, w = now
         acc += tl.sum(w.to(tl.float32) * xv.to(tl.float32)[:, None], 0)
         now = new
     if BIAS:
         if share == 0:
-            acc += tl.load(bias + column, mask=column < O, other=0.0).to(tl.float32)
+            acc += tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     if PARTIAL:
-        tl.store(out + share * O + column, acc, mask=column < O)
+        tl.store(out + share * WIDTH + column, acc, mask=column < WIDTH)
     elif (lo < hi) | (share == 0):
-        tl.atomic_add(out + column, acc, mask=column < O, sem="relaxed")
+        tl.atomic_add(out + column, acc, mask=column < WIDTH, sem="relaxed")
 
 
 @triton.jit
-def _mask_rows(x, norm, threshold, out, row_count, row_stride, I, BLOCK: tl.constexpr, programmatic: tl.constexpr):
+def _mask_rows(x, norm, threshold, out, row_count, row_stride, size, BLOCK: tl.constexpr, programmatic: tl.constexpr):
     b = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < I
-    v = tl.load(x + b * I + i, mask=live, other=0.0)
-    size = tl.abs(v.to(tl.float32)) * tl.load(norm + i, mask=live, other=0.0)
-    chosen = exceeds(size, tl.load(threshold)) & live
-    tl.store(out + b * I + i, tl.where(chosen, v, 0.0), mask=live)
+    live = i < size
+    v = tl.load(x + b * size + i, mask=live, other=0.0)
+    weighed = tl.abs(v.to(tl.float32)) * tl.load(norm + i, mask=live, other=0.0)
+    chosen = exceeds(weighed, tl.load(threshold)) & live
+    tl.store(out + b * size + i, tl.where(chosen, v, 0.0), mask=live)
     tl.atomic_add(row_count + b * row_stride, tl.sum(chosen.to(tl.int32), 0), sem="relaxed")
 
 
@@ -272,7 +272,7 @@ def sum_inputs(
     launch(
         _sum_inputs, (triton.cdiv(size, shape.columns), sum_shares(size, weight_IO.device, shape)),
         kept.x, weight_IO, or_any(bias_O, kept.x), inputs_I, kept.count, out,
-        O=size, R=shape.rows, COLUMNS=shape.columns, BIAS=bias_O is not None, PARTIAL=partial, num_warps=shape.warps,
+        WIDTH=size, R=shape.rows, COLUMNS=shape.columns, BIAS=bias_O is not None, PARTIAL=partial, num_warps=shape.warps,
     )  # fmt: skip
 
 

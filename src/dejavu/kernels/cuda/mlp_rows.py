@@ -149,7 +149,14 @@ def mlp_rows(
 
 
 def down_rows(
-    act_FB: Tensor, weights: MlpWeights, union_F: Tensor, count: Tensor, out: Tensor, *, shape: DownShape | None = None, partial: bool = False
+    act_FB: Tensor,
+    weights: MlpWeights,
+    union_F: Tensor,
+    count: Tensor,
+    out: Tensor,
+    *,
+    shape: DownShape | None = None,
+    partial: bool = False,
 ) -> None:
     """Add to out fp32 [B, D] the rows of down of the union, times the activations act_FB [F, BP] by place in the list, and the bias;
     partial: out is [shares, B, D]."""
