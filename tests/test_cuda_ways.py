@@ -1,9 +1,8 @@
-"""The cuda engine where the gate or inputs select, against the torch engine: on the CPU under Triton's interpreter, on a GPU with -m gpu."""
+"""The cuda engine where the gate or inputs select, against the torch engine: under Triton's interpreter, on a GPU with -m gpu."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from dejavu.engine.interface import LayerSelection, StepResult
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds
-from dejavu.model.transformer import LayerInputs, Selection, Transformer
+from dejavu.model.transformer import Selection, Transformer
 from kernel_memory import check_rule
 from test_cuda_engine import DEVICES, on
 from test_cuda_replays import Recorded
