@@ -328,7 +328,7 @@ def stored_method(folder: Path) -> str | None:
     if not (folder / CONFIG_FILE).is_file():
         return None
     values = read_json(folder / CONFIG_FILE)
-    return SELECTS.get(values.get("method")) if isinstance(values, dict) else None
+    return SELECTS.get(str(values.get("method"))) if isinstance(values, dict) else None
 
 
 def _read_config(folder: Path) -> AdapterConfig:
