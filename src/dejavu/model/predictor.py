@@ -88,16 +88,16 @@ class LayerAdapter:
         assert self.inputs is None or (self.mlp, self.heads, self.gate) == (None, None, None), "inputs are selected alone"
 
     @property
-    def ways(self) -> tuple[str, ...]:
-        """What is selected by here: predictors, the gate, inputs."""
+    def methods(self) -> tuple[str, ...]:
+        """How anything is selected here: predicted, gate (of which "exact" is the one with a threshold of 0), input."""
         predicts = self.mlp is not None or self.heads is not None
-        found = (("predictors", predicts), ("the gate", self.gate is not None), ("inputs", self.inputs is not None))
-        return tuple(way for way, there in found if there)
+        found = (("predicted", predicts), ("gate", self.gate is not None), ("input", self.inputs is not None))
+        return tuple(method for method, there in found if there)
 
     @property
     def sparse(self) -> bool:
         """Whether anything is selected here."""
-        return bool(self.ways)
+        return bool(self.methods)
 
     def to(self, device: torch.device) -> LayerAdapter:
         """Both predictors on that device; a block is where its model is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from kernel_memory import check_rule
 from test_cuda_engine import DEVICES, on
 from test_cuda_replays import Recorded
 from test_engine import decode, ids_of, random_layers
-from test_ways import gate_layers, input_layers
+from test_methods import gate_layers, input_layers
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {}),
@@ -33,8 +33,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt, three parts": ("opt", {"hidden_size": 112, "num_heads": 4, "num_kv_heads": 4, "head_dim": 28, "intermediate_size": 70}),
     "llama, biased": ("llama", {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu"}),
 }
-WAYS = {"gate": gate_layers, "inputs": input_layers}
-Way = Callable[[Transformer, float], tuple[LayerAdapter, ...]]
+METHODS = {"gate": gate_layers, "input": input_layers}
+
 STEPS = 3
 
 
@@ -74,18 +74,18 @@ def check_same(want: StepResult, found: StepResult) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("name", "way", "options"),
+    ("name", "method", "options"),
     [
-        *((name, way, {}) for name in MODELS for way in WAYS),
-        *(("llama", way, {"deterministic": True}) for way in WAYS),
-        *(("opt", way, {"ahead": "branch"}) for way in WAYS),
+        *((name, method, {}) for name in MODELS for method in METHODS),
+        *(("llama", method, {"deterministic": True}) for method in METHODS),
+        *(("opt", method, {"ahead": "branch"}) for method in METHODS),
     ],
     ids=str,
 )
-def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, way: str, options: dict[str, Any], device: str) -> None:
+def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, method: str, options: dict[str, Any], device: str) -> None:
     """After a prefill of a few pages and with steps that begin new ones."""
     model, ids = made(tiny, name), ids_of(1, 10 + STEPS)
-    layers = WAYS[way](model, 0.4)
+    layers = METHODS[method](model, 0.4)
     torch_engine = TorchEngine(model, layers, record=True, page_size=3)
     cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, **options)
     assert cuda_engine.info.sparse and cuda_engine.info.input_points == torch_engine.info.input_points
@@ -98,17 +98,17 @@ def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, way: str, options
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("name", "way", "options"),
+    ("name", "method", "options"),
     [
-        *((name, way, {}) for name in ("opt", "llama, relu, wide heads", "llama, biased") for way in WAYS),
-        *(("llama", way, {"deterministic": True}) for way in WAYS),
+        *((name, method, {}) for name in ("opt", "llama, relu, wide heads", "llama, biased") for method in METHODS),
+        *(("llama", method, {"deterministic": True}) for method in METHODS),
     ],
     ids=str,
 )
-def test_rows_of_a_batch_equal_the_torch_engine(tiny: Tiny, name: str, way: str, options: dict[str, Any], device: str) -> None:
+def test_rows_of_a_batch_equal_the_torch_engine(tiny: Tiny, name: str, method: str, options: dict[str, Any], device: str) -> None:
     """Three sequences of different lengths in a bucket of four: each row selects and gives what it does alone."""
     model = made(tiny, name)
-    layers, prompts = WAYS[way](model, 0.4), [ids_of(seed, length) for seed, length in ((3, 4), (4, 9), (5, 1))]
+    layers, prompts = METHODS[method](model, 0.4), [ids_of(seed, length) for seed, length in ((3, 4), (4, 9), (5, 1))]
     torch_engine = TorchEngine(model, layers, record=True, page_size=3, num_slots=3)
     cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, num_slots=3, **options)
     for engine in (torch_engine, cuda_engine):
@@ -121,7 +121,7 @@ def test_rows_of_a_batch_equal_the_torch_engine(tiny: Tiny, name: str, way: str,
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_layers_that_each_select_in_a_way_of_their_own(tiny: Tiny, rows: int, device: str) -> None:
+def test_layers_of_different_methods(tiny: Tiny, rows: int, device: str) -> None:
     model = tiny("llama", num_layers=4)
     layers = mixed_layers(model, 0.4)
     torch_engine = TorchEngine(model, layers, record=True, num_slots=rows)
@@ -187,12 +187,12 @@ def with_threshold(layers: Sequence[LayerAdapter], threshold: float) -> tuple[La
 
 
 @pytest.mark.parametrize(("device", "steps"), [("cpu", 4), pytest.param("cuda", 50, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("rows", "options"), [(1, {}), (1, {"deterministic": True}), (3, {})], ids=str)
-def test_counts_that_change_from_step_to_step(tiny: Tiny, way: str, rows: int, options: dict[str, Any], device: str, steps: int) -> None:
+def test_counts_that_change_from_step_to_step(tiny: Tiny, method: str, rows: int, options: dict[str, Any], device: str, steps: int) -> None:
     """Nothing, some and everything selected in turn, over the same memory."""
     model = tiny("llama", activation="relu", intermediate_size=70, num_layers=1)
-    layers = WAYS[way](model, 0.5)
+    layers = METHODS[method](model, 0.5)
     torch_engine = TorchEngine(model, layers, num_slots=rows)
     cuda_engine = CudaEngine(on(model, device), layers, num_slots=rows, **options)
     seen = set()
@@ -209,10 +209,10 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, way: str, rows: int, o
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_deterministic_engine_repeats_bit_for_bit(tiny: Tiny, way: str, rows: int, device: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_deterministic_engine_repeats_bit_for_bit(tiny: Tiny, method: str, rows: int, device: str) -> None:
     model = tiny("llama", num_layers=1)
-    layers = WAYS[way](model, 0.5)
+    layers = METHODS[method](model, 0.5)
     engines = [CudaEngine(on(model, device), layers, num_slots=rows, deterministic=True) for _ in range(2)]
     for index in range(2 if device == "cpu" else 20):
         tokens = ids_of(60 + index, rows)
@@ -222,10 +222,10 @@ def test_a_deterministic_engine_repeats_bit_for_bit(tiny: Tiny, way: str, rows: 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("way", WAYS)
-def test_decoded_tokens_have_the_counts_of_their_steps(tiny: Tiny, way: str, rows: int, device: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_decoded_tokens_have_the_counts_of_their_steps(tiny: Tiny, method: str, rows: int, device: str) -> None:
     model = tiny("llama", num_layers=1)
-    layers, slots, tokens = WAYS[way](model, 0.5), list(range(rows)), ids_of(8, rows)
+    layers, slots, tokens = METHODS[method](model, 0.5), list(range(rows)), ids_of(8, rows)
     reference = TorchEngine(model, layers, num_slots=rows)
     found = CudaEngine(on(model, device), layers, num_slots=rows).decode(tokens, slots, 2).cpu()
     for index in range(2):
@@ -233,7 +233,7 @@ def test_decoded_tokens_have_the_counts_of_their_steps(tiny: Tiny, way: str, row
         tokens = step.logits_BV.argmax(-1).tolist()
         assert found.token_NB[index].tolist() == tokens
         assert torch.equal(found.neurons_NBL[index], step.neurons_BL) and torch.equal(found.heads_NBL[index], step.heads_BL)
-        assert (found.inputs_NBLP is None) == (step.inputs_BLP is None) == (way == "gate")
+        assert (found.inputs_NBLP is None) == (step.inputs_BLP is None) == (method == "gate")
         assert found.inputs_NBLP is None or step.inputs_BLP is None or torch.equal(found.inputs_NBLP[index], step.inputs_BLP)
 
 
@@ -271,14 +271,14 @@ class RecordedInputs(Selection):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "dtype"), [("opt", torch.float16), ("llama", torch.bfloat16), ("llama", torch.float16)], ids=str)
-def test_low_precision_is_as_good_as_the_plain_one(tiny: Tiny, name: str, dtype: torch.dtype, way: str, rows: int, device: str) -> None:
+def test_low_precision_is_as_good_as_the_plain_one(tiny: Tiny, name: str, dtype: torch.dtype, method: str, rows: int, device: str) -> None:
     """Every logit held to the rule: fp64, and the plain forward pass in the dtype, select what the engine selected."""
-    if device == "cpu" and rows > 1 and way == "gate" and dtype == torch.bfloat16:
+    if device == "cpu" and rows > 1 and method == "gate" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies the bits of bf16 matrices as integers")
     model = made(tiny, name)
-    layers = WAYS[way](model, 0.5)
+    layers = METHODS[method](model, 0.5)
     low = on(model, device, dtype)
     wide = copy.deepcopy(low).double()
     engine = CudaEngine(low, layers, num_slots=rows, record=True)
@@ -286,18 +286,18 @@ def test_low_precision_is_as_good_as_the_plain_one(tiny: Tiny, name: str, dtype:
     steps = [engine.step(list(tokens), list(range(rows))) for tokens in zip(*ids_BT, strict=True)]
     for row, ids in enumerate(ids_BT):
         recorded = [step.selections[row] for step in steps if step.selections is not None]
-        selection = Recorded(recorded, model.config, low.embed.weight.device) if way == "gate" else RecordedInputs(recorded)
+        selection = Recorded(recorded, model.config, low.embed.weight.device) if method == "gate" else RecordedInputs(recorded)
         with torch.inference_mode():
             plain, truth = (each(torch.tensor([ids], device=device), selection)[0].cpu() for each in (low, wide))
         check_rule(torch.stack([step.logits_BV[row] for step in steps]), plain, truth.double(), dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_number_that_is_none_reaches_the_logits(tiny: Tiny, way: str, device: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_number_that_is_none_reaches_the_logits(tiny: Tiny, method: str, device: str) -> None:
     """NaN exceeds no threshold, and is not left out for that: a mask would leave it NaN."""
     model = tiny("llama", num_layers=1)
-    layers = WAYS[way](model, 0.5)
+    layers = METHODS[method](model, 0.5)
     with torch.no_grad():
         gate = model.blocks[0].gate
         assert gate is not None

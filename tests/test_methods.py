@@ -12,7 +12,7 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine import backends
-from dejavu.engine.backends import BACKEND_WAYS, beyond_ways, make_engine, pick_backend
+from dejavu.engine.backends import BACKEND_METHODS, beyond_methods, make_engine, pick_backend
 from dejavu.engine.generation import generate_tokens
 from dejavu.engine.interface import StepResult, densities
 from dejavu.engine.torch_engine import TorchEngine
@@ -250,21 +250,21 @@ def test_thresholds_that_cannot_be(tiny: Tiny) -> None:
         TorchEngine(tiny("opt"), (LayerAdapter(), LayerAdapter(inputs=InputThresholds())))
 
 
-@pytest.mark.parametrize(("way", "word"), [(gate_layers, "the gate"), (input_layers, "inputs")])
-def test_a_backend_selects_so_or_says_that_it_does_not(way: Any, word: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("way", "method"), [(gate_layers, "gate"), (input_layers, "input")])
+def test_a_backend_selects_so_or_says_that_it_does_not(way: Any, method: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name it is refused; auto goes to torch."""
     model = tiny("llama")
     layers = way(model, 0.5)
-    assert beyond_ways("torch", {word}) == () and make_engine(model, layers, backend="torch").info.sparse
+    assert beyond_methods("torch", {method}) == () and make_engine(model, layers, backend="torch").info.sparse
     if pick_backend() != "native":
         pytest.skip("the native engine is not here")
-    monkeypatch.setitem(backends.BACKEND_WAYS, "native", ("predictors",))
+    monkeypatch.setitem(backends.BACKEND_METHODS, "native", ("predicted",))
     assert make_engine(model, layers).info.backend == "torch"
-    with pytest.raises(ValueError, match=f"backend 'native' does not compute selection by {word}; use --backend torch"):
+    with pytest.raises(ValueError, match=f"backend 'native' does not compute selection by method {method}; use --backend torch"):
         make_engine(model, layers, backend="native")
     assert make_engine(model, random_layers(model, mlp=0, heads=0)).info.backend == "native"
 
 
-def test_the_table_of_ways_names_those_that_are() -> None:
-    ways = {"predictors", "the gate", "inputs"}
-    assert set(BACKEND_WAYS["torch"]) == ways and all(set(found) <= ways for found in BACKEND_WAYS.values())
+def test_the_table_names_the_methods_that_there_are() -> None:
+    methods = {"predicted", "gate", "input"}
+    assert set(BACKEND_METHODS["torch"]) == methods and all(set(found) <= methods for found in BACKEND_METHODS.values())
