@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 METHODS = {"gate": gate_layers, "input": input_layers}
 
-STEPS = 3
+STEPS = 2
 
 
 def made(tiny: Tiny, name: str) -> Transformer:
@@ -84,14 +84,14 @@ def check_same(want: StepResult, found: StepResult) -> None:
 )
 def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, method: str, options: dict[str, Any], device: str) -> None:
     """After a prefill of a few pages and with steps that begin new ones."""
-    model, ids = made(tiny, name), ids_of(1, 10 + STEPS)
+    model, ids = made(tiny, name), ids_of(1, 11 + STEPS)
     layers = METHODS[method](model, 0.4)
     torch_engine = TorchEngine(model, layers, record=True, page_size=3)
     cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, **options)
     assert cuda_engine.info.sparse and cuda_engine.info.input_points == torch_engine.info.input_points
     for engine in (torch_engine, cuda_engine):
-        engine.prefill(0, ids[:10])
-    (_, wanted), (_, steps) = decode(torch_engine, ids[10:]), decode(cuda_engine, ids[10:])
+        engine.prefill(0, ids[:11])
+    (_, wanted), (_, steps) = decode(torch_engine, ids[11:]), decode(cuda_engine, ids[11:])
     for want, step in zip(wanted, steps, strict=True):
         check_same(want, step)
 
