@@ -119,8 +119,8 @@ def test_what_cannot_be_run(tmp_path: Path, checkpoint: Checkpoint, adapter: Ada
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_stated_quality_has_the_shape_of_a_training_report(adapter: Adapter) -> None:
-    stated = stated_quality(adapter)
+def test_stated_quality_has_the_shape_of_a_training_report(adapter: Adapter, tiny: Tiny) -> None:
+    stated = stated_quality(adapter, tiny("opt").config)
     part = {"recall": 0.9, "mass": 0.99, "density": 0.125}
     assert stated["layers"] == [
         {**part, "lookahead": 0, "heads": None},
