@@ -84,7 +84,7 @@ class StepProfile:
 
     seconds: by op (predictor, attention, mlp, head, other). Counts int64 [L] over the rows: neurons that some row selected,
     neurons whose row of down some row needed (an activation of exactly zero does not), query heads that some row selected. inputs_LP:
-    inputs that some row kept, int64 [L, P]; None where no layer selects inputs.
+    inputs that some row kept, int64 [L, P], or all where an engine reads them whole for several rows; None where no layer selects inputs.
     """
 
     seconds: dict[str, float]
