@@ -21,7 +21,7 @@ from dejavu.model.bundle import export
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.selectors import POINTS, InputPoints, InputThresholds
+from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import gate_reads, head_reads, input_reads, mlp_reads, token_reads
@@ -88,8 +88,11 @@ def test_an_adapter_keeps_its_budget_on_disk_and_where_it_decodes(
     seen: list[str] = []
     again, _ = trained(checkpoint, method, work_folder=tmp_path / "work", progress=lambda what, *_: seen.append(what))
     assert again.config == adapter.config and "what each part costs" not in seen
-    other, _ = trained(checkpoint, method, budget=0.0, work_folder=tmp_path / "work")
-    assert other.layers == (LayerAdapter(),) * 3, "a budget of 0 leaves every part dense"
+    nothing_lost, result = trained(checkpoint, method, budget=0.0, work_folder=tmp_path / "work")
+    assert result["rise"] == 0
+    for layer in nothing_lost.layers:  # dense, or without what is exactly zero
+        zeros = LayerAdapter(gate=GateThreshold(threshold=0.0)) if method == "gate" else LayerAdapter(inputs=InputThresholds(down=0.0))
+        assert layer == (zeros if kind == "relu" else LayerAdapter())
 
 
 def test_exact_loses_nothing(relu: Checkpoint, silu: Checkpoint) -> None:

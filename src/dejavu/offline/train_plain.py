@@ -40,7 +40,7 @@ MEASURED = {"gate": 4, "input": 3}  # candidates of a part whose divergence is m
 SEEN_TOKENS = 2048  # from which thresholds are taken, fewer where a layer is wide
 SEEN_VALUES = 12_000_000  # values of one point that are sorted at a time
 PRICED_TOKENS = 4096  # on which divergence is measured, fewer where there are many parts:
-PRICED_PASSES = 200_000  # tokens times measured candidates, at most
+PRICED_PASSES = 100_000  # tokens times measured candidates, at most
 LEAST_PRICED = 256
 
 Options = dict[tuple[int, str], list[tuple[float, Quality]]]
