@@ -25,7 +25,7 @@ from dejavu.kernels.cuda.project import (
     side_definition,
 )
 from dejavu.kernels.cuda.read import read_buffer
-from dejavu.kernels.cuda.select import NeuronScores, order_token, select_definition, select_token
+from dejavu.kernels.cuda.select import NeuronScores, order_list, select_definition, select_token
 from dejavu.kernels.sparse_mlp import MlpWeights
 from kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons, poisoned_rows
 
@@ -330,7 +330,7 @@ SELECTIONS = [
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("neurons", "rank", "count", "int8"), SELECTIONS)
-def test_select_token_and_order_token(neurons: int, rank: int, count: int, int8: bool, device: str) -> None:
+def test_select_token_and_order_list(neurons: int, rank: int, count: int, int8: bool, device: str) -> None:
     memory = Memory(device, seed=count)
     scores = neuron_scores(memory, neurons, rank, count, int8=int8)
     wanted = select_definition(scores).tolist()
@@ -339,24 +339,20 @@ def test_select_token_and_order_token(neurons: int, rank: int, count: int, int8:
     select_token(found)
     check_list(found, wanted)
     marks_F, out_F = memory.room(neurons, dtype=torch.int32, holds=0.0), memory.room(neurons, dtype=torch.int32)
-    order_token(found, marks_F, out_F)
+    order_list(found.neurons, found.count, marks_F, out_F)
     memory.check()
     assert out_F.tolist() == wanted + [CANARY] * (neurons - count)
     assert not marks_F.any(), "marks must be zero for the next list"
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_order_token_of_more_than_a_block(device: str) -> None:
+def test_order_list_of_more_than_a_block(device: str) -> None:
     memory = Memory(device)
     wanted = memory.choice(2500, 1300)
     listed = torch.cat([wanted, torch.full((1200,), 2499)]).int()
-    none = torch.empty(2500, 0)
-    scores = NeuronScores(
-        matrix=none, scale=none, bias=none, threshold=none, h=none, neurons=memory.given(listed),
-        count=memory.given(torch.tensor([1300], dtype=torch.int32)),
-    )  # fmt: skip
+    count = memory.given(torch.tensor([1300], dtype=torch.int32))
     out_F = memory.room(2500, dtype=torch.int32)
-    order_token(scores, memory.room(2500, dtype=torch.int32, holds=0.0), out_F)
+    order_list(memory.given(listed), count, memory.room(2500, dtype=torch.int32, holds=0.0), out_F)
     memory.check()
     assert out_F[:1300].tolist() == sorted(wanted.tolist()) and set(out_F[1300:].tolist()) == {CANARY}
 

@@ -21,7 +21,7 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.offline.train import TrainConfig
+from dejavu.offline.train_config import TrainConfig
 from test_adapter import make_adapter
 
 SMALL = DemoSizes(
@@ -119,8 +119,8 @@ def test_what_cannot_be_run(tmp_path: Path, checkpoint: Checkpoint, adapter: Ada
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_stated_quality_has_the_shape_of_a_training_report(adapter: Adapter) -> None:
-    stated = stated_quality(adapter)
+def test_stated_quality_has_the_shape_of_a_training_report(adapter: Adapter, tiny: Tiny) -> None:
+    stated = stated_quality(adapter, tiny("opt").config)
     part = {"recall": 0.9, "mass": 0.99, "density": 0.125}
     assert stated["layers"] == [
         {**part, "lookahead": 0, "heads": None},

@@ -8,6 +8,9 @@ Whether a layer's MLP runs over the union depends on the union's size and on the
 sizes, and the first step of a bucket counts the union of each layer. `dense_layers` holds the outcome. q, k, v and O are read whole
 whatever heads the rows select, so selecting them saves reading the cache alone: `slower_heads` times attention both ways.
 
+Where each row's own gate selects, the products with the gate are the vendor's, and up and down are read over the union. Where inputs are
+selected, each row's are masked and the matrices read whole: the union of a few rows would be nearly all of them. Neither is timed.
+
 Letters: B rows  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  F neurons
 """
 
@@ -21,13 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
-from dejavu.engine.cuda_weights import LayerPredictors, StepModel
+from dejavu.engine.cuda_weights import LayerPredictors, StepModel, all_counts
 from dejavu.kernels.cuda.attention import Partials, Places, attend, splits_for
 from dejavu.kernels.cuda.common import Scores, Side
 from dejavu.kernels.cuda.embed import embed_rows
-from dejavu.kernels.cuda.mlp_rows import DownShape, dense_mlp_rows, mlp_rows, padded_rows, shares_of
+from dejavu.kernels.cuda.gate_rows import GateRows, select_gate_rows, up_given_rows
+from dejavu.kernels.cuda.inputs import mask_rows
+from dejavu.kernels.cuda.mlp_rows import (
+    DownShape,
+    dense_down_rows,
+    dense_mlp_rows,
+    dense_up_rows,
+    down_rows,
+    gate_products,
+    mlp_rows,
+    padded_rows,
+    shares_of,
+)
 from dejavu.kernels.cuda.project import GroupScores
 from dejavu.kernels.cuda.rows import UnionScores, combine_rows, group_rows, norm_rows, project_rows, select_rows
+from dejavu.model.selectors import POINTS
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # sizes of a union at which it is timed
 REPEATS = 5
@@ -36,8 +52,9 @@ REPEATS = 5
 class BatchStep:
     """The kernels of a step of several rows, over memory that stays where it is: a graph of them can be replayed.
 
-    inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int32 [2, B, L], neurons
-    and groups of each row, in place, and unions int64 [L], the neurons that were read; valid after `run`.
+    inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int32 [M, B, L] of each row, in
+    place, as `layer_predictors` has them of one, and unions int64 [L], the neurons that were read; valid after `run`. record: keep what
+    the rows keep of inputs.
     """
 
     def __init__(
@@ -49,6 +66,7 @@ class BatchStep:
         deterministic: bool,
         inputs: Tensor,
         padding: int,
+        record: bool = False,
     ) -> None:
         config, device, dtype, rows = model.config, model.head.device, model.head.dtype, inputs.shape[1]
         self.model, self.cache = model, cache
@@ -68,11 +86,18 @@ class BatchStep:
         self._word_F, self._union_F = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         shares = shares_of(size, DownShape(), device) if deterministic else 0
         self._sums = torch.zeros(shares, rows, size, device=device)
-        self._row_counts = torch.zeros(2, rows, layers, dtype=torch.int32, device=device)
+        every = all_counts(config, inputs=any(layer is not None for layer in model.inputs))
+        self._row_counts = torch.zeros(len(every), rows, layers, dtype=torch.int32, device=device)
         self._union_counts = torch.zeros(layers, dtype=torch.int32, device=device)
         self._groups_LBG = torch.zeros(layers, rows, config.num_kv_heads, dtype=torch.int32, device=device)
-        self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.neurons is None)
+        self._kept = {
+            (index, point): torch.zeros(rows, kept.x.shape[0], device=device, dtype=dtype)
+            for index, layer in enumerate(model.inputs if record else ())
+            for point, kept in ({} if layer is None else layer.points).items()
+        }
+        self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.neurons is None and own.gate is None)
         self.dense_heads = False
+        self._gates = [self._gate_of(index, own) for index, own in enumerate(model.predictors)]
         self._halves = [self._rows_of(index, own, rows) for index, own in enumerate(model.predictors)]
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
         self._start()
@@ -88,6 +113,10 @@ class BatchStep:
     def groups(self, index: int, row: int) -> Tensor:
         """The groups that a row selected in a layer, int64."""
         return self._groups_LBG[index, row, : int(self._row_counts[1, row, index])].long()
+
+    def kept_inputs(self, index: int, point: str, row: int) -> Tensor:
+        """The inputs that a row kept at a point of a layer, int64, where they are recorded: zero ones never are."""
+        return self._kept[index, point][row].nonzero().squeeze(1)
 
     def run(self, watch: Callable[[int, Tensor], object] | None = None) -> None:
         """Start every kernel on the current stream. watch(layer, words int32 [F]) is called where a layer has selected."""
@@ -123,6 +152,12 @@ class BatchStep:
             )
         return heads_first, heads, neurons_first, neurons
 
+    def _gate_of(self, index: int, own: LayerPredictors) -> GateRows | None:
+        if own.gate is None:
+            return None
+        count, row_count = self._union_counts[index : index + 1], self._row_counts[0, :, index : index + 1]
+        return GateRows(threshold=own.gate.threshold, word_F=self._word_F, union=self._union_F, count=count, row_count=row_count)
+
     def _start(self) -> None:
         """What the counts are before a step: nothing where it selects, everything where it does not."""
         config = self.config
@@ -132,11 +167,16 @@ class BatchStep:
                 self._first_counts[0, :, index] = self._first_unions[index] = config.intermediate_size
             if own.heads is None or self.dense_heads:
                 self._first_counts[1, :, index] = config.num_kv_heads
+        for index, layer in enumerate(self.model.inputs):
+            if layer is None:
+                for at, size in enumerate(all_counts(config, inputs=True)[2 : len(self._first_counts)], start=2):
+                    self._first_counts[at, :, index] = size
 
     def _layer(self, index: int, delta: Tensor, watch: Callable[[int, Tensor], object] | None) -> Tensor:
         """One layer; what it adds to the residual stream last, which the next norm takes in."""
         layer, own, x_BD = self.weights[index], self.predictors[index], self._x_BD
         heads_first, heads, neurons_first, neurons = self._halves[index]
+        gate, product_BF = self._gates[index], None
         if index in self.dense_layers:
             neurons_first = neurons = None
         if self.dense_heads:
@@ -148,21 +188,35 @@ class BatchStep:
             group_rows(heads)
         if neurons_first is not None and own.neurons_lookahead == 1:
             project_rows(neurons_first, x_BD)
-        qkv_BW = F.linear(x_BD, layer.qkv, layer.qkv_bias)
+        qkv_BW = F.linear(self._masked(index, "attention", x_BD), layer.qkv, layer.qkv_bias)
         self._attend(index, qkv_BW, heads)
-        mixed_BQ = self._mixed_BHK.flatten(1)
+        mixed_BQ = self._masked(index, "output", self._mixed_BHK.flatten(1))
         added = mixed_BQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_BQ, layer.o)
-        norm_rows(self._y_BD, added, layer.norm2, x_BD, None if neurons is None else self._delta_BD)
+        norm_rows(self._y_BD, added, layer.norm2, x_BD, None if neurons is None and gate is None else self._delta_BD)
         if neurons is not None and neurons_first is not None:
             if own.neurons_lookahead == 0:
                 project_rows(neurons_first, x_BD)
             select_rows(neurons, self.inputs[1], self.padding)
-            if watch is not None:
-                watch(index, self._word_F)
+        elif gate is not None:
+            product_BF = gate_products(x_BD, layer.mlp)
+            select_gate_rows(product_BF, gate, layer.mlp.activation, layer.mlp.activation_threshold, self.inputs[1], self.padding)
+        if watch is not None and index not in self.dense_layers:
+            watch(index, self._word_F)
         self._run_before(index + 1)
-        if neurons is None:
-            return dense_mlp_rows(x_BD, layer.mlp)
-        return self._union_mlp(index)
+        if index in self.dense_layers:
+            act_BF = dense_up_rows(self._masked(index, "mlp", x_BD), layer.mlp)
+            return dense_down_rows(self._masked(index, "down", act_BF), layer.mlp)
+        return self._union_mlp(index, product_BF)
+
+    def _masked(self, index: int, point: str, x_BI: Tensor) -> Tensor:
+        """What each row keeps at a point, the rest set to zero; x itself in a layer that does not select inputs."""
+        layer = self.model.inputs[index]
+        if layer is None:
+            return x_BI
+        kept, out_BI = layer.points[point], self._kept.get((index, point))
+        out_BI = torch.empty_like(x_BI) if out_BI is None else out_BI
+        mask_rows(x_BI, kept.norm, kept.threshold, out_BI, self._row_counts[2 + POINTS.index(point), :, index : index + 1])
+        return out_BI
 
     def _attend(self, index: int, qkv_BW: Tensor, heads: GroupScores | None) -> None:
         """Store the rows' keys and values and put their heads together in `_mixed_BHK`."""
@@ -184,7 +238,9 @@ class BatchStep:
         if neurons_first is not None and own.neurons_lookahead == 2 and index not in self.dense_layers:
             project_rows(neurons_first, self._x_BD)
 
-    def _union_mlp(self, index: int) -> Tensor:
+    def _union_mlp(self, index: int, product_BF: Tensor | None = None) -> Tensor:
+        """product_BF: products with the gate, where it selected."""
+        mlp = self.weights[index].mlp
         out = self._sums if self.deterministic else self._delta_BD
         union, count = self._union_F, self._union_counts[index : index + 1]
         if self.deterministic:  # a union in order, so that sums are too
@@ -193,9 +249,11 @@ class BatchStep:
             ordered = torch.zeros(chosen_F.shape[0] + 1, dtype=torch.int32, device=chosen_F.device)
             ordered.scatter_(0, place_F, torch.arange(chosen_F.shape[0], dtype=torch.int32, device=chosen_F.device))
             union = ordered
-        mlp_rows(
-            self._x_BD, self.weights[index].mlp, self._word_F, union, count, self._act_FB, out, partial=self.deterministic
-        )  # fmt: skip
+        if product_BF is None:
+            mlp_rows(self._x_BD, mlp, self._word_F, union, count, self._act_FB, out, partial=self.deterministic)
+        else:
+            up_given_rows(self._x_BD, product_BF, mlp, self._word_F, union, count, self._act_FB)
+            down_rows(self._act_FB, mlp, union, count, out, partial=self.deterministic)
         return self._sums.sum(0) if self.deterministic else self._delta_BD
 
     def run_dense(self, layers: frozenset[int], *, heads: bool = False) -> None:
@@ -207,14 +265,13 @@ class BatchStep:
 
     def slower_sparse(self) -> frozenset[int]:
         """The layers whose union, as the last step left it, is slower than dense on this device."""
-        if len(self.dense_layers) == self.config.num_layers:
+        timed = [index for index, own in enumerate(self.predictors) if own.neurons is not None and index not in self.dense_layers]
+        if not timed:
             return frozenset()
         table = self.crossover()
         unions = self._union_counts.tolist()
         neurons = self.config.intermediate_size
-        return frozenset(
-            index for index, union in enumerate(unions) if index not in self.dense_layers and _between(table, union / neurons) > table[0][1]
-        )
+        return frozenset(index for index in timed if _between(table, unions[index] / neurons) > table[0][1])
 
     def slower_heads(self) -> bool:
         """Whether attention over the rows' selected heads, with their selection, is slower than over all: of one layer, at the

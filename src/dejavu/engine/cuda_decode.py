@@ -34,12 +34,13 @@ COLDEST, HOTTEST = 1e-30, 1e30  # a temperature below is greedy in fp32, one abo
 class DecodeRows:
     """The memory of the rows of one bucket. words int32 [6, B]: the settings, as `packed_settings` lays them out."""
 
-    def __init__(self, rows: int, vocab: int, layers: int, padding: int, device: torch.device) -> None:
+    def __init__(self, rows: int, vocab: int, layers: int, padding: int, device: torch.device, *, counts: int = 2) -> None:
+        """counts: kept of each row and layer, see `layer_predictors`."""
         self.words = torch.zeros(SETTING_ROWS, rows, dtype=torch.int32, device=device)
         self.ring = Ring(
             token_NB=torch.zeros(RING, rows, dtype=torch.int32, device=device),
             logprob_NB=torch.zeros(RING, rows, device=device),
-            counts_N2BL=torch.zeros(RING, 2, rows, layers, dtype=torch.int32, device=device),
+            counts_NMBL=torch.zeros(RING, counts, rows, layers, dtype=torch.int32, device=device),
         )
         self.made = torch.zeros(1, dtype=torch.int32, device=device)
         self._token_B = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -54,19 +55,20 @@ class DecodeRows:
             step_B=self.words[5],
         )
 
-    def run(self, logits_BV: Tensor, counts_2BL: Tensor, inputs_3B: Tensor) -> None:
+    def run(self, logits_BV: Tensor, counts_MBL: Tensor, inputs_3B: Tensor) -> None:
         """Sample the logits, keep the tokens with the step's counts, and make them and the next positions the inputs."""
         sample_rows(logits_BV, self._settings, self._scratch, self._token_B, self._logprob_B)
-        advance_rows(self._token_B, self._logprob_B, counts_2BL, inputs_3B, self.ring, self.made, padding=self._padding)
+        advance_rows(self._token_B, self._logprob_B, counts_MBL, inputs_3B, self.ring, self.made, padding=self._padding)
 
     def taken(self, tokens: int, rows: int, heads_per_group: int) -> Decoded:
         """A copy of the ring's first tokens of the first rows; the ring is written from its start again."""
-        ring = self.ring
+        ring, counts = self.ring, self.ring.counts_NMBL.shape[1]
         found = Decoded(
             token_NB=ring.token_NB[:tokens, :rows].long(),
             logprob_NB=ring.logprob_NB[:tokens, :rows].clone(),
-            neurons_NBL=ring.counts_N2BL[:tokens, 0, :rows].long(),
-            heads_NBL=ring.counts_N2BL[:tokens, 1, :rows].long() * heads_per_group,
+            neurons_NBL=ring.counts_NMBL[:tokens, 0, :rows].long(),
+            heads_NBL=ring.counts_NMBL[:tokens, 1, :rows].long() * heads_per_group,
+            inputs_NBLP=None if counts == 2 else ring.counts_NMBL[:tokens, 2:, :rows].long().permute(0, 2, 3, 1),
         )
         self.made.zero_()
         return found
@@ -76,7 +78,7 @@ def joined(parts: Sequence[Decoded], dim: int) -> Decoded:
     """What was decoded, one after the other by token (dim 0) or by row (dim 1)."""
     if len(parts) == 1:
         return parts[0]
-    names = (field.name for field in dataclasses.fields(Decoded))
+    names = [field.name for field in dataclasses.fields(Decoded) if getattr(parts[0], field.name) is not None]
     return Decoded(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name in names})
 
 

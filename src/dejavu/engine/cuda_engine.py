@@ -21,9 +21,10 @@ from dejavu.config import SamplingConfig, require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.cuda_batch import BatchStep
 from dejavu.engine.cuda_decode import RING, SETTING_ROWS, DecodeRows, joined, packed_settings
+from dejavu.engine.cuda_records import selections
 from dejavu.engine.cuda_token import AHEAD, TokenStep
 from dejavu.engine.cuda_weights import check_model, layer_predictors, step_model
-from dejavu.engine.interface import Decoded, EngineInfo, LayerSelection, StepProfile, StepResult
+from dejavu.engine.interface import Decoded, EngineInfo, StepProfile, StepResult
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill
 from dejavu.engine.torch_engine import DTYPE_NAMES, check_layers
@@ -31,6 +32,7 @@ from dejavu.kernels.cuda.attention import SHORT
 from dejavu.kernels.cuda.common import INTERPRETED
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import InputPoints
 from dejavu.model.transformer import Transformer
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -84,8 +86,8 @@ class CudaEngine(PagedEngine):
             device=device,
         )
         cache.reserve(num_slots, 1)
-        self._predictors, self._counts_2L = layer_predictors(self.layers, config, device)
-        self._model = step_model(model, self._predictors)
+        self._predictors, self._counts_ML = layer_predictors(self.layers, config, device)
+        self._model = step_model(model, self.layers, self._predictors, self._counts_ML)
         self._ahead, self._deterministic, self._record = ahead, deterministic, record
         self._crossover = crossover and not deterministic
         self._dense_layers: dict[int, frozenset[int]] = {}  # by bucket: what was measured to be faster dense
@@ -106,7 +108,7 @@ class CudaEngine(PagedEngine):
             cache_dtype=DTYPE_NAMES[weight.dtype],
             device=str(device),
             threads=torch.get_num_threads(),
-            sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
+            sparse=any(layer.sparse for layer in self.layers),
             vocab_size=config.vocab_size,
             num_layers=config.num_layers,
             num_neurons=config.intermediate_size,
@@ -115,6 +117,7 @@ class CudaEngine(PagedEngine):
             num_slots=num_slots,
             page_size=page_size,
             num_pages=num_pages,
+            input_points=InputPoints.of(config) if any(layer.inputs is not None for layer in self.layers) else None,
         )
         super().__init__(info, cache)
         if device.type == "cuda":
@@ -186,7 +189,14 @@ class CudaEngine(PagedEngine):
         require(len(slots_B) <= BUCKETS[-1], f"a profiled step has at most {BUCKETS[-1]} rows, not {len(slots_B)}")
         result, unions = self._step(token_ids_B, slots_B)
         heads_L = result.heads_BL.amax(0)  # of q and O; each row reads its own cache
-        return result, StepProfile(seconds={}, neurons_L=unions[0], fired_L=unions[0], heads_L=heads_L)
+        points, inputs_LP = self.info.input_points, None
+        if result.inputs_BLP is not None and points is not None:  # several rows read the matrices whole
+            inputs_LP = (
+                result.inputs_BLP[0]
+                if len(slots_B) == 1
+                else torch.tensor(points.sizes, device=heads_L.device).expand(self.info.num_layers, -1)
+            )
+        return result, StepProfile(seconds={}, neurons_L=unions[0], fired_L=unions[0], heads_L=heads_L, inputs_LP=inputs_LP)
 
     def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, list[Tensor]]:
         """The result of a step, and for each graph that ran for it the neurons read by layer."""
@@ -206,6 +216,7 @@ class CudaEngine(PagedEngine):
             logits_BV=torch.cat([result.logits_BV for result in results]),
             neurons_BL=torch.cat([result.neurons_BL for result in results]),
             heads_BL=torch.cat([result.heads_BL for result in results]),
+            inputs_BLP=None if results[0].inputs_BLP is None else torch.cat([kept for r in results if (kept := r.inputs_BLP) is not None]),
             selections=tuple(row for result in results for row in result.selections or ()) if self._record else None,
         )
         return whole, unions
@@ -228,13 +239,14 @@ class CudaEngine(PagedEngine):
         step.inputs.copy_(self._staged(numbers).view(3, bucket), non_blocking=True)
         self._start(key, self._graphs, lambda: self._run(step))
         per = self.config.heads_per_group
-        counts_2BL = self._counts_of(step)[:, :rows].long()
-        union_L = counts_2BL[0, 0] if isinstance(step, TokenStep) else step.unions
+        counts_MBL = self._counts_of(step)[:, :rows].long()
+        union_L = counts_MBL[0, 0] if isinstance(step, TokenStep) else step.unions
         result = StepResult(
             logits_BV=step.logits[:rows].clone(),
-            neurons_BL=counts_2BL[0],
-            heads_BL=counts_2BL[1] if per == 1 else counts_2BL[1] * per,
-            selections=tuple(self._selections(step, row) for row in range(rows)) if self._record else None,
+            neurons_BL=counts_MBL[0],
+            heads_BL=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
+            inputs_BLP=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
+            selections=tuple(selections(step, row, self._words_LF) for row in range(rows)) if self._record else None,
         )
         return result, union_L
 
@@ -245,8 +257,8 @@ class CudaEngine(PagedEngine):
             step.run(lambda index, word_F: self._words_LF[index].copy_(word_F))
 
     def _counts_of(self, step: TokenStep | BatchStep) -> Tensor:
-        """What the last run selected, int32 [2, B, L] in place: neurons and groups."""
-        return self._counts_2L[:, None] if isinstance(step, TokenStep) else step.counts
+        """What the last run selected, int32 [M, B, L] in place: see `layer_predictors`."""
+        return self._counts_ML[:, None] if isinstance(step, TokenStep) else step.counts
 
     def _decode_bucket(
         self, token_ids: Sequence[int], slots: Sequence[int], count: int, sampling: Sequence[SamplingConfig], choices: Sequence[int]
@@ -255,7 +267,8 @@ class CudaEngine(PagedEngine):
         bucket, longest, numbers = self._padded(token_ids, slots)
         if bucket not in self._decode_rows:
             vocab, layers, device = self.info.vocab_size, self.info.num_layers, self._model.head.device
-            self._decode_rows[bucket] = DecodeRows(bucket, vocab, layers, self.info.num_slots, device)
+            counts = self._counts_ML.shape[0]
+            self._decode_rows[bucket] = DecodeRows(bucket, vocab, layers, self.info.num_slots, device, counts=counts)
         rows = self._decode_rows[bucket]
         keys = [self._key(bucket, longest + index) for index in range(count)]
         inputs = self._step_of(keys[0]).inputs
@@ -356,25 +369,10 @@ class CudaEngine(PagedEngine):
         inputs = self._inputs[rows]
         if rows == 1:
             return TokenStep(self._model, self._cache, tokens=tokens, ahead=self._ahead, deterministic=self._deterministic, inputs=inputs)
-        padding = self.info.num_slots
-        return BatchStep(self._model, self._cache, tokens=tokens, deterministic=self._deterministic, inputs=inputs, padding=padding)
-
-    def _selections(self, step: TokenStep | BatchStep, row: int) -> tuple[LayerSelection, ...]:
-        """What a row of the last step selected, by layer, in order; all neurons where a layer with a predictor ran dense."""
-        found = []
-        for index, own in enumerate(self._predictors):
-            neurons_A = heads_A = None
-            if own.neurons is not None:
-                if isinstance(step, TokenStep):
-                    neurons_A = own.neurons.neurons[: int(own.neurons.count)].long().sort().values
-                elif index not in step.dense_layers:
-                    neurons_A = ((self._words_LF[index] >> row) & 1).nonzero().squeeze(1)
-            if own.heads is not None:
-                groups_A = own.heads.groups[: int(own.heads.count)].long() if isinstance(step, TokenStep) else step.groups(index, row)
-                per = self.config.heads_per_group
-                heads_A = (groups_A[:, None] * per + torch.arange(per, device=groups_A.device)).flatten()
-            found.append(LayerSelection(neurons_A=neurons_A, heads_A=heads_A).cpu())
-        return tuple(found)
+        padding, deterministic = self.info.num_slots, self._deterministic
+        return BatchStep(
+            self._model, self._cache, tokens=tokens, deterministic=deterministic, inputs=inputs, padding=padding, record=self._record
+        )
 
 
 def _node_count(graph: torch.cuda.CUDAGraph) -> int | None:

@@ -8,6 +8,9 @@ Four kernels a layer. The residual stream is y + delta: q, k, v read y0 + delta_
 delta_attention; the MLP reads y1 + delta_attention, writes the sum to y0 and adds its own to delta_mlp. Deltas are set to zero
 by a kernel that runs while nobody reads or adds to them.
 
+Where the gate selects neurons, the MLP is three kernels: products with the gate (with the norm), the selection, rows of up and down.
+Where inputs are selected, each of q, k, v, of O, of gate and up, and of down is two: keep its inputs, and sum their rows.
+
 Letters: B rows (1)  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  W = (H + 2G) K
 """
 
@@ -17,13 +20,16 @@ import torch
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
-from dejavu.engine.cuda_weights import StepModel
+from dejavu.engine.cuda_inputs import InputSums
+from dejavu.engine.cuda_weights import InputLayer, LayerPredictors, StepModel
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
 from dejavu.kernels.cuda.common import NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
+from dejavu.kernels.cuda.gate import GateNeurons, given_shape, mlp_given_token, select_gate
+from dejavu.kernels.cuda.inputs import keep_heads, keep_normed
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
 from dejavu.kernels.cuda.project import project_token
-from dejavu.kernels.cuda.select import NeuronScores, order_token, select_token
+from dejavu.kernels.cuda.select import NeuronScores, order_list, select_token
 
 AHEAD = ("beside", "branch", "in-line")
 
@@ -53,9 +59,10 @@ class TokenStep:
         self.inputs = inputs  # int32 [3, 1]: token, slot, position
         size, neurons = config.hidden_size, config.intermediate_size
         self._chained = not deterministic and ahead != "branch"  # kernels may start before the one before has ended
-        self._y0, self._y1, self._delta_attention, self._delta_mlp = torch.zeros(4, size, device=device).unbind(0)
+        self._y0, self._y1, self._delta_mlp = torch.zeros(3, size, device=device).unbind(0)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self._qkv = torch.zeros(1, width, device=device)
+        self._attention_sums = torch.zeros(size + width, device=device)  # what a layer's attention adds to, side by side to be cleared
+        self._delta_attention, self._qkv = self._attention_sums[:size], self._attention_sums[size:][None]
         splits = splits_for(1, config.num_heads, device, tokens=tokens)
         self._partials = Partials(
             mixed=torch.zeros(1, config.num_heads, splits, config.head_dim, device=device),
@@ -63,8 +70,13 @@ class TokenStep:
         )
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=model.inv_freq)
         self._shape = default_shape(size, gated=config.gated)
+        if any(layer is not None for layer in model.inputs):
+            widths, up_width = (width, size), neurons * (2 if config.gated else 1)
+            largest = max(size, neurons, config.num_heads * config.head_dim)
+            self._sums = InputSums(widths, up_width, largest, device, deterministic=deterministic)
         if deterministic:
-            self._mlp_sums = torch.zeros(programs_of(self._shape, device), size, device=device)
+            programs = max(programs_of(shape, device) for shape in (self._shape, given_shape(size)))
+            self._mlp_sums = torch.zeros(programs, size, device=device)
             self._head_sums = torch.zeros(config.num_heads, size, device=device)
             self._marks, self._ordered = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         self.logits = torch.zeros(1, config.vocab_size, device=device)
@@ -75,23 +87,27 @@ class TokenStep:
         model = self.model
         first = self._y0[None], self._delta_mlp[None]
         embed_rows(self.inputs[0], self.inputs[2], model.embed, model.positions, self.config.position_offset, *first)
-        for index in range(self.config.num_layers):
-            self._layer(index)
+        for index, inputs in enumerate(model.inputs):
+            if inputs is None:
+                self._attention(index)
+                self._mlp(index)
+            else:
+                self._layer_of_inputs(index, inputs)
         project_token(self._y0, self._delta_mlp, model.final_norm, model.head, None, self.logits[0], programmatic=self._chained)
 
-    def _layer(self, index: int) -> None:
+    def _attention(self, index: int) -> None:
+        """A layer but for its MLP, with the selection of the neurons that can be selected beside it."""
         layer, own, config, chained = self.weights[index], self.predictors[index], self.config, self._chained
-        following = self.predictors[index + 1] if index + 1 < config.num_layers else None
-        heads = own.heads
+        heads, selector = own.heads, own.neurons or own.gate
         if own.own_heads is not None:
             self._first_half(index, self._y0, self._delta_mlp, layer.norm1, own.own_heads)
         project_token(
             self._y0, self._delta_mlp, layer.norm1, layer.qkv, layer.qkv_bias, self._qkv[0],
             queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=heads, side=own.beside,
-            y_out_D=self._y1, cleared_D=self._delta_attention, counter=None if own.neurons is None else own.neurons.count,
+            y_out_D=self._y1, cleared_D=self._delta_attention, counter=None if selector is None else selector.count,
             programmatic=chained,
         )  # fmt: skip
-        early = own.neurons if own.own_mlp is None else None  # its h is there before attention
+        early = self._early(own)
         if self._branch is not None and early is not None:
             self._branch.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._branch):
@@ -108,19 +124,72 @@ class TokenStep:
         )  # fmt: skip
         if self.deterministic:
             torch.sum(self._head_sums, 0, out=self._delta_attention)
-        listed_early = self._selected_late(index, early)
+
+    def _mlp(self, index: int) -> None:
+        layer, own = self.weights[index], self.predictors[index]
+        side = self._before(index + 1)
+        if own.gate is not None:
+            self._gate_mlp(index, own.gate, side)
+            return
+        listed_early = self._selected_late(index, self._early(own))
         neurons = own.neurons
         if neurons is not None and self.deterministic:
-            order_token(neurons, self._marks, self._ordered)
+            order_list(neurons.neurons, neurons.count, self._marks, self._ordered)
+        sums = self._mlp_sums[: programs_of(self._shape, self._y0.device)] if self.deterministic else self._delta_mlp
         mlp_token(
-            self._y1, self._delta_attention, self._y0, self._mlp_sums if self.deterministic else self._delta_mlp, layer.norm2, layer.mlp,
+            self._y1, self._delta_attention, self._y0, sums, layer.norm2, layer.mlp,
             None if neurons is None else self._ordered if self.deterministic else neurons.neurons,
             None if neurons is None else neurons.count,
-            side=None if following is None else following.before, shape=self._shape, partial=self.deterministic,
-            programmatic=chained and listed_early,
+            side=side, shape=self._shape, partial=self.deterministic, programmatic=self._chained and listed_early,
         )  # fmt: skip
         if self.deterministic:
-            torch.sum(self._mlp_sums, 0, out=self._delta_mlp)
+            torch.sum(sums, 0, out=self._delta_mlp)
+
+    def _gate_mlp(self, index: int, gate: GateNeurons, side: Side | None) -> None:
+        """The MLP whose neurons its gate (an ungated one's activation) selects; the counter was set to zero beside q, k and v."""
+        layer = self.weights[index]
+        mlp, norm = layer.mlp, layer.norm2
+        matrix, bias = (mlp.up_FD, mlp.up_bias_F) if mlp.gate_FD is None else (mlp.gate_FD, mlp.gate_bias_F)
+        project_token(self._y1, self._delta_attention, norm, matrix, bias, gate.product, side=side, programmatic=self._chained)
+        select_gate(gate, mlp.activation, mlp.activation_threshold)
+        listed, out = gate.neurons, self._delta_mlp
+        if self.deterministic:
+            order_list(gate.neurons, gate.count, self._marks, self._ordered)
+            listed, out = self._ordered, self._mlp_sums[: programs_of(given_shape(self._y0.shape[0]), self._y0.device)]
+        mlp_given_token(
+            self._y1, self._delta_attention, self._y0, out, norm, mlp, gate.value, listed, gate.count, partial=self.deterministic
+        )
+        if self.deterministic:
+            torch.sum(out, 0, out=self._delta_mlp)
+
+    def _layer_of_inputs(self, index: int, inputs: InputLayer) -> None:
+        layer, points, config, sums = self.weights[index], inputs.points, self.config, self._sums
+        mlp, last = layer.mlp, (points["output"], points["down"])
+        keep_normed(
+            self._y0, self._delta_mlp, self._y1, layer.norm1, points["attention"], cleared=self._attention_sums,
+            counters=(last[0].count, last[1].count),
+        )  # fmt: skip
+        sums.add(points["attention"], inputs.qkv, layer.qkv_bias, self._qkv[0], in_order=True)
+        attend(
+            self._qkv, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
+            cleared=self._delta_mlp, programmatic=self._chained,
+        )  # fmt: skip
+        keep_heads(self._partials, points["output"])
+        sums.add(points["output"], layer.o, layer.o_bias, self._delta_attention)
+        side = self._before(index + 1)
+        if side is not None:
+            self._first_half(index, self._y1, self._delta_attention, layer.norm2, side)
+        keep_normed(self._y1, self._delta_attention, self._y0, layer.norm2, points["mlp"])
+        sums.activated(inputs, mlp.activation, mlp.activation_threshold)
+        sums.add(points["down"], mlp.down_FD, mlp.down_bias_D, self._delta_mlp)
+
+    def _before(self, index: int) -> Side | None:
+        """What the predictors of a layer read beside the MLP of the one before."""
+        return self.predictors[index].before if index < self.config.num_layers else None
+
+    def _early(self, own: LayerPredictors) -> NeuronScores | None:
+        """What selects neurons by an h that is there before attention."""
+        return own.neurons if own.own_mlp is None else None
 
     def _first_half(self, index: int, y_D: Tensor, delta_D: Tensor, norm: NormWeights, side: Side) -> None:
         """A predictor's A in a kernel of its own: rows beside a product of no rows."""

@@ -2,6 +2,8 @@
 
 In: a Transformer on the device and its LayerAdapters. Out: per layer one matrix of q, k and v together, and predictors int8 where
 that is exactly what they are, else fp32. Nothing is copied for good: the model's own q, k and v become views of the joint matrix.
+But for a layer that selects inputs: an input left out is a row not read of a matrix with a row per input, as O and down are. q, k, v
+and gate, up are copied into that order too, which doubles their memory: prefill and steps of several rows read the model's own.
 
 A predictor's A runs beside a product of the same input: `before` in the MLP of the layer before, `beside` in q, k and v of its
 own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`. For several
@@ -20,13 +22,18 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, require
 from dejavu.kernels.cuda.common import NormWeights, Side
+from dejavu.kernels.cuda.gate import GateNeurons
+from dejavu.kernels.cuda.inputs import KeptInputs
 from dejavu.kernels.cuda.project import GroupScores
 from dejavu.kernels.cuda.select import NeuronScores
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.kernels.sparse_mlp import MlpWeights
 from dejavu.model.layers import Norm
 from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.selectors import POINTS, InputPoints, column_norms
 from dejavu.model.transformer import Block, Transformer
+
+KEEP_ALL = -1.0  # a threshold that every input exceeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +51,8 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPredictors:
-    """The two halves of one layer's predictors, by where the first one runs; None where there is none."""
+    """The two halves of one layer's predictors, by where the first one runs; None where there is none. gate: what selects the neurons
+    in the place of one."""
 
     before: Side | None = None
     beside: Side | None = None
@@ -52,6 +60,7 @@ class LayerPredictors:
     own_mlp: Side | None = None
     heads: GroupScores | None = None
     neurons: NeuronScores | None = None
+    gate: GateNeurons | None = None
     heads_first: Side | None = None
     neurons_first: Side | None = None
     heads_before: bool = False
@@ -59,12 +68,25 @@ class LayerPredictors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputLayer:
+    """One layer that selects inputs: its points by name, qkv [D, Q + N] and up [D, F] or gate and up [D, 2F] with a row per input, the
+    bias of the latter. selects: by point, whether it has a threshold; where it has none, all is kept."""
+
+    points: dict[str, KeptInputs]
+    selects: tuple[bool, ...]
+    qkv: Tensor
+    up: Tensor
+    up_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepModel:
-    """What the steps of an engine read: layers and predictors, embedding and position table, head, final norm, rotary frequencies."""
+    """What the steps of an engine read: layers and how they select, embedding and position table, head, final norm, rotary frequencies."""
 
     config: ModelConfig
     weights: list[LayerWeights]
     predictors: Sequence[LayerPredictors]
+    inputs: Sequence[InputLayer | None]
     embed: Tensor
     positions: Tensor | None
     head: Tensor
@@ -108,19 +130,30 @@ def head_weight(model: Transformer) -> Tensor:
 
 
 def layer_predictors(layers: Sequence[LayerAdapter], config: ModelConfig, device: torch.device) -> tuple[list[LayerPredictors], Tensor]:
-    """The predictors of every layer, packed, with room for what they select; and the counts of it, int32 [2, L]: neurons and
-    groups. Each predictor's count is an element of that; a part without a predictor counts all it has."""
-    counts_2L = torch.empty(2, len(layers), dtype=torch.int32, device=device)
-    counts_2L[0], counts_2L[1] = config.intermediate_size, config.num_kv_heads
-    return [_layer(layer, config, device, counts_2L[:, index : index + 1]) for index, layer in enumerate(layers)], counts_2L
+    """How every layer selects neurons and heads, packed, with room for what it selects; and the counts of it, int32 [M, L]: neurons and
+    groups, and where some layer selects inputs those of each point. What a layer selects is counted in an element of that; a part
+    that selects nothing counts all it has."""
+    every = all_counts(config, inputs=any(layer.inputs is not None for layer in layers))
+    counts_ML = torch.tensor(every, dtype=torch.int32, device=device)[:, None].repeat(1, len(layers))
+    # Of one layer at a time: products with a gate and their activations.
+    products_2F = torch.zeros(2, config.intermediate_size if any(layer.gate for layer in layers) else 0, device=device)
+    found = [_layer(layer, config, device, counts_ML[:, index : index + 1], products_2F) for index, layer in enumerate(layers)]
+    return found, counts_ML
 
 
-def step_model(model: Transformer, predictors: Sequence[LayerPredictors]) -> StepModel:
-    """The model's weights in place, with these predictors."""
+def all_counts(config: ModelConfig, *, inputs: bool) -> list[int]:
+    """What a layer that selects nothing counts: neurons, groups; with `inputs`, the inputs of each point too."""
+    return [config.intermediate_size, config.num_kv_heads, *(InputPoints.of(config).sizes if inputs else ())]
+
+
+def step_model(model: Transformer, layers: Sequence[LayerAdapter], predictors: Sequence[LayerPredictors], counts_ML: Tensor) -> StepModel:
+    """The model's weights in place, with these predictors and counts: what `layer_predictors` made of the same layers."""
+    weights = [layer_weights(block) for block in model.blocks]
     return StepModel(
         config=model.config,
-        weights=[layer_weights(block) for block in model.blocks],
+        weights=weights,
         predictors=predictors,
+        inputs=_input_layers(model, weights, layers, counts_ML[2:]),
         embed=model.embed.weight.detach(),
         positions=None if model.position is None else model.position.weight.detach(),
         head=head_weight(model),
@@ -129,7 +162,44 @@ def step_model(model: Transformer, predictors: Sequence[LayerPredictors]) -> Ste
     )
 
 
-def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_21: Tensor) -> LayerPredictors:
+def _input_layers(
+    model: Transformer, weights: Sequence[LayerWeights], layers: Sequence[LayerAdapter], counts_PL: Tensor
+) -> list[InputLayer | None]:
+    """Matrices with a row per input are copies, of these layers alone. counts_PL: by point; a layer's count is an element of it."""
+    device, dtype = model.embed.weight.device, model.embed.weight.dtype
+    sizes = InputPoints.of(model.config).sizes
+    values = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]  # of one layer at a time
+    found: list[InputLayer | None] = []
+    for index, (block, layer, own) in enumerate(zip(model.blocks, layers, weights, strict=True)):
+        if layer.inputs is None:
+            found.append(None)
+            continue
+        norms, points = column_norms(block), {}
+        for at, point in enumerate(POINTS):
+            threshold = layer.inputs.of(point)
+            points[point] = KeptInputs(
+                norm=norms[point],
+                threshold=torch.tensor([KEEP_ALL if threshold is None else threshold], device=device),
+                x=values[at],
+                inputs=torch.zeros(sizes[at], dtype=torch.int32, device=device),
+                count=counts_PL[at, index : index + 1],
+            )
+        mlp = own.mlp
+        matrices = [matrix for matrix in (mlp.gate_FD, mlp.up_FD) if matrix is not None]
+        biases = [bias for bias in (mlp.gate_bias_F, mlp.up_bias_F) if bias is not None]
+        found.append(
+            InputLayer(
+                points=points,
+                selects=tuple(layer.inputs.of(point) is not None for point in POINTS),
+                qkv=own.qkv.t().contiguous(),
+                up=torch.cat(matrices).t().contiguous(),
+                up_bias=torch.cat(biases) if biases else None,
+            )
+        )
+    return found
+
+
+def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_M1: Tensor, products_2F: Tensor) -> LayerPredictors:
     heads, mlp = layer.heads, layer.mlp
     before = [predictor for predictor in (heads, mlp) if predictor is not None and _runs_before(predictor, heads=predictor is heads)]
     side = None if not before else _side([predictor.A_RD for predictor in before], device)
@@ -150,6 +220,10 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
     made = own_mlp or beside
     if mlp is not None and made is not None:
         places[id(mlp)] = made
+    gate = None
+    if layer.gate is not None:
+        threshold, neurons = torch.tensor([layer.gate.threshold], device=device), _room(config.intermediate_size, device)
+        gate = GateNeurons(threshold=threshold, product=products_2F[0], value=products_2F[1], neurons=neurons, count=count_M1[0])
     return LayerPredictors(
         before=side,
         beside=beside,
@@ -157,10 +231,11 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
         own_mlp=own_mlp,
         heads=None
         if heads is None
-        else GroupScores(**_scores(heads, places[id(heads)].out), groups=_room(config.num_kv_heads, device), count=count_21[1]),
+        else GroupScores(**_scores(heads, places[id(heads)].out), groups=_room(config.num_kv_heads, device), count=count_M1[1]),
         neurons=None
         if mlp is None
-        else NeuronScores(**_scores(mlp, places[id(mlp)].out), neurons=_room(config.intermediate_size, device), count=count_21[0]),
+        else NeuronScores(**_scores(mlp, places[id(mlp)].out), neurons=_room(config.intermediate_size, device), count=count_M1[0]),
+        gate=gate,
         heads_first=None if heads is None else places[id(heads)],
         neurons_first=None if mlp is None else places[id(mlp)],
         heads_before=heads is not None and heads.lookahead == 1,

@@ -102,7 +102,7 @@ class NativeEngine(PagedEngine):
             cache_dtype=cache_dtype,
             device="cpu",
             threads=self.threads,
-            sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
+            sparse=any(layer.sparse for layer in self.layers),
             vocab_size=config.vocab_size,
             num_layers=config.num_layers,
             num_neurons=config.intermediate_size,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.config import Progress
-from dejavu.model.adapter import SCHEMA_VERSIONS, Adapter, AdapterConfig, LayerConfig, PartConfig, part_config, quantized
+from dejavu.model.adapter import SCHEMA_VERSIONS, Adapter, AdapterConfig, GateConfig, LayerConfig, part_config, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.lora import LoraConfig, adapted_model, quantized_lora
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
@@ -106,7 +106,7 @@ def make_adapter(
     """The adapter of a student with what `dejavu adapt` prints. The checkpoint's model is fp32; it is on `device` meanwhile."""
     model, layers = checkpoint.model, rounded_layers(student)
     lora = tuple(quantized_lora(change) for change in student.lora())
-    entries = tuple(LayerConfig(layer=i, mlp=_part(layer)) for i, layer in enumerate(layers))
+    entries = tuple(_entry(i, layer) for i, layer in enumerate(layers))
     described = AdapterConfig(
         schema_version=SCHEMA_VERSIONS["adapted"],
         base_id=checkpoint.name,
@@ -137,9 +137,7 @@ def make_adapter(
         row["recall"] = selection.recalled_L[index] / max(selection.active_L[index], 1.0)
         row["mass"] = selection.kept_L[index] / max(selection.mass_L[index], 1e-30)
         rows.append(row)
-    entries = tuple(
-        LayerConfig(layer=i, mlp=_part(layer, **_measures(row))) for i, (layer, row) in enumerate(zip(layers, rows, strict=True))
-    )
+    entries = tuple(_entry(i, layer, **_measures(row)) for i, (layer, row) in enumerate(zip(layers, rows, strict=True)))
     described = dataclasses.replace(described, quality=quality, mlp_density=mlp_density, layers=entries)
     result = {"layers": rows, **quality, "mlp_density": mlp_density, "head_density": 1.0, "held_out_tokens": held_out_WT.numel()}
     return dataclasses.replace(adapter, config=described), result
@@ -149,5 +147,9 @@ def _measures(row: dict[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in ("density", "recall", "mass")}
 
 
-def _part(layer: LayerAdapter, *, density: float = 1.0, recall: float = 1.0, mass: float = 1.0) -> PartConfig | None:
-    return None if layer.mlp is None else part_config(layer.mlp, density=density, recall=recall, mass=mass)
+def _entry(index: int, layer: LayerAdapter, *, density: float = 1.0, recall: float = 1.0, mass: float = 1.0) -> LayerConfig:
+    """What the config says of a layer."""
+    if layer.gate is not None:
+        return LayerConfig(layer=index, gate=GateConfig(threshold=layer.gate.threshold, density=density, mass=mass))
+    assert layer.mlp is not None
+    return LayerConfig(layer=index, mlp=part_config(layer.mlp, density=density, recall=recall, mass=mass))

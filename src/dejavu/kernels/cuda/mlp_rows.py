@@ -133,7 +133,7 @@ def mlp_rows(
 ) -> None:
     """Add the MLP of each x to out fp32 [B, D]; partial: out is [shares, B, D]. act_FB [F, BP], in the dtype of x, is scratch."""
     rows, size = x_BD.shape
-    up_shape, down_shape = up_shape or UpShape(), down_shape or DownShape()
+    up_shape = up_shape or UpShape()
     padded, device = padded_rows(rows), x_BD.device
     columns = min(up_shape.columns, max(16, triton.next_power_of_2(size)))
     launch(
@@ -145,32 +145,58 @@ def mlp_rows(
         UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
         ACTIVATION=ACTIVATION_CODES[weights.activation], num_warps=up_shape.warps,
     )  # fmt: skip
-    columns = min(down_shape.columns, max(16, triton.next_power_of_2(size)))
+    down_rows(act_FB, weights, union_F, count, out, shape=down_shape, partial=partial)
+
+
+def down_rows(
+    act_FB: Tensor,
+    weights: MlpWeights,
+    union_F: Tensor,
+    count: Tensor,
+    out: Tensor,
+    *,
+    shape: DownShape | None = None,
+    partial: bool = False,
+) -> None:
+    """Add to out fp32 [B, D] the rows of down of the union, times the activations act_FB [F, BP] by place in the list, and the bias;
+    partial: out is [shares, B, D]."""
+    rows, size = out.shape[-2:]
+    shape = shape or DownShape()
+    columns = min(shape.columns, max(16, triton.next_power_of_2(size)))
     launch(
         _down_rows,
-        (triton.cdiv(size, columns), shares_of(size, down_shape, device)),
+        (triton.cdiv(size, columns), shares_of(size, shape, out.device)),
         act_FB, weights.down_FD, or_any(weights.down_bias_D, out), union_F, count, out, rows,
-        D=size, BP=padded, R=down_shape.rows, COLUMNS=columns, STAGES=down_shape.stages, BIAS=weights.down_bias_D is not None,
-        PARTIAL=partial, num_warps=down_shape.warps,
+        D=size, BP=act_FB.shape[1], R=shape.rows, COLUMNS=columns, STAGES=shape.stages, BIAS=weights.down_bias_D is not None,
+        PARTIAL=partial, num_warps=shape.warps,
     )  # fmt: skip
 
 
-def _activations(x_BD: Tensor, weights: MlpWeights) -> Tensor:
-    """Activations [B, F] of every neuron, by the vendor's matrix products, in the dtype of x."""
-    up_BF = torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
+def gate_products(x_BD: Tensor, weights: MlpWeights) -> Tensor:
+    """What the activation is of, [B, F]: products with the gate, or with up where there is none; the vendor's, in the dtype of x."""
     if weights.gate_FD is None:
-        return activate_definition(up_BF, weights.activation, weights.activation_threshold)
-    gate_BF = torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
-    return activate_definition(gate_BF, weights.activation, weights.activation_threshold) * up_BF
+        return torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
+    return torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
+
+
+def dense_up_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
+    """Activations [B, F] of every neuron, by the vendor's matrix products, in the dtype of x."""
+    act_BF = activate_definition(gate_products(x_BD, weights), weights.activation, weights.activation_threshold)
+    return act_BF if weights.gate_FD is None else act_BF * torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
+
+
+def dense_down_rows(act_BF: Tensor, weights: MlpWeights) -> Tensor:
+    """Products [B, D] of activations with down, likewise."""
+    bias_D = weights.down_bias_D
+    return act_BF @ weights.down_FD if bias_D is None else torch.addmm(bias_D, act_BF, weights.down_FD)
 
 
 def dense_mlp_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
     """The MLP of each x with every neuron, by the vendor's matrix products, in the dtype of x."""
-    act_BF, bias_D = _activations(x_BD, weights), weights.down_bias_D
-    return act_BF @ weights.down_FD if bias_D is None else torch.addmm(bias_D, act_BF, weights.down_FD)
+    return dense_down_rows(dense_up_rows(x_BD, weights), weights)
 
 
 def mlp_rows_definition(x_BD: Tensor, weights: MlpWeights, keep_BF: Tensor) -> Tensor:
     """What `mlp_rows` adds to out, in the dtype of x; keep_BF: what each row selects."""
-    y_BD = (_activations(x_BD, weights) * keep_BF.to(x_BD.dtype)) @ weights.down_FD
+    y_BD = (dense_up_rows(x_BD, weights) * keep_BF.to(x_BD.dtype)) @ weights.down_FD
     return y_BD if weights.down_bias_D is None else y_BD + weights.down_bias_D

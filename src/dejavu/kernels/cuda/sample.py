@@ -20,7 +20,7 @@ values (32 steps are exact) and draws from what is above.
 Bytes that any implementation moves: 4 V of a row. Beside them here: 16 a block of scratch, written and read. A row with a cut is
 read 2 times and 33 or 34 times more for each of its cuts, from the L2 cache: `_finish` is the whole cost of such a row.
 
-Letters: B rows  V vocabulary  C values at a time  L layers  N tokens of a ring
+Letters: B rows  V vocabulary  C values at a time  L layers  M counts of a layer  N tokens of a ring
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ class SampleScratch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ring:
-    """What the last steps made: tokens int32 and log-probabilities fp32 [N, B], counts int32 [N, 2, B, L] of neurons and groups."""
+    """What the last steps made: tokens int32 and log-probabilities fp32 [N, B], counts int32 [N, M, B, L], as a step
+    keeps them."""
 
     token_NB: Tensor
     logprob_NB: Tensor
-    counts_N2BL: Tensor
+    counts_NMBL: Tensor
 
 
 def sample_scratch(rows: int, vocab: int, device: torch.device) -> SampleScratch:
@@ -302,19 +303,19 @@ def sample_rows(
 
 
 def advance_rows(
-    token_B: Tensor, logprob_B: Tensor, counts_2BL: Tensor, inputs_3B: Tensor, ring: Ring, made: Tensor, *, padding: int,
+    token_B: Tensor, logprob_B: Tensor, counts_MBL: Tensor, inputs_3B: Tensor, ring: Ring, made: Tensor, *, padding: int,
     programmatic: bool = False,
 ) -> None:  # fmt: skip
     """Make the sampled tokens the next step's input: inputs int32 [3, B] are tokens, slots and positions, which rise by 1.
 
-    Rows of the slot `padding` stay as they are. The tokens, their log-probabilities and the step's counts int32 [2, B, L] are also
+    Rows of the slot `padding` stay as they are. The tokens, their log-probabilities and the step's counts int32 [M, B, L] are also
     kept in row made[0] of the ring, and made int32 [1] rises by 1; the caller sets it back before it reaches N. A token of -1 (see
     above) is kept as it is and fed back as 0.
     """
-    rows, size = token_B.shape[0], counts_2BL.numel()
-    assert counts_2BL.dtype == torch.int32 and counts_2BL.is_contiguous() and ring.counts_N2BL.shape[1:] == counts_2BL.shape
+    rows, size = token_B.shape[0], counts_MBL.numel()
+    assert counts_MBL.dtype == torch.int32 and counts_MBL.is_contiguous() and ring.counts_NMBL.shape[1:] == counts_MBL.shape
     launch(
-        _advance, (1,), token_B, logprob_B, counts_2BL, *inputs_3B.unbind(0), padding, ring.token_NB, ring.logprob_NB, ring.counts_N2BL,
+        _advance, (1,), token_B, logprob_B, counts_MBL, *inputs_3B.unbind(0), padding, ring.token_NB, ring.logprob_NB, ring.counts_NMBL,
         made, rows, size, BP=triton.next_power_of_2(rows), C=min(1024, triton.next_power_of_2(size)),
         num_warps=1,  # of several, one could read `made` after another has raised it
         programmatic=programmatic,

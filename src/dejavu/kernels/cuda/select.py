@@ -104,10 +104,10 @@ def select_token(scores: NeuronScores, *, programmatic: bool = False) -> None:
     launch(_select, grid, *select_arguments(scores), **select_constants(scores, WARPS), num_warps=WARPS, programmatic=programmatic)
 
 
-def order_token(scores: NeuronScores, marks_F: Tensor, out_F: Tensor, *, programmatic: bool = False) -> None:
-    """The list of `scores` in rising order, into out_F int32 [F]. marks_F int32 [F] holds zeros, and does again afterwards."""
-    size = scores.matrix.shape[0]
-    launch(_ordered, (1,), scores.neurons, scores.count, marks_F, out_F, size, BLOCK=SORT_BLOCK, num_warps=4, programmatic=programmatic)
+def order_list(listed_F: Tensor, count: Tensor, marks_F: Tensor, out_F: Tensor) -> None:
+    """The first `count` int32 [1] of indices below F in rising order, into out_F int32. marks_F int32 [F] holds zeros, and does again
+    afterwards."""
+    launch(_ordered, (1,), listed_F, count, marks_F, out_F, marks_F.shape[0], BLOCK=SORT_BLOCK, num_warps=4)
 
 
 def select_definition(scores: NeuronScores) -> Tensor:
