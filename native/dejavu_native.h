@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define DEJAVU_ABI_VERSION 3
+#define DEJAVU_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -94,6 +94,9 @@ DEJAVU_API int dejavu_engine_new(const dejavu_model *model, int threads, int64_t
 /* scores = B (A x) + B's bias; selected where score > threshold. */
 DEJAVU_API int dejavu_engine_predictor(dejavu_engine *engine, int64_t layer, int predicted, const dejavu_matrix *A, const dejavu_matrix *B,
                                        float threshold, int lookahead);
+/* In place of a predictor of the MLP: every gate is computed, and neurons with |activation(gate x)| > threshold are selected (not gated:
+ * |activation(up x)|). The threshold is 0 or more; 0 leaves out what is exactly zero. */
+DEJAVU_API int dejavu_engine_gate(dejavu_engine *engine, int64_t layer, float threshold);
 /* Scores B (A x) + B's bias of the head's input choose `count` tokens: these get their exact logits, all others -inf. A, B: fp32 or int8. */
 DEJAVU_API int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *A, const dejavu_matrix *B, int64_t count);
 DEJAVU_API int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block);

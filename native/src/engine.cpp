@@ -36,7 +36,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
       max_rows(rows),
       neuron_chunks(chunks_of_neurons(of->config)),
       head_chunks(chunks_of_heads(of->config)),
-      predictors((size_t)of->config.num_layers),
+      selectors((size_t)of->config.num_layers),
       pool(threads) {
   const dejavu_config &c = model->config;
   const int64_t width = model->width;
@@ -79,7 +79,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
 
 void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead) {
   const dejavu_config &c = model->config;
-  require(layer >= 0 && layer < c.num_layers, "layer " + std::to_string(layer) + " is none of " + std::to_string(c.num_layers));
+  check_layer(layer);
   require(predicted == DEJAVU_MLP || predicted == DEJAVU_HEADS, "unknown predictor " + std::to_string(predicted));
   const bool mlp = predicted == DEJAVU_MLP;
   require(lookahead >= 0 && lookahead <= (mlp ? 2 : 1), "unknown lookahead " + std::to_string(lookahead));
@@ -94,15 +94,30 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   made.B.allocate(arena, B.dtype, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
   made.B.fill(B, "a predictor's B");
   made.threshold = threshold, made.lookahead = lookahead;
-  LayerPredictors &pair = predictors[(size_t)layer];
-  (mlp ? pair.mlp : pair.heads) = std::move(made);
+  LayerSelectors &selector = selectors[(size_t)layer];
+  require(!mlp || selector.gate < 0, "the MLP of layer " + std::to_string(layer) + " selects by its gate: it takes no predictor");
+  (mlp ? selector.mlp : selector.heads) = std::move(made);
   grow_low();
+}
+
+void dejavu_engine::set_gate(int64_t layer, float threshold) {
+  check_layer(layer);
+  require(threshold >= 0 && std::isfinite(threshold), "a gate's threshold must be 0 or more, not " + std::to_string(threshold));
+  std::lock_guard<std::mutex> lock(mutex);
+  require(!selectors[(size_t)layer].mlp.present(), "the MLP of layer " + std::to_string(layer) + " has a predictor: its gate selects nothing");
+  if (activated.empty()) activated = Buffer<float>(product({max_rows, model->config.intermediate_size}));
+  selectors[(size_t)layer].gate = threshold;
+}
+
+void dejavu_engine::check_layer(int64_t layer) const {
+  const int64_t layers = model->config.num_layers;
+  require(layer >= 0 && layer < layers, "layer " + std::to_string(layer) + " is none of " + std::to_string(layers));
 }
 
 // The sums of a rank, as wide as the largest rank.
 void dejavu_engine::grow_low() {
   int64_t widest = std::max(PAD, screen.B.width);
-  for (const LayerPredictors &pair : predictors) widest = std::max({widest, pair.mlp.B.width, pair.heads.B.width});
+  for (const LayerSelectors &each : selectors) widest = std::max({widest, each.mlp.B.width, each.heads.B.width});
   for (auto &own : scratch) own->low = Vectors(1, widest, model->config.dtype == DEJAVU_INT8 || model->config.dtype == DEJAVU_INT4, false);
 }
 

@@ -1,4 +1,4 @@
-// An engine: predictors, scratch memory and threads around a model. In: a block of tokens. Out: logits and counts.
+// An engine: selectors, scratch memory and threads around a model. In: a block of tokens. Out: logits and counts.
 //
 // One layer takes three barriers. A row's sums are cut into chunks that depend on the model alone and added in the order of
 // the chunks, so that its result depends neither on the rows beside it nor on the number of threads.
@@ -18,8 +18,10 @@ struct Predictor {
   bool present() const { return A.present(); }
 };
 
-struct LayerPredictors {
+// How a layer selects. gate: the threshold of its activated gates, see gate.cpp; negative: they select nothing.
+struct LayerSelectors {
   Predictor mlp, heads;
+  float gate = -1.0f;
 };
 
 // The screened head: see screen.cpp. best: [rows, threads, count], the ranks that each thread found, `found` of them.
@@ -70,6 +72,7 @@ struct Scratch {
 struct dejavu_engine {
   dejavu_engine(const dejavu_model *model, int threads, int64_t max_rows, const Kernels *kernels);
   void set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead);
+  void set_gate(int64_t layer, float threshold);
   void set_screen(const dejavu_matrix &A, const dejavu_matrix &B, int64_t count);
   // Raises BadValue for a block that this model cannot run. Returns whether every logit is finite.
   bool run(const dejavu_block &block, dejavu_profile *profile = nullptr);
@@ -80,10 +83,10 @@ struct dejavu_engine {
   const Kernels *kernels;
   const int64_t max_rows, neuron_chunks, head_chunks;
   Arena arena;  // of predictors and screen; what is set anew lies there until the end
-  std::vector<LayerPredictors> predictors;
+  std::vector<LayerSelectors> selectors;
   Screen screen;
-  // Shared by the threads
-  Buffer<float> residual, query, attention_parts, mlp_parts, cosine, sine, projected;
+  // Shared by the threads. activated: [rows, neurons], activated gates where these select.
+  Buffer<float> residual, query, attention_parts, mlp_parts, cosine, sine, projected, activated;
   // By the layer's parity, so that thread 0 still reports one layer while others select for the next.
   Buffer<int32_t> lists[2];   // [rows, neurons]: the selected neurons of chunk c start at the chunk's first neuron
   Buffer<int64_t> counts[2];  // [rows, neuron_chunks]
@@ -96,6 +99,7 @@ struct dejavu_engine {
 
  private:
   void check(const dejavu_block &block) const;
+  void check_layer(int64_t layer) const;
   void grow_low();
 };
 

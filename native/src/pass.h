@@ -16,6 +16,9 @@ inline Fetch rows_after(const Matrix &matrix, int64_t first, int64_t count) {
   return {rows * matrix.stride, matrix.data + stop * matrix.stride};
 }
 
+// What of a layer's activations lies in engine.activated before its MLP runs.
+enum class Known { NOTHING, GATES, ALL };
+
 class Pass {
  public:
   Pass(dejavu_engine &engine, const dejavu_block &block, int thread);
@@ -42,8 +45,11 @@ class Pass {
   // mlp.cpp
   void mlp(int64_t layer);
   void fetch_neurons(int64_t layer, int64_t part, int64_t parts) const;
-  void neurons(const Layer &layer, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
+  void neurons(const Layer &layer, Known known, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
                const int32_t *kept = nullptr, int64_t num_kept = 0);
+
+  // gate.cpp
+  void select_by_gate(int64_t layer);
 
   // select.cpp
   void select_groups(int64_t layer);
@@ -69,8 +75,9 @@ class Pass {
   void norm(const Norm &norm, const float *x, float *y) const;
   void quantize(Vector &vector, int64_t width) const;
   void add_parts(const Buffer<float> &parts, int64_t chunks, const Buffer<float> &bias);
-  bool sparse_mlp(int64_t layer) const { return block.sparse && engine.predictors[(size_t)layer].mlp.present(); }
-  bool sparse_heads(int64_t layer) const { return block.sparse && engine.predictors[(size_t)layer].heads.present(); }
+  bool sparse_mlp(int64_t layer) const { return block.sparse && (by_gate(layer) || engine.selectors[(size_t)layer].mlp.present()); }
+  bool by_gate(int64_t layer) const { return block.sparse && engine.selectors[(size_t)layer].gate >= 0; }
+  bool sparse_heads(int64_t layer) const { return block.sparse && engine.selectors[(size_t)layer].heads.present(); }
   // This thread's share of `total` chunks or rows.
   int64_t share(int64_t total, int64_t unit = 1) const;
   int64_t share_end(int64_t total, int64_t unit = 1) const;

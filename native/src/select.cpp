@@ -15,7 +15,7 @@ void Pass::scores(const Predictor &predictor, const Vector &x, int64_t first, in
 
 void Pass::select_groups(int64_t layer) {
   const int64_t groups = config.num_kv_heads;
-  const Predictor &predictor = engine.predictors[(size_t)layer].heads;
+  const Predictor &predictor = engine.selectors[(size_t)layer].heads;
   if (!sparse_heads(layer)) {
     std::fill_n(own.groups.data(), rows * groups, (uint8_t)1);
     return;
@@ -35,8 +35,8 @@ void Pass::select_groups(int64_t layer) {
 // The lists of this thread's chunks, where the layer's predictor has this lookahead. Lookahead 2 reads mlp_in while that is
 // still the one of the layer before.
 void Pass::select_neurons(int64_t layer, int lookahead) {
-  const Predictor &predictor = engine.predictors[(size_t)layer].mlp;
-  if (!sparse_mlp(layer) || predictor.lookahead != lookahead) return;
+  const Predictor &predictor = engine.selectors[(size_t)layer].mlp;
+  if (!block.sparse || !predictor.present() || predictor.lookahead != lookahead) return;
   const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
   const int64_t first_chunk = share(chunks), last_chunk = share_end(chunks);
   if (first_chunk == last_chunk) return;

@@ -75,7 +75,7 @@ class NativeEngine(PagedEngine):
         wanted = None if instruction_set is None else instruction_set.encode()
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
-        self._set_predictors()
+        self._set_selectors()
         check_shortlist(screened_head, config.vocab_size)
         if screened_head > 0:
             A, B = self._model.screen(model)
@@ -102,7 +102,7 @@ class NativeEngine(PagedEngine):
             cache_dtype=cache_dtype,
             device="cpu",
             threads=self.threads,
-            sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
+            sparse=any(layer.sparse for layer in self.layers),
             vocab_size=config.vocab_size,
             num_layers=config.num_layers,
             num_neurons=config.intermediate_size,
@@ -232,14 +232,16 @@ class NativeEngine(PagedEngine):
         heads_LH = groups_LG.repeat_interleave(self.config.heads_per_group, 1)
         return tuple(
             LayerSelection(
-                neurons_A=None if layer.mlp is None else neurons_LF[index].nonzero().squeeze(1),
+                neurons_A=None if layer.mlp is None and layer.gate is None else neurons_LF[index].nonzero().squeeze(1),
                 heads_A=None if layer.heads is None else heads_LH[index].nonzero().squeeze(1),
             )
             for index, layer in enumerate(self.layers)
         )
 
-    def _set_predictors(self) -> None:
+    def _set_selectors(self) -> None:
         for index, layer in enumerate(self.layers):
+            if layer.gate is not None:
+                native.check(self._library.dejavu_engine_gate(self._handle, index, layer.gate.threshold))
             for kind, predictor in ((native.MLP, layer.mlp), (native.HEADS, layer.heads)):
                 if predictor is None:
                     continue

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
 DTYPE_CODES = {"fp32": 0, "int8": 1, "bf16": 2, "int4": 3, "fp16": 4}  # dejavu_dtype
@@ -76,6 +76,7 @@ _SIGNATURES = {
     "dejavu_model_free": (None, (c_void_p,)),
     "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
     "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(Matrix), POINTER(Matrix), c_float, c_int)),
+    "dejavu_engine_gate": (c_int, (c_void_p, c_int64, c_float)),
     "dejavu_engine_screen": (c_int, (c_void_p, POINTER(Matrix), POINTER(Matrix), c_int64)),
     "dejavu_engine_run": (c_int, (c_void_p, POINTER(Block))),
     "dejavu_engine_profile": (c_int, (c_void_p, POINTER(Block), POINTER(Profile))),
