@@ -30,6 +30,10 @@ enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O, DEJAVU_GATE, DEJAVU_UP, DEJAVU_DOWN,
   DEJAVU_Q_NORM, DEJAVU_K_NORM /* of every head, before it is rotated; both or neither */
 };
+enum dejavu_layout { /* of weights in memory, by how decoding selects */
+  DEJAVU_BY_NEURON = 0, /* rows of a neuron side by side: for predictors */
+  DEJAVU_GATE_APART     /* rows of the gate (not gated: of up) in order, then those of a neuron: for dejavu_engine_gate */
+};
 enum dejavu_predicted { DEJAVU_MLP = 0, DEJAVU_HEADS = 1 };
 enum dejavu_op { /* parts of a block, for its profile */
   DEJAVU_OP_PREDICTOR = 0, DEJAVU_OP_ATTENTION, DEJAVU_OP_MLP, DEJAVU_OP_HEAD, DEJAVU_OP_OTHER, DEJAVU_OPS
@@ -39,7 +43,7 @@ enum dejavu_op { /* parts of a block, for its profile */
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
   int64_t position_offset;
-  int32_t dtype, activation, gated, rms, pre_norm, final_norm, rope, tied_head;
+  int32_t dtype, activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout;
   float norm_eps, activation_threshold, rotary_factor, attention_scale;
 } dejavu_config;
 

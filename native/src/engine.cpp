@@ -103,6 +103,7 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
 void dejavu_engine::set_gate(int64_t layer, float threshold) {
   check_layer(layer);
   require(threshold >= 0 && std::isfinite(threshold), "a gate's threshold must be 0 or more, not " + std::to_string(threshold));
+  require(model->config.layout == DEJAVU_GATE_APART, "gates select neurons where they lie apart: the model has another layout");
   std::lock_guard<std::mutex> lock(mutex);
   require(!selectors[(size_t)layer].mlp.present(), "the MLP of layer " + std::to_string(layer) + " has a predictor: its gate selects nothing");
   if (activated.empty()) activated = Buffer<float>(product({max_rows, model->config.intermediate_size}));

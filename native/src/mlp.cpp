@@ -22,18 +22,21 @@ void Pass::neurons(const Layer &layer, Known known, int64_t r, const int32_t *id
   float *values = own.values.data();
   float *gate = config.gated && known != Known::ALL ? values + config.intermediate_size + PAD : values;
   // Selected rows are fetched as whole records, ahead of their first use; of rows in order each matrix fetches its share of the
-  // records that come next.
+  // records that come next, and a gate that lies apart its own rows.
   const bool reads_gate = config.gated && known == Known::NOTHING, reads_up = known == Known::NOTHING || gate != values;
   const bool skipped_late = skip_zeros && known == Known::NOTHING;  // which rows of down are read is known once those of up were
   const int64_t bytes = layer.up.row_bytes(), matrices = 1 + reads_gate + reads_up, whole = (skipped_late ? matrices - 1 : matrices) * bytes;
   const Matrix &leading = reads_gate ? layer.gate : reads_up ? layer.up : layer.down;
+  const int64_t apart = known == Known::NOTHING && config.layout == DEJAVU_GATE_APART;
+  const Matrix &record = !apart ? leading : config.gated ? layer.up : layer.down;
   int64_t matrix = 0;
   const auto fetched = [&]() -> Fetch {
-    const int64_t part = matrix++;
-    if (idx != nullptr) return {part == 0 ? whole : 0};
+    const int64_t part = matrix++ - apart, parts = matrices - apart;
+    if (idx != nullptr) return {part + apart == 0 ? whole : 0};
     if (rows > 1) return {};
-    const Fetch after = rows_after(leading, first, count);
-    const int64_t begin = after.bytes * part / matrices, end = after.bytes * (part + 1) / matrices;
+    if (part < 0) return rows_after(leading, first, count);
+    const Fetch after = rows_after(record, first, count);
+    const int64_t begin = after.bytes * part / parts, end = after.bytes * (part + 1) / parts;
     return {end - begin, after.next + begin};
   };
   if (known == Known::NOTHING) {
@@ -97,6 +100,7 @@ void Pass::mlp(int64_t index) {
     const int64_t begin = chunk_start(total, c, chunks), end = chunk_start(total, c + 1, chunks);
     float *part = engine.mlp_parts.data() + c * engine.max_rows * width;
     for (int64_t r = 0; r < rows; r++) std::fill_n(part + r * width, width, 0.0f);
+    if (by_gate(index)) select_by_gate(index, c);
     if (sparse && rows == 1 && !dense_is_faster(engine.counts[index & 1][c], end - begin)) {
       neurons(layer, known, 0, engine.lists[index & 1].data() + begin, 0, engine.counts[index & 1][c], skip_zeros, part);
       continue;

@@ -16,6 +16,7 @@ void check_config(const dejavu_config &c) {
   require(!c.rope || c.head_dim % 2 == 0, "head_dim must be even for rotary positions");
   require(c.dtype >= DEJAVU_FP32 && c.dtype <= DEJAVU_INT4, "unknown dtype " + std::to_string(c.dtype));
   require(c.activation >= DEJAVU_RELU && c.activation <= DEJAVU_GELU_TANH, "unknown activation " + std::to_string(c.activation));
+  require(c.layout >= DEJAVU_BY_NEURON && c.layout <= DEJAVU_GATE_APART, "unknown layout " + std::to_string(c.layout));
   require(c.position_offset >= 0, "position_offset must not be negative");
 }
 
@@ -90,14 +91,17 @@ dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
   embed_width = round_up(config.embed_size, PAD);
   head_width = round_up(config.head_dim, HEAD_PAD);
   layers.resize((size_t)config.num_layers);
-  const int64_t parts = config.gated ? 3 : 2, bytes = bytes_of(config.dtype, width);
   for (Layer &layer : layers) {
-    unsigned char *record = arena.take(product({config.intermediate_size, parts, bytes}) + (config.dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
-    for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) {
-      if (matrix == &layer.gate && !config.gated) continue;
-      matrix->view(config.dtype, config.intermediate_size, config.hidden_size, record, parts * bytes);
-      record += bytes;
+    std::vector<Matrix *> record = {&layer.up, &layer.down};
+    if (config.gated) record.insert(record.begin(), &layer.gate);
+    if (config.layout == DEJAVU_GATE_APART) {
+      record.front()->allocate(arena, config.dtype, config.intermediate_size, config.hidden_size);
+      record.erase(record.begin());
     }
+    const int64_t bytes = bytes_of(config.dtype, width), parts = (int64_t)record.size();
+    unsigned char *data = arena.take(product({config.intermediate_size, parts, bytes}) + (config.dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
+    for (int64_t part = 0; part < parts; part++)
+      record[(size_t)part]->view(config.dtype, config.intermediate_size, config.hidden_size, data + part * bytes, parts * bytes);
   }
 }
 

@@ -1,7 +1,8 @@
 // The weights of a model, packed for decoding. In: parts, one dejavu_model_set each. Out: rows that the kernels read.
 //
 // Matrices hold a row for each output (q, k, v, up, gate, head) or each input (o, down), padded to PAD values. The rows of
-// one neuron lie side by side (gate | up | down): a selected neuron is one stream of memory.
+// one neuron lie side by side (gate | up | down): a selected neuron is one stream of memory. Where gates select, all gates are read:
+// they lie in order, apart (gate; up | down), or the processor fetches what lies between them as well.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -62,7 +63,7 @@ struct Norm {
 
 struct Layer {
   Norm norm1, norm2;
-  Matrix q, k, v, o, gate, up, down;  // neurons are records gate | up | down
+  Matrix q, k, v, o, gate, up, down;  // neurons are records, see above
   Buffer<float> o_bias, down_bias, q_norm, k_norm;  // norms of heads: empty where there are none
 };
 
@@ -79,6 +80,8 @@ struct dejavu_model {
   int64_t rotated = 0;  // pairs of a head
   std::vector<Layer> layers;
 
+  // The first matrix of an MLP: the one that is activated.
+  const Matrix &gate_of(const Layer &layer) const { return config.gated ? layer.gate : layer.up; }
   const Matrix &output_head() const { return config.tied_head ? embed : head; }
 
  private:

@@ -143,7 +143,6 @@ void Pass::after_attention(int64_t layer) {
   }
   lap(DEJAVU_OP_OTHER);
   select_neurons(layer, 0);
-  select_by_gate(layer);
   lap(DEJAVU_OP_PREDICTOR);
 }
 

@@ -49,7 +49,7 @@ class Pass {
                const int32_t *kept = nullptr, int64_t num_kept = 0);
 
   // gate.cpp
-  void select_by_gate(int64_t layer);
+  void select_by_gate(int64_t layer, int64_t chunk);
 
   // select.cpp
   void select_groups(int64_t layer);

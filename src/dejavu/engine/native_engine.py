@@ -33,6 +33,11 @@ def check_shortlist(count: int, vocab_size: int) -> None:
     require(0 <= count < vocab_size, message)
 
 
+def layout_of(layers: Sequence[LayerAdapter]) -> str:
+    """How the weights of a model that selects in this way lie in memory."""
+    return "gate-apart" if any(layer.gate is not None for layer in layers) else "by-neuron"
+
+
 class NativeEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine.
 
@@ -70,7 +75,7 @@ class NativeEngine(PagedEngine):
         )
         self.threads = native.default_threads() if threads is None else threads
         self._library = native.library()
-        self._model = packed_model(model, dtype)
+        self._model = packed_model(model, dtype, layout_of(self.layers))
         self._handle = ctypes.c_void_p()
         wanted = None if instruction_set is None else instruction_set.encode()
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))

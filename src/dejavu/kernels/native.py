@@ -24,6 +24,7 @@ ACTIVATION_CODES = {"relu": 0, "relu2": 1, "fatrelu": 2, "silu": 3, "gelu": 4, "
 EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(16)
 QUERY_NORM, KEY_NORM = 16, 17
 MLP, HEADS = range(2)
+LAYOUTS = {"by-neuron": 0, "gate-apart": 1}  # dejavu_layout
 HEAD_PAD = 16  # a head takes a multiple of this many values in the cache
 MAX_ROWS = 32  # tokens that the library computes together
 
@@ -34,7 +35,7 @@ class Config(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("vocab_size", "hidden_size", "embed_size", "intermediate_size", "num_layers", "num_heads")),
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "max_positions", "position_offset")),
-        *((name, c_int32) for name in ("dtype", "activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head")),
+        *((name, c_int32) for name in ("dtype", "activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head", "layout")),
         ("norm_eps", c_float),
         *((name, c_float) for name in ("activation_threshold", "rotary_factor", "attention_scale")),
     )
