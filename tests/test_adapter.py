@@ -20,9 +20,22 @@ from conftest import Tiny
 from dejavu.config import ModelConfig
 from dejavu.files import write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
-from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, PartConfig, part_config, quantized
+from dejavu.model.adapter import (
+    Adapter,
+    AdapterConfig,
+    GateConfig,
+    InputConfig,
+    InputsConfig,
+    LayerConfig,
+    PartConfig,
+    part_config,
+    quantized,
+)
+from dejavu.model.bundle import bundled_folder
+from dejavu.model.checkpoint import read_config
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.selectors import POINTS, GateThreshold
 
 LAYERS = 12
 
@@ -221,6 +234,117 @@ def test_what_was_measured_is_what_is_stored(case: Case) -> None:
     assert (case.folder / "config.json").read_text() == before, "the old folder is whole"
     with pytest.raises(AssertionError, match="config and predictors differ"):
         Adapter(layers=(LayerAdapter(), *case.adapter.layers[1:]), config=case.adapter.config)
+
+
+# Selection without predictors
+
+
+def without_predictors(method: str, model: ModelConfig, base_hash: str) -> Adapter:
+    """Layer 0 is dense; input leaves a point out in every other layer."""
+
+    def layer(index: int) -> LayerConfig:
+        if index == 0:
+            return LayerConfig(layer=0)
+        if method == "input":
+            points = {point: InputConfig(threshold=0.1 * index + 1e-9, density=0.5) for at, point in enumerate(POINTS) if at != index % 8}
+            return LayerConfig(layer=index, inputs=InputsConfig(**points))
+        return LayerConfig(layer=index, gate=GateConfig(threshold=0.0 if method == "exact" else 0.1 * index, density=0.25, mass=0.99))
+
+    entries = tuple(layer(index) for index in range(model.num_layers))
+    layers = tuple(
+        LayerAdapter(
+            gate=None if entry.gate is None else GateThreshold(threshold=entry.gate.threshold),
+            inputs=None if entry.inputs is None else entry.inputs.thresholds(),
+        )
+        for entry in entries
+    )
+    config = dataclasses.replace(make_adapter(model, base_hash).config, method=method, layers=entries)
+    return Adapter(layers=layers, config=config)
+
+
+@pytest.fixture(params=["exact", "gate", "input"])
+def plain(request: pytest.FixtureRequest, tmp_path: Path, tiny: Tiny) -> Case:
+    model = tiny("opt", num_layers=LAYERS)
+    adapter = without_predictors(request.param, model.config, model_hash(model))
+    adapter.save(tmp_path / "adapter")
+    return Case(model.config, model_hash(model), tmp_path / "adapter", adapter)
+
+
+def test_thresholds_come_back_as_they_were(plain: Case) -> None:
+    loaded = plain.load()
+    assert loaded.config == plain.adapter.config and loaded.layers == plain.adapter.layers
+    assert load_file(plain.folder / "adapter.safetensors") == {} and loaded.config.schema_version == 1
+    card, method = (plain.folder / "README.md").read_text(), plain.adapter.config.method
+    assert f"Method `{method}`" in card and "Predictors" not in card
+    row = "| 1 | density 0.500, threshold 0.1 | dense |" if method == "input" else "| 1 | density 0.250, mass 0.990, threshold "
+    assert row in card and (method == "input") == ("| layer | attention | output | mlp | down |" in card)
+
+
+def test_an_adapter_of_predictors_is_byte_for_byte_what_it_was(tmp_path: Path) -> None:
+    """The bundled one, written before there was another method."""
+    folder = bundled_folder("opt-mini") / "adapter"
+    config = read_config(bundled_folder("opt-mini"))
+    hashes = json.loads((folder / "config.json").read_text())["base_hashes"]
+    Adapter.load(folder, model=config, base_hash=hashes[0]).save(tmp_path / "again")
+    for name in ("config.json", "README.md", "adapter.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda config: config.update(method="predicted"), r"layer 1 has (gate|inputs), and method predicted is of mlp and heads"),
+        (lambda config: config["layers"][1].update(mlp=PART), r"layer 1 has mlp, and method (exact|gate|input) is of (gate|inputs)"),
+        (lambda config: config["layers"][1].update(colour="red"), r"unknown keys \['colour'\]"),
+        (lambda config: part_of(config).update(colour="red"), r"unknown keys \['colour'\]"),
+        (lambda config: part_of(config).update(threshold=-1.0), r"threshold.* must be 0 or more, not -1"),
+        (lambda config: part_of(config).pop("density"), r"density"),
+        (lambda config: config.update(schema_version=2), r"schema_version 2 is not supported"),
+        (lambda config: config["layers"].pop(5), r"layer 5 not found"),
+    ],
+)
+def test_thresholds_that_are_wrong(plain: Case, edit: Callable[[dict[str, Any]], object], message: str) -> None:
+    plain.edit_config(edit)
+    with pytest.raises(ValueError, match=message):
+        plain.load()
+
+
+PART = {"rank": 5, "lookahead": 0, "threshold": 0.0, "density": 0.1, "recall": 0.9, "mass": 0.9}
+
+
+def part_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The first threshold of layer 1."""
+    layer = config["layers"][1]
+    return layer["gate"] if "gate" in layer else layer["inputs"]["attention" if layer["inputs"]["attention"] else "mlp"]
+
+
+def test_damaged_files_without_tensors(plain: Case) -> None:
+    file = plain.folder / "adapter.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-3])
+    with pytest.raises(ValueError, match=r"adapter\.safetensors"):
+        plain.load()
+    file.write_bytes(content)
+    plain.edit_tensors(lambda tensors: tensors.update({"layers.1.gate": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"does not list: layers\.1\.gate"):
+        plain.load()
+    (plain.folder / "config.json").write_text((plain.folder / "config.json").read_text()[:-20])
+    with pytest.raises(ValueError, match=r"config\.json"):
+        plain.load()
+
+
+def test_exact_is_a_threshold_of_zero_on_a_gate_with_zeros(tiny: Tiny, tmp_path: Path) -> None:
+    model, silu = tiny("opt", num_layers=LAYERS), tiny("llama", num_layers=LAYERS)
+    adapter = without_predictors("exact", model.config, "h")
+    adapter.save(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="method exact, which needs a gate with exact zeros, and this model has silu"):
+        Adapter.load(tmp_path / "adapter", model=silu.config, base_hash="h")
+    with pytest.raises(ValueError, match=r"layer 1: method exact has a threshold of 0, not 0\.1"):
+        dataclasses.replace(without_predictors("gate", model.config, "h").config, method="exact")
+    with pytest.raises(ValueError, match="inputs without a threshold; name one of attention, output, mlp, down"):
+        InputsConfig()
+    with pytest.raises(AssertionError, match="layer 1: config and thresholds differ"):
+        Adapter(layers=(LayerAdapter(),) * LAYERS, config=adapter.config)
 
 
 @given(rows=st.integers(1, 7), columns=st.integers(1, 33), seed=st.integers(0, 1000), exponent=st.integers(-25, 25))

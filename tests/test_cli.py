@@ -251,7 +251,7 @@ def test_train_goes_on_where_it_was_interrupted(call, work: Path, monkeypatch: p
         "--budget",
         "0.1",
     ]
-    from dejavu.offline.train import train_layer
+    from dejavu.offline.train_predicted import train_layer
 
     trained: list[int] = []
 
@@ -261,7 +261,7 @@ def test_train_goes_on_where_it_was_interrupted(call, work: Path, monkeypatch: p
             raise KeyboardInterrupt
         return train_layer(data, *given)
 
-    monkeypatch.setattr("dejavu.offline.train.train_layer", interrupted)
+    monkeypatch.setattr("dejavu.offline.train_predicted.train_layer", interrupted)
     assert run(arguments) == 130
     assert "again" in capsys.readouterr().err and not (work / "runs/i").exists()
     call(*arguments)

@@ -21,7 +21,7 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.offline.train import TrainConfig
+from dejavu.offline.train_config import TrainConfig
 from test_adapter import make_adapter
 
 SMALL = DemoSizes(

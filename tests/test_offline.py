@@ -29,8 +29,11 @@ from dejavu.offline.fidelity import divergences, token_nll
 from dejavu.offline.oracle import OracleHeads, OracleNeurons, mass_mask
 from dejavu.offline.predictors import contribution_loss, start_mlp, train_mlp
 from dejavu.offline.profile import profile
+from dejavu.offline.split import fitting_windows, split_windows
 from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
-from dejavu.offline.train import TrainConfig, choose_head_lookahead, fitting_windows, held_out_tokens, split_windows, train_adapter
+from dejavu.offline.train import train_adapter
+from dejavu.offline.train_config import TrainConfig
+from dejavu.offline.train_predicted import choose_head_lookahead, held_out_tokens
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
@@ -421,7 +424,7 @@ def test_activations_stay_within_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPa
     config = tiny("opt").config
     windows = torch.arange(100)[:, None].expand(100, 64)
     assert fitting_windows(windows, config) is windows
-    monkeypatch.setattr("dejavu.offline.train.MEMORY_LIMIT", 20 * 64 * (10 * config.hidden_size + 0.4 * config.intermediate_size))
+    monkeypatch.setattr("dejavu.offline.split.MEMORY_LIMIT", 20 * 64 * (10 * config.hidden_size + 0.4 * config.intermediate_size))
     kept = fitting_windows(windows, config)[:, 0].tolist()
     assert len(kept) == 20 and kept[0] == 0 and kept[-1] == 99
     assert max(b - a for a, b in itertools.pairwise(kept)) <= 6

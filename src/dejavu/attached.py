@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from dejavu.config import SamplingConfig, require
-from dejavu.engine.backends import backends, make_engine, pick_backend
+from dejavu.engine.backends import backends, beyond_methods, make_engine, pick_backend
 from dejavu.engine.cache import PAGE_SIZE
 from dejavu.engine.idle import IdleEngines
 from dejavu.engine.interface import Engine
 from dejavu.engine.native_weights import NATIVE_DTYPES
 from dejavu.engine.sampling import Sampler
-from dejavu.model.adapter import Adapter
+from dejavu.model.adapter import SELECTS, Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, assembled
 from dejavu.model.hub import adapter_folder
 from dejavu.model.transformer import Transformer
@@ -85,7 +85,13 @@ def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: st
     picked = offered[0] if backend == "auto" else pick_backend(backend, dtype=dtype or "fp32")
     kind = weight.dtype if on_gpu else torch.float32
     model, base_hash = assembled(net.config.to_dict(), net.state_dict(), dtype=kind, device=weight.device, where=type(net).__name__)
-    lacking = model.config.beyond(picked)
+    if isinstance(adapter, str | Path):
+        adapter = Adapter.load(adapter_folder(adapter), model=model.config, base_hash=base_hash)
+    if adapter is not None:
+        require(isinstance(adapter, Adapter), f"an adapter is an Adapter, a folder or a hub id, not {adapter!r}")
+        known = adapter.config.base_hashes
+        require(base_hash in known, f"the adapter's base has the hash {', '.join(known)}, this model {base_hash}; use its own adapter")
+    lacking = (*model.config.beyond(picked), *beyond_methods(picked, () if adapter is None else (SELECTS[adapter.config.method],)))
     require(backend == "auto" or not lacking, f"backend {picked!r} does not compute {', '.join(lacking)}; use backend='torch'")
     picked = "torch" if lacking else picked
     own = DTYPE_NAMES[kind]
@@ -94,12 +100,6 @@ def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: st
     require(dtype is None or dtype in offered_dtypes, f"dtype {dtype!r} is not one of backend {picked!r} here: {', '.join(offered_dtypes)}")
     if dtype not in (None, own):
         model.round_matrices(str(dtype))
-    if isinstance(adapter, str | Path):
-        adapter = Adapter.load(adapter_folder(adapter), model=model.config, base_hash=base_hash)
-    if adapter is not None:
-        require(isinstance(adapter, Adapter), f"an adapter is an Adapter, a folder or a hub id, not {adapter!r}")
-        known = adapter.config.base_hashes
-        require(base_hash in known, f"the adapter's base has the hash {', '.join(known)}, this model {base_hash}; use its own adapter")
     packed = dtype if picked == "native" else None
     setattr(net, NAME, Attached(model, adapter, picked, packed, set(), IdleEngines()))
     net.generate = types.MethodType(_generate, net)

@@ -234,7 +234,7 @@ class LanguageModel:
             return profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress)
 
     def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter:
-        """Train predictors and calibrate them to a loss budget (allowed relative rise of perplexity on held-out text).
+        """Train an adapter and calibrate it to a loss budget (allowed relative rise of perplexity on held-out text).
 
         Takes the options of `train_measured`, and returns its adapter alone. The model goes on as it is: set
         `lm.adapter`, or give the adapter to `generate`.
@@ -255,11 +255,13 @@ class LanguageModel:
     ) -> tuple[Adapter, dict[str, Any]]:
         """As `train`, with what was measured on the way: see `dejavu.offline.train` for the keys and for more options.
 
+        method: predicted, exact, gate, input, or auto, which trains each that the model can have and takes the one that reads least.
         max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
         layers, so that the same call goes on after an interruption. Raises ValueError for an empty text or an option out
         of range.
         """
-        from dejavu.offline.train import TrainConfig, train_adapter
+        from dejavu.offline.train import train_adapter
+        from dejavu.offline.train_config import TrainConfig
 
         config = TrainConfig.from_dict({"budget": budget, "method": method, "max_tokens": max_tokens, "seed": seed, **options})
         texts = [text] if isinstance(text, str) else list(text)
@@ -282,19 +284,21 @@ class LanguageModel:
         """
         from dejavu.offline.collect import pack_windows
         from dejavu.offline.fidelity import token_nll
-        from dejavu.offline.train import fitting_windows, split_windows
+        from dejavu.offline.split import fitting_windows, split_windows, training_context
 
         max_tokens = adapter.config.calibration_max_tokens
         if max_tokens is None:
             raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
         windows = self.training_windows(texts, max_tokens=max_tokens)
-        ids_WT = pack_windows(windows, context=self.config.max_positions, bos=self.tokenizer.document_bos)
+        ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos)
         with self._on_cpu():
             return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
-        """The windows of a text that training reads: as long as the context, BOS included, but ids without BOS."""
-        length = self.config.max_positions - (self.tokenizer.document_bos is not None)
+        """The windows of a text that training reads: as long as `training_context`, BOS included, but ids without BOS."""
+        from dejavu.offline.split import training_context
+
+        length = training_context(self.config) - (self.tokenizer.document_bos is not None)
         return spread_windows(self.tokenizer, texts, max_tokens=max_tokens, length=length)
 
     def evaluate(

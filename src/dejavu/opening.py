@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from dejavu.config import DTYPES, require
-from dejavu.engine.backends import BACKEND_DTYPES, pick_backend
+from dejavu.engine.backends import BACKEND_DTYPES, beyond_methods, pick_backend
 from dejavu.files import read_json
 from dejavu.language_model import LanguageModel
-from dejavu.model.adapter import Adapter
+from dejavu.model.adapter import SELECTS, Adapter, stored_method
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
-from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model
+from dejavu.model.checkpoint import load_checkpoint, own_adapter, read_config, resolve_model
 from dejavu.model.hub import adapter_folder
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,7 +38,7 @@ def load(
     values, likewise: auto (on the native backend fp32 beside fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine. revision: of a hub id. backend: auto takes torch for an
-    architecture that the other one does not compute, with a note. Nothing is downloaded. Raises
+    architecture or an adapter's method that the other one does not compute, with a note. Nothing is downloaded. Raises
     ValueError for what is not found, damaged, unavailable or of another model.
     """
     asked = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
@@ -46,21 +46,24 @@ def load(
     if threads is not None:
         set_threads(threads)
     name = str(name)
-    own_adapter: Path | None = None
+    named: Path | None = None
     if name in bundled_adapters():
-        own_adapter = MODELS_FOLDER / name / ADAPTER_FOLDER
-        name = read_json(own_adapter / "config.json")["base_id"]
+        named = MODELS_FOLDER / name / ADAPTER_FOLDER
+        name = read_json(named / "config.json")["base_id"]
     path = resolve_model(name, revision=revision)
-    lacking = read_config(path).beyond(asked)
+    if adapter == "bundled":
+        adapter = named or own_adapter(path)
+    if isinstance(adapter, str | Path):
+        adapter = adapter_folder(adapter)
+    method = SELECTS[adapter.config.method] if isinstance(adapter, Adapter) else None if adapter is None else stored_method(adapter)
+    lacking = (*read_config(path).beyond(asked), *beyond_methods(asked, () if method is None else (method,)))
     require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
     backend = "torch" if lacking else asked
     torch_dtype = _torch_dtype(dtype, backend)
     device = "cuda" if backend == "cuda" else "cpu"
     checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=name if name in bundled_models() else None)
-    if adapter == "bundled":
-        adapter = own_adapter or checkpoint.adapter_folder
-    if isinstance(adapter, str | Path):
-        adapter = Adapter.load(adapter_folder(adapter), model=checkpoint.config, base_hash=checkpoint.base_hash)
+    if isinstance(adapter, Path):
+        adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
     if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
     elif backend == "native" and dtype not in ("auto", "fp32"):

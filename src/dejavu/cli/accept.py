@@ -23,7 +23,8 @@ def accept(lm: LanguageModel, folder: Path, texts: list[str], out: Output) -> Ad
     from dejavu.config import require
     from dejavu.files import absolute, write_json
     from dejavu.measure.texts import corpus_hash, named_texts
-    from dejavu.model.adapter import CARD_FILE, CONFIG_FILE, Adapter, card
+    from dejavu.model.adapter import CARD_FILE, CONFIG_FILE, Adapter
+    from dejavu.model.card import card
 
     folder = absolute(folder)
     adapter = Adapter.load(folder, model=lm.config, base_hash=lm.base_hash, accept=True)

@@ -39,7 +39,7 @@ def train(
     from dejavu.files import absolute, check_replaceable, new_folder
     from dejavu.measure.texts import named_texts
     from dejavu.model.adapter import write_adapter
-    from dejavu.offline.train import TrainConfig
+    from dejavu.offline.train_config import TrainConfig
 
     out = Output(as_json)
     options: dict[str, Any] = {"budget": budget, "method": method, "loss": loss, "rank": rank, "epochs": epochs, "lookahead": lookahead}

@@ -76,7 +76,7 @@ def joined(parts: Sequence[Decoded], dim: int) -> Decoded:
     """What was decoded, one after the other by token (dim 0) or by row (dim 1)."""
     if len(parts) == 1:
         return parts[0]
-    names = (field.name for field in dataclasses.fields(Decoded))
+    names = [field.name for field in dataclasses.fields(Decoded) if getattr(parts[0], field.name) is not None]
     return Decoded(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name in names})
 
 

@@ -106,7 +106,7 @@ class CudaEngine(PagedEngine):
             cache_dtype=DTYPE_NAMES[weight.dtype],
             device=str(device),
             threads=torch.get_num_threads(),
-            sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
+            sparse=any(layer.sparse for layer in self.layers),
             vocab_size=config.vocab_size,
             num_layers=config.num_layers,
             num_neurons=config.intermediate_size,

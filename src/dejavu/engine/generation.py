@@ -14,8 +14,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from dejavu.config import SamplingConfig
-from dejavu.engine.interface import DecodesTokens, Engine, LayerSelection
+from dejavu.engine.interface import DecodesTokens, Engine, LayerSelection, densities
 from dejavu.engine.sampling import NOT_NUMBERS, Sampler
 from dejavu.engine.streaming import Detokenizer, StopStrings, TextStream
 from dejavu.model.predictor import DensityCounter
@@ -28,14 +31,15 @@ CHUNK = 8  # tokens that an engine which decodes by itself is asked for at a tim
 class Token:
     """A generated token: id, log-probability, and what the step that led to it computed, by layer.
 
-    neurons_L, heads_L: counts of neurons and query heads, None for the first token (it comes from the dense prefill).
-    selections: their indices, kept when the engine records.
+    neurons_L, heads_L: counts of neurons and query heads, None for the first token (it comes from the dense prefill). inputs_LP: of kept
+    inputs, where layers select them. selections: their indices, kept when the engine records.
     """
 
     token_id: int
     logprob: float
     neurons_L: tuple[int, ...] | None = None
     heads_L: tuple[int, ...] | None = None
+    inputs_LP: tuple[tuple[int, ...], ...] | None = None
     selections: tuple[LayerSelection, ...] | None = None
 
 
@@ -57,7 +61,8 @@ class GeneratedText(str):
 
     finish_reason: "stop" (a stop string or stop id) or "length" (max_new_tokens or the context). token_ids: every token
     generated, a stop token included. tok_s: decode steps per second of decode, the prompt excluded; None without a step.
-    mlp_density, head_density: mean over all layers and decode steps, a dense layer counting 1; None without a step.
+    mlp_density, head_density: mean over all layers and decode steps, a dense layer counting 1; where inputs are selected, of the weights
+    of the MLP and of attention; None without a step.
     trace: per token the selections of its layers (None for the first), when the engine records; else None.
     """
 
@@ -217,6 +222,7 @@ class Generation(Iterator[Piece]):
             logprob=sampled.logprob,
             neurons_L=tuple(step.neurons_BL[0].tolist()),
             heads_L=tuple(step.heads_BL[0].tolist()),
+            inputs_LP=None if step.inputs_BLP is None else _nested(step.inputs_BLP[0]),
             selections=None if step.selections is None else step.selections[0],
         )
 
@@ -227,9 +233,11 @@ class Generation(Iterator[Piece]):
         sampling, choice = self._sampler.config, self._sampler.index
         found = decoder.decode([last], [self._slot], max(1, wanted), [sampling], [choice]).cpu()  # 1 where the cache is full: it says so
         columns = (part[:, 0].tolist() for part in (found.token_NB, found.logprob_NB, found.neurons_NBL, found.heads_NBL))
+        kept = found.inputs_NBLP
+        inputs = [None] * len(found.token_NB) if kept is None else [_nested(inputs_LP) for inputs_LP in kept[:, 0]]
         return [
-            Token(token_id=token_id, logprob=logprob, neurons_L=tuple(neurons_L), heads_L=tuple(heads_L))
-            for token_id, logprob, neurons_L, heads_L in zip(*columns, strict=True)
+            Token(token_id=token_id, logprob=logprob, neurons_L=tuple(neurons_L), heads_L=tuple(heads_L), inputs_LP=inputs_LP)
+            for token_id, logprob, neurons_L, heads_L, inputs_LP in zip(*columns, inputs, strict=True)
         ]
 
     def _room(self) -> int:
@@ -244,11 +252,16 @@ class Generation(Iterator[Piece]):
             raise ValueError(NOT_NUMBERS)
         info, counter = self._engine.info, self._counter
         assert token.neurons_L is not None and token.heads_L is not None
+        inputs_LP = None if token.inputs_LP is None else torch.tensor(token.inputs_LP)
+        mlp_L, heads_L = densities(info, torch.tensor(token.neurons_L), torch.tensor(token.heads_L), inputs_LP)
         counter.tokens += 1
-        for layer in range(info.num_layers):
-            counter.mlp_L[layer] += token.neurons_L[layer] / info.num_neurons
-            counter.heads_L[layer] += token.heads_L[layer] / info.num_heads
+        counter.mlp_L = [total + density for total, density in zip(counter.mlp_L, mlp_L.tolist(), strict=True)]
+        counter.heads_L = [total + density for total, density in zip(counter.heads_L, heads_L.tolist(), strict=True)]
         return token
+
+
+def _nested(counts_LP: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(counts_P) for counts_P in counts_LP.tolist())
 
 
 def generate_tokens(

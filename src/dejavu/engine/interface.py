@@ -4,11 +4,12 @@ A slot holds one sequence. `prefill` runs tokens through the model densely and f
 token for each of several slots, sparse where the engine has predictors; `free` empties a slot. A row's result depends on
 that row alone, never on the rows beside it.
 
-Letters: B rows of a step  V vocabulary  L layers  A selected  N tokens decoded
+Letters: B rows of a step  V vocabulary  L layers  A selected  N tokens decoded  P points that read inputs (selectors.POINTS)
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -17,30 +18,40 @@ import torch
 from torch import Tensor
 
 from dejavu.config import SamplingConfig
+from dejavu.model.selectors import InputPoints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSelection:
-    """What one layer computed for one token: indices int64 [A] of neurons and query heads; None where the part ran dense."""
+    """What one layer computed for one token: indices int64 [A] of neurons and query heads; None where the part ran dense.
+
+    inputs_P: likewise of the inputs kept at each point; None in a layer that does not select inputs.
+    """
 
     neurons_A: Tensor | None
     heads_A: Tensor | None
+    inputs_P: tuple[Tensor | None, ...] | None = None
 
     def cpu(self) -> LayerSelection:
-        neurons_A, heads_A = (None if indices is None else indices.cpu() for indices in (self.neurons_A, self.heads_A))
-        return LayerSelection(neurons_A=neurons_A, heads_A=heads_A)
+        neurons_A, heads_A, *inputs_P = (
+            None if indices is None else indices.cpu() for indices in (self.neurons_A, self.heads_A, *(self.inputs_P or ()))
+        )
+        return LayerSelection(neurons_A=neurons_A, heads_A=heads_A, inputs_P=None if self.inputs_P is None else tuple(inputs_P))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """One decoded step: logits fp32 [B, V] on the model's device; counts of selected neurons and query heads int64 [B, L].
 
-    A dense layer counts all of its neurons or heads. `selections` (by row, by layer, on the CPU) is kept when the engine records.
+    A dense layer counts all of its neurons or heads. inputs_BLP: inputs kept, int64 [B, L, P] in the order of POINTS, all of them where
+    a layer does not select there; None where no layer of the engine selects inputs. What densities these are: `densities`.
+    `selections` (by row, by layer, on the CPU) is kept when the engine records.
     """
 
     logits_BV: Tensor
     neurons_BL: Tensor
     heads_BL: Tensor
+    inputs_BLP: Tensor | None = None
     selections: tuple[tuple[LayerSelection, ...], ...] | None = None
 
 
@@ -49,21 +60,22 @@ class Decoded:
     """Several tokens of each row, sampled where the model is, on its device.
 
     Tokens int64 [N, B], -1 where the logits were not numbers; their log-probabilities fp32, as `Sampler` defines them; and what
-    the step that led to each computed, int64 [N, B, L], as in StepResult.
+    the step that led to each computed, int64 [N, B, L] and [N, B, L, P], as in StepResult.
     """
 
     token_NB: Tensor
     logprob_NB: Tensor
     neurons_NBL: Tensor
     heads_NBL: Tensor
+    inputs_NBLP: Tensor | None = None
 
     def cpu(self) -> Decoded:
         """A copy on the CPU; the device is waited for once."""
-        parts = (self.token_NB, self.logprob_NB, self.neurons_NBL, self.heads_NBL)
-        token_NB, logprob_NB, neurons_NBL, heads_NBL = (part.to("cpu", non_blocking=True) for part in parts)
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        copies = {name: None if part is None else part.to("cpu", non_blocking=True) for name, part in fields}
         if self.token_NB.is_cuda:
             torch.cuda.current_stream(self.token_NB.device).synchronize()
-        return Decoded(token_NB=token_NB, logprob_NB=logprob_NB, neurons_NBL=neurons_NBL, heads_NBL=heads_NBL)
+        return dataclasses.replace(self, **copies)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +83,15 @@ class StepProfile:
     """What one step took and what all of its rows together made it read.
 
     seconds: by op (predictor, attention, mlp, head, other). Counts int64 [L] over the rows: neurons that some row selected,
-    neurons whose row of down some row needed (an activation of exactly zero does not), query heads that some row selected.
+    neurons whose row of down some row needed (an activation of exactly zero does not), query heads that some row selected. inputs_LP:
+    inputs that some row kept, int64 [L, P]; None where no layer selects inputs.
     """
 
     seconds: dict[str, float]
     neurons_L: Tensor
     fired_L: Tensor
     heads_L: Tensor
+    inputs_LP: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +100,7 @@ class EngineInfo:
 
     cache_dtype is of keys and values. screened_head: how many tokens of the vocabulary get logits, those of the others being -inf;
     0: all do. max_positions is the model's context, cache_tokens what the key/value pool holds over all slots, both in tokens.
+    input_points: of the model, where some layer selects inputs; else None.
     """
 
     backend: str
@@ -103,6 +118,7 @@ class EngineInfo:
     page_size: int
     num_pages: int
     screened_head: int = 0
+    input_points: InputPoints | None = None
 
     @property
     def cache_tokens(self) -> int:
@@ -112,6 +128,21 @@ class EngineInfo:
     def max_tokens(self) -> int:
         """The longest sequence that a slot can hold, prompt and answer together."""
         return min(self.max_positions, self.cache_tokens)
+
+
+def densities(info: EngineInfo, neurons: Tensor, heads: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Densities fp64 [.., L] of the MLP and of attention, from the counts [.., L] and [.., L, P] of a StepResult or of Decoded.
+
+    Of neurons and of heads, times the share of the weights that the kept inputs have them read: as DensityCounter counts.
+    """
+    mlp, attention = neurons.double() / info.num_neurons, heads.double() / info.num_heads
+    if inputs is None:
+        return mlp, attention
+    points = info.input_points
+    assert points is not None, "inputs are counted where layers select them"
+    size_P, share_P = (torch.tensor(values, dtype=torch.float64, device=inputs.device) for values in (points.sizes, points.shares))
+    read = inputs / size_P * share_P
+    return mlp * read[..., 2:].sum(-1), attention * read[..., :2].sum(-1)
 
 
 class Engine(Protocol):

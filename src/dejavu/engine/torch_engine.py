@@ -3,6 +3,9 @@
 In: token ids and slots. Out: logits, and per layer the neurons and heads that were computed. For each layer of a step
     scores -> mask -> index list -> rows of q, reads of the cache and rows of o for the selected head groups;
     scores -> mask -> index list -> rows of up (and gate) and down for the selected neurons.
+Where a layer selects without predictors (selectors.py), likewise
+    the activated gate of every neuron -> mask -> index list -> rows of up and down for those kept;
+    what a linear map reads -> mask -> index list -> columns (of o and down: rows) of the kept inputs, for all maps of the point.
 Keys and values are computed and stored for every head. Rows of a step are computed one after the other, each as if it
 were alone: its tokens are bit-identical whatever its batch mates, in every dtype. Other engines are tested against this.
 
@@ -12,7 +15,7 @@ K head_dim  A selected groups or neurons  V vocabulary  L layers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +26,8 @@ from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
-from dejavu.kernels.sparse_mlp import MlpWeights, dense_mlp, sparse_mlp
+from dejavu.kernels.sparse_linear import linear_columns, linear_rows
+from dejavu.kernels.sparse_mlp import MlpWeights, activated, activated_gate, dense_mlp, gate_mlp, sparse_mlp
 from dejavu.model.predictor import (
     HEAD_LOOKAHEADS,
     MLP_LOOKAHEADS,
@@ -32,6 +36,7 @@ from dejavu.model.predictor import (
     head_predictor_input,
     mlp_predictor_input,
 )
+from dejavu.model.selectors import POINTS, InputPoints, InputThresholds, column_norms, input_mask
 from dejavu.model.transformer import Block, LayerInputs, Transformer
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -75,6 +80,10 @@ class TorchEngine(PagedEngine):
         self._record = record
         self._blocks = model.blocks
         self._mlps = tuple(_mlp_weights(block) for block in self._blocks)
+        self._norms = tuple(
+            {} if layer.inputs is None else column_norms(block) for layer, block in zip(self.layers, self._blocks, strict=True)
+        )
+        selects_inputs = any(layer.inputs is not None for layer in self.layers)
         self._all_groups = torch.arange(config.num_kv_heads, device=weight.device)
         info = EngineInfo(
             backend="torch",
@@ -82,7 +91,7 @@ class TorchEngine(PagedEngine):
             cache_dtype=DTYPE_NAMES[weight.dtype],
             device=str(weight.device),
             threads=torch.get_num_threads(),
-            sparse=any(layer.mlp is not None or layer.heads is not None for layer in self.layers),
+            sparse=any(layer.sparse for layer in self.layers),
             vocab_size=config.vocab_size,
             num_layers=config.num_layers,
             num_neurons=config.intermediate_size,
@@ -91,6 +100,7 @@ class TorchEngine(PagedEngine):
             num_slots=num_slots,
             page_size=page_size,
             num_pages=cache.num_pages,
+            input_points=InputPoints.of(config) if selects_inputs else None,
         )
         super().__init__(info, cache)
 
@@ -110,10 +120,12 @@ class TorchEngine(PagedEngine):
         rows = [self._row(token_id, slot) for token_id, slot in zip(token_ids_B, slots_B, strict=True)]
         neurons, heads = self.config.intermediate_size, self.config.num_heads
         selections = tuple(selected for _, selected in rows)
+        points = self.info.input_points
         return StepResult(
             logits_BV=torch.stack([logits_V for logits_V, _ in rows]),
             neurons_BL=torch.tensor([[_count(layer.neurons_A, neurons) for layer in row] for row in selections]),
             heads_BL=torch.tensor([[_count(layer.heads_A, heads) for layer in row] for row in selections]),
+            inputs_BLP=None if points is None else torch.tensor([[_input_counts(layer, points) for layer in row] for row in selections]),
             selections=tuple(tuple(layer.cpu() for layer in row) for row in selections) if self._record else None,
         )
 
@@ -133,13 +145,12 @@ class TorchEngine(PagedEngine):
             attention_D = block.attention_input(x_D)
             inputs = LayerInputs(attention_D, None, previous_mlp)
             groups_A = self._selected_groups(index, inputs)
-            y_D = self._attention(index, attention_D, position_T, slot, page_N, groups_A)
+            kept = _KeptInputs(self.layers[index].inputs, self._norms[index])
+            y_D = self._attention(index, attention_D, position_T, slot, page_N, groups_A, kept)
             x_D, mlp_D = block.after_attention(x_D, y_D)
-            neurons_A = self._selected_neurons(index, LayerInputs(attention_D, mlp_D, previous_mlp))
-            weights = self._mlps[index]
-            y_D = dense_mlp(mlp_D, weights) if neurons_A is None else sparse_mlp(mlp_D, weights, neurons_A)
+            y_D, neurons_A = self._mlp(index, LayerInputs(attention_D, mlp_D, previous_mlp), kept)
             x_D, previous_mlp = block.after_mlp(x_D, y_D), mlp_D
-            selections.append(LayerSelection(neurons_A=neurons_A, heads_A=self._heads_of(groups_A)))
+            selections.append(LayerSelection(neurons_A=neurons_A, heads_A=self._heads_of(groups_A), inputs_P=kept.found))
         self._cache.advance(slot, 1)
         return self.model.logits(self._normed(x_D)), tuple(selections)
 
@@ -149,17 +160,31 @@ class TorchEngine(PagedEngine):
             return None
         return predictor.group_mask(head_predictor_input(inputs, predictor.lookahead)).nonzero().squeeze(1)
 
-    def _selected_neurons(self, index: int, inputs: LayerInputs) -> Tensor | None:
-        predictor = self.layers[index].mlp
-        if predictor is None:
-            return None
-        return predictor.neuron_mask(mlp_predictor_input(inputs, predictor.lookahead)).nonzero().squeeze(1)
+    def _mlp(self, index: int, inputs: LayerInputs, kept: _KeptInputs) -> tuple[Tensor, Tensor | None]:
+        """What the MLP adds, and the neurons that it computed; None for all."""
+        layer, weights, x_D = self.layers[index], self._mlps[index], inputs.mlp
+        assert x_D is not None
+        if layer.mlp is not None:
+            neurons_A = layer.mlp.neuron_mask(mlp_predictor_input(inputs, layer.mlp.lookahead)).nonzero().squeeze(1)
+            return sparse_mlp(x_D, weights, neurons_A), neurons_A
+        if layer.gate is not None:
+            gate_F = activated_gate(x_D, weights)
+            neurons_A = layer.gate.mask(gate_F).nonzero().squeeze(1)
+            return gate_mlp(x_D, gate_F, weights, neurons_A), neurons_A
+        return dense_mlp(x_D, weights) if layer.inputs is None else _mlp_of_inputs(x_D, weights, kept), None
 
-    def _attention(self, index: int, x_D: Tensor, position_T: Tensor, slot: int, page_N: Tensor, groups_A: Tensor | None) -> Tensor:
+    def _attention(
+        self, index: int, x_D: Tensor, position_T: Tensor, slot: int, page_N: Tensor, groups_A: Tensor | None, kept: _KeptInputs
+    ) -> Tensor:
         """Attention block of one token: stores k and v of every head, computes the selected groups."""
         block, config, position = self._blocks[index], self.config, self._cache.lengths[slot]
-        q_HK = query_heads(x_D, block.q.weight, block.q.bias, groups_A, config.num_kv_heads).view(-1, config.head_dim)
-        k_GK, v_GK = (project(x_D).view(-1, config.head_dim) for project in (block.k, block.v))
+        inputs_A = kept.at("attention", x_D)
+        if inputs_A is None:
+            q_N = query_heads(x_D, block.q.weight, block.q.bias, groups_A, config.num_kv_heads)
+            k_N, v_N = block.k(x_D), block.v(x_D)
+        else:
+            q_N, k_N, v_N = (linear_columns(x_D, of.weight, of.bias, inputs_A) for of in (block.q, block.k, block.v))
+        q_HK, k_GK, v_GK = (heads.view(-1, config.head_dim) for heads in (q_N, k_N, v_N))
         q_HK, k_GK = (heads[0] for heads in block.placed_heads(q_HK[None], k_GK[None], position_T, self.model.frequencies(index)))
         self._cache.write(index, slot, position, block.as_cached(k_GK)[None], block.as_cached(v_GK)[None])
         mixed_ARK = attend_pages(
@@ -171,6 +196,9 @@ class TorchEngine(PagedEngine):
             self._all_groups if groups_A is None else groups_A,
             block.scores,
         )
+        inputs_A = kept.at("output", mixed_ARK.flatten())
+        if inputs_A is not None:
+            return linear_rows(mixed_ARK.flatten(), block.o.weight, block.o.bias, inputs_A)
         return output_heads(mixed_ARK, block.o.weight, block.o.bias, groups_A, config.num_kv_heads)
 
     def _heads_of(self, groups_A: Tensor | None) -> Tensor | None:
@@ -179,6 +207,35 @@ class TorchEngine(PagedEngine):
         if groups_A is None or per_group == 1:
             return groups_A
         return (groups_A[:, None] * per_group + torch.arange(per_group, device=groups_A.device)).flatten()
+
+
+class _KeptInputs:
+    """Which inputs one layer keeps for one token, point by point as they come to be. found: their indices; None without thresholds."""
+
+    def __init__(self, thresholds: InputThresholds | None, norms: Mapping[str, Tensor]) -> None:
+        self._thresholds, self._norms = thresholds, norms
+        self._kept: dict[str, Tensor] = {}
+
+    def at(self, point: str, x_I: Tensor) -> Tensor | None:
+        """Indices int64 [A] of the kept inputs; None for all."""
+        threshold = None if self._thresholds is None else self._thresholds.of(point)
+        if threshold is None:
+            return None
+        self._kept[point] = input_mask(x_I, self._norms[point], threshold).nonzero().squeeze(1)
+        return self._kept[point]
+
+    @property
+    def found(self) -> tuple[Tensor | None, ...] | None:
+        return None if self._thresholds is None else tuple(self._kept.get(point) for point in POINTS)
+
+
+def _mlp_of_inputs(x_D: Tensor, weights: MlpWeights, kept: _KeptInputs) -> Tensor:
+    """The MLP of which the maps read kept inputs alone: columns of up and gate, rows of down."""
+    inputs_A = kept.at("mlp", x_D)
+    up_F = linear_columns(x_D, weights.up_FD, weights.up_bias_F, inputs_A)
+    gate_F = None if weights.gate_FD is None else linear_columns(x_D, weights.gate_FD, weights.gate_bias_F, inputs_A)
+    act_F = activated(up_F, gate_F, weights)
+    return linear_rows(act_F, weights.down_FD, weights.down_bias_D, kept.at("down", act_F))
 
 
 def _mlp_weights(block: Block) -> MlpWeights:
@@ -197,11 +254,13 @@ def _mlp_weights(block: Block) -> MlpWeights:
 
 
 def check_layers(layers: tuple[LayerAdapter, ...], config: ModelConfig) -> None:
-    """Raise ValueError where the predictors cannot be those of this model."""
+    """Raise ValueError where the layers cannot be those of an adapter for this model."""
     require(len(layers) == config.num_layers, f"the adapter has {len(layers)} layers and the model {config.num_layers}")
     for index, layer in enumerate(layers):
         _check_predictor(f"layer {index}'s MLP", layer.mlp, config.hidden_size, config.intermediate_size, MLP_LOOKAHEADS)
         _check_predictor(f"layer {index}'s heads", layer.heads, config.hidden_size, config.num_kv_heads, HEAD_LOOKAHEADS)
+        chosen = layer.inputs is None or any(layer.inputs.of(point) is not None for point in POINTS)
+        require(chosen, f"layer {index} selects inputs and has a threshold at none of its points; leave its inputs out, it is dense")
     first = layers[0]
     require(first.mlp is None or first.mlp.lookahead < 2, "layer 0 has no layer before it: its MLP's lookahead must be 0 or 1")
     require(first.heads is None or first.heads.lookahead < 1, "layer 0 has no layer before it: its heads' lookahead must be 0")
@@ -213,6 +272,11 @@ def _check_predictor(name: str, predictor: Predictor | None, inputs: int, output
     found = (predictor.A_RD.shape[1], predictor.B_OR.shape[0])
     require(found == (inputs, outputs), f"the predictor of {name} maps {found[0]} to {found[1]} values, the model {inputs} to {outputs}")
     require(predictor.lookahead in lookaheads, f"the lookahead of {name} must be one of {lookaheads}, not {predictor.lookahead}")
+
+
+def _input_counts(selected: LayerSelection, points: InputPoints) -> list[int]:
+    kept_P = selected.inputs_P or (None,) * len(points.sizes)
+    return [_count(indices, size) for indices, size in zip(kept_P, points.sizes, strict=True)]
 
 
 def _count(selected: Tensor | None, total: int) -> int:

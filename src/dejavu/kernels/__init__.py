@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dejavu.kernels import attention, sparse_mlp
+from dejavu.kernels import attention, sparse_linear, sparse_mlp
 from dejavu.kernels.sparse_mlp import MlpWeights
 
 
@@ -67,6 +67,28 @@ def _dense_mlp_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -
 
 def _dense_mlp_ref(x_D: Tensor, weights: MlpWeights) -> Tensor:
     return sparse_mlp.masked_mlp(x_D, weights, torch.arange(weights.up_FD.shape[0], device=x_D.device))
+
+
+def _gate_mlp_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    values = _mlp_inputs(shape, dtype, device)
+    return values | {"gate_F": sparse_mlp.activated_gate(values["x_D"], values["weights"])}
+
+
+def _linear_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """shape I, O, A, biased; every input where A is -1. The matrix has a row for each output."""
+    size, outputs, active, biased = shape
+    random = _Random(dtype, device)
+    return {
+        "x_I": random.normal(size),
+        "weight_OI": random.normal(outputs, size, scale=size**-0.5),
+        "bias_O": random.normal(outputs) if biased else None,
+        "idx_A": None if active < 0 else random.choice(size, active),
+    }
+
+
+def _linear_row_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    values = _linear_inputs(shape, dtype, device)
+    return values | {"weight_IO": values.pop("weight_OI").t().contiguous()}
 
 
 def _head_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[_Random, Tensor | None]:
@@ -126,6 +148,12 @@ _MLP_SHAPES = tuple(
     for gated in (0, 1)
     for biased in (0, 1)
 )
+_LINEAR_SHAPES = tuple(
+    (size, outputs, active, biased)
+    for size, outputs in ((96, 257), (129, 64), (1, 7), (17, 1), (250, 100))
+    for active in sorted({-1, 0, 1, size // 5, size})
+    for biased in (0, 1)
+)
 _HEAD_SHAPES = tuple((size, 2, 6, biased, 5, active) for size in (33, 97) for biased in (0, 1) for active in (-1, 0, 1, 3, 4, 5))
 _ATTEND_SHAPES = tuple((per, 10, 4, length, 5, active) for per in (1, 3) for length in (1, 4, 5, 31) for active in (-1, 0, 1, 3, 4, 5))
 
@@ -135,6 +163,27 @@ OPS = {
     ),
     "sparse_mlp": Op(
         fn=sparse_mlp.sparse_mlp, ref=sparse_mlp.masked_mlp, inputs=_mlp_inputs, bytes=sparse_mlp.sparse_mlp_bytes, shapes=_MLP_SHAPES
+    ),
+    "gate_mlp": Op(
+        fn=sparse_mlp.gate_mlp,
+        ref=sparse_mlp.masked_gate_mlp,
+        inputs=_gate_mlp_inputs,
+        bytes=sparse_mlp.gate_mlp_bytes,
+        shapes=_MLP_SHAPES,
+    ),
+    "linear_columns": Op(
+        fn=sparse_linear.linear_columns,
+        ref=sparse_linear.masked_columns,
+        inputs=_linear_inputs,
+        bytes=sparse_linear.linear_columns_bytes,
+        shapes=_LINEAR_SHAPES,
+    ),
+    "linear_rows": Op(
+        fn=sparse_linear.linear_rows,
+        ref=sparse_linear.masked_rows,
+        inputs=_linear_row_inputs,
+        bytes=sparse_linear.linear_rows_bytes,
+        shapes=_LINEAR_SHAPES,
     ),
     "query_heads": Op(
         fn=attention.query_heads,

@@ -38,7 +38,8 @@ from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.profile import profile
-from dejavu.offline.train import TrainConfig, train_adapter
+from dejavu.offline.train import train_adapter
+from dejavu.offline.train_config import TrainConfig
 
 PROMPT = "It was late in the autumn when the old lighthouse keeper"
 # A small model repeats itself when greedy. Dense and sparse draw with the same random numbers.

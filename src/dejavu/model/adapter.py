@@ -3,7 +3,7 @@
 On disk: `config.json` (AdapterConfig), `adapter.safetensors` and `README.md`, a card rendered from the config. The tensors
 of layer 7's MLP predictor are `layers.7.mlp.A` int8 [R, D] with `layers.7.mlp.A.scale` fp32 [R], `layers.7.mlp.B` int8 [O, R]
 with `layers.7.mlp.B.scale` fp32 [O], and `layers.7.mlp.bias` fp32 [O]; of its heads `layers.7.heads.*`; of changed weights see
-lora.py. Names are exact.
+lora.py. Names are exact. Selection without predictors has thresholds in `config.json` and no tensors.
 In memory the predictors are the dequantised fp32 values, so that what calibration measured is what every engine runs.
 
 Letters: D model  R predictor rank  O outputs (neurons F, or head groups G)
@@ -22,15 +22,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dejavu.config import Config, ModelConfig, require
+from dejavu.config import EXACT_ZERO_ACTIVATIONS, Config, ModelConfig, require
 from dejavu.files import new_folder, read_json, read_safetensors, write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.model.card import card
 from dejavu.model.lora import LayerLora, LoraConfig, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import HEAD_LOOKAHEADS, MLP_LOOKAHEADS, LayerAdapter, Predictor
+from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds
 from dejavu.model.transformer import Transformer
 from dejavu.version import __version__
 
-SCHEMA_VERSIONS = {"predicted": 1, "adapted": 2}  # by method: a reader that knows only 1 must refuse an adapter that changes weights
+# By method. A reader that knows only 1 must refuse an adapter that changes weights; one that does not know a method refuses it by name.
+SCHEMA_VERSIONS = {"predicted": 1, "adapted": 2, "exact": 1, "gate": 1, "input": 1}
+SELECTS = {"predicted": "predicted", "adapted": "predicted", "exact": "gate", "gate": "gate", "input": "input"}  # see LayerAdapter.methods
+PARTS = {"predicted": ("mlp", "heads"), "gate": ("gate",), "input": ("inputs",)}  # of a LayerConfig
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "config.json", "adapter.safetensors", "README.md"
 LOOKAHEADS = {"mlp": MLP_LOOKAHEADS, "heads": HEAD_LOOKAHEADS}
 METHODS = tuple(SCHEMA_VERSIONS)
@@ -53,12 +58,59 @@ class PartConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig(Config):
+    """The threshold of one layer's gate. density of neurons and mass are fractions measured on held-out text."""
+
+    threshold: float
+    density: float
+    mass: float
+
+    def __post_init__(self) -> None:
+        GateThreshold(threshold=self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputConfig(Config):
+    """The threshold of the inputs at one point, and the fraction of them that it keeps on held-out text."""
+
+    threshold: float
+    density: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputsConfig(Config):
+    """The points of one layer (see selectors.py); None where all inputs are kept."""
+
+    attention: InputConfig | None = None
+    output: InputConfig | None = None
+    mlp: InputConfig | None = None
+    down: InputConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(any(self.of(point) is not None for point in POINTS), f"inputs without a threshold; name one of {', '.join(POINTS)}")
+        self.thresholds()
+
+    def of(self, point: str) -> InputConfig | None:
+        return getattr(self, point)
+
+    def thresholds(self) -> InputThresholds:
+        return InputThresholds(**{point: config.threshold for point in POINTS if (config := self.of(point)) is not None})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        points = {point: InputConfig.from_dict(values[point]) for point in POINTS if isinstance(values.get(point), Mapping)}
+        return super(InputsConfig, cls).from_dict({**values, **points})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerConfig(Config):
-    """The parts of one layer; None where the part runs dense."""
+    """The parts of one layer; None where the part runs dense. Which there may be is the method's."""
 
     layer: int
     mlp: PartConfig | None = None
     heads: PartConfig | None = None
+    gate: GateConfig | None = None
+    inputs: InputsConfig | None = None
 
     def __post_init__(self) -> None:
         for part, config in self.parts():
@@ -75,8 +127,13 @@ class LayerConfig(Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        parts = {key: PartConfig.from_dict(values[key]) for key in ("mlp", "heads") if isinstance(values.get(key), Mapping)}
+        kinds: dict[str, type[Config]] = {"mlp": PartConfig, "heads": PartConfig, "gate": GateConfig, "inputs": InputsConfig}
+        parts = {key: kind.from_dict(values[key]) for key, kind in kinds.items() if isinstance(values.get(key), Mapping)}
         return super(LayerConfig, cls).from_dict({**values, **parts})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written: without `gate` and `inputs` where there are none, so that readers of predictors alone know all keys."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None or name not in ("gate", "inputs")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +169,12 @@ class AdapterConfig(Config):
             f"adapter schema_version {self.schema_version} is not supported (this dejavu {__version__} reads {known} for {self.method})",
         )
         require((self.lora is not None) == (self.method == "adapted"), "method adapted has lora settings, and only that")
+        allowed = PARTS[SELECTS[self.method]]
+        for entry in self.layers:
+            wrong = [part for parts in PARTS.values() for part in parts if part not in allowed and getattr(entry, part) is not None]
+            require(not wrong, f"layer {entry.layer} has {' and '.join(wrong)}, and method {self.method} is of {' and '.join(allowed)}")
+            exact = self.method != "exact" or entry.gate is None or entry.gate.threshold == 0
+            require(exact, f"layer {entry.layer}: method exact has a threshold of 0, not {entry.gate.threshold if entry.gate else 0}")
         tokens = self.calibration_max_tokens
         require(tokens is None or tokens >= 1, f"calibration_max_tokens must be at least 1, not {tokens}")
 
@@ -128,7 +191,7 @@ class AdapterConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written: an adapter without changes has no `lora`, so that readers of schema 1 know all of its keys."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"layers": [entry.to_dict() for entry in self.layers]}
         return values if self.lora is not None else {name: value for name, value in values.items() if name != "lora"}
 
 
@@ -148,6 +211,7 @@ class Adapter:
         assert self.lora is None or len(self.lora) == len(self.layers), "changes of other layers"
         assert [entry.layer for entry in self.config.layers] == list(range(len(self.layers))), "config and layers differ in their layers"
         for entry, layer in zip(self.config.layers, self.layers, strict=True):
+            assert _selectors(entry) == {"gate": layer.gate, "inputs": layer.inputs}, f"layer {entry.layer}: config and thresholds differ"
             for config, predictor in ((entry.mlp, layer.mlp), (entry.heads, layer.heads)):
                 assert (config is None) == (predictor is None), f"layer {entry.layer}: config and predictors differ"
                 if config is not None and predictor is not None:
@@ -199,6 +263,10 @@ class Adapter:
         count = model.num_layers
         missing = [layer for layer in range(count) if layer not in entries]
         require(not missing, f"predictor for layer {missing[0] if missing else 0} not found: {folder / CONFIG_FILE}")
+        require(
+            config.method != "exact" or model.activation in EXACT_ZERO_ACTIVATIONS,
+            f"adapter {folder} has method exact, which needs a gate with exact zeros, and this model has {model.activation}",
+        )
         require(len(config.layers) == count, f"{folder / CONFIG_FILE} lists {len(config.layers)} layers, the model has {count}")
         config = dataclasses.replace(config, layers=tuple(entries[layer] for layer in range(count)))
         tensors = read_safetensors(folder / TENSOR_FILE)
@@ -255,6 +323,14 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     (folder / CARD_FILE).write_text(card(adapter.config), encoding="utf-8")
 
 
+def stored_method(folder: Path) -> str | None:
+    """How the adapter in a folder selects (LayerAdapter.methods), before it is loaded; None where that cannot be read, as loading says."""
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    values = read_json(folder / CONFIG_FILE)
+    return SELECTS.get(str(values.get("method"))) if isinstance(values, dict) else None
+
+
 def _read_config(folder: Path) -> AdapterConfig:
     values = read_json(folder / CONFIG_FILE)
     require(isinstance(values, dict), f"{folder / CONFIG_FILE} holds no JSON object")
@@ -270,7 +346,15 @@ def _read_layer(entry: LayerConfig, tensors: dict[str, Tensor], model: ModelConf
         part: _read_predictor(f"layers.{entry.layer}.{part}", entry.layer, config, outputs[part], model.hidden_size, tensors, path)
         for part, config in entry.parts()
     }
-    return LayerAdapter(mlp=predictors.get("mlp"), heads=predictors.get("heads"))
+    return LayerAdapter(mlp=predictors.get("mlp"), heads=predictors.get("heads"), **_selectors(entry))
+
+
+def _selectors(entry: LayerConfig) -> dict[str, Any]:
+    """The gate and inputs of a LayerAdapter."""
+    return {
+        "gate": None if entry.gate is None else GateThreshold(threshold=entry.gate.threshold),
+        "inputs": None if entry.inputs is None else entry.inputs.thresholds(),
+    }
 
 
 def _read_predictor(
@@ -301,49 +385,3 @@ def _read_predictor(
         threshold=config.threshold,
         lookahead=config.lookahead,
     )
-
-
-def card(config: AdapterConfig) -> str:
-    """The README.md of an adapter folder, with the front matter that the Hugging Face hub reads."""
-    budget = "none" if config.budget is None else f"{config.budget:.2%} of perplexity"
-    measured = "\n".join(f"| {name} | {value:.5g} |" for name, value in config.quality.items())
-    rows = "\n".join(_card_row(entry) for entry in config.layers)
-    hashes = "\n".join(f"* `{value}`" for value in config.base_hashes)
-    lora = config.lora
-    changed = (
-        "" if lora is None else f"\nWeights change too, while it runs sparse: W + {lora.scale:g} B A of rank {lora.rank}, and the norms."
-    )
-    return f"""---
-library_name: dejavu
-base_model: {config.base_id}
-tags:
-- contextual-sparsity
----
-# Contextual sparsity for {config.base_id}
-
-Predictors that tell, token by token, which MLP neurons and attention heads of `{config.base_id}` are needed
-(Deja Vu, arXiv 2310.17157). Method `{config.method}`, loss budget {budget}, seed {config.seed}, dejavu {config.dejavu_version}.{changed}
-
-MLP density {config.mlp_density:.3f}, head density {config.head_density:.3f}, averaged over all layers.
-
-| measured | value |
-|---|---|
-{measured}
-
-| layer | MLP | heads |
-|---|---|---|
-{rows}
-
-Calibration text (SHA-256): `{config.calibration_text_hash}`. Accepted forms of the base:
-
-{hashes}
-"""
-
-
-def _card_row(entry: LayerConfig) -> str:
-    def cell(part: PartConfig | None) -> str:
-        if part is None:
-            return "dense"
-        return f"density {part.density:.3f}, recall {part.recall:.3f}, mass {part.mass:.3f}, rank {part.rank}, lookahead {part.lookahead}"
-
-    return f"| {entry.layer} | {cell(entry.mlp)} | {cell(entry.heads)} |"

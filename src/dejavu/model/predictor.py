@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dejavu.model.selectors import GateThreshold, InputThresholds, column_norms, input_mask, weight_shares
+from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, column_norms, input_mask
 from dejavu.model.transformer import Block, LayerInputs, Selection
 
 MLP_LOOKAHEADS = (0, 1, 2)
@@ -88,9 +88,16 @@ class LayerAdapter:
         assert self.inputs is None or (self.mlp, self.heads, self.gate) == (None, None, None), "inputs are selected alone"
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """How anything is selected here: predicted, gate (of which "exact" is the one with a threshold of 0), input."""
+        predicts = self.mlp is not None or self.heads is not None
+        found = (("predicted", predicts), ("gate", self.gate is not None), ("input", self.inputs is not None))
+        return tuple(method for method, there in found if there)
+
+    @property
     def sparse(self) -> bool:
         """Whether anything is selected here."""
-        return any(part is not None for part in (self.mlp, self.heads, self.gate, self.inputs))
+        return bool(self.methods)
 
     def to(self, device: torch.device) -> LayerAdapter:
         """Both predictors on that device; a block is where its model is."""
@@ -157,7 +164,8 @@ class MaskedSelection(Selection):
     def block_of(self, layer: int, own: Block) -> Block:
         block = self.layers[layer].block or own
         if self.layers[layer].inputs is not None and layer not in self._norms:
-            self._norms[layer], self._shares[layer] = column_norms(block), weight_shares(block)
+            self._norms[layer] = column_norms(block)
+            self._shares[layer] = dict(zip(POINTS, InputPoints.of(block.config).shares, strict=True))
         return block
 
     def inputs(self, layer: int, point: str, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dejavu.config import require
+from dejavu.config import ModelConfig, require
 from dejavu.model.transformer import Block
 
 POINTS = ("attention", "output", "mlp", "down")  # inputs of q, k, v; of o; of gate and up; of down
@@ -74,13 +74,23 @@ def column_norms(block: Block) -> dict[str, Tensor]:
     }
 
 
-def weight_shares(block: Block) -> dict[str, float]:
-    """Of every point the share of its part's weights that its maps have: of attention, of the MLP."""
-    read_in = sum(module.weight.numel() for module in (block.q, block.k, block.v))
-    read_out = block.o.weight.numel()
-    matrices = 2 if block.gate is None else 3
-    attention = read_in / (read_in + read_out)
-    return {"attention": attention, "output": 1 - attention, "mlp": 1 - 1 / matrices, "down": 1 / matrices}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputPoints:
+    """What every layer of a model has at the points, in the order of POINTS.
+
+    sizes: inputs. shares: of the weights of the point's part (attention, MLP), those of the maps that read there.
+    """
+
+    sizes: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> InputPoints:
+        heads, neurons, size = config.num_heads * config.head_dim, config.intermediate_size, config.hidden_size
+        read_in, matrices = config.num_heads + 2 * config.num_kv_heads, 3 if config.gated else 2
+        attention = read_in / (read_in + config.num_heads)
+        shares = (attention, 1 - attention, 1 - 1 / matrices, 1 / matrices)
+        return cls(sizes=(size, heads, size, neurons), shares=shares)
 
 
 def input_mask(x: Tensor, norm_I: Tensor, threshold: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""Spend a loss budget where it buys the most: one threshold per layer for neurons and one for heads, chosen together.
+"""Spend a loss budget where it buys the most: one threshold for each part of each layer, chosen together.
 
-In: for every part (the MLP or the heads of a layer) candidate thresholds with the bytes a token then reads and the
-divergence they cost. Out: one candidate per part, or none where the part stays dense. For a price kappa per unit of
+In: for every part (the MLP or the heads of a layer, its gate, or the inputs at a point) candidate thresholds with the bytes a token
+then reads and the divergence they cost. Out: one candidate per part, or none where the part stays dense. For a price kappa per unit of
 divergence, each part takes the candidate with the least  bytes + kappa x divergence  (dense: all its bytes, no divergence);
 kappa is found so that the sum of divergences meets an allowance, and the allowance so that the *measured* rise of
 perplexity meets the budget.
@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dejavu.config import ModelConfig
+from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.selectors import POINTS, InputPoints
 from dejavu.offline.thresholds import Quality
 
 
@@ -32,7 +34,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """The MLP or the heads of a layer; dense_reads is what a token reads when nothing is predicted."""
+    """The MLP or the heads of a layer, its gate, or the inputs at a point; dense_reads is what a token reads when nothing is selected."""
 
     layer: int
     kind: str
@@ -62,6 +64,47 @@ def head_reads(config: ModelConfig, density: float, rank: int | None, cached_tok
     cache = 2 * config.num_kv_heads * config.head_dim * cached_tokens
     predictor = 0 if rank is None else rank * (config.hidden_size + config.num_kv_heads)
     return density * (weights + cache) + predictor
+
+
+def gate_reads(config: ModelConfig, density: float) -> float:
+    """Weights that a token reads in an MLP whose gate is computed for every neuron (of an ungated one: up)."""
+    size, matrices = config.hidden_size * config.intermediate_size, 3 if config.gated else 2
+    return size + density * (matrices - 1) * size
+
+
+def input_reads(config: ModelConfig, point: str, density: float | None) -> float:
+    """Weights that a token reads at a point (selectors.POINTS), and the norms of its columns; None: all, without norms."""
+    heads, groups, size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size
+    inputs, outputs = {
+        "attention": (size, heads + 2 * groups),
+        "output": (heads, size),
+        "mlp": (size, config.intermediate_size * (2 if config.gated else 1)),
+        "down": (config.intermediate_size, size),
+    }[point]
+    return inputs * outputs if density is None else density * inputs * outputs + inputs
+
+
+def token_reads(
+    config: ModelConfig, layers: Sequence[LayerAdapter], mlp_L: Sequence[float], heads_L: Sequence[float], cached_tokens: int
+) -> float:
+    """What a token reads in all layers, weights and cache entries, at these densities (as DensityCounter has them)."""
+    key_value = 2 * config.num_kv_heads * config.head_dim
+    total = 0.0
+    for layer, mlp, heads in zip(layers, mlp_L, heads_L, strict=True):
+        if layer.inputs is not None:
+            weights = sum(input_reads(config, point, None) for point in ("attention", "output"))
+            norms = sum(
+                size for point, size in zip(POINTS, InputPoints.of(config).sizes, strict=True) if layer.inputs.of(point) is not None
+            )
+            total += mlp_reads(config, mlp, None) + heads * weights + key_value * cached_tokens + norms
+            continue
+        total += gate_reads(config, mlp) if layer.gate is not None else mlp_reads(config, mlp, _rank(layer.mlp))
+        total += key_value * config.hidden_size + head_reads(config, heads, _rank(layer.heads), cached_tokens)
+    return total
+
+
+def _rank(predictor: Predictor | None) -> int | None:
+    return None if predictor is None else predictor.A_RD.shape[0]
 
 
 def interpolate_divergence(masses: Sequence[float], divergences: Sequence[float], mass: float) -> float:

@@ -17,6 +17,12 @@ from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import Block
 from dejavu.offline.collect import LayerData, down_norms
 
+# From keeping little to keeping nearly all: a layer that everything else builds on may need five nines.
+MASS_LEVELS = (
+    *(0.8, 0.85, 0.88, 0.9, 0.92, 0.935, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985),
+    *(0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99997),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Quality:

@@ -1,0 +1,51 @@
+"""What training does with a text: windows of token ids, most of which train, a part of which calibrates, and a last part, which neither
+has seen, checks.
+
+Letters: W windows  T tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dejavu.config import ModelConfig, require
+
+MEMORY_LIMIT = 2e9  # bytes that the activations of one layer may take
+LONGEST = 2048  # tokens of a window: a longer context would leave few windows of a text, and cost more
+
+
+def training_context(config: ModelConfig) -> int:
+    """Tokens of a window: the model's context, or LONGEST."""
+    return min(config.max_positions, LONGEST)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Windows [W, T] for each use."""
+
+    train: Tensor
+    calibrate: Tensor
+    check: Tensor
+
+
+def fitting_windows(ids_WT: Tensor, config: ModelConfig) -> Tensor:
+    """As many windows as the activations of one layer fit MEMORY_LIMIT, evenly spread over the text.
+
+    A token takes 4 bytes x D of residual stream, three fp16 inputs of width D, and 4 bytes for each active neuron, of which
+    a tenth of the layer is reserved.
+    """
+    per_token = 10 * config.hidden_size + 0.4 * config.intermediate_size
+    fitting = max(3, int(MEMORY_LIMIT / (per_token * ids_WT.shape[1])))
+    return ids_WT if len(ids_WT) <= fitting else ids_WT[torch.linspace(0, len(ids_WT) - 1, fitting).long()]
+
+
+def split_windows(ids_WT: Tensor) -> Split:
+    """About 82 % to train, 11 % to calibrate, 7 % to check; windows are interleaved so that each part sees the whole text."""
+    count = len(ids_WT)
+    require(count >= 3, f"the text gives {count} windows of {ids_WT.shape[1]} tokens, and training needs at least 3; give a longer text")
+    check = torch.arange(count) % max(3, min(14, count)) == 0
+    calibrate = torch.arange(count) % max(3, min(9, count)) == 1
+    return Split(ids_WT[~check & ~calibrate], ids_WT[calibrate & ~check], ids_WT[check])

@@ -1,0 +1,43 @@
+"""The options of a training, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dejavu.config import Config, require
+
+METHODS = ("predicted", "exact", "gate", "input")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Config):
+    """How a model is made sparse. method: one of METHODS; auto trains each that the model can have and takes the one with the fewest
+    reads. budget: allowed relative rise of perplexity. What follows is of predictors. epochs: passes over the training tokens.
+
+    lookahead "auto" takes 1 (the predictor runs beside attention) where that selects at most (1 + lookahead_tolerance) times the
+    neurons that lookahead 0 selects for the same mass (for heads: loses at most that many times the mass at the same density).
+    cached_tokens: context at which the heads' reads are counted.
+    """
+
+    method: Literal["predicted", "exact", "gate", "input", "auto"] = "predicted"
+    budget: float = 0.005
+    rank: int = 64
+    loss: Literal["contribution", "bce"] = "contribution"
+    epochs: float = 4.0
+    learning_rate: float = 5e-3
+    max_tokens: int = 200_000
+    lookahead: Literal["auto", "0", "1"] = "auto"
+    lookahead_tolerance: float = 0.2
+    heads: bool = True
+    cached_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.method in (*METHODS, "auto"), f"method {self.method!r} is not supported; supported: {', '.join(METHODS)}, auto")
+        require(0 <= self.budget < 1, f"budget must lie in [0, 1), e.g. 0.005 for +0.5 % perplexity, not {self.budget}")
+        require(self.rank >= 1, f"rank must be at least 1, not {self.rank}")
+        require(self.loss in ("contribution", "bce"), f"loss {self.loss!r} is not supported; choose contribution or bce")
+        require(self.epochs > 0, f"epochs must be positive, not {self.epochs}")
+        require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
+        require(self.lookahead in ("auto", "0", "1"), f"lookahead {self.lookahead!r} is not supported; choose auto, 0 or 1")
