@@ -62,13 +62,16 @@ void Pass::project_heads(int64_t layer) {
     if (wanted) own.units.push_back(h);
   }
   for (int64_t unit = heads; unit < heads + 2 * groups; unit++) own.units.push_back(unit);
+  if (model.input_major()) project_inputs(layer);
   const int64_t count = (int64_t)own.units.size(), end = share_end(count);
   for (int64_t u = share(count); u < end; u++) {
     const int64_t unit = own.units[(size_t)u];
     const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
     const int64_t head = is_query ? unit : (unit - heads) % groups;
     const Matrix &matrix = is_query ? weights.q : is_key ? weights.k : weights.v;
-    for (int64_t tile = 0; tile < size; tile += TILE)
+    for (int64_t r = 0; model.input_major() && r < rows; r++)
+      std::copy_n(own.columns.data() + r * engine.columns + unit * size, size, own.query[r].f);
+    for (int64_t tile = 0; !model.input_major() && tile < size; tile += TILE)
       for (int64_t r = 0; r < rows; r++)
         if (!is_query || selects(r, head)) {
           const int64_t first = head * size + tile, rows_here = std::min(TILE, size - tile);
@@ -123,8 +126,12 @@ void Pass::attend(int64_t layer) {
           for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.v_scale[first + i];
           axpys_of(cache_rows(block.v_pool, first, count), p + t, padded, mixed);
         }
-        o.scale_rows(nullptr, h * size, size, mixed);
         float *part = engine.attention_parts.data() + (c * engine.max_rows + r) * width;
+        if (selects(layer, DEJAVU_AT_OUTPUT)) {
+          add_kept_outputs(layer, r, h, mixed, part);
+          continue;
+        }
+        o.scale_rows(nullptr, h * size, size, mixed);
         for (int64_t tile = 0; tile < size; tile += TILE) {
           const int64_t first_row = h * size + tile, count = std::min(TILE, size - tile);
           axpys(o, mixed + tile, nullptr, first_row, count, part, rows == 1 ? rows_after(o, first_row, count) : Fetch());

@@ -16,6 +16,8 @@ int64_t chunks_of_neurons(const dejavu_config &c) {
   return chunks;
 }
 
+constexpr uint32_t QKV = 1 << DEJAVU_Q | 1 << DEJAVU_K | 1 << DEJAVU_V;
+
 int64_t chunks_of_heads(const dejavu_config &c) { return std::min(c.num_heads, std::max<int64_t>(8, c.num_heads / 4)); }
 
 }  // namespace
@@ -47,7 +49,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   require(c.rope ? !model->inv_freq.empty() : model->position.present(), "the model has no positions");
   require(!c.final_norm || !model->final_norm.weight.empty(), "the model has no final norm");
   for (const Layer &layer : model->layers)
-    require(layer.q.present() && layer.k.present() && layer.v.present() && layer.o.present() && !layer.norm1.weight.empty() &&
+    require((layer.given & QKV) == QKV && layer.o.present() && !layer.norm1.weight.empty() &&
                 !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && layer.up.filled() && layer.down.filled() && (!c.gated || layer.gate.filled()),
             "a layer of the model lacks a part");
   residual = Buffer<float>(product({rows, width}));
@@ -59,6 +61,12 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   projected = Buffer<float>(rows * model->embed_width);
   for (Buffer<int32_t> &list : lists) list = Buffer<int32_t>(rows * c.intermediate_size);
   for (Buffer<int64_t> &count : counts) count = Buffer<int64_t>(rows * neuron_chunks);
+  if (model->input_major()) {
+    columns = PAD + std::max(round_up(c.intermediate_size, PAD), model->layers[0].qkv.width);
+    activated = Buffer<float>(product({rows, c.intermediate_size}));
+    output_kept = Buffer<int32_t>(product({rows, c.num_heads, c.head_dim}));
+    output_counts = Buffer<int64_t>(rows * c.num_heads);
+  }
   for (int thread = 0; thread < threads; thread++) {
     auto own = std::make_unique<Scratch>();
     for (Vectors *vectors : {&own->x, &own->attention_in, &own->mlp_in, &own->final_in}) *vectors = Vectors(rows, width, int8, int4);
@@ -72,6 +80,9 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
     own->cached = Buffer<int16_t>(model->head_width);
     own->fired = Buffer<int32_t>(c.intermediate_size);
     own->groups = Buffer<uint8_t>(rows * c.num_kv_heads);
+    own->columns = Buffer<float>(product({2, rows, columns}));
+    for (Kept *kept : {&own->attention_kept, &own->mlp_kept})
+      if (model->input_major()) *kept = {Buffer<int32_t>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<int64_t>(rows)};
     own->units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
     scratch.push_back(std::move(own));
   }
@@ -83,6 +94,7 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   require(predicted == DEJAVU_MLP || predicted == DEJAVU_HEADS, "unknown predictor " + std::to_string(predicted));
   const bool mlp = predicted == DEJAVU_MLP;
   require(lookahead >= 0 && lookahead <= (mlp ? 2 : 1), "unknown lookahead " + std::to_string(lookahead));
+  require(!model->input_major(), "the matrices of the model are input-major: it selects inputs alone");
   require(layer > 0 || lookahead < (mlp ? 2 : 1), "layer 0 has no layer before it");
   require(A.rows > 0 && A.rows < INT64_C(1) << 31, "a predictor needs a positive rank");
   require(!std::isnan(threshold), "a predictor's threshold is NaN");
@@ -108,6 +120,24 @@ void dejavu_engine::set_gate(int64_t layer, float threshold) {
   require(!selectors[(size_t)layer].mlp.present(), "the MLP of layer " + std::to_string(layer) + " has a predictor: its gate selects nothing");
   if (activated.empty()) activated = Buffer<float>(product({max_rows, model->config.intermediate_size}));
   selectors[(size_t)layer].gate = threshold;
+}
+
+void dejavu_engine::set_inputs(int64_t layer, int point, const float *norms, int64_t count, float threshold) {
+  const dejavu_config &c = model->config;
+  check_layer(layer);
+  require(point >= 0 && point < DEJAVU_POINTS, "unknown point " + std::to_string(point));
+  const int64_t sizes[] = {c.hidden_size, c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size};
+  require(count == sizes[point], "there are " + std::to_string(count) + " norms, expected " + std::to_string(sizes[point]));
+  require(threshold >= 0 && std::isfinite(threshold), "a threshold of inputs must be 0 or more, not " + std::to_string(threshold));
+  for (int64_t i = 0; i < count; i++)
+    if (!(norms[i] >= 0) || !std::isfinite(norms[i])) throw BadValue("norm " + std::to_string(i) + " of inputs must be 0 or more, not " + std::to_string(norms[i]));
+  require(model->input_major(), "inputs are selected where matrices are input-major: the model has another layout");
+  std::lock_guard<std::mutex> lock(mutex);
+  InputSelector made;
+  made.norms = Buffer<float>(count);
+  std::copy_n(norms, count, made.norms.data());
+  made.threshold = threshold;
+  selectors[(size_t)layer].inputs[point] = std::move(made);
 }
 
 void dejavu_engine::check_layer(int64_t layer) const {

@@ -95,7 +95,8 @@ void Pass::mlp(int64_t index) {
   const Layer &layer = model.layers[(size_t)index];
   const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
   const bool sparse = sparse_mlp(index), skip_zeros = config.activation <= DEJAVU_FATRELU;
-  const Known known = !by_gate(index) ? Known::NOTHING : config.gated ? Known::GATES : Known::ALL;
+  const Known known = model.input_major() || (by_gate(index) && !config.gated) ? Known::ALL : by_gate(index) ? Known::GATES : Known::NOTHING;
+  if (model.input_major()) activate_inputs(index);
   for (int64_t c = share(chunks); c < share_end(chunks); c++) {
     const int64_t begin = chunk_start(total, c, chunks), end = chunk_start(total, c + 1, chunks);
     float *part = engine.mlp_parts.data() + c * engine.max_rows * width;

@@ -1,6 +1,7 @@
 // Packing of weights: see model.h.
 #include "model.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace {
@@ -16,7 +17,8 @@ void check_config(const dejavu_config &c) {
   require(!c.rope || c.head_dim % 2 == 0, "head_dim must be even for rotary positions");
   require(c.dtype >= DEJAVU_FP32 && c.dtype <= DEJAVU_INT4, "unknown dtype " + std::to_string(c.dtype));
   require(c.activation >= DEJAVU_RELU && c.activation <= DEJAVU_GELU_TANH, "unknown activation " + std::to_string(c.activation));
-  require(c.layout >= DEJAVU_BY_NEURON && c.layout <= DEJAVU_GATE_APART, "unknown layout " + std::to_string(c.layout));
+  require(c.layout >= DEJAVU_BY_NEURON && c.layout <= DEJAVU_INPUT_MAJOR, "unknown layout " + std::to_string(c.layout));
+  require(c.layout != DEJAVU_INPUT_MAJOR || c.dtype != DEJAVU_INT4, "selection by inputs is not computed in int4, whose scales belong to groups of inputs; take int8");
   require(c.position_offset >= 0, "position_offset must not be negative");
 }
 
@@ -62,12 +64,18 @@ void Matrix::allocate(Arena &arena, int new_dtype, int64_t new_rows, int64_t new
   view(new_dtype, new_rows, new_columns, arena.take(product({new_rows, bytes}) + (new_dtype == DEJAVU_INT4 ? INT4_SLACK : 0)), bytes);
 }
 
-void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
+void Matrix::check(const dejavu_matrix &source, int64_t expected_rows, int64_t expected_columns, const std::string &what) const {
   require(source.data != nullptr, what + " has no data");
-  require(source.rows == rows && source.columns == columns,
-          what + " is " + std::to_string(source.rows) + " x " + std::to_string(source.columns) + ", expected " + std::to_string(rows) + " x " +
-              std::to_string(columns));
+  require(source.rows == expected_rows && source.columns == expected_columns,
+          what + " is " + std::to_string(source.rows) + " x " + std::to_string(source.columns) + ", expected " + std::to_string(expected_rows) + " x " +
+              std::to_string(expected_columns));
   require(source.dtype == dtype && (source.scale != nullptr) == (dtype == DEJAVU_INT8 || dtype == DEJAVU_INT4), what + " must be " + name_of(dtype));
+  if (dtype != DEJAVU_INT8) return;
+  for (int64_t r = 0; r < source.rows; r++) require(std::isfinite(((const float *)source.scale)[r]), what + NOT_FINITE);
+}
+
+void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
+  check(source, rows, columns, what);
   if (dtype == DEJAVU_INT4) {
     const int64_t groups = (columns + GROUP - 1) / GROUP;
     for (int64_t r = 0; r < rows; r++)
@@ -76,13 +84,32 @@ void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
     const int64_t bytes = bytes_of(dtype, columns);
     for (int64_t r = 0; r < rows; r++) std::memcpy(data + r * stride, (const unsigned char *)source.data + r * bytes, (size_t)bytes);
   }
-  if (dtype == DEJAVU_INT8) {
-    const float *scales = (const float *)source.scale;
-    for (int64_t r = 0; r < rows; r++) require(std::isfinite(scales[r]), what + NOT_FINITE);
-    copy_vector(scale, rows, scales, rows);
-  }
+  if (dtype == DEJAVU_INT8) copy_vector(scale, rows, (const float *)source.scale, rows);
   filled_ = true;
   if (source.bias != nullptr) copy_vector(bias, rows, source.bias, rows);
+}
+
+void Matrix::fill_columns(const dejavu_matrix &source, int64_t first, int64_t count, const std::string &what) {
+  check(source, count, rows, what);
+  const auto transpose = [&](auto *to, const auto *from) {  // a block of outputs at a time: whole cache lines are written
+    const int64_t step = stride / (int64_t)sizeof(*to);
+    for (int64_t block = 0; block < source.rows; block += PAD)
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t o = block; o < std::min(block + PAD, source.rows); o++) to[i * step + first + o] = from[o * rows + i];
+  };
+  switch (dtype) {
+    case DEJAVU_INT8: transpose((int8_t *)data, (const int8_t *)source.data); break;
+    case DEJAVU_BF16: transpose((uint16_t *)data, (const uint16_t *)source.data); break;
+    default: transpose((float *)data, (const float *)source.data);
+  }
+  if (dtype == DEJAVU_INT8) {
+    if (scale.empty()) scale = Buffer<float>(width);
+    std::copy_n((const float *)source.scale, source.rows, scale.data() + first);
+  }
+  filled_ = true;
+  if (source.bias == nullptr) return;
+  if (bias.empty()) bias = Buffer<float>(width);
+  std::copy_n(source.bias, source.rows, bias.data() + first);
 }
 
 dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
@@ -92,6 +119,14 @@ dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
   head_width = round_up(config.head_dim, HEAD_PAD);
   layers.resize((size_t)config.num_layers);
   for (Layer &layer : layers) {
+    if (input_major()) {
+      const int64_t heads = config.num_heads + 2 * config.num_kv_heads;
+      layer.qkv.allocate(arena, config.dtype, config.hidden_size, heads * config.head_dim);
+      if (config.gated) layer.gate.allocate(arena, config.dtype, config.hidden_size, config.intermediate_size);
+      layer.up.allocate(arena, config.dtype, config.hidden_size, config.intermediate_size);
+      layer.down.allocate(arena, config.dtype, config.intermediate_size, config.hidden_size);
+      continue;
+    }
     std::vector<Matrix *> record = {&layer.up, &layer.down};
     if (config.gated) record.insert(record.begin(), &layer.gate);
     if (config.layout == DEJAVU_GATE_APART) {
@@ -144,7 +179,17 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   Layer &layer = layers[(size_t)index];
   const std::string where = " of layer " + std::to_string(index);
   const int64_t queries = c.num_heads * c.head_dim, keys = c.num_kv_heads * c.head_dim;
-  const auto of_layer = [&](Matrix &matrix, int64_t rows, const char *what) { own(matrix, c.dtype, rows, c.hidden_size, (what + where).c_str()); };
+  // q, k, v: `first` of the rows of all three.
+  const auto projection = [&](Matrix &matrix, int64_t first, int64_t rows, const char *what) {
+    if (input_major())
+      layer.qkv.fill_columns(m, first, rows, what + where);
+    else
+      own(matrix, c.dtype, rows, c.hidden_size, (what + where).c_str());
+    layer.given |= UINT32_C(1) << part;
+  };
+  const auto of_neurons = [&](Matrix &matrix, const char *what) {
+    input_major() ? matrix.fill_columns(m, 0, c.intermediate_size, what + where) : matrix.fill(m, what + where);
+  };
   switch (part) {
     case DEJAVU_NORM1: return set_norm(layer.norm1, m, "norm1" + where);
     case DEJAVU_NORM2: return set_norm(layer.norm2, m, "norm2" + where);
@@ -153,16 +198,16 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
       require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns == c.head_dim && m.bias == nullptr,
               "a norm of heads must be one fp32 row of " + std::to_string(c.head_dim) + " without a bias" + where);
       return copy_vector(part == DEJAVU_Q_NORM ? layer.q_norm : layer.k_norm, c.head_dim, (const float *)m.data, c.head_dim);
-    case DEJAVU_Q: return of_layer(layer.q, queries, "q");
-    case DEJAVU_K: return of_layer(layer.k, keys, "k");
-    case DEJAVU_V: return of_layer(layer.v, keys, "v");
+    case DEJAVU_Q: return projection(layer.q, 0, queries, "q");
+    case DEJAVU_K: return projection(layer.k, queries, keys, "k");
+    case DEJAVU_V: return projection(layer.v, queries + keys, keys, "v");
     case DEJAVU_O:
       layer.o.allocate(arena, c.dtype, queries, c.hidden_size);
       return set_output(layer.o, layer.o_bias, m, "o" + where);
     case DEJAVU_GATE:
       require(c.gated != 0, "this model has no gate");
-      return layer.gate.fill(m, "gate" + where);
-    case DEJAVU_UP: return layer.up.fill(m, "up" + where);
+      return of_neurons(layer.gate, "gate");
+    case DEJAVU_UP: return of_neurons(layer.up, "up");
     case DEJAVU_DOWN: return set_output(layer.down, layer.down_bias, m, "down" + where);
     default: throw BadValue("unknown part " + std::to_string(part));
   }

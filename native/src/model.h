@@ -2,7 +2,8 @@
 //
 // Matrices hold a row for each output (q, k, v, up, gate, head) or each input (o, down), padded to PAD values. The rows of
 // one neuron lie side by side (gate | up | down): a selected neuron is one stream of memory. Where gates select, all gates are read:
-// they lie in order, apart (gate; up | down), or the processor fetches what lies between them as well.
+// they lie in order, apart (gate; up | down), or the processor fetches what lies between them as well. Where inputs are selected, every
+// matrix of a layer holds a row for each input, in memory of its own.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -45,6 +46,9 @@ struct Matrix {
   void allocate(Arena &arena, int dtype, int64_t rows, int64_t columns);
   // Memory of others: rows `stride` bytes apart.
   void view(int dtype, int64_t rows, int64_t columns, unsigned char *data, int64_t stride);
+  // Copies a matrix with `count` rows, one for each output, into columns first, first + 1, ... of this one, whose rows are of inputs: scale
+  // and bias are then by column.
+  void fill_columns(const dejavu_matrix &source, int64_t first, int64_t count, const std::string &what);
   // Copies (int4: packs) values, scales and bias. Raises BadValue naming `what` where sizes or dtypes differ.
   void fill(const dejavu_matrix &source, const std::string &what);
   // values[k] *= scale of row idx[k], or of row first + k: of dtypes with a scale for each row.
@@ -54,6 +58,7 @@ struct Matrix {
   }
 
  private:
+  void check(const dejavu_matrix &source, int64_t expected_rows, int64_t expected_columns, const std::string &what) const;
   bool filled_ = false;
 };
 
@@ -64,6 +69,8 @@ struct Norm {
 struct Layer {
   Norm norm1, norm2;
   Matrix q, k, v, o, gate, up, down;  // neurons are records, see above
+  Matrix qkv;                         // input-major: q, k and v side by side, in their place
+  uint32_t given = 0;                 // bits of those of the parts q, k and v that are set
   Buffer<float> o_bias, down_bias, q_norm, k_norm;  // norms of heads: empty where there are none
 };
 
@@ -80,6 +87,7 @@ struct dejavu_model {
   int64_t rotated = 0;  // pairs of a head
   std::vector<Layer> layers;
 
+  bool input_major() const { return config.layout == DEJAVU_INPUT_MAJOR; }
   // The first matrix of an MLP: the one that is activated.
   const Matrix &gate_of(const Layer &layer) const { return config.gated ? layer.gate : layer.up; }
   const Matrix &output_head() const { return config.tied_head ? embed : head; }

@@ -48,6 +48,16 @@ class Pass {
   void neurons(const Layer &layer, Known known, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
                const int32_t *kept = nullptr, int64_t num_kept = 0);
 
+  // inputs.cpp
+  void keep_inputs(int64_t layer, int point, Vectors &x, Kept &kept) const;
+  void columns(const Matrix &matrix, const Kept &kept, int64_t begin, int64_t end, float *out) const;
+  void project_inputs(int64_t layer);
+  void activate_inputs(int64_t layer);
+  void add_kept_outputs(int64_t layer, int64_t row, int64_t head, float *mixed, float *part);
+  void report_inputs(int64_t layer) const;
+  void count_inputs(int64_t layer) const;
+  bool selects(int64_t layer, int point) const { return block.sparse && engine.selectors[(size_t)layer].inputs[point].present(); }
+
   // gate.cpp
   void select_by_gate(int64_t layer, int64_t chunk);
 
@@ -74,8 +84,10 @@ class Pass {
   RowList list_of(const Matrix &matrix, const int32_t *idx, int64_t first, int64_t count, Fetch fetch) const;
   void norm(const Norm &norm, const float *x, float *y) const;
   void quantize(Vector &vector, int64_t width) const;
+  void quantize_for_layer(Vector &vector) const;
   void add_parts(const Buffer<float> &parts, int64_t chunks, const Buffer<float> &bias);
-  bool sparse_mlp(int64_t layer) const { return block.sparse && (by_gate(layer) || engine.selectors[(size_t)layer].mlp.present()); }
+  bool sparse_mlp(int64_t layer) const { return block.sparse && (selects_neurons(layer) || selects(layer, DEJAVU_AT_DOWN)); }
+  bool selects_neurons(int64_t layer) const { return by_gate(layer) || (block.sparse && engine.selectors[(size_t)layer].mlp.present()); }
   bool by_gate(int64_t layer) const { return block.sparse && engine.selectors[(size_t)layer].gate >= 0; }
   bool sparse_heads(int64_t layer) const { return block.sparse && engine.selectors[(size_t)layer].heads.present(); }
   // This thread's share of `total` chunks or rows.

@@ -64,8 +64,8 @@ void Pass::report(int64_t layer) {
   for (int64_t r = 0; r < rows; r++) {
     int64_t neurons = total, selected = 0;
     uint8_t *mask = block.neuron_mask == nullptr ? nullptr : block.neuron_mask + (r * layers + layer) * total;
-    if (mask != nullptr) std::fill_n(mask, total, (uint8_t)!sparse_mlp(layer));
-    if (sparse_mlp(layer)) {
+    if (mask != nullptr) std::fill_n(mask, total, (uint8_t)!selects_neurons(layer));
+    if (selects_neurons(layer)) {
       neurons = 0;
       for (int64_t c = 0; c < chunks; c++) {
         const int64_t count = engine.counts[layer & 1][r * chunks + c];
@@ -81,4 +81,5 @@ void Pass::report(int64_t layer) {
     block.neurons[r * layers + layer] = neurons;
     block.heads[r * layers + layer] = selected * (config.num_heads / groups);
   }
+  if (block.inputs != nullptr) report_inputs(layer);
 }
