@@ -55,6 +55,7 @@ void Pass::project_heads(int64_t layer) {
   const Layer &weights = model.layers[(size_t)layer];
   const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim, per_group = heads / groups;
   const auto selects = [&](int64_t r, int64_t head) { return own.groups[r * groups + head / per_group] != 0; };
+  if (model.input_major()) return project_inputs(layer);
   own.units.clear();
   for (int64_t h = 0; h < heads; h++) {
     bool wanted = false;
@@ -62,37 +63,42 @@ void Pass::project_heads(int64_t layer) {
     if (wanted) own.units.push_back(h);
   }
   for (int64_t unit = heads; unit < heads + 2 * groups; unit++) own.units.push_back(unit);
-  if (model.input_major()) project_inputs(layer);
   const int64_t count = (int64_t)own.units.size(), end = share_end(count);
   for (int64_t u = share(count); u < end; u++) {
     const int64_t unit = own.units[(size_t)u];
     const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
     const int64_t head = is_query ? unit : (unit - heads) % groups;
     const Matrix &matrix = is_query ? weights.q : is_key ? weights.k : weights.v;
-    for (int64_t r = 0; model.input_major() && r < rows; r++)
-      std::copy_n(own.columns.data() + r * engine.columns + unit * size, size, own.query[r].f);
-    for (int64_t tile = 0; !model.input_major() && tile < size; tile += TILE)
+    for (int64_t tile = 0; tile < size; tile += TILE)
       for (int64_t r = 0; r < rows; r++)
         if (!is_query || selects(r, head)) {
           const int64_t first = head * size + tile, rows_here = std::min(TILE, size - tile);
           const Fetch after = rows == 1 ? rows_after(matrix, first, rows_here) : Fetch();
           dots(matrix, own.attention_in[r], nullptr, first, rows_here, own.query[r].f + tile, after);
         }
-    for (int64_t r = 0; r < rows; r++) {
-      if (is_query && !selects(r, head)) continue;
-      float *computed = own.query[r].f;
-      if (is_query || is_key) {
-        norm_head(is_query ? weights.q_norm : weights.k_norm, computed);
-        rotate(r, computed);
-      }
-      if (!is_query) {  // past `size` it is zero: nothing is written there
-        store(computed, is_key ? block.k_pool : block.v_pool, is_key ? block.k_scale : block.v_scale, cache_row(layer, r, head, block.position[r]));
-        continue;
-      }
-      const float scale = config.attention_scale;
-      float *to = engine.query.data() + (r * heads + head) * model.head_width;
-      for (int64_t i = 0; i < size; i++) to[i] = computed[i] * scale;
+    place_head(layer, unit);
+  }
+}
+
+// What was projected for a head, of queries, then keys, then values: normed, rotated, and to where attention reads it.
+void Pass::place_head(int64_t layer, int64_t unit) {
+  const Layer &weights = model.layers[(size_t)layer];
+  const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim;
+  const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
+  for (int64_t r = 0; r < rows; r++) {
+    if (is_query && own.groups[r * groups + unit / (heads / groups)] == 0) continue;
+    float *computed = own.query[r].f;
+    if (is_query || is_key) {
+      norm_head(is_query ? weights.q_norm : weights.k_norm, computed);
+      rotate(r, computed);
     }
+    if (!is_query) {  // past `size` it is zero: nothing is written there
+      const int64_t at = cache_row(layer, r, (unit - heads) % groups, block.position[r]);
+      store(computed, is_key ? block.k_pool : block.v_pool, is_key ? block.k_scale : block.v_scale, at);
+      continue;
+    }
+    float *to = engine.query.data() + (r * heads + unit) * model.head_width;
+    for (int64_t i = 0; i < size; i++) to[i] = computed[i] * config.attention_scale;
   }
 }
 

@@ -8,15 +8,7 @@
 
 namespace {
 
-// Enough chunks to share among threads, few enough that adding them up stays cheap. A power of two, by the model alone.
-int64_t chunks_of_neurons(const dejavu_config &c) {
-  const int64_t wanted = std::max(c.intermediate_size * c.hidden_size >> 17, std::min<int64_t>(c.intermediate_size / 16, 8));
-  int64_t chunks = 1;
-  while (chunks * 2 <= wanted && chunks < 32) chunks *= 2;
-  return chunks;
-}
-
-constexpr uint32_t QKV = 1 << DEJAVU_Q | 1 << DEJAVU_K | 1 << DEJAVU_V;
+constexpr uint32_t QKV = 1u << DEJAVU_Q | 1u << DEJAVU_K | 1u << DEJAVU_V;
 
 int64_t chunks_of_heads(const dejavu_config &c) { return std::min(c.num_heads, std::max<int64_t>(8, c.num_heads / 4)); }
 
@@ -48,9 +40,10 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   require(c.embed_size == c.hidden_size || (model->project_in.present() && model->project_out.present()), "the model has no project_in and project_out");
   require(c.rope ? !model->inv_freq.empty() : model->position.present(), "the model has no positions");
   require(!c.final_norm || !model->final_norm.weight.empty(), "the model has no final norm");
+  const uint32_t mlp = 1u << DEJAVU_UP | (c.gated ? 1u << DEJAVU_GATE : 0u);
   for (const Layer &layer : model->layers)
     require((layer.given & QKV) == QKV && layer.o.present() && !layer.norm1.weight.empty() &&
-                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && layer.up.filled() && layer.down.filled() && (!c.gated || layer.gate.filled()),
+                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && (layer.given & mlp) == mlp && layer.down.filled(),
             "a layer of the model lacks a part");
   residual = Buffer<float>(product({rows, width}));
   query = Buffer<float>(product({rows, c.num_heads, model->head_width}));
@@ -62,7 +55,8 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   for (Buffer<int32_t> &list : lists) list = Buffer<int32_t>(rows * c.intermediate_size);
   for (Buffer<int64_t> &count : counts) count = Buffer<int64_t>(rows * neuron_chunks);
   if (model->input_major()) {
-    columns = PAD + std::max(round_up(c.intermediate_size, PAD), model->layers[0].qkv.width);
+    for (const auto *panels : {&model->layers[0].head_panels, &model->layers[0].neuron_panels})
+      for (const Matrix &panel : *panels) columns = std::max(columns, panel.width + PAD);
     activated = Buffer<float>(product({rows, c.intermediate_size}));
     output_kept = Buffer<int32_t>(product({rows, c.num_heads, c.head_dim}));
     output_counts = Buffer<int64_t>(rows * c.num_heads);
@@ -80,7 +74,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
     own->cached = Buffer<int16_t>(model->head_width);
     own->fired = Buffer<int32_t>(c.intermediate_size);
     own->groups = Buffer<uint8_t>(rows * c.num_kv_heads);
-    own->columns = Buffer<float>(product({2, rows, columns}));
+    own->columns = Buffer<float>(product({rows, columns}));
     for (Kept *kept : {&own->attention_kept, &own->mlp_kept})
       if (model->input_major()) *kept = {Buffer<int32_t>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<int64_t>(rows)};
     own->units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));

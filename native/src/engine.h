@@ -82,7 +82,7 @@ struct Scratch {
   Buffer<int32_t> fired;
   Buffer<uint8_t> groups;        // [rows, groups]: selected
   Kept attention_kept, mlp_kept;  // these two: where inputs are selected
-  Buffer<float> columns;          // [2, rows, columns]: sums of some columns of gate and up, or of q, k and v
+  Buffer<float> columns;          // [rows, columns]: sums of the columns of a panel
   Buffer<uint64_t> ranks;        // these three: for a screen
   Buffer<int32_t> tokens;
   Buffer<float> exact;
@@ -103,7 +103,7 @@ struct dejavu_engine {
   const dejavu_model *model;
   const Kernels *kernels;
   const int64_t max_rows, neuron_chunks, head_chunks;
-  int64_t columns = 0;  // of Scratch::columns: more than any thread's share
+  int64_t columns = 0;  // of Scratch::columns: more than any panel has
   Arena arena;  // of predictors and screen; what is set anew lies there until the end
   std::vector<LayerSelectors> selectors;
   Screen screen;
@@ -128,4 +128,3 @@ struct dejavu_engine {
   void grow_low();
 };
 
-inline int64_t chunk_start(int64_t total, int64_t chunk, int64_t chunks) { return total * chunk / chunks; }

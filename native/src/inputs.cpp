@@ -1,20 +1,11 @@
 // Maps of which inputs are selected: at each point (q, k, v; o; gate and up; down) those with |x_i| n_i > threshold are kept.
 //
-// Matrices hold a row for each input, and a map is a sum of the kept rows. A thread computes columns of its own, a chunk's neurons
-// or whole heads, over all inputs in their order: no sums to be added up afterwards, and no bit that depends on the number of threads.
+// Matrices hold a row for each input, and a map is a sum of the kept rows. A thread takes panels of columns, a chunk's neurons or some
+// heads, over all inputs in their order: no sums to be added up afterwards, and no bit that depends on the number of threads.
 // A dense block keeps all inputs. int8 values have the scale of their column, which the sum takes at its end.
 #include <algorithm>
 
 #include "pass.h"
-
-namespace {
-
-constexpr int64_t LANES = 16;          // columns begin and end at a multiple of this: of any vector's width
-constexpr int64_t WIDE = 4096;         // columns that one row sums up side by side
-constexpr int64_t NARROW = 256;        // and several rows: their sums stay in the second-level cache,
-constexpr int64_t INPUTS = 4 * TILE;   // these rows of the matrix in the first-level one
-
-}  // namespace
 
 void Pass::keep_inputs(int64_t layer, int point, Vectors &x, Kept &kept) const {
   const InputSelector &selector = engine.selectors[(size_t)layer].inputs[point];
@@ -34,70 +25,59 @@ void Pass::keep_inputs(int64_t layer, int point, Vectors &x, Kept &kept) const {
   }
 }
 
-// out[r * engine.columns + c] = the kept inputs of row r times column c, and its bias, for columns [begin, end), multiples of LANES.
-void Pass::columns(const Matrix &matrix, const Kept &kept, int64_t begin, int64_t end, float *out) const {
-  const int64_t size = matrix.rows, value_bytes = bytes_of(matrix.dtype, 1), wide = rows == 1 ? WIDE : NARROW;
-  const auto axpys_of = matrix.dtype == DEJAVU_INT8 ? kernels.axpys_i8 : matrix.dtype == DEJAVU_BF16 ? kernels.axpys_bf16 : kernels.axpys_f32;
-  for (int64_t first = begin; first < end; first += wide) {
-    const int64_t n = std::min(wide, end - first), bytes = n * value_bytes;
-    const int64_t ahead = std::min(std::max<int64_t>(24576 / bytes / 4 * 4, 4), INPUTS);
-    for (int64_t r = 0; r < rows; r++) std::fill_n(out + r * engine.columns + first, n, 0.0f);
-    int64_t done[64] = {0};
-    const int64_t tile = rows == 1 ? size : INPUTS;
-    for (int64_t stop = std::min(tile, size), last = 0; last < size; last = stop, stop = std::min(stop + tile, size))
-      for (int64_t r = 0; r < rows; r++) {
-        const int32_t *idx = kept.idx.data() + r * size;
-        const int64_t from = done[r], count = kept.count[r];
-        if (stop == size)
-          done[r] = count;
-        else
-          while (done[r] < count && idx[done[r]] < stop) done[r]++;
-        const RowList list = {matrix.data + first * value_bytes, matrix.stride, idx + from, done[r] - from, rows == 1 ? bytes : 0, ahead, nullptr};
-        axpys_of(list, kept.value.data() + r * size + from, n, out + r * engine.columns + first);
-      }
+// own.columns[r][c] = the kept inputs of row r times column c of a panel, and its bias.
+void Pass::sum_columns(const Matrix &panel, const Kept &kept) {
+  const int64_t size = panel.rows, n = panel.width;
+  const auto sums = [&](int64_t r) { return own.columns.data() + r * engine.columns; };
+  for (int64_t r = 0; r < rows; r++) std::fill_n(sums(r), n, 0.0f);
+  int64_t done[64] = {0};
+  const int64_t tile = rows == 1 ? size : 4 * TILE;  // several rows take turns while some of the panel is near
+  for (int64_t first = 0; first < size; first += tile)
     for (int64_t r = 0; r < rows; r++) {
-      float *to = out + r * engine.columns;
-      for (int64_t c = first; matrix.dtype == DEJAVU_INT8 && c < first + n; c++) to[c] *= matrix.scale[c];
-      for (int64_t c = first; !matrix.bias.empty() && c < first + n; c++) to[c] += matrix.bias[c];
+      const int32_t *idx = kept.idx.data() + r * size;
+      const int64_t from = done[r];
+      while (done[r] < kept.count[r] && idx[done[r]] < first + tile) done[r]++;
+      axpys(panel, kept.value.data() + r * size + from, idx + from, 0, done[r] - from, sums(r), {rows == 1 ? panel.row_bytes() : 0});
+    }
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = 0; !panel.scale.empty() && c < n; c++) sums(r)[c] *= panel.scale[c];
+    for (int64_t c = 0; !panel.bias.empty() && c < n; c++) sums(r)[c] += panel.bias[c];
+  }
+}
+
+// q, k and v of this thread's panels of heads.
+void Pass::project_inputs(int64_t layer) {
+  const std::vector<Matrix> &panels = model.layers[(size_t)layer].head_panels;
+  const int64_t count = (int64_t)panels.size(), heads = config.num_heads + 2 * config.num_kv_heads, size = config.head_dim;
+  for (int64_t p = share(count); p < share_end(count); p++) {
+    sum_columns(panels[(size_t)p], own.attention_kept);
+    const int64_t first = chunk_start(heads, p, count);
+    for (int64_t unit = first; unit < chunk_start(heads, p + 1, count); unit++) {
+      for (int64_t r = 0; r < rows; r++) std::copy_n(own.columns.data() + r * engine.columns + (unit - first) * size, size, own.query[r].f);
+      place_head(layer, unit);
     }
   }
 }
 
-// q, k and v of this thread's heads into own.columns: those of head h (queries, then keys, then values) from h * head_dim on.
-void Pass::project_inputs(int64_t layer) {
-  const Matrix &matrix = model.layers[(size_t)layer].qkv;
-  const int64_t heads = config.num_heads + 2 * config.num_kv_heads, begin = share(heads), end = share_end(heads);
-  if (begin == end) return;
-  columns(matrix, own.attention_kept, begin * config.head_dim / LANES * LANES, round_up(end * config.head_dim, LANES), own.columns.data());
-}
-
-// Activations of this thread's chunks into engine.activated, and of these the inputs of down that are kept: lists of neurons, as others select.
-void Pass::activate_inputs(int64_t index) {
-  const Layer &layer = model.layers[(size_t)index];
+// Activations of a chunk into engine.activated, and of these the inputs of down that are kept: a list of neurons, as others select.
+void Pass::activate_inputs(int64_t index, int64_t chunk) {
   const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
-  const int64_t first_chunk = share(chunks), last_chunk = share_end(chunks);
-  if (first_chunk == last_chunk) return;
-  const int64_t begin = chunk_start(total, first_chunk, chunks), end = chunk_start(total, last_chunk, chunks);
-  const int64_t first = begin / LANES * LANES, last = round_up(end, LANES);
-  float *gates = own.columns.data(), *ups = config.gated ? gates + engine.max_rows * engine.columns : gates;
-  if (config.gated) columns(layer.gate, own.mlp_kept, first, last, gates);
-  columns(layer.up, own.mlp_kept, first, last, ups);
+  const int64_t begin = chunk_start(total, chunk, chunks), count = chunk_start(total, chunk + 1, chunks) - begin;
   const InputSelector &selector = engine.selectors[(size_t)index].inputs[DEJAVU_AT_DOWN];
+  sum_columns(model.layers[(size_t)index].neuron_panels[(size_t)chunk], own.mlp_kept);
   for (int64_t r = 0; r < rows; r++) {
-    float *gate = gates + r * engine.columns, *up = ups + r * engine.columns, *to = engine.activated.data() + r * total;
-    kernels.activate(gate + begin, end - begin, config.activation, config.activation_threshold);
-    for (int64_t f = begin; f < end; f++) to[f] = config.gated ? gate[f] * up[f] : gate[f];
+    float *gate = own.columns.data() + r * engine.columns, *to = engine.activated.data() + r * total + begin;
+    const float *up = gate + round_up(count, LANES);
+    kernels.activate(gate, count, config.activation, config.activation_threshold);
+    for (int64_t k = 0; k < count; k++) to[k] = config.gated ? gate[k] * up[k] : gate[k];
     if (!selects(index, DEJAVU_AT_DOWN)) continue;
-    for (int64_t c = first_chunk; c < last_chunk; c++) {
-      const int64_t start = chunk_start(total, c, chunks), stop = chunk_start(total, c + 1, chunks);
-      int32_t *list = engine.lists[index & 1].data() + r * total + start;
-      int64_t n = 0;
-      for (int64_t f = start; f < stop; f++) {
-        list[n] = (int32_t)f;
-        n += selector.keeps(to[f], f);
-      }
-      engine.counts[index & 1][r * chunks + c] = n;
+    int32_t *list = engine.lists[index & 1].data() + r * total + begin;
+    int64_t n = 0;
+    for (int64_t k = 0; k < count; k++) {
+      list[n] = (int32_t)(begin + k);
+      n += selector.keeps(to[k], begin + k);
     }
+    engine.counts[index & 1][r * chunks + chunk] = n;
   }
 }
 

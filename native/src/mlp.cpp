@@ -96,12 +96,12 @@ void Pass::mlp(int64_t index) {
   const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
   const bool sparse = sparse_mlp(index), skip_zeros = config.activation <= DEJAVU_FATRELU;
   const Known known = model.input_major() || (by_gate(index) && !config.gated) ? Known::ALL : by_gate(index) ? Known::GATES : Known::NOTHING;
-  if (model.input_major()) activate_inputs(index);
   for (int64_t c = share(chunks); c < share_end(chunks); c++) {
     const int64_t begin = chunk_start(total, c, chunks), end = chunk_start(total, c + 1, chunks);
     float *part = engine.mlp_parts.data() + c * engine.max_rows * width;
     for (int64_t r = 0; r < rows; r++) std::fill_n(part + r * width, width, 0.0f);
     if (by_gate(index)) select_by_gate(index, c);
+    if (model.input_major()) activate_inputs(index, c);
     if (sparse && rows == 1 && !dense_is_faster(engine.counts[index & 1][c], end - begin)) {
       neurons(layer, known, 0, engine.lists[index & 1].data() + begin, 0, engine.counts[index & 1][c], skip_zeros, part);
       continue;

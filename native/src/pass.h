@@ -39,6 +39,7 @@ class Pass {
   int64_t cache_row(int64_t layer, int64_t row, int64_t group, int64_t position) const;
   RowList cache_rows(const void *pool, int64_t first, int64_t count) const;
   void store(const float *head, void *pool, float *scales, int64_t at) const;
+  void place_head(int64_t layer, int64_t unit);
   void norm_head(const Buffer<float> &weight, float *head) const;
   void rotate(int64_t row, float *head) const;
 
@@ -50,9 +51,9 @@ class Pass {
 
   // inputs.cpp
   void keep_inputs(int64_t layer, int point, Vectors &x, Kept &kept) const;
-  void columns(const Matrix &matrix, const Kept &kept, int64_t begin, int64_t end, float *out) const;
+  void sum_columns(const Matrix &panel, const Kept &kept);
   void project_inputs(int64_t layer);
-  void activate_inputs(int64_t layer);
+  void activate_inputs(int64_t layer, int64_t chunk);
   void add_kept_outputs(int64_t layer, int64_t row, int64_t head, float *mixed, float *part);
   void report_inputs(int64_t layer) const;
   void count_inputs(int64_t layer) const;
