@@ -295,5 +295,5 @@ def test_layers_that_read_everything_are_named(tiny: Tiny, backend: str) -> None
     variants = [DENSE_VARIANT, *(Variant(mode=mode, layers=layers) for mode, layers in modes.items())]
     notes = bench(model, variants, IDS, **(SIZES | {"backend": backend})).notes
     assert [note for note in notes if "read every neuron" in note] == [
-        "all at batch 1, context 9 read every neuron of 2 layers that have predictors"
+        "all at batch 1, context 9 read every neuron of 2 layers that select"
     ]

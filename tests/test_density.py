@@ -11,6 +11,7 @@ from conftest import Tiny
 from dejavu.measure.decoders import variants_at, variants_of
 from dejavu.measure.density import rethresholded
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.selectors import GateThreshold, InputThresholds
 from dejavu.model.transformer import Transformer
 from test_engine import ids_of, random_layers
 
@@ -89,3 +90,17 @@ def test_variants(tiny: Tiny) -> None:
         assert (counter.mlp_density(), counter.head_density()) == pytest.approx((mlp, heads), abs=0.05)
     with pytest.raises(ValueError, match="a density needs predictors"):
         variants_at(model, lambda *_: None, IDS, densities=[0.1])
+
+
+def test_gates_and_inputs_have_the_wanted_density(tiny: Tiny) -> None:
+    model = tiny("llama")
+    gate = (LayerAdapter(gate=GateThreshold(threshold=9.0)),) * 2
+    counter = measured(model, rethresholded(model, gate, IDS, mlp_density=0.3)).counter
+    assert counter.mlp_density() == pytest.approx(0.3, abs=0.02) and counter.head_density() == 1
+    inputs = (LayerAdapter(inputs=InputThresholds(attention=9.0)),) * 2
+    counter = measured(model, rethresholded(model, inputs, IDS, mlp_density=0.6, head_density=0.4)).counter
+    assert (counter.mlp_density(), counter.head_density()) == pytest.approx((0.6, 0.4), abs=0.02)
+    found = variants_at(model, lambda *_: inputs, IDS, head_densities=[0.4, 0.8])
+    assert [variant.mode for variant in found] == ["dense", "sparse", "sparse"]
+    with pytest.raises(ValueError, match=r"head density 0.5 needs predictors of that part, or a gate or inputs"):
+        rethresholded(model, gate, IDS, head_density=0.5)

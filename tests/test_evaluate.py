@@ -121,7 +121,7 @@ def test_sparse_run_that_ran_nothing_sparse_is_an_error(model):
     with pytest.raises(ValueError, match=r"no token was scored sparse.*--strict"):
         evaluate(model, tokenizer_of(), layers_of(model, 0.2), texts={}, tasks=tasks)
     assert evaluate(model, tokenizer_of(), layers_of(model, 0.2), texts={}, tasks=tasks, strict=True)["sparse"]["tokens_sparse"] == 8
-    with pytest.raises(ValueError, match="no predictor in any layer"):
+    with pytest.raises(ValueError, match="selects in no layer"):
         evaluate(model, tokenizer_of(), (LayerAdapter(),) * 3, texts=TEXTS, tasks={})
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import dejavu
 from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine import backends
@@ -16,10 +19,12 @@ from dejavu.engine.backends import BACKEND_METHODS, beyond_methods, make_engine,
 from dejavu.engine.generation import generate_tokens
 from dejavu.engine.interface import StepResult, densities
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.model.bundle import export
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, column_norms
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
+from test_adapter import without_predictors
 from test_engine import TOKENS, decode, ids_of, masked_forward, random_layers
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -268,3 +273,36 @@ def test_a_backend_selects_so_or_says_that_it_does_not(way: Any, method: str, ti
 def test_the_table_names_the_methods_that_there_are() -> None:
     methods = {"predicted", "gate", "input"}
     assert set(BACKEND_METHODS["torch"]) == methods and all(set(found) <= methods for found in BACKEND_METHODS.values())
+
+
+@pytest.mark.parametrize("method", ["gate", "input"])
+def test_loading_takes_a_backend_that_computes_the_adapters_method(
+    method: str, tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before a weight is read; a transformers model that it is attached to decodes on torch too."""
+    if pick_backend() != "native":
+        pytest.skip("the native engine is not here")
+    monkeypatch.setitem(backends.BACKEND_METHODS, "native", ("predicted",))
+    export(tiny("llama", num_layers=2), tokenizer, tmp_path / "model")
+    plain = dejavu.load(tmp_path / "model")
+    assert plain.backend == "native"
+    folder = tmp_path / "adapter"
+    made = without_predictors(method, plain.config, plain.base_hash)
+    made.save(folder)
+    for adapter in (folder, str(folder), made):
+        lm = dejavu.load(tmp_path / "model", adapter=adapter)
+        assert lm.backend == "torch" and any(f"native does not compute selection by method {method}" in note for note in lm.notes)
+    assert (lm.generate("the cat", max_new_tokens=3).head_density == 1) == (method == "gate")
+    with pytest.raises(ValueError, match=f"backend 'native' does not compute selection by method {method}; use --backend torch"):
+        dejavu.load(tmp_path / "model", adapter=folder, backend="native")
+    with pytest.raises(ValueError, match=f"backend 'native' does not compute selection by method {method}"):
+        plain.generate("the cat", max_new_tokens=3, adapter=made)
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    dejavu.attach(net, folder)
+    ids = torch.tensor([[2, 5, 9]])
+    engine = TorchEngine(plain.model, made.layers)
+    token, wanted = int(engine.prefill(0, ids[0].tolist()).argmax()), []
+    for _ in range(4):
+        wanted.append(token)
+        token = int(engine.step([token], [0]).logits_BV.argmax())
+    assert net.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, 3:].tolist() == wanted

@@ -13,6 +13,7 @@ from dejavu.engine.backends import make_engine
 from dejavu.measure.traffic import STORED, Formats, Reads, dense_reads, formats_of, predictor_bytes, step_bytes, weight_bytes
 from dejavu.model.adapter import quantized
 from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds
 from dejavu.model.transformer import Transformer
 from test_native import NATIVE_MODELS, needs_library
 
@@ -58,7 +59,12 @@ def test_what_is_not_selected_is_not_counted(tiny: Tiny, family: str, matrices: 
     row, all_of = config.hidden_size + 4, dense_reads(config)
 
     def bytes_of(**changes: Any) -> dict[str, float]:
-        values = {"neurons_L": all_of.neurons_L, "fired_L": all_of.fired_L, "heads_L": all_of.heads_L, "cached_L": all_of.cached_L}
+        values: dict[str, Any] = {
+            "neurons_L": all_of.neurons_L,
+            "fired_L": all_of.fired_L,
+            "heads_L": all_of.heads_L,
+            "cached_L": all_of.cached_L,
+        }
         return step_bytes(config, INT8, Reads(rows=1, **(values | changes)))
 
     full = bytes_of()
@@ -69,6 +75,29 @@ def test_what_is_not_selected_is_not_counted(tiny: Tiny, family: str, matrices: 
     assert full["attention"] - bytes_of(heads_L=heads)["attention"] == config.num_layers * config.head_dim * (2 * row + 4 * biases)
     cached = bytes_of(cached_L=[7.5] * config.num_layers)["attention"] - full["attention"]
     assert cached == config.num_layers * 2 * 7.5 * config.head_dim * 4
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_gate_is_read_for_all_neurons_and_inputs_are_columns(tiny: Tiny, family: str) -> None:
+    """Half of the neurons, and one input less at every point: a value of each row of q, k, v, gate and up, and a row of o and of down."""
+    config = tiny(family).config
+    layers, size, row, biases = config.num_layers, config.hidden_size, config.hidden_size + 4, 4 * config.mlp_bias
+    dense = dense_reads(config)
+    half = [config.intermediate_size // 2] * layers
+    gate = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * layers
+    full = step_bytes(config, INT8, dense)
+    found = step_bytes(config, INT8, dataclasses.replace(dense, neurons_L=half, fired_L=half), gate)
+    rows_less = half[0] * (2 if config.gated else 1)
+    assert full["mlp"] - found["mlp"] == layers * (rows_less * row + (half[0] * biases if config.gated else 0))
+    assert found["attention"] == full["attention"] and found["predictor"] == 0
+    points = InputPoints.of(config).sizes
+    one_less = dataclasses.replace(dense, inputs_LP=[[count - 1 for count in points]] * layers)
+    inputs = (LayerAdapter(inputs=InputThresholds(attention=1.0, output=1.0, mlp=1.0)),) * layers
+    found = step_bytes(config, INT8, one_less, inputs)
+    outputs = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    assert full["attention"] - found["attention"] == pytest.approx(layers * (outputs + row))
+    assert full["mlp"] - found["mlp"] == layers * (config.intermediate_size * (2 if config.gated else 1) + row)
+    assert found["predictor"] == layers * 4 * (2 * size + config.num_heads * config.head_dim), "norms of the points that select"
 
 
 def test_predictors_count_as_they_are_stored() -> None:

@@ -1,4 +1,4 @@
-"""`dejavu train`: predictors for neurons and heads, calibrated to a loss budget, as an adapter folder."""
+"""`dejavu train`: what a model can skip, by predictors, its gates or its inputs, calibrated to a loss budget, as an adapter folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def train(
     text: Texts,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The adapter folder to write.")],
     budget: Annotated[float, typer.Option("--budget", metavar="X", help="Allowed relative rise of perplexity.")] = 0.005,
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help="predicted.")] = "predicted",
+    method: Annotated[
+        str, typer.Option("--method", metavar="NAME", help="predicted, exact, gate, input, or auto: the one that reads least.")
+    ] = "predicted",
     loss: Annotated[
         str, typer.Option("--loss", metavar="NAME", help="contribution (weighs neurons by what they add) or bce.")
     ] = "contribution",
@@ -35,7 +37,7 @@ def train(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train predictors and calibrate them to a loss budget; writes an adapter. Resumes where it was interrupted."""
+    """Find what can be skipped within a loss budget; writes an adapter. Resumes where it was interrupted."""
     from dejavu.files import absolute, check_replaceable, new_folder
     from dejavu.measure.texts import named_texts
     from dejavu.model.adapter import write_adapter
@@ -51,7 +53,7 @@ def train(
     check_replaceable(work)
     texts = named_texts(text)
     lm = open_model(model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False)
-    with resumable(f"finished layers are kept in {work}; run the same command again to go on"), progress_bars() as progress:
+    with resumable(f"what is finished is kept in {work}; run the same command again to go on"), progress_bars() as progress:
         adapter, measured = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
     with new_folder(target) as folder:
         write_adapter(adapter, folder)
@@ -63,7 +65,23 @@ def train(
 
 
 def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
-    """The table of layers and the summary."""
+    """The tables of layers and, with method auto, of the methods; the summary."""
+    out.show({"exact": _gates, "gate": _gates, "input": _inputs}.get(adapter.config.method, _predictors)(adapter, measured))
+    if "candidates" in measured:
+        out.show(_candidates(measured))
+        out.show(measured["why"])
+    kept = "" if measured["within_budget"] else " [yellow](over the budget on text that calibration did not see)[/yellow]"
+    rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}{kept}"
+    out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
+    densities = f"MLP density [bold]{measured['mlp_density']:.3f}[/bold], head density [bold]{measured['head_density']:.3f}[/bold]"
+    of = "of weights, over all layers" if adapter.config.method == "input" else "over all layers"
+    if measured["tokens"] < measured["tokens_given"]:
+        out.warn(f"activations of {measured['tokens_given']:,} tokens do not fit into memory: {measured['tokens']:,} were used")
+    reads = f"{percent(measured['read_share'])} of a dense token's reads in the layers"
+    out.show(f"{densities} {of} · {reads} · {measured['tokens']:,} tokens · {measured['seconds']:,.0f} s")
+
+
+def _predictors(adapter: Adapter, measured: dict[str, Any]) -> Any:
     columns = ("layer", "MLP density", "recall", "mass", "lookahead", "rank", "head density", "head mass", "head lookahead")
     table = new_table("Predictors on held-out text", *columns)
     for index, (layer, entry) in enumerate(zip(measured["layers"], adapter.config.layers, strict=True)):
@@ -71,14 +89,36 @@ def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
         row = ["dense", "", "", "", ""] if layer["lookahead"] is None else [*_part(layer), str(entry.mlp.rank if entry.mlp else "")]
         row += ["dense", "", ""] if heads is None else [number(heads["density"]), percent(heads["mass"]), str(heads["lookahead"])]
         table.add_row(str(index), *row)
-    out.show(table)
-    kept = "" if measured["within_budget"] else " [yellow](over the budget on text that calibration did not see)[/yellow]"
-    rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}{kept}"
-    out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
-    densities = f"MLP density [bold]{measured['mlp_density']:.3f}[/bold], head density [bold]{measured['head_density']:.3f}[/bold]"
-    if measured["tokens"] < measured["tokens_given"]:
-        out.warn(f"activations of {measured['tokens_given']:,} tokens do not fit into memory: {measured['tokens']:,} were used")
-    out.show(f"{densities} over all layers · {measured['tokens']:,} tokens · {measured['seconds']:,.0f} s")
+    return table
+
+
+def _gates(adapter: Adapter, measured: dict[str, Any]) -> Any:
+    table = new_table("Gates on held-out text", "layer", "MLP density", "mass", "threshold")
+    for index, (layer, entry) in enumerate(zip(measured["layers"], adapter.config.layers, strict=True)):
+        gate = entry.gate
+        chosen = ["dense", "", ""] if gate is None else [number(layer["density"]), percent(layer["mass"]), number(gate.threshold, ".4g")]
+        table.add_row(str(index), *chosen)
+    return table
+
+
+def _inputs(adapter: Adapter, measured: dict[str, Any]) -> Any:
+    from dejavu.model.selectors import POINTS
+
+    table = new_table("Inputs kept, and weights read, on held-out text", "layer", *POINTS, "MLP density", "attention density")
+    for index, layer in enumerate(measured["layers"]):
+        points = (number(layer["inputs"][point]) for point in POINTS)
+        table.add_row(str(index), *points, number(layer["density"]), number(layer["attention"]))
+    return table
+
+
+def _candidates(measured: dict[str, Any]) -> Any:
+    """What each method reached."""
+    table = new_table("Methods", "method", "rise", "within budget", "MLP density", "head density", "reads", "seconds")
+    for found in measured["candidates"]:
+        row = [f"{found['rise']:+.2%}", "yes" if found["within_budget"] else "no", number(found["mlp_density"])]
+        row += [number(found["head_density"]), percent(found["read_share"]), f"{found['seconds']:,.0f}"]
+        table.add_row(found["method"], *row, style="bold" if found["method"] == measured["method"] else "")
+    return table
 
 
 def _part(layer: dict[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
-from dejavu.engine.interface import CapturesSteps, Engine, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
+from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult, densities
 from dejavu.measure.decoders import Peer, Variant, check_mode, check_peer, runs_same
 from dejavu.measure.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
 from dejavu.measure.results import Row, device_name
@@ -65,11 +65,13 @@ class _Steps:
     heads: list[float] = field(default_factory=list)
     union: list[float] = field(default_factory=list)
     reads: list[Tensor] = field(default_factory=list)  # [4, L]: the counts of traffic.Reads
+    inputs: list[Tensor] = field(default_factory=list)  # [L, P], likewise; none where no layer selects inputs
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def mean_reads(self, rows: int) -> Reads:
         neurons_L, fired_L, heads_L, cached_L = torch.stack(self.reads).double().mean(0).tolist()
-        return Reads(rows=rows, neurons_L=neurons_L, fired_L=fired_L, heads_L=heads_L, cached_L=cached_L)
+        inputs_LP = torch.stack(self.inputs).double().mean(0).tolist() if self.inputs else None
+        return Reads(rows=rows, neurons_L=neurons_L, fired_L=fired_L, heads_L=heads_L, cached_L=cached_L, inputs_LP=inputs_LP)
 
 
 class _Decoder:
@@ -103,20 +105,22 @@ class _Decoder:
             return
         (result, profile), info, steps = found, self.engine.info, self.steps
         if profile is None:
-            neurons_L, fired_L, heads_L = _unions(result, info.num_neurons, info.num_heads)
+            neurons_L, fired_L, heads_L, inputs_LP = _unions(result, info)
         else:
-            neurons_L, fired_L, heads_L = profile.neurons_L, profile.fired_L, profile.heads_L
+            neurons_L, fired_L, heads_L, inputs_LP = profile.neurons_L, profile.fired_L, profile.heads_L, profile.inputs_LP
             for op, seconds in profile.seconds.items():
                 steps.seconds.setdefault(op, []).append(seconds)
         tokens = self.context + index + 1
         cached_L = result.heads_BL.sum(0) * self.groups / info.num_heads * tokens
         steps.reads.append(torch.stack([part.double().cpu() for part in (neurons_L, fired_L, heads_L, cached_L)]))
-        steps.mlp.append(float(result.neurons_BL.double().mean()) / info.num_neurons)
-        steps.heads.append(float(result.heads_BL.double().mean()) / info.num_heads)
+        steps.inputs += [] if inputs_LP is None else [inputs_LP.cpu()]
+        mlp_BL, heads_BL = densities(info, result.neurons_BL, result.heads_BL, result.inputs_BLP)
+        steps.mlp.append(float(mlp_BL.mean()))
+        steps.heads.append(float(heads_BL.mean()))
         steps.union.append(float(neurons_L.double().mean()) / info.num_neurons)
 
 
-def _unions(result: StepResult, num_neurons: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _unions(result: StepResult, info: EngineInfo) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Counts over the rows of a recorded step. Its engine reads the rows of down of all that it selected."""
     assert result.selections is not None, "an engine without a profile must record"
 
@@ -125,9 +129,13 @@ def _unions(result: StepResult, num_neurons: int, num_heads: int) -> tuple[Tenso
         return total if len(found) < len(chosen) else int(torch.cat(found).unique().numel())
 
     layers = list(zip(*result.selections, strict=True))
-    neurons_L = torch.tensor([union([row.neurons_A for row in rows], num_neurons) for rows in layers])
-    heads_L = torch.tensor([union([row.heads_A for row in rows], num_heads) for rows in layers])
-    return neurons_L, neurons_L, heads_L
+    neurons_L = torch.tensor([union([row.neurons_A for row in rows], info.num_neurons) for rows in layers])
+    heads_L = torch.tensor([union([row.heads_A for row in rows], info.num_heads) for rows in layers])
+    if info.input_points is None:
+        return neurons_L, neurons_L, heads_L, None
+    sizes = list(enumerate(info.input_points.sizes))
+    inputs_LP = [[union([row.inputs_P[at] if row.inputs_P else None for row in rows], size) for at, size in sizes] for rows in layers]
+    return neurons_L, neurons_L, heads_L, torch.tensor(inputs_LP)
 
 
 def bench(
@@ -253,13 +261,14 @@ class _Run:
         self.decode = {key: [each / queued for each in seconds] for key, seconds in found.items()}
 
     def say_dense(self) -> None:
-        """Note which modes ran layers dense that have predictors of neurons: an engine may, where that is faster."""
+        """Note which modes ran layers dense that select neurons: an engine may, where that is faster."""
         for decoder in self.decoders:
             ran = [float(neurons) == self.info.num_neurons for neurons in decoder.steps.mean_reads(self.batch).neurons_L]
-            dense = sum(all_read and layer.mlp is not None for all_read, layer in zip(ran, decoder.variant.layers or (), strict=False))
+            selects = [layer.mlp is not None or layer.gate is not None for layer in decoder.variant.layers or ()]
+            dense = sum(all_read and selected for all_read, selected in zip(ran, selects, strict=False))
             if dense:
                 where = f"at batch {self.batch}, context {self.context}"
-                self.notes.append(f"{decoder.variant.mode} {where} read every neuron of {dense} layers that have predictors")
+                self.notes.append(f"{decoder.variant.mode} {where} read every neuron of {dense} layers that select")
 
     def rows(self) -> list[Row]:
         prefill = [self._row("prefill", self.prefill[self.decoders[0]], tokens=self.context, batch=1)]

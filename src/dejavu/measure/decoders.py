@@ -82,8 +82,9 @@ DENSE_VARIANT = Variant(mode="dense")
 def variants_of(layers: Layers | None, *, selection: str | None = None) -> list[Variant]:
     """The sparse variants that an adapter offers."""
     found = []
-    if layers is not None and any(layer.mlp is not None for layer in layers):
-        found.append(Variant(mode="sparse", layers=tuple(dataclasses.replace(layer, heads=None) for layer in layers), selection=selection))
+    without_heads = tuple(dataclasses.replace(layer, heads=None) for layer in layers or ())
+    if any(layer.sparse for layer in without_heads):
+        found.append(Variant(mode="sparse", layers=without_heads, selection=selection))
     if layers is not None and any(layer.heads is not None for layer in layers):
         found.append(Variant(mode="sparse+heads", layers=layers, selection=selection))
     return found
@@ -107,14 +108,18 @@ def variants_at(
         for density in densities or (None,):
             layers = layers_for(selection, density)
             wanted = density is not None or bool(head_densities)
-            require(layers is not None or not wanted, "a density needs predictors: give an adapter, or --synthetic for planted ones")
+            require(
+                layers is not None or not wanted,
+                "a density needs predictors (or gates or inputs): give an adapter, or --synthetic for planted ones",
+            )
             for index, head_density in enumerate(head_densities or (None,)):
                 if layers is not None and wanted:
                     chosen = rethresholded(model, layers, ids, mlp_density=density, head_density=head_density)
                 else:
                     chosen = layers
-                # The MLP alone does not depend on the head density: once is enough.
-                found += [variant for variant in variants_of(chosen, selection=selection) if index == 0 or variant.mode != "sparse"]
+                # The MLP alone does not depend on the head density, which is of attention where inputs are selected: once is enough.
+                again = index == 0 or any(layer.inputs is not None for layer in chosen or ())
+                found += [variant for variant in variants_of(chosen, selection=selection) if again or variant.mode != "sparse"]
     return found
 
 

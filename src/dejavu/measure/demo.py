@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dejavu.config import Config, Progress, SamplingConfig, require
+from dejavu.config import Config, ModelConfig, Progress, SamplingConfig, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.generation import GeneratedText, generate_tokens
 from dejavu.engine.interface import Engine
@@ -35,6 +35,7 @@ from dejavu.measure.texts import DATA, documents
 from dejavu.model.adapter import Adapter, LayerConfig, PartConfig
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import POINTS, InputPoints
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.profile import profile
@@ -166,12 +167,12 @@ def run_demo(
                     progress=progress,
                 )
                 adapter, predictors = trained[0], {"source": "trained in this run, on the packaged text", **trained[1]}
-            found = any(layer.mlp is not None or layer.heads is not None for layer in adapter.layers)
-            require(found, f"no predictor pays within the loss budget in {checkpoint.name}: there is nothing sparse to show")
-            tell(f"trained predictors in {clock.seconds['train']:.0f} s")
+            found = any(layer.sparse for layer in adapter.layers)
+            require(found, f"no selection pays within the loss budget in {checkpoint.name}: there is nothing sparse to show")
+            tell(f"trained in {clock.seconds['train']:.0f} s")
         else:
             assert adapter is not None
-            predictors = stated_quality(adapter)
+            predictors = stated_quality(adapter, model.config)
         layers = adapter.attached(model, dtype=dtype)
         with clock.step("generate"):
             generation, recorded = _generate(model, tokenizer, engine, layers, sizes, seed, progress)
@@ -260,8 +261,8 @@ def _side(runs: Sequence[GeneratedText]) -> dict[str, Any]:
     return {"tok_s": statistics.median(speeds), "tok_s_runs": speeds, "text": str(runs[0])}
 
 
-def stated_quality(adapter: Adapter) -> dict[str, Any]:
-    """What an adapter's own config says of its predictors, in the shape of train_adapter's report."""
+def stated_quality(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
+    """What an adapter's own config says of what it selects in that model, in the shape of train_adapter's report."""
 
     def part(config: PartConfig | None) -> dict[str, Any]:
         if config is None:
@@ -269,11 +270,19 @@ def stated_quality(adapter: Adapter) -> dict[str, Any]:
         return {"recall": config.recall, "mass": config.mass, "density": config.density, "lookahead": config.lookahead}
 
     def layer(config: LayerConfig) -> dict[str, Any]:
+        if config.gate is not None:
+            return {**part(None), "recall": None, "density": config.gate.density, "mass": config.gate.mass, "heads": None}
+        if config.inputs is not None:
+            points = {point: 1.0 if (at := config.inputs.of(point)) is None else at.density for point in POINTS}
+            shares = dict(zip(POINTS, InputPoints.of(model).shares, strict=True))
+            attention, mlp = (sum(shares[point] * points[point] for point in half) for half in (POINTS[:2], POINTS[2:]))
+            return {**part(None), "recall": None, "density": mlp, "mass": None, "heads": None, "attention": attention, "inputs": points}
         return {**part(config.mlp), "heads": None if config.heads is None else part(config.heads)}
 
     config = adapter.config
     return {
         "source": "those of the adapter, as measured when it was made",
+        "method": config.method,
         "budget": config.budget,
         "mlp_density": config.mlp_density,
         "head_density": config.head_density,

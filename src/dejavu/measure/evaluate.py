@@ -1,7 +1,7 @@
 """Quality of one model, dense and sparse: perplexity of texts and accuracy of tasks, from the same model object.
 
 In: model, tokenizer, the adapter's layers (None: dense only), texts and task records. Out: one plain dict, ready for JSON:
-    dense, sparse   each: mode ("dense" or "predicted"), ppl (over all texts: exp(sum NLL / sum tokens)), stderr,
+    dense, sparse   each: mode ("dense", or the method that selects), ppl (over all texts: exp(sum NLL / sum tokens)), stderr,
                     texts  name -> ppl, bits_per_byte, stderr, tokens, windows
                     tasks  name -> acc, acc_norm, stderr, stderr_norm, n (LAMBADA: and ppl, ppl_stderr)
                     mlp_density, head_density, and both per layer; tokens scored, and tokens_sparse scored sparse.
@@ -101,8 +101,8 @@ def evaluate(
     num_layers = model.config.num_layers
     if layers is not None:
         require(len(layers) == num_layers, f"the adapter has {len(layers)} layers, the model {num_layers}; use the adapter of this model")
-        predicts = any(layer.mlp is not None or layer.heads is not None for layer in layers)
-        require(predicts, "the adapter has no predictor in any layer, so nothing would run sparse; evaluate with --dense instead")
+        selects = any(layer.sparse for layer in layers)
+        require(selects, "the adapter selects in no layer, so nothing would run sparse; evaluate with --dense instead")
     context = model.config.max_positions if context is None else context
     store = PartStore({}) if store is None else store
 
@@ -134,21 +134,22 @@ def evaluate(
         text_parts[name] = store.get(f"text {name} {text_hash(text)}", lambda n=name, t=text: measure_text(n, t))
     for name, records in tasks.items():
         task_parts[name] = store.get(f"task {name} {text_hash(str(records))}", lambda n=name, r=records: measure_task(n, r))
-    return _joined(text_parts, task_parts, sparse=layers is not None, num_layers=num_layers) | {
+    methods = sorted({method for layer in layers or () for method in layer.methods})
+    return _joined(text_parts, task_parts, mode="+".join(methods), num_layers=num_layers) | {
         "context": context,
         "stride": context if stride is None else stride,
         "bos": BOS_ONCE if tokenizer.adds_bos else BOS_NEVER,
     }
 
 
-def _joined(texts: Mapping[str, Any], tasks: Mapping[str, Any], *, sparse: bool, num_layers: int) -> dict[str, Any]:
-    """The result from the parts of texts and tasks, without how the texts were cut."""
+def _joined(texts: Mapping[str, Any], tasks: Mapping[str, Any], *, mode: str, num_layers: int) -> dict[str, Any]:
+    """The result from the parts of texts and tasks, without how the texts were cut. mode: of the sparse side; empty without one."""
     tokens = sum(sum(part["dense"]["window_tokens"]) for part in texts.values()) + sum(part["tokens"] for part in tasks.values())
     ones = [1.0] * num_layers
     dense_side = _side("dense", texts, tasks) | {"mlp_density": 1.0, "head_density": 1.0}
     dense_side |= {"mlp_density_per_layer": ones, "head_density_per_layer": ones, "tokens": tokens, "tokens_sparse": 0}
     result = {"dense": dense_side, "sparse": None, "rise": None, "rise_stderr": None, "mlp_density": 1.0, "head_density": 1.0}
-    if not sparse:
+    if not mode:
         return result
     total = _counted(num_layers, [part["selected"] for part in (*texts.values(), *tasks.values())])
     require(
@@ -158,7 +159,7 @@ def _joined(texts: Mapping[str, Any], tasks: Mapping[str, Any], *, sparse: bool,
     )
     tokens_sparse = sum(sum(part["sparse"]["window_tokens"]) for part in texts.values())
     tokens_sparse += sum(part["tokens_sparse"] for part in tasks.values())
-    sparse_side = _side("sparse", texts, tasks) | {"mlp_density": total.mlp_density(), "head_density": total.head_density()}
+    sparse_side = _side("sparse", texts, tasks) | {"mode": mode, "mlp_density": total.mlp_density(), "head_density": total.head_density()}
     sparse_side |= {"mlp_density_per_layer": total.mlp_per_layer(), "head_density_per_layer": total.heads_per_layer()}
     sparse_side |= {"tokens": tokens, "tokens_sparse": tokens_sparse}
     result |= {"sparse": sparse_side, "mlp_density": sparse_side["mlp_density"], "head_density": sparse_side["head_density"]}
@@ -186,7 +187,7 @@ def _side(side: str, texts: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict
             counter = _counted(selected["num_layers"], [selected])
             entries[name] |= {"mlp_density": counter.mlp_density(), "head_density": counter.head_density()}
     return {
-        "mode": "dense" if side == "dense" else "predicted",
+        "mode": side,
         "ppl": None if whole is None else whole.ppl,
         "stderr": None if whole is None else whole.stderr,
         "texts": entries,

@@ -162,7 +162,7 @@ def firing_svg(data: dict[str, Any], part: str) -> str:
         rgb = (SELECTED_RGB if predicted else NATURAL_RGB) if neurons else HEADS_RGB
         density = layer["density" if neurons else "head_density"]
         notes = [f"{100 * density:.1f}% a token", f"{100 * layer['union']:.0f}% in all"] if neurons else [f"{100 * density:.0f}%"]
-        notes = notes if predicted else ["runs dense", *(notes if neurons else ())]
+        notes = notes if predicted else ["all neurons" if neurons else "all heads", *(notes if neurons else ())]
         power = 0.5 if neurons else 1.0  # the square root keeps rare firing visible
         body.append(
             f'<rect class="strip" x="{MARGIN}" y="{y}" width="{width - MARGIN}" height="{height}"/>'

@@ -8,7 +8,8 @@ external resource. A section that is not there leaves no gap. Sections:
     generation   prompt, new_tokens, runs, speedup; dense, sparse: each tok_s, text, tok_s_runs; mlp_density, head_density
     evaluation   what measure/evaluate.py returns
     profile      what offline/profile.py returns
-    train        source (where the predictors come from), budget, layers: recall, mass, density, lookahead (null: dense), heads
+    train        source (where the predictors come from), method, budget, layers: recall, mass, density, lookahead, heads; null: not of the
+                 method; attention where inputs are selected
     curves       what offline/curves.py's perplexity_curves returns
     recall       what its recall_curves returns
     firing       what measure/firing.py returns
@@ -156,13 +157,15 @@ def _tiles(sections: dict[str, Any]) -> list[dict[str, str]]:
     densities = evaluation if evaluation is not None and evaluation["sparse"] is not None else generation
     if densities is not None:
         natural = _mean([layer["mlp_density"] for layer in profile["layers"]]) if profile is not None else None
-        detail = "of neurons are read for a token" + ("" if natural is None else f"; {percent(natural)} fire naturally")
+        weights = train is not None and train.get("method") == "input"  # then densities are of these
+        detail = "of the MLP's weights are read for a token" if weights else "of neurons are read for a token"
+        detail += "" if natural is None else f"; {percent(natural)}{' of the neurons' if weights else ''} fire naturally"
         tiles.append({"name": "MLP density", "value": percent(densities["mlp_density"]), "detail": detail, "note": "density"})
         tiles.append(
             {
                 "name": "Head density",
                 "value": percent(densities["head_density"]),
-                "detail": "of attention heads are computed for a token",
+                "detail": "of attention's weights are read for a token" if weights else "of attention heads are computed for a token",
                 "note": "density",
             }
         )
@@ -235,7 +238,8 @@ def _figures(sections: dict[str, Any]) -> dict[str, str]:
 
 
 def _chosen(part: dict[str, Any] | None) -> tuple[float, float] | None:
-    return None if part is None or part["lookahead"] is None else (part["density"], part["recall"])
+    dense = part is None or part["recall"] is None or (part["lookahead"] is None and part["density"] >= 1)
+    return None if dense or part is None else (part["density"], part["recall"])
 
 
 def _perplexity_figures(sections: dict[str, Any], curves: dict[str, Any] | None, profile: dict[str, Any] | None) -> dict[str, str]:

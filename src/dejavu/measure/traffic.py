@@ -7,9 +7,13 @@ layer N neurons and U heads that some row of the batch selected and M neurons wh
     predictor   R row(D) + O row(R) + O v for each predictor of rank R with O outputs
     attention   2 U K row(D) + 2 G K row(D) (q, o; k, v) + biases + 2 c(K) sum over rows of (its groups x its tokens)
     mlp         N (1 or 2 row(D) + biases) + M row(D) + D v          (2 where gated)
+                where the gate selects, its matrix (where not gated: up) is read for all F neurons
     head        V row(E) + E row(D) where the embedding is narrower; with a shortlist of S tokens by scores of rank R, int8,
                 R row(E) + V row(R) + S row(E) instead of V row(E)
     other       B row(E) + B D v (positions) + norms + D row(E) where the embedding is narrower
+
+Where inputs are selected, of the rows of q, k, v, gate and up only the values of the C inputs that some row of the batch kept at that
+point, and the scales of the rows; of o and down the C rows; and 4 bytes for the norm of each input of a point (op predictor).
 
 Rows of a batch share what they read of the weights, so it counts once; each reads its own cache. Padding, writes and
 activations do not count, and neither do rows that an engine reads without need.
@@ -30,6 +34,7 @@ from dejavu.engine.interface import EngineInfo
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.kernels.screen import screen_rank
 from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.selectors import POINTS, InputPoints
 
 OPS = ("predictor", "attention", "mlp", "head", "other")
 
@@ -47,6 +52,10 @@ class Stored:
         """Bytes of a row of values with its scales."""
         groups = -(-columns // self.group) if self.group else 0
         return columns * self.value + self.row_scale + groups * self.group_scale
+
+    def part(self, columns: int, kept: float) -> float:
+        """Bytes of so many values of such a row, with all of its scales."""
+        return self.row(columns) - (columns - kept) * self.value
 
 
 STORED = {
@@ -81,13 +90,15 @@ def formats_of(info: EngineInfo) -> Formats:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
     """Counts of one step, or means over steps. Over all rows together, by layer: neurons selected, neurons whose row of down
-    is needed, query heads selected. cached_L: sum over rows of (its selected key/value heads x the tokens it attends to)."""
+    is needed, query heads selected. cached_L: sum over rows of (its selected key/value heads x the tokens it attends to). inputs_LP:
+    inputs kept at each point; None where no layer selects inputs."""
 
     rows: int
     neurons_L: Sequence[float]
     fired_L: Sequence[float]
     heads_L: Sequence[float]
     cached_L: Sequence[float]
+    inputs_LP: Sequence[Sequence[float]] | None = None
 
 
 def dense_reads(config: ModelConfig, *, rows: int = 1, tokens: float = 0) -> Reads:
@@ -99,21 +110,34 @@ def dense_reads(config: ModelConfig, *, rows: int = 1, tokens: float = 0) -> Rea
 
 
 def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequence[LayerAdapter] | None = None) -> dict[str, float]:
-    """Useful bytes of a step by op, with the predictors of `layers` (None: it runs dense)."""
+    """Useful bytes of a step by op, with what `layers` select (None: it runs dense)."""
     matrix, vector, cache = STORED[formats.weights], STORED[formats.vectors].value, STORED[formats.cache]
     size, head_dim, groups, embed = config.hidden_size, config.head_dim, config.num_kv_heads, config.embed_width
     row = matrix.row(size)
-    attention = mlp = 0.0
-    for neurons, fired, heads, cached in zip(reads.neurons_L, reads.fired_L, reads.heads_L, reads.cached_L, strict=True):
-        attention += 2 * (heads + groups) * head_dim * row + 2 * cached * cache.row(head_dim)
-        attention += config.qkv_bias * (heads + 2 * groups) * head_dim * vector + config.out_bias * size * vector
-        mlp += neurons * (1 + config.gated) * (row + config.mlp_bias * vector) + fired * row + config.mlp_bias * size * vector
+    attention = mlp = norms_of_inputs = 0.0
+    sizes, chosen_L = InputPoints.of(config).sizes, layers or (LayerAdapter(),) * config.num_layers
+    kept_LP = reads.inputs_LP or (sizes,) * config.num_layers
+    counts = zip(reads.neurons_L, reads.fired_L, reads.heads_L, reads.cached_L, chosen_L, kept_LP, strict=True)
+    for neurons, fired, heads, cached, chosen, kept in counts:
+        at_attention, at_output, at_mlp, at_down = kept
+        outputs = heads + 2 * groups
+        attention += outputs * head_dim * matrix.part(size, at_attention) + heads * head_dim * at_output / sizes[1] * row
+        attention += 2 * cached * cache.row(head_dim)
+        attention += config.qkv_bias * outputs * head_dim * vector + config.out_bias * size * vector
+        first = config.intermediate_size if chosen.gate is not None else neurons  # of gate, or of up where that is the gate
+        rows_in = first + config.gated * neurons
+        mlp += rows_in * (matrix.part(size, at_mlp) + config.mlp_bias * vector) + config.mlp_bias * size * vector
+        mlp += fired * row if chosen.inputs is None else at_down * row
+        if chosen.inputs is not None:
+            norms_of_inputs += (
+                sum(count for point, count in zip(POINTS, sizes, strict=True) if chosen.inputs.of(point) is not None) * STORED["fp32"].value
+            )
     norms = (2 * config.num_layers + config.final_norm) * size * vector * (1 + (config.norm == "layernorm")) * config.norm_affine
     narrow = embed != size
     positions = (config.positions == "learned") * size * vector
     predictors = [predictor for layer in layers or () for predictor in (layer.mlp, layer.heads) if predictor is not None]
     return {
-        "predictor": sum(predictor_bytes(predictor, may_be_int8=formats.int8_predictors) for predictor in predictors),
+        "predictor": sum(predictor_bytes(each, may_be_int8=formats.int8_predictors) for each in predictors) + norms_of_inputs,
         "attention": attention,
         "mlp": mlp,
         "head": _head_rows(config, formats) + narrow * embed * row,

@@ -135,9 +135,9 @@ def meet_budget(
 ) -> list[Candidate | None]:
     """Choose so that measure(choice), the rise of perplexity, is as close to `budget` as `rounds` trials get, never above it.
 
-    A budget of 0, or one that no trial keeps, gives the choice in which every part is dense.
+    A budget of 0, or one that no trial keeps, gives the choice that costs nothing: every part is dense, or leaves out exact zeros.
     """
-    best: list[Candidate | None] = [None] * len(parts)
+    best = choose(parts, 0.0)
     if budget <= 0:
         return best
     allowance, best_rise = math.log1p(budget), -math.inf

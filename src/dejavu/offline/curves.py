@@ -94,7 +94,8 @@ def perplexity_curves(
     mlp_scores, heads, head_scores = _fit(model, layers, fit)
     num_heads = model.config.num_heads
     counts = sorted({max(1, round(density * num_heads)) for density in HEAD_DENSITIES})
-    total, done = len(FACTORS) + len(ORACLE_MASSES) + len(HEAD_DENSITIES) + len(counts), 0
+    predicted = FACTORS if any(layer.mlp is not None for layer in layers) else ()  # other methods have no curve
+    total, done = len(predicted) + len(ORACLE_MASSES) + len(HEAD_DENSITIES) + len(counts), 0
     curves: dict[str, Any] = {"mlp": [], "heads": [], "tokens": test.numel()}
 
     def measure(selection: Selection) -> float:
@@ -105,7 +106,7 @@ def perplexity_curves(
         return math.exp(float(token_nll(model, test, selection).double().mean()))
 
     curves["ppl_dense"] = math.exp(float(dense_nll.double().mean()))
-    for factor in FACTORS:
+    for factor in predicted:
         scaled = []
         for layer, scored in zip(layers, mlp_scores, strict=True):
             if layer.mlp is None or scored is None:

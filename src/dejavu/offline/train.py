@@ -103,7 +103,8 @@ def _offer(model: Transformer, split: Split, config: TrainConfig, key: str, work
             return offer_gate(model, split, key, work_folder, progress)
         case "input":
             return offer_input(model, split, key, work_folder, progress)
-    raise AssertionError(f"{config.method=} is no single method")
+        case "auto":
+            raise AssertionError("auto is no single method")
 
 
 def _trained(

@@ -40,7 +40,7 @@ MEASURED = {"gate": 4, "input": 3}  # candidates of a part whose divergence is m
 SEEN_TOKENS = 2048  # from which thresholds are taken, fewer where a layer is wide
 SEEN_VALUES = 12_000_000  # values of one point that are sorted at a time
 PRICED_TOKENS = 4096  # on which divergence is measured, fewer where there are many parts:
-PRICED_PASSES = 200_000  # tokens times measured candidates, at most
+PRICED_PASSES = 100_000  # tokens times measured candidates, at most
 LEAST_PRICED = 256
 
 Options = dict[tuple[int, str], list[tuple[float, Quality]]]
@@ -48,7 +48,8 @@ Options = dict[tuple[int, str], list[tuple[float, Quality]]]
 
 
 def _options(scored: Scored, levels: Sequence[float]) -> list[tuple[float, Quality]]:
-    return [(threshold, scored.quality(threshold)) for threshold in sorted({max(0.0, level) for level in levels}, reverse=True)]
+    """With a threshold of 0, which leaves out exact zeros and loses nothing."""
+    return [(threshold, scored.quality(threshold)) for threshold in sorted({0.0, *(max(0.0, level) for level in levels)}, reverse=True)]
 
 
 class _Seen(Selection):
@@ -108,12 +109,12 @@ def _reads(config: ModelConfig, kind: str, density: float | None) -> float:
 
 def _spread(count: int, wanted: int) -> list[int]:
     """That many indices of so many, the first and the last among them."""
-    return sorted({round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)})
+    return sorted({round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)} if count else ())
 
 
 def priced(model: Transformer, options: Options, ids_WT: Tensor, measured: int, progress: Progress | None) -> list[Part]:
     """The parts with what each candidate reads and costs."""
-    points = {key: _spread(len(found), measured) for key, found in options.items()}
+    points = {key: _spread(sum(threshold > 0 for threshold, _ in found), measured) for key, found in options.items()}
     passes = sum(map(len, points.values()))
     sample = _first_tokens(ids_WT, min(PRICED_TOKENS, max(LEAST_PRICED, PRICED_PASSES // max(1, passes))))
     variants: list[list[LayerAdapter]] = [[] for _ in range(model.config.num_layers)]
@@ -129,7 +130,7 @@ def priced(model: Transformer, options: Options, ids_WT: Tensor, measured: int, 
                 threshold=threshold,
                 quality=quality,
                 reads=_reads(model.config, kind, quality.density),
-                divergence=interpolate_divergence(kept, cost, quality.mass),
+                divergence=interpolate_divergence(kept, cost, quality.mass) if threshold > 0 else 0.0,
             )
             for threshold, quality in found
         )

@@ -1,0 +1,218 @@
+"""Training without predictors: candidates, what they read and cost, the budget, and which method auto takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dejavu
+from conftest import Tiny
+from dejavu.cli.main import run
+from dejavu.engine.interface import densities
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.model.adapter import Adapter
+from dejavu.model.bundle import export
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.fingerprint import model_hash
+from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds
+from dejavu.model.tokenizer import Tokenizer
+from dejavu.model.transformer import Transformer
+from dejavu.offline.calibrate import gate_reads, head_reads, input_reads, mlp_reads, token_reads
+from dejavu.offline.collect import pack_windows
+from dejavu.offline.fidelity import token_nll
+from dejavu.offline.split import LONGEST, split_windows, training_context
+from dejavu.offline.train import methods_of, train_adapter
+from dejavu.offline.train_config import TrainConfig
+from dejavu.offline.train_plain import priced, seen_options
+from test_engine import decode
+from test_language_model import TEXT
+from test_offline import random_ids, skewed
+
+DOCUMENTS = [random_ids(500, seed) for seed in range(6)]
+
+
+def checkpoint_of(model: Transformer, tokenizer: Tokenizer) -> Checkpoint:
+    return Checkpoint(
+        model=model, tokenizer=tokenizer, config=model.config, name="tiny", base_hash=model_hash(model), stored_dtype="fp32", notes=(),
+        path=Path("tiny"),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def relu(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
+    return checkpoint_of(skewed(tiny), tokenizer)
+
+
+@pytest.fixture
+def silu(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
+    return checkpoint_of(tiny("llama", num_layers=3), tokenizer)
+
+
+def trained(checkpoint: Checkpoint, method: str, budget: float = 0.02, **more: Any) -> tuple[Adapter, dict[str, Any]]:
+    config = TrainConfig.from_dict({"method": method, "budget": budget, "rank": 8, "epochs": 1})
+    return train_adapter(checkpoint, DOCUMENTS, config, text_hash="abc", **more)
+
+
+@pytest.mark.parametrize("kind", ["relu", "silu"])
+@pytest.mark.parametrize("method", ["gate", "input"])
+def test_an_adapter_keeps_its_budget_on_disk_and_where_it_decodes(
+    method: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    checkpoint = request.getfixturevalue(kind)
+    adapter, result = trained(checkpoint, method, work_folder=tmp_path / "work")
+    assert (adapter.config.method, result["method"]) == (method, method) and len(result["layers"]) == 3
+    assert result["within_budget"] and result["rise"] <= 0.02
+    assert result["mlp_density"] < 1 and (result["head_density"] < 1) == (method == "input")
+    assert result["read_share"] < 1
+    # The numbers are those of the saved adapter on the windows that nothing else has seen.
+    adapter.save(tmp_path / "adapter")
+    loaded = Adapter.load(tmp_path / "adapter", model=checkpoint.config, base_hash=checkpoint.base_hash)
+    check = split_windows(pack_windows(DOCUMENTS, context=64, bos=2)).check
+    selection = MaskedSelection(loaded.layers)
+    nll = token_nll(checkpoint.model, check, selection)
+    assert math.exp(float(nll.double().mean())) == pytest.approx(result["ppl_sparse"], rel=1e-6)
+    assert selection.counter.mlp_density() == pytest.approx(result["mlp_density"])
+    # Decode reads that much.
+    engine = TorchEngine(checkpoint.model, loaded.layers)
+    _, steps = decode(engine, check[0].tolist())
+    counted = [densities(engine.info, step.neurons_BL, step.heads_BL, step.inputs_BLP)[0] for step in steps]
+    assert float(torch.cat(counted).mean()) == pytest.approx(result["mlp_density"], abs=0.1)
+    # A second run finds the priced parts and gives the same.
+    seen: list[str] = []
+    again, _ = trained(checkpoint, method, work_folder=tmp_path / "work", progress=lambda what, *_: seen.append(what))
+    assert again.config == adapter.config and "what each part costs" not in seen
+    nothing_lost, result = trained(checkpoint, method, budget=0.0, work_folder=tmp_path / "work")
+    assert result["rise"] == 0
+    for layer in nothing_lost.layers:  # dense, or without what is exactly zero
+        zeros = LayerAdapter(gate=GateThreshold(threshold=0.0)) if method == "gate" else LayerAdapter(inputs=InputThresholds(down=0.0))
+        assert layer == (zeros if kind == "relu" else LayerAdapter())
+
+
+def test_exact_loses_nothing(relu: Checkpoint, silu: Checkpoint) -> None:
+    adapter, result = trained(relu, "exact", budget=0.0)
+    assert (result["rise"], result["rise_stderr"]) == (0.0, 0.0) and result["within_budget"]
+    assert all(layer.gate is not None and layer.gate.threshold == 0 for layer in adapter.layers)
+    assert 0 < result["mlp_density"] < 0.9 and result["head_density"] == 1
+    measured = [entry.gate.density for entry in adapter.config.layers if entry.gate is not None]
+    assert sum(measured) / 3 == pytest.approx(result["mlp_density"])
+    with pytest.raises(ValueError, match=r"method exact needs a gate with exact zeros \(relu, relu2, fatrelu\), and this model has silu"):
+        trained(silu, "exact")
+
+
+def test_candidates_keep_what_they_say_and_cost_less_the_more_they_keep(silu: Checkpoint) -> None:
+    model, ids = silu.model, torch.tensor([random_ids(60, seed) for seed in range(4)])
+    for method, kinds in (("gate", {"gate"}), ("input", set(POINTS))):
+        options = seen_options(model, ids, method)
+        assert set(options) == {(layer, kind) for layer in range(3) for kind in kinds}
+        parts = priced(model, options, ids, 3, None)
+        for part in parts:
+            density = [candidate.quality.density for candidate in part.candidates]
+            cost = [candidate.divergence for candidate in part.candidates]
+            threshold = [candidate.threshold for candidate in part.candidates]
+            assert density == sorted(density) and density[0] < 0.6 and density[-1] > 0.9
+            assert threshold == sorted(threshold, reverse=True) and threshold[-1] >= 0
+            assert cost[0] > 2 * cost[-2] > 0 and (threshold[-1], cost[-1], part.candidates[-1].quality.mass) == (0, 0, 1)
+            chosen = part.candidates[len(part.candidates) // 2]
+            assert chosen.reads < part.dense_reads
+    # What the passes that price count is what the thresholds say.
+    (layer, point), found = next(iter(options.items()))
+    threshold, quality = found[len(found) // 2]
+    option = LayerAdapter(inputs=InputThresholds(**{point: threshold}))
+    only = tuple(option if i == layer else LayerAdapter() for i in range(3))
+    selection = MaskedSelection(only)
+    with torch.inference_mode():
+        model(ids, selection)
+    attention = InputPoints.of(model.config).shares[0]
+    assert selection.counter.heads_per_layer()[layer] == pytest.approx(attention * quality.density + 1 - attention, abs=1e-5)
+
+
+def test_what_a_token_reads(tiny: Tiny) -> None:
+    for family in ("opt", "llama"):
+        model = tiny(family)
+        config, block = model.config, model.blocks[0]
+        weights = sum(parameter.numel() for name, parameter in block.named_parameters() if parameter.dim() == 2)
+        cache = 2 * config.num_kv_heads * config.head_dim * 100
+        ones = [1.0] * 2
+        assert token_reads(config, [LayerAdapter()] * 2, ones, ones, 100) == 2 * (weights + cache)
+        assert sum(input_reads(config, point, None) for point in POINTS) == weights
+        assert gate_reads(config, 1.0) == mlp_reads(config, 1.0, None)
+        matrices = 3 if config.gated else 2
+        assert gate_reads(config, 0.25) == (0.25 + 0.75 / matrices) * mlp_reads(config, 1.0, None)
+        assert input_reads(config, "down", 0.5) == block.down.weight.numel() / 2 + config.intermediate_size
+        key_value = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
+        assert head_reads(config, 1.0, None, 0) + key_value == weights - mlp_reads(config, 1.0, None)
+
+
+def test_auto_takes_the_method_that_reads_least(relu: Checkpoint, silu: Checkpoint) -> None:
+    for checkpoint, methods in ((relu, ["predicted", "exact", "gate", "input"]), (silu, ["gate", "input"])):
+        assert list(methods_of(checkpoint.config)) == methods
+        adapter, result = trained(checkpoint, "auto")
+        found = result["candidates"]
+        assert [each["method"] for each in found] == methods
+        best = min((each for each in found if each["within_budget"]), key=lambda each: each["reads"])
+        assert result["method"] == adapter.config.method == best["method"]
+        assert result["why"].startswith(f"{best['method']} reads least: {best['read_share']:.1%}") and "within the budget" in result["why"]
+        alone, reached = trained(checkpoint, best["method"])
+        assert alone.config == adapter.config and reached["reads"] == best["reads"]
+
+
+def test_what_a_model_cannot_have_points_to_what_it_can(silu: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"method predicted needs .* this model has silu; use --method auto.*dejavu adapt"):
+        trained(silu, "predicted")
+    with pytest.raises(ValueError, match="method 'guess' is not supported; supported: predicted, exact, gate, input, auto"):
+        TrainConfig.from_dict({"method": "guess"})
+
+
+def test_windows_are_not_longer_than_they_need_be(tiny: Tiny) -> None:
+    config = tiny("llama").config
+    assert training_context(config) == config.max_positions
+    assert training_context(dataclasses.replace(config, max_positions=8192)) == LONGEST
+
+
+@pytest.fixture
+def work(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny SiLU model and a text, which is where commands run."""
+    export(tiny("llama", num_layers=2), tokenizer, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["gate", "input"])
+def test_every_command_runs_with_such_an_adapter(work: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def call(*arguments: str) -> dict[str, Any]:
+        assert run([*arguments, "--backend", "torch", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    text = ("--text", "text.txt")
+    found = call("train", "model", *text, "-o", "adapter", "--method", method, "--budget", "0.05", "--max-tokens", "3000")
+    assert found["method"] == method and found["read_share"] < 1
+    adapter = ("--adapter", "adapter")
+    made = call("generate", "model", *adapter, "--prompt", "the cat", "-n", "8", "--ignore-eos")
+    assert made["mlp_density"] < 1 and (made["head_density"] < 1) == (method == "input")
+    rated = call("eval", "model", *adapter, *text, "--max-tokens", "200", "-o", "run")
+    assert rated["sparse"]["mode"] == method and rated["mlp_density"] < 1 and rated["rise"] is not None
+    timed = call("bench", "model", *adapter, *text, "--context", "8", "--steps", "6", "--density", "0.5")
+    decoded = {row["mode"]: row for row in timed["rows"] if row["op"] == "decode"}
+    assert 0.3 < decoded["sparse"]["mlp_density"] < 0.7 and decoded["dense"]["mlp_density"] == 1
+    assert run(["report", "run", "adapter", "-o", "page.html"]) == 0
+    page = (work / "page.html").read_text()
+    assert "MLP density" in page and ("of the MLP's weights" in page.replace("&#39;", "'")) == (method == "input")
+    lm = dejavu.load("model", adapter="adapter", backend="torch")
+    assert lm.adapter is not None and lm.adapter.config.method == method
+
+
+def test_auto_prints_what_each_method_reached(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "model", "--text", "text.txt", "--max-tokens", "2000"]
+    assert run([*command, "-o", "adapter", "--method", "auto", "--budget", "0.05"]) == 0
+    shown = capsys.readouterr().out
+    assert "Methods" in shown and "gate" in shown and "reads least" in shown
+    assert run([*command, "-o", "other"]) == 2
+    assert "use --method auto" in capsys.readouterr().err.replace("\n", " ")
