@@ -76,7 +76,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
     own->groups = Buffer<uint8_t>(rows * c.num_kv_heads);
     own->columns = Buffer<float>(product({rows, columns}));
     for (Kept *kept : {&own->attention_kept, &own->mlp_kept})
-      if (model->input_major()) *kept = {Buffer<int32_t>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<int64_t>(rows)};
+      if (model->input_major()) *kept = {Buffer<int32_t>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<int64_t>(rows)};
     own->units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
     scratch.push_back(std::move(own));
   }

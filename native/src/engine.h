@@ -35,10 +35,10 @@ struct LayerSelectors {
   InputSelector inputs[DEJAVU_POINTS];
 };
 
-// The inputs of some width that are kept, of every row in order, and their values.
+// The inputs of some width that are kept, of every row in order, and their values. whole: of all inputs, zero where they are not kept.
 struct Kept {
   Buffer<int32_t> idx;
-  Buffer<float> value;
+  Buffer<float> value, whole;
   Buffer<int64_t> count;
 };
 

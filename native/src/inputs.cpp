@@ -14,12 +14,14 @@ void Pass::keep_inputs(int64_t layer, int point, Vectors &x, Kept &kept) const {
   for (int64_t r = 0; r < rows; r++) {
     const float *from = x[r].f;
     int32_t *idx = kept.idx.data() + r * size;
-    float *value = kept.value.data() + r * size;
+    float *value = kept.value.data() + r * size, *whole = kept.whole.data() + r * size;
     int64_t n = 0;
     for (int64_t i = 0; i < size; i++) {
       idx[n] = (int32_t)i;
       value[n] = from[i];
-      n += all || selector.keeps(from[i], i);
+      const bool keeps = all || selector.keeps(from[i], i);
+      whole[i] = keeps ? from[i] : 0.0f;
+      n += keeps;
     }
     kept.count[r] = n;
   }
@@ -31,13 +33,18 @@ void Pass::sum_columns(const Matrix &panel, const Kept &kept) {
   const auto sums = [&](int64_t r) { return own.columns.data() + r * engine.columns; };
   for (int64_t r = 0; r < rows; r++) std::fill_n(sums(r), n, 0.0f);
   int64_t done[64] = {0};
-  const int64_t tile = rows == 1 ? size : 4 * TILE;  // several rows take turns while some of the panel is near
+  // Several rows take turns while some of the panel is near.
+  const bool alone = rows == 1, alone_in_order = dense_is_faster(kept.count[0], size);
+  const int64_t tile = !alone ? 4 * TILE : alone_in_order ? TILE : size;
   for (int64_t first = 0; first < size; first += tile)
     for (int64_t r = 0; r < rows; r++) {
       const int32_t *idx = kept.idx.data() + r * size;
-      const int64_t from = done[r];
+      const int64_t from = done[r], count = std::min(tile, size - first);
       while (done[r] < kept.count[r] && idx[done[r]] < first + tile) done[r]++;
-      axpys(panel, kept.value.data() + r * size + from, idx + from, 0, done[r] - from, sums(r), {rows == 1 ? panel.row_bytes() : 0});
+      if (alone ? alone_in_order : dense_is_faster(done[r] - from, count))
+        axpys(panel, kept.whole.data() + r * size + first, nullptr, first, count, sums(r), alone ? rows_after(panel, first, count) : Fetch());
+      else
+        axpys(panel, kept.value.data() + r * size + from, idx + from, 0, done[r] - from, sums(r), {alone ? panel.row_bytes() : 0});
     }
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t c = 0; !panel.scale.empty() && c < n; c++) sums(r)[c] *= panel.scale[c];

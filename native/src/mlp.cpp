@@ -9,10 +9,6 @@ namespace {
 
 constexpr int64_t FETCHED_BYTES = 384 << 10;  // for each thread
 
-// Rows in order come from memory about 1.5 times as fast as selected ones (docs/log.md): above this share all are read, and the
-// activations of the others set to zero, which leaves the sum as it is, bit for bit.
-bool dense_is_faster(int64_t selected, int64_t total) { return 8 * selected > 5 * total; }
-
 }  // namespace
 
 // y += the neurons idx[0 .. count) (or first, first + 1, ...; of these where `kept` is given only kept[0 .. num_kept)) of one token.
