@@ -210,7 +210,7 @@ def spoil(block: Block, kept_P: Sequence[Tensor | None]) -> None:
 
 
 def test_weights_of_inputs_left_out_are_not_read(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in the columns (of o and down: rows) of what a token's first step left out changes no bit; a dense step says that it read them."""
+    """NaN in the columns (of o and down: rows) of what a step left out changes no bit; a dense one says that it read them."""
     layers = input_layers(model, 0.15)  # below the crossover, above which rows of down are read in order
     norms = {block: column_norms(block) for block in model.blocks}
     monkeypatch.setattr(native_engine, "column_norms", norms.__getitem__)  # of the weights before they are spoilt

@@ -38,7 +38,10 @@ def layout_of(layers: Sequence[LayerAdapter]) -> str:
     """How the weights of a model that selects in this way lie in memory."""
     if any(layer.inputs is not None for layer in layers):
         others = [index for index, layer in enumerate(layers) if layer.sparse and layer.inputs is None]
-        require(not others, f"layers {others} select by other methods than input: backend 'native' takes no other beside it; use --backend torch")
+        require(
+            not others,
+            f"layers {others} select by other methods than input: backend 'native' takes no other beside it; use --backend torch",
+        )
         return "input-major"
     return "gate-apart" if any(layer.gate is not None for layer in layers) else "by-neuron"
 
