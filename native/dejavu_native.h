@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define DEJAVU_ABI_VERSION 3
+#define DEJAVU_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -30,7 +30,15 @@ enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O, DEJAVU_GATE, DEJAVU_UP, DEJAVU_DOWN,
   DEJAVU_Q_NORM, DEJAVU_K_NORM /* of every head, before it is rotated; both or neither */
 };
+enum dejavu_layout { /* of weights in memory, by how decoding selects */
+  DEJAVU_BY_NEURON = 0, /* rows of a neuron side by side: for predictors */
+  DEJAVU_GATE_APART,    /* rows of the gate (not gated: of up) in order, then those of a neuron: for dejavu_engine_gate */
+  DEJAVU_INPUT_MAJOR    /* q, k, v, gate and up hold a row for each input, as o and down do: for dejavu_engine_inputs. Not of int4 */
+};
 enum dejavu_predicted { DEJAVU_MLP = 0, DEJAVU_HEADS = 1 };
+enum dejavu_point { /* what linear maps read: q, k and v; o; gate and up; down */
+  DEJAVU_AT_ATTENTION = 0, DEJAVU_AT_OUTPUT, DEJAVU_AT_MLP, DEJAVU_AT_DOWN, DEJAVU_POINTS
+};
 enum dejavu_op { /* parts of a block, for its profile */
   DEJAVU_OP_PREDICTOR = 0, DEJAVU_OP_ATTENTION, DEJAVU_OP_MLP, DEJAVU_OP_HEAD, DEJAVU_OP_OTHER, DEJAVU_OPS
 };
@@ -39,7 +47,7 @@ enum dejavu_op { /* parts of a block, for its profile */
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
   int64_t position_offset;
-  int32_t dtype, activation, gated, rms, pre_norm, final_norm, rope, tied_head;
+  int32_t dtype, activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout;
   float norm_eps, activation_threshold, rotary_factor, attention_scale;
 } dejavu_config;
 
@@ -57,7 +65,8 @@ typedef struct {
 
 /* One block of tokens: rows of a decode step (each of its own slot) or consecutive tokens of one slot. table[r] lists the
  * pages of row r's sequence. k_scale and v_scale belong to an int8 cache and are NULL otherwise. Outputs: logits fp32
- * [rows - first_logits, vocab], counts [rows, layers], masks or NULL. */
+ * [rows - first_logits, vocab], counts [rows, layers], masks or NULL. inputs: kept at each point, [rows, layers, points] or NULL, with
+ * masks side by side in the order of the points, [rows, layers, hidden + query heads x head_dim + hidden + neurons] or NULL. */
 typedef struct {
   int64_t rows, first_logits, num_pages, page_size, head_stride;
   const int64_t *token, *position;
@@ -68,14 +77,16 @@ typedef struct {
   float *logits;
   int64_t *neurons, *heads;
   uint8_t *neuron_mask, *group_mask; /* [rows, layers, neurons], [rows, layers, groups] */
+  int64_t *inputs;
+  uint8_t *input_mask;
 } dejavu_block;
 
 /* What a block took and what it read. seconds: of the calling thread, by op, the wait at a barrier with the op before it. By
  * layer, over all rows together: neurons that some row selected, those whose row of down some row needed (an activation of
- * exactly zero does not), and head groups that some row selected. */
+ * exactly zero does not), and head groups that some row selected; by layer and point the inputs that some row kept, or NULL. */
 typedef struct {
   double seconds[DEJAVU_OPS];
-  int64_t *neurons, *fired, *groups;
+  int64_t *neurons, *fired, *groups, *inputs;
 } dejavu_profile;
 
 DEJAVU_API int dejavu_abi_version(void);
@@ -94,6 +105,12 @@ DEJAVU_API int dejavu_engine_new(const dejavu_model *model, int threads, int64_t
 /* scores = B (A x) + B's bias; selected where score > threshold. */
 DEJAVU_API int dejavu_engine_predictor(dejavu_engine *engine, int64_t layer, int predicted, const dejavu_matrix *A, const dejavu_matrix *B,
                                        float threshold, int lookahead);
+/* In place of a predictor of the MLP: every gate is computed, and neurons with |activation(gate x)| > threshold are selected (not gated:
+ * |activation(up x)|). The threshold is 0 or more; 0 leaves out what is exactly zero. */
+DEJAVU_API int dejavu_engine_gate(dejavu_engine *engine, int64_t layer, float threshold);
+/* Of the inputs x of the maps at one point those with |x_i| norms_i > threshold are kept, and only weights of these are read. `count` norms,
+ * 0 or more, as many as inputs; the threshold is 0 or more. A layer's other points, and layers that are not told so, keep all. */
+DEJAVU_API int dejavu_engine_inputs(dejavu_engine *engine, int64_t layer, int point, const float *norms, int64_t count, float threshold);
 /* Scores B (A x) + B's bias of the head's input choose `count` tokens: these get their exact logits, all others -inf. A, B: fp32 or int8. */
 DEJAVU_API int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *A, const dejavu_matrix *B, int64_t count);
 DEJAVU_API int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block);

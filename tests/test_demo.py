@@ -22,7 +22,7 @@ from dejavu.model.bundle import write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.train_config import TrainConfig
-from test_adapter import make_adapter
+from test_adapter import make_adapter, without_predictors
 
 SMALL = DemoSizes(
     profile_tokens=300,
@@ -117,6 +117,27 @@ def test_what_cannot_be_run(tmp_path: Path, checkpoint: Checkpoint, adapter: Ada
     with pytest.raises(ValueError, match="did not write"):
         demo(checkpoint, adapter, tmp_path / "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("method", ["exact", "gate", "input"])
+def test_an_adapter_without_predictors_is_shown_too(method: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Layer 0 is dense; figures of predictors are left out."""
+    adapter = without_predictors(method, checkpoint.config, checkpoint.base_hash)
+    summary = demo(checkpoint, adapter, tmp_path / "run")
+    results = read_results([tmp_path / "run"])
+    assert summary["lookahead"] == [None, None] and results["train"]["method"] == method
+    assert summary["mlp_density"] < 1 and (summary["head_density"] < 1) == (method == "input")
+    dense, selected = results["train"]["layers"]
+    assert (dense["density"], selected["recall"], selected["lookahead"]) == (1.0, None, None)
+    if method == "input":  # points after the first two keep a half; down is one of the two matrices
+        assert selected["inputs"] == {"attention": 0.5, "output": 1.0, "mlp": 0.5, "down": 0.5} and selected["density"] == 0.5
+        assert selected["attention"] == 0.75 * 0.5 + 0.25
+    else:
+        assert (selected["density"], selected["mass"]) == (0.25, 0.99)
+    html = Path(summary["report"]).read_text(encoding="utf-8")
+    assert 'id="figure-ppl_mlp"' in html and 'id="figure-recall_mlp"' not in html
+    assert {point["kind"] for point in results["curves"]["mlp"]} == {"oracle"}
+    assert (summary["dense"]["ppl"] == pytest.approx(summary["sparse"]["ppl"], rel=1e-6)) == (method == "exact")
 
 
 def test_stated_quality_has_the_shape_of_a_training_report(adapter: Adapter, tiny: Tiny) -> None:

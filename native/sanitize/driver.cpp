@@ -1,6 +1,6 @@
 // Runs random models of many shapes through the C interface: for the sanitizers, and for what must hold whatever the shape.
 //
-// For each shape, dtype of weights and of the cache, with and without a screen: a prefill, then sparse steps of a batch with one and
+// For each shape, dtype of weights and of the cache, way to select (predictors, gates, inputs), with and without a screen: a prefill, then sparse steps of a batch with one and
 // with several threads (equal bit for bit), every logit written, no page of another sequence touched; instruction sets agree where the
 // same neurons are selected. Then bad input: a status, never a crash.
 #include <cmath>
@@ -99,8 +99,20 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
   dejavu_engine *engine = nullptr;
   EXPECT(dejavu_engine_new(model, threads, 8, isa.c_str(), &engine) == DEJAVU_OK);
   random_bits.seed(seed);
-  for (int64_t l = 0; l < c.num_layers; l++)
+  const bool by_inputs = c.layout == DEJAVU_INPUT_MAJOR;
+  const int64_t sizes[] = {c.hidden_size, c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size};
+  for (int64_t l = 0; by_inputs && l < c.num_layers; l++)
+    for (int point = 0; point < DEJAVU_POINTS; point++) {
+      if ((l + point) % 5 == 4) continue;  // this one keeps all
+      std::vector<float> norms;
+      for (int64_t i = 0; i < sizes[point]; i++) norms.push_back((float)(random_bits() % 1000) / 1000.0f);
+      EXPECT(dejavu_engine_inputs(engine, l, point, norms.data(), sizes[point], threshold) == DEJAVU_OK);
+    }
+  for (int64_t l = 0; c.layout == DEJAVU_GATE_APART && l < c.num_layers; l++)
+    if (l != 2) EXPECT(dejavu_engine_gate(engine, l, threshold) == DEJAVU_OK);
+  for (int64_t l = 0; !by_inputs && l < c.num_layers; l++)
     for (int kind : {DEJAVU_MLP, DEJAVU_HEADS}) {
+      if (kind == DEJAVU_MLP && c.layout == DEJAVU_GATE_APART) continue;
       const int64_t outputs = kind == DEJAVU_MLP ? c.intermediate_size : c.num_kv_heads, rank = 5 + 70 * (l % 2);
       Values A(rank, c.hidden_size, c.dtype == DEJAVU_FP32 ? DEJAVU_FP32 : DEJAVU_INT8, false), B(outputs, rank, (int)(l % 2), true);
       EXPECT(dejavu_engine_predictor(engine, l, kind, &A.matrix, &B.matrix, threshold, l == 0 ? 0 : 1 + (int)(l % 2 && kind == DEJAVU_MLP)) == DEJAVU_OK);
@@ -128,14 +140,25 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     }
     std::vector<float> logits((size_t)(rows * c.vocab_size), NAN);
     std::vector<uint8_t> neuron_mask((size_t)(rows * c.num_layers * c.intermediate_size), 7), group_mask((size_t)(rows * c.num_layers * c.num_kv_heads), 7);
+    const int64_t all = sizes[0] + sizes[1] + sizes[2] + sizes[3];
+    std::vector<int64_t> inputs((size_t)(rows * c.num_layers * DEJAVU_POINTS), -1);
+    std::vector<uint8_t> input_mask((size_t)(rows * c.num_layers * all), 7);
     const dejavu_block block = {rows, sparse ? 0 : rows - 1, pages, page_size, stride, token.data(), positions.data(), table.data(), k.data(), v.data(),
-                                scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, cache_dtype, sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data()};
-    std::vector<int64_t> counts((size_t)(3 * c.num_layers), -1);
-    dejavu_profile profile = {{}, counts.data(), counts.data() + c.num_layers, counts.data() + 2 * c.num_layers};
+                                scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, cache_dtype, sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data(), inputs.data(), input_mask.data()};
+    std::vector<int64_t> counts((size_t)((3 + DEJAVU_POINTS) * c.num_layers), -1);
+    dejavu_profile profile = {{}, counts.data(), counts.data() + c.num_layers, counts.data() + 2 * c.num_layers, counts.data() + 3 * c.num_layers};
     EXPECT((step % 2 ? dejavu_engine_profile(engine, &block, &profile) : dejavu_engine_run(engine, &block)) == DEJAVU_OK);
     for (int64_t l = 0; step % 2 && l < c.num_layers; l++)
       EXPECT(profile.fired[l] >= 0 && profile.fired[l] <= profile.neurons[l] && profile.neurons[l] <= c.intermediate_size && profile.groups[l] >= 1);
     for (uint8_t bit : neuron_mask) EXPECT(bit <= 1);
+    const uint8_t *mask = input_mask.data();
+    for (int64_t at = 0; at < rows * c.num_layers; at++)
+      for (int point = 0; point < DEJAVU_POINTS; mask += sizes[point++]) {
+        int64_t kept = 0;
+        for (int64_t i = 0; i < sizes[point]; i++) EXPECT(mask[i] <= 1), kept += mask[i];
+        EXPECT(kept == inputs[(size_t)(at * DEJAVU_POINTS + point)] && ((sparse && by_inputs) || kept == sizes[point]));
+        if (step % 2) EXPECT(kept <= counts[(size_t)(3 * c.num_layers + at % c.num_layers * DEJAVU_POINTS + point)]);
+      }
     for (size_t i = 0; i < neurons.size(); i++) EXPECT(neurons[i] >= 0 && neurons[i] <= c.intermediate_size && heads[i] >= 1 && heads[i] <= c.num_heads);
     const size_t written = (size_t)((rows - block.first_logits) * c.vocab_size);
     size_t finite = 0;
@@ -191,6 +214,22 @@ void bad_input(const dejavu_config &good) {
   EXPECT(dejavu_engine_predictor(engine, 0, DEJAVU_MLP, &wrong.matrix, &wrong.matrix, 0.0f, 0) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_screen(engine, &wrong.matrix, &wrong.matrix, 1) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_screen(engine, &wrong.matrix, &wrong.matrix, good.vocab_size) == DEJAVU_BAD_VALUE);
+  const std::vector<float> norms((size_t)(good.hidden_size + good.intermediate_size), 1.0f);
+  for (float bad : {-1.0f, NAN, INFINITY}) {
+    EXPECT(dejavu_engine_gate(engine, 0, bad) == DEJAVU_BAD_VALUE);
+    EXPECT(dejavu_engine_inputs(engine, 0, DEJAVU_AT_MLP, norms.data(), good.hidden_size, bad) == DEJAVU_BAD_VALUE);
+    const std::vector<float> wrong_norms((size_t)good.hidden_size, bad);
+    EXPECT(dejavu_engine_inputs(engine, 0, DEJAVU_AT_MLP, wrong_norms.data(), good.hidden_size, 0.0f) == DEJAVU_BAD_VALUE);
+  }
+  for (int64_t layer : {INT64_C(-1), good.num_layers}) {
+    EXPECT(dejavu_engine_gate(engine, layer, 0.0f) == DEJAVU_BAD_VALUE);
+    EXPECT(dejavu_engine_inputs(engine, layer, DEJAVU_AT_MLP, norms.data(), good.hidden_size, 0.0f) == DEJAVU_BAD_VALUE);
+  }
+  for (int point = -1; point <= DEJAVU_POINTS; point++) EXPECT(dejavu_engine_inputs(engine, 0, point, norms.data(), good.hidden_size + good.intermediate_size, 0.0f) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_engine_inputs(engine, 0, DEJAVU_AT_MLP, nullptr, good.hidden_size, 0.0f) == DEJAVU_BAD_VALUE);
+  // The other layout's call.
+  if (good.layout != DEJAVU_GATE_APART) EXPECT(dejavu_engine_gate(engine, 0, 0.0f) == DEJAVU_BAD_VALUE);
+  if (good.layout != DEJAVU_INPUT_MAJOR) EXPECT(dejavu_engine_inputs(engine, 0, DEJAVU_AT_MLP, norms.data(), good.hidden_size, 0.0f) == DEJAVU_BAD_VALUE);
   std::vector<float> cache(4096), logits((size_t)good.vocab_size);
   std::vector<int64_t> counts((size_t)good.num_layers), pages = {0, 99};
   const int64_t *table = pages.data();
@@ -199,7 +238,7 @@ void bad_input(const dejavu_config &good) {
       {0, 3, DEJAVU_FP32, nullptr}, {0, 0, DEJAVU_INT4, nullptr}, {0, 0, DEJAVU_INT8, nullptr}, {0, 0, DEJAVU_FP16, cache.data()}};
   for (const auto &bad : blocks) {
     const dejavu_block block = {1, 0, 1, 3, (good.head_dim + 15) / 16 * 16, &bad.token, &bad.position, &table, cache.data(), cache.data(), bad.scales, bad.scales,
-                                bad.cache_dtype, 1, logits.data(), counts.data(), counts.data(), nullptr, nullptr};
+                                bad.cache_dtype, 1, logits.data(), counts.data(), counts.data(), nullptr, nullptr, nullptr, nullptr};
     EXPECT(dejavu_engine_run(engine, &block) == DEJAVU_BAD_VALUE);
   }
   dejavu_engine_free(engine);
@@ -210,22 +249,28 @@ void bad_input(const dejavu_config &good) {
 
 int main() {
   const dejavu_config configs[] = {
-      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | dtype, act, gated, rms, pre, final, rope, tied, eps, threshold, of rotation, of scores
-      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, 0, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 1e-5f, 0, 1, 0.3f},
-      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, 0, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 1e-5f, 0, 1, 0.3f},
-      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 1e-5f, 0, 1, 0.3f},
-      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 1e-5f, 0, 1, 0.3f},
-      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 1e-5f, 0, 1, 0.3f},
-      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 1e-5f, 0.01f, 1.2f, 0.2f},
+      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | dtype, act, gated, rms, pre, final, rope, tied, layout, eps, threshold, of rotation, of scores
+      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, 0, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 1e-5f, 0, 1, 0.3f},
+      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, 0, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 0, 1e-5f, 0, 1, 0.3f},
+      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 1e-5f, 0, 1, 0.3f},
+      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 0, 1e-5f, 0, 1, 0.3f},
+      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 0, 1e-5f, 0, 1, 0.3f},
+      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 0, 1e-5f, 0.01f, 1.2f, 0.2f},
   };
   int runs = 0, models = 0;
   for (dejavu_config config : configs)
-    for (int dtype : {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4}) {
-      config.dtype = dtype;
+    for (int way = 0; way < 12; way++) {  // dtype by layout
+      const int dtypes[] = {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4}, dtype = dtypes[way % 4];
+      config.dtype = dtype, config.layout = way / 4;
+      if (dtype == DEJAVU_INT4 && config.layout == DEJAVU_INPUT_MAJOR) {
+        dejavu_model *none = nullptr;
+        EXPECT(dejavu_model_new(&config, &none) == DEJAVU_BAD_VALUE);
+        continue;
+      }
       dejavu_model *model = new_model(config, models % 2 == 0);
-      const float thresholds[] = {0.0f, INFINITY, -INFINITY};
+      const float thresholds[] = {0.0f, INFINITY, -INFINITY}, plain_thresholds[] = {0.0f, 1e30f, 0.3f};
       for (int t = 0; t < 3; t++) {
-        const float threshold = thresholds[t];
+        const float threshold = (config.layout == DEJAVU_BY_NEURON ? thresholds : plain_thresholds)[t];
         const int caches[] = {DEJAVU_FP32, DEJAVU_FP16, DEJAVU_INT8}, cache = caches[(models + t) % 3];
         const int64_t shortlist = (models / 2 + t) % 2 * (config.vocab_size / 3);
         std::istringstream names(dejavu_instruction_sets());
@@ -236,7 +281,7 @@ int main() {
           if (first.empty()) first = one;
           // At threshold 0 a score that is rounded otherwise may select another neuron, as may a screen; a cache rounds further.
           const double limit = dtype == DEJAVU_FP32 || dtype == DEJAVU_BF16 ? 1e-3 : 2e-2;  // activations are rounded as well
-          if (std::isinf(threshold) && cache == DEJAVU_FP32 && shortlist == 0) EXPECT(difference(first, one) < limit);
+          if ((std::isinf(threshold) || threshold == 1e30f) && cache == DEJAVU_FP32 && shortlist == 0) EXPECT(difference(first, one) < limit);
           runs++;
         }
       }

@@ -86,6 +86,22 @@ int dejavu_engine_predictor(dejavu_engine *engine, int64_t layer, int predicted,
   });
 }
 
+int dejavu_engine_gate(dejavu_engine *engine, int64_t layer, float threshold) {
+  return guarded([&] {
+    require(engine != nullptr, "a pointer is missing");
+    engine->set_gate(layer, threshold);
+    return DEJAVU_OK;
+  });
+}
+
+int dejavu_engine_inputs(dejavu_engine *engine, int64_t layer, int point, const float *norms, int64_t count, float threshold) {
+  return guarded([&] {
+    require(engine != nullptr && norms != nullptr, "a pointer is missing");
+    engine->set_inputs(layer, point, norms, count, threshold);
+    return DEJAVU_OK;
+  });
+}
+
 int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *A, const dejavu_matrix *B, int64_t count) {
   return guarded([&] {
     require(engine != nullptr && A != nullptr && B != nullptr, "a pointer is missing");

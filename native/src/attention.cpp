@@ -55,6 +55,7 @@ void Pass::project_heads(int64_t layer) {
   const Layer &weights = model.layers[(size_t)layer];
   const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim, per_group = heads / groups;
   const auto selects = [&](int64_t r, int64_t head) { return own.groups[r * groups + head / per_group] != 0; };
+  if (model.input_major()) return project_inputs(layer);
   own.units.clear();
   for (int64_t h = 0; h < heads; h++) {
     bool wanted = false;
@@ -75,21 +76,29 @@ void Pass::project_heads(int64_t layer) {
           const Fetch after = rows == 1 ? rows_after(matrix, first, rows_here) : Fetch();
           dots(matrix, own.attention_in[r], nullptr, first, rows_here, own.query[r].f + tile, after);
         }
-    for (int64_t r = 0; r < rows; r++) {
-      if (is_query && !selects(r, head)) continue;
-      float *computed = own.query[r].f;
-      if (is_query || is_key) {
-        norm_head(is_query ? weights.q_norm : weights.k_norm, computed);
-        rotate(r, computed);
-      }
-      if (!is_query) {  // past `size` it is zero: nothing is written there
-        store(computed, is_key ? block.k_pool : block.v_pool, is_key ? block.k_scale : block.v_scale, cache_row(layer, r, head, block.position[r]));
-        continue;
-      }
-      const float scale = config.attention_scale;
-      float *to = engine.query.data() + (r * heads + head) * model.head_width;
-      for (int64_t i = 0; i < size; i++) to[i] = computed[i] * scale;
+    place_head(layer, unit);
+  }
+}
+
+// What was projected for a head, of queries, then keys, then values: normed, rotated, and to where attention reads it.
+void Pass::place_head(int64_t layer, int64_t unit) {
+  const Layer &weights = model.layers[(size_t)layer];
+  const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim;
+  const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
+  for (int64_t r = 0; r < rows; r++) {
+    if (is_query && own.groups[r * groups + unit / (heads / groups)] == 0) continue;
+    float *computed = own.query[r].f;
+    if (is_query || is_key) {
+      norm_head(is_query ? weights.q_norm : weights.k_norm, computed);
+      rotate(r, computed);
     }
+    if (!is_query) {  // past `size` it is zero: nothing is written there
+      const int64_t at = cache_row(layer, r, (unit - heads) % groups, block.position[r]);
+      store(computed, is_key ? block.k_pool : block.v_pool, is_key ? block.k_scale : block.v_scale, at);
+      continue;
+    }
+    float *to = engine.query.data() + (r * heads + unit) * model.head_width;
+    for (int64_t i = 0; i < size; i++) to[i] = computed[i] * config.attention_scale;
   }
 }
 
@@ -123,8 +132,12 @@ void Pass::attend(int64_t layer) {
           for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.v_scale[first + i];
           axpys_of(cache_rows(block.v_pool, first, count), p + t, padded, mixed);
         }
-        o.scale_rows(nullptr, h * size, size, mixed);
         float *part = engine.attention_parts.data() + (c * engine.max_rows + r) * width;
+        if (selects(layer, DEJAVU_AT_OUTPUT)) {
+          add_kept_outputs(layer, r, h, mixed, part);
+          continue;
+        }
+        o.scale_rows(nullptr, h * size, size, mixed);
         for (int64_t tile = 0; tile < size; tile += TILE) {
           const int64_t first_row = h * size + tile, count = std::min(TILE, size - tile);
           axpys(o, mixed + tile, nullptr, first_row, count, part, rows == 1 ? rows_after(o, first_row, count) : Fetch());

@@ -8,13 +8,7 @@
 
 namespace {
 
-// Enough chunks to share among threads, few enough that adding them up stays cheap. A power of two, by the model alone.
-int64_t chunks_of_neurons(const dejavu_config &c) {
-  const int64_t wanted = std::max(c.intermediate_size * c.hidden_size >> 17, std::min<int64_t>(c.intermediate_size / 16, 8));
-  int64_t chunks = 1;
-  while (chunks * 2 <= wanted && chunks < 32) chunks *= 2;
-  return chunks;
-}
+constexpr uint32_t QKV = 1u << DEJAVU_Q | 1u << DEJAVU_K | 1u << DEJAVU_V;
 
 int64_t chunks_of_heads(const dejavu_config &c) { return std::min(c.num_heads, std::max<int64_t>(8, c.num_heads / 4)); }
 
@@ -36,7 +30,7 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
       max_rows(rows),
       neuron_chunks(chunks_of_neurons(of->config)),
       head_chunks(chunks_of_heads(of->config)),
-      predictors((size_t)of->config.num_layers),
+      selectors((size_t)of->config.num_layers),
       pool(threads) {
   const dejavu_config &c = model->config;
   const int64_t width = model->width;
@@ -46,9 +40,10 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   require(c.embed_size == c.hidden_size || (model->project_in.present() && model->project_out.present()), "the model has no project_in and project_out");
   require(c.rope ? !model->inv_freq.empty() : model->position.present(), "the model has no positions");
   require(!c.final_norm || !model->final_norm.weight.empty(), "the model has no final norm");
+  const uint32_t mlp = 1u << DEJAVU_UP | (c.gated ? 1u << DEJAVU_GATE : 0u);
   for (const Layer &layer : model->layers)
-    require(layer.q.present() && layer.k.present() && layer.v.present() && layer.o.present() && !layer.norm1.weight.empty() &&
-                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && layer.up.filled() && layer.down.filled() && (!c.gated || layer.gate.filled()),
+    require((layer.given & QKV) == QKV && layer.o.present() && !layer.norm1.weight.empty() &&
+                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && (layer.given & mlp) == mlp && layer.down.filled(),
             "a layer of the model lacks a part");
   residual = Buffer<float>(product({rows, width}));
   query = Buffer<float>(product({rows, c.num_heads, model->head_width}));
@@ -59,6 +54,13 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   projected = Buffer<float>(rows * model->embed_width);
   for (Buffer<int32_t> &list : lists) list = Buffer<int32_t>(rows * c.intermediate_size);
   for (Buffer<int64_t> &count : counts) count = Buffer<int64_t>(rows * neuron_chunks);
+  if (model->input_major()) {
+    for (const auto *panels : {&model->layers[0].head_panels, &model->layers[0].neuron_panels})
+      for (const Matrix &panel : *panels) columns = std::max(columns, panel.width + PAD);
+    activated = Buffer<float>(product({rows, c.intermediate_size}));
+    output_kept = Buffer<int32_t>(product({rows, c.num_heads, c.head_dim}));
+    output_counts = Buffer<int64_t>(rows * c.num_heads);
+  }
   for (int thread = 0; thread < threads; thread++) {
     auto own = std::make_unique<Scratch>();
     for (Vectors *vectors : {&own->x, &own->attention_in, &own->mlp_in, &own->final_in}) *vectors = Vectors(rows, width, int8, int4);
@@ -72,6 +74,9 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
     own->cached = Buffer<int16_t>(model->head_width);
     own->fired = Buffer<int32_t>(c.intermediate_size);
     own->groups = Buffer<uint8_t>(rows * c.num_kv_heads);
+    own->columns = Buffer<float>(product({rows, columns}));
+    for (Kept *kept : {&own->attention_kept, &own->mlp_kept})
+      if (model->input_major()) *kept = {Buffer<int32_t>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<int64_t>(rows)};
     own->units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
     scratch.push_back(std::move(own));
   }
@@ -79,10 +84,11 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
 
 void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead) {
   const dejavu_config &c = model->config;
-  require(layer >= 0 && layer < c.num_layers, "layer " + std::to_string(layer) + " is none of " + std::to_string(c.num_layers));
+  check_layer(layer);
   require(predicted == DEJAVU_MLP || predicted == DEJAVU_HEADS, "unknown predictor " + std::to_string(predicted));
   const bool mlp = predicted == DEJAVU_MLP;
   require(lookahead >= 0 && lookahead <= (mlp ? 2 : 1), "unknown lookahead " + std::to_string(lookahead));
+  require(!model->input_major(), "the matrices of the model are input-major: it selects inputs alone");
   require(layer > 0 || lookahead < (mlp ? 2 : 1), "layer 0 has no layer before it");
   require(A.rows > 0 && A.rows < INT64_C(1) << 31, "a predictor needs a positive rank");
   require(!std::isnan(threshold), "a predictor's threshold is NaN");
@@ -94,15 +100,49 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   made.B.allocate(arena, B.dtype, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
   made.B.fill(B, "a predictor's B");
   made.threshold = threshold, made.lookahead = lookahead;
-  LayerPredictors &pair = predictors[(size_t)layer];
-  (mlp ? pair.mlp : pair.heads) = std::move(made);
+  LayerSelectors &selector = selectors[(size_t)layer];
+  require(!mlp || selector.gate < 0, "the MLP of layer " + std::to_string(layer) + " selects by its gate: it takes no predictor");
+  (mlp ? selector.mlp : selector.heads) = std::move(made);
   grow_low();
+}
+
+void dejavu_engine::set_gate(int64_t layer, float threshold) {
+  check_layer(layer);
+  require(threshold >= 0 && std::isfinite(threshold), "a gate's threshold must be 0 or more, not " + std::to_string(threshold));
+  require(model->config.layout == DEJAVU_GATE_APART, "gates select neurons where they lie apart: the model has another layout");
+  std::lock_guard<std::mutex> lock(mutex);
+  require(!selectors[(size_t)layer].mlp.present(), "the MLP of layer " + std::to_string(layer) + " has a predictor: its gate selects nothing");
+  if (activated.empty()) activated = Buffer<float>(product({max_rows, model->config.intermediate_size}));
+  selectors[(size_t)layer].gate = threshold;
+}
+
+void dejavu_engine::set_inputs(int64_t layer, int point, const float *norms, int64_t count, float threshold) {
+  const dejavu_config &c = model->config;
+  check_layer(layer);
+  require(point >= 0 && point < DEJAVU_POINTS, "unknown point " + std::to_string(point));
+  const int64_t sizes[] = {c.hidden_size, c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size};
+  require(count == sizes[point], "there are " + std::to_string(count) + " norms, expected " + std::to_string(sizes[point]));
+  require(threshold >= 0 && std::isfinite(threshold), "a threshold of inputs must be 0 or more, not " + std::to_string(threshold));
+  for (int64_t i = 0; i < count; i++)
+    if (!(norms[i] >= 0) || !std::isfinite(norms[i])) throw BadValue("norm " + std::to_string(i) + " of inputs must be 0 or more, not " + std::to_string(norms[i]));
+  require(model->input_major(), "inputs are selected where matrices are input-major: the model has another layout");
+  std::lock_guard<std::mutex> lock(mutex);
+  InputSelector made;
+  made.norms = Buffer<float>(count);
+  std::copy_n(norms, count, made.norms.data());
+  made.threshold = threshold;
+  selectors[(size_t)layer].inputs[point] = std::move(made);
+}
+
+void dejavu_engine::check_layer(int64_t layer) const {
+  const int64_t layers = model->config.num_layers;
+  require(layer >= 0 && layer < layers, "layer " + std::to_string(layer) + " is none of " + std::to_string(layers));
 }
 
 // The sums of a rank, as wide as the largest rank.
 void dejavu_engine::grow_low() {
   int64_t widest = std::max(PAD, screen.B.width);
-  for (const LayerPredictors &pair : predictors) widest = std::max({widest, pair.mlp.B.width, pair.heads.B.width});
+  for (const LayerSelectors &each : selectors) widest = std::max({widest, each.mlp.B.width, each.heads.B.width});
   for (auto &own : scratch) own->low = Vectors(1, widest, model->config.dtype == DEJAVU_INT8 || model->config.dtype == DEJAVU_INT4, false);
 }
 

@@ -1,9 +1,10 @@
-// An engine: predictors, scratch memory and threads around a model. In: a block of tokens. Out: logits and counts.
+// An engine: selectors, scratch memory and threads around a model. In: a block of tokens. Out: logits and counts.
 //
 // One layer takes three barriers. A row's sums are cut into chunks that depend on the model alone and added in the order of
 // the chunks, so that its result depends neither on the rows beside it nor on the number of threads.
 #pragma once
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -18,8 +19,27 @@ struct Predictor {
   bool present() const { return A.present(); }
 };
 
-struct LayerPredictors {
+// Inputs of one point that are kept: see inputs.cpp.
+struct InputSelector {
+  Buffer<float> norms;
+  float threshold = 0.0f;
+  bool present() const { return !norms.empty(); }
+  // NaN is kept, and found in the logits.
+  bool keeps(float x, int64_t i) const { return !(std::fabs(x) * norms[i] <= threshold); }
+};
+
+// How a layer selects. gate: the threshold of its activated gates, see gate.cpp; negative: they select nothing.
+struct LayerSelectors {
   Predictor mlp, heads;
+  float gate = -1.0f;
+  InputSelector inputs[DEJAVU_POINTS];
+};
+
+// The inputs of some width that are kept, of every row in order, and their values. whole: of all inputs, zero where they are not kept.
+struct Kept {
+  Buffer<int32_t> idx;
+  Buffer<float> value, whole;
+  Buffer<int64_t> count;
 };
 
 // The screened head: see screen.cpp. best: [rows, threads, count], the ranks that each thread found, `found` of them.
@@ -61,6 +81,8 @@ struct Scratch {
   Buffer<int16_t> cached;
   Buffer<int32_t> fired;
   Buffer<uint8_t> groups;        // [rows, groups]: selected
+  Kept attention_kept, mlp_kept;  // these two: where inputs are selected
+  Buffer<float> columns;          // [rows, columns]: sums of the columns of a panel
   Buffer<uint64_t> ranks;        // these three: for a screen
   Buffer<int32_t> tokens;
   Buffer<float> exact;
@@ -70,6 +92,8 @@ struct Scratch {
 struct dejavu_engine {
   dejavu_engine(const dejavu_model *model, int threads, int64_t max_rows, const Kernels *kernels);
   void set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead);
+  void set_gate(int64_t layer, float threshold);
+  void set_inputs(int64_t layer, int point, const float *norms, int64_t count, float threshold);
   void set_screen(const dejavu_matrix &A, const dejavu_matrix &B, int64_t count);
   // Raises BadValue for a block that this model cannot run. Returns whether every logit is finite.
   bool run(const dejavu_block &block, dejavu_profile *profile = nullptr);
@@ -79,11 +103,15 @@ struct dejavu_engine {
   const dejavu_model *model;
   const Kernels *kernels;
   const int64_t max_rows, neuron_chunks, head_chunks;
+  int64_t columns = 0;  // of Scratch::columns: more than any panel has
   Arena arena;  // of predictors and screen; what is set anew lies there until the end
-  std::vector<LayerPredictors> predictors;
+  std::vector<LayerSelectors> selectors;
   Screen screen;
-  // Shared by the threads
-  Buffer<float> residual, query, attention_parts, mlp_parts, cosine, sine, projected;
+  // Shared by the threads. activated: [rows, neurons], what of activations is
+  // known before an MLP runs: see pass.h. output_kept: inputs of o, a head's from its first on, with counts [rows, heads].
+  Buffer<float> residual, query, attention_parts, mlp_parts, cosine, sine, projected, activated;
+  Buffer<int32_t> output_kept;
+  Buffer<int64_t> output_counts;
   // By the layer's parity, so that thread 0 still reports one layer while others select for the next.
   Buffer<int32_t> lists[2];   // [rows, neurons]: the selected neurons of chunk c start at the chunk's first neuron
   Buffer<int64_t> counts[2];  // [rows, neuron_chunks]
@@ -96,7 +124,7 @@ struct dejavu_engine {
 
  private:
   void check(const dejavu_block &block) const;
+  void check_layer(int64_t layer) const;
   void grow_low();
 };
 
-inline int64_t chunk_start(int64_t total, int64_t chunk, int64_t chunks) { return total * chunk / chunks; }

@@ -9,37 +9,42 @@ namespace {
 
 constexpr int64_t FETCHED_BYTES = 384 << 10;  // for each thread
 
-// Rows in order come from memory about 1.5 times as fast as selected ones (docs/log.md): above this share all are read, and the
-// activations of the others set to zero, which leaves the sum as it is, bit for bit.
-bool dense_is_faster(int64_t selected, int64_t total) { return 8 * selected > 5 * total; }
-
 }  // namespace
 
 // y += the neurons idx[0 .. count) (or first, first + 1, ...; of these where `kept` is given only kept[0 .. num_kept)) of one token.
-void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
+void Pass::neurons(const Layer &layer, Known known, int64_t r, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
                    const int32_t *kept, int64_t num_kept) {
   const Vector &x = own.mlp_in[r];
   float *values = own.values.data();
+  float *gate = config.gated && known != Known::ALL ? values + config.intermediate_size + PAD : values;
   // Selected rows are fetched as whole records, ahead of their first use; of rows in order each matrix fetches its share of the
-  // records that come next.
-  const int64_t bytes = layer.up.row_bytes(), matrices = config.gated ? 3 : 2;
-  const int64_t whole = (config.gated ? 2 * bytes : bytes) + (skip_zeros ? 0 : bytes);
-  const auto fetched = [&](int64_t matrix) -> Fetch {
-    if (idx != nullptr) return {matrix == 0 ? whole : 0};
+  // records that come next, and a gate that lies apart its own rows.
+  const bool reads_gate = config.gated && known == Known::NOTHING, reads_up = known == Known::NOTHING || gate != values;
+  const bool skipped_late = skip_zeros && known == Known::NOTHING;  // which rows of down are read is known once those of up were
+  const int64_t bytes = layer.up.row_bytes(), matrices = 1 + reads_gate + reads_up, whole = (skipped_late ? matrices - 1 : matrices) * bytes;
+  const Matrix &leading = reads_gate ? layer.gate : reads_up ? layer.up : layer.down;
+  const int64_t apart = known == Known::NOTHING && config.layout == DEJAVU_GATE_APART;
+  const Matrix &record = !apart ? leading : config.gated ? layer.up : layer.down;
+  int64_t matrix = 0;
+  const auto fetched = [&]() -> Fetch {
+    const int64_t part = matrix++ - apart, parts = matrices - apart;
+    if (idx != nullptr) return {part + apart == 0 ? whole : 0};
     if (rows > 1) return {};
-    const Fetch after = rows_after(config.gated ? layer.gate : layer.up, first, count);
-    const int64_t begin = after.bytes * matrix / matrices, end = after.bytes * (matrix + 1) / matrices;
+    if (part < 0) return rows_after(leading, first, count);
+    const Fetch after = rows_after(record, first, count);
+    const int64_t begin = after.bytes * part / parts, end = after.bytes * (part + 1) / parts;
     return {end - begin, after.next + begin};
   };
-  if (config.gated) {
-    float *gate = values + config.intermediate_size + PAD;
-    dots(layer.gate, x, idx, first, count, gate, fetched(0));
+  if (known == Known::NOTHING) {
+    dots(config.gated ? layer.gate : layer.up, x, idx, first, count, gate, fetched());
     kernels.activate(gate, count, config.activation, config.activation_threshold);
-    dots(layer.up, x, idx, first, count, values, fetched(1));
-    for (int64_t k = 0; k < count; k++) values[k] = gate[k] * values[k];
   } else {
-    dots(layer.up, x, idx, first, count, values, fetched(0));
-    kernels.activate(values, count, config.activation, config.activation_threshold);
+    const float *found = engine.activated.data() + r * config.intermediate_size;
+    for (int64_t k = 0; k < count; k++) gate[k] = found[idx == nullptr ? first + k : idx[k]];
+  }
+  if (gate != values) {
+    dots(layer.up, x, idx, first, count, values, fetched());
+    for (int64_t k = 0; k < count; k++) values[k] = gate[k] * values[k];
   }
   if (kept != nullptr) {
     for (int64_t k = 0, next = 0; k < count; k++) {
@@ -52,8 +57,7 @@ void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t fi
     }
   }
   layer.down.scale_rows(idx, first, count, values);
-  if (idx == nullptr) return axpys(layer.down, values, idx, first, count, y, fetched(matrices - 1));
-  if (!skip_zeros) return axpys(layer.down, values, idx, first, count, y);
+  if (idx == nullptr || !skip_zeros) return axpys(layer.down, values, idx, first, count, y, fetched());
   // An activation of exactly zero adds nothing: its row of down is not read.
   int32_t *fired = own.fired.data();
   int64_t n = 0;
@@ -63,13 +67,14 @@ void Pass::neurons(const Layer &layer, int64_t r, const int32_t *idx, int64_t fi
     n += values[k] != 0.0f;
   }
   note_fired(fired, n);
-  axpys(layer.down, values, fired, 0, n, y, {bytes});
+  axpys(layer.down, values, fired, 0, n, y, skipped_late ? Fetch{bytes} : fetched());
 }
 
 // One of `parts` parts of this thread's selected neurons is fetched, while attention computes: where they are known by then and
 // few enough to stay in the second-level cache.
 void Pass::fetch_neurons(int64_t index, int64_t part, int64_t parts) const {
-  if (rows > 1 || !sparse_mlp(index) || engine.predictors[(size_t)index].mlp.lookahead == 0) return;
+  const Predictor &predictor = engine.selectors[(size_t)index].mlp;
+  if (rows > 1 || !block.sparse || !predictor.present() || predictor.lookahead == 0) return;
   const Layer &layer = model.layers[(size_t)index];
   const Matrix &first = config.gated ? layer.gate : layer.up;
   const int64_t chunks = engine.neuron_chunks, begin = share(chunks), end = share_end(chunks);
@@ -86,12 +91,15 @@ void Pass::mlp(int64_t index) {
   const Layer &layer = model.layers[(size_t)index];
   const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
   const bool sparse = sparse_mlp(index), skip_zeros = config.activation <= DEJAVU_FATRELU;
+  const Known known = model.input_major() || (by_gate(index) && !config.gated) ? Known::ALL : by_gate(index) ? Known::GATES : Known::NOTHING;
   for (int64_t c = share(chunks); c < share_end(chunks); c++) {
     const int64_t begin = chunk_start(total, c, chunks), end = chunk_start(total, c + 1, chunks);
     float *part = engine.mlp_parts.data() + c * engine.max_rows * width;
     for (int64_t r = 0; r < rows; r++) std::fill_n(part + r * width, width, 0.0f);
+    if (by_gate(index)) select_by_gate(index, c);
+    if (model.input_major()) activate_inputs(index, c);
     if (sparse && rows == 1 && !dense_is_faster(engine.counts[index & 1][c], end - begin)) {
-      neurons(layer, 0, engine.lists[index & 1].data() + begin, 0, engine.counts[index & 1][c], skip_zeros, part);
+      neurons(layer, known, 0, engine.lists[index & 1].data() + begin, 0, engine.counts[index & 1][c], skip_zeros, part);
       continue;
     }
     // Sparse rows walk their own lists side by side, a tile of neuron numbers at a time.
@@ -101,16 +109,16 @@ void Pass::mlp(int64_t index) {
       const int64_t stop = std::min(first + tile, end);
       for (int64_t r = 0; r < rows; r++) {
         if (!sparse) {
-          neurons(layer, r, nullptr, first, stop - first, false, part + r * width);
+          neurons(layer, known, r, nullptr, first, stop - first, false, part + r * width);
           continue;
         }
         const int32_t *list = engine.lists[index & 1].data() + r * total + begin;
         const int64_t from = done[r], length = engine.counts[index & 1][r * chunks + c];
         while (done[r] < length && list[done[r]] < stop) done[r]++;
         if (dense_is_faster(done[r] - from, stop - first))
-          neurons(layer, r, nullptr, first, stop - first, skip_zeros, part + r * width, list + from, done[r] - from);
+          neurons(layer, known, r, nullptr, first, stop - first, skip_zeros, part + r * width, list + from, done[r] - from);
         else
-          neurons(layer, r, list + from, 0, done[r] - from, skip_zeros, part + r * width);
+          neurons(layer, known, r, list + from, 0, done[r] - from, skip_zeros, part + r * width);
       }
     }
   }

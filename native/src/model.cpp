@@ -1,6 +1,7 @@
 // Packing of weights: see model.h.
 #include "model.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace {
@@ -16,6 +17,8 @@ void check_config(const dejavu_config &c) {
   require(!c.rope || c.head_dim % 2 == 0, "head_dim must be even for rotary positions");
   require(c.dtype >= DEJAVU_FP32 && c.dtype <= DEJAVU_INT4, "unknown dtype " + std::to_string(c.dtype));
   require(c.activation >= DEJAVU_RELU && c.activation <= DEJAVU_GELU_TANH, "unknown activation " + std::to_string(c.activation));
+  require(c.layout >= DEJAVU_BY_NEURON && c.layout <= DEJAVU_INPUT_MAJOR, "unknown layout " + std::to_string(c.layout));
+  require(c.layout != DEJAVU_INPUT_MAJOR || c.dtype != DEJAVU_INT4, "selection by inputs is not computed in int4, whose scales belong to groups of inputs; take int8");
   require(c.position_offset >= 0, "position_offset must not be negative");
 }
 
@@ -61,12 +64,18 @@ void Matrix::allocate(Arena &arena, int new_dtype, int64_t new_rows, int64_t new
   view(new_dtype, new_rows, new_columns, arena.take(product({new_rows, bytes}) + (new_dtype == DEJAVU_INT4 ? INT4_SLACK : 0)), bytes);
 }
 
-void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
+void Matrix::check(const dejavu_matrix &source, int64_t expected_rows, int64_t expected_columns, const std::string &what) const {
   require(source.data != nullptr, what + " has no data");
-  require(source.rows == rows && source.columns == columns,
-          what + " is " + std::to_string(source.rows) + " x " + std::to_string(source.columns) + ", expected " + std::to_string(rows) + " x " +
-              std::to_string(columns));
+  require(source.rows == expected_rows && source.columns == expected_columns,
+          what + " is " + std::to_string(source.rows) + " x " + std::to_string(source.columns) + ", expected " + std::to_string(expected_rows) + " x " +
+              std::to_string(expected_columns));
   require(source.dtype == dtype && (source.scale != nullptr) == (dtype == DEJAVU_INT8 || dtype == DEJAVU_INT4), what + " must be " + name_of(dtype));
+  if (dtype != DEJAVU_INT8) return;
+  for (int64_t r = 0; r < source.rows; r++) require(std::isfinite(((const float *)source.scale)[r]), what + NOT_FINITE);
+}
+
+void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
+  check(source, rows, columns, what);
   if (dtype == DEJAVU_INT4) {
     const int64_t groups = (columns + GROUP - 1) / GROUP;
     for (int64_t r = 0; r < rows; r++)
@@ -75,13 +84,38 @@ void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
     const int64_t bytes = bytes_of(dtype, columns);
     for (int64_t r = 0; r < rows; r++) std::memcpy(data + r * stride, (const unsigned char *)source.data + r * bytes, (size_t)bytes);
   }
-  if (dtype == DEJAVU_INT8) {
-    const float *scales = (const float *)source.scale;
-    for (int64_t r = 0; r < rows; r++) require(std::isfinite(scales[r]), what + NOT_FINITE);
-    copy_vector(scale, rows, scales, rows);
-  }
+  if (dtype == DEJAVU_INT8) copy_vector(scale, rows, (const float *)source.scale, rows);
   filled_ = true;
   if (source.bias != nullptr) copy_vector(bias, rows, source.bias, rows);
+}
+
+void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first) {
+  const auto transpose = [&](auto *to, const auto *values) {  // a block of outputs at a time: whole cache lines are written
+    const int64_t step = stride / (int64_t)sizeof(*to);
+    for (int64_t block = 0; block < count; block += PAD)
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t o = block; o < std::min(block + PAD, count); o++) to[i * step + first + o] = values[(from + o) * rows + i];
+  };
+  switch (dtype) {
+    case DEJAVU_INT8: transpose((int8_t *)data, (const int8_t *)source.data); break;
+    case DEJAVU_BF16: transpose((uint16_t *)data, (const uint16_t *)source.data); break;
+    default: transpose((float *)data, (const float *)source.data);
+  }
+  const auto by_column = [&](Buffer<float> &to, const float *values) {
+    if (values == nullptr) return;
+    if (to.empty()) to = Buffer<float>(width);
+    std::copy_n(values + from, count, to.data() + first);
+  };
+  by_column(scale, (const float *)source.scale);
+  by_column(bias, source.bias);
+}
+
+// Enough chunks to share among threads, few enough that adding them up stays cheap. A power of two.
+int64_t chunks_of_neurons(const dejavu_config &c) {
+  const int64_t wanted = std::max(c.intermediate_size * c.hidden_size >> 17, std::min<int64_t>(c.intermediate_size / 16, 8));
+  int64_t chunks = 1;
+  while (chunks * 2 <= wanted && chunks < 32) chunks *= 2;
+  return chunks;
 }
 
 dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
@@ -90,14 +124,55 @@ dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
   embed_width = round_up(config.embed_size, PAD);
   head_width = round_up(config.head_dim, HEAD_PAD);
   layers.resize((size_t)config.num_layers);
-  const int64_t parts = config.gated ? 3 : 2, bytes = bytes_of(config.dtype, width);
   for (Layer &layer : layers) {
-    unsigned char *record = arena.take(product({config.intermediate_size, parts, bytes}) + (config.dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
-    for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) {
-      if (matrix == &layer.gate && !config.gated) continue;
-      matrix->view(config.dtype, config.intermediate_size, config.hidden_size, record, parts * bytes);
-      record += bytes;
+    if (input_major()) {
+      make_panels(layer);
+      layer.down.allocate(arena, config.dtype, config.intermediate_size, config.hidden_size);
+      continue;
     }
+    std::vector<Matrix *> record = {&layer.up, &layer.down};
+    if (config.gated) record.insert(record.begin(), &layer.gate);
+    if (config.layout == DEJAVU_GATE_APART) {
+      record.front()->allocate(arena, config.dtype, config.intermediate_size, config.hidden_size);
+      record.erase(record.begin());
+    }
+    const int64_t bytes = bytes_of(config.dtype, width), parts = (int64_t)record.size();
+    unsigned char *data = arena.take(product({config.intermediate_size, parts, bytes}) + (config.dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
+    for (int64_t part = 0; part < parts; part++)
+      record[(size_t)part]->view(config.dtype, config.intermediate_size, config.hidden_size, data + part * bytes, parts * bytes);
+  }
+}
+
+void dejavu_model::make_panels(Layer &layer) {
+  const int64_t heads = config.num_heads + 2 * config.num_kv_heads, groups = std::max<int64_t>(std::min<int64_t>(heads, 4), heads / 4);
+  const int64_t chunks = chunks_of_neurons(config), matrices = config.gated ? 2 : 1;
+  layer.head_panels.resize((size_t)groups);
+  for (int64_t p = 0; p < groups; p++)
+    layer.head_panels[(size_t)p].allocate(arena, config.dtype, config.hidden_size, (chunk_start(heads, p + 1, groups) - chunk_start(heads, p, groups)) * config.head_dim);
+  layer.neuron_panels.resize((size_t)chunks);
+  for (int64_t c = 0; c < chunks; c++) {
+    const int64_t count = chunk_start(config.intermediate_size, c + 1, chunks) - chunk_start(config.intermediate_size, c, chunks);
+    layer.neuron_panels[(size_t)c].allocate(arena, config.dtype, config.hidden_size, matrices * round_up(count, LANES));
+  }
+}
+
+// One of q, k and v.
+void dejavu_model::set_heads(Layer &layer, const dejavu_matrix &source, int64_t first_head, int64_t heads, const std::string &what) {
+  const int64_t size = config.head_dim, all = config.num_heads + 2 * config.num_kv_heads, panels = (int64_t)layer.head_panels.size();
+  layer.head_panels[0].check(source, heads * size, config.hidden_size, what);
+  for (int64_t p = 0; p < panels; p++) {
+    const int64_t begin = chunk_start(all, p, panels), from = std::max(begin, first_head), to = std::min(chunk_start(all, p + 1, panels), first_head + heads);
+    if (from < to) layer.head_panels[(size_t)p].fill_columns(source, (from - first_head) * size, (to - from) * size, (from - begin) * size);
+  }
+}
+
+// gate or, `second` where there is one, up.
+void dejavu_model::set_neurons(Layer &layer, const dejavu_matrix &source, bool second, const std::string &what) {
+  const int64_t total = config.intermediate_size, panels = (int64_t)layer.neuron_panels.size();
+  layer.neuron_panels[0].check(source, total, config.hidden_size, what);
+  for (int64_t c = 0; c < panels; c++) {
+    const int64_t begin = chunk_start(total, c, panels), count = chunk_start(total, c + 1, panels) - begin;
+    layer.neuron_panels[(size_t)c].fill_columns(source, begin, count, second ? round_up(count, LANES) : 0);
   }
 }
 
@@ -139,8 +214,15 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   require(index >= 0 && index < c.num_layers, "layer " + std::to_string(index) + " is none of " + std::to_string(c.num_layers));
   Layer &layer = layers[(size_t)index];
   const std::string where = " of layer " + std::to_string(index);
-  const int64_t queries = c.num_heads * c.head_dim, keys = c.num_kv_heads * c.head_dim;
-  const auto of_layer = [&](Matrix &matrix, int64_t rows, const char *what) { own(matrix, c.dtype, rows, c.hidden_size, (what + where).c_str()); };
+  const int64_t queries = c.num_heads * c.head_dim;
+  const auto projection = [&](Matrix &matrix, int64_t first_head, int64_t heads, const char *what) {
+    input_major() ? set_heads(layer, m, first_head, heads, what + where) : own(matrix, c.dtype, heads * c.head_dim, c.hidden_size, (what + where).c_str());
+    layer.given |= UINT32_C(1) << part;
+  };
+  const auto of_neurons = [&](Matrix &matrix, const char *what) {
+    input_major() ? set_neurons(layer, m, part == DEJAVU_UP && c.gated, what + where) : matrix.fill(m, what + where);
+    layer.given |= UINT32_C(1) << part;
+  };
   switch (part) {
     case DEJAVU_NORM1: return set_norm(layer.norm1, m, "norm1" + where);
     case DEJAVU_NORM2: return set_norm(layer.norm2, m, "norm2" + where);
@@ -149,16 +231,16 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
       require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns == c.head_dim && m.bias == nullptr,
               "a norm of heads must be one fp32 row of " + std::to_string(c.head_dim) + " without a bias" + where);
       return copy_vector(part == DEJAVU_Q_NORM ? layer.q_norm : layer.k_norm, c.head_dim, (const float *)m.data, c.head_dim);
-    case DEJAVU_Q: return of_layer(layer.q, queries, "q");
-    case DEJAVU_K: return of_layer(layer.k, keys, "k");
-    case DEJAVU_V: return of_layer(layer.v, keys, "v");
+    case DEJAVU_Q: return projection(layer.q, 0, c.num_heads, "q");
+    case DEJAVU_K: return projection(layer.k, c.num_heads, c.num_kv_heads, "k");
+    case DEJAVU_V: return projection(layer.v, c.num_heads + c.num_kv_heads, c.num_kv_heads, "v");
     case DEJAVU_O:
       layer.o.allocate(arena, c.dtype, queries, c.hidden_size);
       return set_output(layer.o, layer.o_bias, m, "o" + where);
     case DEJAVU_GATE:
       require(c.gated != 0, "this model has no gate");
-      return layer.gate.fill(m, "gate" + where);
-    case DEJAVU_UP: return layer.up.fill(m, "up" + where);
+      return of_neurons(layer.gate, "gate");
+    case DEJAVU_UP: return of_neurons(layer.up, "up");
     case DEJAVU_DOWN: return set_output(layer.down, layer.down_bias, m, "down" + where);
     default: throw BadValue("unknown part " + std::to_string(part));
   }

@@ -62,6 +62,11 @@ void Pass::quantize(Vector &vector, int64_t count) const {
   if (vector.q != nullptr) vector.scale = kernels.quantize(vector.f, count, int16_limit(count), vector.q);
 }
 
+// The input of a layer's matrices; input-major ones take it as it is.
+void Pass::quantize_for_layer(Vector &vector) const {
+  if (!model.input_major()) quantize(vector, width);
+}
+
 // x += every chunk's part, in order, and the bias.
 void Pass::add_parts(const Buffer<float> &parts, int64_t chunks, const Buffer<float> &bias) {
   for (int64_t r = 0; r < rows; r++) {
@@ -123,8 +128,9 @@ void Pass::attention_input(int64_t layer) {
       norm(model.layers[(size_t)layer].norm1, own.x[r].f, own.attention_in[r].f);
     else
       std::copy_n(own.x[r].f, width, own.attention_in[r].f);
-    quantize(own.attention_in[r], width);
+    quantize_for_layer(own.attention_in[r]);
   }
+  if (model.input_major()) keep_inputs(layer, DEJAVU_AT_ATTENTION, own.attention_in, own.attention_kept);
   lap(DEJAVU_OP_OTHER);
   select_groups(layer);
   select_neurons(layer, 2);
@@ -139,8 +145,9 @@ void Pass::after_attention(int64_t layer) {
     float *x = own.x[r].f, *m = own.mlp_in[r].f;
     norm(config.pre_norm ? weights.norm2 : weights.norm1, x, m);
     if (!config.pre_norm) std::copy_n(m, width, x);
-    quantize(own.mlp_in[r], width);
+    quantize_for_layer(own.mlp_in[r]);
   }
+  if (model.input_major()) keep_inputs(layer, DEJAVU_AT_MLP, own.mlp_in, own.mlp_kept);
   lap(DEJAVU_OP_OTHER);
   select_neurons(layer, 0);
   lap(DEJAVU_OP_PREDICTOR);

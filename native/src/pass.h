@@ -16,6 +16,9 @@ inline Fetch rows_after(const Matrix &matrix, int64_t first, int64_t count) {
   return {rows * matrix.stride, matrix.data + stop * matrix.stride};
 }
 
+// What of a layer's activations lies in engine.activated before its MLP runs.
+enum class Known { NOTHING, GATES, ALL };
+
 class Pass {
  public:
   Pass(dejavu_engine &engine, const dejavu_block &block, int thread);
@@ -36,14 +39,28 @@ class Pass {
   int64_t cache_row(int64_t layer, int64_t row, int64_t group, int64_t position) const;
   RowList cache_rows(const void *pool, int64_t first, int64_t count) const;
   void store(const float *head, void *pool, float *scales, int64_t at) const;
+  void place_head(int64_t layer, int64_t unit);
   void norm_head(const Buffer<float> &weight, float *head) const;
   void rotate(int64_t row, float *head) const;
 
   // mlp.cpp
   void mlp(int64_t layer);
   void fetch_neurons(int64_t layer, int64_t part, int64_t parts) const;
-  void neurons(const Layer &layer, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
+  void neurons(const Layer &layer, Known known, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
                const int32_t *kept = nullptr, int64_t num_kept = 0);
+
+  // inputs.cpp
+  void keep_inputs(int64_t layer, int point, Vectors &x, Kept &kept) const;
+  void sum_columns(const Matrix &panel, const Kept &kept);
+  void project_inputs(int64_t layer);
+  void activate_inputs(int64_t layer, int64_t chunk);
+  void add_kept_outputs(int64_t layer, int64_t row, int64_t head, float *mixed, float *part);
+  void report_inputs(int64_t layer) const;
+  void count_inputs(int64_t layer) const;
+  bool selects(int64_t layer, int point) const { return block.sparse && engine.selectors[(size_t)layer].inputs[point].present(); }
+
+  // gate.cpp
+  void select_by_gate(int64_t layer, int64_t chunk);
 
   // select.cpp
   void select_groups(int64_t layer);
@@ -68,9 +85,12 @@ class Pass {
   RowList list_of(const Matrix &matrix, const int32_t *idx, int64_t first, int64_t count, Fetch fetch) const;
   void norm(const Norm &norm, const float *x, float *y) const;
   void quantize(Vector &vector, int64_t width) const;
+  void quantize_for_layer(Vector &vector) const;
   void add_parts(const Buffer<float> &parts, int64_t chunks, const Buffer<float> &bias);
-  bool sparse_mlp(int64_t layer) const { return block.sparse && engine.predictors[(size_t)layer].mlp.present(); }
-  bool sparse_heads(int64_t layer) const { return block.sparse && engine.predictors[(size_t)layer].heads.present(); }
+  bool sparse_mlp(int64_t layer) const { return block.sparse && (selects_neurons(layer) || selects(layer, DEJAVU_AT_DOWN)); }
+  bool selects_neurons(int64_t layer) const { return by_gate(layer) || (block.sparse && engine.selectors[(size_t)layer].mlp.present()); }
+  bool by_gate(int64_t layer) const { return block.sparse && engine.selectors[(size_t)layer].gate >= 0; }
+  bool sparse_heads(int64_t layer) const { return block.sparse && engine.selectors[(size_t)layer].heads.present(); }
   // This thread's share of `total` chunks or rows.
   int64_t share(int64_t total, int64_t unit = 1) const;
   int64_t share_end(int64_t total, int64_t unit = 1) const;
@@ -94,3 +114,7 @@ inline int64_t rows_ahead(const Matrix &matrix) {
   const int64_t rows = 24576 / matrix.row_bytes() / 4 * 4;
   return rows < 4 ? 4 : rows > TILE ? TILE : rows;
 }
+
+// Rows in order come from memory about 1.5 times as fast as selected ones (docs/log.md): above this share all are read, and what the
+// others are multiplied by set to zero, which leaves the sum as it is, bit for bit.
+inline bool dense_is_faster(int64_t selected, int64_t total) { return 8 * selected > 5 * total; }

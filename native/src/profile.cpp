@@ -52,6 +52,8 @@ void Pass::count_layer(int64_t layer) {
     neurons = std::count(seen, seen + total, 1);
     if (config.activation > DEJAVU_FATRELU) read = neurons;  // none is exactly zero: every row of down is read
   }
+  if (!selects_neurons(layer)) neurons = total;  // by inputs: of down alone
+  if (engine.profile->inputs != nullptr) count_inputs(layer);
   for (int64_t g = 0; g < groups; g++) {
     bool wanted = false;
     for (int64_t r = 0; r < rows; r++) wanted = wanted || own.groups[r * groups + g] != 0;

@@ -15,7 +15,7 @@ void Pass::scores(const Predictor &predictor, const Vector &x, int64_t first, in
 
 void Pass::select_groups(int64_t layer) {
   const int64_t groups = config.num_kv_heads;
-  const Predictor &predictor = engine.predictors[(size_t)layer].heads;
+  const Predictor &predictor = engine.selectors[(size_t)layer].heads;
   if (!sparse_heads(layer)) {
     std::fill_n(own.groups.data(), rows * groups, (uint8_t)1);
     return;
@@ -35,8 +35,8 @@ void Pass::select_groups(int64_t layer) {
 // The lists of this thread's chunks, where the layer's predictor has this lookahead. Lookahead 2 reads mlp_in while that is
 // still the one of the layer before.
 void Pass::select_neurons(int64_t layer, int lookahead) {
-  const Predictor &predictor = engine.predictors[(size_t)layer].mlp;
-  if (!sparse_mlp(layer) || predictor.lookahead != lookahead) return;
+  const Predictor &predictor = engine.selectors[(size_t)layer].mlp;
+  if (!block.sparse || !predictor.present() || predictor.lookahead != lookahead) return;
   const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
   const int64_t first_chunk = share(chunks), last_chunk = share_end(chunks);
   if (first_chunk == last_chunk) return;
@@ -64,8 +64,8 @@ void Pass::report(int64_t layer) {
   for (int64_t r = 0; r < rows; r++) {
     int64_t neurons = total, selected = 0;
     uint8_t *mask = block.neuron_mask == nullptr ? nullptr : block.neuron_mask + (r * layers + layer) * total;
-    if (mask != nullptr) std::fill_n(mask, total, (uint8_t)!sparse_mlp(layer));
-    if (sparse_mlp(layer)) {
+    if (mask != nullptr) std::fill_n(mask, total, (uint8_t)!selects_neurons(layer));
+    if (selects_neurons(layer)) {
       neurons = 0;
       for (int64_t c = 0; c < chunks; c++) {
         const int64_t count = engine.counts[layer & 1][r * chunks + c];
@@ -81,4 +81,5 @@ void Pass::report(int64_t layer) {
     block.neurons[r * layers + layer] = neurons;
     block.heads[r * layers + layer] = selected * (config.num_heads / groups);
   }
+  if (block.inputs != nullptr) report_inputs(layer);
 }

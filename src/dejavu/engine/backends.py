@@ -19,7 +19,7 @@ from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 # Methods of selection that a backend's engine computes (`LayerAdapter.methods`): what is not here, `auto` leaves to torch.
-BACKEND_METHODS = {"torch": ("predicted", "gate", "input"), "native": ("predicted",), "cuda": ("predicted", "gate", "input")}
+BACKEND_METHODS = dict.fromkeys(("torch", "native", "cuda"), ("predicted", "gate", "input"))
 BACKEND_DTYPES = {"native": NATIVE_DTYPES, "cuda": ("fp32", "fp16", "bf16"), "torch": ("fp32", "fp16", "bf16", "fp64")}
 
 

@@ -24,6 +24,7 @@ from dejavu.engine.paged import PagedEngine
 from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels import native
 from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import POINTS, InputPoints, InputThresholds, column_norms
 from dejavu.model.transformer import Transformer
 
 
@@ -31,6 +32,18 @@ def check_shortlist(count: int, vocab_size: int) -> None:
     """Raise ValueError where a screened head cannot give `count` tokens exact logits."""
     message = f"a screened head takes 1 to {vocab_size - 1} tokens of the vocabulary, or 0 for all, not {count}"
     require(0 <= count < vocab_size, message)
+
+
+def layout_of(layers: Sequence[LayerAdapter]) -> str:
+    """How the weights of a model that selects in this way lie in memory."""
+    if any(layer.inputs is not None for layer in layers):
+        others = [index for index, layer in enumerate(layers) if layer.sparse and layer.inputs is None]
+        require(
+            not others,
+            f"layers {others} select by other methods than input: backend 'native' takes no other beside it; use --backend torch",
+        )
+        return "input-major"
+    return "gate-apart" if any(layer.gate is not None for layer in layers) else "by-neuron"
 
 
 class NativeEngine(PagedEngine):
@@ -70,12 +83,12 @@ class NativeEngine(PagedEngine):
         )
         self.threads = native.default_threads() if threads is None else threads
         self._library = native.library()
-        self._model = packed_model(model, dtype)
+        self._model = packed_model(model, dtype, layout_of(self.layers))
         self._handle = ctypes.c_void_p()
         wanted = None if instruction_set is None else instruction_set.encode()
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
-        self._set_predictors()
+        self._set_selectors(model)
         check_shortlist(screened_head, config.vocab_size)
         if screened_head > 0:
             A, B = self._model.screen(model)
@@ -112,6 +125,7 @@ class NativeEngine(PagedEngine):
             page_size=page_size,
             num_pages=num_pages,
             screened_head=screened_head,
+            input_points=InputPoints.of(config) if any(layer.inputs is not None for layer in self.layers) else None,
         )
         super().__init__(info, cache)
 
@@ -137,11 +151,13 @@ class NativeEngine(PagedEngine):
         """As `step`, of at most MAX_ROWS rows, with what it took and read."""
         require(len(slots_B) <= native.MAX_ROWS, f"a profiled step has at most {native.MAX_ROWS} rows, not {len(slots_B)}")
         neurons_L, fired_L, groups_L = torch.zeros(3, self.config.num_layers, dtype=torch.int64).unbind(0)
-        profile = native.Profile(neurons=neurons_L.data_ptr(), fired=fired_L.data_ptr(), groups=groups_L.data_ptr())
+        inputs_LP = self._input_counts()
+        addresses = {"neurons": neurons_L, "fired": fired_L, "groups": groups_L, "inputs": inputs_LP}
+        profile = native.Profile(**{name: _address(counts) for name, counts in addresses.items()})
         result = self._step(token_ids_B, slots_B, profile)
         seconds = dict(zip(native.OPS, profile.seconds, strict=True))
         heads_L = groups_L * self.config.heads_per_group
-        return result, StepProfile(seconds=seconds, neurons_L=neurons_L, fired_L=fired_L, heads_L=heads_L)
+        return result, StepProfile(seconds=seconds, neurons_L=neurons_L, fired_L=fired_L, heads_L=heads_L, inputs_LP=inputs_LP)
 
     def read(self, values: Tensor) -> float:
         """The sum of fp32 values, read in order by the engine's threads: what reading memory costs them."""
@@ -157,6 +173,7 @@ class NativeEngine(PagedEngine):
             self._admit(slot, (token_id,))
         logits_BV = torch.empty(batch, self.config.vocab_size)
         neurons_BL, heads_BL = torch.empty(2, batch, layers, dtype=torch.int64).unbind(0)
+        inputs_BLP = self._input_counts(batch)
         selections: list[tuple[LayerSelection, ...]] = []
         for first in range(0, batch, native.MAX_ROWS):
             rows = slice(first, first + native.MAX_ROWS)
@@ -170,12 +187,18 @@ class NativeEngine(PagedEngine):
                 sparse=True,
                 neurons_BL=neurons_BL[rows],
                 heads_BL=heads_BL[rows],
+                inputs_BLP=None if inputs_BLP is None else inputs_BLP[rows],
                 profile=profile,
             )
         for slot in slots_B:
             self._cache.advance(slot, 1)
         recorded = tuple(selections) if self._record else None
-        return StepResult(logits_BV=logits_BV, neurons_BL=neurons_BL, heads_BL=heads_BL, selections=recorded)
+        return StepResult(logits_BV=logits_BV, neurons_BL=neurons_BL, heads_BL=heads_BL, inputs_BLP=inputs_BLP, selections=recorded)
+
+    def _input_counts(self, *rows: int) -> Tensor | None:
+        """Room for counts of kept inputs [.., L, P]; None where no layer selects inputs."""
+        points = self.info.input_points
+        return None if points is None else torch.zeros(*rows, self.config.num_layers, len(points.sizes), dtype=torch.int64)
 
     def _run(
         self,
@@ -188,6 +211,7 @@ class NativeEngine(PagedEngine):
         first_logits: int = 0,
         neurons_BL: Tensor | None = None,
         heads_BL: Tensor | None = None,
+        inputs_BLP: Tensor | None = None,
         profile: native.Profile | None = None,
     ) -> list[tuple[LayerSelection, ...]]:
         """One call of the library: row r is token_ids[r] at positions[r] of slots[r]. The selections, when recording."""
@@ -198,6 +222,8 @@ class NativeEngine(PagedEngine):
         tables = (ctypes.c_void_p * rows)(*(self._cache.table_address(slot) for slot in slots))
         record = self._record and sparse
         neuron_mask_BLF = torch.empty(rows, config.num_layers, config.intermediate_size, dtype=torch.uint8) if record else None
+        points = self.info.input_points
+        input_mask_BLI = torch.empty(rows, config.num_layers, sum(points.sizes), dtype=torch.uint8) if record and points else None
         group_mask_BLG = torch.empty(rows, config.num_layers, config.num_kv_heads, dtype=torch.uint8) if record else None
         block = native.Block(
             rows=rows,
@@ -219,6 +245,8 @@ class NativeEngine(PagedEngine):
             heads=heads_BL.data_ptr(),
             neuron_mask=_address(neuron_mask_BLF),
             group_mask=_address(group_mask_BLG),
+            inputs=_address(inputs_BLP),
+            input_mask=_address(input_mask_BLI),
         )
         if profile is None:
             native.check(self._library.dejavu_engine_run(self._handle, block))
@@ -226,20 +254,35 @@ class NativeEngine(PagedEngine):
             native.check(self._library.dejavu_engine_profile(self._handle, block, profile))
         if neuron_mask_BLF is None or group_mask_BLG is None:
             return []
-        return [self._selections(neurons_LF, groups_LG) for neurons_LF, groups_LG in zip(neuron_mask_BLF, group_mask_BLG, strict=True)]
+        inputs_BLI = [None] * rows if input_mask_BLI is None else input_mask_BLI
+        return [self._selections(*masks) for masks in zip(neuron_mask_BLF, group_mask_BLG, inputs_BLI, strict=True)]
 
-    def _selections(self, neurons_LF: Tensor, groups_LG: Tensor) -> tuple[LayerSelection, ...]:
+    def _selections(self, neurons_LF: Tensor, groups_LG: Tensor, inputs_LI: Tensor | None) -> tuple[LayerSelection, ...]:
         heads_LH = groups_LG.repeat_interleave(self.config.heads_per_group, 1)
         return tuple(
             LayerSelection(
-                neurons_A=None if layer.mlp is None else neurons_LF[index].nonzero().squeeze(1),
+                neurons_A=None if layer.mlp is None and layer.gate is None else neurons_LF[index].nonzero().squeeze(1),
                 heads_A=None if layer.heads is None else heads_LH[index].nonzero().squeeze(1),
+                inputs_P=None if layer.inputs is None or inputs_LI is None else self._kept_inputs(layer.inputs, inputs_LI[index]),
             )
             for index, layer in enumerate(self.layers)
         )
 
-    def _set_predictors(self) -> None:
-        for index, layer in enumerate(self.layers):
+    def _kept_inputs(self, thresholds: InputThresholds, mask_I: Tensor) -> tuple[Tensor | None, ...]:
+        assert self.info.input_points is not None
+        masks = zip(POINTS, mask_I.split(self.info.input_points.sizes), strict=True)
+        return tuple(None if thresholds.of(point) is None else mask.nonzero().squeeze(1) for point, mask in masks)
+
+    def _set_selectors(self, model: Transformer) -> None:
+        for index, (layer, block) in enumerate(zip(self.layers, model.blocks, strict=True)):
+            if layer.gate is not None:
+                native.check(self._library.dejavu_engine_gate(self._handle, index, layer.gate.threshold))
+            norms = {} if layer.inputs is None else column_norms(block)
+            for point, norm_I in norms.items():
+                threshold = None if layer.inputs is None else layer.inputs.of(point)
+                if threshold is not None:
+                    arguments = POINTS.index(point), norm_I.data_ptr(), norm_I.numel(), threshold
+                    native.check(self._library.dejavu_engine_inputs(self._handle, index, *arguments))
             for kind, predictor in ((native.MLP, layer.mlp), (native.HEADS, layer.heads)):
                 if predictor is None:
                     continue

@@ -67,7 +67,7 @@ def predictor_view(matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
 class NativeModel:
     """A packed model. Freed with the last engine that uses it."""
 
-    def __init__(self, model: Transformer, dtype: str) -> None:
+    def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron") -> None:
         require(dtype in NATIVE_DTYPES, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE_DTYPES)}")
         weight = model.embed.weight
         require(
@@ -80,7 +80,7 @@ class NativeModel:
         self.handle = ctypes.c_void_p()
         self.head_stride = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
         self._library = native.library()
-        native.check(self._library.dejavu_model_new(native_config(model.config, dtype), ctypes.byref(self.handle)))
+        native.check(self._library.dejavu_model_new(native_config(model.config, dtype, layout), ctypes.byref(self.handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
         for part, layer, view in _parts(model, dtype):
             native.check(self._library.dejavu_model_set(self.handle, part, layer, view.matrix))
@@ -95,23 +95,26 @@ class NativeModel:
         return self._screen
 
 
-_packed: weakref.WeakKeyDictionary[Transformer, dict[str, tuple[tuple[int, ...], NativeModel]]] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[Transformer, dict[tuple[str, str], tuple[tuple[int, ...], NativeModel]]] = weakref.WeakKeyDictionary()
 
 
-def packed_model(model: Transformer, dtype: str) -> NativeModel:
-    """The packed form of a model, made anew where a weight was replaced or changed in place since the last time."""
+def packed_model(model: Transformer, dtype: str, layout: str = "by-neuron") -> NativeModel:
+    """The packed form of a model, made anew where a weight was replaced or changed in place since the last time.
+
+    layout: where rows lie, by how decoding selects (dejavu_layout): each is a copy of its own while an engine or this cache has it.
+    """
     parameters = list(model.parameters())
     if any(parameter.is_inference() for parameter in parameters):  # such tensors do not count their changes
-        return NativeModel(model, dtype)
+        return NativeModel(model, dtype, layout)
     state = tuple(value for parameter in parameters for value in (parameter.data_ptr(), parameter._version))
-    kept = _packed.setdefault(model, {})
-    if dtype not in kept or kept[dtype][0] != state:
-        kept.pop(dtype, None)
-        kept[dtype] = (state, NativeModel(model, dtype))
-    return kept[dtype][1]
+    kept, key = _packed.setdefault(model, {}), (dtype, layout)
+    if key not in kept or kept[key][0] != state:
+        kept.pop(key, None)
+        kept[key] = (state, NativeModel(model, dtype, layout))
+    return kept[key][1]
 
 
-def native_config(config: ModelConfig, dtype: str) -> native.Config:
+def native_config(config: ModelConfig, dtype: str, layout: str) -> native.Config:
     """The architecture for the library."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
     return native.Config(
@@ -126,6 +129,7 @@ def native_config(config: ModelConfig, dtype: str) -> native.Config:
         final_norm=config.final_norm,
         rope=config.positions == "rope",
         tied_head=config.tied_head,
+        layout=native.LAYOUTS[layout],
         norm_eps=config.norm_eps,
         activation_threshold=config.activation_threshold,
         rotary_factor=1.0 if config.rope is None else config.rope.attention_factor,

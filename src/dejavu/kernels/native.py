@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
 DTYPE_CODES = {"fp32": 0, "int8": 1, "bf16": 2, "int4": 3, "fp16": 4}  # dejavu_dtype
@@ -24,6 +24,7 @@ ACTIVATION_CODES = {"relu": 0, "relu2": 1, "fatrelu": 2, "silu": 3, "gelu": 4, "
 EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(16)
 QUERY_NORM, KEY_NORM = 16, 17
 MLP, HEADS = range(2)
+LAYOUTS = {"by-neuron": 0, "gate-apart": 1, "input-major": 2}  # dejavu_layout
 HEAD_PAD = 16  # a head takes a multiple of this many values in the cache
 MAX_ROWS = 32  # tokens that the library computes together
 
@@ -34,7 +35,7 @@ class Config(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("vocab_size", "hidden_size", "embed_size", "intermediate_size", "num_layers", "num_heads")),
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "max_positions", "position_offset")),
-        *((name, c_int32) for name in ("dtype", "activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head")),
+        *((name, c_int32) for name in ("dtype", "activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head", "layout")),
         ("norm_eps", c_float),
         *((name, c_float) for name in ("activation_threshold", "rotary_factor", "attention_scale")),
     )
@@ -54,7 +55,7 @@ class Block(Structure):
         *((name, c_void_p) for name in ("token", "position", "table", "k_pool", "v_pool", "k_scale", "v_scale")),
         ("cache_dtype", c_int32),
         ("sparse", c_int32),
-        *((name, c_void_p) for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask")),
+        *((name, c_void_p) for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask", "inputs", "input_mask")),
     )
 
 
@@ -64,7 +65,7 @@ OPS = ("predictor", "attention", "mlp", "head", "other")  # dejavu_op
 class Profile(Structure):
     """dejavu_profile."""
 
-    _fields_ = (("seconds", c_double * len(OPS)), *((name, c_void_p) for name in ("neurons", "fired", "groups")))
+    _fields_ = (("seconds", c_double * len(OPS)), *((name, c_void_p) for name in ("neurons", "fired", "groups", "inputs")))
 
 
 _SIGNATURES = {
@@ -76,6 +77,8 @@ _SIGNATURES = {
     "dejavu_model_free": (None, (c_void_p,)),
     "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
     "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(Matrix), POINTER(Matrix), c_float, c_int)),
+    "dejavu_engine_gate": (c_int, (c_void_p, c_int64, c_float)),
+    "dejavu_engine_inputs": (c_int, (c_void_p, c_int64, c_int, c_void_p, c_int64, c_float)),
     "dejavu_engine_screen": (c_int, (c_void_p, POINTER(Matrix), POINTER(Matrix), c_int64)),
     "dejavu_engine_run": (c_int, (c_void_p, POINTER(Block))),
     "dejavu_engine_profile": (c_int, (c_void_p, POINTER(Block), POINTER(Profile))),
