@@ -20,17 +20,8 @@ from conftest import Tiny
 from dejavu.config import ModelConfig
 from dejavu.files import write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
-from dejavu.model.adapter import (
-    Adapter,
-    AdapterConfig,
-    GateConfig,
-    InputConfig,
-    InputsConfig,
-    LayerConfig,
-    PartConfig,
-    part_config,
-    quantized,
-)
+from dejavu.model.adapter import Adapter, quantized
+from dejavu.model.adapter_config import AdapterConfig, GateConfig, InputConfig, InputsConfig, LayerConfig, PartConfig, part_config
 from dejavu.model.bundle import bundled_folder
 from dejavu.model.checkpoint import read_config
 from dejavu.model.fingerprint import model_hash

@@ -24,7 +24,8 @@ from dejavu.language_model import LanguageModel
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.resume import PartStore
 from dejavu.measure.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
-from dejavu.model.adapter import Adapter, AdapterConfig, LayerConfig, part_config, quantized
+from dejavu.model.adapter import Adapter, quantized
+from dejavu.model.adapter_config import AdapterConfig, LayerConfig, part_config
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.tokenizer import Tokenizer

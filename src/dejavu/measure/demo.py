@@ -32,7 +32,8 @@ from dejavu.measure.firing import firing
 from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, write_report
 from dejavu.measure.results import about
 from dejavu.measure.texts import DATA, documents
-from dejavu.model.adapter import Adapter, LayerConfig, PartConfig
+from dejavu.model.adapter import Adapter
+from dejavu.model.adapter_config import LayerConfig, PartConfig
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, InputPoints

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dejavu.model.selectors import POINTS
 
 if TYPE_CHECKING:
-    from dejavu.model.adapter import AdapterConfig, LayerConfig, PartConfig
+    from dejavu.model.adapter_config import AdapterConfig, LayerConfig, PartConfig
 
 PREDICTORS = """Predictors that tell, token by token, which MLP neurons and attention heads of `{base}` are needed
 (Deja Vu, arXiv 2310.17157)."""

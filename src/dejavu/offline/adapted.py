@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.config import Progress
-from dejavu.model.adapter import SCHEMA_VERSIONS, Adapter, AdapterConfig, GateConfig, LayerConfig, part_config, quantized
+from dejavu.model.adapter import Adapter, quantized
+from dejavu.model.adapter_config import SCHEMA_VERSIONS, AdapterConfig, GateConfig, LayerConfig, part_config
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.lora import LoraConfig, adapted_model, quantized_lora
 from dejavu.model.predictor import LayerAdapter, MaskedSelection

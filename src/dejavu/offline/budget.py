@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dejavu.config import Progress
-from dejavu.model.adapter import LayerConfig
+from dejavu.model.adapter_config import LayerConfig
 from dejavu.model.predictor import DensityCounter, LayerAdapter, MaskedSelection
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import Candidate, Part, meet_budget

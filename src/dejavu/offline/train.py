@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, Progress, require
 from dejavu.files import text_hash
-from dejavu.model.adapter import Adapter, AdapterConfig
+from dejavu.model.adapter import Adapter
+from dejavu.model.adapter_config import AdapterConfig
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer

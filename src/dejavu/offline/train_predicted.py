@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, Progress
 from dejavu.files import make_folder, read_json, read_safetensors, write_json
-from dejavu.model.adapter import LayerConfig, PartConfig, part_config, quantized
+from dejavu.model.adapter import quantized
+from dejavu.model.adapter_config import LayerConfig, PartConfig, part_config
 from dejavu.model.predictor import DensityCounter, LayerAdapter, Predictor
 from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import Choice
