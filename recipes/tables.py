@@ -24,6 +24,7 @@ from dejavu.model.families import config_from_hf
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY, BENCH = ROOT / "results" / "quality.jsonl", ROOT / "results" / "bench.jsonl"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src" / "dejavu" / "models" / "opt-mini" / "README.md")
+NOT_MEASURED = "Not measured yet.\n"
 MARK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -117,6 +118,46 @@ def tasks() -> str:
     return _table(["task", "dense", "sparse", "difference, points", "standard error", "items"], rows) + _source(line)
 
 
+def methods() -> str:
+    """Every model and method that was measured: what it costs in quality, what it saves."""
+    found = {line["model"]: line for line in map(json.loads, QUALITY.read_text().splitlines()) if line["kind"] == "method"}
+    if not found:
+        return NOT_MEASURED
+    table = []
+    for line in found.values():
+        result = line["result"]
+        means = [sum(tasks.values()) / len(tasks) for tasks in result["accuracy"].values()]
+        speeds = result["tok_s"]
+        worst = max(result["text_rises"].values())
+        table.append(
+            [
+                result["model"],
+                result["method"],
+                *(_percent(result[name]) for name in ("mlp_density", "head_density")),
+                f"{100 * result['rise']:+.1f} %",
+                f"{100 * worst:+.1f} %",
+                *(_percent(mean) for mean in means),
+                *(f"{speeds[mode]:.0f}" for mode in ("dense", "sparse")),
+                f"{speeds['sparse'] / speeds['dense']:.2f}",
+                result["dtype"],
+            ]
+        )
+    header = ["model", "method", "MLP density", "heads", "perplexity", "worst text", "accuracy, dense", "sparse"]
+    header += ["tokens/s, dense", "sparse", "times", "dtype"]
+    sources = "".join(dict.fromkeys(_source(line) for line in found.values()))
+    return _table(header, table) + sources
+
+
+def curve() -> str:
+    """Quality against density of the bundled adapter, its thresholds moved together."""
+    lines = [line for line in map(json.loads, QUALITY.read_text().splitlines()) if line["kind"] == "curve"]
+    if not lines:
+        return NOT_MEASURED
+    points = sorted(lines[-1]["result"]["points"], key=lambda point: point["density"])
+    table = [[_percent(p["density"]), f"{p['kl']:.3f}", f"{100 * p['rise']:+.1f} %", f"{p['shift']:+.0f}"] for p in points]
+    return _table(["MLP density", "KL to dense, nats a token", "perplexity", "thresholds moved by"], table) + _source(lines[-1])
+
+
 def layers() -> str:
     """Natural sparsity of every layer, and what its predictor does."""
     profile, train = newest("profile", "opt-mini"), newest("train", "opt-mini")
@@ -205,7 +246,6 @@ def peers() -> str:
     return _table(header, table) + _bench_source(found[-1][-1])
 
 
-NOT_MEASURED = "Not measured yet.\n"
 GPU_MODELS = ("opt-6.7b", "opt-30b")
 PROGRAMS = {"transformers": "transformers, eager", "transformers-compile": "transformers, compiled"}
 
@@ -378,6 +418,8 @@ def families() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
+    "methods": methods,
+    "smollm-curve": curve,
     "headline": headline,
     "texts": texts,
     "tasks": tasks,
