@@ -118,13 +118,13 @@ def test_batches_on_a_gpu(tables: ModuleType, measured: Any) -> None:
         row("dense", 20.0, context=1024), row("dense", 25.0), row("dense", 40.0, batch=4, time=later),
     )  # fmt: skip
     found = lines(tables, "gpu-batches")
-    assert [(cells[0], cells[3], cells[4], cells[9], cells[10]) for cells in found] == [
-        ("dejavu dense", "128", "1", "25.0", "1.00"),
-        ("dejavu dense", "128", "4", "40.0", "1.00"),
-        ("dejavu dense", "1024", "1", "20.0", "1.00"),
+    assert [(cells[0], cells[2], cells[4], cells[5], cells[10], cells[11]) for cells in found] == [
+        ("dejavu dense", "Test", "128", "1", "25.0", "1.00"),
+        ("dejavu dense", "Test", "128", "4", "40.0", "1.00"),
+        ("dejavu dense", "Test", "1024", "1", "20.0", "1.00"),
     ]
     measured(row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1))
-    assert lines(tables, "gpu-batches")[1][5:] == ["30.0 %", "10.0 %", "100.0 %", "10.00", "100.0", "1.25"]
+    assert lines(tables, "gpu-batches")[1][6:] == ["30.0 %", "10.0 %", "100.0 %", "10.00", "100.0", "1.25"]
 
 
 def test_single_ops_on_a_gpu(tables: ModuleType, measured: Any) -> None:
@@ -149,5 +149,24 @@ def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> 
         ("beside", "sparse", "2.00", "130"),
         ("in-line", "sparse", "1.67", "162"),
     ]
-    for table, column in (("gpu-speed", 7), ("gpu-batches", 9)):
+    for table, column in (("gpu-speed", 7), ("gpu-batches", 10)):
         assert [cells[column] for cells in lines(tables, table)][:2] == ["100.0", "200.0"]
+
+
+def test_methods_and_the_curve(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest record of each model and method; points of a curve by density."""
+    monkeypatch.setattr(tables, "QUALITY", tmp_path / "quality.jsonl")
+    assert tables.record("demo", "opt-mini", {}) is None and tables.methods() == tables.curve() == tables.NOT_MEASURED
+    result = {
+        **{"model": "m", "method": "gate", "mlp_density": 0.25, "head_density": 1.0, "rise": 0.012, "dtype": "int8"},
+        "text_rises": {"a": 0.01, "b": 0.03},
+        "accuracy": {"dense": {"x": 0.5, "y": 0.7}, "sparse": {"x": 0.4, "y": 0.6}},
+        "tok_s": {"dense": 100.0, "sparse": 150.0},
+    }
+    for density in (0.5, 0.25):
+        tables.record("method", "m: gate", result | {"mlp_density": density})
+    row = "| m | gate | 25.0 % | 100.0 % | +1.2 % | +3.0 % | 60.0 % | 50.0 % | 100 | 150 | 1.50 | int8 |"
+    assert row in tables.methods() and "50.0 % | 100.0 %" not in tables.methods()
+    points = [{"shift": 1.0, "density": 0.2, "kl": 0.3, "rise": 0.1}, {"shift": 2.0, "density": 0.1, "kl": 0.5, "rise": 0.2}]
+    tables.record("curve", "m", {"points": points})
+    assert [line.split(" | ")[0] for line in tables.curve().splitlines()[2:4]] == ["| 10.0 %", "| 20.0 %"]
