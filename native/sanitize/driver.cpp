@@ -140,9 +140,9 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     }
     std::vector<float> logits((size_t)(rows * c.vocab_size), NAN);
     std::vector<uint8_t> neuron_mask((size_t)(rows * c.num_layers * c.intermediate_size), 7), group_mask((size_t)(rows * c.num_layers * c.num_kv_heads), 7);
-    const int64_t all = sizes[0] + sizes[1] + sizes[2] + sizes[3];
+    const int64_t widths = sizes[0] + sizes[1] + sizes[2] + sizes[3];
     std::vector<int64_t> inputs((size_t)(rows * c.num_layers * DEJAVU_POINTS), -1);
-    std::vector<uint8_t> input_mask((size_t)(rows * c.num_layers * all), 7);
+    std::vector<uint8_t> input_mask((size_t)(rows * c.num_layers * widths), 7);
     const dejavu_block block = {rows, sparse ? 0 : rows - 1, pages, page_size, stride, token.data(), positions.data(), table.data(), k.data(), v.data(),
                                 scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, cache_dtype, sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data(), inputs.data(), input_mask.data()};
     std::vector<int64_t> counts((size_t)((3 + DEJAVU_POINTS) * c.num_layers), -1);
@@ -155,7 +155,10 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     for (int64_t at = 0; at < rows * c.num_layers; at++)
       for (int point = 0; point < DEJAVU_POINTS; mask += sizes[point++]) {
         int64_t kept = 0;
-        for (int64_t i = 0; i < sizes[point]; i++) EXPECT(mask[i] <= 1), kept += mask[i];
+        for (int64_t i = 0; i < sizes[point]; i++) {
+          EXPECT(mask[i] <= 1);
+          kept += mask[i];
+        }
         EXPECT(kept == inputs[(size_t)(at * DEJAVU_POINTS + point)] && ((sparse && by_inputs) || kept == sizes[point]));
         if (step % 2) EXPECT(kept <= counts[(size_t)(3 * c.num_layers + at % c.num_layers * DEJAVU_POINTS + point)]);
       }
@@ -214,7 +217,7 @@ void bad_input(const dejavu_config &good) {
   EXPECT(dejavu_engine_predictor(engine, 0, DEJAVU_MLP, &wrong.matrix, &wrong.matrix, 0.0f, 0) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_screen(engine, &wrong.matrix, &wrong.matrix, 1) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_screen(engine, &wrong.matrix, &wrong.matrix, good.vocab_size) == DEJAVU_BAD_VALUE);
-  const std::vector<float> norms((size_t)(good.hidden_size + good.intermediate_size), 1.0f);
+  const std::vector<float> norms((size_t)good.hidden_size, 1.0f);
   for (float bad : {-1.0f, NAN, INFINITY}) {
     EXPECT(dejavu_engine_gate(engine, 0, bad) == DEJAVU_BAD_VALUE);
     EXPECT(dejavu_engine_inputs(engine, 0, DEJAVU_AT_MLP, norms.data(), good.hidden_size, bad) == DEJAVU_BAD_VALUE);
@@ -225,7 +228,7 @@ void bad_input(const dejavu_config &good) {
     EXPECT(dejavu_engine_gate(engine, layer, 0.0f) == DEJAVU_BAD_VALUE);
     EXPECT(dejavu_engine_inputs(engine, layer, DEJAVU_AT_MLP, norms.data(), good.hidden_size, 0.0f) == DEJAVU_BAD_VALUE);
   }
-  for (int point = -1; point <= DEJAVU_POINTS; point++) EXPECT(dejavu_engine_inputs(engine, 0, point, norms.data(), good.hidden_size + good.intermediate_size, 0.0f) == DEJAVU_BAD_VALUE);
+  for (int point = -1; point <= DEJAVU_POINTS; point++) EXPECT(dejavu_engine_inputs(engine, 0, point, norms.data(), 0, 0.0f) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_inputs(engine, 0, DEJAVU_AT_MLP, nullptr, good.hidden_size, 0.0f) == DEJAVU_BAD_VALUE);
   // The other layout's call.
   if (good.layout != DEJAVU_GATE_APART) EXPECT(dejavu_engine_gate(engine, 0, 0.0f) == DEJAVU_BAD_VALUE);
