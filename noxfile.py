@@ -23,6 +23,13 @@ def families(session: nox.Session, transformers: str) -> None:
     session.run("pytest", "-q", "-n", "2", "tests/", "-k", "families", *session.posargs)
 
 
+@nox.session(python="3.11")
+def slow(session: nox.Session) -> None:
+    """What takes minutes under Triton's interpreter and `make test` leaves out: before the cuda engine or its kernels change hands."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]")
+    session.run("pytest", "-q", "-n", "2", "-m", "slow and not gpu", "tests/", *session.posargs)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, into site/; a broken link is an error."""

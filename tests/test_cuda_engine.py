@@ -68,6 +68,7 @@ def test_decode_equals_the_torch_engine(
         assert step.neurons_BL.tolist() == want.neurons_BL.tolist() and step.heads_BL.tolist() == want.heads_BL.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "dtype"), [("opt", torch.float16), ("llama", torch.bfloat16)], ids=str)
 def test_low_precision_is_as_good_as_the_plain_one(tiny: Tiny, name: str, device: str, dtype: torch.dtype) -> None:

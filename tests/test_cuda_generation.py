@@ -87,6 +87,7 @@ def check_same(engine: CudaEngine, prompt: list[int], **options: Any) -> Generat
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_greedy_text_is_that_of_single_steps(tiny: Tiny, device: str) -> None:
     """One engine writes one text after the other, each ending in another way in the middle of a chunk. A group has two query heads."""
@@ -121,6 +122,7 @@ def test_a_full_cache_ends_both_at_the_same_token(tiny: Tiny, device: str) -> No
     assert found[0] == found[1] and len(found[0]) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_seed_repeats_a_drawn_text(tiny: Tiny, device: str) -> None:
     """On an engine that has written before and on a new one, in any slot; choices of one request differ, as do other seeds."""
@@ -138,6 +140,7 @@ def test_a_seed_repeats_a_drawn_text(tiny: Tiny, device: str) -> None:
     assert len({first.token_ids, choice.token_ids, reseeded.token_ids}) == 3 and fresh[0] != fresh[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_logits_that_are_not_numbers_end_a_text_as_a_step_does(tiny: Tiny, device: str) -> None:
     """From the sixth step on, in the middle of a chunk."""

@@ -186,6 +186,7 @@ def with_threshold(layers: Sequence[LayerAdapter], threshold: float) -> tuple[La
     return tuple(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "steps"), [("cpu", 4), pytest.param("cuda", 50, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("rows", "options"), [(1, {}), (1, {"deterministic": True}), (3, {})], ids=str)
@@ -207,6 +208,7 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, method: str, rows: int
     assert {0, 70} < seen, "the test must select nothing, some and everything"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
@@ -269,6 +271,7 @@ class RecordedInputs(Selection):
         return torch.where(keep, x, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("method", METHODS)

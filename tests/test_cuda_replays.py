@@ -50,6 +50,7 @@ def set_threshold(engine: CudaEngine, threshold: float) -> None:
                 scores.threshold.fill_(threshold)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "steps"), [("cpu", 5), pytest.param("cuda", 50, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("rows", "options"), [(1, {}), (1, {"deterministic": True}), (1, {"ahead": "branch"}), (3, {}), (3, {"deterministic": True})], ids=str
@@ -160,6 +161,7 @@ SIZES = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 100, "num_hea
 SHAPES = ("opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "llama-2-7b-relu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", ["opt-1.3b", "llama-2-7b-relu"])
 def test_a_tiny_planted_model_against_fp64(kind: str, rows: int) -> None:

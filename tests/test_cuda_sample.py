@@ -144,6 +144,7 @@ def chi_square(counts_V: Tensor, probability_V: Tensor) -> float:
     return float(((counts_V - expected_V) ** 2 / expected_V).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_draws_follow_the_softmax_at_the_temperature(device: str) -> None:
     """Chi square with 5 degrees of freedom exceeds 25.7 once in 10000 times; the seeds are fixed."""
@@ -270,6 +271,7 @@ def test_decode_equals_greedy_steps(
     assert torch.equal(engine._cache.k_LPGSK[:, pages], before)  # a sequence that was not decoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_seeds_repeat_in_any_batch_and_in_any_number_of_calls(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt", num_layers=1), device)
