@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import Tiny, open_fp32
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.measure.synthetic import shape_of
 from dejavu.model import bundle
 from dejavu.model.adapter import Adapter
-from dejavu.model.bundle import bundled_models, export, write_bundle
+from dejavu.model.bundle import MODELS_FOLDER, bundled_models, export, write_bundle
 from dejavu.model.checkpoint import resolve_model
 from dejavu.model.fingerprint import model_hash
+from dejavu.model.hub import PACKAGED
 from dejavu.model.tokenizer import Tokenizer
+from dejavu.opening import bundled_adapters
 from test_adapter import make_adapter
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19, 23, 29]])
@@ -137,3 +140,13 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, tiny: Tiny, token
     with pytest.raises(KeyboardInterrupt):
         export(model, tokenizer, tmp_path / "hf", adapter=make_adapter(model.config, "0" * 64))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bundled_adapter_of_smollm2_is_whole() -> None:
+    """It loads for its base's architecture, every layer predicts, weights change, and it stays within its size."""
+    folder = MODELS_FOLDER / "smollm2-sparse" / "adapter"
+    values = json.loads((folder / "config.json").read_text())
+    adapter = Adapter.load(folder, model=shape_of("smollm2-135m"), base_hash=values["base_hashes"][0])
+    assert adapter.config.base_id in PACKAGED and adapter.config.mlp_density < 0.2
+    assert adapter.lora is not None and all(layer.mlp is not None and layer.mlp.threshold == 0 for layer in adapter.layers)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 16e6 and "smollm2-sparse" in bundled_adapters()
