@@ -116,6 +116,8 @@ def test_an_activation_is_steered_stored_and_used(checkpoint: Checkpoint, tmp_pa
     adapter.save(tmp_path / "adapter")
     loaded = Adapter.load(tmp_path / "adapter", model=checkpoint.config, base_hash=checkpoint.base_hash)
     assert loaded.config == adapter.config and loaded.config.lora is not None and loaded.config.lora.activation == "relu"
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "sparse by zeros of its own: its MLPs get relu" in card and "Predictors" not in card
     model, ids = checkpoint.model, ids_of(1, 14)
     layers = loaded.attached(model)
     changed = adapted_model(model, layers)

@@ -275,7 +275,7 @@ class RecordedInputs(Selection):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("name", "dtype"), [("opt", torch.float16), ("llama", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [("opt", torch.float16), ("llama", torch.bfloat16), ("llama", torch.float16)], ids=str)
 def test_low_precision_is_as_good_as_the_plain_one(tiny: Tiny, name: str, dtype: torch.dtype, method: str, rows: int, device: str) -> None:
     """Every logit held to the rule: fp64, and the plain forward pass in the dtype, select what the engine selected."""
     if device == "cpu" and rows > 1 and method == "gate" and dtype == torch.bfloat16:

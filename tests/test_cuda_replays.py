@@ -51,7 +51,7 @@ def set_threshold(engine: CudaEngine, threshold: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("device", "steps"), [("cpu", 5), pytest.param("cuda", 50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("device", "steps"), [("cpu", 12), pytest.param("cuda", 50, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("rows", "options"), [(1, {}), (1, {"deterministic": True}), (1, {"ahead": "branch"}), (3, {}), (3, {"deterministic": True})], ids=str
 )
@@ -169,7 +169,7 @@ def test_a_tiny_planted_model_against_fp64(kind: str, rows: int) -> None:
     made = plant(config, name=kind, device="cpu", dtype="fp16", density=0.2, rank=8, num_layers=2)
     layers = rethresholded(made.model, made.layers, random_ids(config, 32, seed=1), mlp_density=0.3, head_density=0.5)
     engine = CudaEngine(made.model, layers, record=True, num_slots=rows, crossover=False)
-    ids_BT = [random_ids(config, 2, seed=2 + row) for row in range(rows)]
+    ids_BT = [random_ids(config, 3, seed=2 + row) for row in range(rows)]
     check_engine(engine, ids_BT, copy.deepcopy(made.model).double())
 
 

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import pytest
 
 import dejavu
+from conftest import Tiny
 from dejavu.cli.main import run
 from dejavu.model import hub
-from dejavu.model.bundle import bundled_folder
+from dejavu.model.bundle import bundled_folder, export
 from dejavu.model.checkpoint import resolve_model
 from dejavu.model.hub import adapter_folder, push_adapter
+from dejavu.model.tokenizer import Tokenizer
 
 BUNDLED = bundled_folder("opt-mini") / "adapter"
 
@@ -100,3 +102,15 @@ def test_a_model_that_a_package_carries(tmp_path: Path, monkeypatch: pytest.Monk
     (repository / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text("{}")
     assert resolve_model(name) == snapshot, "the cache comes first"
+
+
+def test_a_model_of_the_hub_is_called_by_its_id(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the commit that its folder in the cache is named after: adapters state it as their base. A folder has its own name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    export(tiny("opt"), tokenizer, repository / "snapshots" / "abc")
+    assert dejavu.load("me/tiny", backend="torch").name == "me/tiny"
+    assert dejavu.load(repository / "snapshots" / "abc", backend="torch").name == "abc"

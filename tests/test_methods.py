@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 import dejavu
 from conftest import Tiny
 from dejavu.config import RopeConfig
-from dejavu.engine import backends
-from dejavu.engine.backends import BACKEND_METHODS, beyond_methods, make_engine, pick_backend
+from dejavu.engine.backends import pick_backend
 from dejavu.engine.generation import generate_tokens
 from dejavu.engine.interface import StepResult, densities
 from dejavu.engine.torch_engine import TorchEngine
@@ -255,48 +254,19 @@ def test_thresholds_that_cannot_be(tiny: Tiny) -> None:
         TorchEngine(tiny("opt"), (LayerAdapter(), LayerAdapter(inputs=InputThresholds())))
 
 
-@pytest.mark.parametrize(("way", "method"), [(gate_layers, "gate"), (input_layers, "input")])
-def test_a_backend_selects_so_or_says_that_it_does_not(way: Any, method: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name it is refused; auto goes to torch."""
-    model = tiny("llama")
-    layers = way(model, 0.5)
-    assert beyond_methods("torch", {method}) == () and make_engine(model, layers, backend="torch").info.sparse
-    if pick_backend() != "native":
-        pytest.skip("the native engine is not here")
-    monkeypatch.setitem(backends.BACKEND_METHODS, "native", ("predicted",))
-    assert make_engine(model, layers).info.backend == "torch"
-    with pytest.raises(ValueError, match=f"backend 'native' does not compute selection by method {method}; use --backend torch"):
-        make_engine(model, layers, backend="native")
-    assert make_engine(model, random_layers(model, mlp=0, heads=0)).info.backend == "native"
-
-
-def test_the_table_names_the_methods_that_there_are() -> None:
-    methods = {"predicted", "gate", "input"}
-    assert set(BACKEND_METHODS["torch"]) == methods and all(set(found) <= methods for found in BACKEND_METHODS.values())
-
-
 @pytest.mark.parametrize("method", ["gate", "input"])
-def test_loading_takes_a_backend_that_computes_the_adapters_method(
-    method: str, tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Known before a weight is read; a transformers model that it is attached to decodes on torch too."""
-    if pick_backend() != "native":
-        pytest.skip("the native engine is not here")
-    monkeypatch.setitem(backends.BACKEND_METHODS, "native", ("predicted",))
+def test_loading_and_attaching_decode_by_the_adapters_method(method: str, tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """However it is given, on every backend that is here."""
     export(tiny("llama", num_layers=2), tokenizer, tmp_path / "model")
     plain = dejavu.load(tmp_path / "model")
-    assert plain.backend == "native"
     folder = tmp_path / "adapter"
     made = without_predictors(method, plain.config, plain.base_hash)
     made.save(folder)
-    for adapter in (folder, str(folder), made):
-        lm = dejavu.load(tmp_path / "model", adapter=adapter)
-        assert lm.backend == "torch" and any(f"native does not compute selection by method {method}" in note for note in lm.notes)
-    assert (lm.generate("the cat", max_new_tokens=3).head_density == 1) == (method == "gate")
-    with pytest.raises(ValueError, match=f"backend 'native' does not compute selection by method {method}; use --backend torch"):
-        dejavu.load(tmp_path / "model", adapter=folder, backend="native")
-    with pytest.raises(ValueError, match=f"backend 'native' does not compute selection by method {method}"):
-        plain.generate("the cat", max_new_tokens=3, adapter=made)
+    for backend in ("auto", "torch", *(["native"] if pick_backend() == "native" else [])):
+        for adapter in (folder, str(folder), made):
+            lm = dejavu.load(tmp_path / "model", adapter=adapter, backend=backend)
+            assert (backend == "auto" and lm.backend == plain.backend) or lm.backend == backend
+            assert lm.notes == plain.notes and (lm.generate("the cat", max_new_tokens=3).head_density == 1) == (method == "gate")
     net = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     dejavu.attach(net, folder)
     ids = torch.tensor([[2, 5, 9]])

@@ -88,13 +88,19 @@ def test_transformers_decodes_our_logits_and_tokens(
         assert not peer._net.training and torch.get_num_threads() == before
 
 
+FLAGS = Path("/proc/cpuinfo")
+SATURATES = FLAGS.exists() and "vnni" not in FLAGS.read_text()  # CTranslate2's int8 sums, on such a processor
+
+
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_ctranslate2_goes_on_by_one_token_a_step(
     tiny: Tiny, exported: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ctranslate2")
-    # Without VNNI its int8 sums saturate: 0.34 on these random weights, where its fp32 has 0.02. Other logits have over 1.
-    monkeypatch.setattr("dejavu.measure.decoders.PEER_LIMIT", 0.5)
+    if (
+        family == "llama" and SATURATES
+    ):  # 0.34 of a standard deviation on these random weights, where its fp32 has 0.02; others' logits have over 1
+        monkeypatch.setattr("dejavu.measure.decoders.PEER_LIMIT", 0.5)
     threads_before = threading.active_count()
     with closing(CTranslate2Peer(exported[family], threads=1)) as peer:
         for prompt, steps in ((9, 30), (3, 5), (9, 5)):

@@ -72,5 +72,7 @@ def test_the_command_line_answers_a_message(
     answer, raw, plain = printed("chat"), printed("chat", "--raw"), printed("plain")
     assert (answer["chat"], raw["chat"], plain["chat"]) == (True, False, False)
     assert raw["text"] == plain["text"] != answer["text"] and answer["prompt_tokens"] == len(chat_ids(chatty, HELLO))
+    assert run(["generate", str(tmp_path / "chat"), "--backend", "torch", "--prompt", "the cat", "-n", "2"]) == 0
+    assert "message (chat template) of" in capsys.readouterr().out
     lm = dejavu.load(tmp_path / "chat", backend="torch")
     assert lm.generate(HELLO, max_new_tokens=6, ignore_eos=True) == answer["text"]

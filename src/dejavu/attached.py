@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import SamplingConfig, require
-from dejavu.engine.backends import backends, beyond_methods, make_engine, pick_backend
+from dejavu.engine.backends import backends, make_engine, pick_backend
 from dejavu.engine.cache import PAGE_SIZE
 from dejavu.engine.idle import IdleEngines
 from dejavu.engine.interface import Engine
@@ -91,7 +91,7 @@ def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: st
         require(isinstance(adapter, Adapter), f"an adapter is an Adapter, a folder or a hub id, not {adapter!r}")
         known = adapter.config.base_hashes
         require(base_hash in known, f"the adapter's base has the hash {', '.join(known)}, this model {base_hash}; use its own adapter")
-    lacking = (*model.config.beyond(picked), *beyond_methods(picked, () if adapter is None else (adapter.config.selects,)))
+    lacking = model.config.beyond(picked)
     require(backend == "auto" or not lacking, f"backend {picked!r} does not compute {', '.join(lacking)}; use backend='torch'")
     picked = "torch" if lacking else picked
     own = DTYPE_NAMES[kind]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -216,7 +216,7 @@ class LanguageModel:
         return self.model(ids_BT, DENSE if layers is None else MaskedSelection(layers))[0]
 
     @contextlib.contextmanager
-    def _on_cpu(self) -> Iterator[None]:
+    def _on_cpu(self) -> Generator[None]:
         """See `on_cpu`; engines that are idle would keep the weights where they were."""
         self._engines.clear()
         with on_cpu(self.model):

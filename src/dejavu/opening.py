@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from dejavu.config import DTYPES, require
-from dejavu.engine.backends import BACKEND_DTYPES, beyond_methods, pick_backend
+from dejavu.engine.backends import BACKEND_DTYPES, pick_backend
 from dejavu.files import read_json
 from dejavu.language_model import LanguageModel
-from dejavu.model.adapter import Adapter, stored_method
+from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
-from dejavu.model.checkpoint import load_checkpoint, own_adapter, read_config, resolve_model
-from dejavu.model.hub import PACKAGED, adapter_folder, packaged_file
+from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model
+from dejavu.model.hub import adapter_folder, packaged_file
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,20 +52,17 @@ def load(
         name = read_json(named / "config.json")["base_id"]
     # A bundled adapter was made for the form of its base that a package carries: that one, where it is installed.
     path = (packaged_file(name) if named is not None else None) or resolve_model(name, revision=revision)
-    if adapter == "bundled":
-        adapter = named or own_adapter(path)
-    if isinstance(adapter, str | Path):
-        adapter = adapter_folder(adapter)
-    method = adapter.config.selects if isinstance(adapter, Adapter) else None if adapter is None else stored_method(adapter)
-    lacking = (*read_config(path).beyond(asked), *beyond_methods(asked, () if method is None else (method,)))
+    lacking = read_config(path).beyond(asked)
     require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
     backend = "torch" if lacking else asked
     torch_dtype = _torch_dtype(dtype, backend)
     device = "cuda" if backend == "cuda" else "cpu"
-    known = name if name in bundled_models() or name in PACKAGED else None
-    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=known)
-    if isinstance(adapter, Path):
-        adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
+    a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
+    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=None if a_path else name)
+    if adapter == "bundled":
+        adapter = named or checkpoint.adapter_folder
+    if isinstance(adapter, str | Path):
+        adapter = Adapter.load(adapter_folder(adapter), model=checkpoint.config, base_hash=checkpoint.base_hash)
     if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
     elif backend == "native" and dtype not in ("auto", "fp32"):

@@ -83,7 +83,8 @@ def generate(
         notes.append(f"the context of {lm.config.max_positions} tokens is full: {written}")
         out.warn(notes[-1])
     what = f"{result.new_tokens} tokens at [bold]{speed(result.tok_s)}[/bold]"
-    prefill = f"prompt of {result.prompt_tokens} at {speed(result.prefill_tok_s)}"
+    prompted = "message (chat template)" if chat else "prompt"
+    prefill = f"{prompted} of {result.prompt_tokens} at {speed(result.prefill_tok_s)}"
     densities = f"MLP density {number(result.mlp_density)}, head density {number(result.head_density)}"
     out.show(f"{what} · {prefill} · {densities} · ended by {result.finish_reason}")
     out.finish(

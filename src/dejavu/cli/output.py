@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,7 +99,7 @@ def screen_line(screen: dict[str, Any]) -> str:
 
 
 @contextmanager
-def progress_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_bars(shown: bool = True) -> Generator[Callable[[str, int, int], None] | None]:
     """A callback progress(what, done, total) that draws a bar for each `what`; None where stderr is no terminal or nothing is `shown`.
 
     What follows a tab in `what` is shown beside the bar and may change.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,6 @@ from dejavu.model.lora import adapted_model
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
-# Methods of selection that a backend's engine computes (`LayerAdapter.methods`): what is not here, `auto` leaves to torch.
-BACKEND_METHODS = dict.fromkeys(("torch", "native", "cuda"), ("predicted", "gate", "input"))
 BACKEND_DTYPES = {"native": NATIVE_DTYPES, "cuda": ("fp32", "fp16", "bf16"), "torch": ("fp32", "fp16", "bf16", "fp64")}
 
 
@@ -69,11 +67,6 @@ def pick_backend(name: str = "auto", *, dtype: str = "fp32") -> str:
     return name
 
 
-def beyond_methods(backend: str, methods: Collection[str]) -> tuple[str, ...]:
-    """As ModelConfig.beyond, of selection: what a backend does not compute of these methods, in words."""
-    return tuple(f"selection by method {method}" for method in sorted(methods) if method not in BACKEND_METHODS[backend])
-
-
 def pick_cache_dtype(name: str = "auto", *, backend: str, dtype: str) -> str:
     """The dtype of the key/value cache for a value of --cache-dtype, beside weights of `dtype`.
 
@@ -113,7 +106,7 @@ def make_engine(
 ) -> Engine:
     """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
 
-    backend: auto takes torch for an architecture or a method that the kernels do not compute (ModelConfig.beyond, beyond_methods).
+    backend: auto takes torch for an architecture that the kernels do not compute (ModelConfig.beyond).
 
     dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's.
     cache_dtype: see `pick_cache_dtype`. screened_head: see NativeEngine. threads: of the native engine (None: every processor
@@ -128,10 +121,8 @@ def make_engine(
     elif backend == "auto":  # what native packs is fp32 on the CPU
         native = stored == "fp32" and missing_reason() is None and (dtype or stored) in NATIVE_DTYPES
         picked = "native" if native else "torch"
-    lacking = beyond_methods(picked, frozenset(method for layer in layers or () for method in layer.methods))
-    if backend == "auto" and (lacking or model.config.beyond(picked)):
-        picked, lacking = "torch", ()
-    require(not lacking, f"backend {picked!r} does not compute {', '.join(lacking)}; use --backend torch")
+    if backend == "auto" and model.config.beyond(picked):
+        picked = "torch"
     require(ahead is None or picked == "cuda", f"a way of looking ahead is of backend 'cuda', not {picked!r}; leave --ahead out")
     if picked == "native":
         return NativeEngine(

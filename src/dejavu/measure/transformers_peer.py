@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -95,7 +95,7 @@ class TransformersDecoder:
 
 
 @contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Generator[None]:
     """torch computes with so many threads meanwhile."""
     before = torch.get_num_threads()
     if before == threads:

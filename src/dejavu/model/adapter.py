@@ -23,7 +23,7 @@ from torch import Tensor
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, require
 from dejavu.files import new_folder, read_json, read_safetensors, write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
-from dejavu.model.adapter_config import AdapterConfig, LayerConfig, PartConfig, selects_of
+from dejavu.model.adapter_config import AdapterConfig, LayerConfig, PartConfig
 from dejavu.model.card import card
 from dejavu.model.lora import LayerLora, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import LayerAdapter, Predictor
@@ -147,17 +147,6 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     save_file(tensors, folder / TENSOR_FILE)
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
     (folder / CARD_FILE).write_text(card(adapter.config), encoding="utf-8")
-
-
-def stored_method(folder: Path) -> str | None:
-    """How the adapter in a folder selects (LayerAdapter.methods), before it is loaded; None where that cannot be read, as loading says."""
-    if not (folder / CONFIG_FILE).is_file():
-        return None
-    values = read_json(folder / CONFIG_FILE)
-    if not isinstance(values, dict):
-        return None
-    lora = values.get("lora")
-    return selects_of(str(values.get("method")), lora.get("activation") if isinstance(lora, dict) else None)
 
 
 def _read_config(folder: Path) -> AdapterConfig:

@@ -148,9 +148,7 @@ class AdapterConfig(Config):
     @property
     def selects(self) -> str:
         """How the layers select, see LayerAdapter.methods."""
-        found = selects_of(self.method, None if self.lora is None else self.lora.activation)
-        assert found is not None, "see __post_init__"
-        return found
+        return "gate" if self.lora is not None and self.lora.activation is not None else SELECTS[self.method]
 
     def __post_init__(self) -> None:
         require(self.method in METHODS, f"adapter method {self.method!r} is not supported; supported: {', '.join(METHODS)}")
@@ -198,8 +196,3 @@ def part_config(predictor: Predictor, *, density: float, recall: float, mass: fl
         recall=recall,
         mass=mass,
     )
-
-
-def selects_of(method: str, activation: str | None) -> str | None:
-    """How neurons are selected by a method, of weights with that changed activation; None for a method that is not known."""
-    return "gate" if activation is not None else SELECTS.get(method)

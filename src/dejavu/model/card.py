@@ -14,6 +14,8 @@ PREDICTORS = """Predictors that tell, token by token, which MLP neurons and atte
 ABOUT = {
     "predicted": PREDICTORS,
     "adapted": PREDICTORS,
+    "activation": "Changes of weights that make `{base}` sparse by zeros of its own: its MLPs get {activation}, and rows of up and down\n"
+    "of neurons whose gate is zero are not read.",
     "exact": "The MLP of `{base}` from the neurons whose gate is not zero: nothing else is read, nothing is lost.",
     "gate": "Thresholds on the activated gate of every MLP of `{base}`: rows of up and down are read where it exceeds them\n"
     "(CATS, arXiv 2404.08763).",
@@ -31,7 +33,8 @@ def card(config: AdapterConfig) -> str:
     rows = "\n".join(_row(entry.layer, _input_cells(entry) if inputs else _cells(entry)) for entry in config.layers)
     hashes = "\n".join(f"* `{value}`" for value in config.base_hashes)
     lora = config.lora
-    about = ABOUT[config.method].format(base=config.base_id)
+    activation = None if lora is None else lora.activation
+    about = ABOUT[config.method if activation is None else "activation"].format(base=config.base_id, activation=activation)
     changed = (
         "" if lora is None else f"\nWeights change too, while it runs sparse: W + {lora.scale:g} B A of rank {lora.rank}, and the norms."
     )

@@ -54,13 +54,8 @@ class Checkpoint:
     @property
     def adapter_folder(self) -> Path | None:
         """The adapter that came with the checkpoint, if one did."""
-        return own_adapter(self.path)
-
-
-def own_adapter(path: Path) -> Path | None:
-    """The folder of the adapter that came with the checkpoint at that path, if one did."""
-    folder = path / ADAPTER_FOLDER
-    return folder if (folder / "config.json").is_file() else None
+        folder = self.path / ADAPTER_FOLDER
+        return folder if (folder / "config.json").is_file() else None
 
 
 class Stored(NamedTuple):

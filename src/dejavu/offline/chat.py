@@ -24,7 +24,7 @@ from dejavu.model.transformer import Block, Transformer
 LINE_TOKENS = (12, 24, 48)  # a prompt is that many first tokens of a line that has at least so many
 SLOT = "@@LINE@@"
 FRAME_TOKENS = 64  # about what a chat template adds
-CACHE_BYTES, MOST_ROWS, MOST_ROWS_CPU = 16 << 30, 2048, 64
+MOST_ROWS, MOST_ROWS_CPU = 2048, 64
 
 
 def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -101,11 +101,13 @@ def continued(model: Transformer, prompt_BP: Tensor, *, new_tokens: int, generat
 
 
 def rows_at_once(model: Transformer, length: int) -> int:
-    """Rows of a batch of sequences of that many tokens."""
+    """Rows of a batch of sequences of that many tokens; on a GPU as many as half of its free memory holds the cache of, up to MOST_ROWS."""
     config, weight = model.config, model.embed.weight
     row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length * weight.element_size()
-    most = MOST_ROWS if weight.device.type == "cuda" else MOST_ROWS_CPU
-    return max(1, min(most, CACHE_BYTES // row_bytes))
+    if weight.device.type != "cuda":
+        return MOST_ROWS_CPU
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    return max(1, min(MOST_ROWS, free // 2 // row_bytes))
 
 
 def cut(row: Sequence[int], prompt_tokens: int, eos: Sequence[int]) -> list[int]:
@@ -126,7 +128,7 @@ def written(
 ) -> np.ndarray:
     """At least `tokens` ids of prompts with answers, as the model (on its device, in its dtype) writes them.
 
-    A step is bound by what it starts, not by its rows: on a GPU there are as many as CACHE_BYTES hold, up to MOST_ROWS.
+    A step is bound by what it starts, not by its rows: on a GPU there are many, see `rows_at_once`.
     """
     rows = rows_at_once(model, max(LINE_TOKENS) + FRAME_TOKENS + new_tokens)
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
