@@ -10,7 +10,6 @@ predictor holds it for likelier needed than not.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 
@@ -19,6 +18,7 @@ import torch
 import dejavu
 from dejavu.measure.texts import named_texts
 from dejavu.model.predictor import MaskedSelection
+from dejavu.offline.adapted import moved
 from dejavu.offline.collect import pack_windows
 
 SHIFTS = (-3.0, -2.0, -1.0, -0.5, 0.0, 1.0, 2.0)
@@ -40,21 +40,12 @@ def main() -> None:
         windows = pack_windows([lm.tokenizer.encode_plain(text)], context=options.length, bos=lm.tokenizer.document_bos)
         parts.append(windows[torch.linspace(0, len(windows) - 1, min(options.windows, len(windows))).long()])
     ids_WT = torch.cat(parts)
-    moved = {
-        shift: MaskedSelection(
-            tuple(
-                dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, threshold=layer.mlp.threshold + shift))
-                for layer in layers
-                if layer.mlp is not None
-            )
-        )
-        for shift in SHIFTS
-    }
+    shifted = {shift: MaskedSelection(moved(layers, shift)) for shift in SHIFTS}
     losses: dict[float, list[tuple[float, float]]] = {shift: [] for shift in SHIFTS}  # of every window: KL, rise of the loss
     with torch.inference_mode():
         for ids_T in ids_WT:
             dense_TV = lm.model(ids_T[None])[0].log_softmax(-1)
-            for shift, selection in moved.items():
+            for shift, selection in shifted.items():
                 sparse_TV = lm.model(ids_T[None], selection)[0].log_softmax(-1)
                 kl = float((dense_TV.exp() * (dense_TV - sparse_TV)).sum(-1).mean())
                 target = ids_T[1:, None]
@@ -62,7 +53,7 @@ def main() -> None:
     points = []
     for shift, values in losses.items():
         kl, rise = (sum(each) / len(values) for each in zip(*values, strict=True))
-        points.append({"shift": shift, "density": moved[shift].counter.mlp_density(), "kl": kl, "rise": math.expm1(rise)})
+        points.append({"shift": shift, "density": shifted[shift].counter.mlp_density(), "kl": kl, "rise": math.expm1(rise)})
     print(json.dumps({"tokens": ids_WT.numel(), "points": points}))
 
 

@@ -28,6 +28,7 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt import AdaptConfig, Trainer
 from dejavu.offline.adapt_run import adapt
+from dejavu.offline.adapted import moved, shift_to
 from dejavu.offline.chat import continued, cut, frame
 from dejavu.offline.corpus import Mixture, Windows, pieces, tokenized
 from dejavu.offline.divergence import mean_divergence
@@ -72,6 +73,30 @@ def layers_of(student: Student, model: Transformer) -> tuple[LayerAdapter, ...]:
 
 def ids_of(rows: int = 2, length: int = 12) -> Tensor:
     return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def test_thresholds_move_together_to_a_density(checkpoint: Checkpoint) -> None:
+    layers, ids = layers_of(shaken(checkpoint.model, (0, 1, 1)), checkpoint.model), ids_of(rows=8, length=32)
+
+    def density(shift: float) -> float:
+        selection = MaskedSelection(moved(layers, shift))
+        checkpoint.model.hidden(ids, selection)
+        found = selection.counter.mlp_density()
+        assert found is not None
+        return found
+
+    before = density(0.0)
+    predictor = moved(layers, 0.25)[1].mlp
+    assert predictor is not None and predictor.threshold == 0.25
+    for wanted in (before - 0.02, before + 0.02):
+        assert density(shift_to(checkpoint.model, layers, ids, wanted)) == pytest.approx(wanted, abs=0.003)
+
+
+def test_a_price_moves_no_faster_than_weights() -> None:
+    quick, slow, still = Steering(2), Steering(2), Steering(2)
+    for steering, pace in ((quick, 1.0), (slow, 0.1), (still, 0.0)):
+        steering.update(torch.tensor([0.4, 0.2]), 0.15, pace)
+    assert quick.price > slow.price > still.price == Steering(2).price
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -4,7 +4,7 @@ In: a checkpoint, its text as windows of ids, an AdaptConfig. Out: a trained Stu
 
     KL(teacher || student) per token  +  mean over layers of  price_l * (soft density of l) / target
 
-where the prices steer the densities (steering.py) to a target that falls from a half to config.density over the first half of the
+where the prices steer the densities (steering.py) to a target that falls from a half to config.density over the first third of the
 training. Everything that a step draws depends on the seed and its number alone, so that what is saved is weights, the
 optimiser's moments, the prices and two numbers.
 
@@ -38,7 +38,7 @@ from dejavu.offline.student import COMPILED, Student
 
 LORA_SCALE = 2.0
 FIRST_DENSITY = 0.5
-RAMP = 0.5  # share of the training over which the target falls
+RAMP = 1 / 3  # share of the training over which the target falls
 LEAST_RATE = 0.02  # of the peak learning rate, at the end
 UNTIMED = 3  # steps of a process that compile and warm up: a limit in minutes does not count them
 STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
@@ -221,7 +221,7 @@ class Trainer:
         gradient_norm = float(norm)
         if not math.isfinite(divergence + gradient_norm):
             raise RuntimeError(f"training diverged at step {self.step}: KL {divergence}, gradient norm {gradient_norm}")
-        self.steering.update(torch.tensor(density_L), target)
+        self.steering.update(torch.tensor(density_L), target, rate / config.learning_rate)
         self.step += 1
         self.own_steps += 1
         self.elapsed += last_seconds  # of the step before: all processes then agree on the time

@@ -24,7 +24,7 @@ from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.transformer import Transformer
 from dejavu.offline import chat
 from dejavu.offline.adapt import TORCH_DTYPES, AdaptConfig, StepReport, Trainer, check_run
-from dejavu.offline.adapted import make_adapter
+from dejavu.offline.adapted import DENSITY_WINDOWS, make_adapter
 from dejavu.offline.corpus import Mixture, Windows, kept_ids, tokenized
 from dejavu.offline.ranks import wait, world
 from dejavu.offline.student import choose_lookaheads, residual_cosines
@@ -84,7 +84,15 @@ def adapt(
     if not trainer.run(folder, report=log, stop=stop) or not first:
         return None
     adapter, result = make_adapter(
-        checkpoint, trainer.student, config, text.held_out, text_hash=text_hash, cosine_L=cosine_L, device=device, progress=progress
+        checkpoint,
+        trainer.student,
+        config,
+        trainer.windows.batch(range(DENSITY_WINDOWS)),
+        text.held_out,
+        text_hash=text_hash,
+        cosine_L=cosine_L,
+        device=device,
+        progress=progress,
     )
     result |= {"steps": trainer.step, "tokens": trainer.step * config.batch * config.length, "training_seconds": trainer.elapsed}
     return adapter, result | {"seconds": time.perf_counter() - started}

@@ -1,8 +1,9 @@
 """From a trained student to an adapter: rounded to what is stored, then measured on text that training did not see.
 
-In: a checkpoint, a Student, held-out windows [W, T]. Out: an Adapter and its measurements; the sparse numbers are those of the
-rounded predictors and changes, in fp32, with every token masked. `ppl_unmasked` is the perplexity of the changed weights with
-all neurons, which is what a prompt runs with.
+In: a checkpoint, a Student, training and held-out windows [W, T]. Out: an Adapter and its measurements; the sparse numbers are those of
+the rounded predictors and changes, in fp32, with every token masked. `ppl_unmasked` is the perplexity of the changed weights with
+all neurons, which is what a prompt runs with. What a step of the training selects swings about its target, so in the end all thresholds
+are moved together until training windows select the density asked for.
 
 Letters: B windows of a batch  T tokens  F neurons  L layers
 """
@@ -30,6 +31,9 @@ from dejavu.offline.collect import down_norms
 from dejavu.offline.fidelity import compare_runs
 from dejavu.offline.student import Student
 
+LARGEST_SHIFT, HALVINGS = 1.0, 9  # of a score, which is a logit
+DENSITY_WINDOWS = 8
+
 
 class _Measured(MaskedSelection):
     """Masks, and adds up per layer which share of the neurons that are not zero, and of the contribution, it keeps."""
@@ -56,6 +60,35 @@ def rounded_layers(student: Student) -> tuple[LayerAdapter, ...]:
     if student.activation is not None:
         return tuple(LayerAdapter(gate=GateThreshold(threshold=0.0)) for _ in student.blocks)
     return tuple(LayerAdapter(mlp=quantized(trained.predictor())) for trained in student.trained)
+
+
+def moved(layers: tuple[LayerAdapter, ...], shift: float) -> tuple[LayerAdapter, ...]:
+    """The layers with the thresholds of all predictors of neurons moved."""
+
+    def one(layer: LayerAdapter) -> LayerAdapter:
+        mlp = layer.mlp
+        return layer if mlp is None else dataclasses.replace(layer, mlp=dataclasses.replace(mlp, threshold=mlp.threshold + shift))
+
+    return tuple(map(one, layers))
+
+
+@torch.inference_mode()
+def shift_to(
+    model: Transformer, layers: tuple[LayerAdapter, ...], ids_WT: Tensor, density: float, *, progress: Progress | None = None
+) -> float:
+    """How far thresholds move for a mean MLP density on the windows. By bisection: what a layer leaves out changes what later ones read."""
+    low, high = -LARGEST_SHIFT, LARGEST_SHIFT
+    for halving in range(HALVINGS):
+        shift = (low + high) / 2
+        selection = MaskedSelection(moved(layers, shift))
+        for ids_T in ids_WT:
+            model.hidden(ids_T[None].to(model.embed.weight.device), selection)
+        found = selection.counter.mlp_density()
+        assert found is not None
+        low, high = (shift, high) if found > density else (low, shift)
+        if progress is not None:
+            progress("setting thresholds", halving + 1, HALVINGS)
+    return (low + high) / 2
 
 
 @torch.inference_mode()
@@ -97,6 +130,7 @@ def make_adapter(
     checkpoint: Checkpoint,
     student: Student,
     config: AdaptConfig,
+    trained_WT: Tensor,
     held_out_WT: Tensor,
     *,
     text_hash: str,
@@ -104,7 +138,10 @@ def make_adapter(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter of a student with what `dejavu adapt` prints. The checkpoint's model is fp32; it is on `device` meanwhile."""
+    """The adapter of a student with what `dejavu adapt` prints. The checkpoint's model is fp32; it is on `device` meanwhile.
+
+    trained_WT: windows of the training, on which thresholds are set.
+    """
     model, layers = checkpoint.model, rounded_layers(student)
     lora = tuple(quantized_lora(change) for change in student.lora())
     entries = tuple(_entry(i, layer) for i, layer in enumerate(layers))
@@ -125,6 +162,11 @@ def make_adapter(
     adapter = Adapter(layers=layers, config=described, lora=lora)
     model.to(device)
     try:
+        if student.activation is None:
+            shift = shift_to(model, adapter.attached(model), trained_WT, config.density, progress=progress)
+            layers = moved(layers, shift)
+            described = dataclasses.replace(described, layers=tuple(_entry(i, layer) for i, layer in enumerate(layers)))
+            adapter = dataclasses.replace(adapter, layers=layers, config=described)
         quality, selection = measured(model, adapter.attached(model), held_out_WT, progress=progress)
     finally:
         model.to("cpu")

@@ -38,11 +38,14 @@ class Steering:
         """fp64 [L]."""
         return self.price + self.push_L
 
-    def update(self, density_L: Tensor, target: float) -> None:
-        """Take in the densities [L] of a step."""
+    def update(self, density_L: Tensor, target: float, pace: float = 1.0) -> None:
+        """Take in the densities [L] of a step.
+
+        pace: how fast weights move, 1 at the peak of the learning rate. The price moves no faster: or else densities swing.
+        """
         density_L = density_L.double().cpu()
         miss = (float(density_L.mean()) - target) / max(target, self.least_density)
-        self.price = min(LARGEST_PRICE, max(LEAST_PRICE, self.price * math.exp(GAIN * miss)))
+        self.price = min(LARGEST_PRICE, max(LEAST_PRICE, self.price * math.exp(GAIN * pace * miss)))
         low, high = self.bounds(target)
         violation_L = (density_L / high - 1).clamp_min(0) - (1 - density_L / low).clamp_min(0)
         pushed_L = self.push_L + PUSH * violation_L
