@@ -39,7 +39,7 @@ def adapt(
     ] = None,
     rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of the predictors.")] = 64,
     lora_rank: Annotated[int, typer.Option("--lora-rank", metavar="N", help="Rank of the changes of weights.")] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate.")] = 6e-4,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate.")] = 1.6e-3,
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows of a step, over all processes.")] = 64,
     micro_batch: Annotated[int, typer.Option("--micro-batch", metavar="N", help="Windows that a process computes at a time.")] = 16,
     length: Annotated[int | None, typer.Option("--length", metavar="N", help="Tokens of a window (default: 1024, or the context).")] = None,

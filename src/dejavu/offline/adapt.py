@@ -63,7 +63,7 @@ class AdaptConfig(Config):
     lookahead_cosine: float = 0.9
     steps: int | None = None
     minutes: float | None = None
-    learning_rate: float = 6e-4
+    learning_rate: float = 1.6e-3
     warmup: int = 40
     batch: int = 64
     micro_batch: int = 16
