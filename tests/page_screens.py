@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
-TOKEN = 34  # which the maps show, counted from 1
+TOKEN = 41  # which the maps show, counted from 1
 
 
 def main(url: str, folder: Path) -> None:

@@ -123,9 +123,9 @@ def test_page_shows_both_answers(serve: Callable[..., Server], open_page: Open) 
     page.fill("#max-tokens", "6")
     page.fill("#seed", "7")
     assert finished(page) == (
-        "Sparse ran at 1.80\u00d7 the speed of dense while its maps were recorded, "
+        "Sparse ran at 1.80\u00d7 the speed of dense while recording its maps, "
         "reading 34.9% of the MLP neurons and 25.0% of the heads. "
-        "The answers part at token 4, marked in both."
+        "The answers part at token 4."
     )
     assert text_of(page, "dense-text") == "Once" + "".join(DENSE)
     assert text_of(page, "sparse-text") == "Once" + "".join(SPARSE)
@@ -167,8 +167,11 @@ def test_page_maps_follow_the_newest_token_unless_the_reader_looks_at_one(serve:
     gates = [threading.Event() for _ in range(3)]
     steps = answer(SPARSE, traced=True, tok_s=90.0)
     page = open_page(serve(sparse=[*steps[:2], gates[0], steps[2], gates[1], steps[3], gates[2], *steps[4:]]))
+    page.fill("#max-tokens", "12")
     page.click("#run")
     wait_text(page, "token-number", "2 of 2")
+    places = [pixel(page, "neurons-time", (token + 0.5) / 12, 0.85) for token in (0, 2, 11)]
+    assert places == [rgb("neurons-3"), [0, 0, 0, 0], [0, 0, 0, 0]]  # room for the tokens to come
     page.hover("#sparse-text .piece:nth-of-type(2)")
     wait_text(page, "token-number", "1 of 2")
     gates[0].set()
@@ -203,7 +206,7 @@ def test_page_runs_without_maps_at_full_speed(serve: Callable[..., Server], open
     page.check("input[value=off]", force=True)
     page.click("#run")
     outcome = wait_status(page, "Sparse ran at 2.00")
-    assert "recorded" not in outcome and outcome.endswith("The answers part at token 4, marked in both.")
+    assert "recording" not in outcome and outcome.endswith("The answers part at token 4.")
     assert "dejavu" not in server.asked("sparse") and page.is_hidden("#maps") and page.locator(".piece[tabindex]").count() == 0
     page.hover("#sparse-text .piece:nth-of-type(4)")
     page.focus("#sparse-text")  # by which it scrolls
@@ -220,7 +223,7 @@ def test_page_says_so_where_no_head_is_skipped(serve: Callable[..., Server], ope
         one["head_density"] = None if one["head_density"] is None else 1.0
     steps[-3]["dejavu"]["head_density"] = 1.0
     page = open_page(serve(sparse=steps))
-    assert "and all of the heads" in finished(page)
+    assert "and all heads." in finished(page)
     assert page.is_hidden("#heads-time") and page.is_visible("#heads-note")
 
 
@@ -266,7 +269,7 @@ def test_page_runs_in_turn_or_together(serve: Callable[..., Server], open_page: 
     wait_text(page, "sparse-tokens", "6")
     assert text_of(page, "dense-tokens") == "2"
     gate.set()
-    assert "while both shared the machine and its maps were recorded" in wait_status(page, "Sparse ran")
+    assert "while sharing the machine and recording its maps" in wait_status(page, "Sparse ran")
 
 
 def test_page_stays_quiet_while_text_streams(serve: Callable[..., Server], open_page: Open) -> None:

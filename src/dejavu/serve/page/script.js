@@ -6,6 +6,7 @@ asked of the page's own server, by addresses relative to the page, and everythin
 "use strict";
 
 const BINS = 64; // into which a trace divides the neurons of a layer
+const FRAME = 80; // ms between two drawings of a run: the browser may share its cores with the server
 const LEFT = 24, RIGHT = 44; // px beside a map: the layer's number, its figures
 const $ = (id) => document.getElementById(id);
 const count = (value) => value.toLocaleString("en");
@@ -125,7 +126,8 @@ class Answer {
     asked.className = "prompt";
     asked.textContent = chat ? "" : prompt;
     this.part("text").replaceChildren(asked);
-    this.part("error").hidden = true;
+    this.fresh = document.createDocumentFragment(); // pieces that are not drawn yet
+    Object.assign(this.part("error"), { hidden: true, textContent: "" });
     this.say("");
     this.figures();
   }
@@ -204,7 +206,7 @@ class Answer {
     node.textContent = text;
     if (this.traced) node.tabIndex = -1;
     this.pieces.push({ node, from, to, start: this.text.length });
-    this.part("text").append(node);
+    this.fresh.append(node);
     this.text += text;
     compare();
   }
@@ -217,6 +219,7 @@ class Answer {
   }
 
   figures() {
+    this.part("text").append(this.fresh);
     const elapsed = (this.lastAt - this.firstAt) / 1000;
     const recorded = this.tokens.filter(({ mlp }) => mlp !== null);
     const known = (whole, each) => whole ?? (recorded.length ? mean(recorded.map(each)) : this.side === "dense" && this.made ? 1 : null);
@@ -266,15 +269,15 @@ function outcome({ together, record }) {
   if (dense.rate && sparse.rate) {
     const gain = sparse.rate / dense.rate;
     nodes.push("Sparse ran at ", strong(`${gain.toPrecision(3)}\u00d7`, gain > 1 ? "gain" : ""), " the speed of dense");
-    const slowed = [...(together ? ["both shared the machine"] : []), ...(record ? ["its maps were recorded"] : [])];
+    const slowed = [...(together ? ["sharing the machine"] : []), ...(record ? ["recording its maps"] : [])];
     if (slowed.length) nodes.push(` while ${slowed.join(" and ")}`);
   } else nodes.push("Sparse answered");
   const { mlpShown: mlp, headsShown: heads } = sparse;
   if (mlp !== null && heads !== null) {
-    nodes.push(", reading ", strong(percent(mlp)), " of the MLP neurons and ", heads < 1 ? strong(percent(heads)) : "all", " of the heads");
+    nodes.push(", reading ", strong(percent(mlp)), " of the MLP neurons and ", ...(heads < 1 ? [strong(percent(heads)), " of the heads"] : ["all heads"]));
   }
   if (!fork) nodes.push(". Both answers are the same.");
-  else nodes.push(fork.piece ? `. The answers part at token ${fork.piece.from + 1}, marked in both.` : ". The sparse answer ends first.");
+  else nodes.push(fork.piece ? `. The answers part at token ${fork.piece.from + 1}.` : ". The sparse answer ends first.");
   return nodes;
 }
 
@@ -343,6 +346,7 @@ async function run() {
   } finally {
     running = null;
     swap($("stop"), $("run"));
+    draw(); // the maps over time need no more room for tokens to come
   }
 }
 
@@ -448,10 +452,11 @@ function paint(canvas, { rows, columns, room = columns, share, kind, notes = nul
 function drawSoon() {
   if (maps.waiting) return;
   maps.waiting = true;
-  requestAnimationFrame(() => {
+  const drawNow = () => {
     maps.waiting = false;
     draw();
-  });
+  };
+  setTimeout(() => requestAnimationFrame(drawNow), running ? FRAME : 0);
 }
 
 function draw() {
@@ -505,7 +510,7 @@ function label() {
 function show(token, { follow = false, reveal = false } = {}) {
   Object.assign(maps, { shown: Math.max(0, Math.min(token, sparse.tokens.length - 1)), follow });
   const node = reveal && sparse.pieces.find(({ to }) => to > maps.shown)?.node, box = sparse.part("text");
-  if (node && (node.offsetTop < box.scrollTop || node.offsetTop > box.scrollTop + box.clientHeight - 30)) {
+  if (node?.isConnected && (node.offsetTop < box.scrollTop || node.offsetTop > box.scrollTop + box.clientHeight - 30)) {
     sparse.atEnd = false;
     box.scrollTop = node.offsetTop - box.clientHeight / 2;
   }
