@@ -1,0 +1,42 @@
+"""Pictures of the page of a running server, for the documentation: `python tests/page_screens.py http://127.0.0.1:8000 docs/images`.
+
+Out: page-{desktop,phone}-{light,dark}.png, of both answers to the page's own prompt. Needs playwright and a Chromium.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+TOKEN = 41  # which the maps show, counted from 1
+
+
+def main(url: str, folder: Path) -> None:
+    """Take the pictures; each runs both answers anew."""
+    playwright = importlib.import_module("playwright.sync_api")
+    with playwright.sync_playwright() as tools:
+        chromium = tools.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for device, (width, height) in SIZES.items():
+            for scheme in ("light", "dark"):
+                phone = device == "phone"
+                screen = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=phone)
+                page = screen.new_page()
+                page.goto(url)
+                page.click("#run:enabled")
+                page.wait_for_function("() => document.querySelector('#status').textContent.startsWith('Sparse ran')", timeout=120_000)
+                page.locator("#token").fill(str(TOKEN))
+                page.locator("#token").blur()
+                page.mouse.move(0, 0)
+                page.wait_for_function(f"() => document.querySelector('#token-number').textContent.startsWith('{TOKEN} ')")
+                path = folder / f"page-{device}-{scheme}.png"
+                page.screenshot(path=path, full_page=phone)
+                screen.close()
+                print(f"{path}: {path.stat().st_size:,} bytes")
+        chromium.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
