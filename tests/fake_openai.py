@@ -49,6 +49,7 @@ class FakeServer:
     characters: int = 4
     extra_tokens: int = 1
     owned_by: str = "dejavu"
+    runs_dense: bool = False
     facts: dict[str, Any] = field(
         default_factory=lambda: {"version": "9.9", "backend": "native", "dtype": "int8", "threads": 2, "layers": 6}
     )
@@ -69,7 +70,11 @@ class FakeServer:
         return app
 
     async def list_models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": id, "object": "model", "created": 0, "owned_by": self.owned_by} for id in self.models]}
+        about = {"object": "model", "created": 0, "owned_by": self.owned_by}
+        return {
+            "object": "list",
+            "data": [{"id": id, **about, **({"dejavu": {"mode": "dense"}} if self.runs_dense else {})} for id in self.models],
+        }
 
     async def health(self) -> dict[str, Any]:
         pages = {"pages_free": 100 - self.turns * self.pages_lost, "pages_total": 100} if "health" in self.tells else {}

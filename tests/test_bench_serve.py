@@ -224,9 +224,16 @@ class TestBench:
     def test_a_model_that_is_not_there(self) -> None:
         with pytest.raises(ValueError, match="no model 'other'; it has tiny, tiny:dense"):
             self.bench(FakeServer(), models=["other"])
-        assert pick_models([], ["a:dense", "a"], ":dense") == ["a", "a:dense"] and pick_models(["b"], ["a", "b"], ":dense") == ["b"]
-        with pytest.raises(ValueError, match="--model: a, b"):
-            pick_models([], ["a", "b"], ":dense")
+        assert pick_models([], {"a:dense": None, "a": None}, ":dense") == ["a", "a:dense"]
+        assert pick_models(["b", "b"], {"a": None, "b": None}, ":dense") == ["b"]
+        with pytest.raises(ValueError, match="2 models; choose with --model: a, b"):
+            pick_models([], {"a": None, "b": None}, ":dense")
+        with pytest.raises(ValueError, match="none is listed"):
+            pick_models([], {}, ":dense")
+
+    def test_a_model_without_an_adapter_is_asked_once(self) -> None:
+        assert [row.model for row in self.bench(FakeServer(runs_dense=True)).rows] == ["tiny"]
+        assert [row.mode for row in self.bench(FakeServer(runs_dense=True), models=["tiny:dense"]).rows] == ["dense"]
 
     def test_a_server_that_does_not_count_tokens(self) -> None:
         async def silent(model: str, prompt: str, max_tokens: int) -> Reply:

@@ -17,7 +17,7 @@ from dejavu.measure.serving import probe, run_load, warm_up
 from dejavu.measure.serving_client import Reply, Target, ask
 from dejavu.measure.serving_load import Load, Prompts
 from dejavu.measure.serving_rows import DENSE, Limits, ServeRow, notes_on, serve_row
-from dejavu.measure.serving_server import SETTLE_S, LeakCheck, LeakReport, health, model_ids, pick_models
+from dejavu.measure.serving_server import SETTLE_S, LeakCheck, LeakReport, health, listed_models, pick_models
 
 USUAL_ROUNDS = 4
 COMPARED = ("ttft_p50_ms", "itl_p50_ms", "tpot_p50_ms", "e2e_p50_ms")
@@ -72,7 +72,7 @@ async def bench_serving(
         async def send(model: str, prompt: str, max_tokens: int) -> Reply:
             return await ask(client, target, model, prompt, max_tokens, clock=clock)
 
-        listed, owner = await model_ids(client)
+        listed, owner = await listed_models(client)
         chosen = pick_models(list(models), listed, DENSE)
         told = await health(client)
         version = told.get("version")

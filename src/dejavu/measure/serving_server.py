@@ -24,29 +24,37 @@ SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{.*\})? ([-+\d.eE]+)(?: \d+)?")  # a
 RESIDENT = "process_resident_memory_bytes"  # a standard metric of Prometheus' clients
 
 
-async def model_ids(client: httpx.AsyncClient) -> tuple[list[str], str | None]:
-    """The ids that the server lists, and who owns them. Raises ValueError where it does not answer as OpenAI's API does."""
+async def listed_models(client: httpx.AsyncClient) -> tuple[dict[str, str | None], str | None]:
+    """The models that the server lists, each with its mode where dejavu tells it, and who owns them.
+
+    Raises ValueError where it does not answer as OpenAI's API does.
+    """
     try:
         response = await client.get("/v1/models", timeout=30)
-        require(
-            response.status_code == httpx.codes.OK,
-            f"{client.base_url} answers /v1/models with {response.status_code}: {response.text[:200]}",
-        )
-        listed = response.json()["data"]
-        return [str(each["id"]) for each in listed], next((str(each["owned_by"]) for each in listed if each.get("owned_by")), None)
+        if response.status_code != httpx.codes.OK:
+            raise ValueError(f"{client.base_url} answers /v1/models with {response.status_code}: {response.text[:200]}")
+        cards = response.json()["data"]
+        modes = {str(card["id"]): (card.get("dejavu") or {}).get("mode") for card in cards}
+        return modes, next((str(card["owned_by"]) for card in cards if card.get("owned_by")), None)
     except httpx.HTTPError as error:
         raise ValueError(f"no server answers at {client.base_url} ({type(error).__name__}); start one, or mend --url") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{client.base_url} does not list its models at /v1/models as OpenAI's API does") from error
 
 
-def pick_models(wanted: list[str], listed: list[str], dense: str) -> list[str]:
-    """The models to ask: those that are wanted; else what is listed, if that is one model, with and without `dense` behind its name."""
+def pick_models(wanted: list[str], listed: Mapping[str, str | None], dense: str) -> list[str]:
+    """The models to ask: those that are wanted; else what is listed, if that is one model, with and without `dense` behind its name.
+
+    Where the model runs dense anyway, once is enough.
+    """
     missing = [model for model in wanted if model not in listed]
     require(not missing, f"the server has no model {missing[0] if missing else ''!r}; it has {', '.join(listed)}")
+    if wanted:
+        return list(dict.fromkeys(wanted))
     bases = {model.removesuffix(dense) for model in listed}
-    require(bool(wanted) or len(bases) == 1, f"the server has several models; choose with --model: {', '.join(listed)}")
-    return list(dict.fromkeys(wanted or sorted(listed, key=len)))
+    require(len(bases) == 1, f"the server has {len(bases)} models; choose with --model: {', '.join(listed) or 'none is listed'}")
+    name, *others = sorted(listed, key=len)
+    return [name] if listed[name] == "dense" else [name, *others]
 
 
 async def health(client: httpx.AsyncClient) -> dict[str, Any]:
