@@ -19,15 +19,23 @@ def tests(session: nox.Session, transformers: str) -> None:
 @nox.parametrize("transformers", ["==5.17.*", ">=5.10,<6"])
 def families(session: nox.Session, transformers: str) -> None:
     """Every family against two transformers: `python -m pytest tests/ -k families` with each."""
-    session.install("-c", "constraints.txt", "-e", ".[dev]", f"transformers{transformers}")
+    session.install("-c", "constraints.txt", "-e", ".[serve,dev]", f"transformers{transformers}")
     session.run("pytest", "-q", "-n", "2", "tests/", "-k", "families", *session.posargs)
 
 
 @nox.session(python="3.11")
 def slow(session: nox.Session) -> None:
     """What takes minutes under Triton's interpreter and `make test` leaves out: before the cuda engine or its kernels change hands."""
-    session.install("-c", "constraints.txt", "-e", ".[dev]")
+    session.install("-c", "constraints.txt", "-e", ".[serve,dev]")
     session.run("pytest", "-q", "-n", "2", "-m", "slow and not gpu", "tests/", *session.posargs)
+
+
+@nox.session(name="serve-client", python="3.11")
+@nox.parametrize("openai", ["==1.60.*", ">=1.60"])
+def serve_client(session: nox.Session, openai: str) -> None:
+    """What the official client reads of a server, with the oldest and the newest that the extras allow."""
+    session.install("-c", "constraints.txt", "-e", ".[serve,dev]", f"openai{openai}")
+    session.run("pytest", "-q", "tests/", "-k", "openai_client", *session.posargs)
 
 
 @nox.session

@@ -16,6 +16,7 @@ import typer
 
 from dejavu.cli.adapt import adapt
 from dejavu.cli.bench import bench
+from dejavu.cli.bench_serve import bench_serve
 from dejavu.cli.demo import demo
 from dejavu.cli.evaluation import evaluation
 from dejavu.cli.export import export
@@ -63,6 +64,7 @@ for name, command in {
     "eval": evaluation,
     "generate": generate,
     "bench": bench,
+    "bench-serve": bench_serve,
     "report": report,
     "export": export,
     "info": info,

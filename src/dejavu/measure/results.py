@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,7 +32,7 @@ PACKAGES = ("numpy", "tokenizers", "triton", "transformers", "ctranslate2", "lla
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row(Config):
-    """One measurement. `model` is a name, never a path; `layers` how many layers of it ran (null where that is not known);
+    """One measurement. `model` is a name, never a path; `layers` how many layers of it ran (it and `threads` null where not known);
     `synthetic` whether weights or predictor are made up."""
 
     op: str
@@ -43,7 +43,7 @@ class Row(Config):
     dtype: str
     batch: int
     context: int
-    threads: int
+    threads: int | None
     synthetic: bool
     mlp_density: float | None = None
     head_density: float | None = None
@@ -68,6 +68,9 @@ class Row(Config):
             require(finite, f"{field.name} of a result is {value}; a measurement that failed is not recorded")
             absolute = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
             require(not absolute and value != "~", f"{field.name} {value!r} is a path; results name models and tools, not folders")
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def device_name(*, cuda: bool = False) -> str:
@@ -145,7 +148,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def completed(rows: Sequence[Row]) -> list[Row]:
+def completed(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """The rows with device, versions, commit and time (UTC) where these are not set."""
     now = _now()
     known, head = versions(), commit()
@@ -161,7 +164,7 @@ def completed(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> list[Row]:
+def append_rows(path: Path, rows: Sequence[AnyRow]) -> list[AnyRow]:
     """Append rows, completed, to a JSONL file, which is made with its folder where missing; returns what was written.
 
     The lines go out in one write, so that an interrupted run leaves earlier rows as they were.
@@ -178,8 +181,8 @@ def append_rows(path: Path, rows: Sequence[Row]) -> list[Row]:
     return written
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file. ValueError names the line that is no row."""
+def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
+    """The rows of a JSONL file, which are all of one kind. ValueError names the line that is no row of it."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -187,7 +190,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             values: Any = json.loads(line)
             require(isinstance(values, dict), "not a JSON object")
-            rows.append(Row.from_dict(values))
+            rows.append(kind.from_dict(values))
         except (json.JSONDecodeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not a row of results ({error}); remove or mend the line") from error
     return rows
