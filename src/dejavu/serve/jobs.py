@@ -1,0 +1,127 @@
+"""What goes into the worker and what comes out of it: plain data that the server's side and the worker's side share.
+
+In: a Job, one choice of one request, checked by whoever made it. Out: the Events of its stream, in order, of which the last has the
+finish_reason and the Summary; or one of the exceptions here.
+
+Letters: L layers  H query heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dejavu.config import SamplingConfig
+
+BINS = 64  # into which a trace divides the neurons of a layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One choice of one request. index: which choice of its request (see Sampler).
+
+    logit_bias: token id -> what is added to its logit before sampling; log-probabilities are those before it. stop: strings that end the
+    text before them. ignore_eos: go on behind an EOS. top_logprobs: None for no log-probabilities, n >= 0 for the token's own and the
+    n likeliest; prompt_logprobs: of the prompt too (echo). dense: without the adapter. trace: report what fired, per token.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingConfig
+    index: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    dense: bool = False
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTrace:
+    """What fired in the step that led to a token, by layer.
+
+    neurons: BINS bytes for each of L layers, the share of each bin that was selected, 0 to 255; heads: H bytes of 0 or 1 for each. A
+    layer that ran dense is all 255, and all 1.
+    """
+
+    neurons: tuple[bytes, ...]
+    heads: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenInfo:
+    """A token, generated or of the prompt.
+
+    logprob: natural logarithm, of the full softmax before bias, temperature, top_k and top_p; None for the first token of a prompt, and
+    for generated ones where no log-probabilities were asked for. top: the likeliest (id, logprob), likeliest first. mlp_density,
+    head_density: of the step that led to it, mean over layers; None for the first generated token, which comes from the prefill,
+    and for those of the prompt.
+    """
+
+    token_id: int
+    text_bytes_done: bool = True  # reserved
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    mlp_density: float | None = None
+    head_density: float | None = None
+    trace: TokenTrace | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A whole stream. Tokens are counts; cached_tokens: of the prompt, what a shared prefix saved.
+
+    Densities are means over the stream's decode steps, None without one; union_density: of the neurons that the rows of those
+    steps together selected, None where the engine cannot tell. time_to_first_token_s: from `submit` on; decode_s: from the first token
+    to the last.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    mlp_density: float | None
+    head_density: float | None
+    union_density: float | None
+    time_to_first_token_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A piece of a stream. text: new, already cut at stop strings, never taken back; tokens: those since the last event.
+
+    prompt_tokens: with prompt_logprobs, once, in the first event. finish_reason and summary: only in the last event of a stream that
+    ends well.
+    """
+
+    text: str = ""
+    tokens: tuple[TokenInfo, ...] = ()
+    prompt_tokens: tuple[TokenInfo, ...] = ()
+    finish_reason: Literal["stop", "length"] | None = None
+    summary: Summary | None = None
+
+
+class QueueFull(Exception):
+    """As many jobs wait as may. retry_after_s: when there may be room again, in whole seconds, at least 1."""
+
+    def __init__(self, *, waiting: int, retry_after_s: int) -> None:
+        super().__init__(f"{waiting} requests are waiting and no more may; try again in {retry_after_s} s")
+        self.waiting, self.retry_after_s = waiting, retry_after_s
+
+
+class TooLong(ValueError):
+    """A job that cannot fit, however long it waits. prompt, requested (new tokens), limit: in tokens."""
+
+    def __init__(self, *, prompt: int, requested: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {prompt} tokens and {requested} more were requested, {prompt + requested} in all, and the limit is {limit}; "
+            f"shorten the prompt or ask for fewer tokens"
+        )
+        self.prompt, self.requested, self.limit = prompt, requested, limit
+
+
+class EngineFailed(Exception):
+    """The step of this stream failed, and the stream with it; others go on."""
