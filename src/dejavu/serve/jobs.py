@@ -104,7 +104,7 @@ class Event:
     summary: Summary | None = None
 
 
-class QueueFull(Exception):
+class QueueFull(Exception):  # noqa: N818 (a state, not a mistake)
     """As many jobs wait as may. retry_after_s: when there may be room again, in whole seconds, at least 1."""
 
     def __init__(self, *, waiting: int, retry_after_s: int) -> None:
@@ -112,7 +112,7 @@ class QueueFull(Exception):
         self.waiting, self.retry_after_s = waiting, retry_after_s
 
 
-class TooLong(ValueError):
+class TooLong(ValueError):  # noqa: N818
     """A job that cannot fit, however long it waits. prompt, requested (new tokens), limit: in tokens."""
 
     def __init__(self, *, prompt: int, requested: int, limit: int) -> None:
@@ -123,5 +123,5 @@ class TooLong(ValueError):
         self.prompt, self.requested, self.limit = prompt, requested, limit
 
 
-class EngineFailed(Exception):
+class EngineFailed(Exception):  # noqa: N818 (a state, not a mistake)
     """The step of this stream failed, and the stream with it; others go on."""
