@@ -125,3 +125,68 @@ class TooLong(ValueError):  # noqa: N818
 
 class EngineFailed(Exception):  # noqa: N818 (a state, not a mistake)
     """The step of this stream failed, and the stream with it; others go on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """How one engine does. mode: "sparse", "dense" or "recording" (sparse, for traces). made: false before it is first needed, and
+    where it failed and could not be made anew.
+
+    queued, running: jobs; slots, pages_free, pages_total: of its cache, a page that is kept for reuse alone being free. Since the start:
+    steps (calls that decoded), tokens (generated), prompt_tokens (computed), cached_tokens (of prompts, saved by shared prefixes),
+    finished, failed and cancelled jobs, fallback_layers (layers whose MLP ran dense for a whole batch, added up over the steps).
+    """
+
+    mode: str
+    made: bool
+    queued: int
+    running: int
+    slots: int
+    pages_free: int
+    pages_total: int
+    steps: int
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    finished: int
+    failed: int
+    cancelled: int
+    fallback_layers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """How the worker does: sums over its engines, each of which is in `engines`. Numbers as in EngineState.
+
+    alive: its thread runs, and every engine that it needed could be made. last_error: the last failure in words, None before
+    one. tok_s: tokens of prompts and answers a second lately, while anything ran; None before the first. Of the model: name, backend, dtype,
+    device, max_model_len (tokens of a sequence), layers, neurons and heads of a layer, vocab_size; sparse: whether there is an adapter.
+    """
+
+    alive: bool
+    last_error: str | None
+    queued: int
+    running: int
+    slots: int
+    pages_free: int
+    pages_total: int
+    steps: int
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    finished: int
+    failed: int
+    cancelled: int
+    fallback_layers: int
+    tok_s: float | None
+    engines: tuple[EngineState, ...]
+    model: str
+    backend: str
+    dtype: str
+    device: str
+    max_model_len: int
+    layers: int
+    neurons: int
+    heads: int
+    vocab_size: int
+    sparse: bool
