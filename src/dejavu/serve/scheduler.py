@@ -3,10 +3,10 @@
 In: claims (a prompt, and how many new tokens at most), what came of the last step, and an engine's pages. Out: the Plan of the next step:
 ranges of prompts to prefill, and the sequences that decode one token. No clock, no thread, no tensor: the worker has those.
 
-A claim that is admitted has its slot and, in numbers, the pages for its prompt and all of its new tokens: nothing that runs is ever put back,
-and nothing that runs can lack a page. First come, first served, but a small claim may pass one that does not fit yet, up to MAX_PASSED
-times. Every sequence that can decode does so in every step, beside at most `prefill_chunk` tokens of prompts; those are shared
-among the prompts, so that a long one does not hold up the short ones behind it.
+A claim that is admitted has its slot and, in numbers, the pages for its prompt and all of its new tokens: nothing that runs is ever
+put back, and nothing that runs can lack a page. First come, first served, but a small claim may pass one that does not fit yet, up to
+MAX_PASSED times. Every sequence that can decode does so in every step, beside at most `prefill_chunk` tokens of prompts; those are
+shared among the prompts, so that a long one does not hold up the short ones behind it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Claim:
     over: bool = False
     passed: int = 0  # later claims that went before it
     tried: int = -1  # the change of the pool's state at which it last did not fit
-    served: int = 0  # the plan that last had tokens of its prompt
+    served: int = 0  # the plan that last had tokens of its prompt; at first the one before its admission
 
     @property
     def total(self) -> int:
@@ -140,7 +140,7 @@ class Scheduler(Generic[C]):
         return Plan(prefill=tuple(self._shares()), decode=tuple(claim for claim in self._running if claim.unread == 0))
 
     def advance(self, claim: C, tokens: int) -> None:
-        """So many tokens more are in the claim's slot: of its prompt, or one that it decoded. A prompt is published before its end is told."""
+        """So many tokens more are in the claim's slot, of its prompt, or one that it decoded. A prompt is published before it is done."""
         reading = claim.unread > 0
         claim.done += tokens
         assert claim.done <= (len(claim.prompt_ids) if reading else claim.total), f"{claim.done=} {claim.total=}"
@@ -201,6 +201,7 @@ class Scheduler(Generic[C]):
         slot = claim.slot = self._empty.pop()
         del self._waiting[place]
         self._running.append(claim)
+        claim.served = self._plans - 1
         if sharable:
             claim.done = claim.cached = self._pool.reuse(slot, claim.prompt_ids)
         if self._spare() >= 0:
