@@ -80,7 +80,8 @@ class FakeWorker:
     def __init__(self, script: Script, *, by_hand: bool = False, limit: int = 64) -> None:
         self.script, self.by_hand, self.limit = script, by_hand, limit
         self.waiting: int | None = None
-        self.alive, self.last_error = True, None
+        self.alive = True
+        self.last_error: str | None = None
         self.lock = threading.Lock()
         self.jobs: list[Job] = []
         self.streams: list[FakeStream] = []

@@ -16,13 +16,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from dejavu.serve.asked import Asked, Served, asked_chat, asked_completion
-from dejavu.serve.errors import ApiError, from_worker, internal, not_running
+from dejavu.serve.errors import ApiError, from_worker, internal, not_running, stopping
 from dejavu.serve.fields import parse
 from dejavu.serve.jobs import EngineFailed, Job, QueueFull, TooLong, WorkerState
 from dejavu.serve.metrics import Metrics, Outcome
 from dejavu.serve.protocol import ChatBody, CompletionBody
 from dejavu.serve.responses import DONE, Answer, new_answer, server_sent, to_bytes
-from dejavu.serve.streaming import EventStream, Receive, Running, while_connected
+from dejavu.serve.streaming import EventStream, Receive, Running, ServerEnds, while_connected
 from dejavu.serve.wire import ErrorEnvelope
 
 MAX_BODY = 4 << 20  # bytes of a request: a prompt of some 500,000 tokens
@@ -43,10 +43,10 @@ class JobRunner(Protocol):
 
 
 class Endpoint:
-    """POST /v1/completions or POST /v1/chat/completions. name: in the metrics."""
+    """POST /v1/completions or POST /v1/chat/completions. name: in the metrics. ending: once it is set, what is being written ends."""
 
-    def __init__(self, name: str, served: Served, worker: JobRunner, metrics: Metrics) -> None:
-        self._name, self._served, self._worker, self._metrics = name, served, worker, metrics
+    def __init__(self, name: str, served: Served, worker: JobRunner, metrics: Metrics, ending: asyncio.Event) -> None:
+        self._name, self._served, self._worker, self._metrics, self._ending = name, served, worker, metrics, ending
 
     async def __call__(self, request: Request) -> Response:
         """Raises ApiError."""
@@ -58,6 +58,10 @@ class Endpoint:
         except ClientDisconnect:
             self._ended("cancelled")
             return Response(status_code=NO_READER)
+        except Exception as error:  # answered here: where an exception leaves the app, the server closes the connection
+            log.error("a request failed", exc_info=error)
+            self._ended("failed")
+            raise internal() from error
 
     async def _respond(self, request: Request) -> Response:
         body = await read_body(request)
@@ -73,7 +77,9 @@ class Endpoint:
         if asked.stream:
             return Chunked(lambda start, receive, send: self._stream(answer, running, start, receive, send))
         try:
-            whole = await while_connected(request.receive, self._whole(answer, running))
+            whole = await while_connected(request.receive, self._whole(answer, running), ending=self._ending)
+        except ServerEnds:
+            raise stopping() from None
         except EngineFailed as error:
             log.error("a request failed: %s", error)
             raise from_worker(error, param=asked.param) from error
@@ -100,7 +106,10 @@ class Endpoint:
         """Send the answer in chunks, until it or the connection ends."""
         outcome: Outcome = "cancelled"
         try:
-            outcome = await while_connected(receive, self._send(answer, running, start, send)) or outcome
+            outcome = await while_connected(receive, self._send(answer, running, start, send), ending=self._ending) or outcome
+        except ServerEnds:
+            await send(_last(stopping()))
+            outcome = "failed"
         finally:
             running.cancel()
             self._ended(outcome)
@@ -108,31 +117,38 @@ class Endpoint:
     async def _send(self, answer: Answer, running: Running, start: Message, send: Send) -> Outcome:
         """Send the chunks; where the answer fails on the way, an error in place of its end."""
 
-        async def write(chunks: bytes, *, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": chunks, "more_body": more})
-
         mode = answer.asked.mode
         await send(start)
-        await write(b"".join(server_sent(chunk) for chunk in answer.opening()))
+        await send(_body(b"".join(server_sent(chunk) for chunk in answer.opening())))
         try:
             async with contextlib.aclosing(running.events()) as events:
                 async for index, event in events:
                     self._metrics.event(event, mode=mode)
                     chunks = b"".join(server_sent(chunk) for chunk in answer.chunks(index, event))
                     if chunks:
-                        await write(chunks)
-            await write(b"".join(server_sent(chunk) for chunk in answer.closing()) + DONE, more=False)
+                        await send(_body(chunks))
+            await send(_body(b"".join(server_sent(chunk) for chunk in answer.closing()) + DONE, more=False))
         except OSError:  # how some servers say that the client has gone
             return "cancelled"
         except Exception as error:  # the status has been sent, so that no handler can tell the client
+            running.cancel()
             log.error("a stream failed", exc_info=error)
-            told = from_worker(error, param=answer.asked.param) if isinstance(error, EngineFailed) else internal()
-            await write(server_sent(ErrorEnvelope.model_validate(told.body)), more=False)
+            await send(_last(from_worker(error, param=answer.asked.param) if isinstance(error, EngineFailed) else internal()))
             return "failed"
         return "completed"
 
     def _ended(self, outcome: Outcome) -> None:
         self._metrics.request(self._name, outcome)
+
+
+def _body(part: bytes, *, more: bool = True) -> Message:
+    """ASGI's message with a part of a body."""
+    return {"type": "http.response.body", "body": part, "more_body": more}
+
+
+def _last(error: ApiError) -> Message:
+    """What ends a stream that does not end well."""
+    return _body(server_sent(ErrorEnvelope.model_validate(error.body)), more=False)
 
 
 class Chunked(Response):

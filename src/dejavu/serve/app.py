@@ -6,6 +6,7 @@ answering.py, so that a mistake in one is told in OpenAI's envelope and never in
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,15 @@ WRITING = errors(400, 404, 413, 415, 429, 500, 503)
 
 
 def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None, page: Path = FOLDER) -> FastAPI:
-    """The app. api_key: that a request under /v1 has to bring; None: none. page: the folder of the files at /."""
+    """The app. api_key: that a request under /v1 has to bring; None: none. page: the folder of the files at /.
+
+    Its `state.ending` is an event: once it is set, by `new_server` when that ends, the texts that are being written end with an error.
+    """
     app = FastAPI(title="dejavu", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(worker.state)
     known = [Depends(_key_check(api_key))]
-    completions, chat = Endpoint("completions", served, worker, metrics), Endpoint("chat", served, worker, metrics)
+    ending = app.state.ending = asyncio.Event()
+    completions, chat = (Endpoint(name, served, worker, metrics, ending) for name in ("completions", "chat"))
 
     @app.post(
         "/v1/completions", dependencies=known, response_model=None, openapi_extra=body_of(CompletionBody),

@@ -72,3 +72,8 @@ def without_paths(text: str) -> str:
 def internal() -> ApiError:
     """A mistake of ours."""
     return ApiError(500, "the server made a mistake; its log says which", code="internal_error")
+
+
+def stopping() -> ApiError:
+    """The server is told to end."""
+    return ApiError(503, "the server is being stopped; try again when it is back", code="stopping")

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from dejavu.config import require
 
-GRACE_S = 2  # for texts that are being written when the server is told to end
+GRACE_S = 2  # for what is on its way to clients when the server is told to end
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -45,9 +45,17 @@ def is_local(bound: socket.socket) -> bool:
     return host.startswith("127.") or host == "::1"
 
 
-def new_server(app: FastAPI) -> uvicorn.Server:
-    """What runs the app: `run(sockets=[...])` until it is told to end."""
+class Server(uvicorn.Server):
+    """uvicorn's, which ends what is being written when it is told to end: a text may take minutes."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.ending.set()  # pyrefly: ignore[missing-attribute]  # the app of `new_server`
+        await super().shutdown(sockets)
+
+
+def new_server(app: FastAPI) -> Server:
+    """What runs an app of `create_app`: `run(sockets=[...])` until it is told to end."""
     config = uvicorn.Config(
         app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_S
     )
-    return uvicorn.Server(config)
+    return Server(config)

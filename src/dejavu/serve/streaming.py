@@ -65,19 +65,31 @@ class Running:
         self._streams.clear()
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of the work; None, and the work cancelled, where the client goes before it is done. The request's body must be read."""
+class ServerEnds(Exception):  # noqa: N818 (a state, not a mistake)
+    """The server is told to end before the work is done."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *, ending: asyncio.Event) -> T | None:
+    """The result of the work; None, and the work cancelled, where the client goes before it is done. The request's body must be read.
+
+    Raises ServerEnds, the work cancelled, where `ending` is set first.
+    """
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    working, watching = asyncio.create_task(work), asyncio.create_task(gone())
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    tasks = [working, leaving, asyncio.create_task(ending.wait())]
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if leaving.done():
+            return None
+        raise ServerEnds
     finally:
-        await _end([working, watching])
+        await _end(tasks)
 
 
 async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
