@@ -46,7 +46,9 @@ class StepResult:
 
     A dense layer counts all of its neurons or heads. inputs_BLP: inputs kept, int64 [B, L, P] in the order of POINTS, all of them where
     a layer does not select there; None where no layer of the engine selects inputs. What densities these are: `densities`.
-    `selections` (by row, by layer, on the CPU) is kept when the engine records.
+    `selections` (by row, by layer, on the CPU) is kept when the engine records. union_L: int64 [L], the neurons that the rows together
+    selected, which had to be read; fallback_layers: how many layers' MLPs ran dense because that is faster for so many rows; None
+    where the engine cannot tell.
     """
 
     logits_BV: Tensor
@@ -54,6 +56,8 @@ class StepResult:
     heads_BL: Tensor
     inputs_BLP: Tensor | None = None
     selections: tuple[tuple[LayerSelection, ...], ...] | None = None
+    union_L: Tensor | None = None
+    fallback_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
