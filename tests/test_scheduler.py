@@ -286,6 +286,20 @@ def test_a_shared_prefix_needs_its_pages_once() -> None:
     assert len(alone.scheduler.running) == 1
 
 
+def test_a_try_that_fails_leaves_the_queue_as_it_was_and_is_not_repeated() -> None:
+    """What could fit by sharing is tried, and again only once something has ended or was published."""
+    simulation = Simulation(slots=3, pages=8, page_size=4)
+    running, first, second = simulation.submit(claim(4, 12), claim(20, 4), claim(20, 4, share=False))
+    tries: list[int] = []
+    reuse = simulation.pool.reuse
+    simulation.pool.reuse = lambda slot, ids: tries.append(ids[0]) or reuse(slot, ids)  # pyrefly: ignore[bad-assignment]
+    for _ in range(8):
+        simulation.step()
+    assert simulation.scheduler.running == (running,) and simulation.scheduler.waiting == (first, second)
+    assert tries == [first.prompt_ids[0]] * 2
+    simulation.drain()
+
+
 def test_a_prefix_that_nobody_holds_is_not_for_nothing() -> None:
     """Cached pages are free pages until they are taken: the third claim does not fit beside the second, which took them."""
     simulation = Simulation(slots=3, pages=8, page_size=4)

@@ -158,10 +158,10 @@ class EngineState:
 class WorkerState:
     """How the worker does: sums over its engines, each of which is in `engines`. Numbers as in EngineState.
 
-    alive: its thread runs, and every engine that it needed could be made. last_error: the last failure in words, None before
-    one. tok_s: tokens of prompts and answers a second lately, while anything ran; None before the first. Of the model: name,
-    backend, dtype, device, max_model_len (tokens of a sequence), layers, neurons and heads of a layer, vocab_size; sparse: whether
-    there is an adapter.
+    alive: its thread runs, and the engines that it needed could be made (the recording one aside). last_error: the last failure in
+    words, None before one. tok_s: tokens of prompts and answers a second lately, while anything ran; None before the first. Of the
+    model: name, backend, dtype, device, max_model_len (tokens of a sequence), layers, neurons and heads of a layer, vocab_size;
+    sparse: whether there is an adapter.
     """
 
     alive: bool

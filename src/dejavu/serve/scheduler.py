@@ -109,18 +109,26 @@ class Scheduler(Generic[C]):
     def running(self) -> tuple[C, ...]:
         return tuple(self._running)
 
-    def submit(self, claims: Sequence[C], *, tokens_per_s: float | None = None) -> None:
-        """Queue the claims, all or none. tokens_per_s: what was lately computed, for the estimate that QueueFull carries.
+    def check_length(self, claim: Claim) -> None:
+        """Raise TooLong for a claim that could never run."""
+        if claim.total > self.limit:
+            raise TooLong(prompt=len(claim.prompt_ids), requested=claim.new_tokens, limit=self.limit)
 
-        Raises TooLong for one that could never run, QueueFull where they are more than may wait.
+    def check_room(self, count: int, *, tokens_per_s: float | None = None) -> None:
+        """Raise QueueFull where so many claims more are more than may wait.
+
+        tokens_per_s: what was lately computed, for the estimate of when there may be room.
         """
-        for claim in claims:
-            if claim.total > self.limit:
-                raise TooLong(prompt=len(claim.prompt_ids), requested=claim.new_tokens, limit=self.limit)
         waiting = len(self._waiting)
-        surplus = waiting + len(claims) - len(self._empty) - self._queue
-        if surplus > 0:
+        surplus = waiting + count - len(self._empty) - self._queue
+        if count > 0 and surplus > 0:
             raise QueueFull(waiting=waiting, retry_after_s=self._retry_after(surplus, tokens_per_s))
+
+    def submit(self, claims: Sequence[C], *, tokens_per_s: float | None = None) -> None:
+        """Queue the claims, all or none. Raises TooLong and QueueFull as the checks do."""
+        for claim in claims:
+            self.check_length(claim)
+        self.check_room(len(claims), tokens_per_s=tokens_per_s)
         self._waiting += claims
 
     def cancel(self, claim: C) -> None:
