@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -15,7 +16,7 @@ from fake_worker import FakeWorker, served, serving, spoken
 from test_serve_requests import TEMPLATE
 
 KEY = "open-sesame"
-USER = {"role": "user", "content": "the cat"}
+USER: Any = {"role": "user", "content": "the cat"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def client(url: str, worker: FakeWorker) -> Iterator[openai.OpenAI]:
 
 
 def test_completions(client: openai.OpenAI, worker: FakeWorker) -> None:
-    asked = {"model": "tiny", "prompt": ["the", "cat"], "n": 2, "max_tokens": 5, "logprobs": 1, "stop": ["x"], "seed": 3}
+    asked: Any = {"model": "tiny", "prompt": ["the", "cat"], "n": 2, "max_tokens": 5, "logprobs": 1, "stop": ["x"], "seed": 3}
     whole = client.completions.create(**asked)
     assert [(choice.index, choice.text, choice.finish_reason) for choice in whole.choices] == [
         (index, f"-.{index % 2}", "stop") for index in range(4)
@@ -57,7 +58,7 @@ def test_completions(client: openai.OpenAI, worker: FakeWorker) -> None:
 
 
 def test_chat(client: openai.OpenAI, worker: FakeWorker) -> None:
-    asked = {"model": "tiny:dense", "messages": [USER], "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
+    asked: Any = {"model": "tiny:dense", "messages": [USER], "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**asked)
     (choice,) = whole.choices
     assert choice.message.content == "-.0" and choice.message.role == "assistant" and choice.finish_reason == "stop"

@@ -16,7 +16,7 @@ from dejavu.config import SamplingConfig
 from dejavu.model.template import chat_ids
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.errors import ApiError, invalid
-from dejavu.serve.jobs import Job
+from dejavu.serve.jobs import Job, WorkerState
 from dejavu.serve.protocol import DEFAULT_MAX_TOKENS, MAX_CHOICES, ChatBody, CompletionBody, Sampled, text_of
 from dejavu.serve.vocabulary import Vocabulary
 
@@ -56,6 +56,23 @@ class Served:
                 404, f"the model {model[:80]!r} is not served; there are {' and '.join(self.models)}", param="model", code="model_not_found"
             )
         return model != self.name or not self.sparse
+
+
+def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int) -> Served:
+    """What a worker serves. tokenizer: with the chat template to use. queue: jobs that may wait; no request may ask for more than that and
+    a free engine's slots."""
+    return Served(
+        name=state.model,
+        tokenizer=tokenizer,
+        vocabulary=Vocabulary(tokenizer),
+        sparse=state.sparse,
+        vocab_size=state.vocab_size,
+        num_layers=state.layers,
+        num_heads=state.heads,
+        num_neurons=state.neurons,
+        limit=state.max_model_len,
+        max_choices=min(MAX_CHOICES, queue + state.engines[0].slots),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
@@ -46,16 +47,24 @@ def is_local(bound: socket.socket) -> bool:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which ends what is being written when it is told to end: a text may take minutes."""
+    """uvicorn's, which says when it has begun, and ends what is being written when it is told to end: a text may take minutes."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._app, self._on_start = app, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.ending.set()  # pyrefly: ignore[missing-attribute]  # the app of `new_server`
+        self._app.state.ending.set()
         await super().shutdown(sockets)
 
 
-def new_server(app: FastAPI) -> Server:
-    """What runs an app of `create_app`: `run(sockets=[...])` until it is told to end."""
+def new_server(app: FastAPI, *, on_start: Callable[[], None] = lambda: None) -> Server:
+    """What runs an app of `create_app`: `run(sockets=[...])` until it is told to end. on_start: called once it listens."""
     config = uvicorn.Config(
         app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_S
     )
-    return Server(config)
+    return Server(config, app, on_start)
