@@ -200,7 +200,13 @@ class StubEngine:
             neurons_BL=torch.tensor([[NEURONS // 4 if self._sparse else NEURONS, NEURONS]] * rows),
             heads_BL=torch.tensor([[HEADS // 2 if self._sparse else HEADS, HEADS]] * rows),
             selections=selections if self.records else None,
+            union_L=torch.tensor([self._union([row[layer] for row in selections]) for layer in range(LAYERS)]),
+            fallback_layers=0,
         )
+
+    def _union(self, chosen: Sequence[LayerSelection]) -> int:
+        rows = [row.neurons_A for row in chosen]
+        return len({int(neuron) for neurons_A in rows for neuron in (range(NEURONS) if neurons_A is None else neurons_A)})
 
     def free(self, slot: int) -> None:
         self.before("free", [slot])

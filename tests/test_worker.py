@@ -231,6 +231,19 @@ def test_dense_and_sparse_jobs_take_turns() -> None:
         assert (summary_of(events[0]).mlp_density, summary_of(events[1]).mlp_density) == (0.625, 1.0)
 
 
+def test_the_union_is_of_the_rows_of_a_step() -> None:
+    """One row reads a quarter of layer 0, two whose tokens are 16 apart read half as much again."""
+    model = StubModel(lambda prompt: [10] * 9 if prompt[:1] == (1,) else [26] * 9)
+    with serving(model) as worker:
+        (alone,) = run(worker, job([1, 1], new=9))
+        assert summary_of(alone).union_density == (0.25 + 1) / 2
+        for events in run(worker, job([1, 1], new=9), job([2, 2], new=9)):
+            assert summary_of(events).union_density == (0.375 + 1) / 2
+            assert summary_of(events).mlp_density == 0.625
+        (dense,) = run(worker, job([1, 1], new=9, dense=True))
+        assert summary_of(dense).union_density == 1.0
+
+
 def test_without_an_adapter_every_job_is_dense() -> None:
     model = StubModel("ab", sparse=False)
     with serving(model) as worker:
