@@ -1,6 +1,6 @@
 """A model that writes what a test wrote: a tokenizer whose tokens are bytes, an engine that answers by script, and the model around them.
 
-    model = StubModel(answer=" once upon")      # what follows every prompt, then EOS; or a function of the prompt's ids
+    model = StubModel(answer=" once upon")      # what follows every prompt, then EOS; or a function of the prompt's ids (so far)
     worker = Worker(model, ServeConfig(slots=2))
     engine = model.engines[-1]                  # the sparse one; [0] is dense, a recording one comes when it is first asked for
     engine.steps, engine.live_sequences, engine.free_kv_pages
@@ -200,7 +200,13 @@ class StubEngine:
             neurons_BL=torch.tensor([[NEURONS // 4 if self._sparse else NEURONS, NEURONS]] * rows),
             heads_BL=torch.tensor([[HEADS // 2 if self._sparse else HEADS, HEADS]] * rows),
             selections=selections if self.records else None,
+            union_L=torch.tensor([self._union([row[layer] for row in selections]) for layer in range(LAYERS)]),
+            fallback_layers=0,
         )
+
+    def _union(self, chosen: Sequence[LayerSelection]) -> int:
+        rows = [row.neurons_A for row in chosen]
+        return len({int(neuron) for neurons_A in rows for neuron in (range(NEURONS) if neurons_A is None else neurons_A)})
 
     def free(self, slot: int) -> None:
         self.before("free", [slot])
@@ -243,7 +249,7 @@ class StubEngine:
 class StubModel:
     """What a worker needs of a LanguageModel. engines: those made so far, in order; options go to each (page_size, say).
 
-    adapter: None where there is no sparse engine. fail: how many of the next engines cannot be made.
+    adapter: None where there is no sparse engine. fail: how many of the next engines cannot be made. engine: the class of the engines.
     """
 
     def __init__(
@@ -253,6 +259,7 @@ class StubModel:
         sparse: bool = True,
         max_positions: int = 256,
         tokenizer: Tokenizer | None = None,
+        engine: type[StubEngine] = StubEngine,
         **options: Any,
     ) -> None:
         self.name, self.backend, self.dtype = "stub", "stub", "fp32"
@@ -273,13 +280,13 @@ class StubModel:
         )
         self.engines: list[StubEngine] = []
         self.fail = 0
-        self._answer, self._options = answer, options
+        self._answer, self._class, self._options = answer, engine, options
 
     def engine(self, *, num_slots: int, cache_tokens: int, dense: bool = False, record: bool = False) -> StubEngine:
         if self.fail > 0:
             self.fail -= 1
             raise RuntimeError("the engine cannot be made")
-        made = StubEngine(
+        made = self._class(
             self._answer,
             num_slots=num_slots,
             cache_tokens=cache_tokens,
