@@ -53,6 +53,15 @@ class Stepped:
     def free(self, slot: int) -> None:
         self._engine.free(slot)
 
+    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        return self._engine.prefill_logits(slot, token_ids)
+
+    def reuse(self, slot: int, token_ids: Sequence[int]) -> int:
+        return self._engine.reuse(slot, token_ids)
+
+    def publish(self, slot: int, token_ids: Sequence[int]) -> None:
+        self._engine.publish(slot, token_ids)
+
 
 class Words:
     """Token i is the word " i"; there is no EOS."""

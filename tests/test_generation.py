@@ -63,6 +63,15 @@ class ScriptedEngine:
         self.lengths[slot] += len(token_ids)
         return self._logits(0)
 
+    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        raise AssertionError("writing a text asks for the last logits alone")
+
+    def reuse(self, slot: int, token_ids: Sequence[int]) -> int:
+        raise AssertionError("one text at a time shares no pages")
+
+    def publish(self, slot: int, token_ids: Sequence[int]) -> None:
+        raise AssertionError("one text at a time shares no pages")
+
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         assert list(token_ids_B) == [self.script[self.steps]], "the last token is fed back"
         self.steps += 1

@@ -17,7 +17,7 @@ RANKS = (
     {"offline", "engine"},
     {"measure"},
     {"language_model"},
-    {"attached", "opening"},
+    {"attached", "opening", "serve"},
     {"harness"},
     {"__init__"},
     {"cli"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dejavu.config import SamplingConfig
-from dejavu.engine.sampling import Sampler
+from dejavu.engine.sampling import Distribution, Sampler
 
 LOGITS = torch.tensor([1.0, 4.0, 2.0, 3.5, -1.0, 0.5, 3.0])
 
@@ -103,3 +103,30 @@ def test_logits_that_are_no_numbers_are_refused(temperature: float, top_k: int |
 
 def test_low_precision_logits() -> None:
     assert Sampler(SamplingConfig()).draw(LOGITS.bfloat16()).token_id == 1
+
+
+def test_the_likeliest_come_first_and_the_smaller_id_at_ties() -> None:
+    logprob_V = LOGITS.double().log_softmax(0)
+    expected = [(index, pytest.approx(float(logprob_V[index]), abs=1e-12)) for index in (1, 3, 6, 2, 0, 5, 4)]
+    for count in range(9):
+        assert list(Distribution(LOGITS).top(count)) == expected[:count]
+    assert [token_id for token_id, _ in Distribution(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0])).top(3)] == [1, 3, 0]
+    screened = torch.tensor([-math.inf, 1.0, -math.inf, 2.0])
+    assert [token_id for token_id, _ in Distribution(screened).top(4)] == [3, 1], "what is impossible has no log-probability"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_changes_what_is_drawn_and_not_its_log_probability(temperature: float) -> None:
+    sampler, found = Sampler(SamplingConfig(temperature=temperature, seed=1)), Distribution(LOGITS)
+    assert {sampler.choose(found, {4: 100.0, 1: -100.0}) for _ in range(50)} == {4}
+    assert found.logprob(4) == pytest.approx(float(LOGITS.log_softmax(0)[4]), abs=1e-6)
+    assert 1 not in {sampler.choose(found, {1: -100.0}) for _ in range(200)}
+
+
+def test_a_bias_is_in_the_logits_before_temperature_and_cuts() -> None:
+    biased = LOGITS.double()
+    biased[5] += 3.0
+    settings = SamplingConfig(temperature=1.7, top_k=3, top_p=0.9, seed=5)
+    one, other = Sampler(settings), Sampler(settings)
+    drawn = [one.choose(Distribution(LOGITS), {5: 3.0}) for _ in range(100)]
+    assert drawn == [other.choose(Distribution(biased)) for _ in range(100)] and 5 in drawn

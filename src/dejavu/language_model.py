@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Progress, SamplingConfig, require
-from dejavu.engine.backends import check_screen, pick_cache_dtype
+from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
 from dejavu.engine.idle import IdleEngines, weights_state
+from dejavu.engine.interface import Engine
 from dejavu.kernels.native import default_threads
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
@@ -199,6 +200,19 @@ class LanguageModel:
         except ValueError:
             give_back()
             raise
+
+    def engine(
+        self, *, num_slots: int, cache_tokens: int, adapter: Adapter | None = None, dense: bool = False, record: bool = False
+    ) -> Engine:
+        """A new engine, the caller's alone, of so many slots with a cache for `cache_tokens` tokens of all of them together.
+
+        It decodes as `generate` does. record: keep what every step selected. Raises ValueError for an adapter of another model.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return make_engine(
+                self.model, self.layers(adapter=adapter, dense=dense), backend=self.backend, num_slots=num_slots, cache_tokens=cache_tokens,
+                record=record, dtype=self.dtype, cache_dtype=self.cache_dtype, screened_head=self.screened_head, threads=self.threads,
+            )  # fmt: skip
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], *, adapter: Adapter | None = None, dense: bool = False) -> Tensor:

@@ -24,6 +24,7 @@ from dejavu.cli.generation import generate
 from dejavu.cli.info import info
 from dejavu.cli.profile import profile
 from dejavu.cli.report import report
+from dejavu.cli.serve import serve
 from dejavu.cli.train import train
 from dejavu.version import __version__
 
@@ -64,6 +65,7 @@ for name, command in {
     "eval": evaluation,
     "generate": generate,
     "bench": bench,
+    "serve": serve,
     "bench-serve": bench_serve,
     "report": report,
     "export": export,

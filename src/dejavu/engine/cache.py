@@ -1,15 +1,20 @@
 """The key/value cache: pages of a preallocated pool, handed to sequences as they grow.
 
 In: keys and values of new tokens, for every head (a selection skips reads, never writes, so the cache has no holes).
-Out: the pool of a layer and the pages of a sequence in order. A slot holds one sequence; `free` returns its pages.
+Out: the pool of a layer and the pages of a sequence in order. A slot holds one sequence; `free` returns its pages. Whole pages of a prompt
+may be shared by slots (prefixes.py); none of them writes to such a page, as each goes on behind it.
 
 Letters: L layers  P pages of the pool  G key/value heads  S tokens per page  K head_dim  B slots  N pages  T tokens
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
+
+from dejavu.engine.prefixes import PagePool
 
 PAGE_SIZE = 16
 
@@ -46,11 +51,12 @@ class PagedCache:
         self.lengths = [0] * num_slots
         self._tables: list[list[int]] = [[] for _ in range(num_slots)]
         self._table_BN = torch.zeros(num_slots, num_pages, dtype=torch.int64, device=device)
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._pool = PagePool(num_pages)
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        """Pages that no slot holds. Some may still hold a known prefix; they are taken last."""
+        return self._pool.free_pages
 
     def missing(self, slot: int, tokens: int) -> int:
         """Pages that the slot lacks for that many more tokens."""
@@ -58,16 +64,18 @@ class PagedCache:
 
     def reserve(self, slot: int, tokens: int) -> None:
         """Give the slot the pages for that many more tokens. Raises ValueError, changing nothing, when the pool has too few."""
-        table, needed = self._tables[slot], self.missing(slot, tokens)
-        if needed > len(self._free):
+        needed = self.missing(slot, tokens)
+        if needed > self.free_pages:
             raise ValueError(
                 f"the key/value cache is full: {tokens} more tokens need {needed} pages of {self.page_size} tokens and "
-                f"{len(self._free)} of {self.num_pages} are free; shorten the text, free a sequence or give the cache more tokens"
+                f"{self.free_pages} of {self.num_pages} are free; shorten the text, free a sequence or give the cache more tokens"
             )
         for _ in range(needed):
-            page = self._free.pop()
-            self._table_BN[slot, len(table)].fill_(page)  # an assignment would wait for the device
-            table.append(page)
+            self._set(slot, len(self._tables[slot]), self._pool.take())
+
+    def _set(self, slot: int, index: int, page: int) -> None:
+        self._tables[slot][index : index + 1] = [page]
+        self._table_BN[slot, index].fill_(page)  # an assignment would wait for the device
 
     def write(self, layer: int, slot: int, position: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
         """Store T tokens of one layer from `position` on, in pages reserved before."""
@@ -99,6 +107,30 @@ class PagedCache:
 
     def free(self, slot: int) -> None:
         """Forget the slot's sequence and take its pages back."""
-        self._free.extend(reversed(self._tables[slot]))
+        self._pool.give_back(self._tables[slot])
         self._tables[slot] = []
         self.lengths[slot] = 0
+
+    def reuse(self, slot: int, token_ids: Sequence[int]) -> int:
+        """Begin an empty slot with the known pages of these ids, of all but the last at most; the tokens that it then holds."""
+        assert self.lengths[slot] == 0, f"slot {slot} holds {self.lengths[slot]} tokens"
+        self.free(slot)  # of pages that were reserved and never written
+        for index, page in enumerate(self._pool.find(self._parts(token_ids[: max(0, len(token_ids) - 1)]))):
+            self._pool.hold(page)
+            self._set(slot, index, page)
+        self.lengths[slot] = len(self._tables[slot]) * self.page_size
+        return self.lengths[slot]
+
+    def publish(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Let others reuse the slot's whole pages of these ids, its first. Pages that were known of them before take their place."""
+        assert len(token_ids) <= self.lengths[slot], f"slot {slot} holds {self.lengths[slot]} tokens, not {len(token_ids)}"
+        parts = list(self._parts(token_ids))
+        own = self._tables[slot][: len(parts)]
+        for index, (page, before) in enumerate(zip(self._pool.publish(own, parts), own, strict=True)):
+            if page != before:
+                self._set(slot, index, page)
+
+    def _parts(self, token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """The ids of each whole page."""
+        size = self.page_size
+        return (tuple(token_ids[end - size : end]) for end in range(size, len(token_ids) + 1, size))

@@ -26,7 +26,7 @@ from dejavu.engine.cuda_token import AHEAD, TokenStep
 from dejavu.engine.cuda_weights import check_model, layer_predictors, step_model
 from dejavu.engine.interface import Decoded, EngineInfo, StepProfile, StepResult
 from dejavu.engine.paged import PagedEngine
-from dejavu.engine.prefill import prefill
+from dejavu.engine.prefill import prefill, prefill_logits
 from dejavu.engine.torch_engine import DTYPE_NAMES, check_layers
 from dejavu.kernels.cuda.attention import SHORT
 from dejavu.kernels.cuda.common import INTERPRETED
@@ -141,9 +141,14 @@ class CudaEngine(PagedEngine):
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         """Append tokens to the slot densely, in chunks; logits fp32 [V] after the last one."""
-        require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
         self._admit(slot, token_ids)
         return prefill(self.model, self._cache, slot, token_ids)
+
+    @torch.inference_mode()
+    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """As `prefill`; logits fp32 [T, V] after each of the tokens."""
+        self._admit(slot, token_ids)
+        return prefill_logits(self.model, self._cache, slot, token_ids)
 
     @torch.inference_mode()
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:

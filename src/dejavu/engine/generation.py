@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +19,9 @@ from torch import Tensor
 from dejavu.config import SamplingConfig
 from dejavu.engine.interface import DecodesTokens, Engine, LayerSelection, densities
 from dejavu.engine.sampling import NOT_NUMBERS, Sampler
-from dejavu.engine.streaming import Detokenizer, StopStrings, TextStream
+from dejavu.engine.streaming import Detokenizer, FinishReason, Writing, stop_ids_of
 from dejavu.model.predictor import DensityCounter
 
-FinishReason = Literal["stop", "length"]
 CHUNK = 8  # tokens that an engine which decodes by itself is asked for at a time, after 1, 2 and 4 so that the first come early
 
 
@@ -84,23 +82,19 @@ class Generation(Iterator[Piece]):
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Detokenizer,
         prompt_ids: Sequence[int],
         *,
         max_new_tokens: int,
         sampler: Sampler,
-        stops: StopStrings,
-        stop_ids: frozenset[int],
+        writing: Writing,
         slot: int,
         on_end: Callable[[], object] | None = None,
     ) -> None:
-        self._engine, self._slot, self._sampler, self._stops, self._stop_ids = engine, slot, sampler, stops, stop_ids
+        self._engine, self._slot, self._sampler, self._writing = engine, slot, sampler, writing
         self._prompt_ids = list(prompt_ids)
-        self._stream = TextStream(tokenizer, prompt_ids)
         self._max_new_tokens = max_new_tokens
         self._tokens: list[Token] = []
         self._text: list[str] = []
-        self._finish_reason: FinishReason | None = None
         self._prefill_s = self._decode_s = 0.0
         self._counter = DensityCounter(engine.info.num_layers)
         self._decoder = engine if isinstance(engine, DecodesTokens) and not engine.records else None
@@ -132,11 +126,12 @@ class Generation(Iterator[Piece]):
         """Run to the end and return the whole text with its counts, speeds and densities."""
         for _ in self:
             pass
-        assert self._finish_reason is not None, "the generation was closed before its end"
+        reason = self._writing.finish_reason
+        assert reason is not None, "the generation was closed before its end"
         text = GeneratedText("".join(self._text))
         text.prompt_tokens = len(self._prompt_ids)
         text.new_tokens = len(self._tokens)
-        text.finish_reason = self._finish_reason
+        text.finish_reason = reason
         text.token_ids = tuple(token.token_id for token in self._tokens)
         text.logprobs = tuple(token.logprob for token in self._tokens)
         text.tok_s = self._counter.tokens / self._decode_s if self._counter.tokens else None
@@ -161,43 +156,17 @@ class Generation(Iterator[Piece]):
                 self._on_end()
 
     def _loop(self) -> Generator[Piece, None, None]:
-        unsent = 0
-        reason: FinishReason | None = "length" if self._max_new_tokens == 0 else None
-        while reason is None:
+        writing, unsent = self._writing, 0
+        if writing.finish_reason is not None:
+            yield Piece(text="", tokens=(), finish_reason=writing.finish_reason)
+        while writing.finish_reason is None:
             token = self._next_token()
             self._tokens.append(token)
-            text = ""
-            if token.token_id in self._stop_ids:
-                reason = "stop"
-            else:
-                text = self._stops.push(self._stream.push(token.token_id))
-                if self._stops.stopped:
-                    reason = "stop"
-                elif len(self._tokens) == self._max_new_tokens or self._context_is_full():
-                    reason = "length"
-            if text and reason is None:
+            text = writing.push(token.token_id)
+            if text or writing.finish_reason is not None:
                 self._text.append(text)
-                yield Piece(text=text, tokens=tuple(self._tokens[unsent:]))
+                yield Piece(text=text, tokens=tuple(self._tokens[unsent:]), finish_reason=writing.finish_reason)
                 unsent = len(self._tokens)
-            elif reason is not None:
-                text += self._rest()
-                reason = "stop" if self._stops.stopped else reason
-                self._text.append(text)
-                self._finish_reason = reason
-                yield Piece(text=text, tokens=tuple(self._tokens[unsent:]), finish_reason=reason)
-        if not self._tokens:
-            self._finish_reason = "length"
-            yield Piece(text="", tokens=(), finish_reason="length")
-
-    def _rest(self) -> str:
-        """Text held back until the end; it may still hold a stop string that an unfinished character had delayed."""
-        if self._stops.stopped:
-            return ""
-        text = self._stops.push(self._stream.flush())
-        return text if self._stops.stopped else text + self._stops.flush()
-
-    def _context_is_full(self) -> bool:
-        return len(self._prompt_ids) + len(self._tokens) >= self._engine.info.max_tokens
 
     def _next_token(self) -> Token:
         """Prefill before the first token, decode before each other. The clocks run here and nowhere else."""
@@ -299,14 +268,13 @@ def generate_tokens(
         raise ValueError(f"the prompt has {prompt} tokens and fills the context of {limit}: no room for a new one; shorten the prompt")
     if engine.length(slot) > 0:
         raise ValueError(f"slot {slot} of the engine is in use by another text; run that generation to its end or close it first")
+    ends = stop_ids_of(tokenizer, stop_ids, ignore_eos=ignore_eos)
     return Generation(
         engine,
-        tokenizer,
         prompt_ids,
         max_new_tokens=max_new_tokens,
         sampler=Sampler(sampling, index=index),
-        stops=StopStrings(stop),
-        stop_ids=frozenset(stop_ids) | (frozenset() if ignore_eos else frozenset(tokenizer.eos_token_ids)),
+        writing=Writing(tokenizer, prompt_ids, stop=stop, stop_ids=ends, max_tokens=min(max_new_tokens, limit - prompt)),
         slot=slot,
         on_end=on_end,
     )

@@ -4,7 +4,8 @@ A slot holds one sequence. `prefill` runs tokens through the model densely and f
 token for each of several slots, sparse where the engine has predictors; `free` empties a slot. A row's result depends on
 that row alone, never on the rows beside it.
 
-Letters: B rows of a step  V vocabulary  L layers  A selected  N tokens decoded  P points that read inputs (selectors.POINTS)
+Letters: B rows of a step  V vocabulary  L layers  A selected  N tokens decoded  T tokens
+P points that read inputs (selectors.POINTS)
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class StepResult:
 
     A dense layer counts all of its neurons or heads. inputs_BLP: inputs kept, int64 [B, L, P] in the order of POINTS, all of them where
     a layer does not select there; None where no layer of the engine selects inputs. What densities these are: `densities`.
-    `selections` (by row, by layer, on the CPU) is kept when the engine records.
+    `selections` (by row, by layer, on the CPU) is kept when the engine records. union_L: int64 [L], the neurons that the rows together
+    selected, which had to be read; fallback_layers: how many layers' MLPs ran dense because that is faster for so many rows; None
+    where the engine cannot tell.
     """
 
     logits_BV: Tensor
@@ -53,6 +56,8 @@ class StepResult:
     heads_BL: Tensor
     inputs_BLP: Tensor | None = None
     selections: tuple[tuple[LayerSelection, ...], ...] | None = None
+    union_L: Tensor | None = None
+    fallback_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +158,7 @@ class Engine(Protocol):
 
     @property
     def free_pages(self) -> int:
-        """Pages of the key/value pool that no slot holds."""
+        """Pages of the key/value pool that no slot holds. Some may hold a prefix for `reuse`; they are taken where no other is left."""
         ...
 
     def length(self, slot: int) -> int:
@@ -168,12 +173,32 @@ class Engine(Protocol):
         """
         ...
 
+    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """As `prefill`; logits fp32 [T, V] after each of the T tokens, so give it few at a time."""
+        ...
+
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         """Append one token to each of B different slots. Raises ValueError as `prefill` does, before any row is computed."""
         ...
 
     def free(self, slot: int) -> None:
         """Empty the slot and give its pages back; an empty slot is left as it is."""
+        ...
+
+    def reuse(self, slot: int, token_ids: Sequence[int]) -> int:
+        """Begin an empty slot with the longest beginning of these ids that was published; how many tokens it then holds.
+
+        Whole pages, and at most all tokens but the last, so that a prefill of the rest gives logits. Pages that another slot
+        holds are shared; of the others `free_pages` counts that many fewer.
+        """
+        ...
+
+    def publish(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Offer the whole pages of the slot's first tokens to `reuse`: these ids, which `prefill` and `reuse` put there, no step.
+
+        They stay on offer after `free`, until the pool needs the pages: those given back longest ago go first. Where others have
+        published the same ids the slot takes their pages in place of its own, and keeps no copy.
+        """
         ...
 
 

@@ -131,17 +131,25 @@ class NativeEngine(PagedEngine):
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         """Append tokens to the slot densely, in blocks; logits fp32 [V] after the last one."""
-        require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
+        return self._prefill(slot, token_ids, 1)[0]
+
+    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """As `prefill`; logits fp32 [T, V] after each of the tokens."""
+        return self._prefill(slot, token_ids, len(token_ids))
+
+    def _prefill(self, slot: int, token_ids: Sequence[int], wanted: int) -> Tensor:
+        """Logits [T, V] after the last `wanted` of the tokens."""
         self._admit(slot, token_ids)
         start, count = self._cache.lengths[slot], len(token_ids)
-        logits_BV = torch.empty(1, self.config.vocab_size)
+        logits_TV = torch.empty(wanted, self.config.vocab_size)
         for first in range(0, count, native.MAX_ROWS):
             ids = token_ids[first : first + native.MAX_ROWS]
             positions = range(start + first, start + first + len(ids))
-            wanted = 1 if first + len(ids) == count else 0
-            self._run(ids, [slot] * len(ids), positions, logits_BV, first_logits=len(ids) - wanted, sparse=False)
+            unwanted = min(len(ids), max(0, count - wanted - first))
+            rows_TV = logits_TV[max(0, first - count + wanted) :]
+            self._run(ids, [slot] * len(ids), positions, rows_TV, first_logits=unwanted, sparse=False)
         self._cache.advance(slot, count)
-        return logits_BV[0]
+        return logits_TV
 
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         """Append one token to each of B different slots, in one call for each MAX_ROWS of them."""

@@ -34,8 +34,17 @@ class PagedEngine:
         """Empty the slot and give its pages back."""
         self._cache.free(slot)
 
+    def reuse(self, slot: int, token_ids: Sequence[int]) -> int:
+        """Begin an empty slot with what is known of these ids: whole pages, at most all tokens but the last. Tokens reused."""
+        return self._cache.reuse(slot, token_ids)
+
+    def publish(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Let others reuse the whole pages of the slot's first tokens, which came from these ids by `prefill`."""
+        self._cache.publish(slot, token_ids)
+
     def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
         """Check ids, context and cache, and reserve pages, before anything is computed."""
+        require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
         self._check(slot, token_ids, len(token_ids))
         self._cache.reserve(slot, len(token_ids))
 

@@ -7,7 +7,7 @@ Letters: T tokens  D model  H query heads  G key/value heads  K head_dim  N page
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,22 @@ PREFILL_CHUNK = 512
 
 def prefill(model: Transformer, cache: PagedCache, slot: int, token_ids: Sequence[int]) -> Tensor:
     """Append tokens, for which there are pages, to the slot, in chunks; logits fp32 [V] after the last one."""
+    last_D = [x_TD[-1] for x_TD in _chunks(model, cache, slot, token_ids)][-1]
+    return _logits(model, last_D)
+
+
+def prefill_logits(model: Transformer, cache: PagedCache, slot: int, token_ids: Sequence[int]) -> Tensor:
+    """As `prefill`; logits fp32 [T, V] after each of the tokens."""
+    return torch.cat([_logits(model, x_TD) for x_TD in _chunks(model, cache, slot, token_ids)])
+
+
+def _logits(model: Transformer, x_TD: Tensor) -> Tensor:
+    return model.logits(x_TD if model.final_norm is None else model.final_norm(x_TD))
+
+
+def _chunks(model: Transformer, cache: PagedCache, slot: int, token_ids: Sequence[int]) -> Iterator[Tensor]:
     ids_T = torch.tensor(token_ids, dtype=torch.int64, device=model.embed.weight.device)
-    last_D = [_chunk(model, cache, slot, chunk_T)[-1] for chunk_T in ids_T.split(PREFILL_CHUNK)][-1]
-    return model.logits(last_D if model.final_norm is None else model.final_norm(last_D))
+    return (_chunk(model, cache, slot, chunk_T) for chunk_T in ids_T.split(PREFILL_CHUNK))
 
 
 def _chunk(model: Transformer, cache: PagedCache, slot: int, ids_T: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,35 @@ def stream_digest(seed: int, index: int) -> bytes:
     return hashlib.sha256(f"{seed}/{index}".encode()).digest()
 
 
+class Distribution:
+    """The full softmax of logits [V], in fp64. Raises ValueError when the logits are not numbers."""
+
+    def __init__(self, logits_V: Tensor) -> None:
+        # numpy, not torch: torch's threads go on spinning after each operation, on the cores that the next step needs.
+        wide = logits_V.dtype in (torch.float32, torch.float64)
+        value_V = (logits_V if wide else logits_V.float()).detach().cpu().numpy().astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.best = int(value_V.argmax())
+            self.below_V = value_V - value_V[self.best]  # at most 0, so that a temperature near zero does not overflow
+            total = float(np.exp(self.below_V).sum())
+        if not 0 < total < math.inf:
+            raise ValueError(NOT_NUMBERS)
+        self._log_total = math.log(total)
+
+    def logprob(self, token_id: int) -> float:
+        return float(self.below_V[token_id]) - self._log_total
+
+    def top(self, count: int) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens with their log-probabilities, likeliest first, the smaller id first at ties; none that is impossible."""
+        count = min(count, len(self.below_V))
+        if count == 0:
+            return ()
+        least = max(np.partition(self.below_V, -count)[-count], np.finfo(np.float64).min)
+        id_C = np.flatnonzero(self.below_V >= least)
+        id_C = id_C[np.argsort(-self.below_V[id_C], kind="stable")][:count]
+        return tuple((int(token_id), self.logprob(token_id)) for token_id in id_C)
+
+
 class Sampler:
     """Draws the tokens of one sequence.
 
@@ -56,20 +86,25 @@ class Sampler:
 
     def draw(self, logits_V: Tensor) -> SampledToken:
         """The next token of logits [V]. Raises ValueError when the logits are not numbers."""
-        # numpy, not torch: torch's threads go on spinning after each operation, on the cores that the next step needs.
-        wide = logits_V.dtype in (torch.float32, torch.float64)
-        value_V = (logits_V if wide else logits_V.float()).detach().cpu().numpy().astype(np.float64)
+        found = Distribution(logits_V)
+        token_id = self.choose(found)
+        return SampledToken(token_id, found.logprob(token_id))
+
+    def choose(self, found: Distribution, bias: Mapping[int, float] | None = None) -> int:
+        """The next token. bias: token id -> what is added to its logit before anything else."""
+        best, below_V = found.best, found.below_V
+        if bias:
+            below_V = below_V.copy()
+            below_V[list(bias)] += list(bias.values())
+            best = int(below_V.argmax())
+            below_V -= below_V[best]
+        if self.config.temperature == 0:
+            return best
         with np.errstate(invalid="ignore", over="ignore"):
-            best = int(value_V.argmax())
-            below_V = value_V - value_V[best]
-            total = float(np.exp(below_V).sum())
-            if not 0 < total < math.inf:
-                raise ValueError(NOT_NUMBERS)
-            token_id = best if self.config.temperature == 0 else self._draw(below_V)
-        return SampledToken(token_id, float(below_V[token_id]) - math.log(total))
+            return self._draw(below_V)
 
     def _draw(self, below_V: NDArray[np.float64]) -> int:
-        """Draw from logits given as differences to the best: at most 0, so that a temperature near zero does not overflow."""
+        """Draw from logits given as differences to the best."""
         config = self.config
         weight_V = np.exp(below_V / config.temperature)
         if config.top_k is None and config.top_p is None:

@@ -2,13 +2,15 @@
 
 `TextStream` holds back what ends within a UTF-8 character; `StopStrings` holds back the tail that may become a stop
 string, and cuts the text where the first one completes. Whatever the token borders, the pieces joined are the same text.
+`Writing` is a text in the making: both, and what ends it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
+FinishReason = Literal["stop", "length"]
 REPLACEMENT = "\ufffd"
 PROMPT_TOKENS = 6
 
@@ -100,3 +102,50 @@ class StopStrings:
             if any(len(stop) > length and stop.startswith(text[-length:]) for stop in self.stops):
                 return length
         return 0
+
+
+class Writing:
+    """The text of one sequence, token by token, until something ends it.
+
+    finish_reason: "stop" (a stop string or one of stop_ids), "length" (max_tokens), None while it goes on. tokens: so far. The prompt is
+    not searched for stop strings. Raises ValueError for an empty stop string.
+    """
+
+    def __init__(
+        self, tokenizer: Detokenizer, prompt_ids: Sequence[int], *, stop: Sequence[str], stop_ids: frozenset[int], max_tokens: int
+    ) -> None:
+        assert max_tokens >= 0
+        self._stream, self._stops = TextStream(tokenizer, prompt_ids), StopStrings(stop)
+        self._stop_ids, self._max_tokens = stop_ids, max_tokens
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = "length" if max_tokens == 0 else None
+
+    def push(self, token_id: int) -> str:
+        """New text that is certain after one more token; with the last token all that was held back. Nothing may be pushed behind it."""
+        assert self.finish_reason is None
+        self.tokens += 1
+        text = ""
+        if token_id in self._stop_ids:
+            self.finish_reason = "stop"
+        else:
+            text = self._stops.push(self._stream.push(token_id))
+            if self._stops.stopped:
+                self.finish_reason = "stop"
+            elif self.tokens == self._max_tokens:
+                self.finish_reason = "length"
+        return text if self.finish_reason is None else text + self._rest()
+
+    def _rest(self) -> str:
+        """Text held back until the end; it may still hold a stop string that an unfinished character had delayed."""
+        if self._stops.stopped:
+            return ""
+        text = self._stops.push(self._stream.flush())
+        if self._stops.stopped:
+            self.finish_reason = "stop"
+            return text
+        return text + self._stops.flush()
+
+
+def stop_ids_of(tokenizer: Detokenizer, stop_ids: Sequence[int] = (), *, ignore_eos: bool = False) -> frozenset[int]:
+    """The tokens that end a text: the given ones, and the tokenizer's EOS unless it is to be ignored."""
+    return frozenset(stop_ids) | (frozenset() if ignore_eos else frozenset(tokenizer.eos_token_ids))

@@ -24,7 +24,7 @@ from dejavu.config import ModelConfig, require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
 from dejavu.engine.paged import PagedEngine
-from dejavu.engine.prefill import prefill
+from dejavu.engine.prefill import prefill, prefill_logits
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
 from dejavu.kernels.sparse_linear import linear_columns, linear_rows
 from dejavu.kernels.sparse_mlp import MlpWeights, activated, activated_gate, dense_mlp, gate_mlp, sparse_mlp
@@ -107,9 +107,14 @@ class TorchEngine(PagedEngine):
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         """Append tokens to the slot densely, in chunks; logits fp32 [V] after the last one."""
-        require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
         self._admit(slot, token_ids)
         return prefill(self.model, self._cache, slot, token_ids)
+
+    @torch.inference_mode()
+    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """As `prefill`; logits fp32 [T, V] after each of the tokens."""
+        self._admit(slot, token_ids)
+        return prefill_logits(self.model, self._cache, slot, token_ids)
 
     @torch.inference_mode()
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:

@@ -1,0 +1,116 @@
+"""`dejavu serve`: an OpenAI-compatible server for one model, until ^C."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Dense, Dtype, Model, ScreenedHead, Threads, open_model
+from dejavu.cli.output import Output
+
+if TYPE_CHECKING:
+    from dejavu.model.tokenizer import Tokenizer
+
+NEEDED = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
+
+
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option("--host", metavar="NAME", help="The address to listen at; 0.0.0.0: all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", help="The port; 0: any free one.")] = 8000,
+    api_key: Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="What a request has to bring; not set: nothing.")] = None,
+    slots: Annotated[int, typer.Option("--slots", metavar="N", help="Texts that are written at a time.")] = 8,
+    cache_tokens: Annotated[
+        int | None, typer.Option("--cache-tokens", metavar="N", help="Tokens that the key/value cache holds over all texts.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", metavar="N", help="Tokens of the longest prompt and answer; not set: the context.")
+    ] = None,
+    queue: Annotated[int, typer.Option("--queue", metavar="N", help="Texts that may wait; one more is told to come back.")] = 64,
+    prefill_chunk: Annotated[
+        int, typer.Option("--prefill-chunk", metavar="N", help="Tokens of prompts read in a step beside the texts that are written.")
+    ] = 128,
+    no_prefix_reuse: Annotated[bool, typer.Option("--no-prefix-reuse", help="Read every prompt anew.")] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja template for messages, in place of the model's own.")
+    ] = None,
+    adapter: AdapterFolder = None,
+    dense: Dense = False,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    cache_dtype: CacheDtype = "auto",
+    screened_head: ScreenedHead = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer OpenAI's API over HTTP, sparse where the model has an adapter, with metrics and a page; ^C ends it."""
+    check_extra()
+    from dejavu.config import require
+    from dejavu.files import read_text
+    from dejavu.serve.app import create_app
+    from dejavu.serve.asked import served_by
+    from dejavu.serve.config import ServeConfig
+    from dejavu.serve.server import bound_socket, is_local, new_server, url_of
+    from dejavu.serve.worker import Worker
+
+    out = Output(as_json)
+    config = ServeConfig(
+        slots=slots, cache_tokens=cache_tokens, max_model_len=max_model_len, queue=queue, prefill_chunk=prefill_chunk,
+        prefix_reuse=not no_prefix_reuse,
+    )  # fmt: skip
+    require(api_key is None or api_key.strip() == api_key != "", "--api-key must be a word without spaces around it; give one, or none")
+    template = None if chat_template is None else read_text(chat_template)
+    with bound_socket(host, port) as bound:  # before the model is loaded, which may take minutes
+        lm = open_model(
+            model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=0,
+            adapter=adapter, dense=dense,
+        )  # fmt: skip
+        tokenizer = lm.tokenizer if template is None else with_template(lm.tokenizer, template)
+        worker = Worker(lm, config)
+        worker.start()
+        try:
+            state = worker.state()
+            served = served_by(tokenizer, state, queue=config.queue)
+
+            def announce() -> None:
+                url = url_of(bound)
+                out.say(f"Serving at {url} (a page; OpenAI's API under /v1; /health, /metrics); ^C ends it")
+                out.say(f"Models: {', '.join(served.models)} · {'no' if api_key is None else 'with an'} API key")
+                out.say(f"{config.slots} texts at a time, {config.queue} may wait, {served.limit:,} tokens a text")
+                if api_key is None and not is_local(bound):
+                    out.warn("no API key is set, and other machines can reach this address: whoever does may use it; see --api-key")
+                out.finish(
+                    {
+                        "url": url, "model": served.name, "models": list(served.models), "sparse": served.sparse, "backend": lm.backend,
+                        "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "screened_head": lm.screened_head, "slots": config.slots,
+                        "queue": config.queue, "max_model_len": served.limit, "notes": list(lm.notes),
+                    }
+                )  # fmt: skip
+                sys.stdout.flush()  # whoever waits for the address reads a pipe
+
+            new_server(create_app(served, worker, api_key=api_key), on_start=announce).run(sockets=[bound])
+        finally:
+            worker.close()
+
+
+def check_extra() -> None:
+    """Raises ValueError where the packages of the extra `serve` are not installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"dejavu serve needs {', '.join(missing)}; install what is missing with: pip install 'dejavu[serve]'")
+
+
+def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer with another chat template. Raises ValueError for one that cannot even render a greeting."""
+    from dejavu.model.template import rendered
+
+    changed = dataclasses.replace(tokenizer, chat_template=template)
+    rendered(changed, [{"role": "user", "content": "Hello"}])
+    return changed

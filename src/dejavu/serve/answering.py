@@ -1,0 +1,179 @@
+"""One request to write text, from its bytes to its answer: read, checked, submitted, and sent whole or in chunks.
+
+In: a request of HTTP, what is served, the worker. Out: a response, or an ApiError before anything is sent. Whatever happens, the streams of
+the request end with it: a client that goes away, a failure, a server that stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, Protocol
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from dejavu.serve.asked import Asked, Served, asked_chat, asked_completion
+from dejavu.serve.errors import ApiError, from_worker, internal, not_running, stopping
+from dejavu.serve.fields import parse
+from dejavu.serve.jobs import EngineFailed, Job, QueueFull, TooLong, WorkerState
+from dejavu.serve.metrics import Metrics, Outcome
+from dejavu.serve.protocol import ChatBody, CompletionBody
+from dejavu.serve.responses import DONE, Answer, new_answer, server_sent, to_bytes
+from dejavu.serve.streaming import EventStream, Receive, Running, ServerEnds, while_connected
+from dejavu.serve.wire import ErrorEnvelope
+
+MAX_BODY = 4 << 20  # bytes of a request: a prompt of some 500,000 tokens
+NO_READER = 400  # the status of what nobody reads any more
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+log = logging.getLogger("dejavu.serve")
+
+
+class JobRunner(Protocol):
+    """What the server needs of a worker."""
+
+    def submit_all(self, jobs: Sequence[Job], /) -> Sequence[EventStream]:
+        """Streams of the jobs, all or none. Raises QueueFull, TooLong."""
+        ...
+
+    def state(self) -> WorkerState: ...
+
+
+class Endpoint:
+    """POST /v1/completions or POST /v1/chat/completions. name: in the metrics. ending: once it is set, what is being written ends."""
+
+    def __init__(self, name: str, served: Served, worker: JobRunner, metrics: Metrics, ending: asyncio.Event) -> None:
+        self._name, self._served, self._worker, self._metrics, self._ending = name, served, worker, metrics, ending
+
+    async def __call__(self, request: Request) -> Response:
+        """Raises ApiError."""
+        try:
+            return await self._respond(request)
+        except ApiError as error:
+            self._ended("busy" if error.status == 429 else "failed" if error.status >= 500 else "refused")
+            raise
+        except ClientDisconnect:
+            self._ended("cancelled")
+            return Response(status_code=NO_READER)
+        except Exception as error:  # answered here: where an exception leaves the app, the server closes the connection
+            log.error("a request failed", exc_info=error)
+            self._ended("failed")
+            raise internal() from error
+
+    async def _respond(self, request: Request) -> Response:
+        body = await read_body(request)
+        asked = await asyncio.to_thread(self._asked, body)  # a long prompt takes a while to read
+        answer = new_answer(asked, self._served)
+        state = self._worker.state()
+        if not state.alive:
+            raise not_running(state.last_error)
+        try:
+            running = Running(self._worker.submit_all(asked.jobs))
+        except (QueueFull, TooLong, EngineFailed) as error:
+            raise from_worker(error, param=asked.param) from error
+        if asked.stream:
+            return Chunked(lambda start, receive, send: self._stream(answer, running, start, receive, send))
+        try:
+            whole = await while_connected(request.receive, self._whole(answer, running), ending=self._ending)
+        except ServerEnds:
+            raise stopping() from None
+        except EngineFailed as error:
+            log.error("a request failed: %s", error)
+            raise from_worker(error, param=asked.param) from error
+        finally:
+            running.cancel()
+        self._ended("cancelled" if whole is None else "completed")
+        return Response(status_code=NO_READER) if whole is None else Response(whole, media_type="application/json")
+
+    def _asked(self, body: bytes) -> Asked:
+        if self._name == "chat":
+            return asked_chat(parse(body, ChatBody), self._served)
+        return asked_completion(parse(body, CompletionBody), self._served)
+
+    async def _whole(self, answer: Answer, running: Running) -> bytes:
+        """The answer in one object."""
+        mode = answer.asked.mode
+        async with contextlib.aclosing(running.events()) as events:
+            async for index, event in events:
+                self._metrics.event(event, mode=mode)
+                answer.take(index, event)
+        return to_bytes(answer.whole())
+
+    async def _stream(self, answer: Answer, running: Running, start: Message, receive: Receive, send: Send) -> None:
+        """Send the answer in chunks, until it or the connection ends."""
+        outcome: Outcome = "cancelled"
+        try:
+            outcome = await while_connected(receive, self._send(answer, running, start, send), ending=self._ending) or outcome
+        except ServerEnds:
+            await send(_last(stopping()))
+            outcome = "failed"
+        finally:
+            running.cancel()
+            self._ended(outcome)
+
+    async def _send(self, answer: Answer, running: Running, start: Message, send: Send) -> Outcome:
+        """Send the chunks; where the answer fails on the way, an error in place of its end."""
+
+        mode = answer.asked.mode
+        await send(start)
+        await send(_body(b"".join(server_sent(chunk) for chunk in answer.opening())))
+        try:
+            async with contextlib.aclosing(running.events()) as events:
+                async for index, event in events:
+                    self._metrics.event(event, mode=mode)
+                    chunks = b"".join(server_sent(chunk) for chunk in answer.chunks(index, event))
+                    if chunks:
+                        await send(_body(chunks))
+            await send(_body(b"".join(server_sent(chunk) for chunk in answer.closing()) + DONE, more=False))
+        except OSError:  # how some servers say that the client has gone
+            return "cancelled"
+        except Exception as error:  # the status has been sent, so that no handler can tell the client
+            running.cancel()
+            log.error("a stream failed", exc_info=error)
+            await send(_last(from_worker(error, param=answer.asked.param) if isinstance(error, EngineFailed) else internal()))
+            return "failed"
+        return "completed"
+
+    def _ended(self, outcome: Outcome) -> None:
+        self._metrics.request(self._name, outcome)
+
+
+def _body(part: bytes, *, more: bool = True) -> Message:
+    """ASGI's message with a part of a body."""
+    return {"type": "http.response.body", "body": part, "more_body": more}
+
+
+def _last(error: ApiError) -> Message:
+    """What ends a stream that does not end well."""
+    return _body(server_sent(ErrorEnvelope.model_validate(error.body)), more=False)
+
+
+class Chunked(Response):
+    """A stream of server-sent events, sent by a coroutine that is given ASGI's first message, `receive` and `send`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, write: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._write = write
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        await self._write({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}, receive, send)
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a request. Raises ApiError for one that is not said to be JSON (a page elsewhere could send that) or is too large."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "the body must be JSON; send the header Content-Type: application/json", code="unsupported_media_type")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY:
+            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes; send a shorter prompt", code="body_too_large")
+        parts.append(part)
+    return b"".join(parts)

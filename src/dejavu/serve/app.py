@@ -1,0 +1,140 @@
+"""The server as an application of ASGI: its paths, the API key, the shape of every error, and the page.
+
+In: what is served and a worker that runs; who makes the worker starts it and closes it. Out: a FastAPI app. Bodies are read and checked by
+answering.py, so that a mistake in one is told in OpenAI's envelope and never in FastAPI's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from dejavu.serve import wire
+from dejavu.serve.answering import Endpoint, JobRunner
+from dejavu.serve.asked import Served
+from dejavu.serve.assets import FOLDER, page_routes
+from dejavu.serve.document import body_of, describe, errors, streamed
+from dejavu.serve.errors import ApiError, internal, not_running
+from dejavu.serve.metrics import CONTENT_TYPE, Metrics
+from dejavu.serve.protocol import ChatBody, CompletionBody
+from dejavu.serve.responses import to_bytes
+from dejavu.version import __version__
+
+WRITING = errors(400, 404, 413, 415, 429, 500, 503)
+
+
+def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None, page: Path = FOLDER) -> FastAPI:
+    """The app. api_key: that a request under /v1 has to bring; None: none. page: the folder of the files at /.
+
+    Its `state.ending` is an event: once it is set, by `new_server` when that ends, the texts that are being written end with an error.
+    """
+    app = FastAPI(title="dejavu", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    metrics = Metrics(worker.state)
+    known = [Depends(_key_check(api_key))]
+    ending = app.state.ending = asyncio.Event()
+    completions, chat = (Endpoint(name, served, worker, metrics, ending) for name in ("completions", "chat"))
+
+    @app.post(
+        "/v1/completions", dependencies=known, response_model=None, openapi_extra=body_of(CompletionBody),
+        responses=streamed(wire.Completion, "Completion") | WRITING,
+    )  # fmt: skip
+    async def create_completion(request: Request) -> Response:
+        """Continue a text."""
+        return await completions(request)
+
+    @app.post(
+        "/v1/chat/completions", dependencies=known, response_model=None, openapi_extra=body_of(ChatBody),
+        responses=streamed(wire.ChatCompletion, "ChatChunk") | WRITING,
+    )  # fmt: skip
+    async def create_chat_completion(request: Request) -> Response:
+        """Answer messages."""
+        return await chat(request)
+
+    @app.get("/v1/models", dependencies=known, response_model=None, responses={200: {"model": wire.ModelList}})
+    async def list_models() -> Response:
+        """The models that a request may name."""
+        return _json(wire.ModelList(object="list", data=[_card(name, served) for name in served.models]))
+
+    @app.get("/v1/models/{model:path}", dependencies=known, response_model=None, responses={200: {"model": wire.ModelCard}} | errors(404))
+    async def retrieve_model(model: str) -> Response:
+        """One of them."""
+        return _json(_card(model, served))
+
+    @app.get("/health", response_model=None, responses={200: {"model": wire.Health}} | errors(503))
+    async def health() -> Response:
+        """Whether requests can be answered."""
+        state = worker.state()
+        if not state.alive:
+            raise not_running(state.last_error)
+        return _json(
+            wire.Health(
+                status="ok", model=served.name, backend=state.backend, dtype=state.dtype, sparse=served.sparse,
+                queued=state.queued, running=state.running, slots=state.slots,
+            )
+        )  # fmt: skip
+
+    text = {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+
+    @app.get("/metrics", response_model=None, response_class=Response, responses={200: text})
+    async def show_metrics() -> Response:
+        """What the server has done and does."""
+        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    app.router.routes.extend(page_routes(page))
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _our_error)
+    describe(app, served, secured=api_key is not None)
+    return app
+
+
+def _key_check(api_key: str | None) -> Any:
+    expected = (api_key or "").encode()
+
+    async def check(request: Request) -> None:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if api_key is None or (scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), expected)):
+            return
+        message = "this server wants an API key: send the header Authorization: Bearer KEY with the one that it was started with"
+        raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    return check
+
+
+def _card(name: str, served: Served) -> wire.ModelCard:
+    """Raises ApiError (404) for a model that is not served."""
+    mode = "dense" if served.is_dense(name) else "sparse"
+    facts = wire.ModelFacts(mode=mode)
+    return wire.ModelCard(id=name, object="model", created=served.created, owned_by="dejavu", max_model_len=served.limit, dejavu=facts)
+
+
+def _json(thing: wire.Wire) -> Response:
+    return Response(to_bytes(thing), media_type="application/json")
+
+
+def _sent(error: ApiError) -> Response:
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _sent(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: a path that is not there, a method that a path does not take."""
+    assert isinstance(error, HTTPException)
+    words = {404: ("there is nothing at this path", "not_found"), 405: ("this path does not take this method", "method_not_allowed")}
+    message, code = words.get(error.status_code, (str(error.detail), None))
+    return _sent(ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})))
+
+
+async def _our_error(request: Request, error: Exception) -> Response:
+    """A bug: the server's log has it, with its traceback."""
+    return _sent(internal())

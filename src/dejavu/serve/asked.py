@@ -1,0 +1,211 @@
+"""From a checked body to jobs: which model it names, the prompt's tokens, how to sample, how many choices.
+
+In: a CompletionBody or ChatBody and what is served. Out: an Asked, whose jobs are those of prompt 0, then of prompt 1 and so on, n of each.
+What the model cannot do is an ApiError: no such model (404), no chat template, a token outside the vocabulary (400). Whether a job is too
+long is for the worker to say.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dejavu.config import SamplingConfig
+from dejavu.model.template import chat_ids
+from dejavu.model.tokenizer import Tokenizer
+from dejavu.serve.errors import ApiError, invalid
+from dejavu.serve.jobs import Job, WorkerState
+from dejavu.serve.protocol import DEFAULT_MAX_TOKENS, MAX_CHOICES, ChatBody, CompletionBody, Sampled, text_of
+from dejavu.serve.vocabulary import Vocabulary
+
+DENSE = ":dense"
+NO_TEMPLATE = "the model has no chat template: start the server with --chat-template FILE, or use /v1/completions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model that is served, as far as requests are concerned.
+
+    sparse: whether `name` runs sparse. limit: the longest prompt and answer together, in tokens. max_choices: of one request, prompts
+    times n. created: when it began to be served, in seconds since 1970.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    sparse: bool
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_neurons: int
+    limit: int
+    max_choices: int = MAX_CHOICES
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """The names that a request may give: as the server runs it, and without the adapter."""
+        return self.name, self.name + DENSE
+
+    def is_dense(self, model: str) -> bool:
+        """Whether a request for this model runs dense. Raises ApiError (404) for a name that is not served."""
+        if model not in self.models:
+            raise ApiError(
+                404, f"the model {model[:80]!r} is not served; there are {' and '.join(self.models)}", param="model", code="model_not_found"
+            )
+        return model != self.name or not self.sparse
+
+
+def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int) -> Served:
+    """What a worker serves. tokenizer: with the chat template to use. queue: jobs that may wait; no request may ask for more than that and
+    a free engine's slots."""
+    return Served(
+        name=state.model,
+        tokenizer=tokenizer,
+        vocabulary=Vocabulary(tokenizer),
+        sparse=state.sparse,
+        vocab_size=state.vocab_size,
+        num_layers=state.layers,
+        num_heads=state.heads,
+        num_neurons=state.neurons,
+        limit=state.max_model_len,
+        max_choices=min(MAX_CHOICES, queue + state.engines[0].slots),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request as the server carries it out. texts: of each prompt, for echo. n: choices of each prompt."""
+
+    chat: bool
+    model: str
+    dense: bool
+    jobs: tuple[Job, ...]
+    n: int
+    stream: bool
+    include_usage: bool
+    trace: bool
+    logprobs: int | None
+    echo: bool = False
+    texts: tuple[str, ...] = ()
+
+    @property
+    def mode(self) -> Literal["sparse", "dense"]:
+        return "dense" if self.dense else "sparse"
+
+    @property
+    def param(self) -> str:
+        """The field that holds the prompt."""
+        return "messages" if self.chat else "prompt"
+
+
+def asked_completion(body: CompletionBody, served: Served) -> Asked:
+    """Raises ApiError."""
+    dense = served.is_dense(body.model)
+    prompts = _prompts(body.prompt)
+    n = _choices(body, served, prompts=len(prompts))
+    ids = [served.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    for prompt_ids in ids:
+        _check_ids(prompt_ids, served, param="prompt")
+    echo = bool(body.echo)
+    texts = tuple(prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt) for prompt in prompts) if echo else ()
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    return Asked(
+        chat=False, model=body.model, dense=dense, n=n, logprobs=body.logprobs, echo=echo, texts=texts,
+        jobs=_jobs(body, ids, n, served, dense=dense, max_tokens=max_tokens, logprobs=body.logprobs, echo=echo),
+        **_streaming(body),
+    )  # fmt: skip
+
+
+def asked_chat(body: ChatBody, served: Served) -> Asked:
+    """Raises ApiError."""
+    dense = served.is_dense(body.model)
+    n = _choices(body, served, prompts=1)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs to be true", param="top_logprobs")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise invalid("max_tokens and max_completion_tokens are two names of one value; give one", param="max_tokens")
+    if served.tokenizer.chat_template is None:
+        raise invalid(NO_TEMPLATE, param="messages", code="no_chat_template")
+    roles = {"developer": "system"}  # a newer name, which templates do not know
+    messages = [{"role": roles.get(message.role, message.role), "content": text_of(message.content)} for message in body.messages]
+    try:
+        ids = chat_ids(served.tokenizer, messages)
+    except ValueError as error:
+        raise invalid(str(error), param="messages") from error
+    _check_ids(ids, served, param="messages")
+    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    max_tokens = max(1, served.limit - len(ids)) if given is None else given
+    return Asked(
+        chat=True, model=body.model, dense=dense, n=n, logprobs=logprobs,
+        jobs=_jobs(body, [ids], n, served, dense=dense, max_tokens=max_tokens, logprobs=logprobs, echo=False),
+        **_streaming(body),
+    )  # fmt: skip
+
+
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
+    """The prompts of a request: one, or as many as the list holds."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [[token_id for token_id in prompt if isinstance(token_id, int)]]
+    return [part for part in prompt if not isinstance(part, int)]
+
+
+def _choices(body: Sampled, served: Served, *, prompts: int) -> int:
+    n = body.n or 1
+    if prompts * n > served.max_choices:
+        asked = f"{prompts} prompts with n = {n}" if prompts > 1 else f"n = {n}"
+        raise invalid(
+            f"{asked} are {prompts * n} texts, and a request may ask for {served.max_choices}", param="prompt" if prompts > 1 else "n"
+        )
+    return n
+
+
+def _streaming(body: Sampled) -> Mapping[str, Any]:
+    stream, options = bool(body.stream), body.stream_options
+    if options is not None and not stream:
+        raise invalid("stream_options is for streams alone; set stream, or leave it out", param="stream_options")
+    trace = body.dejavu is not None and bool(body.dejavu.trace)
+    if trace and not stream:
+        raise invalid("a trace comes with the chunks of a stream; set stream, or leave it out", param="dejavu.trace")
+    return {"stream": stream, "include_usage": options is not None and bool(options.include_usage), "trace": trace}
+
+
+def _jobs(
+    body: Sampled, prompts: list[list[int]], n: int, served: Served, *, dense: bool, max_tokens: int, logprobs: int | None, echo: bool
+) -> tuple[Job, ...]:
+    biases = {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()}
+    for token_id in biases:
+        if token_id >= served.vocab_size:
+            raise invalid(f"logit_bias names token {token_id}, and the vocabulary has {served.vocab_size}", param="logit_bias")
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    temperature = 1.0 if body.temperature is None else body.temperature
+    sampling = SamplingConfig(temperature=temperature, top_k=body.top_k, top_p=body.top_p, seed=body.seed)
+    return tuple(
+        Job(
+            prompt_ids=tuple(ids),
+            max_new_tokens=max_tokens,
+            sampling=sampling,
+            index=index,
+            logit_bias=biases,
+            stop=stop,
+            ignore_eos=bool(body.ignore_eos),
+            top_logprobs=logprobs,
+            prompt_logprobs=echo and logprobs is not None,
+            dense=dense,
+            trace=body.dejavu is not None and bool(body.dejavu.trace),
+        )
+        for ids in prompts
+        for index in range(n)
+    )
+
+
+def _check_ids(ids: Sequence[int], served: Served, *, param: str) -> None:
+    if not ids:
+        raise invalid("the prompt has no tokens; give at least one word", param=param)
+    if max(ids) >= served.vocab_size:
+        raise invalid(f"token {max(ids)} is outside the model's vocabulary of {served.vocab_size}", param=param)

@@ -1,0 +1,104 @@
+"""A job under way: what it claims, how it draws, its text so far, and its sums.
+
+In: logits of its prompt and of its steps. Out: TokenInfos and the Events of its stream.
+
+Letters: V vocabulary  T tokens
+"""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+from dejavu.engine.sampling import Distribution, Sampler
+from dejavu.engine.streaming import Detokenizer, Writing, stop_ids_of
+from dejavu.serve.jobs import Event, Job, Summary, TokenInfo
+from dejavu.serve.scheduler import Claim
+from dejavu.serve.stream import Stream
+
+
+class Choice(Claim):
+    """One job, from its submission to its end. Raises ValueError for an empty stop string."""
+
+    def __init__(self, job: Job, tokenizer: Detokenizer, stream: Stream, *, share: bool) -> None:
+        # Where the prompt's log-probabilities are wanted all of it has to be computed.
+        super().__init__(prompt_ids=job.prompt_ids, new_tokens=job.max_new_tokens, share=share and not job.prompt_logprobs)
+        self.job, self.stream = job, stream
+        self.sampler = Sampler(job.sampling, index=job.index)
+        self.writing = Writing(
+            tokenizer, job.prompt_ids, stop=job.stop, max_tokens=job.max_new_tokens,
+            stop_ids=stop_ids_of(tokenizer, ignore_eos=job.ignore_eos),
+        )  # fmt: skip
+        self.last: int | None = None  # the token that the next step appends
+        self._prompt: list[TokenInfo] = []
+        self._unsent: list[TokenInfo] = []
+        self._densities: list[tuple[float, float]] = []
+        self._unions: list[float] = []
+        self._submitted = time.perf_counter()
+        self._first_s = self._last_s = self._submitted
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether it ends where it begins: no token is wanted, and nothing about its prompt."""
+        return self.new_tokens == 0 and not self.job.prompt_logprobs
+
+    @property
+    def plain(self) -> bool:
+        """Whether an engine may draw its tokens: it wants nothing but them."""
+        return self.job.top_logprobs is None and not self.job.logit_bias
+
+    def drawn(self, logits_V: Tensor) -> TokenInfo:
+        """The next token by these logits. Raises ValueError where they are not numbers."""
+        found = Distribution(logits_V)
+        token_id = self.sampler.choose(found, self.job.logit_bias)
+        return TokenInfo(token_id=token_id, logprob=found.logprob(token_id), top=found.top(self.job.top_logprobs or 0))
+
+    def score_prompt(self, start: int, logits_TV: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens behind those from `start` on. Raises ValueError where logits are not numbers."""
+        ids, top = self.job.prompt_ids, self.job.top_logprobs or 0
+        if start == 0:
+            self._prompt = [TokenInfo(token_id=ids[0])]
+        for token_id, logits_V in zip(ids[start + 1 : start + 1 + len(logits_TV)], logits_TV, strict=False):
+            found = Distribution(logits_V)
+            self._prompt.append(TokenInfo(token_id=token_id, logprob=found.logprob(token_id), top=found.top(top)))
+
+    def push(self, info: TokenInfo, *, union: float | None = None) -> Event | None:
+        """What the stream gets after one more token: nothing while its text is not certain. union: density of what its step read."""
+        now = time.perf_counter()
+        self._first_s = now if self.last is None else self._first_s
+        self._last_s, self.last = now, info.token_id
+        self._unsent.append(info)
+        if info.mlp_density is not None and info.head_density is not None:
+            self._densities.append((info.mlp_density, info.head_density))
+        if union is not None:
+            self._unions.append(union)
+        text = self.writing.push(info.token_id)
+        return self.event(text) if text or self.writing.finish_reason is not None else None
+
+    def event(self, text: str = "") -> Event:
+        """The text with all tokens that are not sent yet, and the end where this is it."""
+        reason = self.writing.finish_reason
+        event = Event(
+            text=text, tokens=tuple(self._unsent), prompt_tokens=tuple(self._prompt), finish_reason=reason,
+            summary=None if reason is None else self._summary(),
+        )  # fmt: skip
+        self._prompt, self._unsent = [], []
+        return event
+
+    def _summary(self) -> Summary:
+        mlp, heads = zip(*self._densities, strict=True) if self._densities else ((), ())
+        return Summary(
+            prompt_tokens=len(self.job.prompt_ids),
+            completion_tokens=self.writing.tokens,
+            cached_tokens=self.cached,
+            mlp_density=_mean(mlp),
+            head_density=_mean(heads),
+            union_density=_mean(self._unions),
+            time_to_first_token_s=self._first_s - self._submitted,
+            decode_s=self._last_s - self._first_s,
+        )
+
+
+def _mean(values: tuple[float, ...] | list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

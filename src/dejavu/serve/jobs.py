@@ -1,0 +1,193 @@
+"""What goes into the worker and what comes out of it: plain data that the server's side and the worker's side share.
+
+In: a Job, one choice of one request, checked by whoever made it. Out: the Events of its stream, in order, of which the last has the
+finish_reason and the Summary; or one of the exceptions here.
+
+Letters: L layers  H query heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dejavu.config import SamplingConfig
+
+BINS = 64  # into which a trace divides the neurons of a layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One choice of one request. index: which choice of its request (see Sampler).
+
+    logit_bias: token id -> what is added to its logit before sampling; log-probabilities are those before it. stop: strings that end the
+    text before them. ignore_eos: go on behind an EOS. top_logprobs: None for no log-probabilities, n >= 0 for the token's own and the
+    n likeliest; prompt_logprobs: of the prompt too (echo). dense: without the adapter. trace: report what fired, per token.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingConfig
+    index: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    dense: bool = False
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTrace:
+    """What fired in the step that led to a token, by layer.
+
+    neurons: BINS bytes for each of L layers, the share of each bin that was selected, 0 to 255; heads: H bytes of 0 or 1 for each. A
+    layer that ran dense is all 255, and all 1.
+    """
+
+    neurons: tuple[bytes, ...]
+    heads: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenInfo:
+    """A token, generated or of the prompt.
+
+    logprob: natural logarithm, of the full softmax before bias, temperature, top_k and top_p; None for the first token of a prompt, and
+    for generated ones where no log-probabilities were asked for. top: the likeliest (id, logprob), likeliest first. mlp_density,
+    head_density: of the step that led to it, mean over layers; None for the first generated token, which comes from the prefill,
+    and for those of the prompt.
+    """
+
+    token_id: int
+    text_bytes_done: bool = True  # reserved
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    mlp_density: float | None = None
+    head_density: float | None = None
+    trace: TokenTrace | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A whole stream. Tokens are counts; cached_tokens: of the prompt, what a shared prefix saved.
+
+    Densities are means over the stream's decode steps, None without one; union_density: of the neurons that the rows of those
+    steps together selected, None where the engine cannot tell. time_to_first_token_s: from `submit` on; decode_s: from the first token
+    to the last.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    mlp_density: float | None
+    head_density: float | None
+    union_density: float | None
+    time_to_first_token_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A piece of a stream. text: new, already cut at stop strings, never taken back; tokens: those since the last event.
+
+    prompt_tokens: with prompt_logprobs, once, in the first event. finish_reason and summary: only in the last event of a stream that
+    ends well.
+    """
+
+    text: str = ""
+    tokens: tuple[TokenInfo, ...] = ()
+    prompt_tokens: tuple[TokenInfo, ...] = ()
+    finish_reason: Literal["stop", "length"] | None = None
+    summary: Summary | None = None
+
+
+class QueueFull(Exception):  # noqa: N818 (a state, not a mistake)
+    """As many jobs wait as may. retry_after_s: when there may be room again, in whole seconds, at least 1."""
+
+    def __init__(self, *, waiting: int, retry_after_s: int) -> None:
+        super().__init__(f"{waiting} requests are waiting and no more may; try again in {retry_after_s} s")
+        self.waiting, self.retry_after_s = waiting, retry_after_s
+
+
+class TooLong(ValueError):  # noqa: N818
+    """A job that cannot fit, however long it waits. prompt, requested (new tokens), limit: in tokens."""
+
+    def __init__(self, *, prompt: int, requested: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {prompt} tokens and {requested} more were requested, {prompt + requested} in all, and the limit is {limit}; "
+            f"shorten the prompt or ask for fewer tokens"
+        )
+        self.prompt, self.requested, self.limit = prompt, requested, limit
+
+
+class EngineFailed(Exception):  # noqa: N818 (a state, not a mistake)
+    """The step of this stream failed, and the stream with it; others go on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """How one engine does. mode: "sparse", "dense" or "recording" (sparse, for traces). made: false before it is first needed, and
+    where it failed and could not be made anew.
+
+    queued, running: jobs; slots, pages_free, pages_total: of its cache, a page that is kept for reuse alone being free. Since the start:
+    steps (calls that decoded), tokens (generated), prompt_tokens (computed), cached_tokens (of prompts, saved by shared prefixes),
+    finished, failed and cancelled jobs, fallback_layers (layers whose MLP ran dense for a whole batch, added up over the steps).
+    """
+
+    mode: str
+    made: bool
+    queued: int
+    running: int
+    slots: int
+    pages_free: int
+    pages_total: int
+    steps: int
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    finished: int
+    failed: int
+    cancelled: int
+    fallback_layers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """How the worker does: sums over its engines, each of which is in `engines`. Numbers as in EngineState.
+
+    alive: its thread runs, and the engines that it needed could be made (the recording one aside). last_error: the last failure in
+    words, None before one. tok_s: tokens of prompts and answers a second lately, while anything ran; None before the first. Of the
+    model: name, backend, dtype, device, max_model_len (tokens of a sequence), layers, neurons and heads of a layer, vocab_size;
+    sparse: whether there is an adapter.
+    """
+
+    alive: bool
+    last_error: str | None
+    queued: int
+    running: int
+    slots: int
+    pages_free: int
+    pages_total: int
+    steps: int
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    finished: int
+    failed: int
+    cancelled: int
+    fallback_layers: int
+    tok_s: float | None
+    engines: tuple[EngineState, ...]
+    model: str
+    backend: str
+    dtype: str
+    device: str
+    max_model_len: int
+    layers: int
+    neurons: int
+    heads: int
+    vocab_size: int
+    sparse: bool

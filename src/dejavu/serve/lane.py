@@ -1,0 +1,308 @@
+"""One engine at work: carries out what its scheduler plans, and keeps a failure to those whom it concerns.
+
+In: choices that the worker queues. Out: the events of their streams. A turn is one step: prompts go on, and every row that can decodes a
+token. A call that refuses its input (ValueError: the slots are then as they were) ends the choice that it was for; a step of
+several rows is done again row by row, so that only those at fault end. After any other error all rows of that call end; the engine goes
+on, and one of which turn after turn fails, or which cannot even free a slot, is made anew.
+
+Letters: B rows of a step  V vocabulary  L layers  T tokens  P points that read inputs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from dejavu.engine.interface import DecodesTokens, Engine, densities
+from dejavu.engine.sampling import NOT_NUMBERS
+from dejavu.serve.choice import Choice
+from dejavu.serve.jobs import EngineFailed, EngineState, TokenInfo
+from dejavu.serve.scheduler import Plan, Prefill, Scheduler
+from dejavu.serve.trace import token_trace
+
+PATIENCE = 2  # turns in a row in which nothing works, and something fails for no stated reason, before an engine is made anew
+
+Made = list[TokenInfo | ValueError]
+"""What a step made of each of its rows: a token, or why there is none."""
+
+log = logging.getLogger(__name__)
+
+
+class Lane:
+    """The choices of one engine. `turn` and what it calls are the worker's thread's; the rest is for any thread.
+
+    make: makes the engine, first when it is needed and again where it cannot go on. scheduler: made for this lane, which is its pool;
+    lock guards it. report: told of each failure. pages: of an engine. publishes: whether prompts are offered for reuse.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        make: Callable[[], Engine],
+        scheduler: Callable[[Lane], Scheduler[Choice]],
+        *,
+        pages: int,
+        publishes: bool,
+        lock: threading.Condition,
+        report: Callable[[BaseException], None],
+        engine: Engine | None = None,
+    ) -> None:
+        self.mode, self.scheduler = mode, scheduler(self)
+        self._make, self._engine, self._pages, self._publishes, self._lock, self._report = make, engine, pages, publishes, lock, report
+        self.broken = False  # it was needed and could not be made
+        self._counts: Counter[str] = Counter()
+        self._failures = 0  # turns in a row
+        self._computed = 0  # tokens, in this turn
+        self._error: Exception | None = None  # of this turn, the last for which no reason is given
+
+    # What the scheduler asks of an engine. One that is not made yet has all of its pages.
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "a plan is made for an engine"
+        return self._engine
+
+    @property
+    def free_pages(self) -> int:
+        engine = self._engine
+        return self._pages if engine is None else engine.free_pages
+
+    def reuse(self, slot: int, token_ids: Sequence[int]) -> int:
+        return self.engine.reuse(slot, token_ids)
+
+    def free(self, slot: int) -> None:
+        self.engine.free(slot)
+
+    # For any thread
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do; asked with the lock."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def cancel(self, choice: Choice) -> None:
+        """Its reader has left: the choice is over by the next turn."""
+        with self._lock:
+            self.scheduler.cancel(choice)
+            self._counts["cancelled"] += 1
+            self._lock.notify_all()
+
+    def state(self) -> EngineState:
+        with self._lock:
+            return EngineState(
+                mode=self.mode,
+                made=self._engine is not None,
+                queued=len(self.scheduler.waiting),
+                running=len(self.scheduler.running),
+                slots=self.scheduler.slots,
+                pages_free=self.free_pages,
+                pages_total=self._pages,
+                **{name: self._counts[name] for name in COUNTED},
+            )
+
+    # For the worker's thread
+
+    def turn(self) -> int:
+        """One step of the engine, which is made where there is none; tokens of prompts and answers that were computed."""
+        self._computed, self._error = 0, None
+        if self._engine is None and not self._engine_made():
+            return 0
+        with self._lock:
+            plan: Plan[Choice] = self.scheduler.plan()
+        for part in plan.prefill:
+            self._prefill(part)
+        decoder = self._engine if isinstance(self._engine, DecodesTokens) and not self._engine.records else None
+        drawn = [row for row in plan.decode if decoder is not None and row.plain]
+        stepped = [row for row in plan.decode if decoder is None or not row.plain]
+        if decoder is not None:
+            self._decode(drawn, lambda rows: self._drawn(decoder, rows))
+        self._decode(stepped, self._stepped)
+        self._failures = self._failures + 1 if self._error is not None and self._computed == 0 else 0
+        if self._error is not None and self._failures == PATIENCE:
+            self.abandon(self._error)
+        return self._computed
+
+    def abandon(self, error: BaseException) -> None:
+        """The engine cannot go on: all that run in it fail, and those that wait get a new one."""
+        with self._lock:
+            ended = self.scheduler.reset(self)
+            self._engine, self._failures = None, 0
+        for choice in ended:
+            self._tell(choice, error)
+
+    def end_all(self, error: BaseException) -> None:
+        """All that run and all that wait fail."""
+        self.abandon(error)
+        with self._lock:
+            waiting = self.scheduler.waiting
+            for choice in waiting:
+                self.scheduler.end(choice)
+        for choice in waiting:
+            self._tell(choice, error)
+
+    def _engine_made(self) -> bool:
+        try:
+            self._engine = self._make()
+        except Exception as error:
+            log.exception("the %s engine cannot be made", self.mode)
+            self.broken = True
+            self.end_all(error)
+            return False
+        self.broken = False
+        return True
+
+    def _prefill(self, part: Prefill[Choice]) -> None:
+        choice = part.claim
+        if choice.over or choice.cancelled:
+            return
+        try:
+            info = self._read(part)
+        except Exception as error:
+            self._fail([choice], error)
+            return
+        tokens = part.stop - part.start
+        self._computed += tokens
+        self._counts["prompt_tokens"] += tokens
+        self._counts["cached_tokens"] += choice.cached if part.start == choice.cached else 0
+        with self._lock:
+            self.scheduler.advance(choice, tokens)
+        if choice.unread == 0:
+            self._deliver(choice, info)
+
+    def _read(self, part: Prefill[Choice]) -> TokenInfo | None:
+        """Prefill a range of a prompt; behind its end the first new token, where one is wanted."""
+        choice, engine = part.claim, self.engine
+        slot, ids = slot_of(choice), choice.prompt_ids[part.start : part.stop]
+        if choice.job.prompt_logprobs:
+            logits_TV = engine.prefill_logits(slot, ids).cpu()
+            choice.score_prompt(part.start, logits_TV)
+            logits_V = logits_TV[-1]
+        else:
+            logits_V = engine.prefill(slot, ids)
+        if part.stop < len(choice.prompt_ids):
+            return None
+        info = choice.drawn(logits_V) if choice.new_tokens > 0 else None
+        if self._publishes:
+            engine.publish(slot, choice.prompt_ids)
+        return info
+
+    def _decode(self, rows: Sequence[Choice], call: Callable[[Sequence[Choice]], tuple[Made, float | None]]) -> None:
+        """One token of each row by one call, or by one for each row where the rows together are refused."""
+        rows = [row for row in rows if not row.over and not row.cancelled]
+        if not rows:
+            return
+        try:
+            made, union = call(rows)
+        except ValueError as error:
+            if len(rows) > 1 and all(self.engine.length(slot_of(row)) == row.done for row in rows):
+                for row in rows:
+                    self._decode([row], call)
+            else:
+                self._fail(rows, error)
+            return
+        except Exception as error:
+            self._fail(rows, error)
+            return
+        self._computed += len(rows)
+        self._counts["steps"] += 1
+        with self._lock:
+            for row in rows:
+                self.scheduler.advance(row, 1)
+        for row, found in zip(rows, made, strict=True):
+            if isinstance(found, ValueError):
+                self._fail([row], found)
+            else:
+                self._deliver(row, found, union)
+
+    def _stepped(self, rows: Sequence[Choice]) -> tuple[Made, float | None]:
+        """A token of each row, drawn here, and the density of what all of them together read."""
+        info = self.engine.info
+        result = self.engine.step([last_of(row) for row in rows], [slot_of(row) for row in rows])
+        logits_BV = result.logits_BV.cpu()
+        density_B = self._densities(result.neurons_BL, result.heads_BL, result.inputs_BLP)
+        made: Made = []
+        for at, (row, (mlp, heads)) in enumerate(zip(rows, density_B, strict=True)):
+            try:
+                found = row.drawn(logits_BV[at])
+            except ValueError as error:
+                made.append(error)
+                continue
+            trace = token_trace(info, None if result.selections is None else result.selections[at]) if row.job.trace else None
+            made.append(dataclasses.replace(found, mlp_density=mlp, head_density=heads, trace=trace))
+        self._counts["fallback_layers"] += result.fallback_layers or 0
+        return made, None if result.union_L is None else int(result.union_L.sum()) / (info.num_layers * info.num_neurons)
+
+    def _drawn(self, decoder: DecodesTokens, rows: Sequence[Choice]) -> tuple[Made, float | None]:
+        """A token of each row, drawn by the engine."""
+        settings = [row.job.sampling for row in rows], [row.job.index for row in rows]
+        found = decoder.decode([last_of(row) for row in rows], [slot_of(row) for row in rows], 1, *settings).cpu()
+        inputs_BLP = None if found.inputs_NBLP is None else found.inputs_NBLP[0]
+        density_B = self._densities(found.neurons_NBL[0], found.heads_NBL[0], inputs_BLP)
+        each = zip(found.token_NB[0].tolist(), found.logprob_NB[0].tolist(), density_B, strict=True)
+        return [
+            ValueError(NOT_NUMBERS) if token_id < 0 else TokenInfo(token_id=token_id, logprob=logprob, mlp_density=mlp, head_density=heads)
+            for token_id, logprob, (mlp, heads) in each
+        ], None
+
+    def _densities(self, neurons_BL: Tensor, heads_BL: Tensor, inputs_BLP: Tensor | None) -> list[tuple[float, float]]:
+        """Of each row, the densities of MLP and heads, means over the layers."""
+        counts = neurons_BL.cpu(), heads_BL.cpu(), None if inputs_BLP is None else inputs_BLP.cpu()
+        mlp_B, heads_B = (density_BL.mean(-1).tolist() for density_BL in densities(self.engine.info, *counts))
+        return list(zip(mlp_B, heads_B, strict=True))
+
+    def _deliver(self, choice: Choice, info: TokenInfo | None, union: float | None = None) -> None:
+        """Send what is new, and end the choice where this is its end: its slot is free before its reader hears of it."""
+        event = choice.event() if info is None else choice.push(info, union=union)
+        self._counts["tokens"] += info is not None
+        if event is None:
+            return
+        if event.finish_reason is not None:
+            self._counts["finished"] += not choice.cancelled
+            self._end(choice)
+        choice.stream.put(event)
+
+    def _end(self, choice: Choice) -> None:
+        try:
+            with self._lock:
+                self.scheduler.end(choice)
+        except Exception as error:
+            log.exception("the %s engine cannot free a slot and is made anew", self.mode)
+            self.abandon(error)
+
+    def _fail(self, choices: Sequence[Choice], error: Exception) -> None:
+        """These end, and the engine goes on for now."""
+        log.error("%s of the %s engine failed", "rows" if len(choices) > 1 else "a row", self.mode, exc_info=error)
+        for choice in choices:
+            self._tell(choice, error)
+            self._end(choice)
+        if not isinstance(error, ValueError):
+            self._error = error
+
+    def _tell(self, choice: Choice, error: BaseException) -> None:
+        """Why it failed; what is not a refusal may hold paths and the like, which are for the log alone."""
+        if choice.cancelled:
+            return
+        self._counts["failed"] += 1
+        self._report(error)
+        reason = str(error) if isinstance(error, ValueError | EngineFailed) else f"the engine failed ({type(error).__name__})"
+        failed = EngineFailed(reason)
+        failed.__cause__ = error
+        choice.stream.fail(failed)
+
+
+COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")
+
+
+def slot_of(choice: Choice) -> int:
+    assert choice.slot is not None, "what runs has a slot"
+    return choice.slot
+
+
+def last_of(choice: Choice) -> int:
+    assert choice.last is not None, "what decodes has a token"
+    return choice.last

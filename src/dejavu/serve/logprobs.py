@@ -1,0 +1,64 @@
+"""Log-probabilities and traces of tokens as they are sent. In: TokenInfos and a vocabulary. Out: objects of wire.py."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dejavu.serve import wire
+from dejavu.serve.jobs import TokenInfo
+from dejavu.serve.vocabulary import Offsets, Vocabulary
+
+LOWEST = -9999.0  # for minus infinity, which JSON has no word for; OpenAI's number
+
+
+def finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else LOWEST
+
+
+def of_completion(tokens: Sequence[TokenInfo], vocabulary: Vocabulary, offsets: Offsets) -> wire.CompletionLogprobs:
+    """Of a text completion. offsets counts on from the tokens before these."""
+
+    def top(token: TokenInfo) -> dict[str, float] | None:
+        """The likeliest tokens and the token itself, by their strings; of two with one string the likelier."""
+        if token.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
+            found.setdefault(vocabulary.text(token_id), finite(logprob))
+        return found
+
+    return wire.CompletionLogprobs(
+        tokens=[vocabulary.text(token.token_id) for token in tokens],
+        token_logprobs=[None if token.logprob is None else finite(token.logprob) for token in tokens],
+        top_logprobs=[top(token) for token in tokens],
+        text_offset=[offsets.begin(token.token_id) for token in tokens],
+    )
+
+
+def of_chat(tokens: Sequence[TokenInfo], vocabulary: Vocabulary) -> wire.ChatLogprobs:
+    """Of a chat completion."""
+
+    def told(token_id: int, logprob: float | None) -> dict[str, Any]:
+        assert logprob is not None, "log-probabilities were asked for"
+        return {"token": vocabulary.text(token_id), "logprob": finite(logprob), "bytes": list(vocabulary.raw(token_id))}
+
+    return wire.ChatLogprobs(
+        content=[
+            wire.ChatToken(**told(token.token_id, token.logprob), top_logprobs=[wire.TopToken(**told(*other)) for other in token.top])
+            for token in tokens
+        ]
+    )
+
+
+def of_trace(token: TokenInfo) -> wire.TokenTrace:
+    """What fired for a token."""
+    found = token.trace
+    return wire.TokenTrace(
+        mlp_density=token.mlp_density,
+        head_density=token.head_density,
+        neurons=None if found is None else base64.b64encode(b"".join(found.neurons)).decode(),
+        heads=None if found is None else base64.b64encode(b"".join(found.heads)).decode(),
+    )

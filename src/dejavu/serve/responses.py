@@ -1,0 +1,235 @@
+"""From the events of a request's streams to what is sent: one object, or chunks whose texts joined are the same.
+
+In: an Asked and the events of its choices, each with its index. Out: objects of wire.py, and their bytes. Whole or in chunks, every event
+goes through `take`, so that the two cannot differ.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dejavu.serve import logprobs, wire
+from dejavu.serve.asked import Asked, Served
+from dejavu.serve.jobs import BINS, Event, Summary
+
+DONE = b"data: [DONE]\n\n"
+
+
+def to_bytes(thing: wire.Wire) -> bytes:
+    """JSON. A field that was not set is not there."""
+    return thing.model_dump_json(exclude_unset=True).encode()
+
+
+def server_sent(thing: wire.Wire) -> bytes:
+    """One event of a stream."""
+    return b"data: " + to_bytes(thing) + b"\n\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What an event adds to its choice. completion, chat: log-probabilities, in the form of the request."""
+
+    text: str
+    completion: wire.CompletionLogprobs | None
+    chat: wire.ChatLogprobs | None
+    trace: list[wire.TokenTrace] = field(default_factory=list)
+    finish_reason: wire.FinishReason | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        told = (self.completion is not None and self.completion.tokens) or (self.chat is not None and self.chat.content)
+        return not (self.text or told or self.trace or self.finish_reason)
+
+
+class Answer:
+    """The answer to one request, made from its events as they come. Of CompletionAnswer or ChatAnswer."""
+
+    prefix: str
+
+    def __init__(self, asked: Asked, served: Served) -> None:
+        self.asked, self._served = asked, served
+        self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+        self._offsets = [served.vocabulary.offsets(first=asked.echo) for _ in asked.jobs]
+        self._pieces: list[list[Piece]] = [[] for _ in asked.jobs]
+        self._summaries: dict[int, Summary] = {}
+        self._shape_is_sent = False
+
+    @property
+    def choices(self) -> range:
+        """Their indices: of prompt i, those from i n on."""
+        return range(len(self.asked.jobs))
+
+    def take(self, index: int, event: Event) -> Piece:
+        """The next event of a choice."""
+        asked, text, tokens = self.asked, event.text, event.tokens
+        if asked.echo and not self._pieces[index]:
+            text, tokens = asked.texts[index // asked.n] + text, (*event.prompt_tokens, *tokens)
+        vocabulary, wanted = self._served.vocabulary, asked.logprobs is not None
+        piece = Piece(
+            text=text,
+            completion=logprobs.of_completion(tokens, vocabulary, self._offsets[index]) if wanted and not asked.chat else None,
+            chat=logprobs.of_chat(tokens, vocabulary) if wanted and asked.chat else None,
+            trace=[logprobs.of_trace(token) for token in event.tokens] if asked.trace else [],
+            finish_reason=event.finish_reason,
+        )
+        if event.finish_reason is not None:
+            assert event.summary is not None and index not in self._summaries, "a stream ends once, with its summary"
+            self._summaries[index] = event.summary
+        self._pieces[index].append(piece)
+        return piece
+
+    def whole(self) -> wire.Wire:
+        """The answer in one object, once all choices have ended."""
+        raise NotImplementedError
+
+    def opening(self) -> Iterator[wire.Wire]:
+        """The chunks before any event."""
+        yield from ()
+
+    def chunks(self, index: int, event: Event) -> Iterator[wire.Wire]:
+        """The chunks of an event."""
+        raise NotImplementedError
+
+    def closing(self) -> Iterator[wire.Wire]:
+        """The chunk after all events: the usage, where the request wants it."""
+        if self.asked.include_usage:
+            yield self._chunk([], usage=self.usage(), dejavu=self.sparsity())
+
+    def usage(self) -> wire.Usage:
+        first = [self._summaries[index] for index in self.choices[:: self.asked.n]]
+        prompt = sum(summary.prompt_tokens for summary in first)
+        completion = sum(summary.completion_tokens for summary in self._summaries.values())
+        details = wire.PromptDetails(cached_tokens=sum(summary.cached_tokens for summary in first))
+        return wire.Usage(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion, prompt_tokens_details=details
+        )
+
+    def sparsity(self) -> wire.Sparsity:
+        """Over all choices, each weighted by its decode steps."""
+        summaries = [self._summaries[index] for index in self.choices]
+        steps = [max(0, summary.completion_tokens - 1) for summary in summaries]
+        seconds = sum(summary.decode_s for summary in summaries)
+        return wire.Sparsity(
+            mode=self.asked.mode,
+            mlp_density=_mean([summary.mlp_density for summary in summaries], steps),
+            head_density=_mean([summary.head_density for summary in summaries], steps),
+            union_density=_mean([summary.union_density for summary in summaries], steps),
+            tok_s=sum(steps) / seconds if seconds > 0 else None,
+        )
+
+    def _chunk(self, choices: list[Any], **more: Any) -> wire.Wire:
+        raise NotImplementedError
+
+    def _with_extras(self, choice: Any, trace: list[wire.TokenTrace], *, ends: bool) -> wire.Wire:
+        """A chunk of one choice. The last one of the stream tells the densities; where a chunk with the usage follows, that one does."""
+        more: dict[str, Any] = {"usage": None} if self.asked.include_usage else {}
+        found: dict[str, Any] = {}
+        if ends and len(self._summaries) == len(self._pieces) and not self.asked.include_usage:
+            found = self.sparsity().model_dump(exclude_unset=True)
+        if self.asked.trace:
+            found["trace"] = trace
+            if not self._shape_is_sent:
+                served, self._shape_is_sent = self._served, True
+                found["shape"] = wire.TraceShape(layers=served.num_layers, bins=BINS, heads=served.num_heads, neurons=served.num_neurons)
+        return self._chunk([choice], **more, **({"dejavu": wire.Sparsity(**found)} if found else {}))
+
+
+class CompletionAnswer(Answer):
+    """The answer to POST /v1/completions."""
+
+    prefix = "cmpl"
+
+    def whole(self) -> wire.Wire:
+        return self._chunk([self._choice(index) for index in self.choices], usage=self.usage(), dejavu=self.sparsity())
+
+    def chunks(self, index: int, event: Event) -> Iterator[wire.Wire]:
+        piece = self.take(index, event)
+        if not piece.is_empty:
+            reason = piece.finish_reason
+            choice = wire.CompletionChoice(index=index, text=piece.text, logprobs=piece.completion, finish_reason=reason)
+            yield self._with_extras(choice, piece.trace, ends=reason is not None)
+
+    def _choice(self, index: int) -> wire.CompletionChoice:
+        pieces = self._pieces[index]
+        found = [piece.completion for piece in pieces if piece.completion is not None]
+        together = wire.CompletionLogprobs(
+            tokens=[token for part in found for token in part.tokens],
+            token_logprobs=[logprob for part in found for logprob in part.token_logprobs],
+            top_logprobs=[top for part in found for top in part.top_logprobs],
+            text_offset=[offset for part in found for offset in part.text_offset],
+        )
+        return wire.CompletionChoice(
+            index=index,
+            text="".join(piece.text for piece in pieces),
+            logprobs=None if self.asked.logprobs is None else together,
+            finish_reason=pieces[-1].finish_reason,
+        )
+
+    def _chunk(self, choices: list[Any], **more: Any) -> wire.Wire:
+        return wire.Completion(object="text_completion", choices=choices, **self._about, **more)
+
+
+class ChatAnswer(Answer):
+    """The answer to POST /v1/chat/completions."""
+
+    prefix = "chatcmpl"
+
+    def whole(self) -> wire.Wire:
+        choices = [self._choice(index) for index in self.choices]
+        return wire.ChatCompletion(object="chat.completion", choices=choices, usage=self.usage(), dejavu=self.sparsity(), **self._about)
+
+    def opening(self) -> Iterator[wire.Wire]:
+        """Whose turn it is."""
+        for index in self.choices:
+            yield self._said(index, wire.ChatDelta(role="assistant", content=""))
+
+    def chunks(self, index: int, event: Event) -> Iterator[wire.Wire]:
+        """The text, and in a chunk of its own, without a text, the reason for the end."""
+        piece = self.take(index, event)
+        told, trace, reason = piece.chat, piece.trace, piece.finish_reason
+        if not piece.is_empty and (piece.text or reason is None):
+            yield self._said(index, wire.ChatDelta(content=piece.text), told, trace)
+            told, trace = None, []
+        if reason is not None:
+            yield self._said(index, wire.ChatDelta(), told, trace, reason)
+
+    def _said(
+        self,
+        index: int,
+        delta: wire.ChatDelta,
+        told: wire.ChatLogprobs | None = None,
+        trace: Sequence[wire.TokenTrace] = (),
+        reason: wire.FinishReason | None = None,
+    ) -> wire.Wire:
+        choice = wire.ChatChunkChoice(index=index, delta=delta, logprobs=told, finish_reason=reason)
+        return self._with_extras(choice, list(trace), ends=reason is not None)
+
+    def _choice(self, index: int) -> wire.ChatChoice:
+        pieces = self._pieces[index]
+        content = [token for piece in pieces if piece.chat is not None for token in piece.chat.content]
+        reason = pieces[-1].finish_reason
+        assert reason is not None, "the choice has not ended"
+        return wire.ChatChoice(
+            index=index,
+            message=wire.ChatMessage(role="assistant", content="".join(piece.text for piece in pieces)),
+            logprobs=None if self.asked.logprobs is None else wire.ChatLogprobs(content=content),
+            finish_reason=reason,
+        )
+
+    def _chunk(self, choices: list[Any], **more: Any) -> wire.Wire:
+        return wire.ChatChunk(object="chat.completion.chunk", choices=choices, **self._about, **more)
+
+
+def new_answer(asked: Asked, served: Served) -> Answer:
+    return ChatAnswer(asked, served) if asked.chat else CompletionAnswer(asked, served)
+
+
+def _mean(densities: Sequence[float | None], steps: Sequence[int]) -> float | None:
+    """The mean weighted by steps; None where there is no density."""
+    known = [(density, count) for density, count in zip(densities, steps, strict=True) if density is not None and count]
+    total = sum(count for _, count in known)
+    return sum(density * count for density, count in known) / total if total else None

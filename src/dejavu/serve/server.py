@@ -1,0 +1,70 @@
+"""The process's side of a server: its socket and uvicorn. In: a host, a port, an app. Out: a listening address, and what runs until ^C."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+from dejavu.config import require
+
+GRACE_S = 2  # for what is on its way to clients when the server is told to end
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket of the address, which does not listen yet; port 0: a free one. Raises ValueError where it cannot be had."""
+    require(0 <= port < 65536, f"port must lie between 0 (any free one) and 65535, not {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise ValueError(f"host {host!r} is no address of this machine: {error.strerror or error}; try --host 127.0.0.1") from error
+    found = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would share a port that is in use
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        fix = "choose another with --port, or 0 for any free one"
+        raise ValueError(f"port {port} of {host} cannot be used: {error.strerror or error}; {fix}") from error
+    return found
+
+
+def url_of(bound: socket.socket) -> str:
+    """Where a browser finds it: this machine, where the socket takes every address."""
+    host, port = bound.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_local(bound: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    host = bound.getsockname()[0]
+    return host.startswith("127.") or host == "::1"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which says when it has begun, and ends what is being written when it is told to end: a text may take minutes."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._app, self._on_start = app, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.ending.set()
+        await super().shutdown(sockets)
+
+
+def new_server(app: FastAPI, *, on_start: Callable[[], None] = lambda: None) -> Server:
+    """What runs an app of `create_app`: `run(sockets=[...])` until it is told to end. on_start: called once it listens."""
+    config = uvicorn.Config(
+        app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_S
+    )
+    return Server(config, app, on_start)

@@ -1,0 +1,32 @@
+"""What fired in a step, small enough to send with every token. In: the selections of a row. Out: a TokenTrace, by layer in BINS bins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dejavu.engine.interface import EngineInfo, LayerSelection
+from dejavu.serve.jobs import BINS, TokenTrace
+
+
+def token_trace(info: EngineInfo, layers: Sequence[LayerSelection] | None) -> TokenTrace:
+    """The trace of a row: neuron n of N lies in bin n * BINS // N. layers: None where all of them ran dense."""
+    chosen = [LayerSelection(neurons_A=None, heads_A=None)] * info.num_layers if layers is None else layers
+    return TokenTrace(
+        neurons=tuple(_binned(info.num_neurons, layer) for layer in chosen),
+        heads=tuple(_heads(info.num_heads, layer) for layer in chosen),
+    )
+
+
+def _binned(neurons: int, layer: LayerSelection) -> bytes:
+    if layer.neurons_A is None:
+        return b"\xff" * BINS
+    sizes, counts = (np.bincount(of * BINS // neurons, minlength=BINS) for of in (np.arange(neurons), layer.neurons_A.numpy()))
+    return np.rint(255 * counts / np.maximum(sizes, 1)).astype(np.uint8).tobytes()
+
+
+def _heads(heads: int, layer: LayerSelection) -> bytes:
+    fired = np.zeros(heads, dtype=np.uint8)
+    fired[slice(None) if layer.heads_A is None else layer.heads_A.numpy()] = 1
+    return fired.tobytes()

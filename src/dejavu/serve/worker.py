@@ -1,0 +1,230 @@
+"""The worker: one thread that owns the engines and lets all that is asked of a model run in them.
+
+In: jobs, from any thread. Out: a stream of events for each. There is an engine for dense jobs and, where the model has an adapter, one
+for sparse ones; a third records what fires, for traces, and is made when one is first asked for. Each has a scheduler and a queue of
+its own; those that have work take turns, a step each.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from dejavu.config import ModelConfig, require
+from dejavu.engine.interface import Engine
+from dejavu.model.tokenizer import Tokenizer
+from dejavu.serve.choice import Choice
+from dejavu.serve.config import ServeConfig
+from dejavu.serve.jobs import EngineFailed, Job, WorkerState
+from dejavu.serve.lane import COUNTED, Lane
+from dejavu.serve.scheduler import Scheduler
+from dejavu.serve.stream import Stream
+
+RECORDING = "recording"
+RECORDING_SLOTS = 2  # traces are for looking at, and another cache costs memory
+REMEMBERED = 0.95  # of the throughput, from one turn to the next
+
+log = logging.getLogger(__name__)
+
+
+class ServedModel(Protocol):
+    """What the worker needs of a LanguageModel."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def adapter(self) -> object | None: ...
+
+    def engine(self, *, num_slots: int, cache_tokens: int, dense: bool = False, record: bool = False) -> Engine: ...
+
+
+class Worker:
+    """Runs the jobs of a model. Engines are made here, the thread by `start`; jobs may be submitted before it.
+
+    Raises ValueError for a configuration that the model cannot have, and what making the engines raises.
+    """
+
+    def __init__(self, lm: ServedModel, config: ServeConfig) -> None:
+        self._lm, self._config = lm, config
+        self._lock = threading.Condition()
+        self._longest = config.longest(lm.config.max_positions)
+        tokens = config.cached(lm.config.max_positions)
+        main = functools.partial(lm.engine, num_slots=config.slots, cache_tokens=tokens)
+        dense = main(dense=True)
+        self._info, modes = dense.info, {"dense": (functools.partial(main, dense=True), dense)}
+        if lm.adapter is not None:
+            sparse = main()
+            self._info = sparse.info
+            modes = {"sparse": (main, sparse), **modes}
+        self._lanes = {mode: self._lane(mode, make, config.slots, tokens, engine) for mode, (make, engine) in modes.items()}
+        if lm.adapter is not None:
+            slots = min(config.slots, RECORDING_SLOTS)
+            tokens = min(tokens, slots * self._longest)
+            make = functools.partial(lm.engine, num_slots=slots, cache_tokens=tokens, record=True)
+            self._lanes[RECORDING] = self._lane(RECORDING, make, slots, tokens, None)
+        self._thread = threading.Thread(target=self._run, name="dejavu-worker", daemon=True)
+        self._closing = self._ended = False
+        self._last_error: str | None = None
+        self._work = self._busy_s = 0.0  # what was computed lately, and how long it took
+
+    def _lane(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> Lane:
+        config, page_size = self._config, self._info.page_size
+        pages = -(-tokens // page_size) if engine is None else engine.info.num_pages
+
+        def scheduler(lane: Lane) -> Scheduler[Choice]:
+            limit = min(self._longest, tokens)
+            return Scheduler(
+                lane,
+                slots=slots,
+                pages=pages,
+                page_size=page_size,
+                max_tokens=limit,
+                prefill_chunk=config.prefill_chunk,
+                queue=config.queue,
+            )
+
+        return Lane(mode, make, scheduler, pages=pages, publishes=config.prefix_reuse, lock=self._lock, report=self._report, engine=engine)
+
+    def start(self) -> None:
+        """Start the thread. Once."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread after the step that it is at; whatever is queued or runs fails. A worker that is closed stays so."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._end(EngineFailed("the server is shutting down"))
+
+    def submit(self, job: Job) -> Stream:
+        """Queue a job; its events come by the stream.
+
+        Raises at once: ValueError for a job that makes no sense, TooLong for one that can never fit, QueueFull, and EngineFailed
+        where the worker has ended.
+        """
+        return self.submit_all([job])[0]
+
+    def submit_all(self, jobs: Sequence[Job]) -> list[Stream]:
+        """As `submit`, all or none. Jobs with the same prompt let the first one read it and share what it read."""
+        made = [self._choice(job) for job in jobs]
+        for lane, choice in made:
+            lane.scheduler.check_length(choice)
+        with self._lock:
+            if self._closing or self._ended:
+                raise EngineFailed("the server is shutting down" if self._closing else "the server's worker has ended; start it again")
+            queued = {lane: [choice for its, choice in made if its is lane and not choice.nothing_to_do] for lane in self._lanes.values()}
+            for lane, choices in queued.items():
+                lane.scheduler.check_room(len(choices), tokens_per_s=self._tokens_per_s)
+            for lane, choices in queued.items():
+                self._let_share(choices)
+                lane.scheduler.submit(choices)
+            self._lock.notify_all()
+        for _, choice in made:
+            if choice.nothing_to_do:
+                choice.stream.put(choice.event())
+        return [choice.stream for _, choice in made]
+
+    def state(self) -> WorkerState:
+        """How it does, from any thread."""
+        with self._lock:
+            engines = tuple(lane.state() for lane in self._lanes.values())
+            sums = {name: sum(getattr(engine, name) for engine in engines) for name in (*SUMMED, *COUNTED)}
+            info, lanes = self._info, self._lanes.values()
+            return WorkerState(
+                alive=self._thread.is_alive() and not self._closing and not any(lane.broken for lane in lanes if lane.mode != RECORDING),
+                last_error=self._last_error,
+                tok_s=self._tokens_per_s,
+                engines=engines,
+                model=self._lm.name,
+                backend=info.backend,
+                dtype=info.dtype,
+                device=info.device,
+                max_model_len=min(lane.scheduler.limit for lane in lanes),
+                layers=info.num_layers,
+                neurons=info.num_neurons,
+                heads=info.num_heads,
+                vocab_size=info.vocab_size,
+                sparse=self._lm.adapter is not None,
+                **sums,
+            )
+
+    def _choice(self, job: Job) -> tuple[Lane, Choice]:
+        """The job under way, and where it runs. Raises ValueError for what no engine could run."""
+        require(len(job.prompt_ids) > 0, "the prompt has no tokens; give at least one word")
+        require(job.max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {job.max_new_tokens}")
+        vocab = self._info.vocab_size
+        for token_id in (min(job.prompt_ids), max(job.prompt_ids), *job.logit_bias):
+            require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
+        dense = job.dense or self._lm.adapter is None
+        lane = self._lanes["dense" if dense else RECORDING if job.trace else "sparse"]
+        stream = Stream(lambda: lane.cancel(choice))
+        choice = Choice(job, self._lm.tokenizer, stream, share=self._config.prefix_reuse)
+        return lane, choice
+
+    def _let_share(self, choices: Sequence[Choice]) -> None:
+        """Choices with one prompt wait for the first of them to read it."""
+        firsts: dict[tuple[int, ...], Choice] = {}
+        for choice in choices:
+            first = firsts.setdefault(choice.job.prompt_ids, choice)
+            choice.after = first if choice.share and first is not choice else None
+
+    def _report(self, error: BaseException) -> None:
+        self._last_error = f"{type(error).__name__}: {error}"
+
+    @property
+    def _tokens_per_s(self) -> float | None:
+        return self._work / self._busy_s if self._busy_s > 0 else None
+
+    def _run(self) -> None:
+        """The thread: turns of the lanes that have work, until the worker is closed."""
+        error: BaseException = EngineFailed("the server is shutting down")
+        try:
+            while self._wait():
+                for lane in self._lanes.values():
+                    if lane.busy:
+                        self._turn(lane)
+        except BaseException as found:  # nothing that ends a thread may leave a reader waiting
+            log.critical("the worker ends", exc_info=found)
+            error = found
+            raise
+        finally:
+            self._end(error)
+
+    def _wait(self) -> bool:
+        """Wait for work; False where there will be none."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._closing or any(lane.busy for lane in self._lanes.values()))
+            return not self._closing
+
+    def _turn(self, lane: Lane) -> None:
+        start = time.perf_counter()
+        try:
+            computed = lane.turn()
+        except Exception as error:  # of ours, or of an engine that cannot even say what it holds
+            log.exception("a turn of the %s engine failed, which is made anew", lane.mode)
+            lane.abandon(error)
+            return
+        self._work = REMEMBERED * self._work + computed
+        self._busy_s = REMEMBERED * self._busy_s + time.perf_counter() - start
+
+    def _end(self, error: BaseException) -> None:
+        with self._lock:
+            self._ended = True
+        for lane in self._lanes.values():
+            lane.end_all(error)
+
+
+SUMMED = ("queued", "running", "slots", "pages_free", "pages_total")

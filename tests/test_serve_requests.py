@@ -1,0 +1,332 @@
+"""What the server takes and what it refuses, and with which words: every mistake is OpenAI's envelope with the field at fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from dejavu.config import SamplingConfig
+from dejavu.model.tokenizer import Tokenizer
+from dejavu.serve.answering import MAX_BODY
+from dejavu.serve.app import create_app
+from dejavu.serve.asked import Asked, asked_chat, asked_completion
+from dejavu.serve.errors import ApiError, without_paths
+from dejavu.serve.fields import parse
+from dejavu.serve.protocol import ChatBody, CompletionBody
+from fake_worker import FakeWorker, served, serving, spoken
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no ' + m['role']) }}{% endif %}"
+    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+USER = {"role": "user", "content": "the cat"}
+
+
+@pytest.fixture(scope="module")
+def chatty(tokenizer: Tokenizer) -> Tokenizer:
+    return dataclasses.replace(tokenizer, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def client(chatty: Tokenizer) -> Iterator[httpx.Client]:
+    """A client of a server whose model answers everything with "Hello"; 64 tokens of context, 96 of vocabulary."""
+    app = create_app(served(chatty, max_choices=8), FakeWorker(lambda job: spoken("Hel", "lo")))
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        yield client
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error of a response, which has OpenAI's envelope and nothing else."""
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["content-type"] == "application/json" and body["error"]["message"]
+    return body["error"]
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": "the cat", **fields}
+
+
+def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": list(messages), **fields}
+
+
+ACCEPTED = [
+    completion(),
+    completion(prompt=["the", "cat"]),
+    completion(prompt=[4, 5, 6]),
+    completion(prompt=[[4, 5], [6]]),
+    completion(prompt=""),  # the tokenizer begins it with BOS
+    completion(max_tokens=0),
+    completion(max_tokens=5.0),  # JSON has one kind of number
+    completion(max_tokens=None, temperature=None, stop=None, stream=None, logprobs=None, stream_options=None, dejavu=None, suffix=None),
+    completion(temperature=0, top_p=1, top_k=3, n=2, seed=-7, logprobs=20, echo=True, ignore_eos=True, user="me"),
+    completion(stop="x"),
+    completion(stop=["x"] * 16),
+    completion(stop=[]),
+    completion(logit_bias={"5": -100, "95": 100}),
+    completion(presence_penalty=0, frequency_penalty=0.0, best_of=1),
+    completion(frobnicate={"unknown": [1]}, metadata=3),
+    completion(model="tiny:dense"),
+    completion(prompt="\U0001f408 \u0000"),
+    completion(dejavu={"trace": False, "unknown": 1}),
+]
+
+REFUSED: list[tuple[dict[str, Any], str, int]] = [
+    ({"prompt": "x"}, "model", 400),
+    ({"model": "tiny"}, "prompt", 400),
+    (completion(model=5), "model", 400),
+    (completion(model=None), "model", 400),
+    (completion(model="gpt-9"), "model", 404),
+    (completion(model="tiny:sparse"), "model", 404),
+    (completion(prompt=None), "prompt", 400),
+    (completion(prompt=5), "prompt", 400),
+    (completion(prompt={"text": "x"}), "prompt", 400),
+    (completion(prompt=[]), "prompt", 400),
+    (completion(prompt=[[]]), "prompt", 400),
+    (completion(prompt=[4, "x"]), "prompt", 400),
+    (completion(prompt=[True]), "prompt", 400),
+    (completion(prompt=[-1]), "prompt", 400),
+    (completion(prompt=[4.5]), "prompt", 400),
+    (completion(prompt=[96]), "prompt", 400),
+    (completion(prompt=[[4], [4, 96]]), "prompt", 400),
+    (completion(prompt=["x"] * 9), "prompt", 400),
+    (completion(prompt=["x"] * 3, n=3), "prompt", 400),
+    (completion(max_tokens="256"), "max_tokens", 400),
+    (completion(max_tokens=True), "max_tokens", 400),
+    (completion(max_tokens=-1), "max_tokens", 400),
+    (completion(max_tokens=1.5), "max_tokens", 400),
+    (completion(max_tokens=[1]), "max_tokens", 400),
+    (completion(stream="true"), "stream", 400),
+    (completion(stream=1), "stream", 400),
+    (completion(stream_options={"include_usage": "yes"}, stream=True), "stream_options.include_usage", 400),
+    (completion(stream_options=True, stream=True), "stream_options", 400),
+    (completion(stream_options={"include_usage": True}), "stream_options", 400),
+    (completion(temperature="0.5"), "temperature", 400),
+    (completion(temperature=True), "temperature", 400),
+    (completion(temperature=-0.1), "temperature", 400),
+    (completion(temperature=2.1), "temperature", 400),
+    (completion(top_p=0), "top_p", 400),
+    (completion(top_p=1.5), "top_p", 400),
+    (completion(top_k=0), "top_k", 400),
+    (completion(n=0), "n", 400),
+    (completion(n=9), "n", 400),
+    (completion(n=1000), "n", 400),
+    (completion(n=False), "n", 400),
+    (completion(seed=2**63), "seed", 400),
+    (completion(seed="1"), "seed", 400),
+    (completion(stop=""), "stop", 400),
+    (completion(stop=["x", ""]), "stop", 400),
+    (completion(stop=["x"] * 17), "stop", 400),
+    (completion(stop=5), "stop", 400),
+    (completion(logprobs=True), "logprobs", 400),
+    (completion(logprobs=21), "logprobs", 400),
+    (completion(logprobs=-1), "logprobs", 400),
+    (completion(echo=1), "echo", 400),
+    (completion(logit_bias=[5]), "logit_bias", 400),
+    (completion(logit_bias={"5": 101}), "logit_bias.5", 400),
+    (completion(logit_bias={"5": True}), "logit_bias.5", 400),
+    (completion(logit_bias={"the": 1}), "logit_bias.the", 400),
+    (completion(logit_bias={"96": 1}), "logit_bias", 400),
+    (completion(best_of=2), "best_of", 400),
+    (completion(suffix="x"), "suffix", 400),
+    (completion(presence_penalty=0.5), "presence_penalty", 400),
+    (completion(dejavu=True), "dejavu", 400),
+    (completion(dejavu={"trace": 1}), "dejavu.trace", 400),
+    (completion(dejavu={"trace": True}), "dejavu.trace", 400),
+    (completion(prompt="the cat", max_tokens=64), "prompt", 400),
+    (chat(), "messages", 400),
+    ({"model": "tiny"}, "messages", 400),
+    (chat("hello"), "messages[0]", 400),
+    (chat(USER, {"role": "tool", "content": "x"}), "messages[1].role", 400),
+    (chat({"content": "x"}), "messages[0].role", 400),
+    (chat({"role": 5, "content": "x"}), "messages[0].role", 400),
+    (chat({"role": "user"}), "messages[0].content", 400),
+    (chat({"role": "user", "content": None}), "messages[0].content", 400),
+    (chat({"role": "user", "content": 5}), "messages[0].content", 400),
+    (chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}), "messages[0].content", 400),
+    (chat({"role": "user", "content": [{"type": "text"}]}), "messages[0].content", 400),
+    (chat({"role": "system", "content": "be kind"}), "messages", 400),  # the template's own refusal
+    (chat(USER, logprobs=1), "logprobs", 400),
+    (chat(USER, top_logprobs=2), "top_logprobs", 400),
+    (chat(USER, logprobs=True, top_logprobs=21), "top_logprobs", 400),
+    (chat(USER, max_tokens=1, max_completion_tokens=2), "max_tokens", 400),
+    (chat(USER, max_completion_tokens="5"), "max_completion_tokens", 400),
+    (chat(USER, tools=[{"type": "function"}]), "tools", 400),
+    (chat(USER, functions=[{}]), "functions", 400),
+    (chat(USER, response_format={"type": "json_object"}), "response_format.type", 400),
+]
+
+
+def path_of(body: dict[str, Any], param: str = "") -> str:
+    return "/v1/chat/completions" if "messages" in body or param == "messages" else "/v1/completions"
+
+
+@pytest.mark.parametrize("body", ACCEPTED, ids=lambda body: json.dumps(body)[:60])
+def test_accepted(client: httpx.Client, body: dict[str, Any]) -> None:
+    response = client.post(path_of(body), json=body)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["text"].endswith("Hello")
+
+
+@pytest.mark.parametrize(("body", "param", "status"), REFUSED, ids=lambda part: json.dumps(part)[:60])
+def test_refused(client: httpx.Client, body: dict[str, Any], param: str, status: int) -> None:
+    response = client.post(path_of(body, param), json=body)
+    error = error_of(response)
+    assert (response.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error"), error
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[]", "must be a JSON object, not []"),
+        (b"null", "must be a JSON object, not null"),
+        (b'"model"', "must be a JSON object"),
+        (b'{"model": "tiny", "prompt": "x",}', "not JSON"),
+        (b'{"model": "tiny", "prompt": "x", "temperature": NaN}', "NaN"),
+        (b'{"model": "tiny", "prompt": "x", "temperature": -Infinity}', "-Infinity"),
+        (b'{"model": "tiny", "prompt": "x", "unknown": Infinity}', "Infinity"),
+        (b'{"model": "tiny", "prompt": "x", "temperature": 1e999}', "1e999"),
+        (b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b'{"model": "tiny", "prompt": "\xff"}', "not UTF-8"),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', "not UTF-8"),
+        ('{"model": "tiny"}'.encode("utf-16"), "not UTF-8"),
+        (b'{"model": ' + b"[" * 200_000, "nested too deeply"),
+        (b'\xef\xbb\xbf{"model": "tiny"}', "not JSON"),
+    ],
+)
+def test_a_body_that_is_no_json_is_said_to_be_none(client: httpx.Client, raw: bytes, says: str) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        response = client.post(path, content=raw, headers={"Content-Type": "application/json"})
+        error = error_of(response)
+        assert response.status_code == 400 and error["param"] is None and says in error["message"], error
+        assert len(error["message"]) < 300
+
+
+def test_only_json_is_read(client: httpx.Client) -> None:
+    """A page of another origin can send text or a form without being asked; it cannot send JSON."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/jsonp"):
+        response = client.post("/v1/completions", content=json.dumps(completion()), headers={"Content-Type": kind})
+        assert response.status_code == 415 and "application/json" in error_of(response)["message"]
+    response = client.post("/v1/completions", content=json.dumps(completion()), headers={"Content-Type": "Application/JSON; charset=utf-8"})
+    assert response.status_code == 200
+
+
+def test_a_body_has_a_largest_size(client: httpx.Client) -> None:
+    body = json.dumps(completion(unknown="")).encode()
+    full = body.replace(b'"unknown": ""', b'"unknown": "' + b"x" * (MAX_BODY - len(body)) + b'"')
+    kind = {"Content-Type": "application/json"}
+    assert len(full) == MAX_BODY and client.post("/v1/completions", content=full, headers=kind).status_code == 200
+    longer = full.replace(b"xx", b"xxx", 1)
+    for content in (longer, iter([longer[:1000], longer[1000:]])):  # with a length, and in chunks without one
+        response = client.post("/v1/completions", content=content, headers=kind)
+        assert response.status_code == 413 and error_of(response)["code"] == "body_too_large"
+
+
+def test_a_message_shows_a_long_value_shortened(client: httpx.Client) -> None:
+    message = error_of(client.post("/v1/completions", json=completion(stop=["x"] * 5000)))["message"]
+    assert len(message) < 300 and "…" in message
+    message = error_of(client.post("/v1/completions", json=completion(model="m" * 5000)))["message"]
+    assert len(message) < 300
+
+
+def completed(tokenizer: Tokenizer, **fields: Any) -> Asked:
+    return asked_completion(parse(json.dumps(completion(**fields)).encode(), CompletionBody), served(tokenizer))
+
+
+def chatted(tokenizer: Tokenizer, *messages: Any, **fields: Any) -> Asked:
+    return asked_chat(parse(json.dumps(chat(*messages, **fields)).encode(), ChatBody), served(tokenizer))
+
+
+def test_defaults_are_those_of_openai(chatty: Tokenizer) -> None:
+    (job,) = completed(chatty).jobs
+    assert job.max_new_tokens == 16 and job.sampling == SamplingConfig(temperature=1.0) and job.top_logprobs is None
+    assert not (job.stop or job.ignore_eos or job.logit_bias or job.prompt_logprobs or job.dense or job.trace)
+    (job,) = chatted(chatty, USER).jobs
+    assert job.max_new_tokens == 64 - len(job.prompt_ids)
+
+
+def test_what_is_asked_reaches_the_jobs(chatty: Tokenizer) -> None:
+    fields = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "stop": "x", "logit_bias": {"5": -2}, "ignore_eos": True}
+    asked = completed(chatty, **fields, model="tiny:dense", max_tokens=3, logprobs=2, echo=True, stream=True, dejavu={"trace": True})
+    (job,) = asked.jobs
+    assert job.sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9, seed=7) and job.stop == ("x",) and job.max_new_tokens == 3
+    assert job.logit_bias == {5: -2.0} and job.ignore_eos and job.dense and job.trace and job.prompt_logprobs and job.top_logprobs == 2
+    (job,) = chatted(chatty, USER, max_completion_tokens=0, logprobs=True, top_logprobs=5).jobs
+    assert (job.max_new_tokens, job.top_logprobs) == (0, 5)
+    assert (
+        chatted(chatty, USER, logprobs=True).jobs[0].top_logprobs == 0
+        and chatted(chatty, USER, logprobs=False).jobs[0].top_logprobs is None
+    )
+    assert completed(chatty, logprobs=0).jobs[0].top_logprobs == 0
+
+
+def test_choices_of_a_prompt_differ_and_prompts_do_not_matter_to_each_other(chatty: Tokenizer) -> None:
+    """Choice j of a prompt draws what it draws alone (C15): its index is within its prompt."""
+    asked = completed(chatty, prompt=["the", "cat"], n=2, seed=1)
+    assert [(job.prompt_ids, job.index) for job in asked.jobs] == [
+        (tuple(chatty.encode(text)), index) for text in ("the", "cat") for index in (0, 1)
+    ]
+
+
+def test_a_dense_model_is_dense_by_both_names(tokenizer: Tokenizer) -> None:
+    plain = served(tokenizer, sparse=False)
+    assert [plain.is_dense(name) for name in plain.models] == [True, True]
+    sparse = served(tokenizer)
+    assert [sparse.is_dense(name) for name in sparse.models] == [False, True]
+
+
+def test_bos_comes_once(chatty: Tokenizer, tokenizer: Tokenizer) -> None:
+    """Raw text: the tokenizer's own, once; a chat: what the template spells; token ids: as they are (C22)."""
+    bosless = dataclasses.replace(tokenizer, adds_bos=False)
+
+    def count(asked: Asked) -> int:
+        return asked.jobs[0].prompt_ids.count(2)
+
+    assert count(completed(tokenizer)) == 1 and count(completed(tokenizer, prompt="</s>the cat")) == 1 and count(completed(bosless)) == 0
+    assert count(chatted(chatty, USER)) == 1
+    assert count(chatted(dataclasses.replace(chatty, chat_template=TEMPLATE.replace("{{ bos_token }}", "")), USER)) == 0
+    assert completed(tokenizer, prompt=[4, 5]).jobs[0].prompt_ids == (4, 5)
+    with pytest.raises(ApiError, match="has no tokens"):
+        completed(bosless, prompt="")
+
+
+def test_messages_are_text_however_they_are_written(chatty: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
+    assert chatted(chatty, {"role": "user", "content": parts}).jobs == chatted(chatty, USER).jobs
+    said = chatted(chatty, USER, {"role": "assistant", "content": None}, {"role": "assistant"}, USER)
+    assert chatty.decode(said.jobs[0].prompt_ids) == "user: the cat\nassistant: \nassistant: \nuser: the cat\nassistant:"
+
+
+def test_a_developer_speaks_as_the_system(chatty: Tokenizer) -> None:
+    with pytest.raises(ApiError, match="no system"):
+        chatted(chatty, {"role": "developer", "content": "be kind"}, USER)
+
+
+def test_a_model_without_a_template_says_what_to_do(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ApiError, match="--chat-template FILE, or use /v1/completions") as caught:
+        chatted(tokenizer, USER)
+    assert caught.value.status == 400 and caught.value.code == "no_chat_template"
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{% for", "{{ messages[7].content.x }}", "{{ raise_exception('no') }}"]
+)
+def test_whatever_a_template_raises_is_the_requests_error(chatty: Tokenizer, template: str) -> None:
+    with pytest.raises(ApiError, match="chat template cannot be rendered: .") as caught:
+        chatted(dataclasses.replace(chatty, chat_template=template), USER)
+    assert caught.value.status == 400
+
+
+def test_no_path_leaves_the_server() -> None:
+    for path in ("/var/lib/models/x.gguf", "C:\\models\\x.gguf", "~/models/x"):
+        assert without_paths(f"cannot read {path}: it is gone") == "cannot read [path]: it is gone"
+    for text in ("1/2 of it", "https://example.org/x/y", "and/or", "owner/name"):
+        assert without_paths(text) == text
