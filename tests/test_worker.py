@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ GREEDY = SamplingConfig()
 
 
 @contextmanager
-def serving(model: StubModel | LanguageModel, **config: Any) -> Iterator[Worker]:
+def serving(model: StubModel | LanguageModel, **config: Any) -> Generator[Worker]:
     """A worker that runs, and is closed at the end whatever happens."""
     worker = Worker(model, ServeConfig(**config))
     worker.start()
