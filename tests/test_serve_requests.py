@@ -325,6 +325,27 @@ def test_whatever_a_template_raises_is_the_requests_error(chatty: Tokenizer, tem
     assert caught.value.status == 400
 
 
+def every_schema(part: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(part, dict):
+        yield part
+        for value in part.values():
+            yield from every_schema(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from every_schema(value)
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_the_schema_has_the_bounds_that_are_checked(kind: type[CompletionBody] | type[ChatBody]) -> None:
+    """In the words of JSON Schema: pydantic leaves bounds behind a function in its own."""
+    schema = kind.model_json_schema()
+    assert not any({"ge", "le", "gt", "lt"} & set(part) for part in every_schema(schema))
+    found = {name: field.get("anyOf", [field])[0] for name, field in schema["properties"].items()}
+    assert (found["n"]["minimum"], found["n"]["maximum"]) == (1, 64) and found["seed"]["minimum"] == -(2**63)
+    assert found["max_tokens"] == {"minimum": 0, "type": "integer"} and found["top_p"]["exclusiveMinimum"] == 0
+    assert found["logit_bias"]["additionalProperties"] is False and found["stop"]["minLength"] == 1
+
+
 def test_no_path_leaves_the_server() -> None:
     for path in ("/var/lib/models/x.gguf", "C:\\models\\x.gguf", "~/models/x"):
         assert without_paths(f"cannot read {path}: it is gone") == "cannot read [path]: it is gone"

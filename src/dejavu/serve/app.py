@@ -42,7 +42,7 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
 
     @app.post(
         "/v1/completions", dependencies=known, response_model=None, openapi_extra=body_of(CompletionBody),
-        responses=streamed(wire.Completion, "Completion") | WRITING,
+        responses=streamed(wire.Completion, wire.Completion) | WRITING,
     )  # fmt: skip
     async def create_completion(request: Request) -> Response:
         """Continue a text."""
@@ -50,7 +50,7 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
 
     @app.post(
         "/v1/chat/completions", dependencies=known, response_model=None, openapi_extra=body_of(ChatBody),
-        responses=streamed(wire.ChatCompletion, "ChatChunk") | WRITING,
+        responses=streamed(wire.ChatCompletion, wire.ChatChunk) | WRITING,
     )  # fmt: skip
     async def create_chat_completion(request: Request) -> Response:
         """Answer messages."""
