@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import dejavu
 from dejavu.config import SamplingConfig
 from dejavu.engine.generation import generate_tokens
-from dejavu.engine.interface import Decoded, LayerSelection
+from dejavu.engine.interface import Decoded, LayerSelection, StepResult
 from dejavu.engine.sampling import NOT_NUMBERS
 from dejavu.language_model import LanguageModel
 from dejavu.serve.config import ServeConfig
@@ -33,7 +33,7 @@ GREEDY = SamplingConfig()
 
 
 @contextmanager
-def serving(model: StubModel | LanguageModel, **config: Any) -> Iterator[Worker]:
+def serving(model: StubModel | LanguageModel, **config: Any) -> Generator[Worker]:
     """A worker that runs, and is closed at the end whatever happens."""
     worker = Worker(model, ServeConfig(**config))
     worker.start()
@@ -293,6 +293,14 @@ def test_choices_read_their_prompt_once() -> None:
         assert summary_of(run(worker, job(prompt, dense=True))[0]).cached_tokens == 0, "nothing is shared between modes"
 
 
+def test_what_was_cached_is_counted_once() -> None:
+    with serving(StubModel("abc"), prefill_chunk=10) as worker:
+        prompt = [7] * 20
+        run(worker, job(prompt))
+        run(worker, job([*prompt, *range(50)]))
+        assert worker.state().cached_tokens == 16
+
+
 def test_prefix_reuse_can_be_left_out() -> None:
     model = StubModel("abc")
     with serving(model, prefix_reuse=False) as worker:
@@ -367,7 +375,9 @@ def test_an_engine_draws_for_rows_that_want_nothing_else() -> None:
 
 @pytest.mark.parametrize("prompt", [1, 23, 24, 31, 32, 33])
 @pytest.mark.parametrize("new", [0, 1, 16])
-@pytest.mark.parametrize(("config", "limit"), [({"cache_tokens": 24}, 24), ({}, 32), ({"max_model_len": 20}, 20)])
+@pytest.mark.parametrize(
+    ("config", "limit"), [({"cache_tokens": 24}, 24), ({"cache_tokens": 20}, 20), ({}, 32), ({"max_model_len": 20}, 20)]
+)
 def test_what_can_never_fit_is_refused_at_once_and_nothing_hangs(prompt: int, new: int, config: dict[str, int], limit: int) -> None:
     with serving(StubModel("abc" * 20, max_positions=32, page_size=8), slots=2, **config) as worker:
         if prompt + new > limit:
@@ -447,6 +457,18 @@ def test_a_full_queue_refuses_all_or_none() -> None:
         assert [text_of(list(stream.events())) for stream in (running, *waiting, late)] == ["abca", "", "abca", "abca"]
 
 
+def test_all_or_none_is_over_all_engines() -> None:
+    model = StubModel("abc" * 9)
+    with serving(model, slots=1, queue=0) as worker:
+        model.engines[0].hold()
+        dense = worker.submit(job(new=4, dense=True))
+        until(model.engines[0].waiting.is_set)
+        with pytest.raises(QueueFull):
+            worker.submit_all([job(new=4), job(new=4, dense=True)])
+        model.engines[0].release()
+        assert text_of(list(dense.events())) == "abca" and model.engines[1].prefills == 0
+
+
 # Cancelling (C14)
 
 
@@ -495,6 +517,40 @@ def test_a_waiting_job_is_cancelled_without_a_step() -> None:
         engine.release()
         assert text_of(list(first.events())) == "abca" and list(second.events()) == []
         assert engine.prefills == 1
+
+
+@pytest.mark.parametrize("at", ["prefill", "step"])
+def test_who_leaves_during_a_turn_is_left_out_of_the_rest_of_it(at: str) -> None:
+    """The first row's call ends the second's stream: neither is the second's prompt read, nor a token of it decoded."""
+    model = StubModel("abcdef", engine=DrawingEngine)
+    with serving(model, slots=2) as worker:
+        engine = model.engines[1]
+        engine.hold()
+        first, second = worker.submit_all([job("One", new=6), job("Two", new=6, top_logprobs=0)])
+
+        def before(what: str, slots: Sequence[int]) -> None:
+            if what == at and 0 in slots:
+                second.cancel()
+
+        engine.before = before
+        engine.release()
+        assert text_of(list(first.events())) == "abcdef"
+        until(lambda: is_idle(model))
+        others = [what for what, slots, _ in engine.calls if 1 in slots]
+        assert others == {"prefill": [], "step": ["prefill"]}[at]
+
+
+def test_who_leaves_in_the_step_of_its_last_token_has_left() -> None:
+    model = StubModel("abcdef")
+    with serving(model) as worker:
+        engine = model.engines[1]
+        engine.hold()
+        stream = worker.submit(job(new=2))
+        until(engine.waiting.is_set)
+        engine.before = lambda what, slots: stream.cancel()
+        engine.release()
+        until(lambda: is_idle(model) and worker.state().running == 0)
+        assert (worker.state().finished, worker.state().cancelled, worker.state().failed) == (0, 1, 0)
 
 
 def test_cancelling_what_has_ended_changes_nothing() -> None:
@@ -560,6 +616,23 @@ def test_a_refused_step_ends_only_the_row_at_fault() -> None:
         model.engines[1].before = lambda what, slots: None
         assert outcomes(worker.submit_all([job()] * 3)) == ["abcdef"] * 3
         assert is_idle(model)
+
+
+class HalfDoneEngine(StubEngine):
+    """Refuses a step of several rows when it has done it: not what engines may do."""
+
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        result = super().step(token_ids_B, slots_B)
+        if len(slots_B) > 1:
+            raise ValueError("too late")
+        return result
+
+
+def test_a_step_that_was_done_is_not_done_again() -> None:
+    model = StubModel("abcdef", engine=HalfDoneEngine)
+    with serving(model) as worker:
+        assert outcomes(worker.submit_all([job("One"), job("Two")])) == ["failed: too late"] * 2
+        assert outcomes([worker.submit(job())]) == ["abcdef"] and is_idle(model)
 
 
 def test_logits_that_are_no_numbers_end_only_their_row() -> None:

@@ -46,9 +46,12 @@ class StepResult:
 
     A dense layer counts all of its neurons or heads. inputs_BLP: inputs kept, int64 [B, L, P] in the order of POINTS, all of them where
     a layer does not select there; None where no layer of the engine selects inputs. What densities these are: `densities`.
-    `selections` (by row, by layer, on the CPU) is kept when the engine records. union_L: int64 [L], the neurons that the rows together
-    selected, which had to be read; fallback_layers: how many layers' MLPs ran dense because that is faster for so many rows; None
-    where the engine cannot tell.
+    `selections` (by row, by layer, on the CPU) is kept when the engine records.
+
+    union_L: neurons that some row selected, int64 [L], all of them where a layer ran dense: what had to be read for rows that compute
+    with their own alone. None where the engine took the rows in several parts. fallback_layers: how many layers that select neurons
+    read all of them, as so many were selected that this is faster. On the native engine that changes no selection; on the cuda engine the
+    rows count as dense there.
     """
 
     logits_BV: Tensor
