@@ -61,7 +61,7 @@ def site_of(lm: ServedModel, *, tokenizer: Tokenizer | None = None, **config: An
     worker = Worker(lm, ServeConfig(**config))
     worker.start()
     try:
-        served = served_by(tokenizer or lm.tokenizer, worker.state(), queue=config.get("queue", 64))
+        served = served_by(tokenizer or lm.tokenizer, worker.state(), queue=config.get("queue", 64), threads=1)
         with serving(create_app(served, worker)) as url, httpx.Client(base_url=url, timeout=60) as client:
             yield Site(url, client, worker, served.name)
     finally:

@@ -113,7 +113,7 @@ class ChatBody(Sampled):
     unsupported: ClassVar[frozenset[str]] = frozenset({"tools", "functions", "presence_penalty", "frequency_penalty"})
 
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
-    max_tokens: Tokens = Field(default=None, description="The older name of max_completion_tokens.")
+    max_tokens: Tokens = Field(default=None, description="The older name of max_completion_tokens, which counts where both are given.")
     max_completion_tokens: Tokens = Field(default=None, description="What the context has room for, where it is not given.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
