@@ -192,6 +192,7 @@ def test_a_failure_is_an_error_and_no_end(site: Site, path: str, error: Exceptio
     *chunks, last = map(json.loads, data_of(stream))
     assert stream.status_code == 200 and set(last) == {"error"} and last["error"]["type"] == "server_error"
     assert chunks and all(choice["finish_reason"] is None for chunk in chunks for choice in chunk["choices"])
+    assert ("cannot read [path]" in response.text and "[path]" in stream.text) == isinstance(error, EngineFailed)
     assert "/srv" not in response.text + stream.text and "/srv/models/x.bin" in caplog.text
     assert not site.worker.live and [stream.cancels for stream in site.worker.streams] == [0, 1, 0, 1]
     site.worker.script = lambda job: spoken("Hel", "lo")
