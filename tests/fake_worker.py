@@ -121,7 +121,8 @@ def served(tokenizer: Tokenizer, **changes: Any) -> Served:
     """A served model of 2 layers, 64 neurons, 4 heads, 96 tokens of vocabulary."""
     facts: dict[str, Any] = {
         "name": "tiny", "tokenizer": tokenizer, "vocabulary": Vocabulary(tokenizer), "sparse": True, "vocab_size": 96,
-        "num_layers": 2, "num_heads": 4, "num_neurons": 64, "limit": 64, "created": 1_700_000_000,
+        "num_layers": 2, "num_heads": 4, "num_neurons": 64,
+        "backend": "torch", "dtype": "fp32", "threads": 1, "limit": 64, "created": 1_700_000_000,
     }  # fmt: skip
     return Served(**(facts | changes))
 

@@ -102,7 +102,7 @@ def test_it_says_what_runs_and_where(work: Path) -> None:
         lines = [process.stdout.readline() for _ in range(4)]
         assert "model" in lines[0] and "backend torch" in lines[0] and "dense" in lines[0]
         url = re.match(r"Serving at (http://127\.0\.0\.1:\d+) ", lines[1])
-        assert url is not None and lines[2] == "Models: model, model:dense · no API key\n"
+        assert url is not None and lines[2] == "Models: model · no API key\n"
         assert lines[3] == "8 texts at a time, 64 may wait, 64 tokens a text\n"
         assert httpx.get(f"{url[1]}/v1/models").json()["data"][0]["dejavu"]["mode"] == "dense"
         status, error = ended(process, signal.SIGTERM)

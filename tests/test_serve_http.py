@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import dejavu
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.app import create_app
 from dejavu.serve.assets import FOLDER
@@ -40,6 +42,7 @@ def whole_site(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
     (page / "index.html").write_text("<!doctype html><title>é</title>", encoding="utf-8")
     (page / "script.js").write_text("go()")
     (page / "style.css").write_text("p {}")
+    (page / "icon.svg").write_text("<svg/>")
     (page / "notes.txt").write_text("not for the public")
     worker = FakeWorker(lambda job: [])
     app = create_app(served(dataclasses.replace(tokenizer, chat_template=TEMPLATE)), worker, page=page)
@@ -123,7 +126,9 @@ def test_models(site: Site) -> None:
         ("tiny:dense", "dense"),
     ]
     for card in listed["data"]:
-        assert card["object"] == "model" and card["max_model_len"] == 64
+        assert card["object"] == "model" and card["max_model_len"] == 64 and card["owned_by"] == "dejavu"
+        facts = {"layers": 2, "neurons": 64, "heads": 4, "chat": True, "backend": "torch", "dtype": "fp32"}
+        assert card["dejavu"] == facts | {"mode": card["dejavu"]["mode"]}
         assert site.client.get(f"/v1/models/{card['id']}").json() == card
     for name in ("other", "owner/name", ""):
         response = site.client.get(f"/v1/models/{name}")
@@ -187,6 +192,7 @@ def test_a_failure_is_an_error_and_no_end(site: Site, path: str, error: Exceptio
     *chunks, last = map(json.loads, data_of(stream))
     assert stream.status_code == 200 and set(last) == {"error"} and last["error"]["type"] == "server_error"
     assert chunks and all(choice["finish_reason"] is None for chunk in chunks for choice in chunk["choices"])
+    assert ("cannot read [path]" in response.text and "[path]" in stream.text) == isinstance(error, EngineFailed)
     assert "/srv" not in response.text + stream.text and "/srv/models/x.bin" in caplog.text
     assert not site.worker.live and [stream.cancels for stream in site.worker.streams] == [0, 1, 0, 1]
     site.worker.script = lambda job: spoken("Hel", "lo")
@@ -203,7 +209,8 @@ def test_a_request_that_ends_well_cancels_nothing(site: Site) -> None:
 def test_health(site: Site) -> None:
     state = site.client.get("/health")
     assert state.status_code == 200 and state.json() == {
-        "status": "ok", "model": "tiny", "backend": "torch", "dtype": "fp32", "sparse": True, "queued": 0, "running": 0, "slots": 4
+        "status": "ok", "queued": 0, "running": 0, "slots": 4, "pages_free": 6, "pages_total": 8, "model": "tiny", "sparse": True,
+        "layers": 2, "backend": "torch", "dtype": "fp32", "threads": 1, "version": dejavu.__version__
     }  # fmt: skip
     site.worker.alive, site.worker.last_error = False, "out of memory in /srv/models/x.bin"
     for response in (site.client.get("/health"), site.client.post("/v1/completions", json=SAID)):
@@ -213,6 +220,7 @@ def test_health(site: Site) -> None:
 
 def test_the_page_comes_from_here_and_loads_nothing_from_elsewhere(site: Site, tokenizer: Tokenizer) -> None:
     kinds = {"/": "text/html; charset=utf-8", "/script.js": "text/javascript; charset=utf-8", "/style.css": "text/css; charset=utf-8"}
+    kinds["/icon.svg"] = "image/svg+xml"
     for path, kind in kinds.items():
         response = site.client.get(path)
         assert response.status_code == 200 and response.headers["content-type"] == kind
@@ -244,7 +252,9 @@ def test_metrics_tell_what_happened(site: Site, tokenizer: Tokenizer) -> None:
     well = [Event(text="a", tokens=tokens), Event(tokens=tokens[1:], finish_reason="stop", summary=end)]
     badly = [Event(text="Hel"), EngineFailed("no")]
     before = values(site)
-    assert all(name.startswith("dejavu_") for name, *_ in before) and ("dejavu_requests_total", "chat", "cancelled") in before
+    assert all(name.startswith(("dejavu_", "process_")) for name, *_ in before)
+    assert sys.platform != "linux" or before["process_resident_memory_bytes",] > 1e6
+    assert ("dejavu_requests_total", "chat", "cancelled") in before
 
     site.worker.script = lambda job: well
     site.client.post("/v1/completions", json=SAID)

@@ -39,7 +39,7 @@ def client(url: str, worker: FakeWorker) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_completions(client: openai.OpenAI, worker: FakeWorker) -> None:
+def test_openai_client_completions(client: openai.OpenAI, worker: FakeWorker) -> None:
     asked: Any = {"model": "tiny", "prompt": ["the", "cat"], "n": 2, "max_tokens": 5, "logprobs": 1, "stop": ["x"], "seed": 3}
     whole = client.completions.create(**asked)
     assert [(choice.index, choice.text, choice.finish_reason) for choice in whole.choices] == [
@@ -57,7 +57,7 @@ def test_completions(client: openai.OpenAI, worker: FakeWorker) -> None:
     assert texts == {choice.index: choice.text for choice in whole.choices} and chunk.usage == whole.usage
 
 
-def test_chat(client: openai.OpenAI, worker: FakeWorker) -> None:
+def test_openai_client_chat(client: openai.OpenAI, worker: FakeWorker) -> None:
     asked: Any = {"model": "tiny:dense", "messages": [USER], "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**asked)
     (choice,) = whole.choices
@@ -71,7 +71,7 @@ def test_chat(client: openai.OpenAI, worker: FakeWorker) -> None:
     assert [choice.finish_reason for choice in deltas] == [None] * (len(deltas) - 1) + ["stop"]
 
 
-def test_the_streaming_helper(client: openai.OpenAI) -> None:
+def test_openai_client_the_streaming_helper(client: openai.OpenAI) -> None:
     """It builds the whole answer from the chunks by its own rules."""
     with client.chat.completions.stream(model="tiny", messages=[USER]) as stream:
         for _ in stream:
@@ -79,21 +79,21 @@ def test_the_streaming_helper(client: openai.OpenAI) -> None:
         assert stream.get_final_completion().choices[0].message.content == "-.0"
 
 
-def test_own_fields_pass(client: openai.OpenAI, worker: FakeWorker) -> None:
+def test_openai_client_own_fields_pass(client: openai.OpenAI, worker: FakeWorker) -> None:
     extra = {"top_k": 3, "ignore_eos": True, "dejavu": {"trace": True}}
     chunks = list(client.completions.create(model="tiny", prompt="the cat", stream=True, extra_body=extra))
     assert worker.jobs[0].sampling.top_k == 3 and worker.jobs[0].ignore_eos and worker.jobs[0].trace
     assert chunks[0].model_extra is not None and chunks[0].model_extra["dejavu"]["shape"]["layers"] == 2
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_openai_client_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "tiny:dense"]
     assert client.models.retrieve("tiny:dense").owned_by == "dejavu"
     with pytest.raises(openai.NotFoundError, match="not served"):
         client.models.retrieve("owner/name")
 
 
-def test_errors_are_the_clients_own(client: openai.OpenAI, worker: FakeWorker, url: str) -> None:
+def test_openai_client_errors_are_the_clients_own(client: openai.OpenAI, worker: FakeWorker, url: str) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model="tiny", prompt="x", temperature=-1)
     assert bad.value.param == "temperature" and bad.value.type == "invalid_request_error"

@@ -73,6 +73,7 @@ ACCEPTED = [
     completion(presence_penalty=0, frequency_penalty=0.0, best_of=1),
     completion(frobnicate={"unknown": [1]}, metadata=3),
     completion(model="tiny:dense"),
+    completion(stop=None, repetition_penalty=1.1, max_completion_tokens=5, max_tokens=5, best_of=1),  # load tests send such
     completion(prompt="\U0001f408 \u0000"),
     completion(dejavu={"trace": False, "unknown": 1}),
 ]
@@ -155,7 +156,6 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
     (chat(USER, logprobs=1), "logprobs", 400),
     (chat(USER, top_logprobs=2), "top_logprobs", 400),
     (chat(USER, logprobs=True, top_logprobs=21), "top_logprobs", 400),
-    (chat(USER, max_tokens=1, max_completion_tokens=2), "max_tokens", 400),
     (chat(USER, max_completion_tokens="5"), "max_completion_tokens", 400),
     (chat(USER, tools=[{"type": "function"}]), "tools", 400),
     (chat(USER, functions=[{}]), "functions", 400),
@@ -259,7 +259,7 @@ def test_what_is_asked_reaches_the_jobs(chatty: Tokenizer) -> None:
     (job,) = asked.jobs
     assert job.sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9, seed=7) and job.stop == ("x",) and job.max_new_tokens == 3
     assert job.logit_bias == {5: -2.0} and job.ignore_eos and job.dense and job.trace and job.prompt_logprobs and job.top_logprobs == 2
-    (job,) = chatted(chatty, USER, max_completion_tokens=0, logprobs=True, top_logprobs=5).jobs
+    (job,) = chatted(chatty, USER, max_completion_tokens=0, max_tokens=7, logprobs=True, top_logprobs=5).jobs
     assert (job.max_new_tokens, job.top_logprobs) == (0, 5)
     assert (
         chatted(chatty, USER, logprobs=True).jobs[0].top_logprobs == 0
@@ -276,11 +276,11 @@ def test_choices_of_a_prompt_differ_and_prompts_do_not_matter_to_each_other(chat
     ]
 
 
-def test_a_dense_model_is_dense_by_both_names(tokenizer: Tokenizer) -> None:
+def test_a_model_with_an_adapter_has_two_names(tokenizer: Tokenizer) -> None:
     plain = served(tokenizer, sparse=False)
-    assert [plain.is_dense(name) for name in plain.models] == [True, True]
+    assert plain.models == ("tiny",) and plain.is_dense("tiny")
     sparse = served(tokenizer)
-    assert [sparse.is_dense(name) for name in sparse.models] == [False, True]
+    assert sparse.models == ("tiny", "tiny:dense") and [sparse.is_dense(name) for name in sparse.models] == [False, True]
 
 
 def test_bos_comes_once(chatty: Tokenizer, tokenizer: Tokenizer) -> None:
@@ -323,6 +323,27 @@ def test_whatever_a_template_raises_is_the_requests_error(chatty: Tokenizer, tem
     with pytest.raises(ApiError, match="chat template cannot be rendered: .") as caught:
         chatted(dataclasses.replace(chatty, chat_template=template), USER)
     assert caught.value.status == 400
+
+
+def every_schema(part: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(part, dict):
+        yield part
+        for value in part.values():
+            yield from every_schema(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from every_schema(value)
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_the_schema_has_the_bounds_that_are_checked(kind: type[CompletionBody] | type[ChatBody]) -> None:
+    """In the words of JSON Schema: pydantic leaves bounds behind a function in its own."""
+    schema = kind.model_json_schema()
+    assert not any({"ge", "le", "gt", "lt"} & set(part) for part in every_schema(schema))
+    found = {name: field.get("anyOf", [field])[0] for name, field in schema["properties"].items()}
+    assert (found["n"]["minimum"], found["n"]["maximum"]) == (1, 64) and found["seed"]["minimum"] == -(2**63)
+    assert found["max_tokens"] == {"minimum": 0, "type": "integer"} and found["top_p"]["exclusiveMinimum"] == 0
+    assert found["logit_bias"]["additionalProperties"] is False and found["stop"]["minLength"] == 1
 
 
 def test_no_path_leaves_the_server() -> None:

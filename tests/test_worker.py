@@ -663,11 +663,11 @@ def test_a_refused_prompt_ends_alone() -> None:
 def test_an_error_without_a_reason_ends_the_rows_of_its_call_and_names_no_details(what: str) -> None:
     model = StubModel("abcdef")
     with serving(model, slots=2) as worker:
-        model.engines[1].before = failing(RuntimeError("at /home/me/secret.py"), what, when=lambda slots: 0 in slots)
+        model.engines[1].before = failing(RuntimeError("at /srv/secret.py"), what, when=lambda slots: 0 in slots)
         first, second, third = outcomes(worker.submit_all([job("One"), job("Two"), job("Three", new=1)]))
         assert first == "failed: the engine failed (RuntimeError)"
         assert second == (first if what == "step" else "abcdef"), "a step is of both"
-        assert worker.state().last_error == "RuntimeError: at /home/me/secret.py" and worker.state().alive
+        assert worker.state().last_error == "RuntimeError: at /srv/secret.py" and worker.state().alive
         assert third in ("a", first)
         model.engines[-1].before = lambda what, slots: None
         assert outcomes([worker.submit(job())]) == ["abcdef"]

@@ -77,7 +77,7 @@ def serve(
         worker.start()
         try:
             state = worker.state()
-            served = served_by(tokenizer, state, queue=config.queue)
+            served = served_by(tokenizer, state, queue=config.queue, threads=lm.num_threads)
 
             def announce() -> None:
                 url = url_of(bound)

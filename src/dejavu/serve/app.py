@@ -42,7 +42,7 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
 
     @app.post(
         "/v1/completions", dependencies=known, response_model=None, openapi_extra=body_of(CompletionBody),
-        responses=streamed(wire.Completion, "Completion") | WRITING,
+        responses=streamed(wire.Completion, wire.Completion) | WRITING,
     )  # fmt: skip
     async def create_completion(request: Request) -> Response:
         """Continue a text."""
@@ -50,7 +50,7 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
 
     @app.post(
         "/v1/chat/completions", dependencies=known, response_model=None, openapi_extra=body_of(ChatBody),
-        responses=streamed(wire.ChatCompletion, "ChatChunk") | WRITING,
+        responses=streamed(wire.ChatCompletion, wire.ChatChunk) | WRITING,
     )  # fmt: skip
     async def create_chat_completion(request: Request) -> Response:
         """Answer messages."""
@@ -74,8 +74,9 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
             raise not_running(state.last_error)
         return _json(
             wire.Health(
-                status="ok", model=served.name, backend=state.backend, dtype=state.dtype, sparse=served.sparse,
-                queued=state.queued, running=state.running, slots=state.slots,
+                status="ok", queued=state.queued, running=state.running, slots=state.slots, pages_free=state.pages_free,
+                pages_total=state.pages_total, model=served.name, sparse=served.sparse, layers=served.num_layers, backend=served.backend,
+                dtype=served.dtype, threads=served.threads, version=__version__,
             )
         )  # fmt: skip
 
@@ -110,7 +111,10 @@ def _key_check(api_key: str | None) -> Any:
 def _card(name: str, served: Served) -> wire.ModelCard:
     """Raises ApiError (404) for a model that is not served."""
     mode = "dense" if served.is_dense(name) else "sparse"
-    facts = wire.ModelFacts(mode=mode)
+    facts = wire.ModelFacts(
+        mode=mode, layers=served.num_layers, neurons=served.num_neurons, heads=served.num_heads,
+        chat=served.tokenizer.chat_template is not None, backend=served.backend, dtype=served.dtype,
+    )  # fmt: skip
     return wire.ModelCard(id=name, object="model", created=served.created, owned_by="dejavu", max_model_len=served.limit, dejavu=facts)
 
 

@@ -28,8 +28,8 @@ NO_TEMPLATE = "the model has no chat template: start the server with --chat-temp
 class Served:
     """A model that is served, as far as requests are concerned.
 
-    sparse: whether `name` runs sparse. limit: the longest prompt and answer together, in tokens. max_choices: of one request, prompts
-    times n. created: when it began to be served, in seconds since 1970.
+    sparse: whether `name` runs sparse, as a model with an adapter does. limit: the longest prompt and answer together, in tokens.
+    max_choices: of one request, prompts times n. created: when it began to be served, in seconds since 1970.
     """
 
     name: str
@@ -40,25 +40,28 @@ class Served:
     num_layers: int
     num_heads: int
     num_neurons: int
+    backend: str
+    dtype: str
+    threads: int
     limit: int
     max_choices: int = MAX_CHOICES
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def models(self) -> tuple[str, str]:
-        """The names that a request may give: as the server runs it, and without the adapter."""
-        return self.name, self.name + DENSE
+    def models(self) -> tuple[str, ...]:
+        """The names that a request may give: as the server runs it and, where that is with an adapter, without it."""
+        return (self.name, self.name + DENSE) if self.sparse else (self.name,)
 
     def is_dense(self, model: str) -> bool:
         """Whether a request for this model runs dense. Raises ApiError (404) for a name that is not served."""
         if model not in self.models:
             raise ApiError(
-                404, f"the model {model[:80]!r} is not served; there are {' and '.join(self.models)}", param="model", code="model_not_found"
+                404, f"the model {model[:80]!r} is not served; there is {' and '.join(self.models)}", param="model", code="model_not_found"
             )
         return model != self.name or not self.sparse
 
 
-def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int) -> Served:
+def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: int) -> Served:
     """What a worker serves. tokenizer: with the chat template to use. queue: jobs that may wait; no request may ask for more than that and
     a free engine's slots."""
     return Served(
@@ -70,6 +73,9 @@ def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int) -> Served
         num_layers=state.layers,
         num_heads=state.heads,
         num_neurons=state.neurons,
+        backend=state.backend,
+        dtype=state.dtype,
+        threads=threads,
         limit=state.max_model_len,
         max_choices=min(MAX_CHOICES, queue + state.engines[0].slots),
     )
@@ -126,8 +132,6 @@ def asked_chat(body: ChatBody, served: Served) -> Asked:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", param="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise invalid("max_tokens and max_completion_tokens are two names of one value; give one", param="max_tokens")
     if served.tokenizer.chat_template is None:
         raise invalid(NO_TEMPLATE, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # a newer name, which templates do not know

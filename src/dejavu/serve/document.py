@@ -19,6 +19,7 @@ from dejavu.serve.protocol import ChatBody, CompletionBody
 from dejavu.version import __version__
 
 BODIES = (CompletionBody, ChatBody)
+CHUNKS = (wire.Completion, wire.ChatChunk)  # which no reference leads to: `[DONE]` is none of them
 REF = "#/components/schemas/{model}"
 KEY = "key"  # the name of the security scheme
 OPEN = ("/health", "/metrics")  # paths that ask for no key
@@ -48,10 +49,11 @@ def body_of(kind: type[CompletionBody | ChatBody]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def streamed(kind: type[wire.Wire], chunk: str) -> dict[int | str, dict[str, Any]]:
-    """The 200 of a route whose answer may be one object or a stream."""
-    description = f"The answer; with `stream` as server-sent events, each of which is a {chunk}, and the last `[DONE]`."
-    return {200: {"model": kind, "description": description, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+def streamed(kind: type[wire.Wire], chunk: type[wire.Wire]) -> dict[int | str, dict[str, Any]]:
+    """The 200 of a route whose answer may be one object or a stream, each event of which has a chunk as its data."""
+    events = {"itemSchema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}}
+    description = f"The answer; with `stream` as server-sent events: each is a {chunk.__name__} or an error, and the last one `[DONE]`."
+    return {200: {"model": kind, "description": description, "content": {"text/event-stream": events}}}
 
 
 def describe(app: FastAPI, served: Served, *, secured: bool) -> None:
@@ -70,7 +72,7 @@ def _document(app: FastAPI, served: Served, *, secured: bool) -> dict[str, Any]:
     found = get_openapi(title="dejavu", version=__version__, description=description, routes=app.routes)
     parts = found.setdefault("components", {})
     schemas = parts.setdefault("schemas", {})
-    _, definitions = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=REF)
+    _, definitions = models_json_schema([(kind, "validation") for kind in (*BODIES, *CHUNKS)], ref_template=REF)
     schemas |= definitions["$defs"]
     for kind in BODIES:
         schemas[kind.__name__]["properties"]["model"]["enum"] = list(served.models)

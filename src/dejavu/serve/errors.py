@@ -1,7 +1,7 @@
 """What a client is told when its request is not answered: OpenAI's error envelope, and the status of each mistake and failure.
 
 In: a mistake found in a request, or an exception of the worker. Out: an ApiError, whose `body` is the envelope. No message has a path of
-the server's files in it: what an engine says goes to the log, and the client is told to look there.
+the server's files in it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def from_worker(error: QueueFull | TooLong | EngineFailed, *, param: str) -> Api
         return ApiError(429, message, code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, TooLong):
         return invalid(str(error), param=param, code="context_length_exceeded")
-    return ApiError(500, "the model failed on this request; the server's log says how", code="engine_failed")
+    return ApiError(500, f"the model failed on this request: {without_paths(str(error))}; the server's log has more", code="engine_failed")
 
 
 def not_running(last_error: str | None) -> ApiError:

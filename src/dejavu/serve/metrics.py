@@ -1,7 +1,8 @@
-"""What a server has done and does, for Prometheus: names begin with dejavu_, in a registry of the server's own.
+"""What a server has done and does, for Prometheus: names begin with dejavu_, and with process_ for memory and processor time.
 
 In: the events of its streams, the ends of its requests, and the worker's state, which is asked for when the numbers are. Out: the text
-of /metrics. A time or a density is a histogram, by mode (sparse or dense); what only the worker knows is a gauge or a counter.
+of /metrics, from a registry of the server's own. A time or a density is a histogram, by mode (sparse or dense); what only the worker
+knows is a gauge or a counter.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -18,6 +19,7 @@ from dejavu.serve.jobs import Event, WorkerState
 Outcome = Literal["completed", "refused", "busy", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("completed", "refused", "busy", "failed", "cancelled")
 ENDPOINTS = ("completions", "chat")
+MODES = ("sparse", "dense")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 SHARES = (0.01, 0.02, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -30,8 +32,10 @@ class Metrics:
     def __init__(self, state: Callable[[], WorkerState]) -> None:
         self._registry = registry = CollectorRegistry()
 
-        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"dejavu_{name}", help, ["mode"], buckets=buckets, registry=registry)
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> dict[str, Histogram]:
+            """By mode: looking one up by its labels takes longer than counting in it, and this happens for every token."""
+            found = Histogram(f"dejavu_{name}", help, ["mode"], buckets=buckets, registry=registry)
+            return {mode: found.labels(mode) for mode in MODES}
 
         self._requests = Counter("dejavu_requests", "Requests by how they ended.", ["endpoint", "outcome"], registry=registry)
         for endpoint in ENDPOINTS:
@@ -45,6 +49,7 @@ class Metrics:
         self._heads = histogram("head_density", "Share of attention heads used, of each decoded token, mean over layers.", SHARES)
         self._union = histogram("union_density", "Share of MLP neurons that the rows of a step used together, mean of each text.", SHARES)
         registry.register(_Worker(state))
+        ProcessCollector(registry=registry)
 
     def request(self, endpoint: str, outcome: Outcome) -> None:
         """A request has ended."""
@@ -54,17 +59,17 @@ class Metrics:
         """Something has come of a stream."""
         for token in event.tokens:
             if token.mlp_density is not None:
-                self._mlp.labels(mode).observe(token.mlp_density)
+                self._mlp[mode].observe(token.mlp_density)
             if token.head_density is not None:
-                self._heads.labels(mode).observe(token.head_density)
+                self._heads[mode].observe(token.head_density)
         summary = event.summary
         if summary is None or summary.completion_tokens == 0:
             return
-        self._first.labels(mode).observe(summary.time_to_first_token_s)
+        self._first[mode].observe(summary.time_to_first_token_s)
         if summary.completion_tokens > 1:
-            self._later.labels(mode).observe(summary.decode_s / (summary.completion_tokens - 1))
+            self._later[mode].observe(summary.decode_s / (summary.completion_tokens - 1))
         if summary.union_density is not None:
-            self._union.labels(mode).observe(summary.union_density)
+            self._union[mode].observe(summary.union_density)
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text format (CONTENT_TYPE)."""

@@ -11,14 +11,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dejavu.serve.fields import Integer, Wire, explained
+from dejavu.serve.fields import WHOLE, Wire, explained
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions; a chat may fill the context
 
-TokenIds = Annotated[list[Annotated[Integer, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
 Prompt = Annotated[
     str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)],
     explained("must be a text, token ids, or a list of texts or of lists of token ids, and no list may be empty"),
@@ -28,10 +28,11 @@ Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None,
     explained(f"must be a text or a list of at most {MAX_STOPS} texts, none of them empty: every text contains the empty one"),
 ]
-Tokens = Annotated[Integer, Field(ge=0)] | None
-Seed = Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)] | None
+Tokens = Annotated[int, Field(ge=0), WHOLE] | None
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Biases = dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[TokenKey, Bias], Field(json_schema_extra={"additionalProperties": False})] | None
 Nothing = Annotated[float, Field(ge=0, le=0)] | None
 NoList = Annotated[list[Any], Field(max_length=0)] | None
 
@@ -52,10 +53,10 @@ class Sampled(Wire):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=1)] | None = Field(default=None, description="Not of OpenAI: draw from the likeliest so many.")
+    top_k: Annotated[int, Field(ge=1), WHOLE] | None = Field(default=None, description="Not of OpenAI: draw from the likeliest so many.")
     seed: Seed = None
     stop: Stop = None
     logit_bias: Biases = None
@@ -73,9 +74,9 @@ class CompletionBody(Sampled):
 
     prompt: Prompt
     max_tokens: Tokens = Field(default=None, description=f"{DEFAULT_MAX_TOKENS} where it is not given.")
-    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     echo: bool | None = None
-    best_of: Annotated[Integer, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     suffix: None = None
 
 
@@ -112,10 +113,10 @@ class ChatBody(Sampled):
     unsupported: ClassVar[frozenset[str]] = frozenset({"tools", "functions", "presence_penalty", "frequency_penalty"})
 
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
-    max_tokens: Tokens = Field(default=None, description="The older name of max_completion_tokens.")
+    max_tokens: Tokens = Field(default=None, description="The older name of max_completion_tokens, which counts where both are given.")
     max_completion_tokens: Tokens = Field(default=None, description="What the context has room for, where it is not given.")
     logprobs: bool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: NoList = None
     functions: NoList = None

@@ -165,7 +165,15 @@ class ChatChunk(Wire):
 
 
 class ModelFacts(Wire):
+    """layers; neurons and heads of each; chat: whether there is a chat template."""
+
     mode: Mode
+    layers: int
+    neurons: int
+    heads: int
+    chat: bool
+    backend: str
+    dtype: str
 
 
 class ModelCard(Wire):
@@ -183,13 +191,18 @@ class ModelList(Wire):
 
 
 class Health(Wire):
-    """How a server does that can answer. Numbers of texts."""
+    """How a server does that can answer. Texts that wait and run, slots for them and pages of the cache, over all engines."""
 
     status: Literal["ok"]
-    model: str
-    backend: str
-    dtype: str
-    sparse: bool
     queued: int
     running: int
     slots: int
+    pages_free: int
+    pages_total: int
+    model: str
+    sparse: bool
+    layers: int
+    backend: str
+    dtype: str
+    threads: int
+    version: str
