@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from conftest import Tiny
-from dejavu.cli.main import app, run
+from dejavu.cli.main import run
 from dejavu.measure.results import read_rows
 from dejavu.measure.serving import probe, warm_up
 from dejavu.measure.serving_bench import ServingBench, bench_serving
@@ -394,7 +394,6 @@ def test_without_httpx(command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (status, out) == (2, "") and "install dejavu[serve]" in err
 
 
-@pytest.mark.skipif("serve" not in {each.name for each in app.registered_commands}, reason="dejavu serve is not there yet")
 def test_dejavu_serve_under_load(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The real server as a process: every request is answered and no page is lost."""
     export(tiny("opt"), tokenizer, tmp_path / "model")
