@@ -47,6 +47,11 @@ class StepResult:
     A dense layer counts all of its neurons or heads. inputs_BLP: inputs kept, int64 [B, L, P] in the order of POINTS, all of them where
     a layer does not select there; None where no layer of the engine selects inputs. What densities these are: `densities`.
     `selections` (by row, by layer, on the CPU) is kept when the engine records.
+
+    union_L: neurons that some row selected, int64 [L], all of them where a layer ran dense: what had to be read for rows that compute
+    with their own alone. None where the engine took the rows in several parts. fallback_layers: how many layers that select neurons
+    read all of them, as so many were selected that this is faster. On the native engine that changes no selection; on the cuda engine the
+    rows count as dense there.
     """
 
     logits_BV: Tensor
@@ -54,6 +59,8 @@ class StepResult:
     heads_BL: Tensor
     inputs_BLP: Tensor | None = None
     selections: tuple[tuple[LayerSelection, ...], ...] | None = None
+    union_L: Tensor | None = None
+    fallback_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
