@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define DEJAVU_ABI_VERSION 4
+#define DEJAVU_ABI_VERSION 5
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -66,7 +66,9 @@ typedef struct {
 /* One block of tokens: rows of a decode step (each of its own slot) or consecutive tokens of one slot. table[r] lists the
  * pages of row r's sequence. k_scale and v_scale belong to an int8 cache and are NULL otherwise. Outputs: logits fp32
  * [rows - first_logits, vocab], counts [rows, layers], masks or NULL. inputs: kept at each point, [rows, layers, points] or NULL, with
- * masks side by side in the order of the points, [rows, layers, hidden + query heads x head_dim + hidden + neurons] or NULL. */
+ * masks side by side in the order of the points, [rows, layers, hidden + query heads x head_dim + hidden + neurons] or NULL.
+ * unions, in_order [layers]: neurons that some row selected (all where a layer selects none), and of rows x neurons how many were computed
+ * without need: all neurons of a row were read in order, as so many were selected (none where a layer selects none). */
 typedef struct {
   int64_t rows, first_logits, num_pages, page_size, head_stride;
   const int64_t *token, *position;
@@ -79,14 +81,15 @@ typedef struct {
   uint8_t *neuron_mask, *group_mask; /* [rows, layers, neurons], [rows, layers, groups] */
   int64_t *inputs;
   uint8_t *input_mask;
+  int64_t *unions, *in_order;
 } dejavu_block;
 
 /* What a block took and what it read. seconds: of the calling thread, by op, the wait at a barrier with the op before it. By
- * layer, over all rows together: neurons that some row selected, those whose row of down some row needed (an activation of
- * exactly zero does not), and head groups that some row selected; by layer and point the inputs that some row kept, or NULL. */
+ * layer, over all rows together: neurons whose row of down some row needed (an activation of exactly zero does not), and head
+ * groups that some row selected; by layer and point the inputs that some row kept, or NULL. */
 typedef struct {
   double seconds[DEJAVU_OPS];
-  int64_t *neurons, *fired, *groups, *inputs;
+  int64_t *fired, *groups, *inputs;
 } dejavu_profile;
 
 DEJAVU_API int dejavu_abi_version(void);

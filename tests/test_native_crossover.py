@@ -12,12 +12,12 @@ from dejavu.model.transformer import Transformer
 from test_engine import decode, ids_of, random_layers
 from test_native import ISAS, engine_of, needs_library
 
-MANY = -2.0  # a threshold that about four neurons in five pass
+MANY, MOST = -2.0, -4.0  # thresholds that about four neurons in five pass, and nearly all
 
 
-def case(tiny: Tiny, family: str) -> tuple[Transformer, tuple[LayerAdapter, ...]]:
+def case(tiny: Tiny, family: str, threshold: float = MANY) -> tuple[Transformer, tuple[LayerAdapter, ...]]:
     model = tiny(family, intermediate_size=131)
-    return model, random_layers(model, mlp=1, heads=None, threshold=MANY)
+    return model, random_layers(model, mlp=1, heads=None, threshold=threshold)
 
 
 @needs_library
@@ -37,9 +37,10 @@ def test_many_selected_neurons_equal_torch(tiny: Tiny, family: str, isa: str) ->
 @needs_library
 @pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_the_order_of_reading_changes_no_bit(tiny: Tiny, family: str, dtype: str) -> None:
+@pytest.mark.parametrize("threshold", [MANY, MOST])
+def test_the_order_of_reading_changes_no_bit(tiny: Tiny, family: str, dtype: str, threshold: float) -> None:
     """One row by one thread and three by two: whether a chunk or a tile of it is above the crossover is not the same."""
-    model, layers = case(tiny, family)
+    model, layers = case(tiny, family, threshold)
     together = engine_of(model, layers, num_slots=3, dtype=dtype)
     tokens = ids_of(31, 3)
     step = together.step(tokens, [0, 1, 2])

@@ -141,16 +141,25 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     std::vector<float> logits((size_t)(rows * c.vocab_size), NAN);
     std::vector<uint8_t> neuron_mask((size_t)(rows * c.num_layers * c.intermediate_size), 7), group_mask((size_t)(rows * c.num_layers * c.num_kv_heads), 7);
     const int64_t widths = sizes[0] + sizes[1] + sizes[2] + sizes[3];
-    std::vector<int64_t> inputs((size_t)(rows * c.num_layers * DEJAVU_POINTS), -1);
+    std::vector<int64_t> inputs((size_t)(rows * c.num_layers * DEJAVU_POINTS), -1), unions((size_t)c.num_layers, -1), in_order(unions);
     std::vector<uint8_t> input_mask((size_t)(rows * c.num_layers * widths), 7);
     const dejavu_block block = {rows, sparse ? 0 : rows - 1, pages, page_size, stride, token.data(), positions.data(), table.data(), k.data(), v.data(),
-                                scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, cache_dtype, sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data(), inputs.data(), input_mask.data()};
-    std::vector<int64_t> counts((size_t)((3 + DEJAVU_POINTS) * c.num_layers), -1);
-    dejavu_profile profile = {{}, counts.data(), counts.data() + c.num_layers, counts.data() + 2 * c.num_layers, counts.data() + 3 * c.num_layers};
+                                scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, cache_dtype, sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data(), inputs.data(), input_mask.data(), unions.data(), in_order.data()};
+    std::vector<int64_t> counts((size_t)((2 + DEJAVU_POINTS) * c.num_layers), -1);
+    dejavu_profile profile = {{}, counts.data(), counts.data() + c.num_layers, counts.data() + 2 * c.num_layers};
     EXPECT((step % 2 ? dejavu_engine_profile(engine, &block, &profile) : dejavu_engine_run(engine, &block)) == DEJAVU_OK);
     for (int64_t l = 0; step % 2 && l < c.num_layers; l++)
-      EXPECT(profile.fired[l] >= 0 && profile.fired[l] <= profile.neurons[l] && profile.neurons[l] <= c.intermediate_size && profile.groups[l] >= 1);
+      EXPECT(profile.fired[l] >= 0 && profile.fired[l] <= unions[(size_t)l] && profile.groups[l] >= 1);
     for (uint8_t bit : neuron_mask) EXPECT(bit <= 1);
+    for (int64_t l = 0; l < c.num_layers; l++) {
+      int64_t selected = 0;
+      for (int64_t f = 0; f < c.intermediate_size; f++) {
+        bool some = false;
+        for (int64_t r = 0; r < rows; r++) some = some || neuron_mask[(size_t)((r * c.num_layers + l) * c.intermediate_size + f)] != 0;
+        selected += some;
+      }
+      EXPECT(unions[(size_t)l] == selected && in_order[(size_t)l] >= 0 && in_order[(size_t)l] <= rows * c.intermediate_size);
+    }
     const uint8_t *mask = input_mask.data();
     for (int64_t at = 0; at < rows * c.num_layers; at++)
       for (int point = 0; point < DEJAVU_POINTS; mask += sizes[point++]) {
@@ -160,7 +169,7 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
           kept += mask[i];
         }
         EXPECT(kept == inputs[(size_t)(at * DEJAVU_POINTS + point)] && ((sparse && by_inputs) || kept == sizes[point]));
-        if (step % 2) EXPECT(kept <= counts[(size_t)(3 * c.num_layers + at % c.num_layers * DEJAVU_POINTS + point)]);
+        if (step % 2) EXPECT(kept <= counts[(size_t)(2 * c.num_layers + at % c.num_layers * DEJAVU_POINTS + point)]);
       }
     for (size_t i = 0; i < neurons.size(); i++) EXPECT(neurons[i] >= 0 && neurons[i] <= c.intermediate_size && heads[i] >= 1 && heads[i] <= c.num_heads);
     const size_t written = (size_t)((rows - block.first_logits) * c.vocab_size);
@@ -241,7 +250,7 @@ void bad_input(const dejavu_config &good) {
       {0, 3, DEJAVU_FP32, nullptr}, {0, 0, DEJAVU_INT4, nullptr}, {0, 0, DEJAVU_INT8, nullptr}, {0, 0, DEJAVU_FP16, cache.data()}};
   for (const auto &bad : blocks) {
     const dejavu_block block = {1, 0, 1, 3, (good.head_dim + 15) / 16 * 16, &bad.token, &bad.position, &table, cache.data(), cache.data(), bad.scales, bad.scales,
-                                bad.cache_dtype, 1, logits.data(), counts.data(), counts.data(), nullptr, nullptr, nullptr, nullptr};
+                                bad.cache_dtype, 1, logits.data(), counts.data(), counts.data(), nullptr, nullptr, nullptr, nullptr, counts.data(), counts.data()};
     EXPECT(dejavu_engine_run(engine, &block) == DEJAVU_BAD_VALUE);
   }
   dejavu_engine_free(engine);

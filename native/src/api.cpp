@@ -121,7 +121,7 @@ int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block) {
 int dejavu_engine_profile(dejavu_engine *engine, const dejavu_block *block, dejavu_profile *profile) {
   return guarded([&]() -> int {
     require(engine != nullptr && block != nullptr && profile != nullptr, "a pointer is missing");
-    require(profile->neurons && profile->fired && profile->groups, "a pointer of the profile is missing");
+    require(profile->fired && profile->groups, "a pointer of the profile is missing");
     if (engine->run(*block, profile)) return DEJAVU_OK;
     return fail(DEJAVU_NOT_FINITE, NOT_FINITE);
   });

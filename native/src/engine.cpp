@@ -54,6 +54,8 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
   projected = Buffer<float>(rows * model->embed_width);
   for (Buffer<int32_t> &list : lists) list = Buffer<int32_t>(rows * c.intermediate_size);
   for (Buffer<int64_t> &count : counts) count = Buffer<int64_t>(rows * neuron_chunks);
+  for (Buffer<int64_t> &of_chunk : unions) of_chunk = Buffer<int64_t>(neuron_chunks);
+  for (Buffer<int64_t> &of_chunk : in_order) of_chunk = Buffer<int64_t>(neuron_chunks);
   if (model->input_major()) {
     for (const auto *panels : {&model->layers[0].head_panels, &model->layers[0].neuron_panels})
       for (const Matrix &panel : *panels) columns = std::max(columns, panel.width + PAD);
@@ -151,7 +153,7 @@ void dejavu_engine::check(const dejavu_block &b) const {
   require(b.rows >= 1 && b.rows <= max_rows, std::to_string(b.rows) + " rows; the engine takes 1 to " + std::to_string(max_rows));
   require(b.first_logits >= 0 && b.first_logits <= b.rows, "first_logits lies outside the rows");
   require(b.page_size >= 1 && b.num_pages >= 1 && b.head_stride == model->head_width, "the cache's shape is not that of the model");
-  require(b.token && b.position && b.table && b.k_pool && b.v_pool && b.logits && b.neurons && b.heads, "a pointer of the block is missing");
+  require(b.token && b.position && b.table && b.k_pool && b.v_pool && b.logits && b.neurons && b.heads && b.unions && b.in_order, "a pointer of the block is missing");
   require(b.cache_dtype == DEJAVU_FP32 || b.cache_dtype == DEJAVU_FP16 || b.cache_dtype == DEJAVU_INT8,
           "unknown dtype of the cache " + std::to_string(b.cache_dtype));
   require((b.k_scale && b.v_scale) == (b.cache_dtype == DEJAVU_INT8) && !b.k_scale == !b.v_scale, "an int8 cache, and no other, needs scales");

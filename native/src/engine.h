@@ -115,6 +115,7 @@ struct dejavu_engine {
   // By the layer's parity, so that thread 0 still reports one layer while others select for the next.
   Buffer<int32_t> lists[2];   // [rows, neurons]: the selected neurons of chunk c start at the chunk's first neuron
   Buffer<int64_t> counts[2];  // [rows, neuron_chunks]
+  Buffer<int64_t> unions[2], in_order[2];  // [neuron_chunks], of dejavu_block
   std::atomic<bool> finite{true};
   dejavu_profile *profile = nullptr;  // of the block that runs, NULL: none
   Buffer<uint8_t> fired;              // [neurons], while a block is profiled: whether some row's activation was not zero

@@ -57,12 +57,13 @@ void Pass::neurons(const Layer &layer, Known known, int64_t r, const int32_t *id
     }
   }
   layer.down.scale_rows(idx, first, count, values);
-  if (idx == nullptr || !skip_zeros) return axpys(layer.down, values, idx, first, count, y, fetched());
   // An activation of exactly zero adds nothing: its row of down is not read.
+  const bool lists = skip_zeros && (idx != nullptr || !dense_is_faster(count - std::count(values, values + count, 0.0f), count));
+  if (!lists) return axpys(layer.down, values, idx, first, count, y, fetched());
   int32_t *fired = own.fired.data();
   int64_t n = 0;
   for (int64_t k = 0; k < count; k++) {
-    fired[n] = idx[k];
+    fired[n] = idx == nullptr ? (int32_t)(first + k) : idx[k];
     values[n] = values[k];
     n += values[k] != 0.0f;
   }
@@ -87,26 +88,40 @@ void Pass::fetch_neurons(int64_t index, int64_t part, int64_t parts) const {
   }
 }
 
+// How many eighths of the neurons must be selected for all of them to be read in order, as measured (docs/log.md). Where a predictor selects
+// for one row and most activations are zero, rows of down are few and those of up never enough: 8 is more than there can be.
+// For several rows, of int8 above all, what is near is computed for one after another, and lists cost little.
+int64_t Pass::eighths_in_order(Known known) const {
+  const bool skip_zeros = config.activation <= DEJAVU_FATRELU;
+  if (known != Known::NOTHING) return 5;
+  if (rows == 1) return skip_zeros ? 8 : 5;
+  return config.dtype == DEJAVU_INT8 ? 7 : 5;
+}
+
 void Pass::mlp(int64_t index) {
   const Layer &layer = model.layers[(size_t)index];
   const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
   const bool sparse = sparse_mlp(index), skip_zeros = config.activation <= DEJAVU_FATRELU;
   const Known known = model.input_major() || (by_gate(index) && !config.gated) ? Known::ALL : by_gate(index) ? Known::GATES : Known::NOTHING;
+  const int64_t eighths = eighths_in_order(known);
   for (int64_t c = share(chunks); c < share_end(chunks); c++) {
     const int64_t begin = chunk_start(total, c, chunks), end = chunk_start(total, c + 1, chunks);
     float *part = engine.mlp_parts.data() + c * engine.max_rows * width;
     for (int64_t r = 0; r < rows; r++) std::fill_n(part + r * width, width, 0.0f);
     if (by_gate(index)) select_by_gate(index, c);
     if (model.input_major()) activate_inputs(index, c);
-    if (sparse && rows == 1 && !dense_is_faster(engine.counts[index & 1][c], end - begin)) {
+    if (sparse && rows == 1 && !dense_is_faster(engine.counts[index & 1][c], end - begin, eighths)) {
+      engine.unions[index & 1][c] = engine.counts[index & 1][c], engine.in_order[index & 1][c] = 0;
       neurons(layer, known, 0, engine.lists[index & 1].data() + begin, 0, engine.counts[index & 1][c], skip_zeros, part);
       continue;
     }
     // Sparse rows walk their own lists side by side, a tile of neuron numbers at a time.
-    int64_t done[64] = {0};
+    int64_t done[64] = {0}, in_union = 0, in_order = 0;
     const int64_t tile = sparse && rows > 1 ? 4 * TILE : TILE;
+    static_assert(4 * TILE <= 64, "a tile's neurons are the bits of a word");
     for (int64_t first = begin; first < end; first += tile) {
       const int64_t stop = std::min(first + tile, end);
+      uint64_t selected = 0;  // by some row, a bit for each neuron of the tile
       for (int64_t r = 0; r < rows; r++) {
         if (!sparse) {
           neurons(layer, known, r, nullptr, first, stop - first, false, part + r * width);
@@ -114,12 +129,16 @@ void Pass::mlp(int64_t index) {
         }
         const int32_t *list = engine.lists[index & 1].data() + r * total + begin;
         const int64_t from = done[r], length = engine.counts[index & 1][r * chunks + c];
-        while (done[r] < length && list[done[r]] < stop) done[r]++;
-        if (dense_is_faster(done[r] - from, stop - first))
+        while (done[r] < length && list[done[r]] < stop) selected |= UINT64_C(1) << (list[done[r]++] - first);
+        if (dense_is_faster(done[r] - from, stop - first, eighths)) {
+          in_order += stop - first;
           neurons(layer, known, r, nullptr, first, stop - first, skip_zeros, part + r * width, list + from, done[r] - from);
-        else
+        } else {
           neurons(layer, known, r, list + from, 0, done[r] - from, skip_zeros, part + r * width);
+        }
       }
+      in_union += __builtin_popcountll(selected);
     }
+    engine.unions[index & 1][c] = in_union, engine.in_order[index & 1][c] = in_order;
   }
 }

@@ -45,6 +45,7 @@ class Pass {
 
   // mlp.cpp
   void mlp(int64_t layer);
+  int64_t eighths_in_order(Known known) const;
   void fetch_neurons(int64_t layer, int64_t part, int64_t parts) const;
   void neurons(const Layer &layer, Known known, int64_t row, const int32_t *idx, int64_t first, int64_t count, bool skip_zeros, float *y,
                const int32_t *kept = nullptr, int64_t num_kept = 0);
@@ -67,6 +68,7 @@ class Pass {
   void select_neurons(int64_t layer, int lookahead);
   void scores(const Predictor &predictor, const Vector &x, int64_t first, int64_t count);
   void report(int64_t layer);
+  int64_t sum_of_chunks(const Buffer<int64_t> &of_chunk) const;
 
   // screen.cpp
   void shortlist(const Vector &x, int64_t row);
@@ -117,4 +119,4 @@ inline int64_t rows_ahead(const Matrix &matrix) {
 
 // Rows in order come from memory about 1.5 times as fast as selected ones (docs/log.md): above this share all are read, and what the
 // others are multiplied by set to zero, which leaves the sum as it is, bit for bit.
-inline bool dense_is_faster(int64_t selected, int64_t total) { return 8 * selected > 5 * total; }
+inline bool dense_is_faster(int64_t selected, int64_t total, int64_t eighths = 5) { return 8 * selected > eighths * total; }

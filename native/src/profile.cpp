@@ -37,27 +37,18 @@ void Pass::note_layer(int64_t layer) {
 }
 
 void Pass::count_layer(int64_t layer) {
-  const int64_t total = config.intermediate_size, groups = config.num_kv_heads, chunks = engine.neuron_chunks;
-  int64_t neurons = total, read = total, attended = 0;
+  const int64_t total = config.intermediate_size, groups = config.num_kv_heads;
+  int64_t read = total, attended = 0;
   if (sparse_mlp(layer)) {
     read = std::count(engine.fired.data(), engine.fired.data() + total, (uint8_t)1);
     std::fill_n(engine.fired.data(), total, (uint8_t)0);
-    int32_t *seen = own.fired.data();  // free until the next MLP
-    std::fill_n(seen, total, 0);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < chunks; c++) {
-        const int32_t *list = engine.lists[layer & 1].data() + r * total + chunk_start(total, c, chunks);
-        for (int64_t k = 0; k < engine.counts[layer & 1][r * chunks + c]; k++) seen[list[k]] = 1;
-      }
-    neurons = std::count(seen, seen + total, 1);
-    if (config.activation > DEJAVU_FATRELU) read = neurons;  // none is exactly zero: every row of down is read
+    if (config.activation > DEJAVU_FATRELU) read = sum_of_chunks(engine.unions[layer & 1]);  // none is exactly zero: every row of down is read
   }
-  if (!selects_neurons(layer)) neurons = total;  // by inputs: of down alone
   if (engine.profile->inputs != nullptr) count_inputs(layer);
   for (int64_t g = 0; g < groups; g++) {
     bool wanted = false;
     for (int64_t r = 0; r < rows; r++) wanted = wanted || own.groups[r * groups + g] != 0;
     attended += wanted;
   }
-  engine.profile->neurons[layer] = neurons, engine.profile->fired[layer] = read, engine.profile->groups[layer] = attended;
+  engine.profile->fired[layer] = read, engine.profile->groups[layer] = attended;
 }

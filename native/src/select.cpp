@@ -2,6 +2,7 @@
 //
 // Head groups: at least the best one; every thread works them out for itself. Neurons: each thread for its own chunks.
 #include <algorithm>
+#include <numeric>
 
 #include "pass.h"
 
@@ -57,6 +58,10 @@ void Pass::select_neurons(int64_t layer, int lookahead) {
   }
 }
 
+int64_t Pass::sum_of_chunks(const Buffer<int64_t> &of_chunk) const {
+  return std::accumulate(of_chunk.data(), of_chunk.data() + engine.neuron_chunks, INT64_C(0));
+}
+
 // Counts and masks of a layer, by thread 0 after the barrier that ends the MLP.
 void Pass::report(int64_t layer) {
   if (thread != 0) return;
@@ -81,5 +86,7 @@ void Pass::report(int64_t layer) {
     block.neurons[r * layers + layer] = neurons;
     block.heads[r * layers + layer] = selected * (config.num_heads / groups);
   }
+  block.unions[layer] = selects_neurons(layer) ? sum_of_chunks(engine.unions[layer & 1]) : total;
+  block.in_order[layer] = selects_neurons(layer) ? sum_of_chunks(engine.in_order[layer & 1]) : 0;
   if (block.inputs != nullptr) report_inputs(layer);
 }

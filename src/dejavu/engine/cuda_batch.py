@@ -110,6 +110,11 @@ class BatchStep:
     def unions(self) -> Tensor:
         return self._union_counts.long()
 
+    @property
+    def fallback_layers(self) -> int:
+        """How many of the layers that select neurons run dense, as that was measured to be faster."""
+        return sum(self.predictors[index].neurons is not None for index in self.dense_layers)
+
     def groups(self, index: int, row: int) -> Tensor:
         """The groups that a row selected in a layer, int64."""
         return self._groups_LBG[index, row, : int(self._row_counts[1, row, index])].long()

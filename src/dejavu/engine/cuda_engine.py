@@ -153,7 +153,7 @@ class CudaEngine(PagedEngine):
     @torch.inference_mode()
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         """Append one token to each of B different slots. Logits and counts are on the device; nothing waits for them."""
-        return self._step(token_ids_B, slots_B)[0]
+        return self._step(token_ids_B, slots_B)
 
     @torch.inference_mode()
     def decode(
@@ -192,7 +192,9 @@ class CudaEngine(PagedEngine):
     def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
         """As `step`, with what its rows together made it read, at most BUCKETS[-1] of them; it tells no times of parts."""
         require(len(slots_B) <= BUCKETS[-1], f"a profiled step has at most {BUCKETS[-1]} rows, not {len(slots_B)}")
-        result, unions = self._step(token_ids_B, slots_B)
+        result = self._step(token_ids_B, slots_B)
+        neurons_L = result.union_L
+        assert neurons_L is not None, "one graph ran"
         heads_L = result.heads_BL.amax(0)  # of q and O; each row reads its own cache
         points, inputs_LP = self.info.input_points, None
         if result.inputs_BLP is not None and points is not None:  # several rows read the matrices whole
@@ -201,30 +203,28 @@ class CudaEngine(PagedEngine):
                 if len(slots_B) == 1
                 else torch.tensor(points.sizes, device=heads_L.device).expand(self.info.num_layers, -1)
             )
-        return result, StepProfile(seconds={}, neurons_L=unions[0], fired_L=unions[0], heads_L=heads_L, inputs_LP=inputs_LP)
+        return result, StepProfile(seconds={}, neurons_L=neurons_L, fired_L=neurons_L, heads_L=heads_L, inputs_LP=inputs_LP)
 
-    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, list[Tensor]]:
-        """The result of a step, and for each graph that ran for it the neurons read by layer."""
+    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
         for token_id, slot in zip(token_ids_B, slots_B, strict=True):
             self._admit(slot, (token_id,))
         largest = BUCKETS[-1]
-        found = [
+        results = [
             self._rows(token_ids_B[first : first + largest], slots_B[first : first + largest]) for first in range(0, len(slots_B), largest)
         ]
         for slot in slots_B:
             self._cache.advance(slot, 1)
-        results, unions = [result for result, _ in found], [union_L for _, union_L in found]
         if len(results) == 1:
-            return results[0], unions
-        whole = StepResult(
+            return results[0]
+        return StepResult(
             logits_BV=torch.cat([result.logits_BV for result in results]),
             neurons_BL=torch.cat([result.neurons_BL for result in results]),
             heads_BL=torch.cat([result.heads_BL for result in results]),
             inputs_BLP=None if results[0].inputs_BLP is None else torch.cat([kept for r in results if (kept := r.inputs_BLP) is not None]),
             selections=tuple(row for result in results for row in result.selections or ()) if self._record else None,
+            fallback_layers=max(result.fallback_layers or 0 for result in results),
         )
-        return whole, unions
 
     def nodes(self, rows: int = 1) -> int | None:
         """Nodes of the graph of a step of so many rows, of those used so far; None before the first step."""
@@ -235,8 +235,8 @@ class CudaEngine(PagedEngine):
         """Read a device buffer once, as fast as the device can."""
         self._sums = read_buffer(buffer, self._sums)
 
-    def _rows(self, token_ids: Sequence[int], slots: Sequence[int]) -> tuple[StepResult, Tensor]:
-        """One graph: its rows' results, and the neurons that it read by layer."""
+    def _rows(self, token_ids: Sequence[int], slots: Sequence[int]) -> StepResult:
+        """The results of one graph's rows."""
         rows = len(slots)
         bucket, longest, numbers = self._padded(token_ids, slots)
         key = self._key(bucket, longest)
@@ -245,15 +245,16 @@ class CudaEngine(PagedEngine):
         self._start(key, self._graphs, lambda: self._run(step))
         per = self.config.heads_per_group
         counts_MBL = self._counts_of(step)[:, :rows].long()
-        union_L = counts_MBL[0, 0] if isinstance(step, TokenStep) else step.unions
-        result = StepResult(
+        alone = isinstance(step, TokenStep)
+        return StepResult(
             logits_BV=step.logits[:rows].clone(),
             neurons_BL=counts_MBL[0],
             heads_BL=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
             inputs_BLP=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
             selections=tuple(selections(step, row, self._words_LF) for row in range(rows)) if self._record else None,
+            union_L=counts_MBL[0, 0] if alone else step.unions,
+            fallback_layers=0 if alone else step.fallback_layers,
         )
-        return result, union_L
 
     def _run(self, step: TokenStep | BatchStep) -> None:
         if isinstance(step, TokenStep) or not self._record:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,19 @@ def layout_of(layers: Sequence[LayerAdapter]) -> str:
         )
         return "input-major"
     return "gate-apart" if any(layer.gate is not None for layer in layers) else "by-neuron"
+
+
+class _Counts(NamedTuple):
+    """What a block of rows selected, int64, as dejavu_block has it: to be written by the library."""
+
+    neurons_BL: Tensor
+    heads_BL: Tensor
+    union_L: Tensor
+    in_order_L: Tensor
+
+    @classmethod
+    def room(cls, rows: int, layers: int) -> _Counts:
+        return cls(*torch.empty(2, rows, layers, dtype=torch.int64), *torch.empty(2, layers, dtype=torch.int64))
 
 
 class NativeEngine(PagedEngine):
@@ -147,7 +161,8 @@ class NativeEngine(PagedEngine):
             positions = range(start + first, start + first + len(ids))
             unwanted = min(len(ids), max(0, count - wanted - first))
             rows_TV = logits_TV[max(0, first - count + wanted) :]
-            self._run(ids, [slot] * len(ids), positions, rows_TV, first_logits=unwanted, sparse=False)
+            counts = _Counts.room(len(ids), self.config.num_layers)
+            self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=unwanted, sparse=False)
         self._cache.advance(slot, count)
         return logits_TV
 
@@ -158,14 +173,15 @@ class NativeEngine(PagedEngine):
     def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
         """As `step`, of at most MAX_ROWS rows, with what it took and read."""
         require(len(slots_B) <= native.MAX_ROWS, f"a profiled step has at most {native.MAX_ROWS} rows, not {len(slots_B)}")
-        neurons_L, fired_L, groups_L = torch.zeros(3, self.config.num_layers, dtype=torch.int64).unbind(0)
+        fired_L, groups_L = torch.zeros(2, self.config.num_layers, dtype=torch.int64).unbind(0)
         inputs_LP = self._input_counts()
-        addresses = {"neurons": neurons_L, "fired": fired_L, "groups": groups_L, "inputs": inputs_LP}
+        addresses = {"fired": fired_L, "groups": groups_L, "inputs": inputs_LP}
         profile = native.Profile(**{name: _address(counts) for name, counts in addresses.items()})
         result = self._step(token_ids_B, slots_B, profile)
         seconds = dict(zip(native.OPS, profile.seconds, strict=True))
         heads_L = groups_L * self.config.heads_per_group
-        return result, StepProfile(seconds=seconds, neurons_L=neurons_L, fired_L=fired_L, heads_L=heads_L, inputs_LP=inputs_LP)
+        assert result.union_L is not None
+        return result, StepProfile(seconds=seconds, neurons_L=result.union_L, fired_L=fired_L, heads_L=heads_L, inputs_LP=inputs_LP)
 
     def read(self, values: Tensor) -> float:
         """The sum of fp32 values, read in order by the engine's threads: what reading memory costs them."""
@@ -175,33 +191,41 @@ class NativeEngine(PagedEngine):
         return total.value
 
     def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], profile: native.Profile | None = None) -> StepResult:
-        batch, layers = len(token_ids_B), self.config.num_layers
+        batch = len(token_ids_B)
         assert batch == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
         for token_id, slot in zip(token_ids_B, slots_B, strict=True):
             self._admit(slot, (token_id,))
         logits_BV = torch.empty(batch, self.config.vocab_size)
-        neurons_BL, heads_BL = torch.empty(2, batch, layers, dtype=torch.int64).unbind(0)
         inputs_BLP = self._input_counts(batch)
+        blocks: list[_Counts] = []
         selections: list[tuple[LayerSelection, ...]] = []
         for first in range(0, batch, native.MAX_ROWS):
             rows = slice(first, first + native.MAX_ROWS)
             slots = slots_B[rows]
+            blocks.append(_Counts.room(len(slots), self.config.num_layers))
             positions = [self._cache.lengths[slot] for slot in slots]
             selections += self._run(
                 token_ids_B[rows],
                 slots,
                 positions,
                 logits_BV[rows],
+                blocks[-1],
                 sparse=True,
-                neurons_BL=neurons_BL[rows],
-                heads_BL=heads_BL[rows],
                 inputs_BLP=None if inputs_BLP is None else inputs_BLP[rows],
                 profile=profile,
             )
         for slot in slots_B:
             self._cache.advance(slot, 1)
-        recorded = tuple(selections) if self._record else None
-        return StepResult(logits_BV=logits_BV, neurons_BL=neurons_BL, heads_BL=heads_BL, inputs_BLP=inputs_BLP, selections=recorded)
+        in_order_L = torch.stack([block.in_order_L for block in blocks]).sum(0)
+        return StepResult(
+            logits_BV=logits_BV,
+            neurons_BL=torch.cat([block.neurons_BL for block in blocks]),
+            heads_BL=torch.cat([block.heads_BL for block in blocks]),
+            inputs_BLP=inputs_BLP,
+            selections=tuple(selections) if self._record else None,
+            union_L=blocks[0].union_L if len(blocks) == 1 else None,
+            fallback_layers=int((2 * in_order_L > batch * self.config.intermediate_size).sum()),
+        )
 
     def _input_counts(self, *rows: int) -> Tensor | None:
         """Room for counts of kept inputs [.., L, P]; None where no layer selects inputs."""
@@ -214,18 +238,15 @@ class NativeEngine(PagedEngine):
         slots: Sequence[int],
         positions: Sequence[int],
         logits_BV: Tensor,
+        counts: _Counts,
         *,
         sparse: bool,
         first_logits: int = 0,
-        neurons_BL: Tensor | None = None,
-        heads_BL: Tensor | None = None,
         inputs_BLP: Tensor | None = None,
         profile: native.Profile | None = None,
     ) -> list[tuple[LayerSelection, ...]]:
         """One call of the library: row r is token_ids[r] at positions[r] of slots[r]. The selections, when recording."""
         config, rows = self.config, len(token_ids)
-        if neurons_BL is None or heads_BL is None:
-            neurons_BL, heads_BL = torch.empty(2, rows, config.num_layers, dtype=torch.int64).unbind(0)
         numbers = (ctypes.c_int64 * rows)(*token_ids), (ctypes.c_int64 * rows)(*positions)
         tables = (ctypes.c_void_p * rows)(*(self._cache.table_address(slot) for slot in slots))
         record = self._record and sparse
@@ -249,12 +270,14 @@ class NativeEngine(PagedEngine):
             cache_dtype=native.DTYPE_CODES[self.info.cache_dtype],
             sparse=sparse,
             logits=logits_BV.data_ptr(),
-            neurons=neurons_BL.data_ptr(),
-            heads=heads_BL.data_ptr(),
+            neurons=counts.neurons_BL.data_ptr(),
+            heads=counts.heads_BL.data_ptr(),
             neuron_mask=_address(neuron_mask_BLF),
             group_mask=_address(group_mask_BLG),
             inputs=_address(inputs_BLP),
             input_mask=_address(input_mask_BLI),
+            unions=counts.union_L.data_ptr(),
+            in_order=counts.in_order_L.data_ptr(),
         )
         if profile is None:
             native.check(self._library.dejavu_engine_run(self._handle, block))

@@ -132,6 +132,8 @@ class TorchEngine(PagedEngine):
             heads_BL=torch.tensor([[_count(layer.heads_A, heads) for layer in row] for row in selections]),
             inputs_BLP=None if points is None else torch.tensor([[_input_counts(layer, points) for layer in row] for row in selections]),
             selections=tuple(tuple(layer.cpu() for layer in row) for row in selections) if self._record else None,
+            union_L=torch.tensor([_union(of_layer, neurons) for of_layer in zip(*selections, strict=True)]),
+            fallback_layers=0,
         )
 
     def _normed(self, x_D: Tensor) -> Tensor:
@@ -286,6 +288,12 @@ def _input_counts(selected: LayerSelection, points: InputPoints) -> list[int]:
 
 def _count(selected: Tensor | None, total: int) -> int:
     return total if selected is None else selected.shape[0]
+
+
+def _union(rows: Sequence[LayerSelection], total: int) -> int:
+    """Neurons of one layer that some row selected."""
+    chosen = [row.neurons_A for row in rows if row.neurons_A is not None]
+    return torch.cat(chosen).unique().shape[0] if chosen else total
 
 
 def _round_up(value: int, multiple: int) -> int:

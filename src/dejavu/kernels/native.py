@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
 DTYPE_CODES = {"fp32": 0, "int8": 1, "bf16": 2, "int4": 3, "fp16": 4}  # dejavu_dtype
@@ -55,7 +55,10 @@ class Block(Structure):
         *((name, c_void_p) for name in ("token", "position", "table", "k_pool", "v_pool", "k_scale", "v_scale")),
         ("cache_dtype", c_int32),
         ("sparse", c_int32),
-        *((name, c_void_p) for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask", "inputs", "input_mask")),
+        *(
+            (name, c_void_p)
+            for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask", "inputs", "input_mask", "unions", "in_order")
+        ),
     )
 
 
@@ -65,7 +68,7 @@ OPS = ("predictor", "attention", "mlp", "head", "other")  # dejavu_op
 class Profile(Structure):
     """dejavu_profile."""
 
-    _fields_ = (("seconds", c_double * len(OPS)), *((name, c_void_p) for name in ("neurons", "fired", "groups", "inputs")))
+    _fields_ = (("seconds", c_double * len(OPS)), *((name, c_void_p) for name in ("fired", "groups", "inputs")))
 
 
 _SIGNATURES = {
