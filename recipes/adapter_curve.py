@@ -21,7 +21,7 @@ from dejavu.model.predictor import MaskedSelection
 from dejavu.offline.adapted import moved
 from dejavu.offline.collect import pack_windows
 
-SHIFTS = (-3.0, -2.0, -1.0, -0.5, 0.0, 1.0, 2.0)
+SHIFTS = (-2.0, -1.0, -0.5, -0.2, -0.1, 0.0, 0.1, 0.2)
 
 
 def main() -> None:

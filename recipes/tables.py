@@ -154,7 +154,7 @@ def curve() -> str:
     if not lines:
         return NOT_MEASURED
     points = sorted(lines[-1]["result"]["points"], key=lambda point: point["density"])
-    table = [[_percent(p["density"]), f"{p['kl']:.3f}", f"{100 * p['rise']:+.1f} %", f"{p['shift']:+.0f}"] for p in points]
+    table = [[_percent(p["density"]), f"{p['kl']:.3f}", f"{100 * p['rise']:+.1f} %", f"{p['shift']:+.2f}"] for p in points]
     return _table(["MLP density", "KL to dense, nats a token", "perplexity", "thresholds moved by"], table) + _source(lines[-1])
 
 
