@@ -28,7 +28,7 @@ from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 EOS = 256
 VOCAB = 257
 LAYERS, NEURONS, HEADS = 2, 128, 4
-CERTAIN = 9.0  # the logit of the scripted token; the others have token id / -VOCAB, so that they differ
+CERTAIN = 50.0  # the logit of the scripted token; the others have token id / -VOCAB, so that they differ
 Answer = Callable[[tuple[int, ...]], Sequence[int]]
 
 
