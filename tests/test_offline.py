@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -256,6 +256,7 @@ def test_budget_is_spent_where_it_buys_most() -> None:
     assert [c.reads for c in generous if c is not None] == [10, 80]
 
 
+@example(2.484375, 0.05)  # the next lower choice is far lower: allowances in between buy what was too much
 @given(st.floats(0.2, 5.0), st.floats(0.001, 0.05))
 def test_measured_rise_never_exceeds_the_budget(ratio: float, budget: float) -> None:
     """Whatever factor lies between divergence and the measured rise, the choice keeps the budget."""

@@ -142,8 +142,13 @@ def meet_budget(
         return best
     allowance, best_rise = math.log1p(budget), -math.inf
     low, high = 0.0, math.inf
+    refused: list[Candidate | None] | None = None
     for _ in range(rounds):
         choice = choose(parts, allowance)
+        while choice == refused and high - low > 0.01 * high:  # an allowance a little lower bought the same
+            high = min(high, allowance)
+            allowance = (low + high) / 2
+            choice = choose(parts, allowance)
         if all(candidate is None for candidate in choice):
             break
         rise = measure(choice)
@@ -154,7 +159,7 @@ def meet_budget(
             if rise > 0.9 * budget:
                 break
         else:
-            high = allowance
+            high, refused = allowance, choice
         factor = min(4.0, max(0.25, 0.95 * budget / max(rise, 0.05 * budget)))
         proposed = allowance * factor
         allowance = proposed if low < proposed < high else (low + high) / 2 if math.isfinite(high) else 2 * low
