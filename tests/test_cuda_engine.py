@@ -111,6 +111,7 @@ def test_an_unknown_way_of_looking_ahead_is_refused(tiny: Tiny) -> None:
         CudaEngine(tiny("opt"), ahead="sideways")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("name", "mlp", "heads", "options"),

@@ -79,6 +79,7 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, device: str, steps: in
     assert {0, 70} < neurons, "the test must select nothing, some and everything"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("device", "steps"), [("cpu", 4), pytest.param("cuda", 10_000, marks=pytest.mark.gpu)])
 def test_a_graph_gives_what_its_kernels_give(tiny: Tiny, device: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
