@@ -118,7 +118,7 @@ def main() -> None:
     avoided = {run for text in named_texts(options.avoid).values() for run in word_tuples(text)}
     options.output.mkdir(parents=True, exist_ok=True)
     for name, text in named_texts(options.text).items():
-        parts = documents(text)
+        parts = [kept for part in documents(text) if (kept := without(part, avoided)).strip()]
         known = Counter(word for part in parts for word in APART.sub(r" \1 ", part).split())
         write(
             options.output / f"{Path(name).name.removesuffix('.xz')}.xz",

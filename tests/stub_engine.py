@@ -21,8 +21,8 @@ import torch
 from tokenizers import AddedToken, pre_tokenizers
 from torch import Tensor
 
-from dejavu.config import ModelConfig
-from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
+from dejavu.config import ModelConfig, SamplingConfig
+from dejavu.engine.interface import Decoded, EngineInfo, LayerSelection, StepResult
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 
 EOS = 256
@@ -244,6 +244,32 @@ class StubEngine:
             return (LayerSelection(neurons_A=None, heads_A=None),) * LAYERS
         first = LayerSelection(neurons_A=(torch.arange(NEURONS // 4) + token_id).remainder(NEURONS).sort()[0], heads_A=torch.tensor([0, 2]))
         return first, LayerSelection(neurons_A=None, heads_A=None)
+
+
+class DrawingEngine(StubEngine):
+    """Draws by itself, what `step` would give; -1 after the token in `damaged`."""
+
+    drawn: list[tuple[int, ...]]
+    damaged: int | None = None
+
+    def decode(
+        self,
+        token_ids_B: Sequence[int],
+        slots_B: Sequence[int],
+        count: int,
+        sampling: Sequence[SamplingConfig] | None = None,
+        choices: Sequence[int] | None = None,
+    ) -> Decoded:
+        assert count == 1 and sampling is not None and choices is not None
+        self.drawn = [*getattr(self, "drawn", []), tuple(zip((config.seed for config in sampling), choices, strict=True))]  # pyrefly: ignore
+        step = self.step(token_ids_B, slots_B)
+        tokens = [
+            -1 if token_id == self.damaged else int(best) for token_id, best in zip(token_ids_B, step.logits_BV.argmax(-1), strict=True)
+        ]
+        logprob = step.logits_BV.log_softmax(-1).amax(-1)[None]
+        return Decoded(
+            token_NB=torch.tensor(tokens)[None], logprob_NB=logprob, neurons_NBL=step.neurons_BL[None], heads_NBL=step.heads_BL[None]
+        )
 
 
 class StubModel:

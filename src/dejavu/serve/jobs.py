@@ -62,7 +62,6 @@ class TokenInfo:
     """
 
     token_id: int
-    text_bytes_done: bool = True  # reserved
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     mlp_density: float | None = None
@@ -128,17 +127,14 @@ class EngineFailed(Exception):  # noqa: N818 (a state, not a mistake)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineState:
-    """How one engine does. mode: "sparse", "dense" or "recording" (sparse, for traces). made: false before it is first needed, and
-    where it failed and could not be made anew.
+class Load:
+    """What there is to do and what was done, in numbers that add up over engines.
 
-    queued, running: jobs; slots, pages_free, pages_total: of its cache, a page that is kept for reuse alone being free. Since the start:
+    queued, running: jobs; slots, pages_free, pages_total: of the cache, a page that is kept for reuse alone being free. Since the start:
     steps (calls that decoded), tokens (generated), prompt_tokens (computed), cached_tokens (of prompts, saved by shared prefixes),
     finished, failed and cancelled jobs, fallback_layers (layers whose MLP ran dense for a whole batch, added up over the steps).
     """
 
-    mode: str
-    made: bool
     queued: int
     running: int
     slots: int
@@ -155,8 +151,17 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerState:
-    """How the worker does: sums over its engines, each of which is in `engines`. Numbers as in EngineState.
+class EngineState(Load):
+    """How one engine does. mode: "sparse", "dense" or "recording" (sparse, for traces). made: false before it is first needed, and
+    where it failed and could not be made anew."""
+
+    mode: str
+    made: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState(Load):
+    """How the worker does: the sums over its engines, each of which is in `engines`.
 
     alive: its thread runs, and the engines that it needed could be made (the recording one aside). last_error: the last failure in
     words, None before one. tok_s: tokens of prompts and answers a second lately, while anything ran; None before the first. Of the
@@ -166,19 +171,6 @@ class WorkerState:
 
     alive: bool
     last_error: str | None
-    queued: int
-    running: int
-    slots: int
-    pages_free: int
-    pages_total: int
-    steps: int
-    tokens: int
-    prompt_tokens: int
-    cached_tokens: int
-    finished: int
-    failed: int
-    cancelled: int
-    fallback_layers: int
     tok_s: float | None
     engines: tuple[EngineState, ...]
     model: str

@@ -25,6 +25,7 @@ from dejavu.serve.jobs import EngineFailed, EngineState, TokenInfo
 from dejavu.serve.scheduler import Plan, Prefill, Scheduler
 from dejavu.serve.trace import token_trace
 
+COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of Load
 PATIENCE = 2  # turns in a row in which nothing works, and something fails for no stated reason, before an engine is made anew
 
 Made = list[TokenInfo | ValueError]
@@ -293,9 +294,6 @@ class Lane:
         failed = EngineFailed(reason)
         failed.__cause__ = error
         choice.stream.fail(failed)
-
-
-COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")
 
 
 def slot_of(choice: Choice) -> int:

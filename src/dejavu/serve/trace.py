@@ -1,10 +1,15 @@
-"""What fired in a step, small enough to send with every token. In: the selections of a row. Out: a TokenTrace, by layer in BINS bins."""
+"""What fired in a step, small enough to send with every token. In: the selections of a row. Out: a TokenTrace, by layer in BINS bins.
+
+Letters: F neurons  N bins
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dejavu.engine.interface import EngineInfo, LayerSelection
 from dejavu.serve.jobs import BINS, TokenTrace
@@ -22,8 +27,16 @@ def token_trace(info: EngineInfo, layers: Sequence[LayerSelection] | None) -> To
 def _binned(neurons: int, layer: LayerSelection) -> bytes:
     if layer.neurons_A is None:
         return b"\xff" * BINS
-    sizes, counts = (np.bincount(of * BINS // neurons, minlength=BINS) for of in (np.arange(neurons), layer.neurons_A.numpy()))
-    return np.rint(255 * counts / np.maximum(sizes, 1)).astype(np.uint8).tobytes()
+    bin_F, size_N = _bins(neurons)
+    count_N = np.bincount(bin_F[layer.neurons_A.numpy()], minlength=BINS)
+    return np.rint(255 * count_N / size_N).astype(np.uint8).tobytes()
+
+
+@functools.cache
+def _bins(neurons: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The bin of each neuron, and the size of each bin (of an empty one: 1). The same for every layer of every token."""
+    bin_F = np.arange(neurons) * BINS // neurons
+    return bin_F, np.maximum(np.bincount(bin_F, minlength=BINS), 1)
 
 
 def _heads(heads: int, layer: LayerSelection) -> bytes:

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Protocol
 
 from dejavu.config import ModelConfig, require
@@ -19,8 +20,8 @@ from dejavu.engine.interface import Engine
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.choice import Choice
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.jobs import EngineFailed, Job, WorkerState
-from dejavu.serve.lane import COUNTED, Lane
+from dejavu.serve.jobs import EngineFailed, Job, Load, WorkerState
+from dejavu.serve.lane import Lane
 from dejavu.serve.scheduler import Scheduler
 from dejavu.serve.stream import Stream
 
@@ -141,7 +142,7 @@ class Worker:
         """How it does, from any thread."""
         with self._lock:
             engines = tuple(lane.state() for lane in self._lanes.values())
-            sums = {name: sum(getattr(engine, name) for engine in engines) for name in (*SUMMED, *COUNTED)}
+            sums = {field.name: sum(getattr(engine, field.name) for engine in engines) for field in fields(Load)}
             info, lanes = self._info, self._lanes.values()
             return WorkerState(
                 alive=self._thread.is_alive() and not self._closing and not any(lane.broken for lane in lanes if lane.mode != RECORDING),
@@ -225,6 +226,3 @@ class Worker:
             self._ended = True
         for lane in self._lanes.values():
             lane.end_all(error)
-
-
-SUMMED = ("queued", "running", "slots", "pages_free", "pages_total")
