@@ -1,10 +1,11 @@
-"""The text that smollm2-sparse was adapted on: plain text, of which a part is tokenised as WikiText is, and Python packages' own words.
+"""The text that smollm2-sparse was adapted on: plain text, of which a part is tokenised as WikiText is, Python packages' own words, pages.
 
-    python recipes/adapt_text.py 'text/corpus/*.xz' --avoid 'text/valid/*.txt' --avoid 'tasks/*.jsonl' -o mixture
+    python recipes/adapt_text.py 'text/corpus/*.xz' --avoid 'text/valid/*.txt' --avoid 'tasks/*.jsonl' --pages gov=checkouts -o mixture
 
-In: texts whose documents are told apart, texts to keep out. Out: one xz file for each text, and `packages.txt.xz`: docstrings of installed
-packages and sources of the standard library. Every fifth document is written as WikiText writes it: words and punctuation apart,
-`@-@` for a hyphen, `<unk>` for a rare word. A paragraph that shares 13 words in a row with a text to keep out is left out.
+In: texts whose documents are told apart, texts to keep out, folders of pages in Markdown or reStructuredText. Out: one xz file for each
+text and folder, and `packages.txt.xz`: docstrings of installed packages and sources of the standard library. Every fifth document of a
+text is written as WikiText writes it: words and punctuation apart, `@-@` for a hyphen, `<unk>` for a rare word. Of pages the running text
+is kept, without markup. A paragraph that shares 13 words in a row with a text to keep out is left out.
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ SHARED_WORDS = 13
 WORD = re.compile(r"\w+")
 SPLIT = ((re.compile(r"(?<=\d)([,.])(?=\d)"), r" @\1@ "), (re.compile(r"(?<=\w)-(?=\w)"), " @-@ "))
 APART = re.compile(r"(\.\.\.|[.,;:!?()\[\]\"\u201c\u201d\u201e/%$\u00a3\u20ac\u2013\u2014]|['\u2019]s\b)")
+
+LEAST_PAGE = 500  # characters
+LEAST_PARAGRAPH = 40  # characters of a paragraph that is no heading
+FRONT_MATTER = re.compile(r"\A(---|\+\+\+)\n.*?\n\1\n", re.S)
+NO_PROSE = re.compile(r"^(```|~~~).*?^\1|<!--.*?-->|<(script|style|svg)\b.*?</\2>|\{[{%].*?[%}]\}", re.S | re.M)
+LINKS = ((re.compile(r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])"), ""), (re.compile(r"\[([^\]]+)\](\([^)]*\)|\[[^\]]*\])"), r"\1"))
+MARKS = re.compile(r"^\s{0,3}(#+\s+|>\s?|[-*+]\s+|\d+[.)]\s+)|</?\w[^>]*>|\*\*|__|:\w+:(?=`)|`+", re.M)
+TABLES = re.compile(r"^\s*[|+].*$|^\s*[-=~^*\"]{3,}\s*$|^\.\. .*$|^\[[^\]]+\]:.*$", re.M)
+ENGLISH = re.compile(r"\b(the|of|to|and|is|that)\b")
 
 
 def word_tuples(text: str) -> Iterator[int]:
@@ -103,6 +113,32 @@ def packages(limit: int) -> list[str]:
     return found
 
 
+def prose(page: str) -> str:
+    """The running text of a page in Markdown or reStructuredText: no front matter, code, tables, links' targets or marks."""
+    text = NO_PROSE.sub("", FRONT_MATTER.sub("", page.replace("\r\n", "\n")))
+    for pattern, by in LINKS:
+        text = pattern.sub(by, text)
+    paragraphs = []
+    for part in re.split(r"\n\s*\n", TABLES.sub("", text)):
+        indented = part.startswith(("    ", "\t"))
+        words = " ".join(MARKS.sub("", part).split())
+        heading = part.lstrip().startswith("#")
+        if not indented and (heading or (len(words) >= LEAST_PARAGRAPH and ENGLISH.search(words))):
+            paragraphs.append(words)
+    return "\n\n".join(paragraphs)
+
+
+def pages(folder: Path) -> list[str]:
+    """The running text of a folder's pages, without repeated paragraphs."""
+    seen: set[str] = set()
+    found = []
+    for path in sorted([*folder.rglob("*.md"), *folder.rglob("*.rst")]):
+        kept = [part for part in prose(path.read_text(encoding="utf-8", errors="replace")).split("\n\n") if part not in seen]
+        seen.update(part for part in kept if len(part) >= LEAST_PARAGRAPH)
+        found.append("\n\n".join(kept))
+    return [text for text in found if len(text) >= LEAST_PAGE]
+
+
 def write(path: Path, parts: Sequence[str]) -> None:
     path.write_bytes(lzma.compress(f"\n{SEPARATOR}\n".join(parts).encode(), preset=6))
     print(f"{path}: {len(parts)} documents, {sum(map(len, parts)):,} characters")
@@ -110,9 +146,10 @@ def write(path: Path, parts: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", nargs="+")
+    parser.add_argument("text", nargs="*")
     parser.add_argument("--avoid", action="append", default=[])
     parser.add_argument("--packages", type=int, default=24_000_000, help="characters of packages' text at most")
+    parser.add_argument("--pages", action="append", default=[], metavar="NAME=FOLDER", help="pages in Markdown or reStructuredText")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     avoided = {run for text in named_texts(options.avoid).values() for run in word_tuples(text)}
@@ -124,7 +161,11 @@ def main() -> None:
             options.output / f"{Path(name).name.removesuffix('.xz')}.xz",
             [as_wikitext(p, known) if i % TOKENISED == 0 else p for i, p in enumerate(parts)],
         )
-    write(options.output / "packages.txt.xz", [kept for part in packages(options.packages) if (kept := without(part, avoided)).strip()])
+    for name, folder in (pair.split("=", 1) for pair in options.pages):
+        write(options.output / f"{name}.txt.xz", [kept for part in pages(Path(folder)) if (kept := without(part, avoided)).strip()])
+    if options.packages:
+        kept_packages = [kept for part in packages(options.packages) if (kept := without(part, avoided)).strip()]
+        write(options.output / "packages.txt.xz", kept_packages)
 
 
 if __name__ == "__main__":

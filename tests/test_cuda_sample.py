@@ -240,7 +240,7 @@ def test_decode_equals_greedy_steps(
     tiny: Tiny, device: str, family: str, rows: int, crossing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over several pages, from the short step into the long one on the way, a ring that fills up; then on with a step. Tokens,
-    log-probabilities and counts are those of the torch engine."""
+    log-probabilities, counts and unions are those of the torch engine."""
     monkeypatch.setattr(cuda_engine, "SHORT", crossing)
     monkeypatch.setattr(cuda_engine, "RING", 2)
     model = tiny(family)
@@ -263,6 +263,8 @@ def test_decode_equals_greedy_steps(
         logprob_B = logprob_definition(step.logits_BV, found.token_NB[index])
         torch.testing.assert_close(found.logprob_NB[index].double(), logprob_B, rtol=0, atol=2e-5)
         assert torch.equal(found.neurons_NBL[index], step.neurons_BL) and torch.equal(found.heads_NBL[index], step.heads_BL)
+        assert found.union_NL is not None and step.union_L is not None and torch.equal(found.union_NL[index], step.union_L)
+    assert found.fallback_N is not None and found.fallback_N.tolist() == [0, 0, 0]
     assert [engine.length(slot) for slot in range(4)] == [4 + slot + 3 * (slot in slots) for slot in range(4)]
     if rows == 3:
         assert engine._inputs[4][:, 3].tolist() == [0, 4, 0]  # the row that fills the bucket stays where it is

@@ -53,7 +53,7 @@ class BatchStep:
     """The kernels of a step of several rows, over memory that stays where it is: a graph of them can be replayed.
 
     inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int32 [M, B, L] of each row, in
-    place, as `layer_predictors` has them of one, and unions int64 [L], the neurons that were read; valid after `run`. record: keep what
+    place, as `layer_predictors` has them of one, and unions int32 [L], the neurons that were read; valid after `run`. record: keep what
     the rows keep of inputs.
     """
 
@@ -108,7 +108,7 @@ class BatchStep:
 
     @property
     def unions(self) -> Tensor:
-        return self._union_counts.long()
+        return self._union_counts
 
     @property
     def fallback_layers(self) -> int:

@@ -252,7 +252,7 @@ class CudaEngine(PagedEngine):
             heads_BL=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
             inputs_BLP=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
             selections=tuple(selections(step, row, self._words_LF) for row in range(rows)) if self._record else None,
-            union_L=counts_MBL[0, 0] if alone else step.unions,
+            union_L=counts_MBL[0, 0] if alone else step.unions.long(),
             fallback_layers=0 if alone else step.fallback_layers,
         )
 
@@ -291,7 +291,7 @@ class CudaEngine(PagedEngine):
 
             def both() -> None:
                 self._run(step)
-                rows.run(step.logits, self._counts_of(step), inputs)
+                rows.run(step.logits, self._counts_of(step), inputs, None if isinstance(step, TokenStep) else step.unions)
 
             return both
 
@@ -305,7 +305,9 @@ class CudaEngine(PagedEngine):
             self._start(key, self._decode_graphs, work(key))
             done = index % RING + 1
             if done == RING or index == count - 1:
-                found.append(rows.taken(done, len(slots), self.config.heads_per_group))
+                step = self._step_of(key)
+                alone, fallback = (True, 0) if isinstance(step, TokenStep) else (False, step.fallback_layers)
+                found.append(rows.taken(done, len(slots), self.config.heads_per_group, alone=alone, fallback_layers=fallback))
         return joined(found, dim=0)
 
     def _padded(self, token_ids: Sequence[int], slots: Sequence[int]) -> tuple[int, int, list[int]]:

@@ -68,7 +68,8 @@ class Decoded:
     """Several tokens of each row, sampled where the model is, on its device.
 
     Tokens int64 [N, B], -1 where the logits were not numbers; their log-probabilities fp32, as `Sampler` defines them; and what
-    the step that led to each computed, int64 [N, B, L] and [N, B, L, P], as in StepResult.
+    the step that led to each computed, int64 [N, B, L] and [N, B, L, P], as in StepResult. union_NL and fallback_N int64: of each step,
+    what StepResult calls union_L and fallback_layers.
     """
 
     token_NB: Tensor
@@ -76,6 +77,8 @@ class Decoded:
     neurons_NBL: Tensor
     heads_NBL: Tensor
     inputs_NBLP: Tensor | None = None
+    union_NL: Tensor | None = None
+    fallback_N: Tensor | None = None
 
     def cpu(self) -> Decoded:
         """A copy on the CPU; the device is waited for once."""

@@ -236,19 +236,24 @@ class Lane:
             trace = token_trace(info, None if result.selections is None else result.selections[at]) if row.job.trace else None
             made.append(dataclasses.replace(found, mlp_density=mlp, head_density=heads, trace=trace))
         self._counts["fallback_layers"] += result.fallback_layers or 0
-        return made, None if result.union_L is None else int(result.union_L.sum()) / (info.num_layers * info.num_neurons)
+        return made, self._union(result.union_L)
 
     def _drawn(self, decoder: DecodesTokens, rows: Sequence[Choice]) -> tuple[Made, float | None]:
         """A token of each row, drawn by the engine."""
         settings = [row.job.sampling for row in rows], [row.job.index for row in rows]
         found = decoder.decode([last_of(row) for row in rows], [slot_of(row) for row in rows], 1, *settings).cpu()
         inputs_BLP = None if found.inputs_NBLP is None else found.inputs_NBLP[0]
+        self._counts["fallback_layers"] += 0 if found.fallback_N is None else int(found.fallback_N.sum())
         density_B = self._densities(found.neurons_NBL[0], found.heads_NBL[0], inputs_BLP)
         each = zip(found.token_NB[0].tolist(), found.logprob_NB[0].tolist(), density_B, strict=True)
         return [
             ValueError(NOT_NUMBERS) if token_id < 0 else TokenInfo(token_id=token_id, logprob=logprob, mlp_density=mlp, head_density=heads)
             for token_id, logprob, (mlp, heads) in each
-        ], None
+        ], self._union(None if found.union_NL is None else found.union_NL[0])
+
+    def _union(self, union_L: Tensor | None) -> float | None:
+        """The density of what rows read together, mean over the layers."""
+        return None if union_L is None else int(union_L.sum()) / (self.engine.info.num_layers * self.engine.info.num_neurons)
 
     def _densities(self, neurons_BL: Tensor, heads_BL: Tensor, inputs_BLP: Tensor | None) -> list[tuple[float, float]]:
         """Of each row, the densities of MLP and heads, means over the layers."""
