@@ -311,18 +311,19 @@ def gpu_speed() -> str:
 
 
 def gpu_batches() -> str:
-    """Our decode on a GPU at every context and batch, the newest of each."""
-    points = [rows for rows in gpu_points() if _ahead(rows) == "beside"]
-    newest = {(rows[0].model, rows[0].dtype, rows[0].device, rows[0].context, rows[0].batch): rows for rows in points}
+    """Our decode on a GPU at every context and batch, the newest of each mode; times dense are of one run."""
+    newest: dict[tuple[Any, ...], tuple[Row, Row]] = {}
+    for rows in gpu_points():
+        dense = next(row for row in rows if row.mode == "dense")
+        for row in _decodes(rows)[0] if _ahead(rows) == "beside" else ():
+            newest[row.model, row.dtype, row.device, row.context, row.batch, row.mode] = row, dense
     table, sources = [], []
     order = list(dict.fromkeys(key[:3] for key in newest))
     for key in sorted(newest, key=lambda key: (order.index(key[:3]), key[3:])):
-        own, _ = _decodes(newest[key])
-        dense = next(row for row in own if row.mode == "dense")
-        for row in own:
-            about = [f"{row.model}{', synthetic' if row.synthetic else ''}", _short_name(row.device), row.dtype]
-            about += [str(row.context), str(row.batch)]
-            table.append([f"dejavu {row.mode}", *about, _percent(row.union_density), *_gpu_cells(row, dense)])
+        row, dense = newest[key]
+        about = [f"{row.model}{', synthetic' if row.synthetic else ''}", _short_name(row.device), row.dtype]
+        about += [str(row.context), str(row.batch)]
+        table.append([f"dejavu {row.mode}", *about, _percent(row.union_density), *_gpu_cells(row, dense)])
         sources.append(dense)
     header = ["program", "model", "GPU", "dtype", "context", "batch", "union density", "MLP density", "heads", "ms a step", "tokens/s"]
     return _table([*header, "times our dense"], table) + _sources(sources) if table else NOT_MEASURED

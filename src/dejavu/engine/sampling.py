@@ -10,6 +10,7 @@ Letters: V vocabulary  C candidates
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping
@@ -40,19 +41,28 @@ def stream_digest(seed: int, index: int) -> bytes:
 
 
 class Distribution:
-    """The full softmax of logits [V], in fp64. Raises ValueError when the logits are not numbers."""
+    """The full softmax of logits [V], in fp64: worked out when it is asked for, as the likeliest token alone needs none.
+
+    Raises ValueError when the logits are not numbers.
+    """
 
     def __init__(self, logits_V: Tensor) -> None:
         # numpy, not torch: torch's threads go on spinning after each operation, on the cores that the next step needs.
         wide = logits_V.dtype in (torch.float32, torch.float64)
-        value_V = (logits_V if wide else logits_V.float()).detach().cpu().numpy().astype(np.float64)
-        with np.errstate(invalid="ignore", over="ignore"):
-            self.best = int(value_V.argmax())
-            self.below_V = value_V - value_V[self.best]  # at most 0, so that a temperature near zero does not overflow
-            total = float(np.exp(self.below_V).sum())
-        if not 0 < total < math.inf:
+        self._value_V = (logits_V if wide else logits_V.float()).detach().cpu().numpy()
+        self.best = int(self._value_V.argmax())  # the first NaN, where there is one
+        if not math.isfinite(self._value_V[self.best]):
             raise ValueError(NOT_NUMBERS)
-        self._log_total = math.log(total)
+
+    @functools.cached_property
+    def below_V(self) -> NDArray[np.float64]:  # noqa: N802 (a shape suffix)
+        """Each logit less the largest: at most 0, so that a temperature near zero does not overflow."""
+        value_V = self._value_V.astype(np.float64)
+        return value_V - value_V[self.best]
+
+    @functools.cached_property
+    def _log_total(self) -> float:
+        return math.log(float(np.exp(self.below_V).sum()))
 
     def logprob(self, token_id: int) -> float:
         return float(self.below_V[token_id]) - self._log_total
@@ -92,6 +102,8 @@ class Sampler:
 
     def choose(self, found: Distribution, bias: Mapping[int, float] | None = None) -> int:
         """The next token. bias: token id -> what is added to its logit before anything else."""
+        if self.config.temperature == 0 and not bias:
+            return found.best
         best, below_V = found.best, found.below_V
         if bias:
             below_V = below_V.copy()

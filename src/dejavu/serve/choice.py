@@ -52,7 +52,12 @@ class Choice(Claim):
         """The next token by these logits. Raises ValueError where they are not numbers."""
         found = Distribution(logits_V)
         token_id = self.sampler.choose(found, self.job.logit_bias)
-        return TokenInfo(token_id=token_id, logprob=found.logprob(token_id), top=found.top(self.job.top_logprobs or 0))
+        wanted = self.job.top_logprobs
+        return (
+            TokenInfo(token_id=token_id)
+            if wanted is None
+            else TokenInfo(token_id=token_id, logprob=found.logprob(token_id), top=found.top(wanted))
+        )
 
     def score_prompt(self, start: int, logits_TV: Tensor) -> None:
         """Log-probabilities of the prompt's tokens behind those from `start` on. Raises ValueError where logits are not numbers."""

@@ -245,10 +245,10 @@ class Lane:
         inputs_BLP = None if found.inputs_NBLP is None else found.inputs_NBLP[0]
         self._counts["fallback_layers"] += 0 if found.fallback_N is None else int(found.fallback_N.sum())
         density_B = self._densities(found.neurons_NBL[0], found.heads_NBL[0], inputs_BLP)
-        each = zip(found.token_NB[0].tolist(), found.logprob_NB[0].tolist(), density_B, strict=True)
+        each = zip(found.token_NB[0].tolist(), density_B, strict=True)
         return [
-            ValueError(NOT_NUMBERS) if token_id < 0 else TokenInfo(token_id=token_id, logprob=logprob, mlp_density=mlp, head_density=heads)
-            for token_id, logprob, (mlp, heads) in each
+            ValueError(NOT_NUMBERS) if token_id < 0 else TokenInfo(token_id=token_id, mlp_density=mlp, head_density=heads)
+            for token_id, (mlp, heads) in each
         ], self._union(None if found.union_NL is None else found.union_NL[0])
 
     def _union(self, union_L: Tensor | None) -> float | None:

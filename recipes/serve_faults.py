@@ -1,0 +1,202 @@
+"""What a server does when things go wrong, in figures: clients that leave, bodies that make no sense, a full queue, a killed process.
+
+    python recipes/serve_faults.py opt-mini --seconds 60
+
+In: a model. Out: one JSON object. Half of the clients read every answer to its end and compare it with what the model says alone (fp32,
+greedy, so a difference is a fault); the other half leave in the middle of theirs. Beside them malformed bodies are sent, and now and
+then more requests at once than the queue takes. Then the process is killed while all read, and started again. The exit status is 1 if
+an answer was wrong or hung, a status made no sense, or pages did not come back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
+
+import httpx
+
+from dejavu.measure.serving_process import served
+from dejavu.measure.serving_server import LeakCheck, health
+
+SLOTS, QUEUE = 8, 24
+BURST, BURST_EVERY_S = 64, 7.0
+HUNG_S = 60.0  # a client that hears nothing for so long
+TOKENS = 48
+PROMPTS = [f"{start} {middle}" for start in ("The keeper of the", "In the year", "She said that", "A small boat") for middle in
+           ("old lighthouse", "the war ended and", "nobody knew", "at night", "a river", "is", "his father", "12 + 7")]  # fmt: skip
+MALFORMED: tuple[bytes, ...] = (
+    b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": 7}', b'{"prompt": [[]]}', b'{"prompt": "a", "max_tokens": -1}',
+    b'{"prompt": "a", "temperature": "hot"}', b'{"prompt": "a", "n": 10000}', b'{"prompt": ["a", 1]}', b'{"prompt": [999999999]}',
+    b'{"prompt": "a", "stop": [1]}', b'{"prompt": "a", "logit_bias": {"x": 1}}', b'{"prompt": "a", "stream_options": 3, "stream": true}',
+    b'{"model": "none", "prompt": "a"}', b'{"prompt": "' + b"long " * 400_000 + b'"}', b'{"messages": []}',
+)  # fmt: skip
+
+
+class Run:
+    """Clients of one server, and what they saw."""
+
+    def __init__(self, client: httpx.AsyncClient, expected: dict[str, str]) -> None:
+        self.client, self.expected = client, expected
+        self.seen: Counter[str] = Counter()
+        self.longest_silence_s = 0.0
+        self.drawn = random.Random(1)
+
+    async def answer(self, prompt: str, *, pieces: int | None = None) -> str | None:
+        """The text of a streamed answer; of one that is left after so many pieces, and of one that is no answer, None."""
+        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+        found, finished, heard = [], False, time.perf_counter()
+        try:
+            async with asyncio.timeout(HUNG_S), self.client.stream("POST", "/v1/completions", json=body) as response:
+                if response.status_code != httpx.codes.OK:
+                    await response.aread()
+                    told = response.status_code == httpx.codes.TOO_MANY_REQUESTS and "retry-after" in response.headers
+                    self.seen["refused, with Retry-After" if told else f"status {response.status_code}"] += 1
+                    return None
+                async for line in response.aiter_lines():
+                    now = time.perf_counter()
+                    heard, self.longest_silence_s = now, max(self.longest_silence_s, now - heard)
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        self.seen["error in a stream"] += 1
+                        return None
+                    found += [choice["text"] for choice in event["choices"]]
+                    finished |= any(choice["finish_reason"] for choice in event["choices"])
+                    if pieces is not None and len(found) >= pieces:
+                        self.seen["left"] += 1
+                        return None
+        except TimeoutError:
+            self.seen["hung"] += 1
+            return None
+        except httpx.HTTPError:
+            self.seen["connection lost"] += 1
+            return None
+        return "".join(found) if finished else None
+
+    async def stays(self, until: float) -> None:
+        while time.perf_counter() < until:
+            prompt = self.drawn.choice(PROMPTS)
+            text = await self.answer(prompt)
+            if text is None:
+                await asyncio.sleep(0.2)
+            else:
+                self.seen["right" if text == self.expected[prompt] else "wrong"] += 1
+
+    async def leaves(self, until: float) -> None:
+        while time.perf_counter() < until:
+            if await self.answer(self.drawn.choice(PROMPTS), pieces=self.drawn.randint(1, 20)) is None:
+                await asyncio.sleep(0.2)
+
+    async def malformed(self, until: float) -> None:
+        for body in itertools.cycle(MALFORMED):
+            if time.perf_counter() >= until:
+                return
+            path = self.drawn.choice(["/v1/completions", "/v1/chat/completions"])
+            response = await self.client.post(path, content=body, headers={"content-type": "application/json"}, timeout=HUNG_S)
+            told = response.is_client_error and "message" in response.json().get("error", {})
+            self.seen["malformed, told why" if told else f"malformed, status {response.status_code}"] += 1
+            await asyncio.sleep(0.05)
+
+    async def bursts(self, until: float) -> None:
+        while time.perf_counter() + BURST_EVERY_S < until:
+            await asyncio.sleep(BURST_EVERY_S)
+            texts = await asyncio.gather(*(self.answer(prompt) for prompt in (PROMPTS * 2)[:BURST]))
+            for prompt, text in zip((PROMPTS * 2)[:BURST], texts, strict=True):
+                if text is not None:
+                    self.seen["right" if text == self.expected[prompt] else "wrong"] += 1
+
+
+async def expected_texts(client: httpx.AsyncClient) -> dict[str, str]:
+    """What the model says, one prompt at a time."""
+    found = {}
+    for prompt in PROMPTS:
+        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        found[prompt] = (await client.post("/v1/completions", json=body)).raise_for_status().json()["choices"][0]["text"]
+    return found
+
+
+def client_of(url: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
+
+
+async def under_faults(url: str, process: int, clients: int, seconds: float) -> tuple[dict[str, str], dict[str, Any]]:
+    async with client_of(url) as client:
+        run = Run(client, await expected_texts(client))
+        check = LeakCheck(client, process=process)
+        await check.start()
+        until = time.perf_counter() + seconds
+        work: list[Coroutine[Any, Any, None]] = [run.malformed(until), run.bursts(until)]
+        for number in range(clients):
+            work.append(run.stays(until) if number % 2 else run.leaves(until))
+        await asyncio.gather(*work)
+        report = await check.finish()
+        await check.sample()
+        told = await health(client)
+        kept = {name: told.get(name) for name in ("status", "running", "queued", "last_error")}
+        memory = [round(size) for size in check.memory_mb]
+        leaks = {"pages_before": report.pages_before, "pages_after": report.pages_after, "memory_mb": memory}
+        return run.expected, {"seen": dict(run.seen), "longest_silence_s": round(run.longest_silence_s, 2), "health": kept, **leaks}
+
+
+async def until_killed(url: str, expected: dict[str, str], kill: Any, clients: int) -> dict[str, Any]:
+    """All read when the process dies: what they see, and how long the last of them waits for it."""
+    async with client_of(url) as client:
+        run = Run(client, expected)
+        readers = [asyncio.create_task(run.answer(prompt)) for prompt in (PROMPTS * 8)[:clients]]
+        await asyncio.sleep(0.3)
+        kill()
+        killed = time.perf_counter()
+        texts = await asyncio.gather(*readers)
+        wrong = sum(text is not None and text != expected[p] for p, text in zip((PROMPTS * 8)[:clients], texts, strict=True))
+        return {
+            "seen": dict(run.seen),
+            "whole": len(texts) - texts.count(None),
+            "wrong": wrong,
+            "last_knew_s": round(time.perf_counter() - killed, 3),
+        }
+
+
+async def after_restart(url: str, expected: dict[str, str]) -> int:
+    async with client_of(url) as client:
+        found = await expected_texts(client)
+        return sum(found[prompt] != expected[prompt] for prompt in PROMPTS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--clients", type=int, default=32)
+    options = parser.parse_args()
+    arguments = [options.model, "--dtype", "fp32", "--slots", str(SLOTS), "--queue", str(QUEUE)]
+    with served(arguments) as server:
+        expected, faults = asyncio.run(under_faults(server.url, server.process.pid, options.clients, options.seconds))
+        killed = asyncio.run(until_killed(server.url, expected, server.process.kill, SLOTS))
+        server.process.wait()
+    started = time.perf_counter()
+    with served(arguments) as server:
+        restarted = {
+            "ready_s": round(time.perf_counter() - started, 2),
+            "different_answers": asyncio.run(after_restart(server.url, expected)),
+        }
+    print(json.dumps({"faults": faults, "killed": killed, "restarted": restarted}))
+    seen = Counter(faults["seen"]) + Counter(killed["seen"])
+    senseless = [
+        name for name in seen if name.startswith(("status", "malformed, status")) or name in ("wrong", "hung", "error in a stream")
+    ]
+    lost = faults["pages_before"] != faults["pages_after"]
+    sys.exit(1 if senseless or lost or killed["wrong"] or restarted["different_answers"] else 0)
+
+
+if __name__ == "__main__":
+    main()
