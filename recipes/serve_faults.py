@@ -43,15 +43,15 @@ MALFORMED: tuple[bytes, ...] = (
 class Run:
     """Clients of one server, and what they saw."""
 
-    def __init__(self, client: httpx.AsyncClient, expected: dict[str, str]) -> None:
-        self.client, self.expected = client, expected
+    def __init__(self, client: httpx.AsyncClient, model: str, expected: dict[str, str]) -> None:
+        self.client, self.model, self.expected = client, model, expected
         self.seen: Counter[str] = Counter()
         self.longest_silence_s = 0.0
         self.drawn = random.Random(1)
 
     async def answer(self, prompt: str, *, pieces: int | None = None) -> str | None:
         """The text of a streamed answer; of one that is left after so many pieces, and of one that is no answer, None."""
-        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+        body = {"model": self.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
         found, finished, heard = [], False, time.perf_counter()
         try:
             async with asyncio.timeout(HUNG_S), self.client.stream("POST", "/v1/completions", json=body) as response:
@@ -115,11 +115,11 @@ class Run:
                     self.seen["right" if text == self.expected[prompt] else "wrong"] += 1
 
 
-async def expected_texts(client: httpx.AsyncClient) -> dict[str, str]:
+async def expected_texts(client: httpx.AsyncClient, model: str) -> dict[str, str]:
     """What the model says, one prompt at a time."""
     found = {}
     for prompt in PROMPTS:
-        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
         found[prompt] = (await client.post("/v1/completions", json=body)).raise_for_status().json()["choices"][0]["text"]
     return found
 
@@ -129,9 +129,9 @@ def client_of(url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
 
 
-async def under_faults(url: str, process: int, clients: int, seconds: float) -> tuple[dict[str, str], dict[str, Any]]:
+async def under_faults(url: str, model: str, process: int, clients: int, seconds: float) -> tuple[dict[str, str], dict[str, Any]]:
     async with client_of(url) as client:
-        run = Run(client, await expected_texts(client))
+        run = Run(client, model, await expected_texts(client, model))
         check = LeakCheck(client, process=process)
         await check.start()
         until = time.perf_counter() + seconds
@@ -148,10 +148,10 @@ async def under_faults(url: str, process: int, clients: int, seconds: float) -> 
         return run.expected, {"seen": dict(run.seen), "longest_silence_s": round(run.longest_silence_s, 2), "health": kept, **leaks}
 
 
-async def until_killed(url: str, expected: dict[str, str], kill: Any, clients: int) -> dict[str, Any]:
+async def until_killed(url: str, model: str, expected: dict[str, str], kill: Any, clients: int) -> dict[str, Any]:
     """All read when the process dies: what they see, and how long the last of them waits for it."""
     async with client_of(url) as client:
-        run = Run(client, expected)
+        run = Run(client, model, expected)
         readers = [asyncio.create_task(run.answer(prompt)) for prompt in (PROMPTS * 8)[:clients]]
         await asyncio.sleep(0.3)
         kill()
@@ -166,9 +166,9 @@ async def until_killed(url: str, expected: dict[str, str], kill: Any, clients: i
         }
 
 
-async def after_restart(url: str, expected: dict[str, str]) -> int:
+async def after_restart(url: str, model: str, expected: dict[str, str]) -> int:
     async with client_of(url) as client:
-        found = await expected_texts(client)
+        found = await expected_texts(client, model)
         return sum(found[prompt] != expected[prompt] for prompt in PROMPTS)
 
 
@@ -180,14 +180,14 @@ def main() -> None:
     options = parser.parse_args()
     arguments = [options.model, "--dtype", "fp32", "--slots", str(SLOTS), "--queue", str(QUEUE)]
     with served(arguments) as server:
-        expected, faults = asyncio.run(under_faults(server.url, server.process.pid, options.clients, options.seconds))
-        killed = asyncio.run(until_killed(server.url, expected, server.process.kill, SLOTS))
+        expected, faults = asyncio.run(under_faults(server.url, options.model, server.process.pid, options.clients, options.seconds))
+        killed = asyncio.run(until_killed(server.url, options.model, expected, server.process.kill, SLOTS))
         server.process.wait()
     started = time.perf_counter()
     with served(arguments) as server:
         restarted = {
             "ready_s": round(time.perf_counter() - started, 2),
-            "different_answers": asyncio.run(after_restart(server.url, expected)),
+            "different_answers": asyncio.run(after_restart(server.url, options.model, expected)),
         }
     print(json.dumps({"faults": faults, "killed": killed, "restarted": restarted}))
     seen = Counter(faults["seen"]) + Counter(killed["seen"])

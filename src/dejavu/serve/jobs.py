@@ -102,6 +102,13 @@ class Event:
     finish_reason: Literal["stop", "length"] | None = None
     summary: Summary | None = None
 
+    def then(self, later: Event) -> Event:
+        """Both in one."""
+        return Event(
+            text=self.text + later.text, tokens=self.tokens + later.tokens, prompt_tokens=self.prompt_tokens + later.prompt_tokens,
+            finish_reason=later.finish_reason, summary=later.summary,
+        )  # fmt: skip
+
 
 class QueueFull(Exception):  # noqa: N818 (a state, not a mistake)
     """As many jobs wait as may. retry_after_s: when there may be room again, in whole seconds, at least 1."""

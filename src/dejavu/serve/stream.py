@@ -1,6 +1,7 @@
 """A stream of events from the worker's thread to whoever asked: an asyncio task or another thread.
 
-In: events, and at last one with a finish_reason or an error. Out: the same, in order, by iterating; the error is raised.
+In: events, and at last one with a finish_reason or an error. Out: the same, in order, by iterating; the error is raised. A task gets what
+has come since it last asked as one event: when texts come faster than they can be sent, they are sent in larger pieces.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class Stream(AsyncIterator[Event]):
             with self._changed:
                 if self._events or self._over:
                     found = self._next()
+                    while found is not None and self._events and isinstance(later := self._events[0], Event):
+                        self._events.popleft()
+                        found = found.then(later)
                     break
                 loop = asyncio.get_running_loop()
                 arrived = asyncio.Event()

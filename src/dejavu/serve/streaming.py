@@ -34,6 +34,10 @@ class Running:
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
         """The events of all streams, each with the index of its stream. What a stream raises is raised here."""
+        if len(self._streams) == 1:
+            async for found in self._alone():
+                yield found
+            return
         arrived: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
         async def forward(index: int, stream: EventStream) -> None:
@@ -57,6 +61,17 @@ class Running:
                     raise event
         finally:
             await _end(tasks)
+
+    async def _alone(self) -> AsyncGenerator[tuple[int, Event]]:
+        """Of one stream: no task stands between it and the reader."""
+        ((index, stream),) = self._streams.items()
+        try:
+            async for event in stream:
+                yield index, event
+        except Exception:
+            self._streams.clear()
+            raise
+        self._streams.clear()
 
     def cancel(self) -> None:
         """Cancel the streams that have not ended. Those that have are left alone: a request that ended well cancels nothing."""
