@@ -5,7 +5,8 @@
 In: texts whose documents are told apart, texts to keep out, folders of pages in Markdown or reStructuredText. Out: one xz file for each
 text and folder, and `packages.txt.xz`: docstrings of installed packages and sources of the standard library. Every fifth document of a
 text is written as WikiText writes it: words and punctuation apart, `@-@` for a hyphen, `<unk>` for a rare word. Of pages the running text
-is kept, without markup. A paragraph that shares 13 words in a row with a text to keep out is left out.
+is kept, without markup and most of the code. A paragraph that shares 13 words in a row with a text to keep out is left out. How much of
+what is taken is for who calls `dejavu adapt` (a file that is given twice counts twice): docs/log.md has what was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import ast
 import hashlib
 import importlib.metadata
+import json
 import lzma
 import re
 import sysconfig
@@ -21,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dejavu.config import require
 from dejavu.measure.texts import SEPARATOR, documents, named_texts
 
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "scikit-learn", "sympy", "networkx", "nltk", "pillow", "transformers", "torch")
@@ -50,6 +53,18 @@ def word_tuples(text: str) -> Iterator[int]:
     words = [word.lower() for word in WORD.findall(text)]
     for first in range(len(words) - SHARED_WORDS + 1):
         yield hash(" ".join(words[first : first + SHARED_WORDS]))
+
+
+def spoken(name: str, text: str) -> list[str]:
+    """The texts in a file: all strings of each line of a .jsonl, else the file's own."""
+
+    def strings(value: object) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from strings(inner)
+
+    return [" ".join(strings(json.loads(line))) for line in text.splitlines()] if name.endswith(".jsonl") else [text]
 
 
 def without(document: str, avoided: set[int]) -> str:
@@ -129,7 +144,8 @@ def prose(page: str) -> str:
 
 
 def pages(folder: Path) -> list[str]:
-    """The running text of a folder's pages, without repeated paragraphs."""
+    """The running text of a folder's pages, without paragraphs of earlier ones. Raises ValueError where there is no folder."""
+    require(folder.is_dir(), f"--pages: {str(folder)!r} is no folder; give NAME=FOLDER")
     seen: set[str] = set()
     found = []
     for path in sorted([*folder.rglob("*.md"), *folder.rglob("*.rst")]):
@@ -152,7 +168,7 @@ def main() -> None:
     parser.add_argument("--pages", action="append", default=[], metavar="NAME=FOLDER", help="pages in Markdown or reStructuredText")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    avoided = {run for text in named_texts(options.avoid).values() for run in word_tuples(text)}
+    avoided = {run for name, text in named_texts(options.avoid).items() for part in spoken(name, text) for run in word_tuples(part)}
     options.output.mkdir(parents=True, exist_ok=True)
     for name, text in named_texts(options.text).items():
         parts = [kept for part in documents(text) if (kept := without(part, avoided)).strip()]
@@ -161,7 +177,8 @@ def main() -> None:
             options.output / f"{Path(name).name.removesuffix('.xz')}.xz",
             [as_wikitext(p, known) if i % TOKENISED == 0 else p for i, p in enumerate(parts)],
         )
-    for name, folder in (pair.split("=", 1) for pair in options.pages):
+    for name, _, folder in (pair.partition("=") for pair in options.pages):
+        require(folder != "", f"--pages: {name!r} is no folder; give NAME=FOLDER")
         write(options.output / f"{name}.txt.xz", [kept for part in pages(Path(folder)) if (kept := without(part, avoided)).strip()])
     if options.packages:
         kept_packages = [kept for part in packages(options.packages) if (kept := without(part, avoided)).strip()]

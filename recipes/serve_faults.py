@@ -5,7 +5,8 @@
 In: a model. Out: one JSON object. Half of the clients read every answer to its end and compare it with what the model says alone (fp32,
 greedy, so a difference is a fault); the other half leave in the middle of theirs. Beside them malformed bodies are sent, and now and
 then more requests at once than the queue takes. Then the process is killed while all read, and started again. The exit status is 1 if
-an answer was wrong or hung, a status made no sense, or pages did not come back.
+an answer was wrong, cut short or hung, a connection was lost before the process was killed, a status made no sense, pages did not come
+back, or one of these things did not happen at all.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import httpx
 
+from dejavu.measure.serving_client import byte_lines
 from dejavu.measure.serving_process import served
 from dejavu.measure.serving_server import LeakCheck, health
 
 SLOTS, QUEUE = 8, 24
 BURST, BURST_EVERY_S = 64, 7.0
 HUNG_S = 60.0  # a client that hears nothing for so long
-TOKENS = 48
+TOKENS, LONG = 48, 900  # of an answer, and of one in the middle of which the process is killed
 PROMPTS = [f"{start} {middle}" for start in ("The keeper of the", "In the year", "She said that", "A small boat") for middle in
            ("old lighthouse", "the war ended and", "nobody knew", "at night", "a river", "is", "his father", "12 + 7")]  # fmt: skip
 MALFORMED: tuple[bytes, ...] = (
@@ -49,28 +51,35 @@ class Run:
         self.longest_silence_s = 0.0
         self.drawn = random.Random(1)
 
-    async def answer(self, prompt: str, *, pieces: int | None = None) -> str | None:
+    async def answer(
+        self, prompt: str, *, pieces: int | None = None, tokens: int = TOKENS, begun: asyncio.Event | None = None
+    ) -> str | None:
         """The text of a streamed answer; of one that is left after so many pieces, and of one that is no answer, None."""
-        body = {"model": self.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": tokens == LONG}
         found, finished, heard = [], False, time.perf_counter()
         try:
-            async with asyncio.timeout(HUNG_S), self.client.stream("POST", "/v1/completions", json=body) as response:
+            async with asyncio.timeout(HUNG_S) as silence, self.client.stream("POST", "/v1/completions", json=body) as response:
                 if response.status_code != httpx.codes.OK:
                     await response.aread()
                     told = response.status_code == httpx.codes.TOO_MANY_REQUESTS and "retry-after" in response.headers
                     self.seen["refused, with Retry-After" if told else f"status {response.status_code}"] += 1
                     return None
-                async for line in response.aiter_lines():
+                async for line in byte_lines(response.aiter_bytes()):
                     now = time.perf_counter()
                     heard, self.longest_silence_s = now, max(self.longest_silence_s, now - heard)
-                    if not line.startswith("data: ") or line == "data: [DONE]":
+                    silence.reschedule(asyncio.get_running_loop().time() + HUNG_S)
+                    if not line.startswith(b"data: "):
                         continue
-                    event = json.loads(line.removeprefix("data: "))
+                    if line == b"data: [DONE]":
+                        return "".join(found) if finished else None
+                    event = json.loads(line.removeprefix(b"data: "))
                     if "error" in event:
                         self.seen["error in a stream"] += 1
                         return None
                     found += [choice["text"] for choice in event["choices"]]
                     finished |= any(choice["finish_reason"] for choice in event["choices"])
+                    if begun is not None and found:
+                        begun.set()
                     if pieces is not None and len(found) >= pieces:
                         self.seen["left"] += 1
                         return None
@@ -80,7 +89,8 @@ class Run:
         except httpx.HTTPError:
             self.seen["connection lost"] += 1
             return None
-        return "".join(found) if finished else None
+        self.seen["cut short"] += 1
+        return None
 
     async def stays(self, until: float) -> None:
         while time.perf_counter() < until:
@@ -101,18 +111,21 @@ class Run:
             if time.perf_counter() >= until:
                 return
             path = self.drawn.choice(["/v1/completions", "/v1/chat/completions"])
-            response = await self.client.post(path, content=body, headers={"content-type": "application/json"}, timeout=HUNG_S)
-            told = response.is_client_error and "message" in response.json().get("error", {})
-            self.seen["malformed, told why" if told else f"malformed, status {response.status_code}"] += 1
+            try:
+                response = await self.client.post(path, content=body, headers={"content-type": "application/json"}, timeout=HUNG_S)
+                told = response.is_client_error and "message" in response.json().get("error", {})
+                self.seen["malformed, told why" if told else f"malformed, status {response.status_code}"] += 1
+            except (httpx.HTTPError, json.JSONDecodeError) as error:
+                self.seen[f"malformed, {type(error).__name__}"] += 1
             await asyncio.sleep(0.05)
 
     async def bursts(self, until: float) -> None:
-        while time.perf_counter() + BURST_EVERY_S < until:
-            await asyncio.sleep(BURST_EVERY_S)
+        while time.perf_counter() < until:
             texts = await asyncio.gather(*(self.answer(prompt) for prompt in (PROMPTS * 2)[:BURST]))
             for prompt, text in zip((PROMPTS * 2)[:BURST], texts, strict=True):
                 if text is not None:
                     self.seen["right" if text == self.expected[prompt] else "wrong"] += 1
+            await asyncio.sleep(BURST_EVERY_S)
 
 
 async def expected_texts(client: httpx.AsyncClient, model: str) -> dict[str, str]:
@@ -148,22 +161,17 @@ async def under_faults(url: str, model: str, process: int, clients: int, seconds
         return run.expected, {"seen": dict(run.seen), "longest_silence_s": round(run.longest_silence_s, 2), "health": kept, **leaks}
 
 
-async def until_killed(url: str, model: str, expected: dict[str, str], kill: Any, clients: int) -> dict[str, Any]:
-    """All read when the process dies: what they see, and how long the last of them waits for it."""
+async def until_killed(url: str, model: str, kill: Callable[[], None]) -> dict[str, Any]:
+    """All slots write long texts when the process dies: what their readers see, and after how long the last of them knows."""
     async with client_of(url) as client:
-        run = Run(client, model, expected)
-        readers = [asyncio.create_task(run.answer(prompt)) for prompt in (PROMPTS * 8)[:clients]]
-        await asyncio.sleep(0.3)
+        run = Run(client, model, {})
+        begun = [asyncio.Event() for _ in range(SLOTS)]
+        readers = [asyncio.create_task(run.answer(PROMPTS[at], tokens=LONG, begun=begun[at])) for at in range(SLOTS)]
+        await asyncio.wait_for(asyncio.gather(*(event.wait() for event in begun)), HUNG_S)
         kill()
         killed = time.perf_counter()
         texts = await asyncio.gather(*readers)
-        wrong = sum(text is not None and text != expected[p] for p, text in zip((PROMPTS * 8)[:clients], texts, strict=True))
-        return {
-            "seen": dict(run.seen),
-            "whole": len(texts) - texts.count(None),
-            "wrong": wrong,
-            "last_knew_s": round(time.perf_counter() - killed, 3),
-        }
+        return {"seen": dict(run.seen), "whole": SLOTS - texts.count(None), "last_knew_s": round(time.perf_counter() - killed, 3)}
 
 
 async def after_restart(url: str, model: str, expected: dict[str, str]) -> int:
@@ -181,7 +189,7 @@ def main() -> None:
     arguments = [options.model, "--dtype", "fp32", "--slots", str(SLOTS), "--queue", str(QUEUE)]
     with served(arguments) as server:
         expected, faults = asyncio.run(under_faults(server.url, options.model, server.process.pid, options.clients, options.seconds))
-        killed = asyncio.run(until_killed(server.url, options.model, expected, server.process.kill, SLOTS))
+        killed = asyncio.run(until_killed(server.url, options.model, server.process.kill))
         server.process.wait()
     started = time.perf_counter()
     with served(arguments) as server:
@@ -190,12 +198,23 @@ def main() -> None:
             "different_answers": asyncio.run(after_restart(server.url, options.model, expected)),
         }
     print(json.dumps({"faults": faults, "killed": killed, "restarted": restarted}))
-    seen = Counter(faults["seen"]) + Counter(killed["seen"])
-    senseless = [
-        name for name in seen if name.startswith(("status", "malformed, status")) or name in ("wrong", "hung", "error in a stream")
-    ]
-    lost = faults["pages_before"] != faults["pages_after"]
-    sys.exit(1 if senseless or lost or killed["wrong"] or restarted["different_answers"] else 0)
+    sys.exit(1 if complaints(faults, killed, restarted) else 0)
+
+
+def complaints(faults: dict[str, Any], killed: dict[str, Any], restarted: dict[str, Any]) -> list[str]:
+    """What is not as it should be, also on stderr."""
+    sensible = {"right", "left", "refused, with Retry-After", "malformed, told why"}
+    found = [f"{count} x {name}" for name, count in faults["seen"].items() if name not in sensible]
+    found += [f"nobody saw: {name}" for name in sensible - set(faults["seen"])]
+    if faults["pages_before"] != faults["pages_after"] or faults["health"]["running"] or faults["health"]["queued"]:
+        found.append("something is held after the last answer")
+    if killed["whole"] or set(killed["seen"]) != {"connection lost"}:
+        found.append("not every reader lost its connection when the process was killed")
+    if restarted["different_answers"]:
+        found.append("the new process answers otherwise")
+    for line in found:
+        print(line, file=sys.stderr)
+    return found
 
 
 if __name__ == "__main__":

@@ -268,8 +268,9 @@ class DrawingEngine(StubEngine):
         ]
         logprob = step.logits_BV.log_softmax(-1).amax(-1)[None]
         return Decoded(
-            token_NB=torch.tensor(tokens)[None], logprob_NB=logprob, neurons_NBL=step.neurons_BL[None], heads_NBL=step.heads_BL[None]
-        )
+            token_NB=torch.tensor(tokens)[None], logprob_NB=logprob, neurons_NBL=step.neurons_BL[None], heads_NBL=step.heads_BL[None],
+            union_NL=None if step.union_L is None else step.union_L[None], fallback_layers=1,
+        )  # fmt: skip
 
 
 class StubModel:

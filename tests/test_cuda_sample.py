@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 import dejavu.engine.cuda_engine as cuda_engine
 from conftest import Tiny
 from dejavu.config import SamplingConfig
-from dejavu.engine.cuda_decode import DecodeRows, packed_settings
+from dejavu.engine.cuda_decode import DecodeRows, joined, packed_settings
 from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.interface import Decoded
 from dejavu.engine.sampling import Sampler
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels.cuda.sample import (
@@ -227,6 +228,24 @@ def test_settings_reach_the_kernels_as_they_were_given() -> None:
     assert settings.seed_B[0] == seeds[0] and settings.seed_B[1] not in seeds  # choices of one request
 
 
+def test_parts_are_joined_by_token_and_by_row() -> None:
+    """Of rows that ran apart no union is known, and the most layers that fell back count."""
+
+    def part(start: int, fallback: int) -> Decoded:
+        ids_NB = torch.arange(start, start + 4).view(2, 2)
+        counts_NBL = ids_NB[..., None].repeat(1, 1, 3)
+        return Decoded(
+            token_NB=ids_NB, logprob_NB=-ids_NB.float(), neurons_NBL=counts_NBL, heads_NBL=counts_NBL, union_NL=counts_NBL[:, 0],
+            fallback_layers=fallback,
+        )  # fmt: skip
+
+    later, beside = joined([part(0, 1), part(4, 1)], dim=0), joined([part(0, 1), part(4, 2)], dim=1)
+    assert later.token_NB.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and beside.token_NB.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert later.union_NL is not None and later.union_NL[:, 0].tolist() == [0, 2, 4, 6] and beside.union_NL is None
+    assert (later.fallback_layers, beside.fallback_layers) == (1, 2) and later.inputs_NBLP is None
+    assert later.cpu().fallback_layers == 1, "what is no tensor stays"
+
+
 def prefilled(engine: Any) -> Any:
     """The engine with a prompt of 4, 5 and 6 tokens in its slots, as many as it has."""
     for slot in range(engine.info.num_slots):
@@ -264,7 +283,7 @@ def test_decode_equals_greedy_steps(
         torch.testing.assert_close(found.logprob_NB[index].double(), logprob_B, rtol=0, atol=2e-5)
         assert torch.equal(found.neurons_NBL[index], step.neurons_BL) and torch.equal(found.heads_NBL[index], step.heads_BL)
         assert found.union_NL is not None and step.union_L is not None and torch.equal(found.union_NL[index], step.union_L)
-    assert found.fallback_N is not None and found.fallback_N.tolist() == [0, 0, 0]
+    assert found.fallback_layers == 0
     assert [engine.length(slot) for slot in range(4)] == [4 + slot + 3 * (slot in slots) for slot in range(4)]
     if rows == 3:
         assert engine._inputs[4][:, 3].tolist() == [0, 4, 0]  # the row that fills the bucket stays where it is

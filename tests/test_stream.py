@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -62,8 +63,8 @@ def test_a_reader_that_leaves_one_stream_cancels_it() -> None:
         stream = Stream(lambda: left.append(1))
         stream.put(Event(text="a"))
         running = Running([stream])
-        async for _ in running.events():
-            break
+        async with contextlib.aclosing(running.events()) as events:
+            await anext(events)
         running.cancel()
 
     asyncio.run(leave())

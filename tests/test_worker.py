@@ -270,6 +270,7 @@ def test_an_engine_draws_for_rows_that_want_nothing_else() -> None:
         plain, scored = run(worker, job(new=3, sampling=sampling, index=2), job("Twice", new=3, top_logprobs=1))
         assert text_of(plain) == text_of(scored) == "abc"
         assert [info.mlp_density for info in tokens_of(plain)] == [None, 0.625, 0.625]
+        assert summary_of(plain).union_density == (0.25 + 1) / 2 and worker.state().fallback_layers == 2, "of its own two steps"
         assert [info.logprob is None for info in (*tokens_of(plain), *tokens_of(scored))] == [True] * 3 + [False] * 3
         engine = model.engines[1]
         assert isinstance(engine, DrawingEngine) and engine.drawn == [((3, 2),)] * 2, "one row, and not the one that wants more"

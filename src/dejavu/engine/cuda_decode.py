@@ -42,7 +42,7 @@ class DecodeRows:
             logprob_NB=torch.zeros(RING, rows, device=device),
             counts_NMBL=torch.zeros(RING, counts, rows, layers, dtype=torch.int32, device=device),
         )
-        self.union_NL = torch.zeros(RING, layers, dtype=torch.int32, device=device)  # one row's is what it selects itself
+        self._union_NL = torch.zeros(RING, layers, dtype=torch.int32, device=device)  # of steps of several rows
         self.made = torch.zeros(1, dtype=torch.int32, device=device)
         self._token_B = torch.zeros(rows, dtype=torch.int32, device=device)
         self._logprob_B = torch.zeros(rows, device=device)
@@ -59,14 +59,14 @@ class DecodeRows:
     def run(self, logits_BV: Tensor, counts_MBL: Tensor, inputs_3B: Tensor, union_L: Tensor | None) -> None:
         """Sample the logits, keep the tokens with the step's counts and union, and make them and the next positions the inputs."""
         if union_L is not None:
-            self.union_NL.index_copy_(0, self.made.long(), union_L[None])
+            self._union_NL.index_copy_(0, self.made.long(), union_L[None])
         sample_rows(logits_BV, self._settings, self._scratch, self._token_B, self._logprob_B)
         advance_rows(self._token_B, self._logprob_B, counts_MBL, inputs_3B, self.ring, self.made, padding=self._padding)
 
     def taken(self, tokens: int, rows: int, heads_per_group: int, *, alone: bool, fallback_layers: int) -> Decoded:
         """A copy of the ring's first tokens of the first rows; the ring is written from its start again. alone: a step of one row ran."""
         ring, counts = self.ring, self.ring.counts_NMBL.shape[1]
-        union_NL = ring.counts_NMBL[:, 0, 0] if alone else self.union_NL
+        union_NL = ring.counts_NMBL[:, 0, 0] if alone else self._union_NL
         found = Decoded(
             token_NB=ring.token_NB[:tokens, :rows].long(),
             logprob_NB=ring.logprob_NB[:tokens, :rows].clone(),
@@ -74,7 +74,7 @@ class DecodeRows:
             heads_NBL=ring.counts_NMBL[:tokens, 1, :rows].long() * heads_per_group,
             inputs_NBLP=None if counts == 2 else ring.counts_NMBL[:tokens, 2:, :rows].long().permute(0, 2, 3, 1),
             union_NL=union_NL[:tokens].long(),
-            fallback_N=torch.full((tokens,), fallback_layers, device=self.made.device),
+            fallback_layers=fallback_layers,
         )
         self.made.zero_()
         return found
@@ -84,12 +84,12 @@ def joined(parts: Sequence[Decoded], dim: int) -> Decoded:
     """What was decoded, one after the other by token (dim 0) or by row (dim 1: no union is known then)."""
     if len(parts) == 1:
         return parts[0]
-    names = {field.name for field in dataclasses.fields(Decoded) if getattr(parts[0], field.name) is not None}
-    of_steps = set() if dim == 0 else {"union_NL", "fallback_N"}
-    found = {name: torch.cat([getattr(part, name) for part in parts], dim) for name in names - of_steps}
-    if of_steps:
-        found["fallback_N"] = torch.stack([part.fallback_N for part in parts if part.fallback_N is not None]).amax(0)
-    return Decoded(**found)
+    found = {}
+    for field in dataclasses.fields(Decoded):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], Tensor) and not (dim == 1 and field.name == "union_NL"):
+            found[field.name] = torch.cat(values, dim)
+    return Decoded(**found, fallback_layers=max(part.fallback_layers or 0 for part in parts))
 
 
 def packed_settings(

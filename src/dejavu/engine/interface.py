@@ -68,8 +68,8 @@ class Decoded:
     """Several tokens of each row, sampled where the model is, on its device.
 
     Tokens int64 [N, B], -1 where the logits were not numbers; their log-probabilities fp32, as `Sampler` defines them; and what
-    the step that led to each computed, int64 [N, B, L] and [N, B, L, P], as in StepResult. union_NL and fallback_N int64: of each step,
-    what StepResult calls union_L and fallback_layers.
+    the step that led to each computed, int64 [N, B, L] and [N, B, L, P], as in StepResult. union_NL int64: of each step, what StepResult
+    calls union_L. fallback_layers: as there, in every one of these steps.
     """
 
     token_NB: Tensor
@@ -78,12 +78,12 @@ class Decoded:
     heads_NBL: Tensor
     inputs_NBLP: Tensor | None = None
     union_NL: Tensor | None = None
-    fallback_N: Tensor | None = None
+    fallback_layers: int | None = None
 
     def cpu(self) -> Decoded:
         """A copy on the CPU; the device is waited for once."""
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        copies = {name: None if part is None else part.to("cpu", non_blocking=True) for name, part in fields}
+        copies = {name: part.to("cpu", non_blocking=True) for name, part in fields if isinstance(part, Tensor)}
         if self.token_NB.is_cuda:
             torch.cuda.current_stream(self.token_NB.device).synchronize()
         return dataclasses.replace(self, **copies)

@@ -41,7 +41,8 @@ def stream_digest(seed: int, index: int) -> bytes:
 
 
 class Distribution:
-    """The full softmax of logits [V], in fp64: worked out when it is asked for, as the likeliest token alone needs none.
+    """The full softmax of logits [V], in fp64: worked out when it is asked for, as the likeliest token alone needs none. Logits on the
+    CPU are not copied: they have to stay as they are meanwhile.
 
     Raises ValueError when the logits are not numbers.
     """

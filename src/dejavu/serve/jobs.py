@@ -8,7 +8,7 @@ Letters: L layers  H query heads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,11 +102,15 @@ class Event:
     finish_reason: Literal["stop", "length"] | None = None
     summary: Summary | None = None
 
-    def then(self, later: Event) -> Event:
-        """Both in one."""
-        return Event(
-            text=self.text + later.text, tokens=self.tokens + later.tokens, prompt_tokens=self.prompt_tokens + later.prompt_tokens,
-            finish_reason=later.finish_reason, summary=later.summary,
+    @classmethod
+    def together(cls, events: Sequence[Event]) -> Event:
+        """Some events that follow each other, as one."""
+        last = events[-1]
+        return last if len(events) == 1 else cls(
+            text="".join(event.text for event in events),
+            tokens=tuple(token for event in events for token in event.tokens),
+            prompt_tokens=tuple(token for event in events for token in event.prompt_tokens),
+            finish_reason=last.finish_reason, summary=last.summary,
         )  # fmt: skip
 
 

@@ -89,6 +89,8 @@ class Lane:
     def cancel(self, choice: Choice) -> None:
         """Its reader has left: the choice is over by the next turn."""
         with self._lock:
+            if choice.over:  # its last event is on its way
+                return
             self.scheduler.cancel(choice)
             self._counts["cancelled"] += 1
             self._lock.notify_all()
@@ -243,7 +245,7 @@ class Lane:
         settings = [row.job.sampling for row in rows], [row.job.index for row in rows]
         found = decoder.decode([last_of(row) for row in rows], [slot_of(row) for row in rows], 1, *settings).cpu()
         inputs_BLP = None if found.inputs_NBLP is None else found.inputs_NBLP[0]
-        self._counts["fallback_layers"] += 0 if found.fallback_N is None else int(found.fallback_N.sum())
+        self._counts["fallback_layers"] += found.fallback_layers or 0
         density_B = self._densities(found.neurons_NBL[0], found.heads_NBL[0], inputs_BLP)
         each = zip(found.token_NB[0].tolist(), density_B, strict=True)
         return [
@@ -268,13 +270,14 @@ class Lane:
         if event is None:
             return
         if event.finish_reason is not None:
-            self._counts["finished"] += not choice.cancelled
-            self._end(choice)
+            self._end(choice, counts="finished")
         choice.stream.put(event)
 
-    def _end(self, choice: Choice) -> None:
+    def _end(self, choice: Choice, *, counts: str | None = None) -> None:
         try:
-            with self._lock:
+            with self._lock:  # either it counts as this, or as cancelled
+                if counts is not None and not choice.cancelled:
+                    self._counts[counts] += 1
                 self.scheduler.end(choice)
         except Exception as error:
             log.exception("the %s engine cannot free a slot and is made anew", self.mode)

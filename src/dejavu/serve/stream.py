@@ -48,21 +48,23 @@ class Stream(AsyncIterator[Event]):
             wake()
 
     async def __anext__(self) -> Event:
-        while True:
+        found: list[Event] = []
+        while not found:
             with self._changed:
                 if self._events or self._over:
-                    found = self._next()
-                    while found is not None and self._events and isinstance(later := self._events[0], Event):
+                    event = self._next()
+                    if event is None:
+                        raise StopAsyncIteration
+                    found.append(event)
+                    while self._events and isinstance(later := self._events[0], Event):
                         self._events.popleft()
-                        found = found.then(later)
-                    break
+                        found.append(later)
+                    continue
                 loop = asyncio.get_running_loop()
                 arrived = asyncio.Event()
                 self._wake = lambda loop=loop, arrived=arrived: _set(loop, arrived)
             await arrived.wait()
-        if found is None:
-            raise StopAsyncIteration
-        return found
+        return Event.together(found)
 
     def events(self) -> Iterator[Event]:
         """The same for a reader without a loop: waits for each event."""
