@@ -109,7 +109,7 @@ def test_a_slot_is_free_one_step_after_its_reader_left(stream: bool, n: int) -> 
         engine.allow(5)
         eventually(lambda: engine.steps == 5 and engine.waiting.is_set())
         if stream:
-            caller.hear(b'"text":"x"')
+            caller.hear(b'"text":"x')  # one or more of them
         caller.leave()
         metric = 'dejavu_requests_total{endpoint="completions",outcome="cancelled"} 1.0'
         eventually(lambda: metric in site.client.get("/metrics").text)

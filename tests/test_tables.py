@@ -112,6 +112,7 @@ def test_speed_on_a_gpu(tables: ModuleType, measured: Any) -> None:
 
 
 def test_batches_on_a_gpu(tables: ModuleType, measured: Any) -> None:
+    """Of each mode the newest, beside the dense of its own run."""
     later = "2031-01-01T00:00:00+00:00"
     measured(
         row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1),
@@ -121,6 +122,7 @@ def test_batches_on_a_gpu(tables: ModuleType, measured: Any) -> None:
     assert [(cells[0], cells[2], cells[4], cells[5], cells[10], cells[11]) for cells in found] == [
         ("dejavu dense", "Test", "128", "1", "25.0", "1.00"),
         ("dejavu dense", "Test", "128", "4", "40.0", "1.00"),
+        ("dejavu sparse", "Test", "128", "4", "100.0", "1.25"),
         ("dejavu dense", "Test", "1024", "1", "20.0", "1.00"),
     ]
     measured(row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1))
