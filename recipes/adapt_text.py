@@ -55,7 +55,7 @@ def word_tuples(text: str) -> Iterator[int]:
         yield hash(" ".join(words[first : first + SHARED_WORDS]))
 
 
-def spoken(name: str, text: str) -> list[str]:
+def texts_in(name: str, text: str) -> list[str]:
     """The texts in a file: all strings of each line of a .jsonl, else the file's own."""
 
     def strings(value: object) -> Iterator[str]:
@@ -67,9 +67,10 @@ def spoken(name: str, text: str) -> list[str]:
     return [" ".join(strings(json.loads(line))) for line in text.splitlines()] if name.endswith(".jsonl") else [text]
 
 
-def without(document: str, avoided: set[int]) -> str:
-    """The document less its paragraphs that share a run of words with what is avoided."""
-    return "\n\n".join(part for part in document.split("\n\n") if avoided.isdisjoint(word_tuples(part)))
+def without(texts: Sequence[str], avoided: set[int]) -> list[str]:
+    """The documents less their paragraphs that share a run of words with what is avoided, and less those of which nothing is left."""
+    kept = ("\n\n".join(part for part in text.split("\n\n") if avoided.isdisjoint(word_tuples(part))) for text in texts)
+    return [text for text in kept if text.strip()]
 
 
 def as_wikitext(document: str, known: Counter[str]) -> str:
@@ -129,7 +130,7 @@ def packages(limit: int) -> list[str]:
 
 
 def prose(page: str) -> str:
-    """The running text of a page in Markdown or reStructuredText: no front matter, code, tables, links' targets or marks."""
+    """The running text of a page in Markdown or reStructuredText: less front matter, fences, tables, marks and links' targets."""
     text = NO_PROSE.sub("", FRONT_MATTER.sub("", page.replace("\r\n", "\n")))
     for pattern, by in LINKS:
         text = pattern.sub(by, text)
@@ -168,10 +169,10 @@ def main() -> None:
     parser.add_argument("--pages", action="append", default=[], metavar="NAME=FOLDER", help="pages in Markdown or reStructuredText")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    avoided = {run for name, text in named_texts(options.avoid).items() for part in spoken(name, text) for run in word_tuples(part)}
+    avoided = {run for name, text in named_texts(options.avoid).items() for part in texts_in(name, text) for run in word_tuples(part)}
     options.output.mkdir(parents=True, exist_ok=True)
     for name, text in named_texts(options.text).items():
-        parts = [kept for part in documents(text) if (kept := without(part, avoided)).strip()]
+        parts = without(documents(text), avoided)
         known = Counter(word for part in parts for word in APART.sub(r" \1 ", part).split())
         write(
             options.output / f"{Path(name).name.removesuffix('.xz')}.xz",
@@ -179,10 +180,9 @@ def main() -> None:
         )
     for name, _, folder in (pair.partition("=") for pair in options.pages):
         require(folder != "", f"--pages: {name!r} is no folder; give NAME=FOLDER")
-        write(options.output / f"{name}.txt.xz", [kept for part in pages(Path(folder)) if (kept := without(part, avoided)).strip()])
+        write(options.output / f"{name}.txt.xz", without(pages(Path(folder)), avoided))
     if options.packages:
-        kept_packages = [kept for part in packages(options.packages) if (kept := without(part, avoided)).strip()]
-        write(options.output / "packages.txt.xz", kept_packages)
+        write(options.output / "packages.txt.xz", without(packages(options.packages), avoided))
 
 
 if __name__ == "__main__":

@@ -24,16 +24,17 @@ from typing import Any
 
 import httpx
 
-from dejavu.measure.serving_client import byte_lines
+from dejavu.measure.serving_client import Target, byte_lines
 from dejavu.measure.serving_process import served
 from dejavu.measure.serving_server import LeakCheck, health
 
 SLOTS, QUEUE = 8, 24
-BURST, BURST_EVERY_S = 64, 7.0
+BURST_EVERY_S = 7.0
 HUNG_S = 60.0  # a client that hears nothing for so long
 TOKENS, LONG = 48, 900  # of an answer, and of one in the middle of which the process is killed
 PROMPTS = [f"{start} {middle}" for start in ("The keeper of the", "In the year", "She said that", "A small boat") for middle in
            ("old lighthouse", "the war ended and", "nobody knew", "at night", "a river", "is", "his father", "12 + 7")]  # fmt: skip
+BURST = PROMPTS * 2
 MALFORMED: tuple[bytes, ...] = (
     b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": 7}', b'{"prompt": [[]]}', b'{"prompt": "a", "max_tokens": -1}',
     b'{"prompt": "a", "temperature": "hot"}', b'{"prompt": "a", "n": 10000}', b'{"prompt": ["a", 1]}', b'{"prompt": [999999999]}',
@@ -71,7 +72,9 @@ class Run:
                     if not line.startswith(b"data: "):
                         continue
                     if line == b"data: [DONE]":
-                        return "".join(found) if finished else None
+                        if finished:
+                            return "".join(found)
+                        break
                     event = json.loads(line.removeprefix(b"data: "))
                     if "error" in event:
                         self.seen["error in a stream"] += 1
@@ -92,14 +95,17 @@ class Run:
         self.seen["cut short"] += 1
         return None
 
+    async def reads(self, prompt: str) -> bool:
+        """Whether there was a whole answer; if so, it is compared."""
+        text = await self.answer(prompt)
+        if text is not None:
+            self.seen["right" if text == self.expected[prompt] else "wrong"] += 1
+        return text is not None
+
     async def stays(self, until: float) -> None:
         while time.perf_counter() < until:
-            prompt = self.drawn.choice(PROMPTS)
-            text = await self.answer(prompt)
-            if text is None:
+            if not await self.reads(self.drawn.choice(PROMPTS)):
                 await asyncio.sleep(0.2)
-            else:
-                self.seen["right" if text == self.expected[prompt] else "wrong"] += 1
 
     async def leaves(self, until: float) -> None:
         while time.perf_counter() < until:
@@ -121,10 +127,7 @@ class Run:
 
     async def bursts(self, until: float) -> None:
         while time.perf_counter() < until:
-            texts = await asyncio.gather(*(self.answer(prompt) for prompt in (PROMPTS * 2)[:BURST]))
-            for prompt, text in zip((PROMPTS * 2)[:BURST], texts, strict=True):
-                if text is not None:
-                    self.seen["right" if text == self.expected[prompt] else "wrong"] += 1
+            await asyncio.gather(*map(self.reads, BURST))
             await asyncio.sleep(BURST_EVERY_S)
 
 
@@ -137,13 +140,8 @@ async def expected_texts(client: httpx.AsyncClient, model: str) -> dict[str, str
     return found
 
 
-def client_of(url: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
-
-
 async def under_faults(url: str, model: str, process: int, clients: int, seconds: float) -> tuple[dict[str, str], dict[str, Any]]:
-    async with client_of(url) as client:
+    async with Target(url=url).client() as client:
         run = Run(client, model, await expected_texts(client, model))
         check = LeakCheck(client, process=process)
         await check.start()
@@ -163,7 +161,7 @@ async def under_faults(url: str, model: str, process: int, clients: int, seconds
 
 async def until_killed(url: str, model: str, kill: Callable[[], None]) -> dict[str, Any]:
     """All slots write long texts when the process dies: what their readers see, and after how long the last of them knows."""
-    async with client_of(url) as client:
+    async with Target(url=url).client() as client:
         run = Run(client, model, {})
         begun = [asyncio.Event() for _ in range(SLOTS)]
         readers = [asyncio.create_task(run.answer(PROMPTS[at], tokens=LONG, begun=begun[at])) for at in range(SLOTS)]
@@ -175,7 +173,7 @@ async def until_killed(url: str, model: str, kill: Callable[[], None]) -> dict[s
 
 
 async def after_restart(url: str, model: str, expected: dict[str, str]) -> int:
-    async with client_of(url) as client:
+    async with Target(url=url).client() as client:
         found = await expected_texts(client, model)
         return sum(found[prompt] != expected[prompt] for prompt in PROMPTS)
 

@@ -84,9 +84,9 @@ def headline() -> str:
     return _table(["opt-mini (21 M parameters)", "dense", "sparse"], rows) + _source(line)
 
 
-def texts() -> str:
+def texts(model: str = "opt-mini") -> str:
     """Perplexity of every held-out text."""
-    line = newest("eval", "opt-mini")
+    line = newest("eval", model)
     dense, sparse = line["result"]["dense"], line["result"]["sparse"]
     rows = []
     for name, value in dense["texts"].items():
@@ -95,6 +95,8 @@ def texts() -> str:
         rows.append(
             [Path(name).stem, f"{value['ppl']:.2f}", f"{other['ppl']:.2f}", rise, f"{value['bits_per_byte']:.3f}", f"{value['tokens']}"]
         )
+    every = [f"all, at an MLP density of {_percent(sparse['mlp_density'])}", f"{dense['ppl']:.2f}", f"{sparse['ppl']:.2f}"]
+    rows.append([*every, _percent(sparse["ppl"] / dense["ppl"] - 1, 2), "", str(dense["tokens"])])
     return _table(["text", "dense", "sparse", "rise", "bits per byte, dense", "tokens"], rows) + _source(line)
 
 
@@ -439,6 +441,7 @@ def families() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "methods": methods,
+    "smollm-texts": lambda: texts("smollm2-sparse"),
     "smollm-curve": curve,
     "headline": headline,
     "texts": texts,

@@ -4,7 +4,7 @@ In: token ids and slots. Out: logits, counts and, when recording, selections, as
 (engine/torch_engine.py). This file keeps slots and pages; arithmetic, threads and selections are in native/.
 A row's result depends on that row alone, bit for bit, whatever its batch mates and the number of threads.
 
-Letters: B rows of a step  V vocabulary  L layers  F neurons  G key/value heads  S tokens per page  K head_dim (padded)
+Letters: B rows of a step  N blocks of rows  V vocabulary  L layers  F neurons  G key/value heads  S tokens per page  K head_dim (padded)
 """
 
 from __future__ import annotations
@@ -48,16 +48,24 @@ def layout_of(layers: Sequence[LayerAdapter]) -> str:
 
 
 class _Counts(NamedTuple):
-    """What a block of rows selected, int64, as dejavu_block has it: to be written by the library."""
+    """What blocks of rows selected, int64, as dejavu_block has it: to be written by the library."""
 
     neurons_BL: Tensor
     heads_BL: Tensor
-    union_L: Tensor
-    in_order_L: Tensor
+    union_NL: Tensor
+    in_order_NL: Tensor
 
     @classmethod
     def room(cls, rows: int, layers: int) -> _Counts:
-        return cls(*torch.empty(2, rows, layers, dtype=torch.int64), *torch.empty(2, layers, dtype=torch.int64))
+        blocks = -(-rows // native.MAX_ROWS)
+        neurons_BL, heads_BL = torch.empty(2, rows, layers, dtype=torch.int64).unbind(0)
+        union_NL, in_order_NL = torch.empty(2, blocks, layers, dtype=torch.int64).unbind(0)
+        return cls(neurons_BL, heads_BL, union_NL, in_order_NL)
+
+    def block(self, first: int) -> _Counts:
+        """Of the block that begins with row `first`."""
+        rows, number = slice(first, first + native.MAX_ROWS), first // native.MAX_ROWS
+        return _Counts(self.neurons_BL[rows], self.heads_BL[rows], self.union_NL[number], self.in_order_NL[number])
 
 
 class NativeEngine(PagedEngine):
@@ -197,34 +205,35 @@ class NativeEngine(PagedEngine):
             self._admit(slot, (token_id,))
         logits_BV = torch.empty(batch, self.config.vocab_size)
         inputs_BLP = self._input_counts(batch)
-        blocks: list[_Counts] = []
+        counts = _Counts.room(batch, self.config.num_layers)
         selections: list[tuple[LayerSelection, ...]] = []
         for first in range(0, batch, native.MAX_ROWS):
             rows = slice(first, first + native.MAX_ROWS)
             slots = slots_B[rows]
-            blocks.append(_Counts.room(len(slots), self.config.num_layers))
             positions = [self._cache.lengths[slot] for slot in slots]
             selections += self._run(
                 token_ids_B[rows],
                 slots,
                 positions,
                 logits_BV[rows],
-                blocks[-1],
+                counts.block(first),
                 sparse=True,
                 inputs_BLP=None if inputs_BLP is None else inputs_BLP[rows],
                 profile=profile,
             )
         for slot in slots_B:
             self._cache.advance(slot, 1)
-        in_order_L = torch.stack([block.in_order_L for block in blocks]).sum(0)
+        # Few numbers: Python adds them up in less time than a tensor's operation takes, and a token of a small model takes 0.4 ms.
+        in_order_NL: list[list[int]] = counts.in_order_NL.tolist()
+        in_order_L = [sum(of_layer) for of_layer in zip(*in_order_NL, strict=True)]
         return StepResult(
             logits_BV=logits_BV,
-            neurons_BL=torch.cat([block.neurons_BL for block in blocks]),
-            heads_BL=torch.cat([block.heads_BL for block in blocks]),
+            neurons_BL=counts.neurons_BL,
+            heads_BL=counts.heads_BL,
             inputs_BLP=inputs_BLP,
             selections=tuple(selections) if self._record else None,
-            union_L=blocks[0].union_L if len(blocks) == 1 else None,
-            fallback_layers=int((2 * in_order_L > batch * self.config.intermediate_size).sum()),
+            union_L=counts.union_NL[0] if batch <= native.MAX_ROWS else None,
+            fallback_layers=sum(2 * rows > batch * self.config.intermediate_size for rows in in_order_L),
         )
 
     def _input_counts(self, *rows: int) -> Tensor | None:
@@ -276,8 +285,8 @@ class NativeEngine(PagedEngine):
             group_mask=_address(group_mask_BLG),
             inputs=_address(inputs_BLP),
             input_mask=_address(input_mask_BLI),
-            unions=counts.union_L.data_ptr(),
-            in_order=counts.in_order_L.data_ptr(),
+            unions=counts.union_NL.data_ptr(),
+            in_order=counts.in_order_NL.data_ptr(),
         )
         if profile is None:
             native.check(self._library.dejavu_engine_run(self._handle, block))

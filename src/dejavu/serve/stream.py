@@ -1,7 +1,6 @@
 """A stream of events from the worker's thread to whoever asked: an asyncio task or another thread.
 
-In: events, and at last one with a finish_reason or an error. Out: the same, in order, by iterating; the error is raised. A task gets what
-has come since it last asked as one event: when texts come faster than they can be sent, they are sent in larger pieces.
+In: events, and at last one with a finish_reason or an error. Out: the same, in order, by iterating; the error is raised.
 """
 
 from __future__ import annotations
@@ -48,23 +47,18 @@ class Stream(AsyncIterator[Event]):
             wake()
 
     async def __anext__(self) -> Event:
-        found: list[Event] = []
-        while not found:
+        while True:
             with self._changed:
                 if self._events or self._over:
-                    event = self._next()
-                    if event is None:
-                        raise StopAsyncIteration
-                    found.append(event)
-                    while self._events and isinstance(later := self._events[0], Event):
-                        self._events.popleft()
-                        found.append(later)
-                    continue
+                    found = self._next()
+                    break
                 loop = asyncio.get_running_loop()
                 arrived = asyncio.Event()
                 self._wake = lambda loop=loop, arrived=arrived: _set(loop, arrived)
             await arrived.wait()
-        return Event.together(found)
+        if found is None:
+            raise StopAsyncIteration
+        return found
 
     def events(self) -> Iterator[Event]:
         """The same for a reader without a loop: waits for each event."""

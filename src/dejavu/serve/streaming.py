@@ -1,7 +1,7 @@
 """Events of several streams in one row, and work that ends when its reader goes away.
 
-In: the streams of a request; ASGI's `receive`. Out: (index, event) in the order of arrival; what the work returned, or None where the
-client went first.
+In: the streams of a request; ASGI's `receive`. Out: (index, event) in the order of arrival, what came of a stream meanwhile as one event:
+where texts come faster than they can be sent, they are sent in larger pieces; what the work returned, or None where the client went first.
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ class Running:
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
         """The events of all streams, each with the index of its stream. What a stream raises is raised here."""
-        if len(self._streams) == 1:
-            async for found in self._alone():
-                yield found
-            return
         arrived: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
         async def forward(index: int, stream: EventStream) -> None:
@@ -52,26 +48,20 @@ class Running:
         tasks = [asyncio.create_task(forward(index, stream)) for index, stream in self._streams.items()]
         try:
             while self._streams:
-                index, event = await arrived.get()
-                if isinstance(event, Event):
-                    yield index, event
-                    continue
-                del self._streams[index]
-                if event is not None:
-                    raise event
+                came = [await arrived.get()]
+                while not arrived.empty():
+                    came.append(arrived.get_nowait())
+                for index in dict.fromkeys(index for index, _ in came):
+                    found = [what for of, what in came if of == index]
+                    if events := [what for what in found if isinstance(what, Event)]:
+                        yield index, Event.together(events)
+                    if isinstance(end := found[-1], Event):
+                        continue
+                    del self._streams[index]
+                    if end is not None:
+                        raise end
         finally:
             await _end(tasks)
-
-    async def _alone(self) -> AsyncGenerator[tuple[int, Event]]:
-        """Of one stream: no task stands between it and the reader."""
-        ((index, stream),) = self._streams.items()
-        try:
-            async for event in stream:
-                yield index, event
-        except Exception:
-            self._streams.clear()
-            raise
-        self._streams.clear()
 
     def cancel(self) -> None:
         """Cancel the streams that have not ended. Those that have are left alone: a request that ended well cancels nothing."""
