@@ -260,7 +260,8 @@ class DrawingEngine(StubEngine):
         sampling: Sequence[SamplingConfig] | None = None,
         choices: Sequence[int] | None = None,
     ) -> Decoded:
-        assert count == 1 and sampling is not None and choices is not None
+        assert count == 1
+        sampling, choices = sampling or [SamplingConfig()] * len(slots_B), choices or [0] * len(slots_B)
         self.drawn = [*getattr(self, "drawn", []), tuple(zip((config.seed for config in sampling), choices, strict=True))]  # pyrefly: ignore
         step = self.step(token_ids_B, slots_B)
         tokens = [

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +40,19 @@ class Scores:
 
 
 PLAIN = Scores()
+# Not cuDNN's, which plans for every new length of a prompt: 40 to 80 ms, in each thread anew.
+CUDA_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend_tokens(q: Tensor, k: Tensor, v: Tensor, seen_TS: Tensor | None, scores: Scores) -> Tensor:
     """Mixed values [.., H, T, K] of queries [.., H, T, K] over keys and values [.., G, S, K]; seen: None for all."""
     per = q.shape[-3] // max(1, k.shape[-3])  # no group may be selected
-    if scores.cap == 0:
+    if scores.cap == 0 and not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TS, scale=scores.scale, enable_gqa=per > 1)
-    k, v = k.repeat_interleave(per, -3), v.repeat_interleave(per, -3)
+    k, v = (x.repeat_interleave(per, -3) if per > 1 else x for x in (k, v))
+    if scores.cap == 0:
+        with sdpa_kernel(CUDA_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TS, scale=scores.scale)
     score = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
     score = scores.cap * torch.tanh(score / scores.cap)
     if seen_TS is not None:

@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Protocol
+from typing import Any, Protocol
 
 from dejavu.config import ModelConfig, require
 from dejavu.engine.interface import Engine
+from dejavu.files import read_text
+from dejavu.measure.texts import DATA
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.choice import Choice
 from dejavu.serve.config import ServeConfig
@@ -24,9 +26,11 @@ from dejavu.serve.jobs import EngineFailed, Job, Load, WorkerState
 from dejavu.serve.lane import Lane
 from dejavu.serve.scheduler import Scheduler
 from dejavu.serve.stream import Stream
+from dejavu.serve.warm_up import warm_up
 
 RECORDING = "recording"
 RECORDING_SLOTS = 2  # traces are for looking at, and another cache costs memory
+WARM_UP_TEXT, WARM_UP_CHARACTERS = DATA / "calibration.txt", 16_384
 REMEMBERED = 0.95  # of the throughput, from one turn to the next
 
 log = logging.getLogger(__name__)
@@ -61,7 +65,8 @@ class Worker:
         self._lock = threading.Condition()
         self._longest = config.longest(lm.config.max_positions)
         tokens = config.cached(lm.config.max_positions)
-        main = functools.partial(lm.engine, num_slots=config.slots, cache_tokens=tokens)
+        self._text_ids = lm.tokenizer.encode(read_text(WARM_UP_TEXT)[:WARM_UP_CHARACTERS])
+        main = functools.partial(self._engine, num_slots=config.slots, cache_tokens=tokens)
         dense = main(dense=True)
         self._info, modes = dense.info, {"dense": (functools.partial(main, dense=True), dense)}
         if lm.adapter is not None:
@@ -72,12 +77,17 @@ class Worker:
         if lm.adapter is not None:
             slots = min(config.slots, RECORDING_SLOTS)
             tokens = min(tokens, slots * self._longest)
-            make = functools.partial(lm.engine, num_slots=slots, cache_tokens=tokens, record=True)
+            make = functools.partial(self._engine, num_slots=slots, cache_tokens=tokens, record=True)
             self._lanes[RECORDING] = self._lane(RECORDING, make, slots, tokens, None)
         self._thread = threading.Thread(target=self._run, name="dejavu-worker", daemon=True)
         self._closing = self._ended = False
         self._last_error: str | None = None
         self._work = self._busy_s = 0.0  # what was computed lately, and how long it took
+
+    def _engine(self, **settings: Any) -> Engine:
+        engine = self._lm.engine(**settings)
+        warm_up(engine, self._text_ids)
+        return engine
 
     def _lane(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> Lane:
         config, page_size = self._config, self._info.page_size

@@ -1,0 +1,49 @@
+"""What an engine does the first time that so many rows or so long a text come, done before there is a client to wait for it.
+
+In: an engine, a text's ids. Out: the engine, empty as before. One that captures its steps compiles, measures (which layers run dense for
+so many rows) and captures each size when it first comes; here real text comes, so that what is measured is what texts select. Other
+engines have nothing to prepare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dejavu.engine.interface import CapturesSteps, DecodesTokens, Engine
+
+PROMPT = 16  # tokens of a row
+LONG = 1024  # and of one row, once more, for what differs in long texts
+
+
+def warm_up(engine: Engine, text_ids: Sequence[int]) -> None:
+    """Decode a few tokens with 1, 2, 4 and so on rows, up to all slots, short and long. The slots must be empty, and are afterwards."""
+    if not isinstance(engine, CapturesSteps):
+        return
+    info = engine.info
+    sizes = sorted({info.num_slots, *(2**power for power in range(info.num_slots.bit_length()))})
+    spare = 2 * len(sizes)  # tokens that a row gets here beside its prompt
+    room = min(info.max_tokens - spare, len(text_ids))
+    usual = max(0, min(PROMPT, room))
+    for longest in sorted({usual, max(0, min(LONG, room))}):
+        prompts = [text_ids[:longest], *(text_ids[slot * PROMPT :][:usual] for slot in range(1, info.num_slots))]
+        rows, pages = 0, engine.free_pages
+        try:
+            for prompt in prompts:
+                pages -= -(-(len(prompt) + spare) // info.page_size)
+                if pages < 0 or not prompt:
+                    break
+                rows += 1
+                engine.prefill(rows - 1, prompt)
+            for size in sizes:
+                if size <= rows:
+                    _decode(engine, range(size), text_ids[:size])
+        finally:
+            for slot in range(rows):
+                engine.free(slot)
+
+
+def _decode(engine: Engine, slots: Sequence[int], token_ids: Sequence[int]) -> None:
+    """A step, and one that the engine draws from, where it does: each is captured for itself."""
+    engine.step(token_ids, slots)
+    if isinstance(engine, DecodesTokens) and not engine.records:
+        engine.decode(token_ids, slots, 1).cpu()
