@@ -247,10 +247,14 @@ class StubEngine:
 
 
 class DrawingEngine(StubEngine):
-    """Draws by itself, what `step` would give; -1 after the token in `damaged`."""
+    """Draws by itself, what `step` would give; -1 after the token in `damaged`. asked: of each call, how many tokens of how many rows."""
 
-    drawn: list[tuple[int, ...]]
     damaged: int | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.drawn: list[tuple[tuple[int | None, int], ...]] = []
+        self.asked: list[tuple[int, int]] = []
 
     def decode(
         self,
@@ -260,18 +264,19 @@ class DrawingEngine(StubEngine):
         sampling: Sequence[SamplingConfig] | None = None,
         choices: Sequence[int] | None = None,
     ) -> Decoded:
-        assert count == 1
         sampling, choices = sampling or [SamplingConfig()] * len(slots_B), choices or [0] * len(slots_B)
-        self.drawn = [*getattr(self, "drawn", []), tuple(zip((config.seed for config in sampling), choices, strict=True))]  # pyrefly: ignore
-        step = self.step(token_ids_B, slots_B)
-        tokens = [
-            -1 if token_id == self.damaged else int(best) for token_id, best in zip(token_ids_B, step.logits_BV.argmax(-1), strict=True)
-        ]
-        logprob = step.logits_BV.log_softmax(-1).amax(-1)[None]
+        self.drawn.append(tuple(zip((config.seed for config in sampling), choices, strict=True)))
+        self.asked.append((count, len(slots_B)))
+        found, last_B = [], list(token_ids_B)
+        for _ in range(count):
+            step = self.step([max(0, token_id) for token_id in last_B], slots_B)
+            best_B = step.logits_BV.argmax(-1).tolist()
+            last_B = [-1 if token_id == self.damaged else best for token_id, best in zip(last_B, best_B, strict=True)]
+            found.append((torch.tensor(last_B), step.logits_BV.log_softmax(-1).amax(-1), step.neurons_BL, step.heads_BL, step.union_L))
+        token_NB, logprob_NB, neurons_NBL, heads_NBL, union_NL = (torch.stack(parts) for parts in zip(*found, strict=True))
         return Decoded(
-            token_NB=torch.tensor(tokens)[None], logprob_NB=logprob, neurons_NBL=step.neurons_BL[None], heads_NBL=step.heads_BL[None],
-            union_NL=None if step.union_L is None else step.union_L[None], fallback_layers=1,
-        )  # fmt: skip
+            token_NB=token_NB, logprob_NB=logprob_NB, neurons_NBL=neurons_NBL, heads_NBL=heads_NBL, union_NL=union_NL, fallback_layers=1
+        )
 
 
 class StubModel:

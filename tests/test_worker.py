@@ -283,6 +283,34 @@ def test_an_engine_draws_for_rows_that_want_nothing_else() -> None:
                 assert text_of(list(stream.events())) == text
 
 
+@pytest.mark.parametrize(
+    ("new", "stop", "text"), [(10, (), "abcdefghij"), (3, (), "abc"), (40, ("h",), "abcdefg"), (40, (), "abcdefghijklm")]
+)
+def test_a_text_alone_is_drawn_a_few_tokens_at_a_time(new: int, stop: tuple[str, ...], text: str) -> None:
+    """What lies behind its end is dropped, counts nowhere, and no token is asked for beyond what it may have."""
+    model = StubModel("abcdefghijklm", engine=DrawingEngine)
+    with serving(model) as worker:
+        (events,) = run(worker, job(new=new, stop=stop))
+        assert text_of(events) == text
+        engine, state = model.engines[1], worker.state()
+        assert isinstance(engine, DrawingEngine)
+        steps, tokens = {10: (9, 10), 3: (2, 3)}.get(new, (8, 8) if stop else (16, 14))
+        assert sum(count for count, _ in engine.asked) == steps and max(count for count, _ in engine.asked) == min(4, steps)
+        assert state.tokens == tokens == summary_of(events).completion_tokens
+        assert state.steps == state.fallback_layers == steps and state.running == 0 and state.pages_free == state.pages_total
+
+
+def test_where_others_run_or_wait_a_turn_is_one_token() -> None:
+    model = StubModel("ab" * 40, engine=DrawingEngine)
+    with serving(model, slots=2) as worker:
+        for streams in ([job(new=20)] * 2, [job(new=4), job("Twice", new=20), job("Thrice", new=12)]):
+            for stream in worker.submit_all(streams):
+                list(stream.events())
+        engine = model.engines[1]
+        assert isinstance(engine, DrawingEngine) and {count for count, rows in engine.asked if rows == 2} == {1}
+        assert worker.state().tokens == 40 + 36
+
+
 # Limits
 
 

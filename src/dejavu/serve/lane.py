@@ -1,9 +1,9 @@
 """One engine at work: carries out what its scheduler plans, and keeps a failure to those whom it concerns.
 
 In: choices that the worker queues. Out: the events of their streams. A turn is one step: prompts go on, and every row that can decodes a
-token. A call that refuses its input (ValueError: the slots are then as they were) ends the choice that it was for; a step of
-several rows is done again row by row, so that only those at fault end. After any other error all rows of that call end; the engine goes
-on, and one of which turn after turn fails, or which cannot even free a slot, is made anew.
+token, or a few where it is alone. A call that refuses its input (ValueError: the slots are then as they were) ends the choice that it was
+for; a step of several rows is done again row by row, so that only those at fault end. After any other error all rows of that call end;
+the engine goes on, and one of which turn after turn fails, or which cannot even free a slot, is made anew.
 
 Letters: B rows of a step  V vocabulary  L layers  T tokens  P points that read inputs
 """
@@ -28,8 +28,10 @@ from dejavu.serve.trace import token_trace
 COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of Load
 PATIENCE = 2  # turns in a row in which nothing works, and something fails for no stated reason, before an engine is made anew
 
-Made = list[TokenInfo | ValueError]
-"""What a step made of each of its rows: a token, or why there is none."""
+ALONE = 4  # tokens of a turn where one text runs and none waits, of an engine that draws: each wait for a device costs a part of a token
+
+Made = tuple[list[TokenInfo | ValueError], float | None]
+"""What a step made of each of its rows, a token or why there is none, and the density of what it read for all of them."""
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +125,8 @@ class Lane:
         drawn = [row for row in plan.decode if decoder is not None and row.plain]
         stepped = [row for row in plan.decode if decoder is None or not row.plain]
         if decoder is not None:
-            self._decode(drawn, lambda rows: self._drawn(decoder, rows))
+            count = self._count(plan)
+            self._decode(drawn, lambda rows: self._drawn(decoder, rows, count))
         self._decode(stepped, self._stepped)
         self._failures = self._failures + 1 if self._error is not None and self._computed == 0 else 0
         if self._error is not None and self._failures == PATIENCE:
@@ -194,13 +197,20 @@ class Lane:
             engine.publish(slot, choice.prompt_ids)
         return info
 
-    def _decode(self, rows: Sequence[Choice], call: Callable[[Sequence[Choice]], tuple[Made, float | None]]) -> None:
-        """One token of each row by one call, or by one for each row where the rows together are refused."""
+    def _count(self, plan: Plan[Choice]) -> int:
+        """How many tokens of each row a turn decodes. What a text's end leaves over is dropped."""
+        with self._lock:
+            if plan.prefill or len(plan.decode) > 1 or self.scheduler.waiting:
+                return 1
+        return max(1, min([ALONE, *(row.total - row.done - 1 for row in plan.decode)]))
+
+    def _decode(self, rows: Sequence[Choice], call: Callable[[Sequence[Choice]], list[Made]]) -> None:
+        """A token or a few of each row by one call, or by one for each row where the rows together are refused."""
         rows = [row for row in rows if not row.over and not row.cancelled]
         if not rows:
             return
         try:
-            made, union = call(rows)
+            steps = call(rows)
         except ValueError as error:
             if len(rows) > 1 and all(self.engine.length(slot_of(row)) == row.done for row in rows):
                 for row in rows:
@@ -211,24 +221,27 @@ class Lane:
         except Exception as error:
             self._fail(rows, error)
             return
-        self._computed += len(rows)
-        self._counts["steps"] += 1
+        self._computed += len(rows) * len(steps)
+        self._counts["steps"] += len(steps)
         with self._lock:
             for row in rows:
-                self.scheduler.advance(row, 1)
-        for row, found in zip(rows, made, strict=True):
-            if isinstance(found, ValueError):
-                self._fail([row], found)
-            else:
-                self._deliver(row, found, union)
+                self.scheduler.advance(row, len(steps))
+        for made, union in steps:
+            for row, found in zip(rows, made, strict=True):
+                if row.over:
+                    continue
+                if isinstance(found, ValueError):
+                    self._fail([row], found)
+                else:
+                    self._deliver(row, found, union)
 
-    def _stepped(self, rows: Sequence[Choice]) -> tuple[Made, float | None]:
+    def _stepped(self, rows: Sequence[Choice]) -> list[Made]:
         """A token of each row, drawn here, and the density of what all of them together read."""
         info = self.engine.info
         result = self.engine.step([last_of(row) for row in rows], [slot_of(row) for row in rows])
         logits_BV = result.logits_BV.cpu()
         density_B = self._densities(result.neurons_BL, result.heads_BL, result.inputs_BLP)
-        made: Made = []
+        made: list[TokenInfo | ValueError] = []
         for at, (row, (mlp, heads)) in enumerate(zip(rows, density_B, strict=True)):
             try:
                 found = row.drawn(logits_BV[at])
@@ -238,20 +251,23 @@ class Lane:
             trace = token_trace(info, None if result.selections is None else result.selections[at]) if row.job.trace else None
             made.append(dataclasses.replace(found, mlp_density=mlp, head_density=heads, trace=trace))
         self._counts["fallback_layers"] += result.fallback_layers or 0
-        return made, self._union(result.union_L)
+        return [(made, self._union(result.union_L))]
 
-    def _drawn(self, decoder: DecodesTokens, rows: Sequence[Choice]) -> tuple[Made, float | None]:
-        """A token of each row, drawn by the engine."""
+    def _drawn(self, decoder: DecodesTokens, rows: Sequence[Choice], count: int) -> list[Made]:
+        """So many tokens of each row, drawn by the engine."""
         settings = [row.job.sampling for row in rows], [row.job.index for row in rows]
-        found = decoder.decode([last_of(row) for row in rows], [slot_of(row) for row in rows], 1, *settings).cpu()
-        inputs_BLP = None if found.inputs_NBLP is None else found.inputs_NBLP[0]
-        self._counts["fallback_layers"] += found.fallback_layers or 0
-        density_B = self._densities(found.neurons_NBL[0], found.heads_NBL[0], inputs_BLP)
-        each = zip(found.token_NB[0].tolist(), density_B, strict=True)
-        return [
-            ValueError(NOT_NUMBERS) if token_id < 0 else TokenInfo(token_id=token_id, mlp_density=mlp, head_density=heads)
-            for token_id, (mlp, heads) in each
-        ], self._union(None if found.union_NL is None else found.union_NL[0])
+        found = decoder.decode([last_of(row) for row in rows], [slot_of(row) for row in rows], count, *settings).cpu()
+        self._counts["fallback_layers"] += count * (found.fallback_layers or 0)
+        steps: list[Made] = []
+        for at, token_B in enumerate(found.token_NB.tolist()):
+            inputs_BLP = None if found.inputs_NBLP is None else found.inputs_NBLP[at]
+            density_B = self._densities(found.neurons_NBL[at], found.heads_NBL[at], inputs_BLP)
+            made = [
+                ValueError(NOT_NUMBERS) if token_id < 0 else TokenInfo(token_id=token_id, mlp_density=mlp, head_density=heads)
+                for token_id, (mlp, heads) in zip(token_B, density_B, strict=True)
+            ]
+            steps.append((made, self._union(None if found.union_NL is None else found.union_NL[at])))
+        return steps
 
     def _union(self, union_L: Tensor | None) -> float | None:
         """The density of what rows read together, mean over the layers."""
