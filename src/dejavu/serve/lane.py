@@ -56,7 +56,8 @@ class Lane:
         engine: Engine | None = None,
     ) -> None:
         self.mode, self.scheduler = mode, scheduler(self)
-        self._make, self._engine, self._pages, self._publishes, self._lock, self._report = make, engine, pages, publishes, lock, report
+        self._make, self._pages, self._publishes, self._lock, self._report = make, pages, publishes, lock, report
+        self._use(engine)
         self.broken = False  # it was needed and could not be made
         self._counts: Counter[str] = Counter()
         self._failures = 0  # turns in a row
@@ -80,6 +81,10 @@ class Lane:
 
     def free(self, slot: int) -> None:
         self.engine.free(slot)
+
+    def _use(self, engine: Engine | None) -> None:
+        self._engine = engine
+        self._decoder = engine if isinstance(engine, DecodesTokens) and not engine.records else None
 
     # For any thread
 
@@ -121,7 +126,7 @@ class Lane:
             plan: Plan[Choice] = self.scheduler.plan()
         for part in plan.prefill:
             self._prefill(part)
-        decoder = self._engine if isinstance(self._engine, DecodesTokens) and not self._engine.records else None
+        decoder = self._decoder
         drawn = [row for row in plan.decode if decoder is not None and row.plain]
         stepped = [row for row in plan.decode if decoder is None or not row.plain]
         if decoder is not None:
@@ -137,7 +142,8 @@ class Lane:
         """The engine cannot go on: all that run in it fail, and those that wait get a new one."""
         with self._lock:
             ended = self.scheduler.reset(self)
-            self._engine, self._failures = None, 0
+            self._use(None)
+            self._failures = 0
         for choice in ended:
             self._tell(choice, error)
 
@@ -153,7 +159,7 @@ class Lane:
 
     def _engine_made(self) -> bool:
         try:
-            self._engine = self._make()
+            self._use(self._make())
         except Exception as error:
             log.exception("the %s engine cannot be made", self.mode)
             self.broken = True
@@ -271,12 +277,21 @@ class Lane:
 
     def _union(self, union_L: Tensor | None) -> float | None:
         """The density of what rows read together, mean over the layers."""
-        return None if union_L is None else int(union_L.sum()) / (self.engine.info.num_layers * self.engine.info.num_neurons)
+        return None if union_L is None else sum(union_L.tolist()) / (self.engine.info.num_layers * self.engine.info.num_neurons)
 
     def _densities(self, neurons_BL: Tensor, heads_BL: Tensor, inputs_BLP: Tensor | None) -> list[tuple[float, float]]:
-        """Of each row, the densities of MLP and heads, means over the layers."""
-        counts = neurons_BL.cpu(), heads_BL.cpu(), None if inputs_BLP is None else inputs_BLP.cpu()
-        mlp_B, heads_B = (density_BL.mean(-1).tolist() for density_BL in densities(self.engine.info, *counts))
+        """Of each row, the densities of MLP and heads, means over the layers.
+
+        A few numbers, so they are added up here: every tensor operation lets another thread take over, and waits for its turn again.
+        """
+        info = self.engine.info
+        if inputs_BLP is None:
+            neurons, heads = info.num_layers * info.num_neurons, info.num_layers * info.num_heads
+            counts = zip(neurons_BL.tolist(), heads_BL.tolist(), strict=True)
+            return [(sum(neurons_L) / neurons, sum(heads_L) / heads) for neurons_L, heads_L in counts]
+        mlp_B, heads_B = (
+            density_BL.mean(-1).tolist() for density_BL in densities(info, neurons_BL.cpu(), heads_BL.cpu(), inputs_BLP.cpu())
+        )
         return list(zip(mlp_B, heads_B, strict=True))
 
     def _deliver(self, choice: Choice, info: TokenInfo | None, union: float | None = None) -> None:
