@@ -47,8 +47,6 @@ class FakeStream:
             with self._worker.lock:
                 self._loop = asyncio.get_running_loop()
             await self._permits.get()
-        else:
-            await asyncio.sleep(0)  # each event has a turn of the loop to itself, so each is a piece
         event = next(self._events)
         if isinstance(event, Exception) or event.finish_reason is not None:
             self._end()

@@ -1,4 +1,4 @@
-"""Streams of a request: what has come meanwhile is one event, in order, of each stream; errors come behind what came before them."""
+"""Streams of a request: what has come meanwhile is handed over together, in order; errors come behind what came before them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def filled(*texts: str, end: bool = True) -> Stream:
     return stream
 
 
-async def read(*streams: Stream) -> list[tuple[int, Event]]:
+async def read(*streams: Stream) -> list[list[tuple[int, Event]]]:
     return [found async for found in Running(streams).events()]
 
 
-def test_what_has_come_is_one_piece_of_each_stream() -> None:
-    first, second = asyncio.run(read(filled("a", "", "b"), filled("c", "d")))
-    assert (first[0], first[1].text, [info.token_id for info in first[1].tokens]) == (0, "ab", [0, 1, 2])
-    assert (second[0], second[1].text, second[1].finish_reason) == (1, "cd", "stop")
+def test_what_has_come_is_handed_over_together_and_each_token_stays_an_event() -> None:
+    (came,) = asyncio.run(read(filled("a", "", "b"), filled("c", "d")))
+    assert [event.text for index, event in came if index == 0] == ["a", "", "b"]
+    assert [(event.text, event.finish_reason) for index, event in came if index == 1] == [("c", None), ("d", "stop")]
 
 
-def test_what_comes_later_is_a_piece_of_its_own() -> None:
-    async def both() -> list[str]:
+def test_what_comes_later_is_handed_over_later() -> None:
+    async def both() -> list[list[str]]:
         stream = filled("a", "b", end=False)
         asyncio.get_running_loop().call_later(0.05, lambda: stream.put(Event(text="c", finish_reason="length")))
-        return [event.text for _, event in await read(stream)]
+        return [[event.text for _, event in came] for came in await read(stream)]
 
-    assert asyncio.run(both()) == ["ab", "c"]
+    assert asyncio.run(both()) == [["a", "b"], ["c"]]
 
 
 def test_an_error_comes_behind_what_came_before_it() -> None:
@@ -44,9 +44,9 @@ def test_an_error_comes_behind_what_came_before_it() -> None:
         stream, found = filled("a", "b", end=False), []
         stream.fail(EngineFailed("of step 3"))
         with pytest.raises(EngineFailed, match="of step 3"):
-            async for _, event in Running([stream]).events():
-                found.append(event.text)
-        assert found == ["ab"]
+            async for came in Running([stream]).events():
+                found += [event.text for _, event in came]
+        assert found == ["a", "b"]
 
     asyncio.run(events())
 
@@ -59,7 +59,7 @@ def test_a_reader_that_leaves_cancels_what_has_not_ended() -> None:
         open_stream.put(Event(text="a"))
         running = Running([filled("b"), open_stream])
         async with contextlib.aclosing(running.events()) as events:
-            assert {index for index, _ in [await anext(events), await anext(events)]} == {0, 1}
+            assert {index for index, _ in await anext(events)} == {0, 1}
         running.cancel()
 
     asyncio.run(leave())

@@ -97,9 +97,10 @@ class Endpoint:
         """The answer in one object."""
         mode = answer.asked.mode
         async with contextlib.aclosing(running.events()) as events:
-            async for index, event in events:
-                self._metrics.event(event, mode=mode)
-                answer.take(index, event)
+            async for came in events:
+                for index, event in came:
+                    self._metrics.event(event, mode=mode)
+                    answer.take(index, event)
         return to_bytes(answer.whole())
 
     async def _stream(self, answer: Answer, running: Running, start: Message, receive: Receive, send: Send) -> None:
@@ -122,11 +123,13 @@ class Endpoint:
         await send(_body(b"".join(server_sent(chunk) for chunk in answer.opening())))
         try:
             async with contextlib.aclosing(running.events()) as events:
-                async for index, event in events:
-                    self._metrics.event(event, mode=mode)
-                    chunks = b"".join(server_sent(chunk) for chunk in answer.chunks(index, event))
+                async for came in events:
+                    chunks = []
+                    for index, event in came:
+                        self._metrics.event(event, mode=mode)
+                        chunks += answer.chunks(index, event)
                     if chunks:
-                        await send(_body(chunks))
+                        await send(_body(b"".join(map(server_sent, chunks))))
             await send(_body(b"".join(server_sent(chunk) for chunk in answer.closing()) + DONE, more=False))
         except OSError:  # how some servers say that the client has gone
             return "cancelled"

@@ -8,7 +8,7 @@ Letters: L layers  H query heads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -101,17 +101,6 @@ class Event:
     prompt_tokens: tuple[TokenInfo, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
     summary: Summary | None = None
-
-    @classmethod
-    def together(cls, events: Sequence[Event]) -> Event:
-        """Some events that follow each other, as one."""
-        last = events[-1]
-        return last if len(events) == 1 else cls(
-            text="".join(event.text for event in events),
-            tokens=tuple(token for event in events for token in event.tokens),
-            prompt_tokens=tuple(token for event in events for token in event.prompt_tokens),
-            finish_reason=last.finish_reason, summary=last.summary,
-        )  # fmt: skip
 
 
 class QueueFull(Exception):  # noqa: N818 (a state, not a mistake)

@@ -1,7 +1,7 @@
 """Events of several streams in one row, and work that ends when its reader goes away.
 
-In: the streams of a request; ASGI's `receive`. Out: (index, event) in the order of arrival, what came of a stream meanwhile as one event:
-where texts come faster than they can be sent, they are sent in larger pieces; what the work returned, or None where the client went first.
+In: the streams of a request; ASGI's `receive`. Out: (index, event) in the order of arrival, those that came meanwhile together: where texts
+come faster than they can be sent, more is sent at a time; what the work returned, or None where the client went first.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Running:
     def __init__(self, streams: Sequence[EventStream]) -> None:
         self._streams = dict(enumerate(streams))  # those that have not ended
 
-    async def events(self) -> AsyncGenerator[tuple[int, Event]]:
-        """The events of all streams, each with the index of its stream. What a stream raises is raised here."""
+    async def events(self) -> AsyncGenerator[list[tuple[int, Event]]]:
+        """The events of all streams, each with the index of its stream; those that came meanwhile in one list. What a stream raises is
+        raised here, behind what came before it."""
         arrived: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
         async def forward(index: int, stream: EventStream) -> None:
@@ -51,15 +52,13 @@ class Running:
                 came = [await arrived.get()]
                 while not arrived.empty():
                     came.append(arrived.get_nowait())
-                for index in dict.fromkeys(index for index, _ in came):
-                    found = [what for of, what in came if of == index]
-                    if events := [what for what in found if isinstance(what, Event)]:
-                        yield index, Event.together(events)
-                    if isinstance(end := found[-1], Event):
-                        continue
-                    del self._streams[index]
-                    if end is not None:
-                        raise end
+                if events := [(index, what) for index, what in came if isinstance(what, Event)]:
+                    yield events
+                for index, what in came:
+                    if not isinstance(what, Event):
+                        del self._streams[index]
+                        if what is not None:
+                            raise what
         finally:
             await _end(tasks)
 
