@@ -41,7 +41,7 @@ class Choice:
 
     text: str = ""
     end: str | None = None
-    tokens: list[tuple[str, float]] = field(default_factory=list)
+    tokens: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 Answer = tuple[dict[int, Choice], tuple[int, int] | None]
@@ -70,13 +70,13 @@ def said(choice: Any) -> str:
     return (choice.delta if hasattr(choice, "delta") else choice.message).content or ""
 
 
-def scored(logprobs: Any) -> list[tuple[str, float]]:
-    """Tokens and their log-probabilities, as either kind of answer has them."""
+def scored(logprobs: Any) -> list[tuple[Any, ...]]:
+    """Tokens, their log-probabilities and the likeliest ones, as either kind of answer has them."""
     if logprobs is None:
         return []
     if hasattr(logprobs, "content"):
-        return [(token.token, token.logprob) for token in logprobs.content or ()]
-    return list(zip(logprobs.tokens, logprobs.token_logprobs, strict=True))
+        return [(token.token, token.logprob, [(top.token, top.logprob) for top in token.top_logprobs]) for token in logprobs.content or ()]
+    return list(zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True))
 
 
 def completions(client: openai.OpenAI, model: str, tokens: int) -> Ask:
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     options = parser.parse_args()
     found = {}
-    with served([options.model, "--dtype", options.dtype]) as server, openai_client(server.url) as client:
+    with served([options.model, "--backend", "native", "--dtype", options.dtype]) as server, openai_client(server.url) as client:
         for model in client.models.list():
             asks = {"completions": completions}
             if (model.model_extra or {})["dejavu"]["chat"]:

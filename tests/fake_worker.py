@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.asked import Served
-from dejavu.serve.jobs import Event, Job, QueueFull, Summary, TokenInfo, TooLong, WorkerState
+from dejavu.serve.jobs import Event, Job, NotRunning, QueueFull, Summary, TokenInfo, TooLong, WorkerState
 from dejavu.serve.server import bound_socket, new_server, url_of
 from dejavu.serve.vocabulary import Vocabulary
 
@@ -92,6 +92,8 @@ class FakeWorker:
         for job in jobs:
             if len(job.prompt_ids) + job.max_new_tokens > self.limit:
                 raise TooLong(prompt=len(job.prompt_ids), requested=job.max_new_tokens, limit=self.limit)
+        if not self.alive:
+            raise NotRunning("the worker has ended")
         if self.waiting is not None:
             raise QueueFull(waiting=self.waiting, retry_after_s=7)
         made = [FakeStream(self, job) for job in jobs]

@@ -212,10 +212,11 @@ def test_health(site: Site) -> None:
         "status": "ok", "queued": 0, "running": 0, "slots": 4, "pages_free": 6, "pages_total": 8, "model": "tiny", "sparse": True,
         "layers": 2, "backend": "torch", "dtype": "fp32", "threads": 1, "version": dejavu.__version__
     }  # fmt: skip
-    site.worker.alive, site.worker.last_error = False, "out of memory in /srv/models/x.bin"
+    site.worker.alive, site.worker.last_error = False, "OutOfMemoryError: process 4242 in /srv/my models/x.bin"
     for response in (site.client.get("/health"), site.client.post("/v1/completions", json=SAID)):
         assert response.status_code == 503 and error_of(response)["code"] == "not_running"
-        assert "out of memory in [path]" in error_of(response)["message"]
+        assert "4242" not in response.text and "srv" not in response.text and "log" in error_of(response)["message"]
+    assert "(OutOfMemoryError)" in site.client.get("/health").text
 
 
 def test_the_page_comes_from_here_and_loads_nothing_from_elsewhere(site: Site, tokenizer: Tokenizer) -> None:

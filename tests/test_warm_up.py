@@ -6,7 +6,7 @@ import pytest
 
 from dejavu.serve.warm_up import LONG, PROMPT, warm_up
 from stub_engine import DrawingEngine, StubEngine, StubModel
-from worker_jobs import job, run, serving, text_of
+from worker_jobs import failing, job, outcomes, run, serving, text_of
 
 TEXT = tuple(number % 250 for number in range(4096))
 
@@ -25,7 +25,7 @@ def sizes(engine: StubEngine, what: str = "step") -> list[int]:
 @pytest.mark.parametrize(("slots", "expected"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_every_size_runs_on_short_and_on_long_text(slots: int, expected: list[int]) -> None:
     engine = CapturingEngine(num_slots=slots, cache_tokens=8192, max_positions=2048)
-    warm_up(engine, TEXT)
+    warm_up(engine, TEXT, longest=engine.info.max_positions)
     twice = [size for size in expected for _ in range(2)]  # a step, and one that is drawn from
     assert sizes(engine) == twice * 2
     assert [tokens for kind, _, tokens in engine.calls if kind == "prefill"] == [PROMPT] * slots + [LONG] + [PROMPT] * (slots - 1)
@@ -38,7 +38,7 @@ def test_rows_have_texts_of_their_own() -> None:
     seen: list[list[int]] = []
     engine = CapturingEngine(num_slots=8, cache_tokens=1024)
     engine.before = lambda what, slots: seen.extend(list(engine.sequences[slot]) for slot in slots) if what == "free" else None
-    warm_up(engine, TEXT)
+    warm_up(engine, TEXT, longest=engine.info.max_positions)
     assert len({tuple(ids[:PROMPT]) for ids in seen}) == 8
 
 
@@ -47,14 +47,14 @@ def test_rows_have_texts_of_their_own() -> None:
 )
 def test_what_does_not_fit_is_left_out(cache_tokens: int, max_positions: int, rows: int) -> None:
     engine = CapturingEngine(num_slots=4, cache_tokens=cache_tokens, max_positions=max_positions)
-    warm_up(engine, TEXT)
+    warm_up(engine, TEXT, longest=engine.info.max_positions)
     assert max(sizes(engine), default=0) == rows
     assert engine.free_pages == engine.info.num_pages
 
 
 def test_an_engine_without_graphs_has_nothing_to_prepare() -> None:
     engine = DrawingEngine(num_slots=4)
-    warm_up(engine, TEXT)
+    warm_up(engine, TEXT, longest=engine.info.max_positions)
     assert not engine.calls
 
 
@@ -66,18 +66,22 @@ def test_a_failure_leaves_nothing_behind_and_is_told() -> None:
     engine = CapturingEngine(num_slots=2)
     engine.before = refuse
     with pytest.raises(RuntimeError, match="no kernel image"):
-        warm_up(engine, TEXT)
+        warm_up(engine, TEXT, longest=engine.info.max_positions)
     assert engine.free_pages == engine.info.num_pages and engine.live_sequences == 0
 
 
 def test_a_worker_warms_its_engines_before_it_takes_jobs() -> None:
     """Also the one that is made anew after a failure, and the one that records."""
-    model = StubModel(engine=CapturingEngine)
+    model = StubModel(engine=CapturingEngine, max_positions=2048)
     with serving(model, slots=4) as worker:
         dense, sparse = model.engines
         assert sizes(dense) == sizes(sparse) == [1, 1, 2, 2, 4, 4] * 2
+        sparse.before = failing(RuntimeError("sticky"), "prefill")
+        assert [outcomes([worker.submit(job())])[0][:6] for _ in range(2)] == ["failed"] * 2
+        sparse.before = lambda what, slots: None
         assert [text_of(events) for events in run(worker, job(), job(trace=True))] == [" and so on"] * 2
-        *_, recording = model.engines
+        _, _, again, recording = sorted(model.engines, key=lambda engine: engine.records)
+        assert sizes(again)[:12] == [1, 1, 2, 2, 4, 4] * 2
         assert sizes(recording)[:4] == [1, 2] * 2, "what it records is not drawn by it"
         assert worker.state().pages_free == worker.state().pages_total
         assert worker.state().tokens == 2 * (len(" and so on") + 1), "what warms up counts nowhere"

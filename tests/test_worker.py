@@ -287,7 +287,7 @@ def test_an_engine_draws_for_rows_that_want_nothing_else() -> None:
     ("new", "stop", "text"), [(10, (), "abcdefghij"), (3, (), "abc"), (40, ("h",), "abcdefg"), (40, (), "abcdefghijklm")]
 )
 def test_a_text_alone_is_drawn_a_few_tokens_at_a_time(new: int, stop: tuple[str, ...], text: str) -> None:
-    """What lies behind its end is dropped, counts nowhere, and no token is asked for beyond what it may have."""
+    """What lies behind its end is dropped, counts as steps alone, and no token is asked for beyond what it may have."""
     model = StubModel("abcdefghijklm", engine=DrawingEngine)
     with serving(model) as worker:
         (events,) = run(worker, job(new=new, stop=stop))
@@ -298,17 +298,39 @@ def test_a_text_alone_is_drawn_a_few_tokens_at_a_time(new: int, stop: tuple[str,
         assert sum(count for count, _ in engine.asked) == steps and max(count for count, _ in engine.asked) == min(4, steps)
         assert state.tokens == tokens == summary_of(events).completion_tokens
         assert state.steps == state.fallback_layers == steps and state.running == 0 and state.pages_free == state.pages_total
+        assert state.last_error is None and len(model.engines) == 2
 
 
-def test_where_others_run_or_wait_a_turn_is_one_token() -> None:
+@pytest.mark.parametrize("beside", ["a neighbour", "one that waits", "a prompt", "the other engine"])
+def test_where_others_run_or_wait_a_turn_is_one_token(beside: str) -> None:
     model = StubModel("ab" * 40, engine=DrawingEngine)
-    with serving(model, slots=2) as worker:
-        for streams in ([job(new=20)] * 2, [job(new=4), job("Twice", new=20), job("Thrice", new=12)]):
-            for stream in worker.submit_all(streams):
-                list(stream.events())
+    slots = 1 if beside == "one that waits" else 2
+    with serving(model, slots=slots, prefill_chunk=4) as worker:
         engine = model.engines[1]
-        assert isinstance(engine, DrawingEngine) and {count for count, rows in engine.asked if rows == 2} == {1}
-        assert worker.state().tokens == 40 + 36
+        assert isinstance(engine, DrawingEngine)
+        engine.hold()
+        first = worker.submit(job(new=40))
+        until(engine.waiting.is_set)  # in its first call, of four
+        model.engines[0].hold()
+        prompt = [*range(200)] if beside == "a prompt" else [66]
+        other = worker.submit(job(prompt, new=1 if beside == "a prompt" else 20, dense=beside == "the other engine"))
+        engine.allow(4)
+        until(lambda: (len(engine.asked) >= 2 and engine.waiting.is_set()) or model.engines[0].waiting.is_set())
+        for each in model.engines:
+            each.release()
+        for stream in (first, other):
+            list(stream.events())
+        ones = {"a neighbour": 19, "one that waits": 35, "a prompt": 35, "the other engine": 15}[beside]
+        calls = engine.asked[1 : 1 + ones]
+        assert engine.asked[0] == (4, 1) and {count for count, _ in calls} == {1}, engine.asked
+        assert worker.state().last_error is None
+
+
+def test_a_trace_of_a_dense_text_has_every_token() -> None:
+    model = StubModel("abcdef", engine=DrawingEngine)
+    with serving(model) as worker:
+        (events,) = run(worker, job(dense=True, trace=True))
+        assert [info.trace is None for info in tokens_of(events)] == [True] + [False] * 6
 
 
 # Limits

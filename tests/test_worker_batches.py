@@ -39,7 +39,7 @@ def test_a_batch_gives_what_a_generation_gives(lm: LanguageModel, dense: bool) -
     state = torch.get_rng_state()
     with serving(lm, slots=4, prefill_chunk=5) as worker:
         neighbours = worker.submit_all(
-            [sampled(lm, HOSTILE, 40, seed=None, ignore_eos=True, dense=dense), sampled(lm, PROMPT, 40, seed=3, dense=dense)]
+            [sampled(lm, HOSTILE, 400, seed=None, ignore_eos=True, dense=dense), sampled(lm, PROMPT, 400, seed=3, dense=dense)]
         )
         reader = neighbours[0].events()
         for _ in range(3):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +16,9 @@ from dejavu.engine.sampling import NOT_NUMBERS
 from dejavu.serve.config import ServeConfig
 from dejavu.serve.jobs import EngineFailed
 from dejavu.serve.lane import Lane
-from dejavu.serve.stream import Stream
 from dejavu.serve.worker import Worker
 from stub_engine import VOCAB, DrawingEngine, StubEngine, StubModel
-from worker_jobs import is_idle, job, serving, text_of, until
+from worker_jobs import failing, is_idle, job, outcomes, serving, text_of, until
 
 # Cancelling (C14)
 
@@ -134,27 +136,6 @@ def test_survivors_do_not_notice_who_leaves() -> None:
 # Failures
 
 
-def failing(
-    error: Exception, what: str, *, when: Callable[[Sequence[int]], bool] = lambda slots: True
-) -> Callable[[str, Sequence[int]], None]:
-    def before(called: str, slots: Sequence[int]) -> None:
-        if called == what and when(slots):
-            raise error
-
-    return before
-
-
-def outcomes(streams: Sequence[Stream]) -> list[str]:
-    """The text of each stream, or what it raised."""
-    found = []
-    for stream in streams:
-        try:
-            found.append(text_of(list(stream.events())))
-        except EngineFailed as error:
-            found.append(f"failed: {error}")
-    return found
-
-
 def test_a_refused_step_ends_only_the_row_at_fault() -> None:
     model = StubModel("abcdef")
     with serving(model, slots=3) as worker:
@@ -231,6 +212,82 @@ def test_an_engine_that_fails_again_and_again_is_made_anew() -> None:
         found = outcomes(worker.submit_all([job()] * 4))
         assert found == ["failed: the engine failed (RuntimeError)"] * 2 + ["abcdef"] * 2
         assert len(model.engines) == 3 and broken.prefills == 2
+
+
+def test_an_engine_whose_steps_fail_again_and_again_is_made_anew_though_it_reads_prompts() -> None:
+    model = StubModel("abcdef")
+    with serving(model, slots=1) as worker:
+        model.engines[1].before = failing(RuntimeError("sticky"), "step")
+        found = [outcomes([worker.submit(job())])[0] for _ in range(4)]
+        assert found == ["failed: the engine failed (RuntimeError)"] * 2 + ["abcdef"] * 2 and len(model.engines) == 3
+
+
+def test_the_memory_of_an_engine_is_free_when_the_next_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, logger="dejavu")  # a record that is kept has the traceback, and that the engine
+    model, there = StubModel("abc"), []
+    make = model.engine
+    with serving(model, slots=1) as worker:
+        model.engines[1].before = failing(RuntimeError("sticky"), "prefill")
+        old = weakref.ref(model.engines.pop(1))
+
+        def engine(**settings: Any) -> StubEngine:
+            there.append(old() is not None)
+            return make(**settings)
+
+        model.engine = engine
+        streams = worker.submit_all([job()] * 4)
+        assert outcomes(streams) == ["failed: the engine failed (RuntimeError)"] * 2 + ["abc"] * 2
+        assert there == [False]
+
+
+def test_each_job_fails_once_also_where_its_slot_cannot_be_freed() -> None:
+    model = StubModel("abcdef")
+    with serving(model, slots=4) as worker:
+
+        def before(what: str, slots: Sequence[int]) -> None:
+            if what in ("step", "free"):
+                raise RuntimeError("lost")
+
+        model.engines[1].before = before
+        assert outcomes(worker.submit_all([job("One"), job("Two"), job("Three")])) == ["failed: the engine failed (RuntimeError)"] * 3
+        until(lambda: worker.state().running == 0)
+        assert worker.state().failed == 3 and worker.state().last_error == "RuntimeError: lost"
+
+
+def test_who_hears_of_a_failure_finds_the_slot_free() -> None:
+    model, over = StubModel("abcdef"), []
+    with serving(model, slots=1) as worker:
+        engine = model.engines[1]
+        engine.hold()
+        stream = worker.submit(job())
+        until(engine.waiting.is_set)
+
+        def before(what: str, slots: Sequence[int]) -> None:
+            if what == "step":
+                raise RuntimeError("lost")
+            over.append((what, stream.over))
+
+        engine.before = before
+        engine.release()
+        assert outcomes([stream]) == ["failed: the engine failed (RuntimeError)"]
+        assert over == [("free", False)]
+        stream.cancel()
+        assert (worker.state().failed, worker.state().cancelled) == (1, 0)
+
+
+@pytest.mark.parametrize("bad", [1, 2, 5])
+def test_logits_that_are_no_numbers_in_the_middle_of_a_turn_of_several_tokens(bad: int) -> None:
+    model = StubModel("abcdefgh", engine=DrawingEngine)
+    with serving(model) as worker:
+        engine = model.engines[1]
+        assert isinstance(engine, DrawingEngine)
+        engine.damaged = ord("abcdefgh"[bad - 1])
+        stream = worker.submit(job())
+        events, reader = [], stream.events()
+        with pytest.raises(EngineFailed, match="not numbers"):
+            events.extend(iter(lambda: next(reader), None))
+        assert text_of(events) == "abcdefgh"[:bad]
+        assert worker.state().failed == 1 and worker.state().tokens == bad and is_idle(model) and len(model.engines) == 2
 
 
 def test_a_failure_now_and_then_does_not_cost_the_engine() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.jobs import Event, Job, Summary, TokenInfo
+from dejavu.serve.jobs import EngineFailed, Event, Job, Summary, TokenInfo
+from dejavu.serve.stream import Stream
 from dejavu.serve.worker import Worker
 from stub_engine import StubModel
 
@@ -65,3 +66,24 @@ def until(condition: Callable[[], object], *, seconds: float = 20) -> None:
 
 def is_idle(model: StubModel) -> bool:
     return all(engine.live_sequences == 0 and engine.free_kv_pages == engine.info.num_pages for engine in model.engines)
+
+
+def failing(
+    error: Exception, what: str, *, when: Callable[[Sequence[int]], bool] = lambda slots: True
+) -> Callable[[str, Sequence[int]], None]:
+    def before(called: str, slots: Sequence[int]) -> None:
+        if called == what and when(slots):
+            raise error
+
+    return before
+
+
+def outcomes(streams: Sequence[Stream]) -> list[str]:
+    """The text of each stream, or what it raised."""
+    found = []
+    for stream in streams:
+        try:
+            found.append(text_of(list(stream.events())))
+        except EngineFailed as error:
+            found.append(f"failed: {error}")
+    return found

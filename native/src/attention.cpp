@@ -10,8 +10,8 @@ int64_t Pass::cache_row(int64_t layer, int64_t row, int64_t group, int64_t posit
   return ((layer * block.num_pages + page) * config.num_kv_heads + group) * block.page_size + offset;
 }
 
-RowList Pass::cache_rows(const void *pool, int64_t first, int64_t count) const {
-  return {(const unsigned char *)pool + first * cache_bytes, cache_bytes, nullptr, count, 0, 0, nullptr};
+RowList Pass::cache_rows(const void *pool, int64_t first, int64_t count, const unsigned char *next) const {
+  return {(const unsigned char *)pool + first * cache_bytes, cache_bytes, nullptr, count, next == nullptr ? 0 : count * cache_bytes, 0, next};
 }
 
 // A head's vector, padded with zeros, into the cache: as it is, rounded, or as int8 times a scale (NaN where it is not finite).
@@ -117,20 +117,24 @@ void Pass::attend(int64_t layer) {
       const int64_t group = h / (heads / groups);
       for (int64_t r = 0; r < rows; r++) {
         if (!own.groups[r * groups + group]) continue;
-        const int64_t length = block.position[r] + 1;
+        const int64_t length = block.position[r] + 1, page = block.page_size;
         const float *q = engine.query.data() + (r * heads + h) * padded;
         float *p = own.probabilities.data(), *mixed = own.mixed.data();
-        for (int64_t t = 0; t < length; t += block.page_size) {
-          const int64_t count = std::min(block.page_size, length - t), first = cache_row(layer, r, group, t);
-          dots_of(cache_rows(block.k_pool, first, count), q, padded, p + t);
+        // A page's keys of a head lie apart from the next page's: each is fetched while the one before is computed.
+        const auto vectors = [&](const void *pool, int64_t t) { return (const unsigned char *)pool + cache_row(layer, r, group, t) * cache_bytes; };
+        for (int64_t t = 0; t < length; t += page) {
+          const int64_t count = std::min(page, length - t), first = cache_row(layer, r, group, t);
+          const unsigned char *next = t + page < length ? vectors(block.k_pool, t + page) : vectors(block.v_pool, 0);
+          dots_of(cache_rows(block.k_pool, first, count, next), q, padded, p + t);
           for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.k_scale[first + i];
         }
         kernels.softmax(p, length);
         std::fill_n(mixed, padded, 0.0f);
-        for (int64_t t = 0; t < length; t += block.page_size) {
-          const int64_t count = std::min(block.page_size, length - t), first = cache_row(layer, r, group, t);
+        for (int64_t t = 0; t < length; t += page) {
+          const int64_t count = std::min(page, length - t), first = cache_row(layer, r, group, t);
+          const unsigned char *next = t + page < length ? vectors(block.v_pool, t + page) : nullptr;
           for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.v_scale[first + i];
-          axpys_of(cache_rows(block.v_pool, first, count), p + t, padded, mixed);
+          axpys_of(cache_rows(block.v_pool, first, count, next), p + t, padded, mixed);
         }
         float *part = engine.attention_parts.data() + (c * engine.max_rows + r) * width;
         if (selects(layer, DEJAVU_AT_OUTPUT)) {

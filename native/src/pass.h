@@ -37,7 +37,8 @@ class Pass {
   void attend(int64_t layer);
   // Number of a head's vector among those of a pool.
   int64_t cache_row(int64_t layer, int64_t row, int64_t group, int64_t position) const;
-  RowList cache_rows(const void *pool, int64_t first, int64_t count) const;
+  // Vectors of a pool that lie side by side; next: as many that are computed next, to be fetched, or none.
+  RowList cache_rows(const void *pool, int64_t first, int64_t count, const unsigned char *next) const;
   void store(const float *head, void *pool, float *scales, int64_t at) const;
   void place_head(int64_t layer, int64_t unit);
   void norm_head(const Buffer<float> &weight, float *head) const;

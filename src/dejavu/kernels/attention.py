@@ -12,6 +12,7 @@ sequence  S tokens per page  T tokens of the sequence
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,7 @@ class Scores:
 PLAIN = Scores()
 # Not cuDNN's, which plans for every new length of a prompt: 40 to 80 ms, in each thread anew.
 CUDA_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CUDA_ATTENTION_LOCK = threading.Lock()  # the choice is the process's: of two threads the second would put back what the first had chosen
 
 
 def attend_tokens(q: Tensor, k: Tensor, v: Tensor, seen_TS: Tensor | None, scores: Scores) -> Tensor:
@@ -51,7 +53,7 @@ def attend_tokens(q: Tensor, k: Tensor, v: Tensor, seen_TS: Tensor | None, score
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TS, scale=scores.scale, enable_gqa=per > 1)
     k, v = (x.repeat_interleave(per, -3) if per > 1 else x for x in (k, v))
     if scores.cap == 0:
-        with sdpa_kernel(CUDA_ATTENTION):
+        with CUDA_ATTENTION_LOCK, sdpa_kernel(CUDA_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TS, scale=scores.scale)
     score = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
     score = scores.cap * torch.tanh(score / scores.cap)

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from dejavu.serve.asked import Asked, Served, asked_chat, asked_completion
-from dejavu.serve.errors import ApiError, from_worker, internal, not_running, stopping
+from dejavu.serve.errors import ApiError, from_worker, internal, stopping
 from dejavu.serve.fields import parse
 from dejavu.serve.jobs import EngineFailed, Job, QueueFull, TooLong, WorkerState
 from dejavu.serve.metrics import Metrics, Outcome
@@ -36,7 +36,7 @@ class JobRunner(Protocol):
     """What the server needs of a worker."""
 
     def submit_all(self, jobs: Sequence[Job], /) -> Sequence[EventStream]:
-        """Streams of the jobs, all or none. Raises QueueFull, TooLong."""
+        """Streams of the jobs, all or none. Raises QueueFull, TooLong, NotRunning."""
         ...
 
     def state(self) -> WorkerState: ...
@@ -67,9 +67,6 @@ class Endpoint:
         body = await read_body(request)
         asked = await asyncio.to_thread(self._asked, body)  # a long prompt takes a while to read
         answer = new_answer(asked, self._served)
-        state = self._worker.state()
-        if not state.alive:
-            raise not_running(state.last_error)
         try:
             running = Running(self._worker.submit_all(asked.jobs))
         except (QueueFull, TooLong, EngineFailed) as error:

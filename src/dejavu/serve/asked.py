@@ -29,7 +29,7 @@ class Served:
     """A model that is served, as far as requests are concerned.
 
     sparse: whether `name` runs sparse, as a model with an adapter does. limit: the longest prompt and answer together, in tokens.
-    max_choices: of one request, prompts times n. created: when it began to be served, in seconds since 1970.
+    max_choices: of one request, prompts times n; max_traced: of one with a trace. created: when it began to be served, seconds since 1970.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Served:
     threads: int
     limit: int
     max_choices: int = MAX_CHOICES
+    max_traced: int = MAX_CHOICES
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -63,7 +64,8 @@ class Served:
 
 def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: int) -> Served:
     """What a worker serves. tokenizer: with the chat template to use. queue: jobs that may wait; no request may ask for more than that and
-    a free engine's slots."""
+    the slots of its engine when that is free."""
+    plain, traced = (min(MAX_CHOICES, queue + engine.slots) for engine in (state.engines[0], state.engines[-1]))  # the last one records
     return Served(
         name=state.model,
         tokenizer=tokenizer,
@@ -77,7 +79,8 @@ def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: 
         dtype=state.dtype,
         threads=threads,
         limit=state.max_model_len,
-        max_choices=min(MAX_CHOICES, queue + state.engines[0].slots),
+        max_choices=plain,
+        max_traced=traced,
     )
 
 
@@ -160,11 +163,13 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[
 
 
 def _choices(body: Sampled, served: Served, *, prompts: int) -> int:
-    n = body.n or 1
-    if prompts * n > served.max_choices:
+    n, traced = body.n or 1, body.dejavu is not None and bool(body.dejavu.trace)
+    most = served.max_traced if traced else served.max_choices
+    if prompts * n > most:
         asked = f"{prompts} prompts with n = {n}" if prompts > 1 else f"n = {n}"
         raise invalid(
-            f"{asked} are {prompts * n} texts, and a request may ask for {served.max_choices}", param="prompt" if prompts > 1 else "n"
+            f"{asked} are {prompts * n} texts, and a request {'with a trace ' if traced else ''}may ask for {most}",
+            param="prompt" if prompts > 1 else "n",
         )
     return n
 

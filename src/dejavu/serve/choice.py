@@ -46,7 +46,7 @@ class Choice(Claim):
     @property
     def plain(self) -> bool:
         """Whether an engine may draw its tokens: it wants nothing but them."""
-        return self.job.top_logprobs is None and not self.job.logit_bias
+        return self.job.top_logprobs is None and not self.job.logit_bias and not self.job.trace
 
     def drawn(self, logits_V: Tensor) -> TokenInfo:
         """The next token by these logits. Raises ValueError where they are not numbers."""

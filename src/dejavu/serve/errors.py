@@ -1,7 +1,7 @@
 """What a client is told when its request is not answered: OpenAI's error envelope, and the status of each mistake and failure.
 
-In: a mistake found in a request, or an exception of the worker. Out: an ApiError, whose `body` is the envelope. No message has a path of
-the server's files in it.
+In: a mistake found in a request, or an exception of the worker. Out: an ApiError, whose `body` is the envelope. What an engine gives as a
+reason has no path of the server's files in it; of an error without a reason the kind alone is told, and the log has the rest.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dejavu.serve.jobs import EngineFailed, QueueFull, TooLong
+from dejavu.serve.jobs import EngineFailed, NotRunning, QueueFull, TooLong
 
 PATH = re.compile(r"(?<![\w/.:-])(?:~|[A-Za-z]:)?[/\\][^\s'\",:;()]+")
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # others: by whose fault it is
@@ -55,13 +55,17 @@ def from_worker(error: QueueFull | TooLong | EngineFailed, *, param: str) -> Api
         return ApiError(429, message, code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, TooLong):
         return invalid(str(error), param=param, code="context_length_exceeded")
+    if isinstance(error, NotRunning):
+        return not_running(None)
     return ApiError(500, f"the model failed on this request: {without_paths(str(error))}; the server's log has more", code="engine_failed")
 
 
 def not_running(last_error: str | None) -> ApiError:
-    """No request can be answered any more. last_error: what the worker says of it."""
-    why = "" if last_error is None else f" ({without_paths(last_error)})"
-    return ApiError(503, f"the model is not running{why}; the server has to be started again", code="not_running")
+    """last_error: what the worker says of it, of which its kind is told."""
+    why = "" if last_error is None else f" ({last_error.partition(':')[0]})"
+    return ApiError(
+        503, f"the model is not running{why}; the server's log has more, and it may have to be started again", code="not_running"
+    )
 
 
 def without_paths(text: str) -> str:

@@ -126,13 +126,18 @@ class EngineFailed(Exception):  # noqa: N818 (a state, not a mistake)
     """The step of this stream failed, and the stream with it; others go on."""
 
 
+class NotRunning(EngineFailed):
+    """No job is taken: the worker has ended, or is told to."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What there is to do and what was done, in numbers that add up over engines.
 
     queued, running: jobs; slots, pages_free, pages_total: of the cache, a page that is kept for reuse alone being free. Since the start:
-    steps (calls that decoded), tokens (generated), prompt_tokens (computed), cached_tokens (of prompts, saved by shared prefixes),
-    finished, failed and cancelled jobs, fallback_layers (layers whose MLP ran dense for a whole batch, added up over the steps).
+    steps (of decoding, one for all rows that took part), tokens (generated), prompt_tokens (computed), cached_tokens (of prompts, saved by
+    shared prefixes), finished, failed and cancelled jobs, fallback_layers (layers whose MLP ran dense for a whole batch, added up over the
+    steps).
     """
 
     queued: int

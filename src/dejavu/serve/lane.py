@@ -60,9 +60,10 @@ class Lane:
         self._use(engine)
         self.broken = False  # it was needed and could not be made
         self._counts: Counter[str] = Counter()
-        self._failures = 0  # turns in a row
+        self._failures: Counter[str] = Counter()  # of "prefill" and "decode": turns in a row in which it failed and never worked
         self._computed = 0  # tokens, in this turn
-        self._error: Exception | None = None  # of this turn, the last for which no reason is given
+        self._worked: set[str] = set()  # in this turn, of the two
+        self._failed: dict[str, Exception] = {}  # likewise, by the last error for which no reason is given
 
     # What the scheduler asks of an engine. One that is not made yet has all of its pages.
 
@@ -117,9 +118,14 @@ class Lane:
 
     # For the worker's thread
 
-    def turn(self) -> int:
-        """One step of the engine, which is made where there is none; tokens of prompts and answers that were computed."""
-        self._computed, self._error = 0, None
+    def turn(self, *, alone: bool = True) -> int:
+        """A turn of the engine, which is made where there is none; tokens of prompts and answers that were computed.
+
+        alone: no other engine waits for its turn.
+        """
+        self._computed = 0
+        self._worked.clear()
+        self._failed.clear()
         if self._engine is None and not self._engine_made():
             return 0
         with self._lock:
@@ -130,20 +136,28 @@ class Lane:
         drawn = [row for row in plan.decode if decoder is not None and row.plain]
         stepped = [row for row in plan.decode if decoder is None or not row.plain]
         if decoder is not None:
-            count = self._count(plan)
+            count = self._count(plan) if alone else 1
             self._decode(drawn, lambda rows: self._drawn(decoder, rows, count))
         self._decode(stepped, self._stepped)
-        self._failures = self._failures + 1 if self._error is not None and self._computed == 0 else 0
-        if self._error is not None and self._failures == PATIENCE:
-            self.abandon(self._error)
+        for what in self._worked:
+            del self._failures[what]
+        for what, error in tuple(self._failed.items()):
+            if what not in self._worked:
+                self._failures[what] += 1
+                if self._failures[what] == PATIENCE:
+                    self.abandon(error)
+                    break
         return self._computed
 
     def abandon(self, error: BaseException) -> None:
         """The engine cannot go on: all that run in it fail, and those that wait get a new one."""
+        self._report(error)
+        error = error.with_traceback(None)  # whose frames hold the engine: its memory must be free for the next
         with self._lock:
             ended = self.scheduler.reset(self)
             self._use(None)
-            self._failures = 0
+        self._failures.clear()
+        self._failed.clear()
         for choice in ended:
             self._tell(choice, error)
 
@@ -175,8 +189,9 @@ class Lane:
         try:
             info = self._read(part)
         except Exception as error:
-            self._fail([choice], error)
+            self._fail([choice], error, "prefill")
             return
+        self._worked.add("prefill")
         tokens = part.stop - part.start
         self._computed += tokens
         self._counts["prompt_tokens"] += tokens
@@ -222,11 +237,12 @@ class Lane:
                 for row in rows:
                     self._decode([row], call)
             else:
-                self._fail(rows, error)
+                self._fail(rows, error, "decode")
             return
         except Exception as error:
-            self._fail(rows, error)
+            self._fail(rows, error, "decode")
             return
+        self._worked.add("decode")
         self._computed += len(rows) * len(steps)
         self._counts["steps"] += len(steps)
         with self._lock:
@@ -237,7 +253,7 @@ class Lane:
                 if row.over:
                     continue
                 if isinstance(found, ValueError):
-                    self._fail([row], found)
+                    self._fail([row], found, "decode")
                 else:
                     self._deliver(row, found, union)
 
@@ -314,14 +330,16 @@ class Lane:
             log.exception("the %s engine cannot free a slot and is made anew", self.mode)
             self.abandon(error)
 
-    def _fail(self, choices: Sequence[Choice], error: Exception) -> None:
+    def _fail(self, choices: Sequence[Choice], error: Exception, what: str) -> None:
         """These end, and the engine goes on for now."""
         log.error("%s of the %s engine failed", "rows" if len(choices) > 1 else "a row", self.mode, exc_info=error)
-        for choice in choices:
-            self._tell(choice, error)
-            self._end(choice)
+        error = error.with_traceback(None)
         if not isinstance(error, ValueError):
-            self._error = error
+            self._failed[what] = error
+        for choice in choices:
+            if not choice.over:  # else it was told: the engine was abandoned for one before it
+                self._end(choice)
+                self._tell(choice, error)
 
     def _tell(self, choice: Choice, error: BaseException) -> None:
         """Why it failed; what is not a refusal may hold paths and the like, which are for the log alone."""

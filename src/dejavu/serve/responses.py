@@ -55,6 +55,7 @@ class Answer:
         self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         self._offsets = [served.vocabulary.offsets(first=asked.echo) for _ in asked.jobs]
         self._pieces: list[list[Piece]] = [[] for _ in asked.jobs]
+        self._begun: set[int] = set()
         self._summaries: dict[int, Summary] = {}
         self._shape_is_sent = False
 
@@ -66,7 +67,7 @@ class Answer:
     def take(self, index: int, event: Event) -> Piece:
         """The next event of a choice."""
         asked, text, tokens = self.asked, event.text, event.tokens
-        if asked.echo and not self._pieces[index]:
+        if asked.echo and index not in self._begun:
             text, tokens = asked.texts[index // asked.n] + text, (*event.prompt_tokens, *tokens)
         vocabulary, wanted = self._served.vocabulary, asked.logprobs is not None
         piece = Piece(
@@ -79,7 +80,9 @@ class Answer:
         if event.finish_reason is not None:
             assert event.summary is not None and index not in self._summaries, "a stream ends once, with its summary"
             self._summaries[index] = event.summary
-        self._pieces[index].append(piece)
+        if not asked.stream:  # what is sent is not kept
+            self._pieces[index].append(piece)
+        self._begun.add(index)
         return piece
 
     def whole(self) -> wire.Wire:

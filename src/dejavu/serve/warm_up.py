@@ -12,20 +12,23 @@ from collections.abc import Sequence
 from dejavu.engine.interface import CapturesSteps, DecodesTokens, Engine
 
 PROMPT = 16  # tokens of a row
-LONG = 1024  # and of one row, once more, for what differs in long texts
+LONG = 528  # and of one row, once more: beyond 512 the cuda engine attends in more parts
 
 
-def warm_up(engine: Engine, text_ids: Sequence[int]) -> None:
-    """Decode a few tokens with 1, 2, 4 and so on rows, up to all slots, short and long. The slots must be empty, and are afterwards."""
+def warm_up(engine: Engine, text_ids: Sequence[int], *, longest: int) -> None:
+    """Decode a few tokens with 1, 2, 4 and so on rows, up to all slots, short and, where texts may be so long, long.
+
+    longest: tokens of a text that may come. The slots must be empty, and are afterwards.
+    """
     if not isinstance(engine, CapturesSteps):
         return
     info = engine.info
     sizes = sorted({info.num_slots, *(2**power for power in range(info.num_slots.bit_length()))})
     spare = 2 * len(sizes)  # tokens that a row gets here beside its prompt
-    room = min(info.max_tokens - spare, len(text_ids))
+    room = min(info.max_tokens, longest, len(text_ids)) - spare
     usual = max(0, min(PROMPT, room))
-    for longest in sorted({usual, max(0, min(LONG, room))}):
-        prompts = [text_ids[:longest], *(text_ids[slot * PROMPT :][:usual] for slot in range(1, info.num_slots))]
+    for first in (usual, LONG) if room >= LONG else (usual,):
+        prompts = [text_ids[:first], *(text_ids[slot * PROMPT :][:usual] for slot in range(1, info.num_slots))]
         rows, pages = 0, engine.free_pages
         try:
             for prompt in prompts:

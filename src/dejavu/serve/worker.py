@@ -2,7 +2,7 @@
 
 In: jobs, from any thread. Out: a stream of events for each. There is an engine for dense jobs and, where the model has an adapter, one
 for sparse ones; a third records what fires, for traces, and is made when one is first asked for. Each has a scheduler and a queue of
-its own; those that have work take turns, a step each.
+its own; those that have work take turns: a step each, or a few tokens of one that is alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dejavu.measure.texts import DATA
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.choice import Choice
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.jobs import EngineFailed, Job, Load, WorkerState
+from dejavu.serve.jobs import EngineFailed, Job, Load, NotRunning, WorkerState
 from dejavu.serve.lane import Lane
 from dejavu.serve.scheduler import Scheduler
 from dejavu.serve.stream import Stream
@@ -86,7 +86,7 @@ class Worker:
 
     def _engine(self, **settings: Any) -> Engine:
         engine = self._lm.engine(**settings)
-        warm_up(engine, self._text_ids)
+        warm_up(engine, self._text_ids, longest=self._longest)
         return engine
 
     def _lane(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> Lane:
@@ -123,8 +123,7 @@ class Worker:
     def submit(self, job: Job) -> Stream:
         """Queue a job; its events come by the stream.
 
-        Raises at once: ValueError for a job that makes no sense, TooLong for one that can never fit, QueueFull, and EngineFailed
-        where the worker has ended.
+        Raises at once: ValueError for a job that makes no sense, TooLong for one that can never fit, QueueFull, and NotRunning.
         """
         return self.submit_all([job])[0]
 
@@ -135,7 +134,7 @@ class Worker:
             lane.scheduler.check_length(choice)
         with self._lock:
             if self._closing or self._ended:
-                raise EngineFailed("the server is shutting down" if self._closing else "the server's worker has ended; start it again")
+                raise NotRunning("the server is shutting down" if self._closing else "the server's worker has ended; start it again")
             queued = {lane: [choice for its, choice in made if its is lane and not choice.nothing_to_do] for lane in self._lanes.values()}
             for lane, choices in queued.items():
                 lane.scheduler.check_room(len(choices), tokens_per_s=self._tokens_per_s)
@@ -203,10 +202,9 @@ class Worker:
         """The thread: turns of the lanes that have work, until the worker is closed."""
         error: BaseException = EngineFailed("the server is shutting down")
         try:
-            while self._wait():
-                for lane in self._lanes.values():
-                    if lane.busy:
-                        self._turn(lane)
+            while busy := self._wait():
+                for lane in busy:
+                    self._turn(lane, alone=len(busy) == 1)
         except BaseException as found:  # nothing that ends a thread may leave a reader waiting
             log.critical("the worker ends", exc_info=found)
             error = found
@@ -214,16 +212,16 @@ class Worker:
         finally:
             self._end(error)
 
-    def _wait(self) -> bool:
-        """Wait for work; False where there will be none."""
+    def _wait(self) -> list[Lane]:
+        """Wait for work: the lanes that have some. None where there will be none."""
         with self._lock:
             self._lock.wait_for(lambda: self._closing or any(lane.busy for lane in self._lanes.values()))
-            return not self._closing
+            return [] if self._closing else [lane for lane in self._lanes.values() if lane.busy]
 
-    def _turn(self, lane: Lane) -> None:
+    def _turn(self, lane: Lane, *, alone: bool) -> None:
         start = time.perf_counter()
         try:
-            computed = lane.turn()
+            computed = lane.turn(alone=alone)
         except Exception as error:  # of ours, or of an engine that cannot even say what it holds
             log.exception("a turn of the %s engine failed, which is made anew", lane.mode)
             lane.abandon(error)
