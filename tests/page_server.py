@@ -68,12 +68,12 @@ def text_chunk(text: str, *, chat: bool = False, **more: Any) -> dict[str, Any]:
 
 
 def answer(pieces: Sequence[str], *, traced: bool, tok_s: float, chat: bool = False, reason: str = "length") -> list[Any]:
-    """The steps of an answer of one token a piece, as the server sends them."""
+    """The steps of an answer of one token a piece, as the server sends them: without figures where no step decoded a token."""
     steps: list[Any] = [{"choices": [{"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": ""}}]}] if chat else []
     for token, piece in enumerate(pieces):
         extra = {"dejavu": {"trace": [trace(token)]} | ({"shape": SHAPE} if token == 0 else {})} if traced else {}
         steps.append(text_chunk(piece, chat=chat, **extra))
-    sums = {"mlp_density": 0.349 if traced else 1.0, "head_density": 0.25 if traced else 1.0, "tok_s": tok_s}
+    sums = {"mlp_density": 0.349 if traced else 1.0, "head_density": 0.25 if traced else 1.0, "tok_s": tok_s} if len(pieces) > 1 else {}
     steps.append({"choices": [{"index": 0, "finish_reason": reason, **({"delta": {}} if chat else {"text": ""})}], "dejavu": sums})
     return [*steps, {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(pieces)}}, b"data: [DONE]\n\n"]
 

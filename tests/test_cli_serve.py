@@ -120,7 +120,8 @@ MISTAKES = {
     "a foreign host": (("--host", "192.0.2.1"), r"port 0 of 192.0.2.1 cannot be used: .*--port"),
     "an empty key": (("--api-key", ""), r"--api-key must be a word without spaces"),
     "no template": (("--chat-template", "nowhere.jinja"), r"nowhere.jinja does not exist"),
-    "a broken template": (("--chat-template", "broken.jinja"), r"chat template cannot be rendered"),
+    "a folder for a template": (("--chat-template", "."), r"is a folder; give the path of a file with a Jinja template"),
+    "a broken template": (("--chat-template", "broken.jinja"), r"--chat-template broken.jinja: the chat template cannot be rendered"),
     "adapter and dense": (("--dense", "--adapter", "x"), r"--dense.*--adapter"),
 }
 
@@ -134,6 +135,14 @@ def test_a_mistake_is_one_line(name: str, work: Path, monkeypatch: pytest.Monkey
     out, error = capsys.readouterr()
     assert error.count("\n") == 1 and re.search(message, error), error
     assert out == ""
+
+
+def test_a_cache_that_does_not_fit_is_a_mistake(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(work)
+    for what, options in (("cache", ("--cache-tokens", str(10**15))), ("slots", ("--slots", str(10**13)))):
+        assert run(["serve", "model", "--backend", "native", "--port", "0", *options, "--json"]) == 2, what
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1 and re.search("does not fit into memory.*--cache-tokens.*--slots", error), error
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

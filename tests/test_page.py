@@ -7,9 +7,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -143,6 +145,22 @@ def test_page_says_where_both_are_the_same_or_one_ends_first(serve: Callable[...
     page = open_page(serve(dense=answer([*SPARSE, " So"], traced=False, tok_s=50)))
     assert finished(page).endswith("The sparse answer ends first.")
     assert page.text_content("#dense-text .fork") == " So" and page.query_selector("#sparse-text .fork") is None
+
+
+def test_page_says_nothing_of_the_speed_of_one_token(serve: Callable[..., Server], open_page: Open) -> None:
+    server = serve(dense=answer(SPARSE[:1], traced=False, tok_s=50), sparse=answer(SPARSE[:1], traced=True, tok_s=90))
+    page = open_page(server)
+    page.click("#run")
+    one = "A single token comes from the prompt and tells nothing of the speed. "
+    assert wait_status(page, "A single token") == one + "Both answers are the same."
+    for side in ("dense", "sparse"):
+        assert [text_of(page, f"{side}-{name}") for name in ("speed", "tokens", "mlp", "heads")] == ["\u2013", "1", "\u2013", "\u2013"]
+    assert page.is_visible("#maps") and page.is_hidden("#mean-note")
+    server.answers["sparse"] = answer(SPARSE, traced=True, tok_s=90)
+    page.click("#run")
+    page.wait_for_function("() => document.querySelector('#status').textContent.includes('Sparse answered')")
+    read = "Sparse answered, reading 34.9% of the MLP neurons and 25.0% of the heads. "
+    assert text_of(page, "status") == one + read + "The answers part at token 2." and page.is_visible("#mean-note")
 
 
 def test_page_maps_follow_the_token_under_the_pointer(serve: Callable[..., Server], open_page: Open) -> None:
@@ -337,13 +355,15 @@ def test_page_says_what_went_wrong(serve: Callable[..., Server], open_page: Open
     assert page.is_visible("#run")
 
 
-def test_page_says_that_the_server_is_gone(serve: Callable[..., Server], open_page: Open) -> None:
-    server = serve()
-    page = open_page(server)
+@pytest.mark.parametrize("order", ["apart", "together"])
+def test_page_says_once_that_the_server_is_gone(serve: Callable[..., Server], open_page: Open, order: str) -> None:
+    page = open_page(serve())
     page.route("**/v1/**", lambda route: route.abort())
+    page.check(f"input[value={order}]", force=True)
     page.click("#run")
-    wait_status(page, "This run did not finish")
-    assert text_of(page, "dense-error") == "The server does not answer. Is it still running?"
+    assert wait_status(page, "The server does") == "The server does not answer. Is it still running?"
+    assert page.is_hidden("#dense-error") and page.is_hidden("#sparse-error")
+    assert [text_of(page, f"{side}-state") for side in ("dense", "sparse")] == ["failed", "failed"]
 
 
 def test_page_asks_for_a_key_only_where_one_is_wanted(serve: Callable[..., Server], open_page: Open) -> None:
@@ -363,6 +383,23 @@ def test_page_asks_for_a_key_only_where_one_is_wanted(serve: Callable[..., Serve
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
 
 
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("key", ["ключ", "clé", "a\tb"])
+def test_page_sends_no_key_that_no_header_can_have(serve: Callable[..., Server], open_page: Open, key: str, known: bool) -> None:
+    page = open_page(serve(key="s3cret"))
+    if known:
+        page.fill("#key", "s3cret")
+        finished(page)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url))
+    page.fill("#key", key)
+    page.click("#run")
+    assert wait_status(page, "This API key") == "This API key cannot be sent: it may have only ASCII letters, digits and signs."
+    assert sent == [] and page.is_hidden("#dense-error") and page.evaluate("document.activeElement.id") == "key"
+    page.fill("#key", "s3cret")
+    finished(page)
+
+
 def test_page_needs_no_more_of_a_model_than_its_mode(serve: Callable[..., Server], open_page: Open) -> None:
     listed = [{"id": model["id"], "dejavu": {"mode": model["dejavu"]["mode"]}} for model in models()]
     page = open_page(serve(listed=listed))
@@ -373,7 +410,7 @@ def test_page_needs_no_more_of_a_model_than_its_mode(serve: Callable[..., Server
 def test_page_without_an_adapter(serve: Callable[..., Server], open_page: Open) -> None:
     page = open_page(serve(listed=models(adapter=False)))
     page.click("#run")
-    assert "dejavu train" in wait_status(page, "Dense alone")
+    assert wait_status(page, "Dense alone") == "Dense alone: the server runs this model without an adapter."
     assert (
         page.is_hidden("#sparse")
         and page.is_hidden("#order")
@@ -423,22 +460,66 @@ def test_page_takes_everything_as_text(serve: Callable[..., Server], open_page: 
     nasty = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     listed = models()
     listed[0]["id"] = nasty
-    page = open_page(serve(listed=listed, dense=answer([nasty], traced=False, tok_s=50), sparse=answer([nasty], traced=True, tok_s=90)))
+    dense, sparse = answer([nasty, "."], traced=False, tok_s=50), answer([nasty, "."], traced=True, tok_s=90)
+    page = open_page(serve(listed=listed, dense=dense, sparse=sparse))
     page.fill("#prompt", nasty)
     finished(page)
-    assert text_of(page, "dense-text") == text_of(page, "sparse-text") == nasty + nasty and nasty in text_of(page, "facts")
+    assert text_of(page, "dense-text") == text_of(page, "sparse-text") == f"{nasty}{nasty}." and nasty in text_of(page, "facts")
     assert page.locator("main img, main script").count() == 0
 
 
+def call_of(page: Any) -> tuple[list[str], dict[str, Any]]:
+    """The words of the command that the page shows, and the body among them."""
+    *words, body = shlex.split(text_of(page, "call").replace("\\\n", ""))
+    return words, json.loads(body)
+
+
 def test_page_shows_the_call_that_it_makes(serve: Callable[..., Server], open_page: Open) -> None:
-    server = serve()
+    server = serve(listed=models(chat=True))
     page = open_page(server)
-    page.fill("#prompt", 'It\'s "so"')
     page.click("summary")
-    page.wait_for_function("() => document.querySelector('#call').textContent !== ''")
-    command, address, *options = shlex.split(text_of(page, "call").replace("\\\n", ""))
-    assert [command, address, options[:-1]] == ["curl", f"{server.url}v1/completions", ["-H", "Content-Type: application/json", "-d"]]
-    assert json.loads(options[-1]) == {"model": "tiny", "prompt": 'It\'s "so"', "max_tokens": 80, "temperature": 0.6}
+    words = ["curl", f"{server.url}v1/completions", "-H", "Content-Type: application/json", "-d"]
+    body = {"model": "tiny", "prompt": "The garden behind the house was", "max_tokens": 80, "temperature": 0.6, "seed": 3}
+    assert call_of(page) == (words, body) and page.is_hidden("#no-call")
+    assert text_of(page, "address") == f"{server.url}v1" and page.is_visible("#any-key") and page.is_hidden("#own-key")
+    # It follows the form.
+    for name, value in (("prompt", 'It\'s "so"'), ("max-tokens", "7"), ("temperature", "0"), ("seed", "11")):
+        page.fill(f"#{name}", value)
+    body = {"model": "tiny", "prompt": 'It\'s "so"', "max_tokens": 7, "temperature": 0, "seed": 11}
+    assert call_of(page) == (words, body)
+    for name in ("max-tokens", "temperature", "seed"):
+        page.fill(f"#{name}", "")
+    assert call_of(page) == (words, {"model": "tiny", "prompt": 'It\'s "so"'})  # not null
+    page.check("input[value=chat]", force=True)
+    words[1] = f"{server.url}v1/chat/completions"
+    assert call_of(page) == (words, {"model": "tiny", "messages": [{"role": "user", "content": 'It\'s "so"'}]})
+    page.check("input[value=completion]", force=True)
+    assert call_of(page)[1] == {"model": "tiny", "prompt": 'It\'s "so"'}
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_page_shows_a_call_that_a_shell_runs(serve: Callable[..., Server], open_page: Open, kind: str, shell: str) -> None:
+    if shutil.which("curl") is None or shutil.which(shell) is None:
+        pytest.skip(f"needs curl and {shell}")
+    chat = kind == "chat"
+    dense, sparse = answer(DENSE, traced=False, tok_s=50, chat=chat), answer(SPARSE, traced=True, tok_s=90, chat=chat)
+    server = serve(listed=models(chat=True), dense=dense, sparse=sparse, key="s3cret")
+    page = open_page(server)
+    page.click("summary")
+    assert page.is_hidden("#call") and page.is_visible("#no-call") and text_of(page, "call") == ""  # no model is known yet
+    assert page.is_visible("#own-key") and page.is_hidden("#any-key")
+    page.fill("#key", "s3cret")
+    page.fill("#prompt", "It's \"so\" isn''t, `id` $HOME $(id) !! \\n \\' %41\nnaïve\t— 你好 \U0001f600'")
+    finished(page)
+    page.check(f"input[value={kind}]", force=True)
+    finished(page)
+    assert page.is_visible("#call") and page.is_hidden("#no-call") and "s3cret" not in page.inner_text("footer")
+    environment = {"PATH": os.environ["PATH"], "DEJAVU_KEY": "s3cret", "no_proxy": "*"}
+    subprocess.run([shell, "-c", text_of(page, "call")], env=environment, check=True, capture_output=True, timeout=20)
+    (path, _, body), (shown_path, headers, shown) = server.requests[-2:]
+    assert headers["Authorization"] == "Bearer s3cret" and shown_path == path
+    assert shown == {key: value for key, value in body.items() if key not in {"stream", "stream_options", "dejavu"}}
 
 
 def test_page_refuses_what_the_form_does_not_allow(serve: Callable[..., Server], open_page: Open) -> None:

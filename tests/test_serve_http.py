@@ -112,6 +112,22 @@ def test_without_the_key_nothing_is_answered(locked: Site, header: str | None) -
     assert locked.client.get("/health").status_code == locked.client.get("/metrics").status_code == 200
 
 
+def test_a_request_without_the_key_counts_as_refused(locked: Site) -> None:
+    before = values(locked)
+    for path, body in (("/v1/completions", SAID), ("/v1/chat/completions", CHAT), ("/v1/models", None)):
+        assert locked.client.request("GET" if body is None else "POST", path, json=body).status_code == 401
+    for endpoint in ("completions", "chat"):
+        key = ("dejavu_requests_total", endpoint, "refused")
+        assert values(locked)[key] == before[key] + 1
+
+
+def test_health_can_be_asked_for_its_status_alone(site: Site) -> None:
+    answer = site.client.head("/health")
+    assert answer.status_code == 200 and answer.content == b""
+    site.worker.alive = False
+    assert site.client.head("/health").status_code == 503
+
+
 def test_with_the_key_everything_is(locked: Site) -> None:
     for scheme in (b"Bearer ", b"bearer  "):
         headers = {b"Authorization": scheme + KEY.encode()}

@@ -95,7 +95,10 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
     (completion(prompt=[-1]), "prompt", 400),
     (completion(prompt=[4.5]), "prompt", 400),
     (completion(prompt=[96]), "prompt", 400),
-    (completion(prompt=[[4], [4, 96]]), "prompt", 400),
+    (completion(prompt=[[4], [4, 96]]), "prompt[1]", 400),
+    (completion(prompt=["the", "the cat " * 40]), "prompt[1]", 400),
+    (completion(tools=[{"type": "function"}]), "tools", 400),
+    (completion(response_format={"type": "json_object"}), "response_format.type", 400),
     (completion(prompt=["x"] * 9), "prompt", 400),
     (completion(prompt=["x"] * 3, n=3), "prompt", 400),
     (completion(max_tokens="256"), "max_tokens", 400),
@@ -196,7 +199,7 @@ def test_refused(client: httpx.Client, body: dict[str, Any], param: str, status:
         (b'{"model": "tiny", "prompt": "x", "temperature": 1e999}', "1e999"),
         (b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"model": "tiny", "prompt": "\xff"}', "not UTF-8"),
-        (b'{"model": "tiny", "prompt": "\\ud800"}', "not UTF-8"),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', "half of a surrogate pair"),
         ('{"model": "tiny"}'.encode("utf-16"), "not UTF-8"),
         (b'{"model": ' + b"[" * 200_000, "nested too deeply"),
         (b'\xef\xbb\xbf{"model": "tiny"}', "not JSON"),
@@ -320,7 +323,7 @@ def test_a_model_without_a_template_says_what_to_do(tokenizer: Tokenizer) -> Non
     "template", ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{% for", "{{ messages[7].content.x }}", "{{ raise_exception('no') }}"]
 )
 def test_whatever_a_template_raises_is_the_requests_error(chatty: Tokenizer, template: str) -> None:
-    with pytest.raises(ApiError, match="chat template cannot be rendered: .") as caught:
+    with pytest.raises(ApiError, match=r"chat template cannot be rendered( \(line 1\))?: .") as caught:
         chatted(dataclasses.replace(chatty, chat_template=template), USER)
     assert caught.value.status == 400
 
@@ -351,3 +354,50 @@ def test_no_path_leaves_the_server() -> None:
         assert without_paths(f"cannot read {path}: it is gone") == "cannot read [path]: it is gone"
     for text in ("1/2 of it", "https://example.org/x/y", "and/or", "owner/name"):
         assert without_paths(text) == text
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(chatty: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four million characters took three seconds, and memory."""
+
+    def refuse(tokenizer: Tokenizer, text: str) -> list[int]:
+        raise AssertionError(f"{len(text)} characters were tokenised")
+
+    assert chatty.longest_token is not None
+    facts = served(chatty, max_characters=64 * chatty.longest_token)
+    monkeypatch.setattr(Tokenizer, "encode_plain", refuse)
+    for endpoint, body, param in (
+        ("completions", completion(prompt="a" * 4_000_000), "prompt"),
+        ("completions", completion(prompt=["the", "a" * 4_000_000]), "prompt[1]"),
+        ("chat", chat({"role": "user", "content": "a" * 4_000_000}), "messages"),
+    ):
+        with pytest.raises((ApiError, AssertionError)) as caught:
+            if endpoint == "chat":
+                asked_chat(parse(json.dumps(body).encode(), ChatBody), facts)
+            else:
+                asked_completion(parse(json.dumps(body).encode(), CompletionBody), facts)
+        if param == "prompt[1]":  # the first one fits, and is
+            assert "3 characters" in str(caught.value)
+        else:
+            assert isinstance(caught.value, ApiError) and (caught.value.param, caught.value.code) == (param, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_null_in_place_of_what_must_be_given_is_missing(kind: Any) -> None:
+    for field in ("model", "prompt" if kind is CompletionBody else "messages"):
+        body = {"model": "tiny", "prompt": "x", "messages": [{"role": "user", "content": "x"}]} | {field: None}
+        with pytest.raises(ApiError, match=f"^{field} is missing$"):
+            parse(json.dumps(body).encode(), kind)
+
+
+def test_no_message_names_a_class_of_ours() -> None:
+    with pytest.raises(ApiError, match="^dejavu: should be an object, not true$"):
+        parse(json.dumps(completion(dejavu=True)).encode(), CompletionBody)
+
+
+def test_messages_that_leave_no_room_are_said_to(chatty: Tokenizer) -> None:
+    body = chat({"role": "user", "content": "the cat"})
+    length = len(asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty)).jobs[0].prompt_ids)
+    with pytest.raises(ApiError, match="leave no room for an answer") as caught:
+        asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=length))
+    assert caught.value.code == "context_length_exceeded"
+    assert asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=length + 1)).jobs[0].max_new_tokens == 1

@@ -39,7 +39,9 @@ def _read_bytes(path: Path, kind: str) -> bytes:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give the path of {kind}") from None
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder; give the path of {kind}, or a quoted glob such as '{path}/*' where it may repeat") from None
+        raise ValueError(
+            f"{path} is a folder; give the path of {kind}; where there may be several, a quoted glob such as '{path}/*' does"
+        ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of {kind}") from None
 
@@ -51,13 +53,15 @@ def _decode(path: Path, content: bytes, kind: str) -> str:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); give {kind} in UTF-8") from None
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, *, kind: str = "a text file (.txt, .md or .xz)") -> str:
     """The text of a UTF-8 file (.txt, .md, any other name) or of an .xz file of one; line ends are kept as stored.
+
+    kind: what messages ask for.
 
     Raises ValueError where the file is missing, broken, not UTF-8, binary or without text.
     """
     path = absolute(path)
-    content = _read_bytes(path, "a text file (.txt, .md or .xz)")
+    content = _read_bytes(path, kind)
     if path.suffix == ".xz":
         try:
             content = lzma.decompress(content)
@@ -65,7 +69,7 @@ def read_text(path: str | Path) -> str:
             raise ValueError(f"{path} is not a whole .xz file ({error}); compress or copy it again") from None
     text = _decode(path, content, "plain text")
     if "\0" in text:
-        raise ValueError(f"{path} holds binary data, not text; give a .txt, .md or .xz file")
+        raise ValueError(f"{path} holds binary data, not text; give {kind}")
     if not text.strip():
         raise ValueError(f"{path} holds no text; give a file with text in it")
     return text

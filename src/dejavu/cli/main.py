@@ -87,6 +87,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         return _mistake(str(error))
+    except MemoryError as error:
+        return _mistake(str(error) or "this machine's memory is not enough; take a smaller model, or one of fewer bytes with --dtype")
     except Exception:
         traceback.print_exc()
         print("This is a bug of dejavu; please report it with the lines above.", file=sys.stderr)

@@ -66,14 +66,17 @@ def serve(
         prefix_reuse=not no_prefix_reuse,
     )  # fmt: skip
     require(api_key is None or api_key.strip() == api_key != "", "--api-key must be a word without spaces around it; give one, or none")
-    template = None if chat_template is None else read_text(chat_template)
+    template = None if chat_template is None else read_text(chat_template, kind="a file with a Jinja template")
     with bound_socket(host, port) as bound:  # before the model is loaded, which may take minutes
         lm = open_model(
             model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=0,
             adapter=adapter, dense=dense,
         )  # fmt: skip
-        tokenizer = lm.tokenizer if template is None else with_template(lm.tokenizer, template)
-        worker = Worker(lm, config)
+        tokenizer = lm.tokenizer if template is None else with_template(lm.tokenizer, template, str(chat_template))
+        try:
+            worker = Worker(lm, config)
+        except MemoryError as error:
+            raise ValueError(f"{error}: choose fewer with --cache-tokens, or fewer texts at a time with --slots (now {slots})") from error
         worker.start()
         try:
             state = worker.state()
@@ -83,7 +86,8 @@ def serve(
                 url = url_of(bound)
                 out.say(f"Serving at {url} (a page; OpenAI's API under /v1; /health, /metrics); ^C ends it")
                 out.say(f"Models: {', '.join(served.models)} · {'no' if api_key is None else 'with an'} API key")
-                out.say(f"{config.slots} texts at a time, {config.queue} may wait, {served.limit:,} tokens a text")
+                texts = "1 text" if config.slots == 1 else f"{config.slots} texts"
+                out.say(f"{texts} at a time, {config.queue} may wait, {served.limit:,} tokens a text")
                 if api_key is None and not is_local(bound):
                     out.warn("no API key is set, and other machines can reach this address: whoever does may use it; see --api-key")
                 out.finish(
@@ -107,10 +111,13 @@ def check_extra() -> None:
         raise ValueError(f"dejavu serve needs {', '.join(missing)}; install what is missing with: pip install 'dejavu[serve]'")
 
 
-def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    """The tokenizer with another chat template. Raises ValueError for one that cannot even render a greeting."""
+def with_template(tokenizer: Tokenizer, template: str, path: str) -> Tokenizer:
+    """The tokenizer with another chat template, that of a file. Raises ValueError for one that cannot even render a greeting."""
     from dejavu.model.template import rendered
 
     changed = dataclasses.replace(tokenizer, chat_template=template)
-    rendered(changed, [{"role": "user", "content": "Hello"}])
+    try:
+        rendered(changed, [{"role": "user", "content": "Hello"}])
+    except ValueError as error:
+        raise ValueError(f"--chat-template {path}: {error}") from error
     return changed

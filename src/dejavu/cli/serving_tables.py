@@ -24,11 +24,15 @@ def show(out: Output, found: ServingBench, notes: Sequence[str]) -> None:
     _show_throughput(out, escape(title), found.rows)
     _show_latencies(out, found.rows)
     for each in found.ratios:
-        out.show(f"{ratio(each['tok_s'], 1.0, mode=each['mode'])} in tokens/s, {number(each['tpot_p50_ms'], '.2f')} in time per token")
+        out.show(
+            f"{ratio(each['tok_s'], 1.0, mode=each['mode'])} in tokens/s, {number(each['tpot_p50_ms'], '.2f')}\u00d7 in time per token"
+        )
     if found.leaks is not None:
         pages = "not told" if found.leaks.pages_before is None else f"{found.leaks.pages_before} before, {found.leaks.pages_after} after"
         memory = "not told" if not found.leaks.memory_mb else ", ".join(f"{each:.0f}" for each in found.leaks.memory_mb)
-        out.say(f"leaks: {'FOUND' if found.leaks.leaks else 'none found'}; free pages {pages}; resident MB after each round {memory}")
+        out.say(
+            f"leaks: {'FOUND' if found.leaks.leaks else 'none found'}; free pages {pages}; resident MB before and after each round {memory}"
+        )
     for note in notes:
         out.say(f"note: {note}")
 

@@ -125,5 +125,6 @@ def _leak_notes(leaks: LeakReport | None) -> list[str]:
     if leaks.pages_before is None:
         notes.append("the server does not tell its free pages: only its memory was compared")
     if leaks.growth_mb is None:
-        notes.append("the server's memory was not compared: it does not tell it, or there were fewer than two rounds")
+        why = "it takes at least two rounds" if leaks.memory_mb else "the server does not tell it"
+        notes.append(f"the server's memory was not compared: {why}")
     return notes

@@ -200,7 +200,8 @@ def notes_on(row: ServeRow, segments: Sequence[Segment]) -> list[str]:
         example = next(outcome.reply.message for outcome in outcomes if outcome.reply.error == kind)
         notes.append(f"{where}: {count} of {row.requests} requests failed: {kind}{f': {example}' if example else ''}")
     if 0 < row.completed < 100:
-        notes.append(f"{where}: {row.completed} answers are too few for a 99th percentile of requests: it is close to the slowest one")
+        few = "1 answer is" if row.completed == 1 else f"{row.completed} answers are"
+        notes.append(f"{where}: {few} too few for a 99th percentile of requests: it is close to the slowest one")
     pieces = sum(len(outcome.reply.texts) for outcome in done)
     if pieces < 0.95 * row.output_tokens:
         notes.append(f"{where}: {row.output_tokens} tokens came in {pieces} pieces of text; ITL is of pieces, TPOT of tokens")

@@ -31,6 +31,8 @@ async def listed_models(client: httpx.AsyncClient) -> tuple[dict[str, str | None
     """
     try:
         response = await client.get("/v1/models", timeout=30)
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise ValueError(f"{client.base_url} wants an API key, and not the one that it was sent, if any; give it with --api-key")
         if response.status_code != httpx.codes.OK:
             raise ValueError(f"{client.base_url} answers /v1/models with {response.status_code}: {response.text[:200]}")
         cards = response.json()["data"]

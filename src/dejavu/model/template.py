@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dejavu.config import require
@@ -36,7 +36,8 @@ def rendered(tokenizer: Tokenizer, messages: Messages) -> str:
         template.globals["raise_exception"] = refuse
         return template.render(messages=list(messages), add_generation_prompt=True, **special)
     except Exception as error:  # a template is foreign code: beside its own errors it raises whatever its expressions do
-        raise ValueError(f"the model's chat template cannot be rendered: {error}") from error
+        line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+        raise ValueError(f"the chat template cannot be rendered{line}: {error}") from error
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Messages) -> list[int]:

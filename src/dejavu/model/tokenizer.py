@@ -48,13 +48,19 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
+    def longest_token(self) -> int | None:
+        """Characters of a text that a token stands for at most; None where a normalizer may change how many there are."""
+        return max(map(len, self.backend.get_vocab())) if self.backend.normalizer is None else None
+
+    @property
     def document_bos(self) -> int | None:
         """The BOS that begins a document by the tokenizer's own default; None where it adds none."""
         return self.bos_token_id if self.adds_bos else None
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of the text alone; no special token is added (one spelled out in the text is still recognised)."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        (found,) = self.backend.encode_batch_fast([text], add_special_tokens=False)  # unlike `encode` it lets other threads run
+        return found.ids
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Ids of the text, led by one BOS where that is the tokenizer's default and `add_bos` is true."""

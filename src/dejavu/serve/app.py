@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,13 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
     """
     app = FastAPI(title="dejavu", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(worker.state)
-    known = [Depends(_key_check(api_key))]
+    known = [Depends(_key_check(api_key, lambda: None))]
+    completing, chatting = ([Depends(_key_check(api_key, partial(metrics.request, name, "refused")))] for name in ("completions", "chat"))
     ending = app.state.ending = asyncio.Event()
     completions, chat = (Endpoint(name, served, worker, metrics, ending) for name in ("completions", "chat"))
 
     @app.post(
-        "/v1/completions", dependencies=known, response_model=None, openapi_extra=body_of(CompletionBody),
+        "/v1/completions", dependencies=completing, response_model=None, openapi_extra=body_of(CompletionBody),
         responses=streamed(wire.Completion, wire.Completion) | WRITING,
     )  # fmt: skip
     async def create_completion(request: Request) -> Response:
@@ -49,7 +52,7 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
         return await completions(request)
 
     @app.post(
-        "/v1/chat/completions", dependencies=known, response_model=None, openapi_extra=body_of(ChatBody),
+        "/v1/chat/completions", dependencies=chatting, response_model=None, openapi_extra=body_of(ChatBody),
         responses=streamed(wire.ChatCompletion, wire.ChatChunk) | WRITING,
     )  # fmt: skip
     async def create_chat_completion(request: Request) -> Response:
@@ -80,6 +83,11 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
             )
         )  # fmt: skip
 
+    async def glance(request: Request) -> Response:
+        """What some monitors ask for: the status of /health alone."""
+        return await health()
+
+    app.add_route("/health", glance, methods=["HEAD"], include_in_schema=False)
     text = {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 
     @app.get("/metrics", response_model=None, response_class=Response, responses={200: text})
@@ -95,13 +103,15 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
     return app
 
 
-def _key_check(api_key: str | None) -> Any:
+def _key_check(api_key: str | None, refused: Callable[[], object]) -> Any:
+    """refused: called for each request that does not bring it."""
     expected = (api_key or "").encode()
 
     async def check(request: Request) -> None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if api_key is None or (scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), expected)):
             return
+        refused()
         message = "this server wants an API key: send the header Authorization: Bearer KEY with the one that it was started with"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

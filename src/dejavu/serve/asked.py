@@ -15,8 +15,8 @@ from typing import Any, Literal
 from dejavu.config import SamplingConfig
 from dejavu.model.template import chat_ids
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.serve.errors import ApiError, invalid
-from dejavu.serve.jobs import Job, WorkerState
+from dejavu.serve.errors import TOO_LONG, ApiError, from_worker, invalid
+from dejavu.serve.jobs import Job, TooLong, WorkerState
 from dejavu.serve.protocol import DEFAULT_MAX_TOKENS, MAX_CHOICES, ChatBody, CompletionBody, Sampled, text_of
 from dejavu.serve.vocabulary import Vocabulary
 
@@ -29,7 +29,8 @@ class Served:
     """A model that is served, as far as requests are concerned.
 
     sparse: whether `name` runs sparse, as a model with an adapter does. limit: the longest prompt and answer together, in tokens.
-    max_choices: of one request, prompts times n; max_traced: of one with a trace. created: when it began to be served, seconds since 1970.
+    max_choices: of one request, prompts times n; max_traced: of one with a trace. max_characters: of a prompt that may
+    fit, None where that cannot be told. created: when it began to be served, in seconds since 1970.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Served:
     limit: int
     max_choices: int = MAX_CHOICES
     max_traced: int = MAX_CHOICES
+    max_characters: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -81,6 +83,7 @@ def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: 
         limit=state.max_model_len,
         max_choices=plain,
         max_traced=traced,
+        max_characters=None if (longest := tokenizer.longest_token) is None else longest * state.max_model_len,
     )
 
 
@@ -115,12 +118,16 @@ def asked_completion(body: CompletionBody, served: Served) -> Asked:
     dense = served.is_dense(body.model)
     prompts = _prompts(body.prompt)
     n = _choices(body, served, prompts=len(prompts))
-    ids = [served.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    for prompt_ids in ids:
-        _check_ids(prompt_ids, served, param="prompt")
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    ids = []
+    for place, prompt in enumerate(prompts):
+        param = f"prompt[{place}]" if len(prompts) > 1 else "prompt"
+        if isinstance(prompt, str):
+            _check_characters(len(prompt), served, param=param)
+        ids.append(served.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+        _check_ids(ids[-1], served, new=max_tokens, param=param)
     echo = bool(body.echo)
     texts = tuple(prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt) for prompt in prompts) if echo else ()
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     return Asked(
         chat=False, model=body.model, dense=dense, n=n, logprobs=body.logprobs, echo=echo, texts=texts,
         jobs=_jobs(body, ids, n, served, dense=dense, max_tokens=max_tokens, logprobs=body.logprobs, echo=echo),
@@ -139,13 +146,16 @@ def asked_chat(body: ChatBody, served: Served) -> Asked:
         raise invalid(NO_TEMPLATE, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # a newer name, which templates do not know
     messages = [{"role": roles.get(message.role, message.role), "content": text_of(message.content)} for message in body.messages]
+    _check_characters(max(len(message["content"].strip()) for message in messages), served, param="messages")
     try:
         ids = chat_ids(served.tokenizer, messages)
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
-    _check_ids(ids, served, param="messages")
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    max_tokens = max(1, served.limit - len(ids)) if given is None else given
+    _check_ids(ids, served, new=given or 0, param="messages")
+    if given is None and len(ids) == served.limit:
+        raise invalid(f"the messages have {len(ids)} tokens and leave no room for an answer; shorten them", param="messages", code=TOO_LONG)
+    max_tokens = served.limit - len(ids) if given is None else given
     return Asked(
         chat=True, model=body.model, dense=dense, n=n, logprobs=logprobs,
         jobs=_jobs(body, [ids], n, served, dense=dense, max_tokens=max_tokens, logprobs=logprobs, echo=False),
@@ -213,8 +223,20 @@ def _jobs(
     )
 
 
-def _check_ids(ids: Sequence[int], served: Served, *, param: str) -> None:
+def _check_characters(count: int, served: Served, *, param: str) -> None:
+    """Refuse a text that cannot fit before it is tokenised, which takes a while and much memory."""
+    if served.max_characters is not None and count > served.max_characters:
+        raise invalid(
+            f"a text of {count:,} characters has more tokens than the {served.limit} that the model takes; shorten the prompt",
+            param=param, code=TOO_LONG,
+        )  # fmt: skip
+
+
+def _check_ids(ids: Sequence[int], served: Served, *, new: int, param: str) -> None:
+    """new: tokens of the answer that are asked for."""
     if not ids:
         raise invalid("the prompt has no tokens; give at least one word", param=param)
     if max(ids) >= served.vocab_size:
         raise invalid(f"token {max(ids)} is outside the model's vocabulary of {served.vocab_size}", param=param)
+    if len(ids) + new > served.limit:
+        raise from_worker(TooLong(prompt=len(ids), requested=new, limit=served.limit), param=param)

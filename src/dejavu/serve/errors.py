@@ -12,6 +12,7 @@ from typing import Any
 from dejavu.serve.jobs import EngineFailed, NotRunning, QueueFull, TooLong
 
 PATH = re.compile(r"(?<![\w/.:-])(?:~|[A-Za-z]:)?[/\\][^\s'\",:;()]+")
+TOO_LONG = "context_length_exceeded"
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # others: by whose fault it is
 
 
@@ -54,7 +55,7 @@ def from_worker(error: QueueFull | TooLong | EngineFailed, *, param: str) -> Api
         message = f"the server is busy: its queue is full; try again in {error.retry_after_s} s"
         return ApiError(429, message, code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, TooLong):
-        return invalid(str(error), param=param, code="context_length_exceeded")
+        return invalid(str(error), param=param, code=TOO_LONG)
     if isinstance(error, NotRunning):
         return not_running(None)
     return ApiError(500, f"the model failed on this request: {without_paths(str(error))}; the server's log has more", code="engine_failed")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +19,7 @@ from dejavu.serve.errors import ApiError, invalid
 ROLES = ("system", "developer", "user", "assistant")
 SHOWN = 60  # characters of a wrong value that a message repeats
 MAX_DIGITS = 40  # of an integer; no field takes as many
+INSTANCE = re.compile(r" or instance of \w+")  # of a class of ours, which no client has
 WORDS = {"valid dictionary or object to extract fields from": "object", "valid dictionary": "object", "a object": "an object"}
 
 
@@ -76,9 +78,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         text = body.decode("utf-8")
         values = json.loads(text, parse_constant=refuse, parse_float=number, parse_int=integer)
-        if "\\u" in text:  # halves of a surrogate pair can be written so, and are no text
+        if "\\u" in text:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
-    except UnicodeError:
+    except UnicodeEncodeError:
+        raise invalid("the body has one half of a surrogate pair, written \\ud800 to \\udfff, without the other: that is no text") from None
+    except UnicodeDecodeError:
         raise invalid("the body is not UTF-8 text") from None
     except RecursionError:
         raise invalid("the body is nested too deeply") from None
@@ -93,7 +97,8 @@ def _mistake(error: ValidationError, values: dict[str, Any], kind: type[Wire]) -
     """The first thing wrong, in words."""
     found = error.errors(include_url=False)[0]
     param = _path(found["loc"], values, missing=found["type"] == "missing")
-    if found["type"] == "missing":
+    required = kind.model_fields[param].is_required() if param in kind.model_fields else False
+    if found["type"] == "missing" or (required and found["input"] is None):
         return invalid(f"{param} is missing", param=param)
     if found["type"].startswith("union_tag"):  # of messages, which differ by their role
         return invalid(f"{param}.role must be one of {', '.join(ROLES)}, in each message", param=f"{param}.role")
@@ -102,7 +107,7 @@ def _mistake(error: ValidationError, values: dict[str, Any], kind: type[Wire]) -
     own = found.get("ctx", {}).get("error")
     if isinstance(own, ValueError):
         return invalid(f"{param} {own}, not {_shown(found['input'])}", param=param)
-    says = found["msg"].removeprefix("Input ").partition(" after validation")[0]
+    says = INSTANCE.sub("", found["msg"].removeprefix("Input ").partition(" after validation")[0])
     for of_python, of_json in WORDS.items():
         says = says.replace(of_python, of_json)
     return invalid(f"{param}: {says[:1].lower()}{says[1:]}, not {_shown(found['input'])}", param=param)

@@ -26,7 +26,7 @@ Prompt = Annotated[
 StopString = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None,
-    explained(f"must be a text or a list of at most {MAX_STOPS} texts, none of them empty: every text contains the empty one"),
+    explained(f"must be a text or a list of at most {MAX_STOPS} texts, none of them empty"),
 ]
 Tokens = Annotated[int, Field(ge=0), WHOLE] | None
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None
@@ -47,8 +47,16 @@ class Extra(Wire):
     trace: bool | None = Field(default=None, description="Report, with every chunk of a stream, what fired for each token.")
 
 
+class ResponseFormat(Wire):
+    type: Literal["text"]
+
+
 class Sampled(Wire):
-    """What both kinds of request share."""
+    """What both kinds of request share. What neither computes is refused in both, whichever it belongs to."""
+
+    unsupported: ClassVar[frozenset[str]] = frozenset(
+        {"best_of", "suffix", "presence_penalty", "frequency_penalty", "tools", "functions", "response_format"}
+    )
 
     model: str
     stream: bool | None = None
@@ -65,19 +73,20 @@ class Sampled(Wire):
     dejavu: Extra | None = None
     presence_penalty: Nothing = None
     frequency_penalty: Nothing = None
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
+    suffix: None = None
+    response_format: ResponseFormat | None = None
+    tools: NoList = None
+    functions: NoList = None
 
 
 class CompletionBody(Sampled):
     """POST /v1/completions."""
 
-    unsupported: ClassVar[frozenset[str]] = frozenset({"best_of", "suffix", "presence_penalty", "frequency_penalty"})
-
     prompt: Prompt
     max_tokens: Tokens = Field(default=None, description=f"{DEFAULT_MAX_TOKENS} where it is not given.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
-    suffix: None = None
 
 
 class TextPart(Wire):
@@ -86,7 +95,10 @@ class TextPart(Wire):
 
 
 Content = Annotated[
-    str | list[TextPart], explained('must be a text or a list of {"type": "text", "text": "..."}; null is for an assistant alone')
+    str | list[TextPart],
+    explained(
+        'must be a text or a list of {"type": "text", "text": "..."}, without other parts; an assistant may have said null, others may not'
+    ),
 ]
 
 
@@ -103,23 +115,14 @@ class AssistantMessage(Wire):
 AnyMessage = Annotated[Message | AssistantMessage, Field(discriminator="role")]
 
 
-class ResponseFormat(Wire):
-    type: Literal["text"]
-
-
 class ChatBody(Sampled):
     """POST /v1/chat/completions."""
-
-    unsupported: ClassVar[frozenset[str]] = frozenset({"tools", "functions", "presence_penalty", "frequency_penalty"})
 
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
     max_tokens: Tokens = Field(default=None, description="The older name of max_completion_tokens, which counts where both are given.")
     max_completion_tokens: Tokens = Field(default=None, description="What the context has room for, where it is not given.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
-    response_format: ResponseFormat | None = None
-    tools: NoList = None
-    functions: NoList = None
 
 
 def text_of(content: str | list[TextPart] | None) -> str:

@@ -28,6 +28,8 @@ class Refusal extends Error {
 async function ask(path, body, signal) {
   const headers = body ? { "Content-Type": "application/json" } : {};
   const key = $("key").value.trim();
+  // Of other characters fetch() throws, or sends Latin-1 where the server reads UTF-8. Like a 401, this asks for another key.
+  if (/[^ -~]/.test(key)) throw new Refusal("This API key cannot be sent: it may have only ASCII letters, digits and signs.", 401);
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
@@ -38,6 +40,12 @@ async function ask(path, body, signal) {
   }
   if (!response.ok) throw new Refusal(await refusal(response, key), response.status);
   return response;
+}
+
+/** What the page asks of a model: the address, and the body without how the answer is to come. */
+function request(model, { chat, prompt, maxTokens, temperature, seed }) {
+  const asked = chat ? { messages: [{ role: "user", content: prompt }] } : { prompt };
+  return { path: chat ? "v1/chat/completions" : "v1/completions", body: { model: model.id, ...asked, max_tokens: maxTokens, temperature, seed } };
 }
 
 async function refusal(response, key) {
@@ -121,7 +129,7 @@ class Answer {
     if (this.traced) this.part("text").removeAttribute("tabindex"); // its tokens take the focus
     else this.part("text").tabIndex = 0;
     Object.assign(this, { text: "", pieces: [], tokens: [], shape: null, made: 0, first: 0, firstAt: 0, lastAt: 0, limit: maxTokens });
-    Object.assign(this, { speed: null, mlp: null, heads: null, reason: null, whole: false, failed: false, atEnd: true });
+    Object.assign(this, { speed: null, mlp: null, heads: null, reason: null, whole: false, failed: null, atEnd: true }); // failed: why
     const asked = document.createElement("span");
     asked.className = "prompt";
     asked.textContent = chat ? "" : prompt;
@@ -138,16 +146,12 @@ class Answer {
 
   /** Stream one answer to its end. Errors end up on the card; returns HTTP's status of a refusal, else 0. */
   async run(settings, signal) {
-    const { chat, prompt, maxTokens, temperature, seed } = settings;
-    const body = {
-      model: this.model.id, max_tokens: maxTokens, temperature, seed, stream: true, stream_options: { include_usage: true },
-      ...(chat ? { messages: [{ role: "user", content: prompt }] } : { prompt }),
-      ...(this.traced && { dejavu: { trace: true } }),
-    };
+    const { path, body } = request(this.model, settings);
+    Object.assign(body, { stream: true, stream_options: { include_usage: true } }, this.traced && { dejavu: { trace: true } });
     this.card.classList.add("running");
     this.say("reading the prompt");
     try {
-      const response = await ask(chat ? "v1/chat/completions" : "v1/completions", body, signal);
+      const response = await ask(path, body, signal);
       for await (const data of events(response, signal)) {
         if (data === "[DONE]") {
           this.whole = true;
@@ -160,10 +164,9 @@ class Answer {
     } catch (error) {
       if (signal.aborted) this.say("stopped");
       else {
-        this.failed = true;
         const message = error instanceof Refusal ? error.message : `The page does not understand the server's answer: ${error.message}`;
-        const sentence = message.replace(/[^.!?]$/, "$&.");
-        this.part("error").textContent = this.made ? `${sentence} What came until then is above.` : sentence;
+        this.failed = message.replace(/[^.!?]$/, "$&.");
+        this.part("error").textContent = this.made ? `${this.failed} What came until then is above.` : this.failed;
         this.part("error").hidden = false;
         this.say("failed");
         return error.status ?? 0;
@@ -222,7 +225,8 @@ class Answer {
     this.part("text").append(this.fresh);
     const elapsed = (this.lastAt - this.firstAt) / 1000;
     const recorded = this.tokens.filter(({ mlp }) => mlp !== null);
-    const known = (whole, each) => whole ?? (recorded.length ? mean(recorded.map(each)) : this.side === "dense" && this.made ? 1 : null);
+    // Of the first token alone nothing is known: no step decoded it, it comes from the prompt's pass.
+    const known = (whole, each) => whole ?? (recorded.length ? mean(recorded.map(each)) : this.side === "dense" && this.made > 1 ? 1 : null);
     this.rate = this.speed ?? (this.made > this.first && elapsed > 0 ? (this.made - this.first) / elapsed : null);
     const mlp = known(this.mlp, (token) => token.mlp), heads = known(this.heads, (token) => token.head);
     const fastest = Math.max(...answers.map((answer) => answer.rate ?? 0), this.rate ?? 0);
@@ -264,27 +268,23 @@ function strong(text, name = "") {
 
 /** The outcome of a finished run, as nodes of the status line. */
 function outcome({ together, record }) {
-  if (!sparse.model) return ["Dense alone: this model has no adapter. ", code("dejavu train"), " makes one."];
-  const nodes = [];
+  if (!sparse.model) return ["Dense alone: the server runs this model without an adapter."];
+  const nodes = [], { mlpShown: mlp, headsShown: heads } = sparse;
   if (dense.rate && sparse.rate) {
     const gain = sparse.rate / dense.rate;
     nodes.push("Sparse ran at ", strong(`${gain.toPrecision(3)}\u00d7`, gain > 1 ? "gain" : ""), " the speed of dense");
     const slowed = [...(together ? ["sharing the machine"] : []), ...(record ? ["recording its maps"] : [])];
     if (slowed.length) nodes.push(` while ${slowed.join(" and ")}`);
+  } else if (Math.min(dense.made, sparse.made) < 2) {
+    nodes.push("A single token comes from the prompt and tells nothing of the speed");
+    if (mlp !== null) nodes.push(". Sparse answered");
   } else nodes.push("Sparse answered");
-  const { mlpShown: mlp, headsShown: heads } = sparse;
   if (mlp !== null && heads !== null) {
     nodes.push(", reading ", strong(percent(mlp)), " of the MLP neurons and ", ...(heads < 1 ? [strong(percent(heads)), " of the heads"] : ["all heads"]));
   }
   if (!fork) nodes.push(". Both answers are the same.");
   else nodes.push(fork.piece ? `. The answers part at token ${fork.piece.from + 1}.` : ". The sparse answer ends first.");
   return nodes;
-}
-
-function code(text) {
-  const node = document.createElement("code");
-  node.textContent = text;
-  return node;
 }
 
 function status(...nodes) {
@@ -313,13 +313,14 @@ async function connect() {
   $("kind").hidden = !chat;
   sparse.card.hidden = $("order").hidden = $("record").hidden = !sparse.model;
   $("answers").classList.toggle("alone", !sparse.model);
+  showCall();
 }
 
 function settings() {
   const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
+  const figure = (id) => ($(id).value ? $(id).valueAsNumber : undefined); // JSON leaves an empty one out
   return {
-    prompt: $("prompt").value, maxTokens: $("max-tokens").valueAsNumber,
-    temperature: $("temperature").valueAsNumber, seed: $("seed").valueAsNumber,
+    prompt: $("prompt").value, maxTokens: figure("max-tokens"), temperature: figure("temperature"), seed: figure("seed"),
     chat: !$("kind").hidden && chosen("kind") === "chat", together: chosen("order") === "together", record: chosen("record") === "on",
   };
 }
@@ -372,14 +373,37 @@ async function runAnswers(chosen, signal) {
     }
   }
   if (states.includes(401)) askForKey();
+  const failed = taking.filter((answer) => answer.failed), reasons = new Set(failed.map((answer) => answer.failed));
   if (signal.aborted) status("Stopped.");
-  else if (taking.some(({ failed }) => failed)) wrong("This run did not finish; the reason stands below.");
+  else if (reasons.size === 1 && !taking.some(({ whole }) => whole)) {
+    wrong(failed[0].failed); // once, not on each card
+    for (const answer of failed) answer.part("error").hidden = true;
+  } else if (failed.length) wrong("This run did not finish; the reason stands below.");
   else status(...outcome(chosen));
 }
 
 function askForKey() {
   $("key-field").hidden = false;
   $("key").focus();
+  showCall();
+}
+
+/** Show the request of the form as a command for a POSIX shell; it names the key's variable, never the key. */
+function showCall() {
+  const model = sparse.model ?? dense.model, secured = !$("key-field").hidden;
+  $("address").textContent = new URL("v1", document.baseURI);
+  $("any-key").hidden = secured;
+  $("own-key").hidden = !secured;
+  $("call").hidden = !model;
+  $("no-call").hidden = Boolean(model);
+  if (!model) return;
+  const { path, body } = request(model, settings());
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const lines = [
+    `curl ${quoted(new URL(path, document.baseURI).href)}`, ...(secured ? ['-H "Authorization: Bearer $DEJAVU_KEY"'] : []),
+    "-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(body))}`,
+  ];
+  $("call").textContent = lines.join(" \\\n  ");
 }
 
 function refused(error) {
@@ -471,6 +495,7 @@ function draw() {
   const skips = recorded.some(({ head }) => head < 1);
   $("grid").classList.toggle("all-heads", !skips);
   $("heads-note").hidden = skips;
+  $("mean-note").hidden = !recorded.length;
   const room = running ? Math.max(sparse.limit, tokens.length) : tokens.length;
   const on = (layer) => (token.heads ? token.heads.subarray(layer * heads, (layer + 1) * heads).reduce((sum, one) => sum + one, 0) : heads);
   const rows = Array.from({ length: layers }, (_, layer) => layer);
@@ -557,13 +582,8 @@ for (const id of ["neurons-time", "heads-time"])
       const room = running ? Math.max(sparse.limit, sparse.tokens.length) : sparse.tokens.length;
       show(Math.floor(((offsetX - LEFT) / (currentTarget.clientWidth - LEFT - RIGHT)) * room), { reveal: true });
     });
-document.querySelector("details").addEventListener("toggle", () => {
-  const { prompt, maxTokens, temperature } = settings();
-  const body = JSON.stringify({ model: (sparse.model ?? dense.model)?.id ?? "MODEL", prompt, max_tokens: maxTokens, temperature });
-  const quoted = `'${body.replaceAll("'", "'\\''")}'`;
-  const lines = [`curl ${new URL("v1/completions", document.baseURI)}`, "-H 'Content-Type: application/json'", `-d ${quoted}`];
-  $("call").textContent = lines.join(" \\\n  ");
-});
+$("form").addEventListener("input", showCall);
+document.querySelector("details").addEventListener("toggle", showCall); // a browser may have restored the form without an event
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   theme();
   draw();
