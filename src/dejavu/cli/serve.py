@@ -76,7 +76,7 @@ def serve(
         try:
             worker = Worker(lm, config)
         except MemoryError as error:
-            raise ValueError(f"{error}: choose fewer with --cache-tokens, or fewer texts at a time with --slots (now {slots})") from error
+            raise ValueError(f"{error}, with --cache-tokens, or fewer texts at a time, with --slots (now {slots})") from error
         worker.start()
         try:
             state = worker.state()
