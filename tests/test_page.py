@@ -537,8 +537,11 @@ def test_page_refuses_what_the_form_does_not_allow(serve: Callable[..., Server],
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_a_phone(serve: Callable[..., Server], open_page: Open, scheme: str) -> None:
     page = open_page(serve(), width=390, height=844, color_scheme=scheme, has_touch=True)
+    page.fill("#prompt", "A word " + 200 * "o")
     finished(page)
+    page.tap("summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("(({ scrollWidth, clientWidth }) => scrollWidth - clientWidth)(window.call)") == 0  # its lines wrap
     boxes = [page.locator(f"#{name}").bounding_box() for name in ("dense", "sparse", "neurons-token", "heads-token")]
     assert [box["x"] for box in boxes[:2]] == [boxes[0]["x"]] * 2
     assert all(above["y"] + above["height"] <= below["y"] for above, below in pairwise(boxes))
