@@ -31,7 +31,7 @@ def append(cache: PagedCache, slot: int, new_LTGK: Tensor) -> None:
     count = new_LTGK.shape[1]
     cache.reserve(slot, count)
     for layer in range(2):
-        cache.write(layer, slot, cache.lengths[slot], new_LTGK[layer], -new_LTGK[layer])
+        cache.write(layer, cache.places(slot, cache.lengths[slot], new_LTGK.shape[1]), new_LTGK[layer], -new_LTGK[layer])
     cache.advance(slot, count)
 
 

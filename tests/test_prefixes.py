@@ -39,7 +39,7 @@ def append(cache: PagedCache, slot: int, values: Sequence[float]) -> None:
     """Store these as the keys of new tokens, and their negatives as values."""
     new_TGK = torch.tensor(values, dtype=torch.float64)[:, None, None]
     cache.reserve(slot, len(values))
-    cache.write(0, slot, cache.lengths[slot], new_TGK, -new_TGK)
+    cache.write(0, cache.places(slot, cache.lengths[slot], len(new_TGK)), new_TGK, -new_TGK)
     cache.advance(slot, len(values))
 
 

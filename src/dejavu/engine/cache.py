@@ -77,13 +77,17 @@ class PagedCache:
         self._tables[slot][index : index + 1] = [page]
         self._table_BN[slot, index].fill_(page)  # an assignment would wait for the device
 
-    def write(self, layer: int, slot: int, position: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
-        """Store T tokens of one layer from `position` on, in pages reserved before."""
+    def places(self, slot: int, position: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where so many tokens from `position` on are written in every layer: page and offset in it, int64 [T]. In reserved pages."""
+        table, size = self._tables[slot], self.page_size
+        assert position + tokens <= len(table) * size, f"{position=} {tokens=} {len(table)=}: reserve first"
+        position_T = torch.arange(position, position + tokens, device=self._table_BN.device)
+        return self._table_BN[slot, position_T // size], position_T % size
+
+    def write(self, layer: int, places: tuple[Tensor, Tensor], k_TGK: Tensor, v_TGK: Tensor) -> None:
+        """Store T tokens of one layer at `places`."""
         assert self.k_scale_LPGS is None, "an int8 cache is written by its engine"
-        table, size, total = self._tables[slot], self.page_size, k_TGK.shape[0]
-        assert position + total <= len(table) * size, f"{position=} {total=} {len(table)=}: reserve first"
-        place_T = position + torch.arange(total, device=k_TGK.device)
-        page_T, offset_T = self._table_BN[slot, place_T // size], place_T % size
+        page_T, offset_T = places
         for pool, new_TGK in ((self.k_LPGSK, k_TGK), (self.v_LPGSK, v_TGK)):
             pool[layer][page_T, :, offset_T] = new_TGK
 

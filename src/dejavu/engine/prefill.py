@@ -43,16 +43,21 @@ def _chunk(model: Transformer, cache: PagedCache, slot: int, ids_T: Tensor) -> T
     """Residual stream [T, D] after the last layer; the chunk's keys and values are stored."""
     start, count = cache.lengths[slot], ids_T.shape[0]
     position_T = torch.arange(start, start + count, device=ids_T.device)
-    page_N = cache.pages(slot, start + count)
+    page_N, places = cache.pages(slot, start + count), cache.places(slot, start, count)
+    seen: dict[int | None, Tensor] = {}  # by window; made once, as launches are what a short prompt waits for on a GPU
     x_TD = model.embedded(ids_T, position_T)
     for index, block in enumerate(model.blocks):
         q_THK, k_TGK, v_TGK = block.query_key_value(block.attention_input(x_TD), position_T, model.frequencies(index))
-        cache.write(index, slot, start, k_TGK, v_TGK)
-        k_GTK, v_GTK = (
-            pool[index].index_select(0, page_N).transpose(0, 1).flatten(1, 2)[:, : start + count] for pool in (cache.k_LPGSK, cache.v_LPGSK)
-        )
-        seen_TT = block.scores.seen(position_T, start + count)
-        mixed_HTK = attend_tokens(q_THK.transpose(0, 1)[None], k_GTK[None], v_GTK[None], seen_TT, block.scores)[0]
+        cache.write(index, places, k_TGK, v_TGK)
+        k_GTK, v_GTK = (x_TGK.transpose(0, 1) for x_TGK in (k_TGK, v_TGK))
+        if start > 0:  # else the chunk's own are all there are
+            k_GTK, v_GTK = (
+                pool[index].index_select(0, page_N).transpose(0, 1).flatten(1, 2)[:, : start + count]
+                for pool in (cache.k_LPGSK, cache.v_LPGSK)
+            )
+        if block.scores.window not in seen:
+            seen[block.scores.window] = block.scores.seen(position_T, start + count)
+        mixed_HTK = attend_tokens(q_THK.transpose(0, 1)[None], k_GTK[None], v_GTK[None], seen[block.scores.window], block.scores)[0]
         x_TD, mlp_TD = block.after_attention(x_TD, block.o(mixed_HTK.transpose(0, 1).flatten(-2)))
         x_TD = block.after_mlp(x_TD, block.down(block.activations(mlp_TD)))
     cache.advance(slot, count)

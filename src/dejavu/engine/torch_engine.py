@@ -193,7 +193,7 @@ class TorchEngine(PagedEngine):
             q_N, k_N, v_N = (linear_columns(x_D, of.weight, of.bias, inputs_A) for of in (block.q, block.k, block.v))
         q_HK, k_GK, v_GK = (heads.view(-1, config.head_dim) for heads in (q_N, k_N, v_N))
         q_HK, k_GK = (heads[0] for heads in block.placed_heads(q_HK[None], k_GK[None], position_T, self.model.frequencies(index)))
-        self._cache.write(index, slot, position, block.as_cached(k_GK)[None], block.as_cached(v_GK)[None])
+        self._cache.write(index, self._cache.places(slot, position, 1), block.as_cached(k_GK)[None], block.as_cached(v_GK)[None])
         mixed_ARK = attend_pages(
             q_HK.view(-1, config.heads_per_group, config.head_dim),
             self._cache.k_LPGSK[index],
