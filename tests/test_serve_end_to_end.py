@@ -68,6 +68,13 @@ def site_of(lm: ServedModel, *, tokenizer: Tokenizer | None = None, **config: An
         worker.close()
 
 
+def test_a_model_may_be_served_by_another_name() -> None:
+    with site_of(StubModel("abc")) as site:
+        named = served_by(site.worker._lm.tokenizer, site.worker.state(), queue=64, threads=1, name="smollm2-sparse")
+        assert named.models == ("smollm2-sparse", "smollm2-sparse:dense") and named.is_dense("smollm2-sparse:dense")
+        assert site.client.get("/v1/models").json()["data"][0]["id"] == "stub"
+
+
 # A script
 
 

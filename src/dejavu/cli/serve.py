@@ -54,6 +54,7 @@ def serve(
     check_extra()
     from dejavu.config import require
     from dejavu.files import read_text
+    from dejavu.opening import bundled_adapters
     from dejavu.serve.app import create_app
     from dejavu.serve.asked import served_by
     from dejavu.serve.config import ServeConfig
@@ -80,7 +81,9 @@ def serve(
         worker.start()
         try:
             state = worker.state()
-            served = served_by(tokenizer, state, queue=config.queue, threads=lm.num_threads)
+            # An adapter that comes without its base is asked for by its own name: the base's stands for the model that it was.
+            name = model if model in bundled_adapters() and not dense and adapter is None else None
+            served = served_by(tokenizer, state, queue=config.queue, threads=lm.num_threads, name=name)
 
             def announce() -> None:
                 url = url_of(bound)

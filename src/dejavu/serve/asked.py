@@ -64,12 +64,12 @@ class Served:
         return model != self.name or not self.sparse
 
 
-def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: int) -> Served:
-    """What a worker serves. tokenizer: with the chat template to use. queue: jobs that may wait; no request may ask for more than that and
-    the slots of its engine when that is free."""
+def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: int, name: str | None = None) -> Served:
+    """What a worker serves. name: for requests, where it is not the model's own. tokenizer: with the chat template to use. queue: jobs
+    that may wait; no request may ask for more than that and the slots of its engine when that is free."""
     plain, traced = (min(MAX_CHOICES, queue + engine.slots) for engine in (state.engines[0], state.engines[-1]))  # the last one records
     return Served(
-        name=state.model,
+        name=state.model if name is None else name,
         tokenizer=tokenizer,
         vocabulary=Vocabulary(tokenizer),
         sparse=state.sparse,
