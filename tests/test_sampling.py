@@ -50,6 +50,17 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     assert set(draws(2000, temperature=3.0, top_p=1.0, seed=1)) == set(range(7))
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-300, 1e-17, 1e-16, 0.1, 1 - 1e-16, 1.0])
+@pytest.mark.parametrize("top_k", [1, 3, 7, None])
+@pytest.mark.parametrize("spread", [0.0, 1e-12, 1.0, 50.0])
+def test_some_token_is_left_whatever_is_cut(top_p: float, top_k: int | None, spread: float) -> None:
+    """Also where 1 - top_p is 1, and where all weigh the same."""
+    logits_V = spread * torch.arange(7).float()
+    sampler = Sampler(SamplingConfig(temperature=1.0, top_k=top_k, top_p=top_p, seed=1))
+    found = {sampler.draw(logits_V).token_id for _ in range(20)}
+    assert found <= set(range(7)) and (spread < 1 or top_k != 1 or found == {6})
+
+
 def test_top_p_is_taken_of_what_top_k_left() -> None:
     # Of the two best alone the first has 0.62: top_p 0.6 keeps it only. Of all seven it has 0.44, and two would be kept.
     assert set(draws(300, temperature=1.0, top_k=2, top_p=0.6, seed=1)) == {1}

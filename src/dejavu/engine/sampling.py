@@ -140,11 +140,11 @@ class Sampler:
 def _nucleus(weight_V: NDArray[np.float64], id_C: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
     """The fewest of the ids, heaviest first, whose weights reach the share top_p; the heaviest is always among them.
 
-    Ids that weigh no more than (1 - top_p) / C of all can be left out together and the others still reach top_p: only those are sorted.
+    Ids that weigh less than (1 - top_p) / C of all can be left out together and the others still reach top_p: only those are sorted.
     """
     weight_C = weight_V[id_C]
     total = weight_C.sum()
-    heavy = np.flatnonzero(weight_C > (1 - top_p) * total / len(id_C))
+    heavy = np.flatnonzero(weight_C >= min((1 - top_p) * total / len(id_C), weight_C.max()))  # where top_p is below a rounding error, too
     heavy = heavy[np.argsort(-weight_C[heavy], kind="stable")]
     reached = weight_C[heavy].cumsum()
     return id_C[heavy[: int(np.searchsorted(reached, top_p * total)) + 1]]
