@@ -140,9 +140,10 @@ def test_a_mistake_is_one_line(name: str, work: Path, monkeypatch: pytest.Monkey
 def test_a_cache_that_does_not_fit_is_a_mistake(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(work)
     for what, options in (("cache", ("--cache-tokens", str(10**15))), ("slots", ("--slots", str(10**13)))):
-        assert run(["serve", "model", "--backend", "native", "--port", "0", *options, "--json"]) == 2, what
-        out, error = capsys.readouterr()
-        assert out == "" and error.count("\n") == 1 and re.search("does not fit into memory.*--cache-tokens.*--slots", error), error
+        for backend in ("native", "torch"):
+            assert run(["serve", "model", "--backend", backend, "--port", "0", *options, "--json"]) == 2, what
+            out, error = capsys.readouterr()
+            assert out == "" and error.count("\n") == 1 and re.search("does not fit into memory.*--cache-tokens.*--slots", error), error
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

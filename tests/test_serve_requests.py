@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import tokenizers
 
 from dejavu.config import SamplingConfig
 from dejavu.model.tokenizer import Tokenizer
@@ -397,7 +399,33 @@ def test_no_message_names_a_class_of_ours() -> None:
 def test_messages_that_leave_no_room_are_said_to(chatty: Tokenizer) -> None:
     body = chat({"role": "user", "content": "the cat"})
     length = len(asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty)).jobs[0].prompt_ids)
-    with pytest.raises(ApiError, match="leave no room for an answer") as caught:
-        asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=length))
-    assert caught.value.code == "context_length_exceeded"
+    for limit in (length, length - 1):
+        with pytest.raises(ApiError, match=f"^the messages have {length} tokens and leave no room for an answer") as caught:
+            asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=limit))
+        assert caught.value.code == "context_length_exceeded"
     assert asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=length + 1)).jobs[0].max_new_tokens == 1
+
+
+def test_a_chat_is_as_long_as_its_template_makes_it(chatty: Tokenizer) -> None:
+    """Templates of models that think leave out what earlier answers thought."""
+    short = dataclasses.replace(chatty, chat_template="{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}")
+    assert short.longest_token is not None
+    body = chat({"role": "assistant", "content": "a" * 100_000 + "</think>the"}, {"role": "user", "content": "cat"})
+    asked = asked_chat(parse(json.dumps(body).encode(), ChatBody), served(short, max_characters=64 * short.longest_token))
+    assert len(asked.jobs[0].prompt_ids) < 64
+
+
+def test_what_a_token_stands_for_at_most_is_known_where_the_vocabulary_tells_it(chatty: Tokenizer) -> None:
+    longest = max(map(len, chatty.backend.get_vocab()))
+    assert chatty.longest_token == longest
+    backend = tokenizers.Tokenizer.from_str(chatty.backend.to_str())
+    backend.add_special_tokens([tokenizers.AddedToken("<mask>", rstrip=True)])
+    assert dataclasses.replace(chatty, backend=backend).longest_token is None
+
+
+def test_a_trace_of_a_dense_text_has_the_dense_engines_slots(chatty: Tokenizer) -> None:
+    facts = served(chatty, max_choices=8, max_traced=2)
+    for model, n, refused in (("tiny", 3, True), ("tiny", 2, False), ("tiny:dense", 8, False), ("tiny:dense", 9, True)):
+        body = parse(json.dumps(completion(model=model, n=n, stream=True, dejavu={"trace": True})).encode(), CompletionBody)
+        with pytest.raises(ApiError, match="may ask for") if refused else contextlib.nullcontext():
+            assert len(asked_completion(body, facts).jobs) == n

@@ -222,12 +222,51 @@ def test_an_engine_whose_steps_fail_again_and_again_is_made_anew_though_it_reads
         assert found == ["failed: the engine failed (RuntimeError)"] * 2 + ["abcdef"] * 2 and len(model.engines) == 3
 
 
-def test_the_memory_of_an_engine_is_free_when_the_next_is_made(caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_that_fail_do_not_cost_those_that_are_written() -> None:
+    model = StubModel("a" * 100)
+    with serving(model, slots=3) as worker:
+        engine = model.engines[1]
+        engine.hold()
+        writes = worker.submit(job(new=60))
+        until(engine.waiting.is_set)
+        engine.before = failing(RuntimeError("CUDA out of memory"), "prefill")
+        for _ in range(3):
+            fails = worker.submit(job("Two"))
+            engine.allow(3)
+            assert outcomes([fails]) == ["failed: the engine failed (RuntimeError)"]
+        engine.release()
+        assert outcomes([writes]) == ["a" * 60] and len(model.engines) == 2
+        assert outcomes([worker.submit(job("Three")) for _ in range(1)]) == ["failed: the engine failed (RuntimeError)"]
+
+
+def test_an_engine_that_cannot_draw_is_made_anew_though_it_steps() -> None:
+    class Blind(DrawingEngine):
+        def decode(self, *arguments: Any, **options: Any) -> Any:
+            raise RuntimeError("no kernel image")
+
+    model = StubModel("abc", engine=Blind)
+    with serving(model) as worker:
+        found = [outcomes([worker.submit(job(top_logprobs=scored))])[0] for scored in (None, 0, None, 0)]
+        assert found == ["failed: the engine failed (RuntimeError)", "abc"] * 2 and len(model.engines) == 3
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_the_memory_of_an_engine_is_free_when_the_next_is_made(chained: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, logger="dejavu")  # a record that is kept has the traceback, and that the engine
     model, there = StubModel("abc"), []
     make = model.engine
     with serving(model, slots=1) as worker:
-        model.engines[1].before = failing(RuntimeError("sticky"), "prefill")
+
+        def before(what: str, slots: Sequence[int]) -> None:
+            if what == "prefill":
+                try:
+                    raise KeyError("what led to it")
+                except KeyError as error:
+                    if chained:
+                        raise RuntimeError("sticky") from error
+                raise RuntimeError("sticky")
+
+        model.engines[1].before = before
         old = weakref.ref(model.engines.pop(1))
 
         def engine(**settings: Any) -> StubEngine:
@@ -367,3 +406,4 @@ def test_jobs_wait_for_the_start() -> None:
     worker.start()
     assert outcomes([stream]) == ["abc"]
     worker.close()
+    assert worker.state().last_error is None, "an end is no failure"

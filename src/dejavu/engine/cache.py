@@ -20,7 +20,7 @@ PAGE_SIZE = 16
 
 
 class PagedCache:
-    """Keys and values k_LPGSK, v_LPGSK with a block table per slot. Memory is taken at construction, all of it.
+    """Keys and values k_LPGSK, v_LPGSK with a block table per slot. Memory is taken at construction, all of it: else MemoryError.
 
     An int8 cache has a scale fp32 for each vector, k_scale_LPGS and v_scale_LPGS, and is written by who reads it.
     """
@@ -40,17 +40,18 @@ class PagedCache:
         for name, value in (("slots", num_slots), ("pages", num_pages), ("tokens per page", page_size)):
             if value < 1:
                 raise ValueError(f"the key/value cache needs at least 1 of its {name}, not {value}")
-        shape = (num_layers, num_pages, num_groups, page_size, head_dim)
-        self.k_LPGSK = torch.empty(shape, dtype=dtype, device=device)
-        self.v_LPGSK = torch.empty(shape, dtype=dtype, device=device)
-        scaled = dtype == torch.int8
-        self.k_scale_LPGS = torch.empty(shape[:-1], device=device) if scaled else None
-        self.v_scale_LPGS = torch.empty(shape[:-1], device=device) if scaled else None
+        shape, scaled = (num_layers, num_pages, num_groups, page_size, head_dim), dtype == torch.int8
+        try:
+            self.k_LPGSK, self.v_LPGSK = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            scales = [torch.empty(shape[:-1], device=device) if scaled else None for _ in range(2)]
+            self._table_BN = torch.zeros(num_slots, num_pages, dtype=torch.int64, device=device)
+        except RuntimeError as error:  # torch's word for memory that is not there, or for sizes that no memory has
+            raise MemoryError(f"the key/value cache of {num_pages} pages does not fit into memory; give it fewer tokens") from error
+        self.k_scale_LPGS, self.v_scale_LPGS = scales
         self.page_size = page_size
         self.num_pages = num_pages
         self.lengths = [0] * num_slots
         self._tables: list[list[int]] = [[] for _ in range(num_slots)]
-        self._table_BN = torch.zeros(num_slots, num_pages, dtype=torch.int64, device=device)
         self._pool = PagePool(num_pages)
 
     @property

@@ -117,19 +117,16 @@ class NativeEngine(PagedEngine):
             native.check(self._library.dejavu_engine_screen(self._handle, A.matrix, B.matrix, screened_head))
         pages_per_slot = -(-config.max_positions // page_size)
         num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
-        try:
-            cache = PagedCache(
-                num_layers=config.num_layers,
-                num_groups=config.num_kv_heads,
-                head_dim=self._model.head_stride,
-                num_slots=num_slots,
-                num_pages=num_pages,
-                page_size=page_size,
-                dtype=NATIVE_CACHE_DTYPES[cache_dtype],
-                device=torch.device("cpu"),
-            )
-        except RuntimeError as error:  # torch's word for memory that is not there
-            raise MemoryError(f"the key/value cache of {num_pages} pages does not fit into memory; give it fewer tokens") from error
+        cache = PagedCache(
+            num_layers=config.num_layers,
+            num_groups=config.num_kv_heads,
+            head_dim=self._model.head_stride,
+            num_slots=num_slots,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=NATIVE_CACHE_DTYPES[cache_dtype],
+            device=torch.device("cpu"),
+        )
         self._record = record
         info = EngineInfo(
             backend="native",

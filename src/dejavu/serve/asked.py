@@ -1,8 +1,7 @@
 """From a checked body to jobs: which model it names, the prompt's tokens, how to sample, how many choices.
 
 In: a CompletionBody or ChatBody and what is served. Out: an Asked, whose jobs are those of prompt 0, then of prompt 1 and so on, n of each.
-What the model cannot do is an ApiError: no such model (404), no chat template, a token outside the vocabulary (400). Whether a job is too
-long is for the worker to say.
+What the model cannot do is an ApiError: no such model (404), no chat template, a token outside the vocabulary, a text too long (400).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dejavu.config import SamplingConfig
-from dejavu.model.template import chat_ids
+from dejavu.model.template import rendered
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.errors import TOO_LONG, ApiError, from_worker, invalid
 from dejavu.serve.jobs import Job, TooLong, WorkerState
@@ -146,16 +145,17 @@ def asked_chat(body: ChatBody, served: Served) -> Asked:
         raise invalid(NO_TEMPLATE, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # a newer name, which templates do not know
     messages = [{"role": roles.get(message.role, message.role), "content": text_of(message.content)} for message in body.messages]
-    _check_characters(max(len(message["content"].strip()) for message in messages), served, param="messages")
     try:
-        ids = chat_ids(served.tokenizer, messages)
+        text = rendered(served.tokenizer, messages)
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
+    _check_characters(len(text), served, param="messages")
+    ids = served.tokenizer.encode_plain(text)
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    _check_ids(ids, served, new=given or 0, param="messages")
-    if given is None and len(ids) == served.limit:
+    if given is None and len(ids) >= served.limit:
         raise invalid(f"the messages have {len(ids)} tokens and leave no room for an answer; shorten them", param="messages", code=TOO_LONG)
     max_tokens = served.limit - len(ids) if given is None else given
+    _check_ids(ids, served, new=max_tokens, param="messages")
     return Asked(
         chat=True, model=body.model, dense=dense, n=n, logprobs=logprobs,
         jobs=_jobs(body, [ids], n, served, dense=dense, max_tokens=max_tokens, logprobs=logprobs, echo=False),
@@ -174,6 +174,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[
 
 def _choices(body: Sampled, served: Served, *, prompts: int) -> int:
     n, traced = body.n or 1, body.dejavu is not None and bool(body.dejavu.trace)
+    traced = traced and not served.is_dense(body.model)  # a dense one is recorded where it runs
     most = served.max_traced if traced else served.max_choices
     if prompts * n > most:
         asked = f"{prompts} prompts with n = {n}" if prompts > 1 else f"n = {n}"

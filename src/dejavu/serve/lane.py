@@ -26,7 +26,7 @@ from dejavu.serve.scheduler import Plan, Prefill, Scheduler
 from dejavu.serve.trace import token_trace
 
 COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of Load
-PATIENCE = 2  # turns in a row in which nothing works, and something fails for no stated reason, before an engine is made anew
+PATIENCE = 2  # turns in which an engine fails at the same thing, for no stated reason and without doing it once, before it is made anew
 
 ALONE = 4  # tokens of a turn where one text runs and none waits, of an engine that draws: each wait for a device costs a part of a token
 
@@ -60,9 +60,9 @@ class Lane:
         self._use(engine)
         self.broken = False  # it was needed and could not be made
         self._counts: Counter[str] = Counter()
-        self._failures: Counter[str] = Counter()  # of "prefill" and "decode": turns in a row in which it failed and never worked
+        self._failures: Counter[str] = Counter()  # of "prefill", "draw" and "step": turns in which it failed, since it last worked
         self._computed = 0  # tokens, in this turn
-        self._worked: set[str] = set()  # in this turn, of the two
+        self._worked: set[str] = set()  # in this turn, of the three
         self._failed: dict[str, Exception] = {}  # likewise, by the last error for which no reason is given
 
     # What the scheduler asks of an engine. One that is not made yet has all of its pages.
@@ -137,22 +137,25 @@ class Lane:
         stepped = [row for row in plan.decode if decoder is None or not row.plain]
         if decoder is not None:
             count = self._count(plan) if alone else 1
-            self._decode(drawn, lambda rows: self._drawn(decoder, rows, count))
-        self._decode(stepped, self._stepped)
-        for what in self._worked:
-            del self._failures[what]
-        for what, error in tuple(self._failed.items()):
-            if what not in self._worked:
-                self._failures[what] += 1
-                if self._failures[what] == PATIENCE:
-                    self.abandon(error)
-                    break
+            self._decode(drawn, lambda rows: self._drawn(decoder, rows, count), "draw")
+        self._decode(stepped, self._stepped, "step")
+        self._judge()
         return self._computed
+
+    def _judge(self) -> None:
+        """Whether the engine goes on. One that decodes is not given up for prompts that fail: others' texts are in it."""
+        worked = self._worked | ({"prefill"} if self._worked - {"prefill"} else set())
+        for what in worked:
+            del self._failures[what]
+        for what in sorted(self._failed.keys() - worked):
+            self._failures[what] += 1
+            if self._failures[what] >= PATIENCE:
+                return self.abandon(self._failed[what])
 
     def abandon(self, error: BaseException) -> None:
         """The engine cannot go on: all that run in it fail, and those that wait get a new one."""
         self._report(error)
-        error = error.with_traceback(None)  # whose frames hold the engine: its memory must be free for the next
+        forget_frames(error)
         with self._lock:
             ended = self.scheduler.reset(self)
             self._use(None)
@@ -225,7 +228,7 @@ class Lane:
                 return 1
         return max(1, min([ALONE, *(row.total - row.done - 1 for row in plan.decode)]))
 
-    def _decode(self, rows: Sequence[Choice], call: Callable[[Sequence[Choice]], list[Made]]) -> None:
+    def _decode(self, rows: Sequence[Choice], call: Callable[[Sequence[Choice]], list[Made]], what: str) -> None:
         """A token or a few of each row by one call, or by one for each row where the rows together are refused."""
         rows = [row for row in rows if not row.over and not row.cancelled]
         if not rows:
@@ -235,14 +238,14 @@ class Lane:
         except ValueError as error:
             if len(rows) > 1 and all(self.engine.length(slot_of(row)) == row.done for row in rows):
                 for row in rows:
-                    self._decode([row], call)
+                    self._decode([row], call, what)
             else:
-                self._fail(rows, error, "decode")
+                self._fail(rows, error, what)
             return
         except Exception as error:
-            self._fail(rows, error, "decode")
+            self._fail(rows, error, what)
             return
-        self._worked.add("decode")
+        self._worked.add(what)
         self._computed += len(rows) * len(steps)
         self._counts["steps"] += len(steps)
         with self._lock:
@@ -253,7 +256,7 @@ class Lane:
                 if row.over:
                     continue
                 if isinstance(found, ValueError):
-                    self._fail([row], found, "decode")
+                    self._fail([row], found, what)
                 else:
                     self._deliver(row, found, union)
 
@@ -333,7 +336,7 @@ class Lane:
     def _fail(self, choices: Sequence[Choice], error: Exception, what: str) -> None:
         """These end, and the engine goes on for now."""
         log.error("%s of the %s engine failed", "rows" if len(choices) > 1 else "a row", self.mode, exc_info=error)
-        error = error.with_traceback(None)
+        forget_frames(error)
         if not isinstance(error, ValueError):
             self._failed[what] = error
         for choice in choices:
@@ -351,6 +354,18 @@ class Lane:
         failed = EngineFailed(reason)
         failed.__cause__ = error
         choice.stream.fail(failed)
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error and of those that led to it: their frames hold the engine, whose memory the next one needs."""
+    seen: set[int] = set()
+    found: list[BaseException | None] = [error]
+    while found:
+        each = found.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            found += [each.__cause__, each.__context__]
 
 
 def slot_of(choice: Choice) -> int:

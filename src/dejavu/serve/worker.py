@@ -192,7 +192,8 @@ class Worker:
             choice.after = first if choice.share and first is not choice else None
 
     def _report(self, error: BaseException) -> None:
-        self._last_error = f"{type(error).__name__}: {error}"
+        if not self._closing:  # what ends then is no failure
+            self._last_error = f"{type(error).__name__}: {error}"
 
     @property
     def _tokens_per_s(self) -> float | None:
