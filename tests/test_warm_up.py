@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dejavu.serve.warm_up import LONG, PROMPT, warm_up
-from stub_engine import DrawingEngine, StubEngine, StubModel
+from stub_engine import DrawingEngine, StubEngine, StubModel, byte_tokenizer
 from worker_jobs import failing, job, outcomes, run, serving, text_of
-
-TEXT = tuple(number % 250 for number in range(4096))
 
 
 class CapturingEngine(DrawingEngine):
@@ -25,7 +23,7 @@ def sizes(engine: StubEngine, what: str = "step") -> list[int]:
 @pytest.mark.parametrize(("slots", "expected"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_every_size_runs_on_short_and_on_long_text(slots: int, expected: list[int]) -> None:
     engine = CapturingEngine(num_slots=slots, cache_tokens=8192, max_positions=2048)
-    warm_up(engine, TEXT, longest=engine.info.max_positions)
+    warm_up(engine, byte_tokenizer(), longest=engine.info.max_positions)
     twice = [size for size in expected for _ in range(2)]  # a step, and one that is drawn from
     assert sizes(engine) == twice * 2
     assert [tokens for kind, _, tokens in engine.calls if kind == "prefill"] == [PROMPT] * slots + [LONG] + [PROMPT] * (slots - 1)
@@ -33,12 +31,19 @@ def test_every_size_runs_on_short_and_on_long_text(slots: int, expected: list[in
     assert engine.free_pages == engine.info.num_pages and engine.live_sequences == 0
 
 
+def test_a_long_text_is_longer_than_what_the_cuda_engine_calls_short() -> None:
+    pytest.importorskip("triton")
+    from dejavu.kernels.cuda.attention import SHORT
+
+    assert SHORT < LONG < SHORT + PROMPT + 1, "no longer than it must be: a prompt that does not fit is left out"
+
+
 def test_rows_have_texts_of_their_own() -> None:
     """The union of rows that say the same would be that of one."""
     seen: list[list[int]] = []
     engine = CapturingEngine(num_slots=8, cache_tokens=1024)
     engine.before = lambda what, slots: seen.extend(list(engine.sequences[slot]) for slot in slots) if what == "free" else None
-    warm_up(engine, TEXT, longest=engine.info.max_positions)
+    warm_up(engine, byte_tokenizer(), longest=engine.info.max_positions)
     assert len({tuple(ids[:PROMPT]) for ids in seen}) == 8
 
 
@@ -47,14 +52,14 @@ def test_rows_have_texts_of_their_own() -> None:
 )
 def test_what_does_not_fit_is_left_out(cache_tokens: int, max_positions: int, rows: int) -> None:
     engine = CapturingEngine(num_slots=4, cache_tokens=cache_tokens, max_positions=max_positions)
-    warm_up(engine, TEXT, longest=engine.info.max_positions)
+    warm_up(engine, byte_tokenizer(), longest=engine.info.max_positions)
     assert max(sizes(engine), default=0) == rows
     assert engine.free_pages == engine.info.num_pages
 
 
 def test_an_engine_without_graphs_has_nothing_to_prepare() -> None:
     engine = DrawingEngine(num_slots=4)
-    warm_up(engine, TEXT, longest=engine.info.max_positions)
+    warm_up(engine, byte_tokenizer(), longest=engine.info.max_positions)
     assert not engine.calls
 
 
@@ -66,7 +71,7 @@ def test_a_failure_leaves_nothing_behind_and_is_told() -> None:
     engine = CapturingEngine(num_slots=2)
     engine.before = refuse
     with pytest.raises(RuntimeError, match="no kernel image"):
-        warm_up(engine, TEXT, longest=engine.info.max_positions)
+        warm_up(engine, byte_tokenizer(), longest=engine.info.max_positions)
     assert engine.free_pages == engine.info.num_pages and engine.live_sequences == 0
 
 

@@ -294,7 +294,7 @@ def test_each_job_fails_once_also_where_its_slot_cannot_be_freed() -> None:
 
 
 def test_who_hears_of_a_failure_finds_the_slot_free() -> None:
-    model, over = StubModel("abcdef"), []
+    model, told = StubModel("abcdef"), []
     with serving(model, slots=1) as worker:
         engine = model.engines[1]
         engine.hold()
@@ -304,12 +304,12 @@ def test_who_hears_of_a_failure_finds_the_slot_free() -> None:
         def before(what: str, slots: Sequence[int]) -> None:
             if what == "step":
                 raise RuntimeError("lost")
-            over.append((what, stream.over))
+            told.append((what, worker.state().failed))
 
         engine.before = before
         engine.release()
         assert outcomes([stream]) == ["failed: the engine failed (RuntimeError)"]
-        assert over == [("free", False)]
+        assert told == [("free", 0)]
         stream.cancel()
         assert (worker.state().failed, worker.state().cancelled) == (1, 0)
 

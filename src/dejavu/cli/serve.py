@@ -74,6 +74,8 @@ def serve(
             adapter=adapter, dense=dense,
         )  # fmt: skip
         tokenizer = lm.tokenizer if template is None else with_template(lm.tokenizer, template, str(chat_template))
+        if lm.backend == "cuda":
+            out.say("Warming the engine up: half a minute the first time, a second or two later")
         try:
             worker = Worker(lm, config)
         except MemoryError as error:

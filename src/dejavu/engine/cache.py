@@ -46,6 +46,8 @@ class PagedCache:
             scales = [torch.empty(shape[:-1], device=device) if scaled else None for _ in range(2)]
             self._table_BN = torch.zeros(num_slots, num_pages, dtype=torch.int64, device=device)
         except RuntimeError as error:  # torch's word for memory that is not there, or for sizes that no memory has
+            if "CUDA error" in str(error):  # the device's own trouble
+                raise
             raise MemoryError(f"the key/value cache of {num_pages} pages does not fit into memory; give it fewer tokens") from error
         self.k_scale_LPGS, self.v_scale_LPGS = scales
         self.page_size = page_size

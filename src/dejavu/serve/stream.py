@@ -34,12 +34,6 @@ class Stream(AsyncIterator[Event]):
         """End the stream with an error. Nothing happens behind the end."""
         self._add(error, last=True)
 
-    @property
-    def over(self) -> bool:
-        """Whether its last event has come, or its reader has left."""
-        with self._changed:
-            return self._over
-
     def cancel(self) -> None:
         """Leave: iterators end, and the job's slot and pages are free within a step. From any thread; once over it changes nothing."""
         with self._changed:

@@ -1,8 +1,8 @@
 """What an engine does the first time that so many rows or so long a text come, done before there is a client to wait for it.
 
-In: an engine, a text's ids. Out: the engine, empty as before. One that captures its steps compiles, measures (which layers run dense for
-so many rows) and captures each size when it first comes; here real text comes, so that what is measured is what texts select. Other
-engines have nothing to prepare.
+In: an engine, its model's tokenizer. Out: the engine, empty as before. One that captures its steps compiles, measures (which layers run
+dense for so many rows) and captures each size when it first comes; here real text comes, so that what is measured is what texts select.
+Other engines have nothing to prepare.
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dejavu.engine.interface import CapturesSteps, DecodesTokens, Engine
+from dejavu.files import read_text
+from dejavu.measure.texts import DATA
+from dejavu.model.tokenizer import Tokenizer
 
+TEXT, CHARACTERS = DATA / "calibration.txt", 16_384
 PROMPT = 16  # tokens of a row
 LONG = 528  # and of one row, once more: beyond 512 the cuda engine attends in more parts
 
 
-def warm_up(engine: Engine, text_ids: Sequence[int], *, longest: int) -> None:
+def warm_up(engine: Engine, tokenizer: Tokenizer, *, longest: int) -> None:
     """Decode a few tokens with 1, 2, 4 and so on rows, up to all slots, short and, where texts may be so long, long.
 
     longest: tokens of a text that may come. The slots must be empty, and are afterwards.
     """
     if not isinstance(engine, CapturesSteps):
         return
-    info = engine.info
+    info, text_ids = engine.info, tokenizer.encode(read_text(TEXT)[:CHARACTERS])
     sizes = sorted({info.num_slots, *(2**power for power in range(info.num_slots.bit_length()))})
     spare = 2 * len(sizes)  # tokens that a row gets here beside its prompt
     room = min(info.max_tokens, longest, len(text_ids)) - spare

@@ -17,8 +17,6 @@ from typing import Any, Protocol
 
 from dejavu.config import ModelConfig, require
 from dejavu.engine.interface import Engine
-from dejavu.files import read_text
-from dejavu.measure.texts import DATA
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.choice import Choice
 from dejavu.serve.config import ServeConfig
@@ -30,7 +28,6 @@ from dejavu.serve.warm_up import warm_up
 
 RECORDING = "recording"
 RECORDING_SLOTS = 2  # traces are for looking at, and another cache costs memory
-WARM_UP_TEXT, WARM_UP_CHARACTERS = DATA / "calibration.txt", 16_384
 REMEMBERED = 0.95  # of the throughput, from one turn to the next
 
 log = logging.getLogger(__name__)
@@ -65,7 +62,6 @@ class Worker:
         self._lock = threading.Condition()
         self._longest = config.longest(lm.config.max_positions)
         tokens = config.cached(lm.config.max_positions)
-        self._text_ids = lm.tokenizer.encode(read_text(WARM_UP_TEXT)[:WARM_UP_CHARACTERS])
         main = functools.partial(self._engine, num_slots=config.slots, cache_tokens=tokens)
         dense = main(dense=True)
         self._info, modes = dense.info, {"dense": (functools.partial(main, dense=True), dense)}
@@ -86,7 +82,7 @@ class Worker:
 
     def _engine(self, **settings: Any) -> Engine:
         engine = self._lm.engine(**settings)
-        warm_up(engine, self._text_ids, longest=self._longest)
+        warm_up(engine, self._lm.tokenizer, longest=self._longest)
         return engine
 
     def _lane(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> Lane:
