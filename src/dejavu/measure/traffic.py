@@ -165,3 +165,10 @@ def predictor_bytes(predictor: Predictor, *, may_be_int8: bool) -> float:
         stored = "int8" if may_be_int8 and torch.equal(dequantize_rows(*quantize_rows(matrix)), matrix.float()) else "fp32"
         total += matrix.shape[0] * STORED[stored].row(matrix.shape[1])
     return total
+
+
+def read_share(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequence[LayerAdapter] | None) -> float:
+    """Useful bytes of a step over those of the same step run dense: predictors, gates, norms, cache and head included."""
+    tokens = max(reads.cached_L) / (reads.rows * config.num_kv_heads)
+    dense = step_bytes(config, formats, dense_reads(config, rows=reads.rows, tokens=tokens))
+    return sum(step_bytes(config, formats, reads, layers).values()) / sum(dense.values())
