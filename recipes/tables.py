@@ -121,7 +121,7 @@ def tasks() -> str:
 
 
 def methods() -> str:
-    """Every model and method that was measured: what it costs in quality, what it saves."""
+    """Every model and method that was measured: what it costs in quality, in fp32. The speeds of these rows are of int8: not shown."""
     found = {line["model"]: line for line in map(json.loads, QUALITY.read_text().splitlines()) if line["kind"] == "method"}
     if not found:
         return NOT_MEASURED
@@ -129,7 +129,6 @@ def methods() -> str:
     for line in found.values():
         result = line["result"]
         means = [sum(tasks.values()) / len(tasks) for tasks in result["accuracy"].values()]
-        speeds = result["tok_s"]
         worst = max(result["text_rises"].values())
         table.append(
             [
@@ -139,13 +138,9 @@ def methods() -> str:
                 f"{100 * result['rise']:+.1f} %",
                 f"{100 * worst:+.1f} %",
                 *(_percent(mean) for mean in means),
-                *(f"{speeds[mode]:.0f}" for mode in ("dense", "sparse")),
-                f"{speeds['sparse'] / speeds['dense']:.2f}",
-                result["dtype"],
             ]
         )
     header = ["model", "method", "MLP density", "heads", "perplexity", "worst text", "accuracy, dense", "sparse"]
-    header += ["tokens/s, dense", "sparse", "times", "dtype"]
     sources = "".join(dict.fromkeys(_source(line) for line in found.values()))
     return _table(header, table) + sources
 
@@ -188,8 +183,18 @@ def on_gpu(row: Row) -> bool:
     return row.device is not None and not row.device.endswith(" cores")
 
 
+def _dtypes_with_quality() -> set[tuple[str, str]]:
+    """Models that exist, each with the dtypes in which `dejavu eval` measured it."""
+    lines = map(json.loads, QUALITY.read_text().splitlines())
+    return {(line["result"]["model"], line["result"]["dtype"]) for line in lines if line["kind"] == "eval" and "dtype" in line["result"]}
+
+
 def bench_runs() -> list[list[Row]]:
-    """The rows of the newest run of `dejavu bench` for each model, dtype, context and set of batches, on each CPU."""
+    """The rows of the newest run of `dejavu bench` for each model, dtype, context and set of batches, on each CPU.
+
+    A model that exists is left out in a dtype in which its perplexity was not measured: its speed would stand there without its cost.
+    """
+    measured = _dtypes_with_quality()
     runs: dict[tuple[object, ...], list[Row]] = {}
     for row in read_rows(BENCH):
         if on_gpu(row):
@@ -197,6 +202,8 @@ def bench_runs() -> list[list[Row]]:
         runs.setdefault((row.time, row.context, row.device), []).append(row)
     newest: dict[tuple[object, ...], list[Row]] = {}
     for rows in runs.values():
+        if any(row.backend != row.mode and not row.synthetic and (row.model, row.dtype) not in measured for row in rows):
+            continue
         first, batches = rows[0], tuple(sorted({row.batch for row in rows if row.op == "decode"}))
         newest[first.model, first.synthetic, first.dtype, first.context, batches, first.device] = rows
     return list(newest.values())
