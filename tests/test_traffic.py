@@ -10,7 +10,7 @@ import torch
 
 from conftest import Tiny, random_predictor
 from dejavu.engine.backends import make_engine
-from dejavu.measure.traffic import STORED, Formats, Reads, dense_reads, formats_of, predictor_bytes, step_bytes, weight_bytes
+from dejavu.measure.traffic import STORED, Formats, Reads, dense_reads, formats_of, predictor_bytes, read_share, step_bytes, weight_bytes
 from dejavu.model.adapter import quantized
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds
@@ -126,3 +126,16 @@ def test_predictors_of_every_layer_are_added(tiny: Tiny) -> None:
     layers = (LayerAdapter(mlp=predictor), LayerAdapter())
     found = step_bytes(config, FP32, dense_reads(config), layers)["predictor"]
     assert found == predictor_bytes(predictor, may_be_int8=False)
+
+
+def test_the_share_that_is_read_counts_predictors_and_head(tiny: Tiny) -> None:
+    """Of a dense step 1; with no neuron selected what is left is attention, the head and the predictors, not nothing."""
+    config = tiny("opt").config
+    dense = dense_reads(config, rows=2, tokens=7)
+    assert read_share(config, FP32, dense, None) == 1.0
+    none = dataclasses.replace(dense, neurons_L=[0.0] * config.num_layers, fired_L=[0.0] * config.num_layers)
+    generator = torch.Generator().manual_seed(0)
+    layers = (LayerAdapter(mlp=random_predictor(config.hidden_size, config.intermediate_size, generator)),) * config.num_layers
+    bare, with_predictors = (read_share(config, FP32, none, chosen) for chosen in (None, layers))
+    whole, mlp = sum(step_bytes(config, FP32, dense).values()), step_bytes(config, FP32, none)["mlp"]
+    assert bare == pytest.approx(1 - (step_bytes(config, FP32, dense)["mlp"] - mlp) / whole) and bare < with_predictors

@@ -89,8 +89,6 @@ def bench(
     thinned = bool(density or head_density or selection)
     _require_one(model, synthetic)
     _require_sense(dense=dense, thinned=thinned, gguf=gguf, names=names)
-    if results is not None:
-        _require_keys(cache_dtype, screened_head)
     folder = None if output is None else open_run(output)
     options = EngineOptions(
         backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed, ahead=ahead
@@ -171,15 +169,6 @@ def _require_sense(*, dense: bool, thinned: bool, gguf: Path | None, names: Sequ
 
     require(not (dense and thinned), "--dense leaves nothing to select; drop it or the densities")
     require(gguf is None or "llama.cpp" in names, "--gguf is the model of --against llama.cpp; add that or leave it out")
-
-
-def _require_keys(cache_dtype: str, screened_head: int) -> None:
-    """What a row of --results has no key for."""
-    from dejavu.config import require
-
-    unnamed = cache_dtype != "auto" or screened_head != 0
-    message = "a row of --results has no key for --cache-dtype and --screened-head; leave them out, or keep the rows with -o DIR or --json"
-    require(not unnamed, message)
 
 
 def _require_none(options: Mapping[str, Any], why: str) -> None:

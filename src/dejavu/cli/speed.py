@@ -73,11 +73,12 @@ def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequenc
         "threads": subject.threads,
         "progress": progress,
     }
+    held = None if subject.lm is None or subject.densities or plan.head_densities else subject.lm.adapter
     for length in plan.contexts or [min(DEFAULT_CONTEXT, subject.model.config.max_positions // 2)]:
         for size in plan.batches or [1]:
             measured = bench(
                 subject.model, variants, subject.ids, name=subject.name, synthetic=subject.synthetic, batch=size, context=length,
-                steps=plan.steps, peers=peers, ahead=options.ahead, **common,
+                steps=plan.steps, peers=peers, ahead=options.ahead, adapter=None if held is None else held.digest, **common,
             )  # fmt: skip
             found.runs.append((f"batch {size}, context {length}", measured))
             if plan.ops:

@@ -37,7 +37,7 @@ from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesS
 from dejavu.measure.decoders import Peer, Variant, check_mode, check_peer, runs_same
 from dejavu.measure.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
 from dejavu.measure.results import Row, device_name
-from dejavu.measure.traffic import Reads, formats_of, step_bytes, weight_bytes
+from dejavu.measure.traffic import Reads, formats_of, read_share, step_bytes, weight_bytes
 from dejavu.measure.turns import MIN_REPEATS, Work, nothing, percentiles, take_turns
 from dejavu.model.transformer import Transformer
 
@@ -150,6 +150,7 @@ def bench(
     screened_head: int = 0,
     threads: int | None = None,
     ahead: str | None = None,
+    adapter: str | None = None,
     batch: int = 1,
     context: int = 128,
     steps: int = 32,
@@ -161,9 +162,10 @@ def bench(
     """Rows of prefill, of decode in every variant (the first of which is dense), of its parts (native engine), and of peers.
 
     ids: a text with room for context and steps, of which row b of the batch reads its own stretch. steps: decode steps that
-    count, rounded up to whole turns. dtype, cache_dtype, screened_head, threads, ahead: of the engines, see make_engine. peers: decode
-    one sequence, so they are left out, with a note, where batch is not 1. Raises ValueError for a count that is not positive,
-    too few steps, a context that leaves no room for the steps, and a decoder that fails its check.
+    count, rounded up to whole turns. adapter: the digest of the one that the variants come from, for the rows. dtype, cache_dtype,
+    screened_head, threads, ahead: of the engines, see make_engine. peers: decode one sequence, so they are left out, with a note,
+    where batch is not 1. Raises ValueError for a count that is not positive, too few steps, a context that leaves no room for the
+    steps, and a decoder that fails its check.
     """
     limit, needed = model.config.max_positions, context + -(-steps // (TURN - SKIPPED)) * TURN
     for what, value in (("batch", batch), ("context", context)):
@@ -189,7 +191,7 @@ def bench(
         engine = make_engine(model, variant.layers, backend=backend, num_slots=batch, cache_tokens=tokens, record=record, **options)
         return _Decoder(engine, variant, rows_BT, context, model.config.num_kv_heads)
 
-    run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, synthetic=synthetic)
+    run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, synthetic=synthetic, adapter=adapter)
     run.time(clock, progress)
     run.say_dense()
     rows = run.rows()
@@ -209,10 +211,12 @@ def _check_peers(peers: Sequence[Peer], model: Transformer, ids: Sequence[int], 
 class _Run:
     """The turns of one batch and context, and the rows that come of them. Times are kept by who took the turn."""
 
-    def __init__(self, model: Transformer, decoders: list[_Decoder], peers: Sequence[Peer], *, name: str, synthetic: bool) -> None:
+    def __init__(
+        self, model: Transformer, decoders: list[_Decoder], peers: Sequence[Peer], *, name: str, synthetic: bool, adapter: str | None
+    ) -> None:
         self.config, self.decoders = model.config, decoders
         self.peers = {f"peer {index}": peer for index, peer in enumerate(peers)}
-        self.name, self.synthetic = name, synthetic
+        self.name, self.synthetic, self.adapter = name, synthetic, adapter
         self.dense, self.info = decoders[0].engine, decoders[0].engine.info
         self.batch, self.context = len(decoders[0].rows_BT), decoders[0].context
         self.formats = formats_of(self.info)
@@ -288,6 +292,9 @@ class _Run:
             "layers": self.config.num_layers,
             "dtype": self.info.dtype,
             "device": device_name(cuda=_on_gpu(self.info.device)),
+            "cache_dtype": self.info.cache_dtype,
+            "screened_head": self.info.screened_head,
+            "read_share": 1.0,
         }
         own |= {"batch": self.batch, "threads": self.info.threads, "synthetic": self.synthetic, "mlp_density": 1.0, "head_density": 1.0}
         own |= {"op": op, "context": self.context, "p20_us": p20, "p50_us": p50, "p80_us": p80}
@@ -300,10 +307,13 @@ class _Run:
 
     def _of_decoder(self, decoder: _Decoder) -> list[Row]:
         held, variant = decoder.steps, decoder.variant
-        useful = step_bytes(self.config, self.formats, held.mean_reads(self.batch), variant.layers)
+        reads = held.mean_reads(self.batch)
+        useful = step_bytes(self.config, self.formats, reads, variant.layers)
         values: dict[str, Any] = {
             "mode": variant.mode,
             "selection": variant.selection,
+            "adapter": None if variant.layers is None else self.adapter,
+            "read_share": read_share(self.config, self.formats, reads, variant.layers),
             "mlp_density": float(np.mean(held.mlp)),
             "head_density": float(np.mean(held.heads)),
             "union_density": float(np.mean(held.union)) if self.batch > 1 else None,
@@ -316,6 +326,7 @@ class _Run:
     def _of_peer(self, op: str, peer: Peer, seconds: list[float], tokens: int) -> Row:
         same = runs_same(peer, self.name)
         values: dict[str, Any] = {"mode": peer.mode, "backend": peer.mode, "dtype": peer.dtype, "batch": 1, "threads": peer.threads}
+        values |= {"cache_dtype": None, "screened_head": 0, "read_share": None}
         values |= {"device": device_name(cuda=_on_gpu(peer.device))}
         values |= {"model": self.name, "synthetic": self.synthetic} if same else {"model": peer.model, "synthetic": False, "layers": None}
         return self._row(op, seconds, tokens=tokens, **values)

@@ -84,8 +84,21 @@ class LlamaCppPeer:
         logits_V = self._library.llama_get_logits_ith(self._context, -1)  # also waits for them
         return torch.from_numpy(np.ctypeslib.as_array(logits_V, (self._vocab_size,)).copy())
 
-    def logits(self, ids: Sequence[int]) -> None:
-        """None: its steps tell them."""
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        library, count = self._library, len(ids)
+        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        batch = library.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            for index, token in enumerate(ids):
+                batch.token[index], batch.pos[index], batch.logits[index] = token, index, True
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            status = library.llama_decode(self._context, batch)
+            require(status == 0, f"llama.cpp failed to read {count} tokens (status {status})")
+            rows = (library.llama_get_logits_ith(self._context, index) for index in range(count))
+            return torch.from_numpy(np.stack([np.ctypeslib.as_array(row, (self._vocab_size,)).copy() for row in rows]))
+        finally:
+            library.llama_batch_free(batch)
 
     def close(self) -> None:
         if self._context is not None:

@@ -6,6 +6,8 @@ inputs and predicts the token after each; every further window ends `stride` tok
 inputs and predicts its last `stride` targets only, so that each token is predicted exactly once (the rolling rule of
 lm-evaluation-harness; stride = context is its default). Without a BOS the first token is context only.
 
+Beside programs that follow another rule the text is cut as llama.cpp cuts it (`half_windows`).
+
     ppl = exp(sum NLL / tokens)      bits per byte = sum NLL / (bytes ln 2)      word ppl = exp(sum NLL / words)
 
 The sums are float64. Standard error: the windows are the sampling units; the mean NLL is the ratio of two sums over
@@ -31,6 +33,7 @@ SelectionFactory = Callable[[Tensor | None], Selection]
 """From sparse_BT (the tokens that run sparse; None means all) to the selection of one forward pass."""
 
 LOGITS_AT_ONCE = 2**24
+HALF_CONTEXT = 512  # of `half_windows`: what llama.cpp takes if not told otherwise
 
 
 def dense_selection(sparse_BT: Tensor | None = None) -> Selection:
@@ -174,8 +177,40 @@ def perplexity(
     limit = model.config.max_positions
     require(context <= limit, f"context {context} exceeds the model's {limit}; give at most {limit}")
     windows = rolling_windows(ids, bos=bos, context=context, stride=stride)
-    device = model.embed.weight.device
     # Only a sole first window can be shorter than the context, so all windows have one length.
+    window_nll = scored_windows(model, windows, selection_factory, batch_tokens=batch_tokens, progress=progress)
+    return PerplexityResult(
+        window_nll=tuple(window_nll),
+        window_tokens=tuple(len(window.targets) for window in windows),
+        context=context,
+        stride=context if stride is None else stride,
+        bos=bos is not None,
+    )
+
+
+def half_windows(ids: Sequence[int], *, bos: int | None, context: int = HALF_CONTEXT) -> list[Window]:
+    """llama.cpp's rule: pieces of `context` tokens, one behind the other, of which the second half is predicted; a rest is left out.
+
+    A BOS, where the tokenizer adds one, takes the place of the first token of each piece. Of 512 tokens 255 are predicted.
+    """
+    require(context >= 4, f"context must be at least 4, not {context}")
+    require(len(ids) >= context, f"the text has {len(ids)} tokens, and a window takes {context}; give a longer text")
+    pieces = [list(ids[at : at + context]) for at in range(0, len(ids) - context + 1, context)]
+    first = [] if bos is None else [bos]
+    return [Window(inputs=(first + piece[len(first) :])[:-1], targets=piece[context // 2 + 1 :]) for piece in pieces]
+
+
+@torch.inference_mode()
+def scored_windows(
+    model: Transformer,
+    windows: Sequence[Window],
+    selection_factory: SelectionFactory = dense_selection,
+    *,
+    batch_tokens: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """NLL of the targets of each window, all of one length; the arguments are those of `perplexity`."""
+    device = model.embed.weight.device
     per_batch = max(1, batch_tokens // len(windows[0].inputs))
     total, done = sum(len(window.targets) for window in windows), 0
     window_nll: list[float] = []
@@ -191,13 +226,7 @@ def perplexity(
         done += sum(counts)
         if progress is not None:
             progress(done, total)
-    return PerplexityResult(
-        window_nll=tuple(window_nll),
-        window_tokens=tuple(len(window.targets) for window in windows),
-        context=context,
-        stride=context if stride is None else stride,
-        bos=bos is not None,
-    )
+    return window_nll
 
 
 def pooled(results: Sequence[PerplexityResult]) -> PerplexityResult:

@@ -13,12 +13,12 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -31,13 +31,32 @@ PACKAGES = ("numpy", "tokenizers", "triton", "transformers", "ctranslate2", "lla
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row(Config):
+class Measured(Config):
+    """What every row says: what ran it, where, with what and when. `append_rows` fills in what is not set."""
+
+    backend: str
+    device: str | None = None
+    versions: dict[str, str] | None = None
+    commit: str | None = None
+    time: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            require(finite, f"{field.name} of a result is {value}; a measurement that failed is not recorded")
+            absolute = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
+            require(not absolute and value != "~", f"{field.name} {value!r} is a path; results name models and tools, not folders")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row(Measured):
     """One measurement. `model` is a name, never a path; `layers` how many layers of it ran (it and `threads` null where not known);
-    `synthetic` whether weights or predictor are made up."""
+    `synthetic` whether weights or predictor are made up. adapter: its `Adapter.digest` where it selects as it was calibrated.
+    read_share: useful bytes of a step over those of the same step run dense, predictors, gates, norms and head included."""
 
     op: str
     mode: str
-    backend: str
     model: str
     layers: int | None
     dtype: str
@@ -56,21 +75,37 @@ class Row(Config):
     selection: str | None = None
     union_density: float | None = None
     nodes: int | None = None
-    device: str | None = None
-    versions: dict[str, str] | None = None
-    commit: str | None = None
-    time: str | None = None
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            require(finite, f"{field.name} of a result is {value}; a measurement that failed is not recorded")
-            absolute = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
-            require(not absolute and value != "~", f"{field.name} {value!r} is a path; results name models and tools, not folders")
+    cache_dtype: str | None = None
+    screened_head: int = 0
+    adapter: str | None = None
+    read_share: float | None = None
 
 
-AnyRow = TypeVar("AnyRow", bound=Row)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityRow(Measured):
+    """Perplexity of one way to run a model that exists, on texts by name. mode: dense, sparse, or the name of another program, which
+    is then the backend too. rule: how windows are cut and which of their tokens count. texts_hash: of the token ids."""
+
+    model: str
+    mode: str
+    dtype: str
+    cache_dtype: str | None
+    adapter: str | None
+    rule: str
+    texts: tuple[str, ...]
+    texts_hash: str
+    tokens: int
+    ppl: float
+    stderr: float | None = None
+    mlp_density: float = 1.0
+    head_density: float = 1.0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return super(QualityRow, cls).from_dict({**values, "texts": tuple(values.get("texts", ()))})
+
+
+AnyRow = TypeVar("AnyRow", bound=Measured)
 
 
 def device_name(*, cuda: bool = False) -> str:

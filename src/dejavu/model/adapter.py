@@ -12,6 +12,8 @@ Letters: D model  R predictor rank  O outputs (neurons F, or head groups G)
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from dejavu.files import new_folder, read_json, read_safetensors, write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig, PartConfig
 from dejavu.model.card import card
+from dejavu.model.fingerprint import tensor_digest
 from dejavu.model.lora import LayerLora, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.selectors import GateThreshold
@@ -56,6 +59,21 @@ class Adapter:
                     stated = (config.rank, config.lookahead, config.threshold)
                     held = (predictor.A_RD.shape[0], predictor.lookahead, predictor.threshold)
                     assert stated == held, f"layer {entry.layer}: config says {stated}, predictor {held}"
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that name what this adapter does: method, layers, and values of every tensor, without where they come from."""
+        entries = [entry.to_dict() for entry in self.config.layers]
+        changes = None if self.config.lora is None else self.config.lora.to_dict()
+        found = hashlib.sha256(json.dumps([self.config.method, entries, changes], sort_keys=True).encode())
+        for layer in self.layers:
+            for predictor in (layer.mlp, layer.heads):
+                tensors = () if predictor is None else (predictor.A_RD, predictor.B_OR, predictor.bias_O)
+                found.update(b"".join(tensor_digest(values.float()) for values in tensors))
+        for index, lora in enumerate(self.lora or ()):
+            tensors = lora_tensors(index, lora)
+            found.update(b"".join(name.encode() + tensor_digest(tensors[name].float()) for name in sorted(tensors)))
+        return found.hexdigest()[:16]
 
     def with_base(self, base_hash: str) -> Adapter:
         """This adapter accepting one more form of its base."""

@@ -1,0 +1,85 @@
+"""Perplexity beside the speeds of `dejavu bench`: our model in each dtype, dense and sparse, and other programs, on the same windows.
+
+    python recipes/quality.py smollm2-sparse --dtype fp32 --dtype int8 --against llama.cpp --text 'text/valid/*.txt'
+
+In: a model, its own adapter (or --adapter), held-out texts. Out: QualityRows, appended to results/perplexity.jsonl. Tables show the speed
+of a model that exists only where they find such a row of the same adapter, dtype, cache dtype and backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dejavu.cli.against import opened_peers, peer_names
+from dejavu.cli.output import Output
+from dejavu.cli.subjects import EngineOptions, Subject, loaded
+from dejavu.language_model import LanguageModel
+from dejavu.measure.comparison import Passage, own_quality, peer_quality
+from dejavu.measure.evaluate import scored_part
+from dejavu.measure.results import QualityRow, append_rows
+from dejavu.measure.texts import named_texts
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "perplexity.jsonl"
+OUT = Output(as_json=False)
+
+
+def opened(options: argparse.Namespace, dtype: str) -> Subject:
+    """The model in one dtype."""
+    engine = EngineOptions(
+        backend=options.backend, dtype=dtype, cache_dtype=options.cache_dtype, screened_head=0, threads=None, seed=0
+    )  # fmt: skip
+    return loaded(options.model, OUT, engine, texts=None, adapter=options.adapter, dense=False, accept_base=False, densities=())
+
+
+def model_of(subject: Subject) -> LanguageModel:
+    assert subject.lm is not None, "a model that exists"
+    return subject.lm
+
+
+def passage_of(lm: LanguageModel, options: argparse.Namespace) -> Passage:
+    """The start of each text."""
+    texts = named_texts(options.text).items()
+    ids = {name: scored_part(lm.tokenizer, text, options.max_tokens).ids for name, text in texts}
+    return Passage.of(ids, bos=lm.tokenizer.document_bos)
+
+
+def rows(options: argparse.Namespace) -> list[QualityRow]:
+    """Ours in every dtype, then those of the other programs."""
+    found: list[QualityRow] = []
+    for dtype in options.dtype or ["auto"]:
+        lm = model_of(opened(options, dtype))
+        passage, layers, adapter = passage_of(lm, options), lm.layers(), None if lm.adapter is None else lm.adapter.digest
+        about = {"name": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "adapter": adapter}
+        for chosen in (None, layers) if layers is not None else (None,):
+            found.append(own_quality(lm.model, chosen, passage, **about))
+            OUT.say(f"{found[-1].mode} {lm.dtype}: perplexity {found[-1].ppl:.3f} of {found[-1].tokens:,} tokens")
+    if options.against:
+        notes: list[str] = []
+        subject = opened(options, "auto")
+        passage = passage_of(model_of(subject), options)
+        with opened_peers(peer_names(options.against), subject, None, notes) as peers:
+            for peer in peers:
+                row = peer_quality(peer, passage)
+                found += [] if row is None else [row]
+                OUT.say(f"{peer.mode} {peer.dtype}: " + ("tells no logits" if row is None else f"perplexity {row.ppl:.3f}"))
+        for note in notes:
+            OUT.say(note)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--dtype", action="append", help="of ours; may repeat")
+    parser.add_argument("--cache-dtype", default="auto")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--against", action="append", help="other programs, as of `dejavu bench`; may repeat")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of each text")
+    append_rows(RESULTS, rows(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
