@@ -284,6 +284,7 @@ def test_profile_and_train(folder: Path) -> None:
     profiled = lm.profile(TEXT, max_tokens=200)
     assert len(profiled["layers"]) == 2 and 200 <= profiled["tokens"] <= 210 and 0 < profiled["layers"][0]["mlp_density"] < 1
     adapter, measured = lm.train_measured(TEXT, budget=0.05, rank=4, epochs=0.5, max_tokens=600)
+    assert adapter is not None
     assert adapter.config.base_hashes == (lm.base_hash,) and adapter.config.calibration_max_tokens == 600
     assert lm.calibration_perplexity([TEXT], adapter) == pytest.approx(measured["ppl_dense"])
     assert lm.generate(PROMPT, max_new_tokens=4, adapter=adapter, ignore_eos=True).new_tokens == 4

@@ -16,6 +16,8 @@ from conftest import Tiny
 from dejavu.cli.main import run
 from dejavu.engine.interface import densities
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.measure import fastest
+from dejavu.measure.fastest import chosen, speeds
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export
 from dejavu.model.checkpoint import Checkpoint
@@ -28,7 +30,7 @@ from dejavu.offline.calibrate import gate_reads, head_reads, input_reads, mlp_re
 from dejavu.offline.collect import pack_windows
 from dejavu.offline.fidelity import token_nll
 from dejavu.offline.split import LONGEST, split_windows, training_context
-from dejavu.offline.train import methods_of, train_adapter
+from dejavu.offline.train import Trained, methods_of, train_adapter, train_adapters
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_plain import priced, seen_options
 from test_engine import decode
@@ -150,17 +152,58 @@ def test_what_a_token_reads(tiny: Tiny) -> None:
         assert head_reads(config, 1.0, None, 0) + key_value == weights - mlp_reads(config, 1.0, None)
 
 
-def test_auto_takes_the_method_that_reads_least(relu: Checkpoint, silu: Checkpoint) -> None:
+def test_auto_trains_what_a_model_can_have(relu: Checkpoint, silu: Checkpoint) -> None:
     for checkpoint, methods in ((relu, ["predicted", "exact", "gate", "input"]), (silu, ["gate", "input"])):
         assert list(methods_of(checkpoint.config)) == methods
-        adapter, result = trained(checkpoint, "auto")
-        found = result["candidates"]
-        assert [each["method"] for each in found] == methods
-        best = min((each for each in found if each["within_budget"]), key=lambda each: each["reads"])
-        assert result["method"] == adapter.config.method == best["method"]
-        assert result["why"].startswith(f"{best['method']} reads least: {best['read_share']:.1%}") and "within the budget" in result["why"]
-        alone, reached = trained(checkpoint, best["method"])
-        assert alone.config == adapter.config and reached["reads"] == best["reads"]
+        config = TrainConfig.from_dict({"method": "auto", "budget": 0.02, "rank": 8, "epochs": 1})
+        found = train_adapters(checkpoint, DOCUMENTS, config, text_hash="abc")
+        assert [adapter.config.method for adapter, _ in found] == [result["method"] for _, result in found] == methods
+        alone, reached = trained(checkpoint, methods[-1])
+        assert alone.config == found[-1][0].config and reached["reads"] == found[-1][1]["reads"]
+
+
+def measured(speeds: dict[str, float | None], over: tuple[str, ...] = ()) -> list[Trained]:
+    """Made-up measurements by method; those in `over` do not keep the budget."""
+    common = {"rise": 0.01, "rise_stderr": 0.0, "mlp_density": 0.5, "head_density": 1.0, "reads": 60.0, "read_share": 0.6, "seconds": 1.0}
+    common |= {"ppl_dense": 9.0, "ppl_sparse": 9.1, "budget": 0.02, "tokens": 10, "tokens_given": 10, "layers": [1, 2]}
+    adapters: Any = {method: method for method in speeds}
+    return [
+        (
+            adapters[method],
+            common | {"method": method, "within_budget": method not in over, "speedup": speedup, "tok_s": 1, "tok_s_dense": 1},
+        )
+        for method, speedup in speeds.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "over", "method", "why"),
+    [
+        ({"gate": 1.2, "input": 1.4}, (), "input", "input is fastest here: 1.40x dense, perplexity +1.00%"),
+        ({"gate": 1.2, "input": 1.4}, ("input",), "gate", "gate is fastest here: 1.20x dense"),
+        ({"gate": 0.97, "input": 0.82}, (), None, "sparsity does not pay here (gate, the fastest, 0.97x dense): the model stays dense"),
+        ({"gate": 1.01, "input": None}, (), None, "does not pay here (gate, the fastest, 1.01x dense)"),
+        ({"gate": 1.2}, ("gate",), None, "does not pay here: no method keeps the budget"),
+    ],
+)
+def test_the_fastest_within_the_budget_or_dense(
+    speeds: dict[str, float | None], over: tuple[str, ...], method: str | None, why: str
+) -> None:
+    taken, result = chosen(measured(speeds, over))
+    assert (None if taken is None else taken[0]) == method and why in result["why"]
+    assert [each["method"] for each in result["candidates"]] == list(speeds) and all("layers" not in each for each in result["candidates"])
+    assert result["method"] == (method or "dense") and (method is not None or (result["ppl_sparse"], result["mlp_density"]) == (9.0, 1.0))
+
+
+def test_what_cannot_be_timed_says_why(relu: Checkpoint) -> None:
+    model, ids = relu.model, DOCUMENTS[0]
+    engine = {"name": "tiny", "backend": "torch"}
+    layers = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * 3
+    timed = speeds(model, layers, ids, **engine)
+    assert timed["tok_s"] > 0 and timed["speedup"] == timed["tok_s"] / timed["tok_s_dense"]
+    assert speeds(model, (LayerAdapter(),) * 3, ids, **engine)["speed_note"] == "no layer selects"
+    assert "too short" in speeds(model, layers, ids[:9], **engine)["speed_note"]
+    assert "not available" in speeds(model, layers, ids, name="tiny", backend="torch", dtype="int8")["speed_note"]
 
 
 def test_what_a_model_cannot_have_points_to_what_it_can(silu: Checkpoint, tmp_path: Path) -> None:
@@ -213,6 +256,22 @@ def test_auto_prints_what_each_method_reached(work: Path, capsys: pytest.Capture
     command = ["train", "model", "--text", "text.txt", "--max-tokens", "2000"]
     assert run([*command, "-o", "adapter", "--method", "auto", "--budget", "0.05"]) == 0
     shown = capsys.readouterr().out
-    assert "Methods" in shown and "gate" in shown and "reads least" in shown
+    assert "Methods" in shown and "gate" in shown and ("is fastest here" in shown) == (work / "adapter").is_dir()
     assert run([*command, "-o", "other"]) == 2
     assert "use --method auto" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_auto_writes_no_adapter_where_dense_is_as_fast(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fastest, "speeds", lambda *_, **__: {"tok_s": 9.0, "tok_s_dense": 10.0, "speedup": 0.9})
+    command = ["train", "model", "--text", "text.txt", "--max-tokens", "2000", "--budget", "0.05", "-o", "adapter"]
+    assert run([*command, "--method", "auto", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["adapter"] is None and result["method"] == "dense" and "does not pay here" in result["why"]
+    assert [path.name for path in work.iterdir() if path.name.startswith("adapter")] == []
+    assert run([*command, "--method", "gate"]) == 0  # what is asked for by name is written, and said to be slower
+    assert "slower than dense here" in capsys.readouterr().out and (work / "adapter").is_dir()
+    monkeypatch.setattr(fastest, "speeds", lambda *_, **__: {"tok_s": 19.0, "tok_s_dense": 10.0, "speedup": 1.9})
+    assert run([*command[:-1], "faster", "--method", "auto"]) == 0
+    assert "is fastest here: 1.90x dense" in capsys.readouterr().out and (work / "faster").is_dir()

@@ -249,11 +249,11 @@ class LanguageModel:
         with self._on_cpu():
             return profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress)
 
-    def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter:
+    def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter | None:
         """Train an adapter and calibrate it to a loss budget (allowed relative rise of perplexity on held-out text).
 
-        Takes the options of `train_measured`, and returns its adapter alone. The model goes on as it is: set
-        `lm.adapter`, or give the adapter to `generate`.
+        Takes the options of `train_measured`, and returns its adapter alone, None where method auto keeps the model dense. The
+        model goes on as it is: set `lm.adapter`, or give the adapter to `generate`.
         """
         return self.train_measured(text, budget=budget, **options)[0]
 
@@ -268,30 +268,41 @@ class LanguageModel:
         work_folder: str | Path | None = None,
         progress: Progress | None = None,
         **options: Any,
-    ) -> tuple[Adapter, dict[str, Any]]:
+    ) -> tuple[Adapter | None, dict[str, Any]]:
         """As `train`, with what was measured on the way: see `dejavu.offline.train` for the keys and for more options.
 
-        method: predicted, exact, gate, input, or auto, which trains each that the model can have and takes the one that reads least.
+        method: predicted, exact, gate, input, or auto, which trains each that the model can have, times it here beside the dense
+        model and takes the fastest within the budget, or None where dense is as fast (see measure/fastest.py).
         max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
         layers, so that the same call goes on after an interruption. Raises ValueError for an empty text or an option out
         of range.
         """
-        from dejavu.offline.train import train_adapter
+        from dejavu.measure.fastest import chosen, speeds
+        from dejavu.offline.train import train_adapters
         from dejavu.offline.train_config import TrainConfig
 
         config = TrainConfig.from_dict({"budget": budget, "method": method, "max_tokens": max_tokens, "seed": seed, **options})
         texts = [text] if isinstance(text, str) else list(text)
+        windows = self.training_windows(texts, max_tokens=max_tokens)
         with self._on_cpu():
-            adapter, measured = train_adapter(
+            found = train_adapters(
                 self.checkpoint,
-                self.training_windows(texts, max_tokens=max_tokens),
+                windows,
                 config,
                 text_hash=corpus_hash(texts),
                 work_folder=None if work_folder is None else Path(work_folder),
                 progress=progress,
             )
-        described = dataclasses.replace(adapter.config, calibration_max_tokens=max_tokens)
-        return dataclasses.replace(adapter, config=described), measured
+        ids = [token for window in windows for token in window]
+        engine = {"backend": self.backend, "dtype": self.dtype, "cache_dtype": self.cache_dtype, "threads": self.threads}
+        for adapter, result in found:
+            layers = adapter.attached(self.model, dtype=self.dtype)
+            result |= speeds(self.model, layers, ids, name=self.name, progress=progress, **engine)
+        taken, measured = chosen(found) if method == "auto" else (found[0], found[0][1])
+        if taken is None:
+            return None, measured
+        described = dataclasses.replace(taken[0].config, calibration_max_tokens=max_tokens)
+        return dataclasses.replace(taken[0], config=described), measured
 
     def calibration_perplexity(self, texts: Sequence[str], adapter: Adapter) -> float:
         """Dense perplexity of this model on the tokens that the adapter's `ppl_dense` was measured on.

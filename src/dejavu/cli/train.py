@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from dejavu.cli.options import AsJson, Backend, Dtype, Model, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
@@ -15,6 +16,9 @@ from dejavu.cli.runs import write_sections
 if TYPE_CHECKING:
     from dejavu.model.adapter import Adapter
 
+NO_GAIN = 0.98  # below it a method is slower than dense by more than noise
+ADVICE = "--method auto keeps what is faster"
+
 
 def train(
     model: Model,
@@ -22,7 +26,7 @@ def train(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The adapter folder to write.")],
     budget: Annotated[float, typer.Option("--budget", metavar="X", help="Allowed relative rise of perplexity.")] = 0.005,
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="predicted, exact, gate, input, or auto: the one that reads least.")
+        str, typer.Option("--method", metavar="NAME", help="predicted, exact, gate, input, or auto: the fastest here.")
     ] = "predicted",
     loss: Annotated[
         str, typer.Option("--loss", metavar="NAME", help="contribution (weighs neurons by what they add) or bce.")
@@ -55,21 +59,33 @@ def train(
     lm = open_model(model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False)
     with resumable(f"what is finished is kept in {work}; run the same command again to go on"), progress_bars() as progress:
         adapter, measured = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
+    about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}
+    if adapter is None:
+        shutil.rmtree(work, ignore_errors=True)
+        out.show(_candidates(measured), escape(measured["why"]))
+        out.say(f"No adapter was written: {model} is as fast without one.")
+        out.finish(measured | about | {"adapter": None})
+        return
     with new_folder(target) as folder:
         write_adapter(adapter, folder)
         write_sections(folder, lm, train={"source": "trained", **measured})
     shutil.rmtree(work, ignore_errors=True)
     show(out, adapter, measured)
     out.say(f"Adapter: {target}\nUse it:  dejavu generate {model} --adapter {output} --prompt ...")
-    out.finish(measured | {"adapter": str(target), "model": lm.name, "dtype": lm.dtype, "notes": list(lm.notes)})
+    out.finish(measured | about | {"adapter": str(target)})
 
 
 def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
     """The tables of layers and, with method auto, of the methods; the summary."""
     out.show({"exact": _gates, "gate": _gates, "input": _inputs}.get(adapter.config.method, _predictors)(adapter, measured))
     if "candidates" in measured:
-        out.show(_candidates(measured))
-        out.show(measured["why"])
+        out.show(_candidates(measured), escape(measured["why"]))
+    elif measured["speedup"] is not None:
+        slower = f" [yellow](slower than dense here; {ADVICE})[/yellow]" if measured["speedup"] < NO_GAIN else ""
+        speeds = f"{measured['tok_s_dense']:,.1f} tok/s dense, {measured['tok_s']:,.1f} sparse"
+        out.show(f"{speeds}: [bold]{measured['speedup']:.2f}×[/bold]{slower}")  # noqa: RUF001
+    else:
+        out.warn(f"not timed: {measured['speed_note']}")
     kept = "" if measured["within_budget"] else " [yellow](over the budget on text that calibration did not see)[/yellow]"
     rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}{kept}"
     out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
@@ -112,11 +128,13 @@ def _inputs(adapter: Adapter, measured: dict[str, Any]) -> Any:
 
 
 def _candidates(measured: dict[str, Any]) -> Any:
-    """What each method reached."""
-    table = new_table("Methods", "method", "rise", "within budget", "MLP density", "head density", "reads", "seconds")
+    """What each method reached and how fast it decodes here, beside the dense model in turns."""
+    columns = ("rise", "within budget", "MLP density", "head density", "reads", "tok/s dense", "sparse", "times", "seconds")
+    table = new_table("Methods", "method", *columns)
     for found in measured["candidates"]:
         row = [f"{found['rise']:+.2%}", "yes" if found["within_budget"] else "no", number(found["mlp_density"])]
-        row += [number(found["head_density"]), percent(found["read_share"]), f"{found['seconds']:,.0f}"]
+        row += [number(found["head_density"]), percent(found["read_share"]), number(found["tok_s_dense"], ",.1f")]
+        row += [number(found["tok_s"], ",.1f"), number(found["speedup"], ".2f"), f"{found['seconds']:,.0f}"]
         table.add_row(found["method"], *row, style="bold" if found["method"] == measured["method"] else "")
     return table
 

@@ -21,6 +21,8 @@ from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.selectors import POINTS, InputPoints
 from dejavu.offline.thresholds import Quality
 
+WORTH_SELECTING = 0.9  # of a part's reads: finding and gathering what is selected costs more time than a smaller saving gives back
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
@@ -45,6 +47,8 @@ class Part:
         """The cheapest choice at a price of `kappa` elements per nat; None is dense."""
         chosen, cost = None, self.dense_reads
         for candidate in self.candidates:
+            if candidate.reads > WORTH_SELECTING * self.dense_reads:
+                continue
             price = candidate.reads + kappa * candidate.divergence
             if price < cost:
                 chosen, cost = candidate, price

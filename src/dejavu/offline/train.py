@@ -1,7 +1,7 @@
 """From a dense model and a text to an adapter: candidates of a method, thresholds to a loss budget, a check of the budget.
 
-In: a loaded checkpoint, token ids of documents, a TrainConfig. Out: an Adapter and what was measured on the way. With method auto each
-method that the model can have is trained, and the one that reads least within the budget is taken.
+In: a loaded checkpoint, token ids of documents, a TrainConfig. Out: an Adapter and what was measured on the way, of every method that was
+asked for: with method auto of each that the model can have. Which of those is fastest is for measure/fastest.py to find out.
 The text is cut into windows and split (split.py). Finished pieces are kept in `work_folder`, so that an interrupted run goes on where
 it was.
 """
@@ -38,7 +38,11 @@ def methods_of(config: ModelConfig) -> tuple[str, ...]:
     return tuple(method for method in METHODS if has[method])
 
 
-def train_adapter(
+Trained = tuple[Adapter, dict[str, Any]]
+"""An adapter and the measurements that `dejavu train` prints."""
+
+
+def train_adapters(
     checkpoint: Checkpoint,
     document_ids: Sequence[Sequence[int]],
     config: TrainConfig,
@@ -46,11 +50,10 @@ def train_adapter(
     text_hash: str,
     work_folder: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Adapter, dict[str, Any]]:
-    """Train, calibrate and check. Returns the adapter and the measurements that `dejavu train` prints.
+) -> list[Trained]:
+    """Train, calibrate and check, each method on the same windows.
 
-    With method auto `candidates` says what each method reached (without its layers), and `why` why one was taken. Raises ValueError for
-    a method that the model cannot have and a text that is too short.
+    Raises ValueError for a method that the model cannot have and a text that is too short.
     """
     model = checkpoint.model
     methods = methods_of(model.config) if config.method == "auto" else (config.method,)
@@ -60,19 +63,20 @@ def train_adapter(
     ids_WT = fitting_windows(ids_WT, model.config)
     split = split_windows(ids_WT)
     dense = DenseRuns.of(model, split)
-    found = []
+    found: list[Trained] = []
     for method in methods:
         one = TrainConfig.from_dict(config.to_dict() | {"method": method})
         key = _run_key(f"{checkpoint.base_hash} {model.embed.weight.dtype}", one, ids_WT)
         said = _named(progress, method) if len(methods) > 1 else progress
         adapter, result = _trained(checkpoint, split, dense, one, key, text_hash, work_folder, said)
         found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": given}))
-    if config.method != "auto":
-        return found[0]
-    adapter, result = min(found, key=lambda pair: (not pair[1]["within_budget"], pair[1]["reads"]))
-    shown = ("method", "rise", "rise_stderr", "within_budget", "mlp_density", "head_density", "reads", "read_share", "seconds")
-    candidates = [{name: each[name] for name in shown} for _, each in found]
-    return adapter, result | {"candidates": candidates, "why": _why(result), "seconds": sum(each["seconds"] for _, each in found)}
+    return found
+
+
+def train_adapter(checkpoint: Checkpoint, document_ids: Sequence[Sequence[int]], config: TrainConfig, **options: Any) -> Trained:
+    """As `train_adapters`, of one method."""
+    assert config.method != "auto", "auto has several"
+    return train_adapters(checkpoint, document_ids, config, **options)[0]
 
 
 def check_method(config: ModelConfig, method: str) -> None:
@@ -82,11 +86,6 @@ def check_method(config: ModelConfig, method: str) -> None:
         f"method predicted needs an activation with exact zeros (relu, relu2, fatrelu), and this model has {config.activation}; "
         "use --method auto, which tries gate and input, or `dejavu adapt`, which changes the weights",
     )
-
-
-def _why(result: dict[str, Any]) -> str:
-    reads = f"{result['method']} reads least: {result['read_share']:.1%} of what a dense token reads in the layers"
-    return f"{reads}, within the budget" if result["within_budget"] else f"no method keeps the budget; of all, {reads}"
 
 
 def _named(progress: Progress | None, method: str) -> Progress | None:
@@ -117,7 +116,7 @@ def _trained(
     text_hash: str,
     work_folder: Path | None,
     progress: Progress | None,
-) -> tuple[Adapter, dict[str, Any]]:
+) -> Trained:
     """One method, with what was measured on the check windows."""
     model, started = checkpoint.model, time.perf_counter()
     offer = _offer(model, split, config, key, work_folder, progress)

@@ -1,0 +1,99 @@
+"""Which of several adapters of a model decodes fastest on this machine, or whether none beats the dense model.
+
+In: a model, adapters with what training measured of each, a text's token ids, the engine's options. Out: the same measurements with
+`tok_s`, `tok_s_dense` and `speedup`, each adapter timed in turns with the dense model, and which one to take: the fastest within the
+budget, or none where no one is at least MARGIN times as fast as dense. What is read decides nothing here: time does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dejavu.config import Progress
+from dejavu.measure.bench import SKIPPED, TURN, bench
+from dejavu.measure.decoders import DENSE_VARIANT, Variant
+from dejavu.measure.turns import MIN_REPEATS
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import Transformer
+from dejavu.offline.train import Trained
+
+MARGIN = 1.02  # less is within the noise of a timing, and no reason to give quality away
+CONTEXT, STEPS = 64, 48
+SHOWN = ("method", "rise", "rise_stderr", "within_budget", "mlp_density", "head_density", "reads", "read_share", "seconds")
+SPEEDS = ("tok_s", "tok_s_dense", "speedup")
+
+
+def room(max_positions: int, tokens: int) -> tuple[int, int] | None:
+    """Context and steps of a timing that a model's context and a text of so many tokens hold; None where they hold too few."""
+    most = min(max_positions, tokens)
+    context = min(CONTEXT, most // 2)
+    steps = min(STEPS, (most - context) // TURN * (TURN - SKIPPED))
+    return (context, steps) if context >= 1 and steps >= MIN_REPEATS else None
+
+
+def speeds(
+    model: Transformer, layers: tuple[LayerAdapter, ...], ids: Sequence[int], *, name: str, progress: Progress | None = None, **options: Any
+) -> dict[str, Any]:
+    """SPEEDS of decoding one sequence, sparse in turns with dense; each None, with a `speed_note`, where it cannot be timed.
+
+    options: of `bench`: backend, dtype, cache_dtype, screened_head, threads.
+    """
+    unknown: dict[str, Any] = dict.fromkeys(SPEEDS)
+    if not any(layer.sparse for layer in layers):
+        return unknown | {"speed_note": "no layer selects"}
+    fits = room(model.config.max_positions, len(ids))
+    if fits is None:
+        return unknown | {"speed_note": "the text is too short to time a step on"}
+    variants = [DENSE_VARIANT, Variant(mode="sparse", layers=layers)]
+    try:
+        found = bench(model, variants, ids, name=name, context=fits[0], steps=fits[1], progress=progress, **options)
+    except ValueError as error:  # an engine that does not compute this method, say
+        return unknown | {"speed_note": str(error)}
+    tok_s = {row.mode: row.tok_s for row in found.rows if row.op == "decode"}
+    assert tok_s["sparse"] is not None and tok_s["dense"] is not None
+    return {"tok_s": tok_s["sparse"], "tok_s_dense": tok_s["dense"], "speedup": tok_s["sparse"] / tok_s["dense"]}
+
+
+def fastest(found: Sequence[Trained]) -> Trained | None:
+    """The fastest of those that keep the budget and are worth it; None where the dense model is."""
+    worth = [each for each in found if each[1]["within_budget"] and (each[1]["speedup"] or 0) >= MARGIN]
+    return max(worth, key=lambda each: each[1]["speedup"], default=None)
+
+
+def why(found: Sequence[Trained], taken: Trained | None) -> str:
+    """What was taken and why, in a sentence."""
+    if taken is not None:
+        result = taken[1]
+        return f"{result['method']} is fastest here: {result['speedup']:.2f}x dense, perplexity {result['rise']:+.2%}"
+    kept = [result for _, result in found if result["within_budget"] and result["speedup"] is not None]
+    if not kept:
+        notes = [result["speed_note"] for _, result in found if result.get("speed_note")]
+        return "sparsity does not pay here: no method keeps the budget" + (f" and could be timed ({notes[0]})" if notes else "")
+    best = max(kept, key=lambda result: result["speedup"])
+    return f"sparsity does not pay here ({best['method']}, the fastest, {best['speedup']:.2f}x dense): the model stays dense"
+
+
+def dense_result(found: Sequence[Trained]) -> dict[str, Any]:
+    """What `dejavu train` says where no adapter is taken."""
+    result = found[0][1]
+    kept = {name: result[name] for name in ("ppl_dense", "budget", "tokens", "tokens_given")}
+    reads = result["reads"] / result["read_share"]
+    none = {
+        "method": "dense",
+        "layers": [],
+        "rise": 0.0,
+        "rise_stderr": 0.0,
+        "within_budget": True,
+        "mlp_density": 1.0,
+        "head_density": 1.0,
+    }
+    return {**none, **kept, "ppl_sparse": kept["ppl_dense"], "reads": reads, "read_share": 1.0, **dict.fromkeys(SPEEDS), "speedup": 1.0}
+
+
+def chosen(found: Sequence[Trained]) -> tuple[Trained | None, dict[str, Any]]:
+    """Of method auto: what is taken, and its measurements with all `candidates` (without their layers) and `why`."""
+    taken = fastest(found)
+    candidates = [{name: result.get(name) for name in (*SHOWN, *SPEEDS, "speed_note")} for _, result in found]
+    result = dense_result(found) if taken is None else taken[1]
+    return taken, result | {"candidates": candidates, "why": why(found, taken), "seconds": sum(each["seconds"] for _, each in found)}
