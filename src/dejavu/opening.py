@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from dejavu.config import DTYPES, require
+from dejavu.config import DTYPES, ModelConfig, require
 from dejavu.engine.backends import BACKEND_DTYPES, pick_backend
 from dejavu.files import read_json
 from dejavu.language_model import LanguageModel
@@ -16,6 +17,7 @@ from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
 from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model
 from dejavu.model.hub import adapter_folder, packaged_file
 
+BeforeWeights = Callable[[ModelConfig, str, str], object]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -29,6 +31,7 @@ def load(
     adapter: Adapter | str | Path | None = "bundled",
     threads: int | None = None,
     revision: str | None = None,
+    before_weights: BeforeWeights | None = None,
 ) -> LanguageModel:
     """Load a model by the name of a bundled model or bundled adapter, a folder, a GGUF file, or a hub id in the local cache.
 
@@ -38,7 +41,8 @@ def load(
     values, likewise: auto (on the native backend fp32 beside fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine. revision: of a hub id. backend: auto takes torch for an
-    architecture or an adapter's method that the other one does not compute, with a note. Nothing is downloaded. Raises
+    architecture or an adapter's method that the other one does not compute, with a note. before_weights: called with the architecture,
+    the backend and the dtype before any weight is read; what it raises ends the loading. Nothing is downloaded. Raises
     ValueError for what is not found, damaged, unavailable or of another model.
     """
     asked = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
@@ -57,6 +61,8 @@ def load(
     backend = "torch" if lacking else asked
     torch_dtype = _torch_dtype(dtype, backend)
     device = "cuda" if backend == "cuda" else "cpu"
+    if before_weights is not None:
+        before_weights(read_config(path), backend, "fp32" if dtype == "auto" else dtype)
     a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
     checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=None if a_path else name)
     if adapter == "bundled":

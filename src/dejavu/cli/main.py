@@ -26,6 +26,7 @@ from dejavu.cli.profile import profile
 from dejavu.cli.report import report
 from dejavu.cli.serve import serve
 from dejavu.cli.train import train
+from dejavu.cli.trial import trial
 from dejavu.version import __version__
 
 # typer does not export these two, and where they live depends on its version.
@@ -59,6 +60,7 @@ def _root(
 
 for name, command in {
     "demo": demo,
+    "try": trial,
     "profile": profile,
     "train": train,
     "adapt": adapt,

@@ -12,6 +12,7 @@ from dejavu.cli.output import Output
 
 if TYPE_CHECKING:
     from dejavu.language_model import LanguageModel
+    from dejavu.opening import BeforeWeights
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or adapter, a folder, a GGUF file, or a cached hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout and nothing else there.")]
@@ -54,6 +55,7 @@ def open_model(
     accept_base: bool = False,
     texts: list[str] | None = None,
     needs_adapter: bool = True,
+    before_weights: BeforeWeights | None = None,
 ) -> LanguageModel:
     """Load the model of a command and say what was picked. needs_adapter: whether the command would use one."""
     import torch
@@ -68,7 +70,8 @@ def open_model(
     torch.manual_seed(seed)
     chosen = None if dense or accept_base or not needs_adapter else "bundled" if adapter is None else adapter
     lm = load(
-        model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, adapter=chosen
+        model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, adapter=chosen,
+        before_weights=before_weights,
     )  # fmt: skip
     if accept_base and adapter is not None:
         lm.adapter = accept(lm, adapter, texts or [], out)

@@ -1,0 +1,103 @@
+"""`dejavu try`: what sparsity gains a model on this machine, with nothing trained."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Dtype, Model, OptionalTexts, Seed, Threads, open_model
+from dejavu.cli.output import Output, new_table, number, percent, progress_bars
+
+if TYPE_CHECKING:
+    from dejavu.config import ModelConfig
+    from dejavu.measure.trial import Trial
+
+
+def trial(
+    model: Model,
+    text: OptionalTexts = None,
+    adapter: AdapterFolder = None,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    cache_dtype: CacheDtype = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time MODEL dense and in every way to select that needs no training, with what each costs in quality; advice at the end."""
+    from dejavu.measure.evaluate import scored_part
+    from dejavu.measure.texts import DATA, named_texts
+    from dejavu.measure.trial import TOKENS, trial
+
+    out = Output(as_json)
+    lm = open_model(
+        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads, seed=seed, adapter=adapter,
+        before_weights=lambda config, picked, held: check_fits(model, config, picked, held),
+    )  # fmt: skip
+    measured = "\n".join(named_texts(text or [str(DATA / "evaluation.txt")]).values())
+    set_on = (DATA / "calibration.txt").read_text(encoding="utf-8")
+    part = scored_part(lm.tokenizer, measured, TOKENS)
+    with progress_bars() as progress:
+        found = trial(
+            lm.model,
+            name=model,
+            own=lm.layers(),
+            threshold_ids=lm.tokenizer.encode_plain(set_on[:20_000]),
+            measured_ids=part.ids,
+            bos=part.bos,
+            backend=lm.backend,
+            dtype=lm.dtype,
+            cache_dtype=lm.cache_dtype,
+            threads=lm.threads,
+            progress=progress,
+        )
+    peak = peak_bytes()
+    show(out, found, lm.dtype, peak)
+    about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}
+    rows = [row.to_dict() for row in found.rows]
+    out.finish({**asdict(found), "rows": rows, "peak_bytes": peak, **about})
+
+
+def check_fits(name: str, config: ModelConfig, backend: str, dtype: str) -> None:
+    """Raise ValueError where this machine's free memory is less than a trial takes, before weights are read."""
+    import torch
+
+    from dejavu.config import require
+    from dejavu.files import absolute
+    from dejavu.measure.memory import available_bytes
+    from dejavu.measure.trial import memory_needed
+
+    needed = memory_needed(config, backend=backend, dtype=dtype)
+    free = torch.cuda.mem_get_info()[0] if backend == "cuda" else available_bytes(absolute("/"))
+    where = "on the GPU" if backend == "cuda" else "on this machine"
+    fix = "give --dtype int8 or close other programs" if backend == "native" and dtype != "int8" else "take a smaller model"
+    short = free is not None and needed > free
+    gigabytes = f"about {needed / 1e9:.1f} GB, and {(free or 0) / 1e9:.1f} GB are free {where}"
+    require(not short, f"{name} in {dtype} takes {gigabytes}; {fix}")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held (resident)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def show(out: Output, found: Trial, dtype: str, peak: int) -> None:
+    """The table, memory, advice and what to run next."""
+    table = new_table("\nWhat it gains here", "way", "keeps", "reads", "tok/s", "times dense", "perplexity", "change")
+    for row in found.rows:
+        cells: list[Any] = [percent(row.mlp_density, 0), percent(row.read_share, 0), number(row.tok_s, ",.1f"), number(row.times, ".2f")]
+        change = "" if row.way == "dense" else number(row.rise, "+.1%")
+        table.add_row(row.label, *cells, number(row.ppl, ".2f"), change, style="bold" if row.pays else "")
+    out.show(table)
+    for row in found.rows:
+        if row.note is not None:
+            out.say(f"{row.label}: {row.note}")
+    out.say("keeps: share of the MLP's neurons (input: of its weights). reads: bytes of a step, of a dense one's.")
+    out.say(f"Memory: weights {found.weight_bytes / 1e6:,.0f} MB in {dtype}; this trial took {peak / 1e9:.1f} GB at most.")
+    out.show(f"\n[bold]{escape(found.advice)}[/bold]")
+    out.say(f"Next: {found.command}")

@@ -1,0 +1,182 @@
+"""What sparsity gains a model on this machine, with nothing trained: `dejavu try`.
+
+In: a loaded model, a text to set thresholds on and another to measure on. Out: a `Trial`: a row for dense, for the adapter that came with
+the model, and for each way to select that needs no training (exact where activations are exactly zero; else gates and inputs at a few
+densities), each with its speed, what it reads, and the change of perplexity; and a sentence of advice with the command to run next.
+Speeds come from the benchmark's own steps and checks, all ways in turns; perplexity masks every token (perplexity.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dejavu.config import EXACT_ZERO_ACTIVATIONS, Config, ModelConfig, Progress, require
+from dejavu.measure.bench import bench
+from dejavu.measure.decoders import DENSE_VARIANT, Layers, Variant, check_mode
+from dejavu.measure.density import rethresholded
+from dejavu.measure.fastest import room
+from dejavu.measure.perplexity import MaskedSelections, PerplexityResult, dense_selection, paired_rise, perplexity
+from dejavu.measure.traffic import STORED
+from dejavu.model.families import parameter_shapes
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds
+from dejavu.model.transformer import Transformer
+
+DENSITIES = (0.5, 0.7)  # of gates, and of inputs
+TOKENS, CONTEXT = 1024, 256  # of perplexity
+GAINS, COSTS = 1.05, 0.03  # from which speed, and up to which rise of perplexity, a way pays
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRow(Config):
+    """One way to run the model. keeps: the density that thresholds were set to, None where nothing was set. read_share: of a dense
+    step's bytes. times: tok_s over that of dense. rise: relative, of perplexity. note: why a way has no numbers."""
+
+    way: str
+    keeps: float | None = None
+    mlp_density: float | None = None
+    head_density: float | None = None
+    read_share: float | None = None
+    tok_s: float | None = None
+    times: float | None = None
+    ppl: float | None = None
+    rise: float | None = None
+    rise_stderr: float | None = None
+    note: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.way if self.keeps is None else f"{self.way} {self.keeps:g}"
+
+    @property
+    def pays(self) -> bool:
+        return self.way != "dense" and (self.times or 0) >= GAINS and self.rise is not None and self.rise <= COSTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """advice: a sentence. command: what to run next. weight_bytes: of the weights as the engine holds them, once."""
+
+    rows: tuple[TrialRow, ...]
+    advice: str
+    command: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    way: str
+    layers: Layers
+    keeps: float | None = None
+
+
+def weights_of(config: ModelConfig, dtype: str) -> int:
+    """Bytes of a model's weights in a dtype of STORED, scales included."""
+    shapes = parameter_shapes(config).values()
+    return round(sum(shape[0] * STORED[dtype].row(shape[1]) if len(shape) == 2 else 4 * shape[0] for shape in shapes))
+
+
+def memory_needed(config: ModelConfig, *, backend: str, dtype: str) -> int:
+    """Bytes that a trial takes at least: the model and, on the native engine, a packed copy for each layout of the ways to select."""
+    if backend != "native":
+        return weights_of(config, dtype)
+    layouts = 2 if config.activation in EXACT_ZERO_ACTIVATIONS else 3
+    return weights_of(config, "fp32") + layouts * weights_of(config, dtype)
+
+
+def ways(model: Transformer, ids: Sequence[int], own: Layers | None) -> list[_Way]:
+    """What can be tried; thresholds are set on the ids."""
+    layers, found = model.config.num_layers, [] if own is None else [_Way(way="its adapter", layers=own)]
+    if model.config.activation in EXACT_ZERO_ACTIVATIONS:
+        return [*found, _Way(way="exact", layers=(LayerAdapter(gate=GateThreshold(threshold=0.0)),) * layers)]
+    gates = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * layers
+    inputs = (LayerAdapter(inputs=InputThresholds(**dict.fromkeys(POINTS, 0.0))),) * layers
+    for density in DENSITIES:
+        found.append(_Way(way="gate", keeps=density, layers=rethresholded(model, gates, ids, mlp_density=density)))
+    for density in DENSITIES:
+        chosen = rethresholded(model, inputs, ids, mlp_density=density, head_density=density)
+        found.append(_Way(way="input", keeps=density, layers=chosen))
+    return found
+
+
+def trial(
+    model: Transformer,
+    *,
+    name: str,
+    own: Layers | None,
+    threshold_ids: Sequence[int],
+    measured_ids: Sequence[int],
+    bos: int | None,
+    backend: str,
+    dtype: str,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Trial:
+    """Try every way. own: the layers of the model's adapter. options: of the engine, see `bench`.
+
+    Raises ValueError for a text or a context too short to time a step on.
+    """
+    fits = room(model.config.max_positions, len(measured_ids))
+    require(fits is not None, f"{len(measured_ids)} tokens in a context of {model.config.max_positions} are too few to time a step on")
+    assert fits is not None
+    tried, notes = [], {}
+    for way in ways(model, threshold_ids, own):
+        try:
+            check_mode(model, way.layers, measured_ids, backend, dtype=dtype, **options)
+            tried.append(way)
+        except ValueError as error:  # an engine that does not compute this way, in this dtype
+            notes[id(way)] = TrialRow(way=way.way, keeps=way.keeps, note=str(error))
+    variants = [DENSE_VARIANT, *(Variant(mode=str(index), layers=way.layers) for index, way in enumerate(tried))]
+    run = bench(
+        model, variants, measured_ids, name=name, backend=backend, dtype=dtype, context=fits[0], steps=fits[1], progress=progress, **options
+    )
+    speeds = {row.mode: row for row in run.rows if row.op == "decode"}
+    context = min(CONTEXT, model.config.max_positions)
+    scored = list(measured_ids[:TOKENS])
+
+    def quality(index: int, layers: Layers | None) -> PerplexityResult:
+        if progress is not None:
+            progress("perplexity", index, len(variants))
+        factory = dense_selection if layers is None else MaskedSelections(layers)
+        return perplexity(model, scored, bos=bos, context=context, selection_factory=factory)
+
+    dense = quality(0, None)
+    dense_speed = speeds["dense"].tok_s
+    assert dense_speed is not None, "a decode row has a speed"
+    rows = [TrialRow(way="dense", mlp_density=1.0, head_density=1.0, read_share=1.0, tok_s=dense_speed, times=1.0, ppl=dense.ppl, rise=0.0)]
+    for index, way in enumerate(tried):
+        speed, masked = speeds[str(index)], quality(index + 1, way.layers)
+        rise = paired_rise(dense, masked)
+        rows.append(
+            TrialRow(
+                way=way.way, keeps=way.keeps, mlp_density=speed.mlp_density, head_density=speed.head_density, read_share=speed.read_share,
+                tok_s=speed.tok_s, times=(speed.tok_s or 0.0) / dense_speed, ppl=masked.ppl, rise=rise.rise, rise_stderr=rise.stderr,
+            )
+        )  # fmt: skip
+    rows += notes.values()
+    advice, command = advise(rows, name, zeros=model.config.activation in EXACT_ZERO_ACTIVATIONS)
+    return Trial(rows=tuple(rows), advice=advice, command=command, weight_bytes=weights_of(model.config, dtype))
+
+
+def advise(rows: Sequence[TrialRow], name: str, *, zeros: bool) -> tuple[str, str]:
+    """A sentence on what pays, and the command to run next. zeros: whether predictors can be trained."""
+    paying = max((row for row in rows if row.pays), key=lambda row: row.times or 0, default=None)
+    own = next((row for row in rows if row.way == "its adapter"), None)
+    train = f"dejavu train {name} --text YOUR.txt -o my-adapter"
+    if own is not None and own.times is not None and own.rise is not None and own.times >= GAINS and paying in (None, own):
+        cost = "at no cost worth naming" if own.rise < 0.005 else f"for {own.rise:+.1%} of perplexity"
+        return f"The adapter that comes with it pays here: {own.times:.2f}x dense, {cost}.", f"dejavu generate {name} --prompt ..."
+    if paying is not None and zeros:
+        text = f"Sparse by nature, without loss: {paying.times:.2f}x dense. Trained predictors read less still."
+        return text, f"{train} --method auto"
+    if paying is not None:
+        text = f"It pays here: by {paying.label}, {paying.times:.2f}x dense for {paying.rise:+.1%} of perplexity."
+        return text, f"{train} --method auto --budget {max(0.01, round(paying.rise or 0.0, 2)):g}"
+    timed = [row for row in rows if row.way not in ("dense", "its adapter") and row.times is not None]
+    best = max(timed, key=lambda row: row.times or 0, default=None)
+    seen = "" if best is None else f"; the fastest, {best.label}, is {best.times:.2f}x dense for {best.rise:+.1%} of perplexity"
+    if zeros:
+        return f"Skipping true zeros alone does not pay here{seen}; predictors may.", f"{train} --method auto"
+    return f"Without training sparsity does not pay here{seen}. Run it dense.", f"dejavu generate {name} --dense --prompt ..."
