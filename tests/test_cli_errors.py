@@ -71,7 +71,7 @@ CASES = {
     "not a number": ((*GENERATE, "-n", "many"), r"-n.*integer.*'many'"),
     "wrong path": (("generate", "./nowhere", "-p", "x"), r"model directory not found: /.*nowhere"),
     "unknown model": (("generate", "gpt-9", "-p", "x"), r"unknown model 'gpt-9'.*opt-mini"),
-    "unknown hub model": (("generate", "nobody/nothing", "-p", "x"), r"'nobody/nothing' is not in the local.*hf download"),
+    "unknown hub model": (("generate", "nobody/nothing", "-p", "x"), r"'nobody/nothing' is not on this machine.*--download"),
     "no config": (("generate", "no-config", "-p", "x"), r"no-config is no model folder: it has no config.json"),
     "no weights": (("generate", "no-weights", "-p", "x"), r"no-weights has no weights"),
     "truncated weights": (("generate", "truncated", "-p", "x"), r"truncated.*model.safetensors is truncated.*again"),

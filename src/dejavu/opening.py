@@ -15,7 +15,9 @@ from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
 from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model
+from dejavu.model.download import Download
 from dejavu.model.hub import adapter_folder, packaged_file
+from dejavu.model.hub_name import hub_name
 
 BeforeWeights = Callable[[ModelConfig, str, str], object]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,18 +34,24 @@ def load(
     threads: int | None = None,
     revision: str | None = None,
     before_weights: BeforeWeights | None = None,
+    download: Download = False,
 ) -> LanguageModel:
-    """Load a model by the name of a bundled model or bundled adapter, a folder, a GGUF file, or a hub id in the local cache.
+    """Load a model by the name of a bundled model or bundled adapter, a folder, a GGUF file, or a hub id.
+
+    A hub id is `ORG/NAME`, with a branch, tag or commit `ORG/NAME@REVISION` (or revision=, but not another), `ORG/NAME:FILE.gguf` for a
+    GGUF file of it, or its address. What is not whole in the local cache is an error, unless download is True, which fetches it, or a
+    function that is told what would be fetched (an Offer, see model/download.py) and says whether to. The network is asked for nothing
+    else, and HF_HUB_OFFLINE of huggingface_hub is obeyed.
 
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder or hub id, an Adapter,
     or None to run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
     native backend int8 and int4; there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
     values, likewise: auto (on the native backend fp32 beside fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
-    threads: of torch, for the whole process, and of the native engine. revision: of a hub id. backend: auto takes torch for an
-    architecture or an adapter's method that the other one does not compute, with a note. before_weights: called with the architecture,
-    the backend and the dtype before any weight is read; what it raises ends the loading. Nothing is downloaded. Raises
-    ValueError for what is not found, damaged, unavailable or of another model.
+    threads: of torch, for the whole process, and of the native engine. backend: auto takes torch for an architecture or an adapter's
+    method that the other one does not compute, with a note. before_weights: called with the architecture, the backend and the dtype
+    before any weight is read; what it raises ends the loading. Raises ValueError for what is not found, not fetched, damaged,
+    unavailable or of another model.
     """
     asked = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
     _torch_dtype(dtype, asked)
@@ -55,7 +63,9 @@ def load(
         named = MODELS_FOLDER / name / ADAPTER_FOLDER
         name = read_json(named / "config.json")["base_id"]
     # A bundled adapter was made for the form of its base that a package carries: that one, where it is installed.
-    path = (packaged_file(name) if named is not None else None) or resolve_model(name, revision=revision)
+    path = (packaged_file(name) if named is not None else None) or resolve_model(name, revision=revision, download=download)
+    if isinstance(adapter, str | Path) and adapter != "bundled":
+        adapter = adapter_folder(adapter, download=download)  # found before the weights are read
     lacking = read_config(path).beyond(asked)
     require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
     backend = "torch" if lacking else asked
@@ -64,11 +74,13 @@ def load(
     if before_weights is not None:
         before_weights(read_config(path), backend, "fp32" if dtype == "auto" else dtype)
     a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
-    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=None if a_path else name)
+    hub = None if a_path else hub_name(name)
+    called = None if a_path else name if hub is None else hub.model
+    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=called)
     if adapter == "bundled":
         adapter = named or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
-        adapter = Adapter.load(adapter_folder(adapter), model=checkpoint.config, base_hash=checkpoint.base_hash)
+        adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
     if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
     elif backend == "native" and dtype not in ("auto", "fp32"):

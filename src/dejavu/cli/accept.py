@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 TOLERANCE = 0.02
 
 
+def check_own(folder: Path) -> None:
+    """Raises ValueError for an adapter that is not a folder of the user's own, to be written to."""
+    from dejavu.config import require
+    from dejavu.model.hub_name import hub_name
+
+    hub = None if folder.is_dir() else hub_name(str(folder))
+    copy = f"get a copy of your own with `hf download {folder} --local-dir DIR`, and give DIR"
+    require(hub is None, f"--accept-base writes to the adapter's folder, and {str(folder)!r} is one of the hub; {copy}")
+
+
 def accept(lm: LanguageModel, folder: Path, texts: list[str], out: Output) -> Adapter:
     """The adapter, which accepts this model from now on, on disk too.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dejavu.cli.options import AsJson, Model, Seed, Texts, Threads, open_model
+from dejavu.cli.options import AsJson, Download, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, plain, progress_bars, resumable
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def adapt(
     dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto (bf16 on cuda, else fp32), fp32 or bf16.")] = "auto",
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Distil a model into itself with predictors in the loop; writes an adapter. Resumes; runs under torchrun on several GPUs."""
@@ -85,7 +87,9 @@ def adapt(
     with joined_ranks(device) as place:
         out = Output(as_json) if place == 0 else _Silent()
         texts = list(named_texts(text).values())
-        lm = open_model(model, out, backend="torch", dtype="fp32", threads=threads, seed=seed, needs_adapter=False)
+        lm = open_model(
+            model, out, backend="torch", dtype="fp32", threads=threads, seed=seed, needs_adapter=False, download=download, offline=offline
+        )  # fmt: skip
         config = AdaptConfig.from_dict({**options, "length": length or min(1024, lm.config.max_positions)})
         if place == 0:
             make_folder(work)

@@ -16,7 +16,9 @@ from dejavu.cli.options import (
     Backend,
     CacheDtype,
     Dense,
+    Download,
     Dtype,
+    Offline,
     OptionalTexts,
     ScreenedHead,
     Seed,
@@ -29,7 +31,7 @@ from dejavu.cli.subjects import EngineOptions, Subject, loaded, made_up
 
 BELONGS_TO_MODEL = "belongs to a MODEL, not to --synthetic (--results keeps rows of both)"
 NEEDS_SYNTHETIC = "says what is made up; it needs --synthetic NAME instead of MODEL"
-MODEL_HELP = "A bundled model or adapter, a folder, a GGUF file, or a cached hub id."
+MODEL_HELP = "A bundled model or adapter, a folder, a GGUF file, or a hub id."
 SHAPE_HELP = "Random weights of a known shape, e.g. opt-6.7b, instead of MODEL; planted sparsity on the cuda backend."
 DENSITY_HELP = "MLP density to set the predictors' thresholds to; may repeat."
 SELECTION_HELP = "uniform, clustered or hot-set (with --synthetic; on cuda of --ops); may repeat."
@@ -82,6 +84,8 @@ def bench(
     screened_head: ScreenedHead = 0,
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Time decode, its parts and prefill, dense and sparse in turns, on a text (--text; default: the one that comes with dejavu)."""
@@ -94,7 +98,8 @@ def bench(
         backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed, ahead=ahead
     )
     if synthetic is not None:
-        _require_none({"--text": text, "--adapter": adapter, "--accept-base": accept_base, "-o": output}, BELONGS_TO_MODEL)
+        of_model = {"--text": text, "--adapter": adapter, "--accept-base": accept_base, "-o": output, "--download": download}
+        _require_none(of_model, BELONGS_TO_MODEL)
         subject = made_up(
             synthetic, out, options, rank=rank, num_layers=layers, dense=dense, densities=density or [], heads=bool(head_density),
             selections=selection or [], ops=ops,
@@ -102,7 +107,8 @@ def bench(
     else:
         _require_none({"--selection": None if ops else selection, "--rank": rank, "--layers": layers}, NEEDS_SYNTHETIC)
         subject = loaded(
-            model or "", out, options, texts=text, adapter=adapter, dense=dense, accept_base=accept_base, densities=density or []
+            model or "", out, options, texts=text, adapter=adapter, dense=dense, accept_base=accept_base, densities=density or [],
+            download=download, offline=offline,
         )  # fmt: skip
     plan = Plan(
         dense=dense, head_densities=head_density or [], batches=batch or [], contexts=context or [], steps=steps, ops=ops,

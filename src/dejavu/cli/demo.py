@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Dtype, Seed, Threads, open_model
+from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Download, Dtype, Offline, Seed, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, progress_bars, ratio, resumable
 
 MODEL = "opt-mini"
@@ -23,6 +23,8 @@ def demo(
     cache_dtype: CacheDtype = "auto",
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Profile the bundled model, generate and evaluate it dense and sparse, and write a report."""
@@ -33,7 +35,7 @@ def demo(
     require(not (retrain and adapter is not None), "--retrain trains an adapter, --adapter names one; give one of the two")
     lm = open_model(
         model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads, seed=seed,
-        adapter=adapter, needs_adapter=not retrain,
+        adapter=adapter, needs_adapter=not retrain, download=download, offline=offline,
     )  # fmt: skip
     require(retrain or lm.adapter is not None, f"{lm.name} has no adapter; train one with --retrain, or name one with --adapter DIR")
     with resumable(f"the demo keeps nothing but what is in {output}: run it again"), progress_bars() as progress:

@@ -17,8 +17,10 @@ from dejavu.cli.options import (
     Backend,
     CacheDtype,
     Dense,
+    Download,
     Dtype,
     Model,
+    Offline,
     OptionalTexts,
     ScreenedHead,
     Seed,
@@ -58,6 +60,8 @@ def evaluation(
     screened_head: ScreenedHead = 0,
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity and task accuracy, dense and sparse."""
@@ -75,7 +79,7 @@ def evaluation(
     items = {Path(name).with_suffix("").as_posix(): read_items(path) for name, path in named_files(tasks or []).items()}
     lm = open_model(
         model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
-        adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
+        adapter=adapter, dense=dense, accept_base=accept_base, texts=text, download=download, offline=offline,
     )  # fmt: skip
     notes = list(lm.notes)
     separated = [name for name, content in texts.items() if has_separator(content)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dejavu.cli.options import AdapterFolder, AsJson, Dense, Model, open_model
+from dejavu.cli.options import AdapterFolder, AsJson, Dense, Download, Model, Offline, open_model
 from dejavu.cli.output import Output
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def export(
     peft: Annotated[
         Path | None, typer.Option("--peft", metavar="DIR", help="Also write the adapter's changes of weights as a LoRA that PEFT reads.")
     ] = None,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a folder that transformers loads; its adapter goes to DIR/adapter, which loading DIR uses."""
@@ -38,7 +40,9 @@ def export(
 
     out = Output(as_json)
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
-    lm = open_model(model, out, backend="auto", dtype="fp32", threads=None, seed=0, adapter=adapter, dense=dense)
+    lm = open_model(
+        model, out, backend="auto", dtype="fp32", threads=None, seed=0, adapter=adapter, dense=dense, download=download, offline=offline
+    )  # fmt: skip
     if peft is not None and lm.adapter is None:
         raise ValueError("--peft writes an adapter's changes of weights, and there is no adapter; give one with --adapter DIR")
     if peft is not None and lm.adapter is not None:

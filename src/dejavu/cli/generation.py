@@ -14,8 +14,10 @@ from dejavu.cli.options import (
     BaseTexts,
     CacheDtype,
     Dense,
+    Download,
     Dtype,
     Model,
+    Offline,
     ScreenedHead,
     Seed,
     Threads,
@@ -44,6 +46,8 @@ def generate(
     screened_head: ScreenedHead = 0,
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt, or answer it where the model has a chat template; sparse where the model has an adapter."""
@@ -57,7 +61,7 @@ def generate(
     StopStrings(stop or ())
     lm = open_model(
         model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
-        adapter=adapter, dense=dense, accept_base=accept_base, texts=text,
+        adapter=adapter, dense=dense, accept_base=accept_base, texts=text, download=download, offline=offline,
     )  # fmt: skip
     chat = not raw and lm.tokenizer.chat_template is not None
     running = lm.start(

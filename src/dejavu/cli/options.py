@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dejavu.language_model import LanguageModel
     from dejavu.opening import BeforeWeights
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or adapter, a folder, a GGUF file, or a cached hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or adapter, a folder, a GGUF file, or a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout and nothing else there.")]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch, native or cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (torch), int8 or int4 (native).")]
@@ -26,13 +26,15 @@ Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Makes the command reproducible.")]
 AdapterFolder = Annotated[
     Path | None,
-    typer.Option("--adapter", metavar="DIR", help="An adapter, by folder or cached hub id; default: the one that came with MODEL."),
+    typer.Option("--adapter", metavar="DIR", help="An adapter, by folder or hub id; default: the one that came with MODEL."),
 ]
 AcceptBase = Annotated[
     bool,
     typer.Option("--accept-base", help="Let the adapter accept MODEL, if its dense perplexity on the calibration text (--text) agrees."),
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Ignore the adapter.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch from the Hugging Face hub what is not on this machine, unasked.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Ask the hub for nothing, and nobody whether to.")]
 Texts = Annotated[list[str], typer.Option("--text", metavar="FILE", help="A .txt or .xz file or a quoted glob; may repeat.")]
 OptionalTexts = Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help="A .txt or .xz file or a quoted glob; may repeat.")]
 BaseTexts = Annotated[
@@ -56,22 +58,31 @@ def open_model(
     texts: list[str] | None = None,
     needs_adapter: bool = True,
     before_weights: BeforeWeights | None = None,
+    download: bool = False,
+    offline: bool = False,
 ) -> LanguageModel:
-    """Load the model of a command and say what was picked. needs_adapter: whether the command would use one."""
+    """Load the model of a command and say what was picked. needs_adapter: whether the command would use one.
+
+    download, offline: whether the hub is asked for what is not here; a person at a terminal is asked first, unless one of them is set.
+    """
     import torch
 
-    from dejavu.cli.accept import accept
+    from dejavu.cli.accept import accept, check_own
+    from dejavu.cli.asking import consent
     from dejavu.config import require
     from dejavu.opening import load
 
     require(not (dense and adapter is not None), "--dense ignores the adapter that --adapter names; give one of the two")
     require(not (accept_base and adapter is None), "--accept-base needs --adapter DIR, the adapter that is to accept this model")
     require(0 <= seed < 2**64, f"seed must lie between 0 and 2^64 - 1, not {seed}")
+    if accept_base and adapter is not None:
+        check_own(adapter)
     torch.manual_seed(seed)
     chosen = None if dense or accept_base or not needs_adapter else "bundled" if adapter is None else adapter
     lm = load(
         model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, adapter=chosen,
         before_weights=before_weights,
+        download=consent(out, download=download, offline=offline),
     )  # fmt: skip
     if accept_base and adapter is not None:
         lm.adapter = accept(lm, adapter, texts or [], out)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dejavu.cli.options import AsJson, Backend, Dtype, Model, Seed, Texts, Threads, open_model
+from dejavu.cli.options import AsJson, Backend, Download, Dtype, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
 from dejavu.cli.runs import open_run, write_sections
 
@@ -21,6 +21,8 @@ def profile(
     dtype: Dtype = "auto",
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Show where a model is sparse by nature: density, dead and always-on neurons, mass, heads, oracle perplexity."""
@@ -31,7 +33,9 @@ def profile(
     require(max_tokens >= 1, f"--max-tokens must be at least 1, not {max_tokens}")
     texts = named_texts(text)
     folder = None if output is None else open_run(output)
-    lm = open_model(model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False)
+    lm = open_model(
+        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False, download=download, offline=offline
+    )  # fmt: skip
     with resumable("a profile is short and keeps nothing: run it again"), progress_bars() as progress:
         result = lm.profile(texts, max_tokens=max_tokens, progress=progress)
     show(out, result)

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Dense, Dtype, Model, ScreenedHead, Threads, open_model
+from dejavu.cli.options import (
+    AdapterFolder,
+    AsJson,
+    Backend,
+    CacheDtype,
+    Dense,
+    Download,
+    Dtype,
+    Model,
+    Offline,
+    ScreenedHead,
+    Threads,
+    open_model,
+)
 from dejavu.cli.output import Output
 
 if TYPE_CHECKING:
@@ -48,6 +61,8 @@ def serve(
     cache_dtype: CacheDtype = "auto",
     screened_head: ScreenedHead = 0,
     threads: Threads = None,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer OpenAI's API over HTTP, sparse where the model has an adapter, with metrics and a page; ^C ends it."""
@@ -71,7 +86,7 @@ def serve(
     with bound_socket(host, port) as bound:  # before the model is loaded, which may take minutes
         lm = open_model(
             model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=0,
-            adapter=adapter, dense=dense,
+            adapter=adapter, dense=dense, download=download, offline=offline,
         )  # fmt: skip
         tokenizer = lm.tokenizer if template is None else with_template(lm.tokenizer, template, str(chat_template))
         if lm.backend == "cuda":

@@ -72,6 +72,8 @@ def loaded(
     dense: bool,
     accept_base: bool,
     densities: Sequence[float],
+    download: bool,
+    offline: bool,
 ) -> Subject:
     """A model that exists, on a text."""
     from dejavu.measure.texts import DATA, documents, named_texts
@@ -80,7 +82,7 @@ def loaded(
     lm = open_model(
         model, out, texts=texts, backend=options.backend, dtype=options.dtype, cache_dtype=options.cache_dtype,
         screened_head=options.screened_head, threads=options.threads, seed=options.seed, adapter=adapter, dense=dense,
-        accept_base=accept_base,
+        accept_base=accept_base, download=download, offline=offline,
     )  # fmt: skip
     _check_ahead(options, lm.backend)
     layers = lm.layers()

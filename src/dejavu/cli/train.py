@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dejavu.cli.options import AsJson, Backend, Dtype, Model, Seed, Texts, Threads, open_model
+from dejavu.cli.options import AsJson, Backend, Download, Dtype, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
 from dejavu.cli.runs import write_sections
 
@@ -39,6 +39,8 @@ def train(
     dtype: Dtype = "auto",
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Find what can be skipped within a loss budget; writes an adapter. Resumes where it was interrupted."""
@@ -56,7 +58,9 @@ def train(
     check_replaceable(target)
     check_replaceable(work)
     texts = named_texts(text)
-    lm = open_model(model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False)
+    lm = open_model(
+        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False, download=download, offline=offline
+    )  # fmt: skip
     with resumable(f"what is finished is kept in {work}; run the same command again to go on"), progress_bars() as progress:
         adapter, measured = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
     about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}

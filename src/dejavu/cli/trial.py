@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Dtype, Model, OptionalTexts, Seed, Threads, open_model
+from dejavu.cli.options import (
+    AdapterFolder,
+    AsJson,
+    Backend,
+    CacheDtype,
+    Download,
+    Dtype,
+    Model,
+    Offline,
+    OptionalTexts,
+    Seed,
+    Threads,
+    open_model,
+)
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars
 
 if TYPE_CHECKING:
@@ -26,6 +39,8 @@ def trial(
     cache_dtype: CacheDtype = "auto",
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Time MODEL dense and in every way to select that needs no training, with what each costs in quality; advice at the end."""
@@ -36,6 +51,7 @@ def trial(
     out = Output(as_json)
     lm = open_model(
         model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads, seed=seed, adapter=adapter,
+        download=download, offline=offline,
         before_weights=lambda config, picked, held: check_fits(model, config, picked, held),
     )  # fmt: skip
     measured = "\n".join(named_texts(text or [str(DATA / "evaluation.txt")]).values())

@@ -23,15 +23,17 @@ from dejavu.config import ModelConfig, require
 from dejavu.files import read_json, read_safetensors, safe_member
 from dejavu.kernels.quantize import dequantize_rows
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
+from dejavu.model.download import Download
 from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
 from dejavu.model.gguf import GGUFFile
-from dejavu.model.hub import cached_snapshot, in_cache, looks_local, packaged_file
+from dejavu.model.hub import from_hub, in_cache, packaged_file
+from dejavu.model.hub_name import hub_name
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-FORMS = "a folder with config.json, a .gguf file, or a hub id (owner/name) in the local Hugging Face cache"
+FORMS = "a folder with config.json, a .gguf file, or a hub id (ORG/NAME, ORG/NAME@REVISION or ORG/NAME:FILE.gguf)"
 HEAD, EMBED = "head.weight", "embed.weight"
 
 
@@ -66,25 +68,28 @@ class Stored(NamedTuple):
     dtype: str
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> Path:
-    """The folder or GGUF file that the user's word for a model stands for. Never touches the network.
+def resolve_model(name: str, *, revision: str | None = None, download: Download = False) -> Path:
+    """The folder or GGUF file that the user's word for a model stands for. revision: of a hub id.
 
-    Tried in this order: a bundled model; an existing folder or .gguf file; a hub id in the local cache, or in an installed
-    package. ValueError says what was looked for; a word that looks like a path is never taken for a hub id.
+    Tried in this order: a bundled model; an existing folder or .gguf file; a hub id in the local cache, in an installed package, or, where
+    `download` allows it, fetched (see `from_hub`). ValueError says what was looked for; what looks like a path is never taken for a hub id.
     """
     require(bool(name.strip()), f"an empty name is no model; a model is {FORMS}")
+    path = Path(name).expanduser().absolute()
+    here = path.is_dir() or (path.is_file() and path.suffix == ".gguf")
+    hub = None if here or name in bundled_models() else hub_name(name, revision)
+    require(revision is None or hub is not None, f"revision {revision!r} is of a hub id, which {name!r} is not; leave it out")
     if name in bundled_models():
         return bundled_folder(name)
-    path = Path(name).expanduser().absolute()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if here:
         return path
     require(not path.is_file(), f"{path} is a file, but no .gguf file; a model is {FORMS}")
     bundled = ", ".join(bundled_models()) or "none"
-    if not looks_local(name):
-        packaged = None if revision is not None else packaged_file(name)
-        if packaged is not None and not in_cache(name):
+    if hub is not None:
+        packaged = packaged_file(hub.repo) if hub.revision is None and hub.file is None else None
+        if packaged is not None and not in_cache(hub.repo):
             return packaged
-        return cached_snapshot(name, revision, otherwise=f"a bundled model ({bundled}), a folder or a .gguf file")
+        return from_hub(hub, download=download, otherwise=f"a bundled model ({bundled}), a folder or a .gguf file")
     if re.search(r"[/\\~]|\.gguf$", name) or name in (".", ".."):
         raise ValueError(f"model {'file' if path.suffix == '.gguf' else 'directory'} not found: {path}")
     raise ValueError(f"unknown model {name!r}: no bundled model ({bundled}) and no folder of that name; a model can also be {FORMS}")
