@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ OTHERS = {  # what dejavu does not read
 }
 
 Refused = Callable[..., str]
+Typed = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -55,6 +58,8 @@ def use(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setattr(constants, name, value, raising=False)
+    template = "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE"  # where older versions look
+    monkeypatch.setattr(template, values["HUGGINGFACE_CO_URL_TEMPLATE"], raising=False)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between its attempts
 
 
@@ -81,6 +86,33 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         return last
 
     return line
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Typed]:
+    """`typed(keys, *arguments)`: status of a command at a terminal where these keys are pressed, and what the terminal showed."""
+    pty = pytest.importorskip("pty")
+    keyboard, terminal = pty.openpty()
+    with (
+        open(keyboard, "w+b", buffering=0) as user,
+        open(terminal, closefd=False) as stdin,
+        open(terminal, "w") as stderr,
+    ):
+
+        def command(keys: str, *arguments: str) -> tuple[int, str]:
+            user.write(keys.encode())
+            with monkeypatch.context() as here:  # pytest has its own streams again by the time that a test begins
+                here.setattr(sys, "stdin", stdin)
+                here.setattr(sys, "stderr", stderr)
+                status = run(list(arguments))
+            stderr.write("\0")  # the end of what it showed
+            stderr.flush()
+            shown = b""
+            while not shown.endswith(b"\0"):
+                shown += user.read(1 << 16)
+            return status, shown.decode().removesuffix("\0").replace("\r\n", "\n")
+
+        yield command
 
 
 def fetched(tmp_path: Path, repo: str) -> set[str]:
@@ -282,6 +314,33 @@ def test_a_consent_that_says_no(fake: FakeHub, files: dict[str, bytes]) -> None:
         load("me/tiny", download=lambda offer: bool(offers.append(offer)))
     assert offers[0].missing == offers[0].total == sum(len(content) for content in files.values()) and not offers[0].begun
     assert fake.log == ["GET /api/models/me/tiny"]
+
+
+def test_a_person_is_asked(fake: FakeHub, files: dict[str, bytes], typed: Typed) -> None:
+    fake.add("me/tiny", files)
+    command = ("generate", "me/tiny", *GENERATE)
+    for option in ("--offline", "--json"):
+        status, shown = typed("", *command, option)
+        assert status == 2 and "fetch it with --download" in shown and "Download?" not in shown and fake.log == []
+    size = round(sum(len(content) for content in files.values()) / 1e3)
+    question = f"me/tiny is not on this machine: {size} kB from the Hugging Face hub. Download? [y/N]:"
+    for keys in ("n\n", "\n"):
+        status, shown = typed(keys, *command)
+        assert status == 2 and question in shown and "and was not fetched" in shown
+    assert fake.log == ["GET /api/models/me/tiny"] * 2
+    status, shown = typed("y\n", *command)
+    assert status == 0 and question in shown
+    status, shown = typed("", *command)
+    assert status == 0 and "Download?" not in shown
+
+
+def test_a_download_interrupted_says_what_is_here(
+    fake: FakeHub, files: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.add("me/tiny", files)
+    monkeypatch.setattr(download, "http_get", lambda *arguments, **options: signal.raise_signal(signal.SIGINT))
+    assert run(["generate", "me/tiny", *GENERATE, "--download"]) == 130
+    assert "dejavu: interrupted; 0 bytes of" in capsys.readouterr().err
 
 
 def test_a_base_that_a_package_carries_too(fake: FakeHub, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
@@ -28,3 +30,14 @@ def consent(out: Output, *, download: bool, offline: bool) -> Download:
 def ask(offer: Offer) -> bool:
     """The question, on stderr: stdout may be a file."""
     return typer.confirm(f"{offer.text}. Download?", err=True)
+
+
+@contextmanager
+def interruptible() -> Generator[None]:
+    """Where a download within is interrupted, say what is kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            print(f"\ndejavu: {stop}", file=sys.stderr)
+        raise

@@ -82,9 +82,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         status = typer.main.get_command(app).main(arguments, prog_name="dejavu", standalone_mode=False)
     except CLICK_ERROR as error:
         return _mistake(_usage(error, sys.argv[1:] if arguments is None else arguments))
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        if said := str(stop.__cause__ or stop):  # what is kept of the work
-            print(f"dejavu: {said}", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `dejavu info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

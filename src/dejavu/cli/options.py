@@ -68,7 +68,7 @@ def open_model(
     import torch
 
     from dejavu.cli.accept import accept, check_own
-    from dejavu.cli.asking import consent
+    from dejavu.cli.asking import consent, interruptible
     from dejavu.config import require
     from dejavu.opening import load
 
@@ -79,11 +79,12 @@ def open_model(
         check_own(adapter)
     torch.manual_seed(seed)
     chosen = None if dense or accept_base or not needs_adapter else "bundled" if adapter is None else adapter
-    lm = load(
-        model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, adapter=chosen,
-        before_weights=before_weights,
-        download=consent(out, download=download, offline=offline),
-    )  # fmt: skip
+    allowed = consent(out, download=download, offline=offline)
+    with interruptible():
+        lm = load(
+            model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, adapter=chosen,
+            before_weights=before_weights, download=allowed,
+        )  # fmt: skip
     if accept_base and adapter is not None:
         lm.adapter = accept(lm, adapter, texts or [], out)
     out.show(describe(lm, adapter_matters=needs_adapter), *(f"[yellow]note:[/yellow] {escape(note)}" for note in lm.notes))

@@ -13,8 +13,9 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,13 @@ from typing import Literal
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers
+from huggingface_hub.utils import (
+    WeakFileLock,
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from dejavu.config import require
 from dejavu.model.adapter import CARD_FILE, CONFIG_FILE, TENSOR_FILE
@@ -111,9 +118,10 @@ def fetch(hub: HubName, kind: Kind, consent: Literal[True] | Consent, *, begun: 
             if file.large and file.size <= LARGEST_PLAIN:
                 _fetch_large(hub, commit, file, folder)
         *others, last = files
-        for file in others:
-            hf_hub_download(hub.repo, file.name, revision=commit)
-        hf_hub_download(hub.repo, last.name, revision=hub.revision)  # and notes which commit the revision is
+        with _without_bars():
+            for file in others:
+                hf_hub_download(hub.repo, file.name, revision=commit)
+            hf_hub_download(hub.repo, last.name, revision=hub.revision)  # and notes which commit the revision is
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"interrupted; {_kept(files, folder, hub)}") from stop
     except HUB_ERRORS as error:
@@ -183,7 +191,10 @@ def _reason(error: Exception, hub: HubName) -> str:
         return f"the Hugging Face hub answers with status {status}; try again later"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{constants.HF_HUB_CACHE} cannot be written ({error.strerror}); free some space, or set HF_HUB_CACHE to another folder"
-    why = " ".join(str(error).split())[:100] or type(error).__name__
+    first: BaseException = error  # libraries wrap errors in their own, which say more about the library
+    while (cause := first.__cause__ or first.__context__) is not None:
+        first = cause
+    why = " ".join(str(first).split())[:100] or "no answer in time"
     return f"the Hugging Face hub at {constants.ENDPOINT} does not answer as it should ({why}); check the network, or try again later"
 
 
@@ -251,6 +262,18 @@ def _check_disk(missing: int, folder: Path, hub: HubName) -> None:
         missing <= free,
         f"'{hub}' needs {sized(missing)}, and {there} has {sized(free)} free; free some space, or set HF_HUB_CACHE to a folder elsewhere",
     )
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """No bars of small files, which would be a line each. Those of large ones huggingface_hub shows where stderr is a terminal."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _fetch_large(hub: HubName, commit: str, file: RemoteFile, folder: Path) -> None:
