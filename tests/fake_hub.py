@@ -38,12 +38,16 @@ class Repository:
 
 @dataclass
 class FakeHub:
-    """cut_after: bytes of a large file after which the connection is lost, from then on always. status: of every answer."""
+    """cut_after: bytes of a large file after which the connection is lost, from then on always. status: of every answer.
+
+    lost: a file that is listed and not there.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     cut_after: int | None = None
     status: int | None = None
+    lost: str | None = None
 
     def add(self, name: str, files: dict[str, bytes], *, gated: bool = False, **revisions: dict[str, bytes]) -> None:
         self.repositories[name] = Repository({"main": files, **revisions}, gated)
@@ -128,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository.gated:
             return self._send(403, error="GatedRepo")
         content = repository.at(revision).get(file)
-        if content is None:
+        if content is None or file == self.hub.lost:
             return self._send(404, error="EntryNotFound", headers={"X-Repo-Commit": commit})
         headers = {"X-Repo-Commit": commit, "ETag": f'"{etag(file, content)}"'}
         if file.endswith(LARGE):

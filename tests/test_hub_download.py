@@ -282,6 +282,18 @@ def test_a_download_cut_off_goes_on(fake: FakeHub, files: dict[str, bytes], refu
     assert [line.rpartition(" ")[2] for line in fake.log[begun:] if line.startswith("GET /content")] == [f"bytes={kept}-"]
 
 
+def test_a_model_without_its_last_files_is_not_taken_for_whole(
+    fake: FakeHub, files: dict[str, bytes], refused: Refused, tmp_path: Path
+) -> None:
+    fake.add("me/tiny", files)
+    fake.lost = "tokenizer_config.json"
+    assert "the download broke off: the Hugging Face hub answers with status 404" in refused("me/tiny", "--download")
+    assert "model.safetensors" in fetched(tmp_path, "me/tiny") and "is not on this machine" in refused("me/tiny")
+    fake.lost = None
+    load("me/tiny", backend="torch", download=True)
+    assert sum("GET /content" in line for line in fake.log) == 1
+
+
 def test_a_file_that_comes_damaged_is_not_kept(fake: FakeHub, files: dict[str, bytes], refused: Refused, tmp_path: Path) -> None:
     fake.add("me/tiny", files)
     fake.cut_after = 0

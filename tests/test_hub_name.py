@@ -21,7 +21,21 @@ NAMES = {
     "https://huggingface.co/me/tiny/tree/refs%2Fpr%2F3": HubName(repo="me/tiny", revision="refs/pr/3"),
     "https://huggingface.co/me/tiny/blob/main/low/tiny.gguf": HubName(repo="me/tiny", revision="main", file="low/tiny.gguf"),
 }
-PATHS = ("./foo", "../foo", "~/foo", "/foo/bar", "foo", "a/b/c", "C:\\models\\x", "C:/models/x", "me/tiny.gguf", "me/tiny@", "here/foo", "")
+PATHS = (
+    "./foo",
+    ".models/foo",
+    "../foo",
+    "~/foo",
+    "/foo/bar",
+    "foo",
+    "a/b/c",
+    "C:\\models\\x",
+    "C:/models/x",
+    "me/tiny.gguf",
+    "me/tiny@",
+    "here/foo",
+    "",
+)
 
 
 @pytest.mark.parametrize("word", NAMES)

@@ -38,6 +38,7 @@ from dejavu.model.hub_name import HubName
 
 HUB_S, REQUEST_S = 9.0, 5.0  # until a hub that does not answer is given up, in all and for one request
 LARGEST_PLAIN = 50_000_000_000  # bytes; the hub sends larger files by another protocol, which huggingface_hub may have or not
+KEY = re.compile(r"[0-9a-f]{40,64}")  # it becomes the name of a file
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 # What huggingface_hub's library for HTTP raises: which one that is depends on its version.
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)  # pyrefly: ignore[bad-assignment]
@@ -202,7 +203,11 @@ def _chosen(info: ModelInfo, hub: HubName, kind: Kind) -> list[RemoteFile]:
     """The files of a repository that are read, config.json last. Raises ValueError where it holds no such thing."""
     held: dict[str, RemoteFile] = {}
     for sibling in info.siblings or []:
-        key = sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id or sibling.rfilename
+        key = sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id or ""
+        require(
+            KEY.fullmatch(key) is not None,
+            f"{constants.ENDPOINT} gives {sibling.rfilename!r} of {hub.repo!r} the hash {key!r}, which is none",
+        )
         held[sibling.rfilename] = RemoteFile(name=sibling.rfilename, size=sibling.size or 0, key=key, large=sibling.lfs is not None)
     names = _adapter_names(held, hub) if kind == "adapter" else _gguf_names(held, hub) if hub.file is not None else _model_names(held, hub)
     return [held[name] for name in names if name in held]

@@ -63,7 +63,8 @@ def _lacking(folder: Path, kind: Kind) -> list[str]:
     """What a folder with a config.json cannot be without, and has not."""
     if kind == "adapter":
         return [] if (folder / TENSOR_FILE).is_file() else [TENSOR_FILE]
-    lacking = [] if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file() else ["tokenizer.json"]
+    tokenizers = (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    lacking = [] if any(all((folder / name).is_file() for name in names) for names in tokenizers) else ["tokenizer.json"]
     for pattern, index in INDEXES.items():
         if (folder / index).is_file():
             return [shard for shard in _shards(folder / index) if not (folder / shard).is_file()] + lacking
