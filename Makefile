@@ -24,9 +24,10 @@ lint: $(VENV)/.installed-all
 bench: $(VENV)/.installed-all
 	$(BIN)/dejavu bench opt-mini
 
-# Fill the tables of README and docs from results/.
+# Fill the tables of README and docs from results/, and draw the pictures of docs.
 tables: $(VENV)/.installed-all
 	$(BIN)/python recipes/tables.py render
+	$(BIN)/python recipes/pictures.py
 
 # The native engine alone, for a source tree used with PYTHONPATH=src: into build/native, where it is found.
 native:
