@@ -166,7 +166,7 @@ def attention() -> Picture:
         (24, "token"),
         (150, "key: what it is found by"),
         (345, "query · key"),
-        (445, "weight"),
+        (445, "share"),
         (570, "value: what it gives"),
     ):
         p.text(x, 90, words, "soft small")
@@ -179,8 +179,8 @@ def attention() -> Picture:
         p.box(445, y + 8, 100 * weight, 16, "read")
         p.text(450 + 100 * weight, y + 21, _percent(weight), "ink small")
         p.text(570, y + 21, f"({value[0]}, {value[1]})", "ink mono")
-    p.text(24, 282, f"what the head gives: the values' mean by weight = ({out[0]:.2f}, {out[1]:.2f})", "read")
-    p.text(24, 303, "weights: the larger query · key, the larger the share; together 100 % (softmax)", "soft small")
+    p.text(24, 282, f"what the head gives: the mean of the values, each by its share = ({out[0]:.2f}, {out[1]:.2f})", "read")
+    p.text(24, 303, "the larger query · key, the larger the share; together 100 % (this step is called softmax)", "soft small")
     return p
 
 
