@@ -20,6 +20,8 @@ ROW = re.compile(r"^\| (`-.*?`) \| (.*?) \|", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 EXTERNAL = ("http://", "https://", "mailto:")
 MAX_LINES = 180
+MAX_WIDTH = 139
+MARKDOWN = sorted([*ROOT.glob("*.md"), *(page for folder in ("docs", "recipes", "src") for page in (ROOT / folder).rglob("*.md"))])
 
 
 def commands() -> dict[str, Any]:
@@ -61,11 +63,11 @@ def default_of(param: Any) -> str:
 
 
 def shared_by(section: str) -> set[str]:
-    """The shared options that a command's section names on its line "Shared options: ..."."""
-    line = re.search(rf"{SHARED}: (.+?)\.$", section, re.MULTILINE)
-    assert line is not None, "the section does not say which shared options the command has"
+    """The shared options that a command's section names in its sentence "Shared options: ..."."""
+    named = re.search(r"Shared\s+options:\s+(.+?)\.$", section, re.MULTILINE | re.DOTALL)
+    assert named is not None, "the section does not say which shared options the command has"
     every = set(documented(CLI[SHARED]))
-    return every if line[1] == "all" else set(OPTION.findall(line[1]))
+    return every if named[1] == "all" else set(OPTION.findall(named[1]))
 
 
 def slug(heading: str) -> str:
@@ -148,3 +150,26 @@ def test_pages_link_within_docs_and_stay_short(page: Path) -> None:
     assert [link for link in LINK.findall(text) if link.startswith("../")] == []
     written = [line for line in text.splitlines() if line.strip() and not line.startswith("|")]
     assert page.name == "log.md" or len(written) <= MAX_LINES
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of the lines, from 1, that are too wide, outside tables and code; what a link leads to cannot break and does not count."""
+    found, fenced = [], False
+    for number, line in enumerate(text.splitlines(), 1):
+        fence = line.lstrip().startswith(("```", "~~~"))
+        fenced ^= fence
+        code = fence or fenced or (line.startswith("    ") and re.match(r"\s+([*+-]|\d+\.) ", line) is None)
+        if not code and not line.lstrip().startswith("|") and len(re.sub(r"\]\([^)\s]*\)", "]", line)) > MAX_WIDTH:
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_markdown_fit(page: Path) -> None:
+    assert long_lines(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_long_line_is_found() -> None:
+    long = "word " * 40
+    text = [long, f"| {long} |", f"    {long}", f"    * {long}", "```", long, "```", f"[a](https://{'x' * 200})", f"> {long}"]
+    assert long_lines("\n".join(text)) == [1, 4, 9]
