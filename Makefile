@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The distribution was once called dejavu. Both own the same files, so the old one goes first; -qq hides that there is none.
+PIP_INSTALL := $(PIP) uninstall -qq --yes dejavu && $(PIP) install -q -c constraints.txt
 NATIVE := CMakeLists.txt $(wildcard native/*.h native/src/*)
 PROJECT := pyproject.toml constraints.txt src/dejavu/version.py $(NATIVE)
 

@@ -391,7 +391,7 @@ class TestCommand:
 def test_without_httpx(command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, out, err = command("--url", "http://x")
-    assert (status, out) == (2, "") and "install dejavu[serve]" in err
+    assert (status, out) == (2, "") and "pip install 'dejavu-llm[serve]'" in err
 
 
 def test_dejavu_serve_under_load(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path) -> None:

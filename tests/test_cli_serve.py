@@ -157,7 +157,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(monkeypatch: pytest.Mo
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
     assert run(["serve", "opt-mini"]) == 2
-    assert capsys.readouterr().err == "dejavu: dejavu serve needs uvicorn; install what is missing with: pip install 'dejavu[serve]'\n"
+    assert capsys.readouterr().err == "dejavu: dejavu serve needs uvicorn; install what is missing with: pip install 'dejavu-llm[serve]'\n"
 
 
 def test_the_command_line_needs_none_of_it() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAX_BYTES = 48_000_000
 # An absolute path of someone's machine: a home, a work folder. Not after a letter, digit, dot or dash (URLs, relative paths).
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:(?:home|Users)/\w|(?:root|work|farm|workspace)/)")
@@ -66,7 +67,7 @@ IMPORT_UNINSTALLED = """
 import importlib.metadata, sys
 find = importlib.metadata.Distribution.from_name.__func__
 def from_name(cls, name):
-    if name == "dejavu":
+    if name == "dejavu-llm":
         raise importlib.metadata.PackageNotFoundError(name)
     return find(cls, name)
 importlib.metadata.Distribution.from_name = classmethod(from_name)
@@ -84,9 +85,16 @@ def test_the_source_tree_imports_without_an_installation(tmp_path: Path) -> None
     assert Path(run.stdout.strip()) == ROOT / "src" / "dejavu" / "__init__.py"
 
 
+def test_extras_are_named_by_the_distribution_and_exist(tracked: list[Path]) -> None:
+    """`dejavu` on PyPI is another project's: its name before an extra would bring that one. The changelog tells history."""
+    extras = set(PROJECT["project"]["optional-dependencies"])
+    texts = {path: path.read_text(encoding="utf-8") for path in tracked if path.suffix in {".py", ".md"} and path.name != "CHANGELOG.md"}
+    named = [(path.name, *found) for path, text in texts.items() for found in re.findall(r"\b(dejavu(?:-llm)?)\[([a-z]+)\]", text)]
+    assert named and [entry for entry in named if entry[1] != PROJECT["project"]["name"] or entry[2] not in extras] == []
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     from dejavu.version import __version__
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
+    assert "version" in PROJECT["project"]["dynamic"] and "version" not in PROJECT["project"]
     assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

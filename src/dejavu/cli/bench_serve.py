@@ -80,7 +80,7 @@ def bench_serve(
     from dejavu.config import require
 
     out = Output(as_json)
-    require(find_spec("httpx") is not None, "bench-serve needs httpx; install dejavu[serve]")
+    require(find_spec("httpx") is not None, "bench-serve needs httpx; install it with: pip install 'dejavu-llm[serve]'")
     from dejavu.measure.results import append_rows, completed
     from dejavu.measure.serving_bench import bench_serving
     from dejavu.measure.serving_client import Target

@@ -73,7 +73,8 @@ def evaluation(
 
     out = Output(as_json)
     require(bool(text or tasks or harness), "nothing to evaluate; give a text (--text) or a task (--tasks, --harness)")
-    require(not harness or find_spec("lm_eval") is not None, "--harness needs lm-evaluation-harness; install dejavu[eval]")
+    missing = "--harness needs lm-evaluation-harness; install it with: pip install 'dejavu-llm[eval]'"
+    require(not harness or find_spec("lm_eval") is not None, missing)
     require(not screened_head or bool(text), "--screened-head is measured on a text; give one (--text)")
     texts = named_texts(text or [])
     items = {Path(name).with_suffix("").as_posix(): read_items(path) for name, path in named_files(tasks or []).items()}

@@ -128,7 +128,7 @@ def check_extra() -> None:
     """Raises ValueError where the packages of the extra `serve` are not installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"dejavu serve needs {', '.join(missing)}; install what is missing with: pip install 'dejavu[serve]'")
+        raise ValueError(f"dejavu serve needs {', '.join(missing)}; install what is missing with: pip install 'dejavu-llm[serve]'")
 
 
 def with_template(tokenizer: Tokenizer, template: str, path: str) -> Tokenizer:
