@@ -38,8 +38,16 @@ def serve_client(session: nox.Session, openai: str) -> None:
     session.run("pytest", "-q", "tests/", "-k", "openai_client", *session.posargs)
 
 
+@nox.session(name="command-line", python="3.11")
+@nox.parametrize("typer", ["==0.26.*", ">=0.26,<0.30"])
+def command_line(session: nox.Session, typer: str) -> None:
+    """The commands, with the oldest and the newest typer that pyproject.toml allows."""
+    session.install("-c", "constraints.txt", "-e", ".[serve,dev]", f"typer{typer}")
+    session.run("pytest", "-q", "tests/test_cli.py", "tests/test_cli_errors.py", "tests/test_docs.py", *session.posargs)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation site, into site/; a broken link is an error."""
-    session.install("mkdocs>=1.6,<2")
+    """The documentation site, into site/; a broken link is an error. The package itself is read, not imported."""
+    session.install(*nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"])
     session.run("mkdocs", "build")

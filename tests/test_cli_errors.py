@@ -68,7 +68,7 @@ CASES = {
     "unknown option": ((*GENERATE, "--fast"), r"No such option: --fast.*dejavu generate --help"),
     "no model": (("generate",), r"Missing argument 'MODEL'"),
     "no prompt": (("generate", "model"), r"Missing option.*--prompt"),
-    "not a number": ((*GENERATE, "-n", "many"), r"-n.*integer.*'many'"),
+    "not a number": ((*GENERATE, "-n", "many"), r"-n(?=.*'many').* int"),
     "wrong path": (("generate", "./nowhere", "-p", "x"), r"model directory not found: /.*nowhere"),
     "unknown model": (("generate", "gpt-9", "-p", "x"), r"unknown model 'gpt-9'.*opt-mini"),
     "unknown hub model": (("generate", "nobody/nothing", "-p", "x"), r"'nobody/nothing' is not on this machine.*--download"),

@@ -29,7 +29,7 @@ from dejavu.cli.train import train
 from dejavu.cli.trial import trial
 from dejavu.version import __version__
 
-# typer does not export these two, and where they live depends on its version.
+# typer does not export these two; from the oldest to the newest version that pyproject.toml allows they are the bases of one that it does.
 USAGE_ERROR = typer.BadParameter.__base__ or typer.BadParameter
 CLICK_ERROR = USAGE_ERROR.__base__ or USAGE_ERROR
 INTERRUPTED = 130
