@@ -72,6 +72,7 @@ class LanguageModel:
 
     @property
     def num_parameters(self) -> int:
+        """How many numbers the weights are."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:

@@ -1,6 +1,7 @@
 """Quality of one model, dense and sparse: perplexity of texts and accuracy of tasks, from the same model object.
 
 In: model, tokenizer, the adapter's layers (None: dense only), texts and task records. Out: one plain dict, ready for JSON:
+
     dense, sparse   each: mode ("dense", or the method that selects), ppl (over all texts: exp(sum NLL / sum tokens)), stderr,
                     texts  name -> ppl, bits_per_byte, stderr, tokens, windows
                     tasks  name -> acc, acc_norm, stderr, stderr_norm, n (LAMBADA: and ppl, ppl_stderr)
@@ -9,6 +10,7 @@ In: model, tokenizer, the adapter's layers (None: dense only), texts and task re
     rise            relative rise of perplexity sparse / dense - 1, and rise_stderr, paired by window
     mlp_density, head_density   those of the sparse run (of the dense run, 1.0, without an adapter)
     context, stride, bos        how the texts were cut; bos says in words where a BOS stands
+
 Perplexity masks every token. With stride < context the densities count a token once per window that reads it.
 
 The work is done in parts, one text or one task each, dense and sparse. A part is plain JSON (sums per window of a text, the
