@@ -128,4 +128,3 @@ struct dejavu_engine {
   void check_layer(int64_t layer) const;
   void grow_low();
 };
-
