@@ -465,6 +465,20 @@ def test_tokens_before_logits_that_are_not_numbers_are_handed_out() -> None:
     assert engine.frees == [0] and ended == [], "an engine that failed is not handed on"
 
 
+def test_a_text_closed_before_its_first_piece_ends_once_and_leaves_the_slot_to_others() -> None:
+    ended: list[int] = []
+    engine = DecodingEngine([0] * 6)
+    unread, other = (
+        generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=3, on_end=lambda number=number: ended.append(number))
+        for number in (1, 2)
+    )
+    next(other)
+    unread.close()
+    unread.close()
+    assert ended == [1] and engine.frees == [] and list(unread) == []
+    assert other.result() == "aaa" and ended == [1, 2]
+
+
 def test_the_time_of_dropped_tokens_counts_and_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("dejavu.engine.generation.time.perf_counter", lambda: now[0])

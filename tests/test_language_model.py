@@ -366,8 +366,31 @@ def test_an_engine_comes_back_from_a_text_that_was_left_or_refused(lm: LanguageM
     pieces = lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True, stream=True)
     next(pieces)
     pieces.close()  # pyrefly: ignore[missing-attribute]
+    unread = lm.start(PROMPT, max_new_tokens=6, ignore_eos=True)
+    unread.close()  # before its first piece
+    assert list(unread) == [] and len(lm._engines._idle) == 1
     running.close()  # again: the slot may be another's by now
     assert len(ids(lm)) == 6 and made.total == 1
+
+
+def test_an_adapter_is_attached_once_for_loading_and_all_generations(folder: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What attaching an adapter that changes weights makes is as large as the model."""
+    attached, calls = Adapter.attached, []
+
+    def counted(adapter: Adapter, model: Any, *, dtype: str | None = None) -> Any:
+        calls.append(dtype)
+        return attached(adapter, model, dtype=dtype)
+
+    monkeypatch.setattr(Adapter, "attached", counted)
+    lm = load(folder)
+    first, second = (lm.start(PROMPT, max_new_tokens=3) for _ in range(2))  # an engine each
+    assert next(first) == next(second)
+    lm.logits([5, 6])
+    lm.generate(PROMPT, max_new_tokens=3, dense=True)
+    assert calls == ["fp32"] and made.total == 3
+    lm.adapter = make_adapter(lm.config, lm.base_hash, threshold=0.7)
+    lm.generate(PROMPT, max_new_tokens=3)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("change", ["in place", "replaced", "adapter", "adapter in place"])

@@ -137,7 +137,7 @@ def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = N
         give_back()
     else:
         room = rows * -(-tokens // PAGE_SIZE) * PAGE_SIZE
-        layers = None if held.adapter is None else held.adapter.attached(held.model, dtype=held.dtype)
+        layers = None if held.adapter is None else held.engines.layers(held.model, held.adapter, dtype=held.dtype)
         engine = make_engine(held.model, layers, backend=held.backend, num_slots=rows, cache_tokens=room, dtype=held.dtype)
         new = decode(engine, request)
     longest = max(len(tokens) for tokens in new)

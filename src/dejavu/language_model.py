@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from dejavu.config import Progress, SamplingConfig, require
 from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
-from dejavu.engine.idle import IdleEngines, weights_state
+from dejavu.engine.idle import IdleEngines
 from dejavu.engine.interface import Engine
 from dejavu.kernels.native import default_threads
 from dejavu.measure.evaluate import evaluate
@@ -57,7 +57,6 @@ class LanguageModel:
         self.threads = threads
         self.adapter = adapter
         self._engines = IdleEngines()
-        self._attached: tuple[Adapter, Hashable, tuple[LayerAdapter, ...]] | None = None  # merged weights are made once
 
     def __repr__(self) -> str:
         state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"
@@ -81,13 +80,7 @@ class LanguageModel:
         Raises ValueError for an adapter of another model.
         """
         chosen = self._chosen(adapter, dense=dense)
-        if chosen is None:
-            return None
-        state = weights_state(self.model, chosen)
-        if state is None or self._attached is None or self._attached[0] is not chosen or self._attached[1] != state:
-            with torch.inference_mode(False):
-                self._attached = (chosen, state, chosen.attached(self.model, dtype=self.dtype))
-        return self._attached[2]
+        return None if chosen is None else self._engines.layers(self.model, chosen, dtype=self.dtype)
 
     def _chosen(self, adapter: Adapter | None, *, dense: bool) -> Adapter | None:
         chosen = None if dense else adapter or self.adapter

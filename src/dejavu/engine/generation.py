@@ -101,6 +101,7 @@ class Generation(Iterator[Piece]):
         self._chunk = 1
         self._ready: deque[Token] = deque()  # decoded, not yet handed out
         self._on_end = on_end
+        self._begun = False
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -110,8 +111,11 @@ class Generation(Iterator[Piece]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """End the generation early; its slot is freed. Nothing happens when it has ended."""
+        """End the generation early; its slot is freed, or was never taken. Nothing happens when it has ended."""
         self._pieces.close()
+        if not self._begun:  # then the generator ends without having run, and its slot may be another's by now
+            self._begun = True
+            self._end()
 
     def texts(self) -> Iterator[str]:
         """The pieces' texts, without empty ones. The generation ends with this iterator."""
@@ -143,7 +147,7 @@ class Generation(Iterator[Piece]):
         return text
 
     def _run(self) -> Generator[Piece, None, None]:
-        whole = False
+        self._begun, whole = True, False
         try:
             yield from self._loop()
             whole = True
@@ -152,8 +156,12 @@ class Generation(Iterator[Piece]):
             raise
         finally:
             self._engine.free(self._slot)
-            if whole and self._on_end is not None:
-                self._on_end()
+            if whole:
+                self._end()
+
+    def _end(self) -> None:
+        if self._on_end is not None:
+            self._on_end()
 
     def _loop(self) -> Generator[Piece, None, None]:
         writing, unsent = self._writing, 0

@@ -2,6 +2,7 @@
 
 In: a model, an adapter and the options of `make_engine`. Out: an engine of one slot that nobody else has, and what gives it back. An
 engine in use is not in here: a second text at the same time gets one of its own, and one that is never given back is simply gone.
+The layers of the adapter that was used last are kept, too: merging changed weights takes time and memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine
 from dejavu.model.adapter import Adapter
+from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 KEPT = 2  # dense and sparse
@@ -32,6 +34,16 @@ class _Idle:
     state: Hashable
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layers:
+    """What `attached` gave for an adapter. state: of the weights that it was made of."""
+
+    adapter: Adapter
+    dtype: str | None
+    state: Hashable
+    layers: tuple[LayerAdapter, ...]
+
+
 class IdleEngines:
     """At most KEPT engines, the last ones used. One whose weights were replaced or changed in place is not used again.
 
@@ -41,6 +53,7 @@ class IdleEngines:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: dict[Hashable, _Idle] = {}
+        self._layers: _Layers | None = None
 
     def take(self, model: Transformer, adapter: Adapter | None, *, tokens: int, **options: Any) -> tuple[Engine, Callable[[], None]]:
         """An empty engine whose cache holds `tokens`, dense without an adapter, and a function that gives it back, empty again.
@@ -58,7 +71,7 @@ class IdleEngines:
             found = None  # its memory goes before another takes some
             room = min(max(SMALLEST, 1 << (tokens - 1).bit_length()), model.config.max_positions)
             with torch.inference_mode(False), torch.no_grad():  # also for a caller outside of the mode that this one may be in
-                layers = None if adapter is None else adapter.attached(model, dtype=options.get("dtype"))
+                layers = None if adapter is None else self.layers(model, adapter, dtype=options.get("dtype"))
                 engine = make_engine(model, layers, cache_tokens=room, **options)
             state = weights_state(model, adapter)  # an engine may lay the weights out anew
 
@@ -72,6 +85,16 @@ class IdleEngines:
 
         return engine, give_back
 
+    def layers(self, model: Transformer, adapter: Adapter, *, dtype: str | None) -> tuple[LayerAdapter, ...]:
+        """`adapter.attached(model, dtype=dtype)`, made anew only for another adapter, or where weights have changed."""
+        held, state = self._layers, weights_state(model, adapter)
+        if held is None or state is None or held.adapter is not adapter or (held.dtype, held.state) != (dtype, state):
+            self._layers = held = None  # its memory goes before another takes some
+            with torch.inference_mode(False):
+                held = _Layers(adapter=adapter, dtype=dtype, state=state, layers=adapter.attached(model, dtype=dtype))
+            self._layers = held
+        return held.layers
+
     def __reduce__(self) -> tuple[type[IdleEngines], tuple[()]]:
         return IdleEngines, ()
 
@@ -79,6 +102,7 @@ class IdleEngines:
         """Let all of them go, and their memory."""
         with self._lock:
             self._idle.clear()
+        self._layers = None
 
 
 def weights_state(model: Transformer, adapter: Adapter | None) -> Hashable:
