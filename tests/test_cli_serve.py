@@ -20,6 +20,7 @@ import pytest
 
 from conftest import Tiny
 from dejavu.cli.main import run
+from dejavu.config import SamplingConfig
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.opening import load
@@ -35,9 +36,10 @@ def work(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFact
     """A folder with a tiny model (`model`), which has an adapter, and chat templates."""
     path = tmp_path_factory.mktemp("serve")
     model = tiny("opt")
+    sampling = SamplingConfig(temperature=0.5, top_p=0.9)
     export(model, tokenizer, path / "model")
     lm = load(path / "model")
-    export(model, tokenizer, path / "model", adapter=make_adapter(lm.config, lm.base_hash))
+    export(model, tokenizer, path / "model", adapter=make_adapter(lm.config, lm.base_hash), sampling=sampling)
     (path / "plain.jinja").write_text(TEMPLATE)
     (path / "broken.jinja").write_text("{% for")
     return path
@@ -99,11 +101,12 @@ def test_it_serves_until_it_is_interrupted(work: Path) -> None:
 def test_it_says_what_runs_and_where(work: Path) -> None:
     with served(work, "--dense", "--host", "0.0.0.0") as process:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(4)]
+        lines = [process.stdout.readline() for _ in range(5)]
         assert "model" in lines[0] and "backend torch" in lines[0] and "dense" in lines[0]
         url = re.match(r"Serving at (http://127\.0\.0\.1:\d+) ", lines[1])
         assert url is not None and lines[2] == "Models: model · no API key\n"
         assert lines[3] == "8 texts at a time, 64 may wait, 64 tokens a text\n"
+        assert lines[4] == "A request that does not say how to draw: temperature 0.5, top_p 0.9\n"
         assert httpx.get(f"{url[1]}/v1/models").json()["data"][0]["dejavu"]["mode"] == "dense"
         status, error = ended(process, signal.SIGTERM)
         assert status in (0, -signal.SIGTERM) and error.count("\n") == 1 and "other machines can reach this address" in error

@@ -16,9 +16,10 @@ from dejavu.config import SamplingConfig
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.answering import MAX_BODY
 from dejavu.serve.app import create_app
-from dejavu.serve.asked import Asked, asked_chat, asked_completion
+from dejavu.serve.asked import Asked, asked_chat, asked_completion, served_by
 from dejavu.serve.errors import ApiError, without_paths
 from dejavu.serve.fields import parse
+from dejavu.serve.jobs import EngineState, Load
 from dejavu.serve.protocol import ChatBody, CompletionBody
 from fake_worker import FakeWorker, served, serving, spoken
 
@@ -119,7 +120,7 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
     (completion(temperature=2.1), "temperature", 400),
     (completion(top_p=0), "top_p", 400),
     (completion(top_p=1.5), "top_p", 400),
-    (completion(top_k=0), "top_k", 400),
+    (completion(top_k=-1), "top_k", 400),
     (completion(n=0), "n", 400),
     (completion(n=9), "n", 400),
     (completion(n=1000), "n", 400),
@@ -256,6 +257,23 @@ def test_defaults_are_those_of_openai(chatty: Tokenizer) -> None:
     assert not (job.stop or job.ignore_eos or job.logit_bias or job.prompt_logprobs or job.dense or job.trace)
     (job,) = chatted(chatty, USER).jobs
     assert job.max_new_tokens == 64 - len(job.prompt_ids)
+
+
+def test_what_a_request_does_not_say_of_drawing_is_the_models_own(chatty: Tokenizer) -> None:
+    own, of_base = SamplingConfig(temperature=0.6, top_k=50, top_p=0.9), SamplingConfig(temperature=0.8)
+    facts = served(chatty, sampling=own, dense_sampling=of_base)
+
+    def sampling(**fields: Any) -> SamplingConfig:
+        return asked_completion(parse(json.dumps(completion(**fields)).encode(), CompletionBody), facts).jobs[0].sampling
+
+    assert sampling() == own and sampling(model="tiny:dense", seed=3) == SamplingConfig(temperature=0.8, seed=3)
+    assert sampling(temperature=1, top_p=None) == SamplingConfig(temperature=1.0, top_k=50, top_p=0.9)
+    assert sampling(top_k=0, top_p=0.5) == SamplingConfig(temperature=0.6, top_p=0.5)
+    assert sampling(temperature=0).temperature == 0
+    engine = EngineState(mode="dense", made=True, **{field.name: 1 for field in dataclasses.fields(Load)})
+    state = dataclasses.replace(FakeWorker(lambda job: spoken("x")).state(), engines=(engine,))
+    told = served_by(chatty, state, queue=1, threads=1, sampling=own, dense_sampling=SamplingConfig())
+    assert told.sampling == own and told.dense_sampling == SamplingConfig(temperature=1.0), "a greedy model leaves OpenAI's default"
 
 
 def test_what_is_asked_reaches_the_jobs(chatty: Tokenizer) -> None:

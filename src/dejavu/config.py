@@ -14,6 +14,7 @@ ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "fatrelu")
 EXACT_ZERO_ACTIVATIONS = ("relu", "relu2", "fatrelu")
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 BACKENDS = ("auto", "torch", "native", "cuda")
+MAX_NEW_TOKENS = 256  # of a text, where nobody says how many
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 Progress = Callable[[str, int, int], None]
@@ -217,7 +218,7 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig(Config):
-    """How the next token is drawn. temperature 0 is greedy; top_k and top_p cut the tail before drawing.
+    """How the next token is drawn. temperature 0 is greedy; top_k and top_p cut the tail before drawing (None: no cut).
 
     seed: repeats the draws, and with the same logits the text, on the same backend. Backends draw from different streams of random
     numbers: on another one the same seed may give another text. A greedy text is the same on all, but for rounding.
@@ -232,3 +233,24 @@ class SamplingConfig(Config):
         require(self.temperature >= 0, f"temperature must be 0 (greedy) or positive, not {self.temperature}")
         require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, not {self.top_k}")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
+
+    def asked(
+        self, *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, seed: int | None = None
+    ) -> SamplingConfig:
+        """This sampling with what somebody asks for in its place, each value by itself: None leaves it, a top_k of 0 and a top_p of 1
+        take a cut away. The seed is what is asked. Raises ValueError for a value out of range.
+        """
+        return SamplingConfig(
+            temperature=self.temperature if temperature is None else temperature,
+            top_k=self.top_k if top_k is None else top_k or None,
+            top_p=self.top_p if top_p is None else top_p,
+            seed=seed,
+        )
+
+    @property
+    def words(self) -> str:
+        """For people: greedy, or such as "temperature 0.6, top_p 0.9"."""
+        if self.temperature == 0:
+            return "greedy"
+        parts = (("temperature", self.temperature), ("top_k", self.top_k), ("top_p", self.top_p))
+        return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)

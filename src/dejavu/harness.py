@@ -112,7 +112,9 @@ class DejaVuLM(LM):
             context, kept = self.lm.tokenizer.decode(ids[-kept:]), kept - 1
         stops = [until] if isinstance(until, str) else list(until)
         return str(
-            self.lm.generate(context, max_new_tokens=count, stop=stops, temperature=temperature if sampled else 0.0, dense=self.dense)
+            self.lm.generate(
+                context, max_new_tokens=count, stop=stops, temperature=temperature if sampled else 0.0, top_k=0, top_p=1.0, dense=self.dense
+            )
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from dejavu.config import Progress, SamplingConfig, require
+from dejavu.config import MAX_NEW_TOKENS, Progress, SamplingConfig, require
 from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
 from dejavu.engine.idle import IdleEngines
@@ -37,8 +37,8 @@ class LanguageModel:
     """A model with its tokenizer, its backend and, perhaps, the adapter that makes it sparse. Made by `load`.
 
     config, tokenizer, name, base_hash: of the checkpoint. backend, dtype, cache_dtype, screened_head: what was picked. adapter:
-    used by everything below unless told otherwise; may be set; None runs dense. notes: lines about the checkpoint that a user
-    should see.
+    used by everything below unless told otherwise; may be set; None runs dense. notes: lines about the checkpoint and the adapter
+    that came with it that a user should see.
     """
 
     def __init__(
@@ -74,6 +74,17 @@ class LanguageModel:
         """How many numbers the weights are."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How a text is drawn where nothing is asked, as generation_config.json says: see `sampling_of`."""
+        return self.sampling_of()
+
+    def sampling_of(self, *, adapter: Adapter | None = None, dense: bool = False) -> SamplingConfig:
+        """What `adapter` (else the model's own) comes with; where that says nothing, or dense, what the base does; else greedy."""
+        chosen = None if dense else adapter or self.adapter
+        found = None if chosen is None else chosen.sampling
+        return found or self.checkpoint.sampling or SamplingConfig()
+
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
         """The predictors (and changed weights) of `adapter`, else of the model's own; None where it runs dense.
 
@@ -96,8 +107,8 @@ class LanguageModel:
         self,
         prompt: str | Messages,
         *,
-        max_new_tokens: int,
-        temperature: float = ...,
+        max_new_tokens: int = ...,
+        temperature: float | None = ...,
         top_k: int | None = ...,
         top_p: float | None = ...,
         seed: int | None = ...,
@@ -112,8 +123,8 @@ class LanguageModel:
         self,
         prompt: str | Messages,
         *,
-        max_new_tokens: int,
-        temperature: float = ...,
+        max_new_tokens: int = ...,
+        temperature: float | None = ...,
         top_k: int | None = ...,
         top_p: float | None = ...,
         seed: int | None = ...,
@@ -127,8 +138,8 @@ class LanguageModel:
         self,
         prompt: str | Messages,
         *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -143,8 +154,9 @@ class LanguageModel:
         prompt: a text, taken as it is, or messages such as [{"role": "user", "content": "..."}] for a model with a chat template.
         Returns the new text as a GeneratedText: a str with prompt_tokens, new_tokens, tok_s, prefill_tok_s (tokens a
         second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces
-        being the same text. temperature 0 is greedy; seed: see SamplingConfig. Raises ValueError, at once, for a negative count,
-        an empty prompt, one that fills the context, a sampling value out of range, an adapter of another model.
+        being the same text. temperature (0 is greedy), top_k, top_p: each that is None is `sampling`'s, that of the adapter or model;
+        top_p 1 cuts nothing. seed None draws anew each time; else see SamplingConfig. Raises ValueError, at once, for a negative
+        count, an empty prompt, one that fills the context, a sampling value out of range, an adapter of another model.
         """
         generation = self.start(
             prompt,
@@ -164,8 +176,8 @@ class LanguageModel:
         self,
         prompt: str | Messages,
         *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -181,7 +193,8 @@ class LanguageModel:
         """
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else chat_ids(self.tokenizer, prompt)
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
-        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        own = self.sampling_of(adapter=adapter, dense=dense)
+        sampling = own.asked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         engine, give_back = self._engines.take(
             self.model, self._chosen(adapter, dense=dense), tokens=room, backend=self.backend, record=record, dtype=self.dtype,
             cache_dtype=self.cache_dtype, screened_head=self.screened_head, threads=self.threads,

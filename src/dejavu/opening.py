@@ -91,6 +91,8 @@ def load(
     )
     if backend == "native":
         lm.model.round_cache(lm.cache_dtype)
+    if lm.adapter is not None:
+        lm.notes = (*lm.notes, *lm.adapter.notes)
     if lacking:
         lm.notes = (*lm.notes, f"backend torch on the CPU: {asked} does not compute {', '.join(lacking)}")
     lm.layers()

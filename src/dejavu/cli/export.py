@@ -49,7 +49,8 @@ def export(
         write_peft(lm.adapter, lm.config, peft)
     merged = _merged(lm) if merge else None
     written = lm.adapter if merged is None else None
-    write_export(merged or lm.model, lm.tokenizer, folder, dtype=dtype, adapter=written)
+    sampling = lm.checkpoint.sampling if merged is None else lm.sampling
+    write_export(merged or lm.model, lm.tokenizer, folder, dtype=dtype, adapter=written, sampling=sampling)
     path = absolute(folder)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     with_adapter = "without an adapter" if written is None else f"with its adapter in {path / 'adapter'}"

@@ -24,15 +24,17 @@ from dejavu.cli.options import (
     open_model,
 )
 from dejavu.cli.output import Output, number, speed
+from dejavu.cli.sampling import Temperature, TopK, TopP, sampling_values, sampling_words
+from dejavu.config import MAX_NEW_TOKENS
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", metavar="N", help="Tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", metavar="X", help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option("--top-k", metavar="N", help="Draw from the N likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens of this total.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", metavar="N", help="Tokens to write.")] = MAX_NEW_TOKENS,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may repeat.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, also where the model has a chat template.")] = False,
@@ -57,11 +59,13 @@ def generate(
     out = Output(as_json)
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(accept_base or not text, "--text is the calibration text for --accept-base; add that, or leave --text out")
-    SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)  # an impossible value is said before a model is loaded
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    SamplingConfig().asked(**asked)  # an impossible value is said before a model is loaded
     StopStrings(stop or ())
     lm = open_model(
         model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text, download=download, offline=offline,
+        drawing=lambda lm: sampling_words(lm, **asked),
     )  # fmt: skip
     chat = not raw and lm.tokenizer.chat_template is not None
     running = lm.start(
@@ -103,6 +107,7 @@ def generate(
             "dtype": lm.dtype,
             "cache_dtype": lm.cache_dtype,
             "screened_head": lm.screened_head,
+            "sampling": sampling_values(lm, seed=seed, **asked),
             "model": lm.name,
             "prompt_tokens": result.prompt_tokens,
             "new_tokens": result.new_tokens,

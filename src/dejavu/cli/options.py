@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,10 +61,11 @@ def open_model(
     before_weights: BeforeWeights | None = None,
     download: bool = False,
     offline: bool = False,
+    drawing: Callable[[LanguageModel], str] | None = None,
 ) -> LanguageModel:
-    """Load the model of a command and say what was picked. needs_adapter: whether the command would use one.
-
-    download, offline: whether the hub is asked for what is not here; a person at a terminal is asked first, unless one of them is set.
+    """Load the model of a command and say what was picked. needs_adapter: whether the command would use one. drawing: how it draws
+    text, in words. download, offline: whether the hub is asked for what is not here; a person at a terminal is asked first, unless
+    one of them is set.
     """
     import torch
 
@@ -87,7 +89,8 @@ def open_model(
         )  # fmt: skip
     if accept_base and adapter is not None:
         lm.adapter = accept(lm, adapter, texts or [], out)
-    out.show(describe(lm, adapter_matters=needs_adapter), *(f"[yellow]note:[/yellow] {escape(note)}" for note in lm.notes))
+    drawn = "" if drawing is None else f" · {drawing(lm)}"
+    out.show(describe(lm, adapter_matters=needs_adapter) + drawn, *(f"[yellow]note:[/yellow] {escape(note)}" for note in lm.notes))
     return lm
 
 

@@ -100,7 +100,10 @@ def serve(
             state = worker.state()
             # An adapter that comes without its base is asked for by its own name: the base's stands for the model that it was.
             name = model if model in bundled_adapters() and not dense and adapter is None else None
-            served = served_by(tokenizer, state, queue=config.queue, threads=lm.num_threads, name=name)
+            served = served_by(
+                tokenizer, state, queue=config.queue, threads=lm.num_threads, name=name, sampling=lm.sampling,
+                dense_sampling=lm.sampling_of(dense=True),
+            )  # fmt: skip
 
             def announce() -> None:
                 url = url_of(bound)
@@ -108,6 +111,7 @@ def serve(
                 out.say(f"Models: {', '.join(served.models)} · {'no' if api_key is None else 'with an'} API key")
                 texts = "1 text" if config.slots == 1 else f"{config.slots} texts"
                 out.say(f"{texts} at a time, {config.queue} may wait, {served.limit:,} tokens a text")
+                out.say(f"A request that does not say how to draw: {served.sampling.words}")
                 if api_key is None and not is_local(bound):
                     out.warn("no API key is set, and other machines can reach this address: whoever does may use it; see --api-key")
                 out.finish(

@@ -1,6 +1,7 @@
 """An adapter: predictors, thresholds and provenance for one checkpoint; in memory and as a folder.
 
-On disk: `config.json` (AdapterConfig), `adapter.safetensors` and `README.md`, a card rendered from the config. The tensors
+On disk: `config.json` (AdapterConfig), `adapter.safetensors`, `README.md`, a card rendered from the config, and perhaps
+`generation_config.json`, how text is to be drawn. The tensors
 of layer 7's MLP predictor are `layers.7.mlp.A` int8 [R, D] with `layers.7.mlp.A.scale` fp32 [R], `layers.7.mlp.B` int8 [O, R]
 with `layers.7.mlp.B.scale` fp32 [O], and `layers.7.mlp.bias` fp32 [O]; of its heads `layers.7.heads.*`; of changed weights see
 lora.py. Names are exact. Selection without predictors has thresholds in `config.json` and no tensors.
@@ -22,12 +23,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, require
+from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, SamplingConfig, require
 from dejavu.files import new_folder, read_json, read_safetensors, write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig, PartConfig
 from dejavu.model.card import card
 from dejavu.model.fingerprint import tensor_digest
+from dejavu.model.generation_config import GENERATION_FILE, generation_values, read_generation_config
 from dejavu.model.lora import LayerLora, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.selectors import GateThreshold
@@ -40,12 +42,15 @@ CONFIG_FILE, TENSOR_FILE, CARD_FILE = "config.json", "adapter.safetensors", "REA
 class Adapter:
     """layers[i] holds the predictors of layer i (fp32, on the CPU after load); config says where they come from.
 
-    lora[i]: how the weights of layer i change, where they do. What runs a model takes `attached(model)`.
+    lora[i]: how the weights of layer i change, where they do. sampling: how text is drawn with it where nothing is asked; None: as
+    without it. notes: lines for the user on what its files hold. What runs a model takes `attached(model)`.
     """
 
     layers: tuple[LayerAdapter, ...]
     config: AdapterConfig
     lora: tuple[LayerLora, ...] | None = None
+    sampling: SamplingConfig | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert (self.lora is None) == (self.config.lora is None), "config and changes of weights differ"
@@ -129,7 +134,8 @@ class Adapter:
         layers = tuple(_read_layer(entry, tensors, model, folder / TENSOR_FILE) for entry in config.layers)
         lora = None if config.lora is None else tuple(read_lora(i, config.lora, tensors, model, folder / TENSOR_FILE) for i in range(count))
         require(not tensors, f"{folder / TENSOR_FILE} has tensors that its {CONFIG_FILE} does not list: {', '.join(sorted(tensors)[:5])}")
-        return Adapter(layers=layers, config=config, lora=lora)
+        generation = read_generation_config(folder, of=" of the adapter")
+        return Adapter(layers=layers, config=config, lora=lora, sampling=generation.sampling, notes=generation.notes)
 
 
 def quantized(predictor: Predictor, mean_D: Tensor | None = None) -> Predictor:
@@ -164,6 +170,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
         tensors |= lora_tensors(index, lora)
     save_file(tensors, folder / TENSOR_FILE)
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
+    if adapter.sampling is not None:
+        write_json(folder / GENERATION_FILE, generation_values(adapter.sampling))
     (folder / CARD_FILE).write_text(card(adapter.config), encoding="utf-8")
 
 

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dejavu.config import require
+from dejavu.config import SamplingConfig, require
 from dejavu.files import new_folder, write_json
 from dejavu.kernels.quantize import quantize_rows
 from dejavu.model.adapter import Adapter, write_adapter
 from dejavu.model.families import FAMILIES, config_to_hf
 from dejavu.model.fingerprint import model_hash
+from dejavu.model.generation_config import GENERATION_FILE, generation_values
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 
@@ -57,10 +58,14 @@ def write_bundle(model: Transformer, tokenizer: Tokenizer, folder: str | Path) -
         _write_rest(model, tokenizer, partial)
 
 
-def export(model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, dtype: str = "fp32", adapter: Adapter | None = None) -> None:
+def export(
+    model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, dtype: str = "fp32", adapter: Adapter | None = None,
+    sampling: SamplingConfig | None = None,
+) -> None:  # fmt: skip
     """Write an fp32 model as a folder that transformers loads with equal logits, dtype fp32 or bf16; its adapter in `adapter/`.
 
-    The adapter's base_hashes gain the hash of this copy. Raises ValueError for another dtype or a folder in use.
+    sampling: of the model itself, for its generation_config.json; an adapter has its own. The adapter's base_hashes gain the hash of
+    this copy. Raises ValueError for another dtype or a folder in use.
     """
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
     hf_dtype, stored_as = EXPORT_DTYPES[dtype]
@@ -71,14 +76,14 @@ def export(model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, dtyp
     with new_folder(folder) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         write_json(partial / "config.json", config_to_hf(model.config) | {"dtype": hf_dtype})
-        _write_rest(model, tokenizer, partial)
+        _write_rest(model, tokenizer, partial, sampling)
         if adapter is not None:
             (partial / ADAPTER_FOLDER).mkdir()
             write_adapter(adapter.with_base(model_hash(model, stored_as=stored_as)), partial / ADAPTER_FOLDER)
 
 
-def _write_rest(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+def _write_rest(model: Transformer, tokenizer: Tokenizer, folder: Path, sampling: SamplingConfig | None = None) -> None:
     tokenizer.save(folder)
     hf = config_to_hf(model.config)
     ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id") if hf[key] is not None}
-    write_json(folder / "generation_config.json", ids)
+    write_json(folder / GENERATION_FILE, ids | generation_values(sampling))

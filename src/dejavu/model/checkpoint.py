@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig, require
+from dejavu.config import ModelConfig, SamplingConfig, require
 from dejavu.files import read_json, read_safetensors, safe_member
 from dejavu.kernels.quantize import dequantize_rows
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
 from dejavu.model.download import Download
 from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
+from dejavu.model.generation_config import read_generation_config
 from dejavu.model.gguf import GGUFFile
 from dejavu.model.hub import from_hub, in_cache, packaged_file
 from dejavu.model.hub_name import hub_name
@@ -41,7 +42,8 @@ HEAD, EMBED = "head.weight", "embed.weight"
 class Checkpoint:
     """A loaded model. stored_dtype: of most weights on disk (fp32, fp16, bf16, int8; a GGUF's own word, e.g. q4_1).
 
-    base_hash: see fingerprint.py. notes: lines for the user. path: the folder or file it came from.
+    base_hash: see fingerprint.py. notes: lines for the user. path: the folder or file it came from. sampling: that of its
+    generation_config.json; None where there is none.
     """
 
     model: Transformer
@@ -52,6 +54,7 @@ class Checkpoint:
     stored_dtype: str
     notes: tuple[str, ...]
     path: Path
+    sampling: SamplingConfig | None = None
 
     @property
     def adapter_folder(self) -> Path | None:
@@ -107,7 +110,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch
     if dtype == torch.float16 and torch.device(device).type == "cpu":
         notes.append("fp16 on the CPU is computed in fp32")
         dtype = torch.float32
-    bundle = False
+    bundle, sampling = False, None
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         config = config_from_hf(file.hf_config())
@@ -117,6 +120,9 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch
     else:
         hf = read_hf_config(path)
         config = config_from_hf(hf)
+        generation = read_generation_config(path)
+        sampling = generation.sampling
+        notes += generation.notes
         tokenizer = load_tokenizer(path, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
         bundle = hf.get(FORMAT_KEY) == INT8_ROWS
         require(
@@ -138,6 +144,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch
         stored_dtype=assembler.stored_dtype(),
         notes=(*notes, *assembler.notes),
         path=path,
+        sampling=sampling,
     )
 
 
@@ -164,9 +171,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     require(file.is_file(), f"{folder} is no model folder: it has no config.json")
     hf = read_json(file)
     require(isinstance(hf, dict), f"{file} holds no JSON object")
-    generation = folder / "generation_config.json"
-    overrides = read_json(generation) if generation.is_file() else {}
-    return hf | {key: overrides[key] for key in ("bos_token_id", "eos_token_id") if overrides.get(key) is not None}
+    return hf | read_generation_config(folder).token_ids
 
 
 class Assembler:

@@ -20,6 +20,7 @@ from dejavu.serve.protocol import DEFAULT_MAX_TOKENS, MAX_CHOICES, ChatBody, Com
 from dejavu.serve.vocabulary import Vocabulary
 
 DENSE = ":dense"
+OPENAI = SamplingConfig(temperature=1.0)  # where neither a request nor the model says how to draw
 NO_TEMPLATE = "the model has no chat template: start the server with --chat-template FILE, or use /v1/completions"
 
 
@@ -29,7 +30,8 @@ class Served:
 
     sparse: whether `name` runs sparse, as a model with an adapter does. limit: the longest prompt and answer together, in tokens.
     max_choices: of one request, prompts times n; max_traced: of one with a trace. max_characters: of a prompt that may
-    fit, None where that cannot be told. created: when it began to be served, in seconds since 1970.
+    fit, None where that cannot be told. sampling, dense_sampling: of a request that names no temperature, top_p or top_k, sparse and
+    dense; OpenAI's own unless the model comes with another. created: when it began to be served, in seconds since 1970.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Served:
     max_choices: int = MAX_CHOICES
     max_traced: int = MAX_CHOICES
     max_characters: int | None = None
+    sampling: SamplingConfig = OPENAI
+    dense_sampling: SamplingConfig = OPENAI
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -63,9 +67,13 @@ class Served:
         return model != self.name or not self.sparse
 
 
-def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: int, name: str | None = None) -> Served:
+def served_by(
+    tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: int, name: str | None = None,
+    sampling: SamplingConfig = OPENAI, dense_sampling: SamplingConfig = OPENAI,
+) -> Served:  # fmt: skip
     """What a worker serves. name: for requests, where it is not the model's own. tokenizer: with the chat template to use. queue: jobs
-    that may wait; no request may ask for more than that and the slots of its engine when that is free."""
+    that may wait; no request may ask for more than that and the slots of its engine when that is free. sampling, dense_sampling: those
+    that the model comes with; a greedy one is none, and leaves OpenAI's."""
     plain, traced = (min(MAX_CHOICES, queue + engine.slots) for engine in (state.engines[0], state.engines[-1]))  # the last one records
     return Served(
         name=state.model if name is None else name,
@@ -82,6 +90,8 @@ def served_by(tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: 
         limit=state.max_model_len,
         max_choices=plain,
         max_traced=traced,
+        sampling=sampling if sampling.temperature > 0 else OPENAI,
+        dense_sampling=dense_sampling if dense_sampling.temperature > 0 else OPENAI,
         max_characters=None if (longest := tokenizer.longest_token) is None else longest * state.max_model_len,
     )
 
@@ -203,8 +213,8 @@ def _jobs(
         if token_id >= served.vocab_size:
             raise invalid(f"logit_bias names token {token_id}, and the vocabulary has {served.vocab_size}", param="logit_bias")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    temperature = 1.0 if body.temperature is None else body.temperature
-    sampling = SamplingConfig(temperature=temperature, top_k=body.top_k, top_p=body.top_p, seed=body.seed)
+    own = served.dense_sampling if dense else served.sampling
+    sampling = own.asked(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, seed=body.seed)
     return tuple(
         Job(
             prompt_ids=tuple(ids),

@@ -64,7 +64,9 @@ class Sampled(Wire):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1), WHOLE] | None = Field(default=None, description="Not of OpenAI: draw from the likeliest so many.")
+    top_k: Annotated[int, Field(ge=0), WHOLE] | None = Field(
+        default=None, description="Not of OpenAI: draw from the likeliest so many; 0 from all."
+    )
     seed: Seed = None
     stop: Stop = None
     logit_bias: Biases = None
