@@ -288,8 +288,8 @@ def test_profile_and_train(folder: Path) -> None:
     assert adapter.config.base_hashes == (lm.base_hash,) and adapter.config.calibration_max_tokens == 600
     assert lm.calibration_perplexity([TEXT], adapter) == pytest.approx(measured["ppl_dense"])
     assert lm.generate(PROMPT, max_new_tokens=4, adapter=adapter, ignore_eos=True).new_tokens == 4
-    with pytest.raises(ValueError, match="ranks"):
-        lm.train(TEXT, ranks=4)
+    with pytest.raises(TypeError, match="ranks"):
+        lm.train(TEXT, ranks=4)  # pyrefly: ignore[unexpected-keyword]
     with pytest.raises(ValueError, match="budget"):
         lm.train(TEXT, budget=-1.0)
 

@@ -11,11 +11,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "dejavu"
 MAX_LINES = 400
 RANKS = (
-    {"config", "files", "version"},
+    {"config", "figures", "files", "version"},
     {"kernels"},
     {"model"},
     {"offline", "engine"},
     {"measure"},
+    {"offline_methods"},
     {"language_model"},
     {"attached", "opening", "serve"},
     {"harness"},

@@ -16,14 +16,22 @@ from dejavu.version import __version__
 
 if TYPE_CHECKING:
     from dejavu.attached import attach, detach
+    from dejavu.config import SamplingConfig
+    from dejavu.engine.generation import GeneratedText, Generation
+    from dejavu.figures import Evaluation, Profile, Training
     from dejavu.language_model import LanguageModel
     from dejavu.model.adapter import Adapter
     from dejavu.opening import load
 
-__all__ = ["Adapter", "LanguageModel", "__version__", "attach", "detach", "load"]
+__all__ = [
+    "Adapter", "Evaluation", "GeneratedText", "Generation", "LanguageModel", "Profile", "SamplingConfig", "Training", "__version__",
+    "attach", "detach", "load",
+]  # fmt: skip
 
 _LAZY = {"load": "dejavu.opening", "LanguageModel": "dejavu.language_model", "Adapter": "dejavu.model.adapter"}
-_LAZY |= {"attach": "dejavu.attached", "detach": "dejavu.attached"}
+_LAZY |= {"attach": "dejavu.attached", "detach": "dejavu.attached", "SamplingConfig": "dejavu.config"}
+_LAZY |= dict.fromkeys(("Evaluation", "Profile", "Training"), "dejavu.figures")
+_LAZY |= dict.fromkeys(("GeneratedText", "Generation"), "dejavu.engine.generation")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,39 +1,34 @@
 """A loaded model and everything one does with it: what `import dejavu` offers.
 
-In: what the user calls a model. Out: a LanguageModel, which generates, gives logits, profiles, trains an adapter and
-evaluates, dense or sparse, always from one model object.
+In: what the user calls a model. Out: a LanguageModel, which generates, gives logits and (offline_methods.py) profiles, trains an
+adapter and evaluates, dense or sparse, always from one model object.
 
 Letters: T tokens  V vocabulary
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, overload
+from collections.abc import Iterator, Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from dejavu.config import MAX_NEW_TOKENS, Progress, SamplingConfig, require
+from dejavu.config import MAX_NEW_TOKENS, SamplingConfig, require
 from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
 from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
 from dejavu.engine.idle import IdleEngines
 from dejavu.engine.interface import Engine
 from dejavu.kernels.native import default_threads
-from dejavu.measure.evaluate import evaluate
-from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.template import Messages, chat_ids
-from dejavu.model.transformer import DENSE, on_cpu
+from dejavu.model.transformer import DENSE
+from dejavu.offline_methods import OfflineMethods
 
 
-class LanguageModel:
+class LanguageModel(OfflineMethods):
     """A model with its tokenizer, its backend and, perhaps, the adapter that makes it sparse. Made by `load`.
 
     config, tokenizer, name, base_hash: of the checkpoint. backend, dtype, cache_dtype, screened_head: what was picked. adapter:
@@ -60,7 +55,7 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"
-        return f"LanguageModel({self.name!r}, backend={self.backend!r}, dtype={self.dtype!r}, {state})"
+        return f"LanguageModel({self.name!r}, backend={self.backend!r}, dtype={self.dtype!r}, {state}, {self.sampling.words})"
 
     @property
     def num_threads(self) -> int:
@@ -235,132 +230,3 @@ class LanguageModel:
         layers = self.layers(adapter=adapter, dense=dense)
         ids_BT = torch.tensor([list(token_ids)], device=self.model.embed.weight.device)
         return self.model(ids_BT, DENSE if layers is None else MaskedSelection(layers))[0]
-
-    @contextlib.contextmanager
-    def _on_cpu(self) -> Generator[None]:
-        """See `on_cpu`; engines that are idle would keep the weights where they were."""
-        self._engines.clear()
-        with on_cpu(self.model):
-            yield
-
-    def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 20_000, progress: Progress | None = None) -> dict[str, Any]:
-        """Where the dense model is sparse by nature (Deja Vu, section 3): see `dejavu.offline.profile` for the keys.
-
-        text: one text, or several by name, of each of which the first max_tokens tokens are read. A line `<|endoftext|>`
-        ends a document. Raises ValueError for an empty text.
-        """
-        from dejavu.offline.profile import profile
-
-        texts = {"text": text} if isinstance(text, str) else text
-        ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
-        with self._on_cpu():
-            return profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress)
-
-    def train(self, text: str | Sequence[str], *, budget: float = 0.005, **options: Any) -> Adapter | None:
-        """Train an adapter and calibrate it to a loss budget (allowed relative rise of perplexity on held-out text).
-
-        Takes the options of `train_measured`, and returns its adapter alone, None where method auto keeps the model dense. The
-        model goes on as it is: set `lm.adapter`, or give the adapter to `generate`.
-        """
-        return self.train_measured(text, budget=budget, **options)[0]
-
-    def train_measured(
-        self,
-        text: str | Sequence[str],
-        *,
-        budget: float = 0.005,
-        method: str = "predicted",
-        max_tokens: int = 200_000,
-        seed: int = 0,
-        work_folder: str | Path | None = None,
-        progress: Progress | None = None,
-        **options: Any,
-    ) -> tuple[Adapter | None, dict[str, Any]]:
-        """As `train`, with what was measured on the way: see `dejavu.offline.train` for the keys and for more options.
-
-        method: predicted, exact, gate, input, or auto, which trains each that the model can have, times it here beside the dense
-        model and takes the fastest within the budget, or None where dense is as fast (see measure/fastest.py).
-        max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
-        layers, so that the same call goes on after an interruption. Raises ValueError for an empty text or an option out
-        of range.
-        """
-        from dejavu.measure.fastest import chosen, speeds
-        from dejavu.offline.train import train_adapters
-        from dejavu.offline.train_config import TrainConfig
-
-        config = TrainConfig.from_dict({"budget": budget, "method": method, "max_tokens": max_tokens, "seed": seed, **options})
-        texts = [text] if isinstance(text, str) else list(text)
-        windows = self.training_windows(texts, max_tokens=max_tokens)
-        with self._on_cpu():
-            found = train_adapters(
-                self.checkpoint,
-                windows,
-                config,
-                text_hash=corpus_hash(texts),
-                work_folder=None if work_folder is None else Path(work_folder),
-                progress=progress,
-            )
-        ids = [token for window in windows for token in window]
-        engine = {"backend": self.backend, "dtype": self.dtype, "cache_dtype": self.cache_dtype, "threads": self.threads}
-        for adapter, result in found:
-            layers = adapter.attached(self.model, dtype=self.dtype)
-            result |= speeds(self.model, layers, ids, name=self.name, progress=progress, **engine)
-        taken, measured = chosen(found) if method == "auto" else (found[0], found[0][1])
-        if taken is None:
-            return None, measured
-        described = dataclasses.replace(taken[0].config, calibration_max_tokens=max_tokens)
-        return dataclasses.replace(taken[0], config=described), measured
-
-    def calibration_perplexity(self, texts: Sequence[str], adapter: Adapter) -> float:
-        """Dense perplexity of this model on the tokens that the adapter's `ppl_dense` was measured on.
-
-        texts: those that the adapter was trained on. Raises ValueError where the adapter does not say how they were cut.
-        """
-        from dejavu.offline.collect import pack_windows
-        from dejavu.offline.fidelity import token_nll
-        from dejavu.offline.split import fitting_windows, split_windows, training_context
-
-        max_tokens = adapter.config.calibration_max_tokens
-        if max_tokens is None:
-            raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
-        windows = self.training_windows(texts, max_tokens=max_tokens)
-        ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos)
-        with self._on_cpu():
-            return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
-
-    def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
-        """The windows of a text that training reads: as long as `training_context`, BOS included, but ids without BOS."""
-        from dejavu.offline.split import training_context
-
-        length = training_context(self.config) - (self.tokenizer.document_bos is not None)
-        return spread_windows(self.tokenizer, texts, max_tokens=max_tokens, length=length)
-
-    def evaluate(
-        self,
-        *,
-        texts: Mapping[str, str] | None = None,
-        tasks: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-        max_tokens: int = 100_000,
-        limit: int = 250,
-        stride: int | None = None,
-        strict: bool = False,
-        adapter: Adapter | None = None,
-        dense: bool = False,
-        progress: Progress | None = None,
-    ) -> dict[str, Any]:
-        """Perplexity of texts and accuracy on tasks, dense and sparse: see `dejavu.measure.evaluate` for the keys.
-
-        texts: name -> text; tasks: name -> records as `dejavu.measure.tasks.read_items` reads them from a JSONL file.
-        """
-        return evaluate(
-            self.model,
-            self.tokenizer,
-            self.layers(adapter=adapter, dense=dense),
-            texts=texts or {},
-            tasks=tasks or {},
-            max_tokens=max_tokens,
-            limit=limit,
-            stride=stride,
-            strict=strict,
-            progress=progress,
-        )

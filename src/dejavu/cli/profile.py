@@ -37,7 +37,7 @@ def profile(
         model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False, download=download, offline=offline
     )  # fmt: skip
     with resumable("a profile is short and keeps nothing: run it again"), progress_bars() as progress:
-        result = lm.profile(texts, max_tokens=max_tokens, progress=progress)
+        result: dict[str, Any] = {**lm.profile(texts, max_tokens=max_tokens, progress=progress)}
     show(out, result)
     if folder is not None:
         out.say(f"Results: {write_sections(folder, lm, profile=result)}")

@@ -62,7 +62,8 @@ def train(
         model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False, download=download, offline=offline
     )  # fmt: skip
     with resumable(f"what is finished is kept in {work}; run the same command again to go on"), progress_bars() as progress:
-        adapter, measured = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
+        adapter, found = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
+    measured: dict[str, Any] = {**found}
     about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}
     if adapter is None:
         shutil.rmtree(work, ignore_errors=True)

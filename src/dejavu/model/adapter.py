@@ -80,6 +80,12 @@ class Adapter:
             found.update(b"".join(name.encode() + tensor_digest(tensors[name].float()) for name in sorted(tensors)))
         return found.hexdigest()[:16]
 
+    def __repr__(self) -> str:
+        config, merged = self.config, "" if self.lora is None else ", changes weights"
+        densities = f"mlp_density={config.mlp_density:.3f}, head_density={config.head_density:.3f}"
+        facts = f"{config.method!r} of {config.base_id!r}, {len(self.layers)} layers, {densities}, budget={config.budget}{merged}"
+        return f"Adapter({facts}{'' if self.sampling is None else f', {self.sampling.words}'})"
+
     def with_base(self, base_hash: str) -> Adapter:
         """This adapter accepting one more form of its base."""
         if base_hash in self.config.base_hashes:

@@ -46,9 +46,9 @@ class Checkpoint:
     generation_config.json; None where there is none.
     """
 
-    model: Transformer
-    tokenizer: Tokenizer
-    config: ModelConfig
+    model: Transformer = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    config: ModelConfig = dataclasses.field(repr=False)
     name: str
     base_hash: str
     stored_dtype: str

@@ -66,6 +66,10 @@ class LayerLora:
     factors: Mapping[str, tuple[Tensor, Tensor]]
     norms: Mapping[str, Tensor]
 
+    def __repr__(self) -> str:
+        ranks = sorted({len(A_RI) for A_RI, _ in self.factors.values()})
+        return f"LayerLora({', '.join([*self.factors, *self.norms])}, rank={'/'.join(map(str, ranks))})"
+
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every linear map of a layer, by our module name."""

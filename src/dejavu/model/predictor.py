@@ -47,6 +47,10 @@ class Predictor:
     threshold: float
     lookahead: int
 
+    def __repr__(self) -> str:
+        (rank, inputs), outputs = self.A_RD.shape, len(self.bias_O)
+        return f"Predictor({inputs} -> {rank} -> {outputs}, threshold={self.threshold:.4g}, lookahead={self.lookahead})"
+
     def to(self, device: torch.device) -> Predictor:
         """The predictor on that device; itself where it is there already."""
         if self.A_RD.device == device:
@@ -81,7 +85,7 @@ class LayerAdapter:
     heads: Predictor | None = None
     gate: GateThreshold | None = None
     inputs: InputThresholds | None = None
-    block: Block | None = None
+    block: Block | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         assert self.mlp is None or self.gate is None, "neurons are selected in one way"

@@ -10,7 +10,7 @@ tokenizer has no tokenizer.json (the rule of transformers). BOS is added once: a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ def byte_level_bpe(vocabulary: dict[str, int], merges: Iterable[tuple[str, str]]
 class Tokenizer:
     """A tokenizer with its special ids. `special_tokens` maps bos_token, eos_token, unk_token, pad_token to their strings."""
 
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = field(repr=False)
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     adds_bos: bool
     special_tokens: dict[str, str]
-    chat_template: str | None = None
+    chat_template: str | None = field(default=None, repr=False)
 
     @property
     def vocab_size(self) -> int:

@@ -1,0 +1,165 @@
+"""What profiling, training and evaluating a model give back, as typed dicts: plain JSON, by the keys that commands print.
+
+Densities, shares and accuracies are fractions; perplexities are of e; a key that may be None says when in the docstring of its class.
+"""
+
+# Annotations are evaluated here, not kept as strings: else each key would be a required one for what reads `__required_keys__`.
+from typing import Literal, NotRequired, TypedDict
+
+
+class LayerProfile(TypedDict):
+    """One layer by nature. dead, always_on, contextual: fractions of its neurons, which add up to 1; mass99_density: the fewest neurons
+    that carry 99 % of the mass; cosine: of the residual stream before and after; heads90: the fewest heads that carry 90 % of what
+    attention adds. mass_curve, head_curve: pairs of density and share.
+    """
+
+    mlp_density: float
+    dead: float
+    always_on: float
+    contextual: float
+    mass99_density: float
+    cosine: float
+    heads90: float
+    mass_curve: list[list[float]]
+    head_curve: list[list[float]]
+
+
+class OraclePoint(TypedDict):
+    """Perplexity where an oracle keeps that density of neurons or heads. mass: the share that it keeps, of neurons alone."""
+
+    part: Literal["mlp", "heads"]
+    density: float
+    ppl: float
+    mass: NotRequired[float]
+
+
+class Profile(TypedDict):
+    """What `LanguageModel.profile` returns. ppl_dense: on the oracle_tokens tokens that the oracle's curves are of."""
+
+    layers: list[LayerProfile]
+    oracle: list[OraclePoint]
+    ppl_dense: float
+    tokens: int
+    oracle_tokens: int
+
+
+class PartTraining(TypedDict):
+    """A predictor on held-out text."""
+
+    recall: float
+    mass: float
+    density: float
+    lookahead: int
+
+
+class LayerTraining(TypedDict):
+    """A layer on held-out text. recall, mass: None where neurons are not what is selected; lookahead: None without a predictor of
+    neurons; heads: None where they are dense. curve: [density, recall, mass] of each threshold that could be chosen. threshold: of a
+    gate, None where the layer is dense. attention, inputs: densities, where inputs are selected.
+    """
+
+    recall: float | None
+    mass: float | None
+    density: float
+    lookahead: int | None
+    heads: PartTraining | None
+    curve: list[list[float]]
+    threshold: NotRequired[float | None]
+    attention: NotRequired[float]
+    inputs: NotRequired[dict[str, float]]
+
+
+class Candidate(TypedDict):
+    """What a method reached on text that calibration did not see. rise: of perplexity, relative; reads: values of weights and cache that
+    the layers read for a token, read_share of what they read dense. tok_s, tok_s_dense, speedup: of decoding one sequence here, in turns
+    with the dense model; None where it could not be timed, and speed_note says why.
+    """
+
+    method: str
+    rise: float
+    rise_stderr: float
+    within_budget: bool
+    mlp_density: float
+    head_density: float
+    reads: float
+    read_share: float
+    seconds: float
+    tok_s: float | None
+    tok_s_dense: float | None
+    speedup: float | None
+    speed_note: NotRequired[str | None]
+
+
+class Training(Candidate):
+    """What `LanguageModel.train_measured` returns beside the adapter. tokens: those used, of tokens_given. candidates, why: with auto."""
+
+    layers: list[LayerTraining]
+    ppl_dense: float
+    ppl_sparse: float
+    budget: float
+    tokens: int
+    tokens_given: int
+    candidates: NotRequired[list[Candidate]]
+    why: NotRequired[str]
+
+
+class TextScore(TypedDict):
+    """Of one text; densities in the sparse run alone."""
+
+    ppl: float
+    bits_per_byte: float
+    stderr: float | None
+    tokens: int
+    windows: int
+    mlp_density: NotRequired[float | None]
+    head_density: NotRequired[float | None]
+
+
+class TaskScore(TypedDict):
+    """Of one task of n items. ppl, ppl_stderr: of targets, where items have one. Densities, tokens_sparse: of the sparse run."""
+
+    acc: float
+    acc_norm: float
+    stderr: float | None
+    stderr_norm: float | None
+    n: int
+    ppl: NotRequired[float | None]
+    ppl_stderr: NotRequired[float | None]
+    mlp_density: NotRequired[float | None]
+    head_density: NotRequired[float | None]
+    tokens_sparse: NotRequired[int]
+    note: NotRequired[str]
+
+
+class Quality(TypedDict):
+    """One side of an evaluation. mode: dense, or what selects. ppl, stderr: over all texts, None without one. tokens: scored, of which
+    tokens_sparse sparse.
+    """
+
+    mode: str
+    ppl: float | None
+    stderr: float | None
+    texts: dict[str, TextScore]
+    tasks: dict[str, TaskScore]
+    mlp_density: float
+    head_density: float
+    mlp_density_per_layer: list[float]
+    head_density_per_layer: list[float]
+    tokens: int
+    tokens_sparse: int
+
+
+class Evaluation(TypedDict):
+    """What `LanguageModel.evaluate` returns. sparse: None without an adapter; rise, rise_stderr: of perplexity, None without an adapter or
+    a text. context, stride: tokens of a window and between two; bos: in words, where one stands.
+    """
+
+    dense: Quality
+    sparse: Quality | None
+    rise: float | None
+    rise_stderr: float | None
+    mlp_density: float
+    head_density: float
+    context: int
+    stride: int
+    bos: str

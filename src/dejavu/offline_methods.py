@@ -1,0 +1,225 @@
+"""What a loaded model does with whole texts, before it generates or beside it: profile, train an adapter, evaluate.
+
+In: texts, and options that are checked once. Out: an Adapter, and what was measured as typed dicts (figures.py). `LanguageModel` has
+these methods; what is offline runs where the model is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
+
+from dejavu.config import ModelConfig, Progress
+from dejavu.engine.idle import IdleEngines
+from dejavu.figures import Evaluation, Profile, Training
+from dejavu.measure.evaluate import evaluate
+from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
+from dejavu.model.adapter import Adapter
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.tokenizer import Tokenizer
+from dejavu.model.transformer import Transformer, on_cpu
+
+
+class TrainOptions(TypedDict, total=False):
+    """What `train` takes besides text and method; defaults are those of its signature."""
+
+    budget: float
+    rank: int
+    loss: Literal["contribution", "bce"]
+    epochs: float
+    learning_rate: float
+    max_tokens: int
+    lookahead: Literal["auto", "0", "1"]
+    lookahead_tolerance: float
+    heads: bool
+    cached_tokens: int
+    seed: int
+    work_folder: str | Path | None
+    progress: Progress | None
+
+
+class OfflineMethods:
+    """The part of LanguageModel that reads whole texts; it has what is declared here."""
+
+    checkpoint: Checkpoint
+    model: Transformer
+    tokenizer: Tokenizer
+    config: ModelConfig
+    name: str
+    backend: str
+    dtype: str
+    cache_dtype: str
+    threads: int | None
+    _engines: IdleEngines
+
+    def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _on_cpu(self) -> Generator[None]:
+        """See `on_cpu`; engines that are idle would keep the weights where they were."""
+        self._engines.clear()
+        with on_cpu(self.model):
+            yield
+
+    def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 20_000, progress: Progress | None = None) -> Profile:
+        """Where the dense model is sparse by nature (Deja Vu, section 3).
+
+        text: one text, or several by name, of each of which the first max_tokens tokens are read. A line `<|endoftext|>`
+        ends a document. Raises ValueError for an empty text.
+        """
+        from dejavu.offline.profile import profile
+
+        texts = {"text": text} if isinstance(text, str) else text
+        ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
+        with self._on_cpu():
+            return cast(Profile, profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress))
+
+    @overload
+    def train(
+        self, text: str | Sequence[str], *, method: Literal["predicted", "exact", "gate", "input"] = ..., **options: Unpack[TrainOptions]
+    ) -> Adapter: ...
+    @overload
+    def train(self, text: str | Sequence[str], *, method: Literal["auto"], **options: Unpack[TrainOptions]) -> Adapter | None: ...
+    def train(
+        self,
+        text: str | Sequence[str],
+        *,
+        method: Literal["predicted", "exact", "gate", "input", "auto"] = "predicted",
+        budget: float = 0.005,
+        rank: int = 64,
+        loss: Literal["contribution", "bce"] = "contribution",
+        epochs: float = 4.0,
+        learning_rate: float = 5e-3,
+        max_tokens: int = 200_000,
+        lookahead: Literal["auto", "0", "1"] = "auto",
+        lookahead_tolerance: float = 0.2,
+        heads: bool = True,
+        cached_tokens: int = 256,
+        seed: int = 0,
+        work_folder: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Adapter | None:
+        """Train an adapter and calibrate it to a loss budget (allowed relative rise of perplexity on held-out text).
+
+        method: predicted, exact, gate, input, or auto, which trains each that the model can have, times it here beside the dense
+        model and takes the fastest within the budget: None where dense is as fast.
+        max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
+        layers, so that the same call goes on after an interruption. The other options: see TrainConfig. The model goes on as it is:
+        set `lm.adapter`, or give the adapter to `generate`. Raises ValueError for an empty text or an option out of range.
+        """
+        return self.train_measured(
+            text, method=method, budget=budget, rank=rank, loss=loss, epochs=epochs, learning_rate=learning_rate, max_tokens=max_tokens,
+            lookahead=lookahead, lookahead_tolerance=lookahead_tolerance, heads=heads, cached_tokens=cached_tokens, seed=seed,
+            work_folder=work_folder, progress=progress,
+        )[0]  # fmt: skip
+
+    def train_measured(
+        self,
+        text: str | Sequence[str],
+        *,
+        method: Literal["predicted", "exact", "gate", "input", "auto"] = "predicted",
+        budget: float = 0.005,
+        rank: int = 64,
+        loss: Literal["contribution", "bce"] = "contribution",
+        epochs: float = 4.0,
+        learning_rate: float = 5e-3,
+        max_tokens: int = 200_000,
+        lookahead: Literal["auto", "0", "1"] = "auto",
+        lookahead_tolerance: float = 0.2,
+        heads: bool = True,
+        cached_tokens: int = 256,
+        seed: int = 0,
+        work_folder: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Adapter | None, Training]:
+        """As `train`, with what was measured on the way."""
+        from dejavu.measure.fastest import chosen, speeds
+        from dejavu.offline.train import train_adapters
+        from dejavu.offline.train_config import TrainConfig
+
+        config = TrainConfig(
+            method=method, budget=budget, rank=rank, loss=loss, epochs=epochs, learning_rate=learning_rate, max_tokens=max_tokens,
+            lookahead=lookahead, lookahead_tolerance=lookahead_tolerance, heads=heads, cached_tokens=cached_tokens, seed=seed,
+        )  # fmt: skip
+        texts = [text] if isinstance(text, str) else list(text)
+        windows = self.training_windows(texts, max_tokens=config.max_tokens)
+        with self._on_cpu():
+            found = train_adapters(
+                self.checkpoint,
+                windows,
+                config,
+                text_hash=corpus_hash(texts),
+                work_folder=None if work_folder is None else Path(work_folder),
+                progress=progress,
+            )
+        ids = [token for window in windows for token in window]
+        engine = {"backend": self.backend, "dtype": self.dtype, "cache_dtype": self.cache_dtype, "threads": self.threads}
+        for adapter, result in found:
+            layers = adapter.attached(self.model, dtype=self.dtype)
+            result |= speeds(self.model, layers, ids, name=self.name, progress=progress, **engine)
+        taken, measured = chosen(found) if method == "auto" else (found[0], found[0][1])
+        if taken is None:
+            return None, cast(Training, measured)
+        described = dataclasses.replace(taken[0].config, calibration_max_tokens=config.max_tokens)
+        return dataclasses.replace(taken[0], config=described), cast(Training, measured)
+
+    def calibration_perplexity(self, texts: Sequence[str], adapter: Adapter) -> float:
+        """Dense perplexity of this model on the tokens that the adapter's `ppl_dense` was measured on.
+
+        texts: those that the adapter was trained on. Raises ValueError where the adapter does not say how they were cut.
+        """
+        from dejavu.offline.collect import pack_windows
+        from dejavu.offline.fidelity import token_nll
+        from dejavu.offline.split import fitting_windows, split_windows, training_context
+
+        max_tokens = adapter.config.calibration_max_tokens
+        if max_tokens is None:
+            raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
+        windows = self.training_windows(texts, max_tokens=max_tokens)
+        ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos)
+        with self._on_cpu():
+            return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
+
+    def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
+        """The windows of a text that training reads: as long as `training_context`, BOS included, but ids without BOS."""
+        from dejavu.offline.split import training_context
+
+        length = training_context(self.config) - (self.tokenizer.document_bos is not None)
+        return spread_windows(self.tokenizer, texts, max_tokens=max_tokens, length=length)
+
+    def evaluate(
+        self,
+        *,
+        texts: Mapping[str, str] | None = None,
+        tasks: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+        max_tokens: int = 100_000,
+        limit: int = 250,
+        stride: int | None = None,
+        strict: bool = False,
+        adapter: Adapter | None = None,
+        dense: bool = False,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Perplexity of texts and accuracy on tasks, dense and sparse.
+
+        texts: name -> text; tasks: name -> records as `dejavu.measure.tasks.read_items` reads them from a JSONL file.
+        """
+        found = evaluate(
+            self.model,
+            self.tokenizer,
+            self.layers(adapter=adapter, dense=dense),
+            texts=texts or {},
+            tasks=tasks or {},
+            max_tokens=max_tokens,
+            limit=limit,
+            stride=stride,
+            strict=strict,
+            progress=progress,
+        )
+        return cast(Evaluation, found)
