@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 
 import dejavu
 from dejavu.engine import idle
@@ -93,6 +94,7 @@ def test_sampling_repeats_by_torch_s_seed_and_keeps_to_its_cut(net: Any) -> None
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, "padding on the left"),
         ({"max_new_tokens": 200}, "more than the context of 64"),
         ({"stopping_criteria": []}, "stopping_criteria"),
+        ({"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}, "asked for .*repetition_penalty=1.3, no_repeat_ngram_size=2: generated"),
     ],
 )
 def test_the_rest_goes_to_transformers_said_once(net: Any, options: dict[str, Any], reason: str) -> None:
@@ -105,6 +107,73 @@ def test_the_rest_goes_to_transformers_said_once(net: Any, options: dict[str, An
         warnings.simplefilter("error")
         assert (found == plain).all() if isinstance(found, torch.Tensor) else torch.equal(found.sequences, plain.sequences)
         net.generate(PROMPT, **call)
+
+
+class Recorder:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.values: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert value.device.type == "cpu" and not self.ended
+        self.values.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_streamers_get_what_transformers_gives_them(net: Any, recwarn: pytest.WarningsRecorder) -> None:
+    ids = torch.tensor([[0, 0, 2, 5, 7], [2, 31, 37, 41, 43]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ends = greedy(net, ids, attention_mask=mask)[0][8]
+    calls = (({"attention_mask": mask, "eos_token_id": ends}, ids), ({"max_new_tokens": 1}, PROMPT), ({}, PROMPT))
+    theirs, ours = [Recorder() for _ in calls], [Recorder() for _ in calls]
+    wanted = [greedy(net, prompt, streamer=each, **options) for each, (options, prompt) in zip(theirs, calls, strict=True)]
+    dejavu.attach(net)
+    recwarn.clear()
+    assert [greedy(net, prompt, streamer=each, **options) for each, (options, prompt) in zip(ours, calls, strict=True)] == wanted
+    assert [each.values for each in ours] == [each.values for each in theirs] and {each.ended for each in ours} == {1}
+    assert ours[0].values[-1][0] == 0, "padding behind the end of a row"
+    assert not recwarn.list, "sparse, not by transformers"
+
+
+def test_a_text_streamer_prints_the_text_as_it_comes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = dejavu.load("opt-mini", backend="torch", dtype="fp32")
+    export(lm.model, lm.tokenizer, tmp_path / "hf")
+    net = dejavu.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval(), lm.adapter, backend="torch")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    inputs = tokenizer("The lighthouse keeper", return_tensors="pt")
+    found = net.generate(**inputs, max_new_tokens=8, do_sample=False, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out == tokenizer.decode(found[0]) + "\n"
+
+
+def test_a_streamer_that_is_none_is_left_to_transformers(net: Any) -> None:
+    dejavu.attach(net)
+    with pytest.warns(UserWarning, match="generate was given streamer"), pytest.raises(AttributeError):
+        greedy(net, PROMPT, streamer=3)
+
+
+def test_what_only_sampling_reads_does_not_matter_to_a_greedy_text(net: Any) -> None:
+    wanted = greedy(net, PROMPT)
+    dejavu.attach(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert greedy(net, PROMPT, min_p=0.1) == wanted
+    with pytest.warns(UserWarning, match=r"min_p=0\.1"):
+        greedy(net, PROMPT, min_p=0.1, do_sample=True)
+
+
+def test_a_text_whose_length_nothing_says_has_our_default_whoever_writes_it(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)
+    dejavu.attach(net)
+    for default, length in ((7, 6 + 7), (256, 64)):
+        monkeypatch.setattr("dejavu.attached.MAX_NEW_TOKENS", default)
+        assert net.generate(PROMPT).shape == (1, length)
+        with pytest.warns(UserWarning, match="num_beams") if default == 7 else contextlib.nullcontext():
+            assert net.generate(PROMPT, num_beams=2).shape == (1, length)
+    assert net.generate(PROMPT, max_length=9).shape == (1, 9)
 
 
 def test_detach_undoes_it(net: Any) -> None:
@@ -150,13 +219,12 @@ def test_an_adapter_makes_it_sparse_and_has_to_be_its_own(tmp_path: Path, monkey
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_padding_without_a_mask_is_taken_as_transformers_takes_it(net: Any) -> None:
-    """Where the padding token is none that ends a text; and a text has 20 new tokens where nothing says how many."""
+    """Where the padding token is none that ends a text."""
     ids = torch.tensor([[0, 0, 2, 5, 7], [2, 31, 37, 41, 43]])
     net.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=95)
-    wanted = net.generate(ids).tolist()
-    assert len(wanted[0]) == 25
+    wanted = net.generate(ids, max_new_tokens=20).tolist()
     dejavu.attach(net)
-    assert net.generate(ids).tolist() == wanted
+    assert net.generate(ids, max_new_tokens=20).tolist() == wanted
     assert net.generate(ids, eos_token_id=[40, 4], pad_token_id=None, max_new_tokens=3).shape == (2, 8)
 
 

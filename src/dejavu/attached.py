@@ -1,9 +1,9 @@
 """dejavu inside transformers: `attach(model, adapter)` makes `model.generate(...)` of an existing model decode here.
 
 In: a causal language model of transformers and an adapter for it. Out: the same model, whose `generate` runs prefill and decode on
-our engine for greedy decoding and sampling with temperature, top_k and top_p, one sequence or several (padded on the left, or
-not); whatever else is asked of it goes to transformers' own `generate`, and why is said once. `detach` takes it away: the model's
-weights and its class were never touched.
+our engine for greedy decoding and sampling with temperature, top_k and top_p, one sequence or several (padded on the left, or not),
+with or without a streamer; whatever else is asked of it goes to transformers' own `generate`, and why is said once. `detach` takes it
+away: the model's weights and its class were never touched.
 
 The engine has copies of the weights, made by `attach`. Weights that change later do not reach it: detach, and attach again.
 
@@ -17,12 +17,12 @@ import types
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dejavu.config import SamplingConfig, require
+from dejavu.config import MAX_NEW_TOKENS, SamplingConfig, require
 from dejavu.engine.backends import backends, make_engine, pick_backend
 from dejavu.engine.cache import PAGE_SIZE
 from dejavu.engine.idle import IdleEngines
@@ -32,22 +32,21 @@ from dejavu.engine.sampling import Sampler
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, assembled
 from dejavu.model.download import Download
+from dejavu.model.generation_config import OF_SAMPLING, TOP_K, changes_nothing
 from dejavu.model.hub import adapter_folder
 from dejavu.model.transformer import Transformer
 
 NAME = "_dejavu"  # where a model keeps what is attached to it
-# Fields of a generation config that we obey, and those that change nothing of what we do. Any other has to be at a value that does nothing.
+# Fields of a generation config that we obey. Any other has to be at a value that changes nothing of what we do.
 OBEYED = ("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id")
-WITHOUT_EFFECT = (
-    "bos_token_id", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
-    "continuous_batching_config", "transformers_version", "_from_model_config", "early_stopping", "length_penalty", "low_memory",
-    "decoder_start_token_id", "prefill_chunk_size", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
-    "assistant_ensemble_weight", "speculation_type", "use_mtp",
-)  # fmt: skip
-DOES_NOTHING: dict[str, Any] = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "top_h": 1.0, "typical_p": 1.0}
-DOES_NOTHING |= {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0}
-TOP_K, NEW_TOKENS = 50, 20  # transformers' own defaults
+
+
+class Streamer(Protocol):
+    """What transformers' TextStreamer and the like have: put takes the prompt [B, T], then the new tokens [B] of each step."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Attached(NamedTuple):
@@ -79,6 +78,9 @@ def attach(
     net: of an architecture that dejavu reads, on the CPU or a GPU. backend, dtype: of the engine, as `dejavu.load` has them; by
     default the best for where net is, in fp32 on a CPU and in net's own dtype on a GPU. Raises ValueError for a model of another
     kind, an adapter of another base, and a model that has something attached already.
+
+    How a text is drawn is what transformers is told, by net.generation_config and the call. One whose length nothing says has at most
+    256 new tokens, wherever it is generated.
     """
     require(not hasattr(net, NAME), "this model has an adapter attached already; detach it first")
     require(hasattr(net, "config") and hasattr(net, "generate"), f"{type(net).__name__} is no model of transformers that generates text")
@@ -120,6 +122,8 @@ def detach(net: Any) -> Any:
 def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = None, **given: Any) -> Any:
     """What stands in for net.generate."""
     held: Attached = getattr(net, NAME)
+    ids = given.get("input_ids") if inputs is None else inputs
+    given |= _default_length(net, ids, generation_config, given)
     request = _request(net, inputs, generation_config, given)
     if isinstance(request, str):
         kind = re.sub(r"\d+", "", request)
@@ -127,38 +131,57 @@ def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = N
             held.reasons.add(kind)
             warnings.warn(f"dejavu: {request}: generated by transformers, dense", stacklevel=2)
         return type(net).generate(net, inputs, generation_config=generation_config, **given)
-    ids = inputs if inputs is not None else given["input_ids"]
+    assert isinstance(ids, Tensor)
+    streamer: Streamer | None = given.get("streamer")
+    if streamer is not None:
+        streamer.put(ids.cpu())
     rows = len(request.prompts)
     tokens = max(len(prompt) for prompt in request.prompts) + request.max_new_tokens
     if rows == 1:
         engine, give_back = held.engines.take(held.model, held.adapter, tokens=tokens, backend=held.backend, dtype=held.dtype)
-        new = decode(engine, request)
+        new = decode(engine, request, streamer)
         engine.free(0)
         give_back()
     else:
         room = rows * -(-tokens // PAGE_SIZE) * PAGE_SIZE
         layers = None if held.adapter is None else held.engines.layers(held.model, held.adapter, dtype=held.dtype)
         engine = make_engine(held.model, layers, backend=held.backend, num_slots=rows, cache_tokens=room, dtype=held.dtype)
-        new = decode(engine, request)
+        new = decode(engine, request, streamer)
+    if streamer is not None:
+        streamer.end()
     longest = max(len(tokens) for tokens in new)
     padded = [tokens + [request.pad_id] * (longest - len(tokens)) for tokens in new]
     return torch.cat([ids, torch.tensor(padded, dtype=ids.dtype, device=ids.device)], 1)
 
 
 @torch.inference_mode()
-def decode(engine: Engine, request: Request) -> list[list[int]]:
-    """The new tokens of each prompt, what ended it included."""
+def decode(engine: Engine, request: Request, streamer: Streamer | None = None) -> list[list[int]]:
+    """The new tokens of each prompt, what ended it included. streamer: gets them step by step, padding for a row that has ended."""
     samplers = [Sampler(request.sampling, index=row) for row in range(len(request.prompts))]
-    new: list[list[int]] = []
-    for row, prompt in enumerate(request.prompts):
-        new.append([samplers[row].draw(engine.prefill(row, prompt)).token_id])
-    running = [row for row in range(len(new)) if new[row][-1] not in request.stop_ids and request.max_new_tokens > 1]
-    while running:
+    running = list(range(len(samplers)))
+    new = [[samplers[row].draw(engine.prefill(row, request.prompts[row])).token_id] for row in running]
+    while True:
+        if streamer is not None:
+            streamer.put(torch.tensor([tokens[-1] if row in running else request.pad_id for row, tokens in enumerate(new)]))
+        running = [row for row in running if new[row][-1] not in request.stop_ids and len(new[row]) < request.max_new_tokens]
+        if not running:
+            return new
         step = engine.step([new[row][-1] for row in running], running)
         for at, row in enumerate(running):
             new[row].append(samplers[row].draw(step.logits_BV[at]).token_id)
-        running = [row for row in running if new[row][-1] not in request.stop_ids and len(new[row]) < request.max_new_tokens]
-    return new
+
+
+def _default_length(net: Any, ids: Any, generation_config: Any, given: Mapping[str, Any]) -> dict[str, int]:
+    """max_new_tokens for a call where nothing says how long a text may be; empty where something does."""
+    own, called = net.generation_config, generation_config
+    limits = [given.get(name) or getattr(own, name, None) or getattr(called, name, None) for name in ("max_new_tokens", "max_length")]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or limits != [None, None]:
+        return {}
+    return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, _context(net) - ids.shape[1]))}
+
+
+def _context(net: Any) -> int:
+    return min(net.config.max_position_embeddings, getattr(net, NAME).model.config.max_positions)
 
 
 def _request(net: Any, inputs: Tensor | None, generation_config: Any, given: Mapping[str, Any]) -> Request | str:
@@ -168,6 +191,9 @@ def _request(net: Any, inputs: Tensor | None, generation_config: Any, given: Map
         return settings
     extra = {key: value for key, value in given.items() if key not in settings and value is not None}
     ids, mask = inputs if inputs is not None else extra.pop("input_ids", None), extra.pop("attention_mask", None)
+    streamer = extra.get("streamer")
+    if callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None)):
+        del extra["streamer"]
     if extra:
         return f"generate was given {', '.join(sorted(extra))}"
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
@@ -192,20 +218,18 @@ def _settings(net: Any, generation_config: Any, given: Mapping[str, Any]) -> dic
     own = net.generation_config.to_dict()
     settings = own if generation_config is None else own | {k: v for k, v in generation_config.to_dict().items() if v is not None}
     settings |= {key: value for key, value in given.items() if key in settings}
-    for key, value in settings.items():
-        number = isinstance(value, int | float) and value == DOES_NOTHING.get(key, 0)
-        if key in OBEYED or key in WITHOUT_EFFECT or value is None or number:
-            continue
-        return f"generate was asked for {key}={value!r}"
-    return settings
+    sampled = bool(settings["do_sample"])
+    known = [*OBEYED, *([] if sampled else OF_SAMPLING)]
+    beyond = [f"{key}={value!r}" for key, value in settings.items() if key not in known and not changes_nothing(key, value)]
+    return f"generate was asked for {', '.join(beyond)}" if beyond else settings
 
 
 def _limit(net: Any, settings: Mapping[str, Any], prompt: int) -> int | str:
-    """New tokens at most: max_new_tokens, else max_length less the prompt, else 20."""
+    """New tokens at most: max_new_tokens, else max_length less the prompt."""
     longest, limit = settings["max_length"], settings["max_new_tokens"]
     if limit is None:
-        limit = NEW_TOKENS if longest is None else longest - prompt
-    context = min(net.config.max_position_embeddings, getattr(net, NAME).model.config.max_positions)
+        limit = longest - prompt
+    context = _context(net)
     if limit < 1 or prompt + limit > context:
         return f"{limit} new tokens behind {prompt} are none, or more than the context of {context}"
     return int(limit)
