@@ -29,7 +29,18 @@ def opened(options: argparse.Namespace, dtype: str) -> Subject:
     engine = EngineOptions(
         backend=options.backend, dtype=dtype, cache_dtype=options.cache_dtype, screened_head=0, threads=None, seed=0
     )  # fmt: skip
-    return loaded(options.model, OUT, engine, texts=None, adapter=options.adapter, dense=False, accept_base=False, densities=())
+    return loaded(
+        options.model,
+        OUT,
+        engine,
+        texts=None,
+        adapter=options.adapter,
+        dense=False,
+        accept_base=False,
+        densities=(),
+        download=False,
+        offline=True,
+    )
 
 
 def model_of(subject: Subject) -> LanguageModel:

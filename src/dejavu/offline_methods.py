@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from typing import Any, Literal, cast
 
 from dejavu.config import ModelConfig, Progress
 from dejavu.engine.idle import IdleEngines
@@ -23,24 +23,6 @@ from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer, on_cpu
-
-
-class TrainOptions(TypedDict, total=False):
-    """What `train` takes besides text and method; defaults are those of its signature."""
-
-    budget: float
-    rank: int
-    loss: Literal["contribution", "bce"]
-    epochs: float
-    learning_rate: float
-    max_tokens: int
-    lookahead: Literal["auto", "0", "1"]
-    lookahead_tolerance: float
-    heads: bool
-    cached_tokens: int
-    seed: int
-    work_folder: str | Path | None
-    progress: Progress | None
 
 
 class OfflineMethods:
@@ -80,12 +62,6 @@ class OfflineMethods:
         with self._on_cpu():
             return cast(Profile, profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress))
 
-    @overload
-    def train(
-        self, text: str | Sequence[str], *, method: Literal["predicted", "exact", "gate", "input"] = ..., **options: Unpack[TrainOptions]
-    ) -> Adapter: ...
-    @overload
-    def train(self, text: str | Sequence[str], *, method: Literal["auto"], **options: Unpack[TrainOptions]) -> Adapter | None: ...
     def train(
         self,
         text: str | Sequence[str],
