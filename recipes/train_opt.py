@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import tokens as text_tokens
+from dejavu.config import SamplingConfig
 from dejavu.files import read_json, read_text, write_json
 from dejavu.model.bundle import write_bundle
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor, mlp_predictor_input
@@ -42,6 +43,7 @@ from dejavu.offline.collect import group_norms
 from dejavu.offline.predictors import contribution_loss
 from opt_sizes import SIZES, Recipe
 
+SAMPLING = SamplingConfig(temperature=0.8, top_p=0.9)  # at which opt-mini neither loops nor rambles, see sampling.py
 SAVE_EVERY = 500  # steps between checkpoints: what an interruption costs at most
 
 
@@ -433,7 +435,7 @@ def main() -> None:
     write(foresight=foresight(trainer, valid_ids, valid_bytes))
     config = trainer.model.config
     finished = load_tokenizer(options.output, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
-    write_bundle(trainer.model.float().eval().requires_grad_(False), finished, options.output / "model")
+    write_bundle(trainer.model.float().eval().requires_grad_(False), finished, options.output / "model", sampling=SAMPLING)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dejavu.config import SamplingConfig
 from dejavu.files import write_json
 from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
-from dejavu.model.bundle import export
+from dejavu.model.bundle import MODELS_FOLDER, export
 from dejavu.model.checkpoint import load_checkpoint
 from dejavu.model.generation_config import generation_values, read_generation_config
 from dejavu.model.tokenizer import Tokenizer
@@ -119,6 +119,13 @@ def test_a_text_is_drawn_as_the_adapter_says_else_the_model_and_as_asked(folder:
     assert drawn(lm, temperature=0).temperature == 0
     greedy = lm.generate("the cat", max_new_tokens=6, temperature=0, ignore_eos=True)
     assert lm.generate("the cat", max_new_tokens=6, top_k=1, ignore_eos=True) == greedy
+
+
+@pytest.mark.parametrize("place", ["opt-mini", "smollm2-sparse/adapter"])
+def test_what_is_bundled_is_drawn_from_its_likelier_tokens(place: str) -> None:
+    """Greedy, small models loop; at temperature 1 without a cut they break words."""
+    found = read_generation_config(MODELS_FOLDER / place)
+    assert found.sampling is not None and 0 < found.sampling.temperature < 1 and found.sampling.top_p == 0.9 and found.notes == ()
 
 
 def test_greedy_is_what_a_model_without_a_word_on_it_does(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -329,7 +329,7 @@ def test_the_bundled_model() -> None:
     with site_of(lm, slots=2, cache_tokens=256) as site:
         for model, dense in (("opt-mini", False), ("opt-mini:dense", True)):
             (choice,) = site.choices(model=model, prompt="Once upon a time", max_tokens=6, temperature=0)
-            assert choice["text"] == lm.generate("Once upon a time", max_new_tokens=6, dense=dense)
+            assert choice["text"] == lm.generate("Once upon a time", max_new_tokens=6, temperature=0, dense=dense)
             density = site.post(model=model, prompt="Once upon a time", max_tokens=6, temperature=0).json()["dejavu"]["mlp_density"]
             assert density == 1 if dense else 0.02 < density < 0.3
         assert site.post(messages=[{"role": "user", "content": "Hi"}], model="opt-mini").json()["error"]["code"] == "no_chat_template"

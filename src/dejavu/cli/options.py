@@ -89,6 +89,7 @@ def open_model(
         )  # fmt: skip
     if accept_base and adapter is not None:
         lm.adapter = accept(lm, adapter, texts or [], out)
+        lm.notes = (*lm.notes, *lm.adapter.notes)
     drawn = "" if drawing is None else f" · {drawing(lm)}"
     out.show(describe(lm, adapter_matters=needs_adapter) + drawn, *(f"[yellow]note:[/yellow] {escape(note)}" for note in lm.notes))
     return lm

@@ -42,8 +42,8 @@ def bundled_folder(name: str) -> Path:
     return MODELS_FOLDER / name
 
 
-def write_bundle(model: Transformer, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write an fp32 model as a bundled folder: matrices int8 per row, vectors fp32. Whole or not at all."""
+def write_bundle(model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, sampling: SamplingConfig | None = None) -> None:
+    """Write an fp32 model as a bundled folder: matrices int8 per row, vectors fp32. Whole or not at all. sampling: see `export`."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         values = parameter.detach().cpu()
@@ -55,7 +55,7 @@ def write_bundle(model: Transformer, tokenizer: Tokenizer, folder: str | Path) -
     with new_folder(folder) as partial:
         save_file(tensors, partial / "model.safetensors")
         write_json(partial / "config.json", config_to_hf(model.config) | {"dtype": "float32", FORMAT_KEY: INT8_ROWS})
-        _write_rest(model, tokenizer, partial)
+        _write_rest(model, tokenizer, partial, sampling)
 
 
 def export(
@@ -82,7 +82,7 @@ def export(
             write_adapter(adapter.with_base(model_hash(model, stored_as=stored_as)), partial / ADAPTER_FOLDER)
 
 
-def _write_rest(model: Transformer, tokenizer: Tokenizer, folder: Path, sampling: SamplingConfig | None = None) -> None:
+def _write_rest(model: Transformer, tokenizer: Tokenizer, folder: Path, sampling: SamplingConfig | None) -> None:
     tokenizer.save(folder)
     hf = config_to_hf(model.config)
     ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id") if hf[key] is not None}
