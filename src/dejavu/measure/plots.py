@@ -90,7 +90,10 @@ def _inline(text: str, name: str, label: str) -> str:
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'(xlink:)?href="#', f'href="#{name}-', body)
     body = body.replace("url(#", f"url(#{name}-")
-    body = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", body)
+    body = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", body)
+    body = re.sub(r"<g id=\"[^\"]*\">", "<g>", body)  # nothing refers to a group
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", tag[0]), body)  # pixels
+    body = re.sub(r">\s+<", "><", body)
     for variable, colour in LIGHT.items():
         body = body.replace(colour, f"var(--{variable})")
     return f'<svg class="figure" viewBox="0 0 {size[1]} {size[2]}" role="img" aria-label="{escape(label)}">{body}'
@@ -147,10 +150,10 @@ def mlp_density(layers: Sequence[dict[str, Any]], selected: Sequence[float] | No
             axes.barh(range(count), widths[key], left=left, height=0.62, color=colour, alpha=alpha, label=key.replace("_", "-"))
             left = [a + b for a, b in zip(left, widths[key], strict=True)]
         natural = [layer["mlp_density"] for layer in layers]
-        axes.plot(natural, range(count), "|", color=INK, markersize=15, markeredgewidth=2.2, label="natural density")
+        axes.plot(natural, range(count), "|", color=INK, markersize=15, markeredgewidth=2.2, label="active on a token")
         if selected is not None:
             axes.plot(
-                selected, range(count), "o", color=SPARSE, markersize=7, markeredgecolor=PAGE, label="selected density", clip_on=False
+                selected, range(count), "o", color=SPARSE, markersize=7, markeredgecolor=PAGE, label="read for a token", clip_on=False
             )
         axes.set_xlim(0, 1)
         _layer_rows(axes, count)
@@ -232,7 +235,7 @@ def perplexity_curves(
 
     join: draw the curves on to density 1, where nothing is skipped and the model is the dense one.
     """
-    kinds = {"predicted": (SPARSE, "-o"), "oracle": (ORACLE, "--D")}
+    kinds = {"predicted": (SPARSE, "-o", "chosen by predictors"), "oracle": (ORACLE, "--D", "chosen in hindsight (oracle)")}
     found = {kind: sorted((point["density"], point["ppl"]) for point in points if point["kind"] == kind) for kind in kinds}
     if join:
         found = {kind: [*[p for p in curve if p[0] < 1], (1.0, ppl_dense)] for kind, curve in found.items() if curve}
@@ -240,12 +243,17 @@ def perplexity_curves(
     for curve in found.values():
         top = max([top, *sorted(ppl for _, ppl in curve)[:MIN_POINTS]])
 
+    seen = [point for curve in found.values() for point in curve if point[1] <= top]
+    lowest = min((density for density, _ in seen), default=0.0)
+    left = max(0.0, lowest - 0.1) if lowest > 0.5 else 0.0  # no empty half where all that is shown lies at the right
+
     def draw(axes: Axes) -> None:
-        values = [ppl for curve in found.values() for _, ppl in curve if ppl <= top] + [ppl_dense]
+        values = [ppl for _, ppl in seen] + [ppl_dense]
         if max(values) > 2 * ppl_dense:
             axes.set_yscale("log")
             axes.set_ylim(0.8 * min(values), 1.15 * max(values))
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            decades = max(values) / min(values) > 20
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades else (1, 1.5, 2, 3, 4, 5, 7)))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(ScalarFormatter())
         else:
@@ -253,22 +261,22 @@ def perplexity_curves(
             axes.set_ylim(min(values) - 0.2 * spread, max(values) + 0.12 * spread)
             axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.axhline(ppl_dense, color=INK, linewidth=1.2, linestyle=":")
-        for kind, (colour, style) in kinds.items():
+        for kind, (colour, style, label) in kinds.items():
             curve = found.get(kind)
             if not curve:
                 continue
-            axes.plot([p[0] for p in curve], [p[1] for p in curve], style, color=colour, markersize=4.5, label=kind)
-        right = chosen is not None and chosen > 0.6 * max(point["density"] for point in points)
+            axes.plot([p[0] for p in curve], [p[1] for p in curve], style, color=colour, markersize=4.5, label=label)
+        right = chosen is not None and chosen - left > 0.6 * (max(point["density"] for point in points) - left)
         if chosen is not None:
             axes.axvline(chosen, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
             shift = (-4 if right else 4, -9)
-            _label(axes, f"in use {100 * chosen:.3g}%", (chosen, 1), ("data", "axes fraction"), shift, right=right, color=MUTED)
+            _label(axes, f"in use: {100 * chosen:.3g}%", (chosen, 1), ("data", "axes fraction"), shift, right=right, color=MUTED)
         # Below the line, on the side that the mark of what is in use leaves free.
         at, shift = (0.0, (4, -11)) if right else (1.0, (0, -11))
-        _label(axes, f"dense {ppl_dense:.2f}", (at, ppl_dense), ("axes fraction", "data"), shift, right=not right)
-        axes.set_xlim(0, None)
+        _label(axes, f"dense: {ppl_dense:.2f}", (at, ppl_dense), ("axes fraction", "data"), shift, right=not right)
+        axes.set_xlim(left, None)
         _density_axis(axes, x)
-        axes.set_ylabel("perplexity")
+        axes.set_ylabel("perplexity, log scale" if axes.get_yscale() == "log" else "perplexity")
         _key_above(axes, columns=2)
 
     return _svg(name, f"Perplexity against {x}: by predictors, by an oracle, and dense ({ppl_dense:.2f})", draw)
