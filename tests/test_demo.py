@@ -88,7 +88,7 @@ def test_the_page_can_be_drawn_again(finished: tuple[dict[str, Any], Path, list[
     assert html == render(read_results([output]))
     for figure in ("density", "mass", "cosine", "recall_mlp", "recall_heads", "ppl_mlp", "ppl_heads", "head_share"):
         assert f'id="figure-{figure}"' in html
-    assert html.count('class="firing"') == 2
+    assert html.count('class="firing strips"') == 2
     assert PROMPT in html
 
 

@@ -6,14 +6,19 @@ import base64
 import copy
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dejavu
 from dejavu.measure import plots
+from dejavu.measure.firing import MARGIN, WIDTH, columns_width
 from dejavu.measure.report import SECTIONS, compare, read_results, render, write_report
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
@@ -183,9 +188,11 @@ def test_the_whole_report(results: dict[str, Any]) -> None:
         "3 layers of 64 neurons",
     ):
         assert expected in text, expected
-    assert "still slower than dense: 0.80 times" in text
+    assert "here sparse is slower than dense, 0.80 times the speed" in text
     page = Page(html)
-    assert sum(attributes.get("role") == "img" for attributes in page.all("svg")) == 10
+    assert sum(attributes.get("role") == "img" for attributes in page.all("svg")) == 12, (
+        "each map is two: names that stay, strips that scroll"
+    )
     assert len(page.all("figure")) == 10
 
 
@@ -215,16 +222,16 @@ def test_a_screened_head_that_never_agrees_is_not_hidden(results: dict[str, Any]
 
 def test_a_missing_section_leaves_no_trace(results: dict[str, Any]) -> None:
     text = words(render({"model": results["model"], "profile": results["profile"]}))
-    assert "Residual cosine" in text
-    for absent in ("The same prompt", "Quality", "token by token", "Speed", "Neuron recall"):
+    assert "How much a layer turns its input" in text
+    for absent in ("The same prompt", "Quality", "token by token", "Speed", "active neurons are found"):
         assert absent not in text
-    assert "Perplexity against MLP density" in text, "the profile's oracle curve stands in for the curves"
+    assert "The fewer neurons are read, the higher the perplexity" in text, "the profile's oracle curve stands in for the curves"
 
 
 def test_dense_only_evaluation(results: dict[str, Any]) -> None:
     evaluation = results["evaluation"] | {"sparse": None, "rise": None, "rise_stderr": None, "mlp_density": 1.0, "head_density": 1.0}
     text = words(render({"evaluation": evaluation}))
-    assert "12,345" in text and "Rise of perplexity" not in text
+    assert "12,345" in text and "Change of perplexity" not in text
 
 
 def test_the_page_loads_nothing(results: dict[str, Any]) -> None:
@@ -278,27 +285,102 @@ def test_figures_and_tables_are_labelled(results: dict[str, Any]) -> None:
         assert attributes.get("role") == "img" and len(attributes.get("aria-label") or "") > 20
     assert len(page.all("table")) == len(page.all("caption")) == 5
     assert len(page.all("figure")) == len(page.all("figcaption"))
-    assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
+    assert all(attributes.get("scope") in ("col", "colgroup", "row") for attributes in page.all("th"))
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
     assert page.all("html")[0]["lang"] == "en"
 
 
-def test_differing_words_are_marked() -> None:
-    found = compare("the old man went home", "the old man went away")
-    assert found["dense"] == [("the old man went ", False), ("home", True)]
-    assert found["sparse"] == [("the old man went ", False), ("away", True)]
-    assert found["common"] == 4 and not found["equal"]
+def test_two_texts_part_at_one_word() -> None:
+    found = compare("the old man went home, and the dog", "the old man went away, and the dog")
+    assert found["shared"] == "the old man went" and found["common"] == 4 and not found["equal"]
+    assert found["dense"] == {"gap": " ", "word": "home,", "rest": " and the dog"}, "what follows is not marked, the same or not"
+    assert found["sparse"] == {"gap": " ", "word": "away,", "rest": " and the dog"}
     same = compare("a b", "a b")
-    assert same["equal"] and same["dense"] == [("a b", False)]
+    assert same["equal"] and same["shared"] == "a b" and same["dense"]["word"] == same["dense"]["rest"] == ""
     assert compare("x", "y")["common"] == 0
-    assert compare("", "") == {"dense": [], "sparse": [], "common": 0, "equal": True}
+    assert compare("a b", "a b c")["sparse"]["word"] == "c" and compare("a b", "a b c")["dense"]["word"] == ""
+    assert compare("", "")["equal"]
 
 
-def test_every_word_of_both_texts_is_there() -> None:
-    dense, sparse = "one  two\nthree four", "zero two three\n\nfour five"
+@pytest.mark.parametrize("dense", ["one  two\nthree four", " one", "", "one  two \n", "\n\n"])
+@pytest.mark.parametrize("sparse", ["one  two\n\nfour five", " one ", "one  two"])
+def test_every_word_of_both_texts_is_there(dense: str, sparse: str) -> None:
     found = compare(dense, sparse)
-    assert "".join(text for text, _ in found["dense"]) == dense and "".join(text for text, _ in found["sparse"]) == sparse
+    for name, text in (("dense", dense), ("sparse", sparse)):
+        assert found["shared"] + "".join(found[name][part] for part in ("gap", "word", "rest")) == text
+
+
+def test_only_the_point_where_texts_part_is_marked(results: dict[str, Any]) -> None:
+    results = {"generation": results["generation"]}
+    html = render(results)
+    assert re.findall("<mark>(.*?)</mark>", html) == ["where they part", "king.", "queen."]
+    assert html.count('<span class="shared"> a time there was a</span>') == 2
+    assert "the same 5 words" in words(html)
+    results["generation"]["sparse"]["text"] = results["generation"]["dense"]["text"]
+    html = render(results)
+    assert "word for word" in html and "<mark>" not in html
+
+
+def test_what_the_run_showed_is_said_first(results: dict[str, Any]) -> None:
+    """Speed, quality and what was read, dense and sparse, and the machine: before any figure."""
+    results = {name: results[name] for name in ("model", "environment", "generation", "evaluation", "train")}
+    text = words(render(results))
+    top = text[: text.index("Two texts")]
+    for expected in (
+        "80.0 tokens per second",
+        "dense decoding 100.0",
+        "46.7% of the",
+        "83.3% of the attention heads",
+        "20.08",
+        "20.00 dense",
+    ):
+        assert expected in top, expected
+    assert "A processor, 2 cores" in top
+    results["evaluation"]["head_density"] = 1.0
+    assert "and all attention heads" in words(render(results))
+    results["train"]["method"] = "input"
+    assert "100% of attention's weights" in words(render(results))
+
+
+def test_words_lead_to_their_meaning(results: dict[str, Any]) -> None:
+    """What test_the_page_loads_nothing follows: every term that is linked has an entry."""
+    page = Page(render(results))
+    linked = {attributes["href"] for attributes in page.all("a") if attributes.get("class") == "term"}
+    assert {"#word-perplexity", "#word-neuron", "#word-recall", "#word-lookahead", "#word-bits-per-byte"} <= linked
+
+
+def test_a_logarithmic_axis_says_so(results: dict[str, Any]) -> None:
+    def figure(*ppls: float) -> str:
+        points = [{"kind": "predicted", "density": 0.6 + 0.1 * index, "ppl": ppl} for index, ppl in enumerate(ppls)]
+        return plots.perplexity_curves("p", points, 20.0, x="head density")
+
+    steep, flat = figure(90, 60, 30, 21), figure(23, 22, 21, 20)
+    assert "log scale" in steep and "log scale" not in flat
+    ticks = {text for text in re.findall(r">([\d.]+)</text>", steep)}
+    assert {"20", "30", "50", "70"} <= ticks, "round numbers close enough to read between"
+
+
+def test_figures_keep_numbers_and_use_the_page_s_type(results: dict[str, Any]) -> None:
+    svg = plots.cosine([0.026, 0.485])
+    assert ">0.026<" in svg and ">0.485<" in svg
+    assert set(re.findall(r"font-family: ([^;\"]+)", svg)) == {"var(--font)"}
+
+
+def test_maps_fit_the_page_or_say_that_they_scroll(results: dict[str, Any]) -> None:
+    assert MARGIN + columns_width(95) <= WIDTH < MARGIN + columns_width(200)
+    html = render(results)
+    assert html.count('class="cue"') == 2
+    assert f"@container (max-width: {MARGIN + columns_width(TOKENS) - 1}px)" in html
+
+
+def test_matplotlib_is_imported_only_to_draw() -> None:
+    """Everything that may run without a report, in a fresh interpreter."""
+    modules = "dejavu, dejavu.cli.main, dejavu.opening, dejavu.measure.demo, dejavu.measure.report"
+    code = f"import sys, {modules}; print('matplotlib' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == "False", run.stderr
 
 
 def test_many_layers_fit(results: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Which neurons and heads fire over the tokens of a text that was just generated: as data, and as a picture.
 
 In: a model, its adapter's layers and a GeneratedText with its trace (an engine that records). Out: `firing`, plain and
-small enough for a JSON file, and `firing_svg`, which draws it. A column is a token that a decode step read. What ran is
+small enough for a JSON file, and `firing_svgs`, which draw it. A column is a token that a decode step read. What ran is
 the engine's own record; one masked forward pass over the same tokens adds how much each head contributed, |mixed_h O_h|,
 and, for layers whose MLP ran dense, which neurons were not zero.
 
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.image import imsave
 from torch import Tensor
 
 from dejavu.config import require
@@ -32,7 +32,10 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import LayerInputs, Transformer
 
 BINS = 64
-COLUMN, MARGIN, GAP, LABELS = 11, 92, 10, 76  # px: a token, the layers' names, between layers, the tokens' text
+MARGIN, GAP, LETTER = 92, 10, 6  # px: the layers' names, between layers, a letter of a token's text
+WIDTH, COLUMNS = 1056, (10.0, 18.0)  # px: of the report's page; a token's column, at least and at most
+MANY, LEAST = 12, 40  # of more layers the strips are as low as their notes allow
+SHADES = 32  # of a colour: more are not told apart, and cost bytes
 SELECTED_RGB, NATURAL_RGB, HEADS_RGB = (47, 137, 204), (140, 150, 160), (20, 150, 112)  # visible on light and on dark
 
 
@@ -134,10 +137,12 @@ def _packed(share: Tensor) -> str:
 
 def _png(packed: str, rows: int, columns: int, rgb: tuple[int, int, int], power: float) -> str:
     """A data URI: one colour, whose opacity is value ** power."""
+    from matplotlib.image import imsave  # a second to import, and only a report draws
+
     share = np.frombuffer(base64.b64decode(packed), dtype=np.uint8).reshape(rows, columns)
     pixels = np.empty((rows, columns, 4), dtype=np.uint8)
     pixels[..., :3] = rgb
-    pixels[..., 3] = (share / 255) ** power * 255
+    pixels[..., 3] = np.round((share / 255) ** power * SHADES) * (255 / SHADES)
     buffer = io.BytesIO()
     imsave(buffer, pixels, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -149,34 +154,53 @@ def _shown(token: str) -> str:
     return text if len(text) <= 12 else text[:11] + "…"
 
 
-def firing_svg(data: dict[str, Any], part: str) -> str:
-    """The picture of part "neurons" or "heads": a strip for each layer, a column for each token."""
+def columns_width(tokens: int) -> float:
+    """px that the columns of so many tokens take: what the page leaves beside the layers' names, where a token is wide enough so."""
+    column = min(max((WIDTH - MARGIN) / tokens, COLUMNS[0]), COLUMNS[1])
+    return math.floor(column * tokens)
+
+
+def firing_svgs(data: dict[str, Any], part: str) -> tuple[str, str]:
+    """The picture of part "neurons" or "heads", a strip for each layer and a column for each token: the layers' names, which stay
+    where they are when the page is too narrow, and the strips, which scroll."""
     tokens, layers = data["tokens"], data["layers"]
-    width = MARGIN + COLUMN * len(tokens)
+    width = columns_width(len(tokens))
+    column = width / len(tokens)
     neurons = part == "neurons"
-    body, y = [], LABELS
+    top = 10 + LETTER * max(len(_shown(token)) for token in tokens)
+    names, strips, y = [], [], top
     for index, layer in enumerate(layers):
         rows = layer["rows"] if neurons else layer["num_heads"]
-        height = BINS if neurons else max(28, min(5 * rows, 96))
+        height = (BINS if len(layers) <= MANY else LEAST) if neurons else max(28, min(5 * rows, 96))
         predicted = layer["predicted" if neurons else "heads_predicted"]
         rgb = (SELECTED_RGB if predicted else NATURAL_RGB) if neurons else HEADS_RGB
         density = layer["density" if neurons else "head_density"]
-        notes = [f"{100 * density:.1f}% a token", f"{100 * layer['union']:.0f}% in all"] if neurons else [f"{100 * density:.0f}%"]
+        notes = [f"{100 * density:.1f}% a token", f"{100 * layer['union']:.0f}% in all"] if neurons else [f"{100 * density:.0f}% a token"]
         notes = notes if predicted else ["all neurons" if neurons else "all heads", *(notes if neurons else ())]
         power = 0.5 if neurons else 1.0  # the square root keeps rare firing visible
-        body.append(
-            f'<rect class="strip" x="{MARGIN}" y="{y}" width="{width - MARGIN}" height="{height}"/>'
-            f'<image x="{MARGIN}" y="{y}" width="{width - MARGIN}" height="{height}" preserveAspectRatio="none" '
-            f'href="{_png(layer[part], rows, len(tokens), rgb, power)}"/>'
+        names.append(
             f'<text class="layer" x="{MARGIN - 8}" y="{y + 12}">layer {index}</text>'
             + "".join(f'<text class="note" x="{MARGIN - 8}" y="{y + 25 + 12 * line}">{note}</text>' for line, note in enumerate(notes))
         )
+        strips.append(
+            f'<rect class="strip" x="0" y="{y}" width="{width}" height="{height}"/>'
+            f'<image x="0" y="{y}" width="{width}" height="{height}" preserveAspectRatio="none" '
+            f'href="{_png(layer[part], rows, len(tokens), rgb, power)}"/>'
+        )
         y += height + GAP
-    for column, token in enumerate(tokens):
-        x = MARGIN + COLUMN * (column + 0.5) + 3
-        body.append(f'<text class="token" transform="translate({x:.1f} {LABELS - 5}) rotate(-90)">{escape(_shown(token))}</text>')
+    for index, token in enumerate(tokens):
+        x = column * (index + 0.5) + 3
+        strips.append(f'<text class="token" transform="translate({x:.1f} {top - 5}) rotate(-90)">{escape(_shown(token))}</text>')
     what = "neurons" if neurons else "attention heads"
-    label = f"Which {what} ran for each of {len(tokens)} generated tokens, one strip for each of {len(layers)} layers"
-    return (
-        f'<svg class="firing" viewBox="0 0 {width} {y}" width="{width}" height="{y}" role="img" aria-label="{label}">{"".join(body)}</svg>'
+    shares = ", ".join(f"{100 * layer['density' if neurons else 'head_density']:.0f}%" for layer in layers)
+    labels = (
+        f"Layers 0 to {len(layers) - 1}; share of their {what} that ran for a token: {shares}",
+        f"Which {what} ran for each of {len(tokens)} generated tokens, one strip for each of {len(layers)} layers",
     )
+    sides = zip(("names", "strips"), (MARGIN, width), (names, strips), labels, strict=True)
+    left, right = (
+        f'<svg class="firing {name}" viewBox="0 0 {wide} {y}" width="{wide}" height="{y}" role="img" aria-label="{label}">'
+        f"{''.join(body)}</svg>"
+        for name, wide, body, label in sides
+    )
+    return left, right

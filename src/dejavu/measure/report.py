@@ -21,7 +21,6 @@ Everything in it is untrusted text: the template escapes all of it, and only fig
 
 from __future__ import annotations
 
-import difflib
 import re
 import uuid
 from collections.abc import Sequence
@@ -33,8 +32,7 @@ from markupsafe import Markup
 
 from dejavu.config import require
 from dejavu.files import absolute, read_json
-from dejavu.measure import plots
-from dejavu.measure.firing import firing_svg
+from dejavu.measure.firing import MARGIN, NATURAL_RGB, SELECTED_RGB, columns_width, firing_svgs
 from dejavu.version import __version__
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
@@ -85,22 +83,27 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
 
 def render(results: dict[str, Any]) -> str:
     """The page as a string."""
+    from dejavu.measure import plots  # matplotlib, a second to import: only where a report is drawn
+
     unknown = sorted(set(results) - set(SECTIONS) - set(DETAILS))
     require(not unknown, f"a report knows no section {', '.join(unknown)}; it knows {', '.join((*DETAILS, *SECTIONS))}")
     require(any(results.get(section) for section in SECTIONS), "the results hold nothing to report; run a measurement first")
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "number": number, "signed": signed, "tokens": whole}
+    environment.filters |= {"percent": percent, "share": share, "number": number, "signed": signed, "tokens": whole}
     sections = {name: results.get(name) for name in (*SECTIONS, *DETAILS)}
     generation = sections["generation"]
     return environment.get_template("report.html.j2").render(
         **sections,
-        figures={name: Markup(svg) for name, svg in _figures(sections).items()},
+        figures={name: _markup(drawn) for name, drawn in _figures(sections).items()},
         tiles=_tiles(sections),
         layer_rows=_layer_rows(sections),
         texts=None if generation is None else compare(generation["dense"]["text"], generation["sparse"]["text"]),
         notes=_notes(sections),
+        weights_read=_weights_read(sections),
+        maps_width=MARGIN + columns_width(len(sections["firing"]["tokens"])) if sections["firing"] else 0,
+        map_colours={"selected": SELECTED_RGB, "natural": NATURAL_RGB},
         light=Markup(plots.css_variables(plots.LIGHT)),
         dark=Markup(plots.css_variables(plots.DARK)),
         dejavu_version=__version__,
@@ -119,63 +122,80 @@ def percent(value: float | None, digits: int = 1) -> str:
     return MISSING if value is None else f"{100 * value:.{digits}f}%"
 
 
+def share(value: float) -> str:
+    """A percentage within a sentence: a whole is 100%."""
+    return percent(value, 0 if value >= 1 else 1)
+
+
 def signed(value: float | None, digits: int = 2) -> str:
     return MISSING if value is None else f"{100 * value:+.{digits}f}%".replace("-", "\u2212")
 
 
 def compare(dense: str, sparse: str) -> dict[str, Any]:
-    """Both texts as lists of (words, differs), and how many words at the start are the same."""
-    words = [re.findall(r"\S+|\s+", text) for text in (dense, sparse)]
-    sides: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
+    """Where two texts part: what both begin with, whole words only, the count of those, and what each goes on with:
+    the `gap` before its own first `word`, and the rest."""
+    words = [re.findall(r"\s*\S+|\s+$", text) for text in (dense, sparse)]
     common = 0
-    for tag, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
-        if tag == "equal" and a == c == 0:
-            common = sum(not word.isspace() for word in words[0][a:b])
-        for side, part in zip(sides, (words[0][a:b], words[1][c:d]), strict=True):
-            if part:
-                side.append(("".join(part), tag != "equal"))
-    return {"dense": sides[0], "sparse": sides[1], "common": common, "equal": dense == sparse}
+    for mine, other in zip(*words, strict=False):
+        if mine != other:
+            break
+        common += 1
+    parts = []
+    for side in words:
+        first = "".join(side[common : common + 1])
+        word = first.lstrip()
+        parts.append({"gap": first.removesuffix(word), "word": word, "rest": "".join(side[common + 1 :])})
+    shared = words[0][:common]
+    count = sum(not word.isspace() for word in shared)
+    return {"shared": "".join(shared), "common": count, "dense": parts[0], "sparse": parts[1], "equal": dense == sparse}
+
+
+def _markup(drawn: str | tuple[str, ...]) -> Markup | tuple[Markup, ...]:
+    return Markup(drawn) if isinstance(drawn, str) else tuple(map(Markup, drawn))
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _weights_read(sections: dict[str, Any]) -> bool:
+    """Whether densities are shares of weights, as where inputs are selected, and not of neurons and heads."""
+    train = sections["train"]
+    return train is not None and train.get("method") == "input"
+
+
 def _tiles(sections: dict[str, Any]) -> list[dict[str, str]]:
     """Headline numbers: what it is, its value, what it stands on, and the note that says how it was measured."""
     tiles = []
+
+    def tile(name: str, value: str, detail: str, note: str) -> None:
+        tiles.append({"name": name, "value": value, "detail": detail, "note": note})
+
     generation, evaluation, train, profile = (sections[name] for name in ("generation", "evaluation", "train", "profile"))
     if generation is not None:
-        detail = f"{number(generation['dense']['tok_s'], 1)} tok/s dense, {number(generation['sparse']['tok_s'], 1)} tok/s sparse"
-        tiles.append(
-            {"name": "Speed, sparse / dense", "value": f"{number(generation['speedup'])}\u00d7", "detail": detail, "note": "speed"}
-        )
-    if evaluation is not None and evaluation["sparse"] is not None and evaluation["sparse"]["ppl"] is not None:
+        speeds = [number(generation[side]["tok_s"], 1) for side in ("sparse", "dense")]
+        detail = f"sparse {speeds[0]}, dense {speeds[1]} tokens per second"
+        tile("Speed, sparse / dense", f"{number(generation['speedup'])}\u00d7", detail, "speed")
+    sparse = None if evaluation is None else evaluation["sparse"]
+    if evaluation is not None and sparse is not None and sparse["ppl"] is not None:
         error = "" if evaluation["rise_stderr"] is None else f"± {percent(evaluation['rise_stderr'], 2)}; "
-        detail = f"{error}{number(evaluation['dense']['ppl'])} dense, {number(evaluation['sparse']['ppl'])} sparse"
-        tiles.append({"name": "Rise of perplexity", "value": signed(evaluation["rise"]), "detail": detail, "note": "perplexity"})
-    densities = evaluation if evaluation is not None and evaluation["sparse"] is not None else generation
+        detail = f"{error}sparse {number(sparse['ppl'])}, dense {number(evaluation['dense']['ppl'])}"
+        tile("Change of perplexity", signed(evaluation["rise"]), detail, "perplexity")
+    densities = evaluation if sparse is not None else generation
     if densities is not None:
-        natural = _mean([layer["mlp_density"] for layer in profile["layers"]]) if profile is not None else None
-        weights = train is not None and train.get("method") == "input"  # then densities are of these
-        detail = "of the MLP's weights are read for a token" if weights else "of neurons are read for a token"
-        detail += "" if natural is None else f"; {percent(natural)}{' of the neurons' if weights else ''} fire naturally"
-        tiles.append({"name": "MLP density", "value": percent(densities["mlp_density"]), "detail": detail, "note": "density"})
-        tiles.append(
-            {
-                "name": "Head density",
-                "value": percent(densities["head_density"]),
-                "detail": "of attention's weights are read for a token" if weights else "of attention heads are computed for a token",
-                "note": "density",
-            }
-        )
+        weights = _weights_read(sections)
+        detail = "of the MLP's weights, for a token" if weights else "of the MLP's neurons, for a token"
+        if profile is not None:
+            detail += f"; {percent(_mean([layer['mlp_density'] for layer in profile['layers']]))} are active{' neurons' if weights else ''}"
+        tile("Read: MLP density", share(densities["mlp_density"]), detail, "density")
+        heads, every = densities["head_density"], "all attention heads, for every token"
+        detail = "of attention's weights, for a token" if weights else every if heads >= 1 else "of the attention heads, for a token"
+        tile("Read: head density", share(heads), detail, "density")
     predicted = [] if train is None else [layer for layer in train["layers"] if layer["lookahead"] is not None]
     if predicted:
         mass = _mean([layer["mass"] for layer in predicted])
-        detail = f"of active neurons are found; what is selected carries {percent(mass)} of the mass"
-        tiles.append(
-            {"name": "Recall", "value": percent(_mean([layer["recall"] for layer in predicted])), "detail": detail, "note": "recall"}
-        )
+        detail = f"of the active neurons; with them {percent(mass)} of what neurons add up to (mass)"
+        tile("Found: recall", percent(_mean([layer["recall"] for layer in predicted])), detail, "recall")
     return tiles
 
 
@@ -206,21 +226,26 @@ def _layer_rows(sections: dict[str, Any]) -> list[dict[str, Any]]:
             "selected_heads": heads[layer] if heads else None,
             "mlp": trained[layer] if trained else None,
             "heads": trained[layer].get("heads") if trained else None,
+            "inputs": bool(trained) and trained[layer].get("attention", 1) < 1,
         }
         for layer in range(count)
     ]
 
 
-def _figures(sections: dict[str, Any]) -> dict[str, str]:
-    """Every figure that the results allow, by name."""
-    figures: dict[str, str] = {}
+def _figures(sections: dict[str, Any]) -> dict[str, str | tuple[str, str]]:
+    """Every figure that the results allow, by name; a map is two, the second of which scrolls."""
+    from dejavu.measure import plots
+
+    figures: dict[str, str | tuple[str, str]] = {}
     profile, train, curves, recall, firing = (sections[name] for name in ("profile", "train", "curves", "recall", "firing"))
     if profile is not None:
         layers = profile["layers"]
         figures["density"] = plots.mlp_density(layers, _selected(sections))
-        figures["mass"] = plots.layer_curves("mass", [layer["mass_curve"] for layer in layers], x="neurons kept", y="mass kept")
+        figures["mass"] = plots.layer_curves(
+            "mass", [layer["mass_curve"] for layer in layers], x="share of the layer's neurons kept", y="share of mass"
+        )
         figures["head_share"] = plots.layer_curves(
-            "head-share", [layer["head_curve"] for layer in layers], x="heads kept", y="share of contribution"
+            "head-share", [layer["head_curve"] for layer in layers], x="share of the layer's heads kept", y="share of the output"
         )
         figures["cosine"] = plots.cosine([layer["cosine"] for layer in layers])
     if recall is None and train is not None and all("curve" in layer for layer in train["layers"]):
@@ -229,11 +254,13 @@ def _figures(sections: dict[str, Any]) -> dict[str, str]:
         if recall is not None and any(layer[part] for layer in recall):
             found = [[(density, value) for density, value, _ in layer[part]] if layer[part] else None for layer in recall]
             chosen = None if train is None else [_chosen(layer if part == "mlp" else layer.get("heads")) for layer in train["layers"]]
-            figures[f"recall_{part}"] = plots.layer_curves(f"recall-{part}", found, x=f"{what} selected", y="recall", chosen=chosen)
+            figures[f"recall_{part}"] = plots.layer_curves(
+                f"recall-{part}", found, x=f"share of {what} selected", y=f"{what} found (recall)", chosen=chosen
+            )
     figures |= _perplexity_figures(sections, curves, profile)
     if firing is not None:
-        figures["firing_neurons"] = firing_svg(firing, "neurons")
-        figures["firing_heads"] = firing_svg(firing, "heads")
+        figures["firing_neurons"] = firing_svgs(firing, "neurons")
+        figures["firing_heads"] = firing_svgs(firing, "heads")
     return figures
 
 
@@ -244,6 +271,8 @@ def _chosen(part: dict[str, Any] | None) -> tuple[float, float] | None:
 
 def _perplexity_figures(sections: dict[str, Any], curves: dict[str, Any] | None, profile: dict[str, Any] | None) -> dict[str, str]:
     """Perplexity against density; the oracle alone, from the profile, where no predictor was measured."""
+    from dejavu.measure import plots
+
     if curves is None and profile is not None and profile["oracle"]:
         points = [{**point, "kind": "oracle"} for point in profile["oracle"]]
         curves = {"ppl_dense": profile["ppl_dense"]}
@@ -252,7 +281,10 @@ def _perplexity_figures(sections: dict[str, Any], curves: dict[str, Any] | None,
         return {}
     evaluation = sections["evaluation"]
     figures = {}
-    for part, density, what in (("mlp", "mlp_density", "MLP density"), ("heads", "head_density", "head density")):
+    for part, density, what in (
+        ("mlp", "mlp_density", "share of neurons read (MLP density)"),
+        ("heads", "head_density", "share of heads computed (head density)"),
+    ):
         if curves[part]:
             chosen = None if evaluation is None or evaluation["sparse"] is None else evaluation[density]
             figures[f"ppl_{part}"] = plots.perplexity_curves(
@@ -266,8 +298,8 @@ def _notes(sections: dict[str, Any]) -> dict[str, int]:
     has = {name for name, value in sections.items() if value}
     needs = {
         "speed": {"generation"},
-        "perplexity": {"evaluation"},
         "density": {"evaluation", "generation"},
+        "perplexity": {"evaluation"},
         "recall": {"train", "recall"},
         "firing": {"firing"},
         "profile": {"profile"},
