@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -320,7 +321,10 @@ def test_demo(call, work: Path) -> None:
     assert all({"tok_s", "ppl", "text"} <= set(result[side]) for side in ("dense", "sparse"))
     assert "</html>" in Path(result["report"]).read_text()
     shown = call("demo", "--model", "model", "--adapter", "adapter", "-o", "runs/demo")
-    assert "speed ratio sparse / dense" in shown and "report.html" in shown
+    assert shown.splitlines()[-1] == f"Report: {result['report']}"
+    table = shown[shown.index("Dense and sparse") : shown.index("Report: ")]
+    assert max(map(len, table.splitlines())) <= 80, "no column wraps in a terminal of the usual width"
+    assert re.search(r"tokens per second +[\d.,]+ +[\d.,]+ +[\d.,]+×", shown) and re.search(r"share of the MLP read.* 100.0% +\d", shown)  # noqa: RUF001
 
 
 def test_the_speed_ratio_is_told_also_below_one() -> None:

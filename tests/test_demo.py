@@ -77,7 +77,7 @@ def test_the_summary_is_what_was_measured(finished: tuple[dict[str, Any], Path, 
     assert summary["lookahead"] == [layer.mlp.lookahead for layer in adapter.layers if layer.mlp is not None] == [0, 1]
     assert summary["dense"]["ppl"] != summary["sparse"]["ppl"]
     json.dumps(summary, allow_nan=False)
-    assert any("tok/s" in line for line in said) and any("perplexity" in line for line in said)
+    assert any("tokens per second" in line for line in said) and any("perplexity" in line for line in said)
 
 
 def test_the_page_can_be_drawn_again(finished: tuple[dict[str, Any], Path, list[str]]) -> None:

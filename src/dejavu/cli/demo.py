@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Download, Dtype, Offline, Seed, Threads, open_model
-from dejavu.cli.output import Output, new_table, number, progress_bars, ratio, resumable
+from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
 
 MODEL = "opt-mini"
 
@@ -50,25 +50,28 @@ def demo(
             threads=threads,
             seed=seed,
             progress=progress,
-            say=lambda text: None if "\n" in text else out.say(text),  # its last word, in lines, is shown as a table below
+            say=out.say,
         )
     show(out, result)
     out.finish(result)
 
 
 def show(out: Output, result: dict[str, Any]) -> None:
-    """Texts, figures and the report's path."""
+    """Texts, figures and, on the last line, the report's path."""
     from dejavu.measure.demo import PROMPT
 
     dense, sparse = result["dense"], result["sparse"]
     for name, side in (("dense", dense), ("sparse", sparse)):
         out.show(f"\n[bold]{name}[/bold]")
-        out.write(f"{PROMPT}{side['text'].rstrip()}\n")
-    table = new_table("\nDense and sparse", "", "tok/s", "perplexity", "MLP density", "head density")
-    table.add_row("dense", number(dense["tok_s"], ",.1f"), number(dense["ppl"]), "1.000", "1.000")
-    densities = (number(result["mlp_density"]), number(result["head_density"]))
-    table.add_row("sparse", number(sparse["tok_s"], ",.1f"), number(sparse["ppl"]), *densities)
-    out.show(table, ratio(sparse["tok_s"], dense["tok_s"]))
-    lookaheads = ", ".join("dense" if value is None else str(value) for value in result["lookahead"])
-    out.show(f"perplexity, sparse against dense: [bold]{sparse['ppl'] / dense['ppl'] - 1:+.2%}[/bold] · lookahead by layer: {lookaheads}")
-    out.say(f"Report: {result['report']}")
+        out.say(f"{PROMPT}{side['text'].rstrip()}")
+    table = new_table("\nDense and sparse", "", "dense", "sparse", "against dense")
+    speeds = [number(side["tok_s"], ",.1f") for side in (dense, sparse)]
+    table.add_row("tokens per second", *speeds, f"{result['speedup']:.2f}×")  # noqa: RUF001
+    table.add_row("perplexity (lower is better)", number(dense["ppl"]), number(sparse["ppl"]), f"{sparse['ppl'] / dense['ppl'] - 1:+.2%}")
+    for what, density in (
+        ("share of the MLP read (MLP density)", "mlp_density"),
+        ("share of attention read (head density)", "head_density"),
+    ):
+        table.add_row(what, percent(1.0), percent(result[density]), "")
+    out.show(table)
+    out.write(f"Report: {result['report']}\n")  # as it comes: a path broken over two lines cannot be opened

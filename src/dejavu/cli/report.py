@@ -29,5 +29,5 @@ def report(
     path = absolute(first / REPORT_FILE if output is None else output)
     require(not path.is_dir(), f"{path} is a folder; give the path of an .html file")
     written = write_report(read_results(runs), path)
-    out.say(f"Report: {written}")
+    out.write(f"Report: {written}\n")  # as it comes: a path broken over two lines cannot be opened
     out.finish({"report": str(written)})

@@ -149,13 +149,12 @@ def run_demo(
     ran = dense_engine.info
     output = absolute(output)
     with new_folder(output) as folder:
-        tell(f"{checkpoint.name} on {ran.backend}, {ran.dtype}, cache {ran.cache_dtype}, {ran.threads} threads")
         with clock.step("profile"):
             profiled = profile(
                 model, _starts(calibration, sizes.profile_tokens), bos=bos, oracle_tokens=sizes.oracle_tokens, progress=progress
             )
         natural = statistics.fmean(layer["mlp_density"] for layer in profiled["layers"])
-        tell(f"profile: {natural:.1%} of the MLP neurons fire on a token")
+        tell(f"profile: {natural:.1%} of the MLP neurons are active for a token")
         if retrain:
             with clock.step("train"):
                 text = read_text(DATA / "calibration.txt")
@@ -178,7 +177,7 @@ def run_demo(
         with clock.step("generate"):
             generation, recorded = _generate(model, tokenizer, engine, layers, sizes, seed, progress)
         speeds = [generation[name]["tok_s"] for name in ("dense", "sparse")]
-        tell(f"speed: {speeds[0]:.1f} tok/s dense, {speeds[1]:.1f} sparse")
+        tell(f"speed: {speeds[0]:.1f} tokens per second dense, {speeds[1]:.1f} sparse")
         with clock.step("evaluate"):
             quality = evaluate(
                 model,
