@@ -225,6 +225,7 @@ def test_a_missing_section_leaves_no_trace(results: dict[str, Any]) -> None:
     assert "How much a layer turns its input" in text
     for absent in ("The same prompt", "Quality", "token by token", "Speed", "active neurons are found"):
         assert absent not in text
+    assert "as in use" not in text and "how many are read" not in text, "only what is in the figures is explained"
     assert "The fewer neurons are read, the higher the perplexity" in text, "the profile's oracle curve stands in for the curves"
 
 
@@ -370,7 +371,7 @@ def test_figures_keep_numbers_and_use_the_page_s_type(results: dict[str, Any]) -
 def test_maps_fit_the_page_or_say_that_they_scroll(results: dict[str, Any]) -> None:
     assert MARGIN + columns_width(95) <= WIDTH < MARGIN + columns_width(200)
     html = render(results)
-    assert html.count('class="cue"') == 2
+    assert html.count('class="cue of-map"') == 2
     assert f"@container (max-width: {MARGIN + columns_width(TOKENS) - 1}px)" in html
 
 
