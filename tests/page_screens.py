@@ -1,6 +1,10 @@
-"""Pictures of the page of a running server, for the documentation: `python tests/page_screens.py http://127.0.0.1:8000 docs/images`.
+"""Pictures for the documentation, of the page of a running server and of a report:
 
-Out: page-{desktop,phone}-{light,dark}.png, of both answers to the page's own prompt. Needs playwright and a Chromium.
+    python tests/page_screens.py http://127.0.0.1:8000 docs/images
+    python tests/page_screens.py runs/demo/report.html docs/images
+
+Out: page-{desktop,phone}-{light,dark}.png, of both answers to the page's own prompt; report-desktop-light.png, of the report's top.
+Needs playwright and a Chromium.
 """
 
 from __future__ import annotations
@@ -12,11 +16,25 @@ from pathlib import Path
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 SETTLE_MS = 2000  # a browser that still starts takes processor time from the first answer, the dense one
+REPORT_HEIGHT = 1640  # of the report's top
 TOKEN = 41  # which the maps show, counted from 1
 
 
+def report(path: Path, folder: Path) -> None:
+    """Take the picture of a report."""
+    playwright = importlib.import_module("playwright.sync_api")
+    with playwright.sync_playwright() as tools:
+        chromium = tools.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": SIZES["desktop"][0], "height": REPORT_HEIGHT}, color_scheme="light")
+        page.goto(path.resolve().as_uri())
+        picture = folder / "report-desktop-light.png"
+        page.screenshot(path=picture)
+        chromium.close()
+    print(f"{picture}: {picture.stat().st_size:,} bytes")
+
+
 def main(url: str, folder: Path) -> None:
-    """Take the pictures; each runs both answers anew."""
+    """Take the pictures of the page; each runs both answers anew."""
     playwright = importlib.import_module("playwright.sync_api")
     with playwright.sync_playwright() as tools:
         chromium = tools.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -41,4 +59,5 @@ def main(url: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    source, images = sys.argv[1], Path(sys.argv[2])
+    report(Path(source), images) if source.endswith(".html") else main(source, images)
