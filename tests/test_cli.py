@@ -78,13 +78,14 @@ def test_info(call) -> None:
 def test_generate_for_people_and_programs(call) -> None:
     arguments = ("generate", "model", "--prompt", PROMPT, "-n", "6", "--ignore-eos", "--adapter", "adapter")
     result = obj(call(*arguments, "--json"))
-    assert {"text", "tok_s", "prefill_tok_s", "mlp_density", "head_density", "backend", "dtype"} <= set(result)
+    assert {"text", "tok_s", "prefill_tok_s", "mlp_density", "head_density", "read_share", "backend", "dtype"} <= set(result)
     assert result["backend"] == pick_backend() and result["new_tokens"] == 6 and 0 < result["mlp_density"] < 1
     shown = call(*arguments)
     assert PROMPT + result["text"] in shown and "tok/s" in shown and f"{result['mlp_density']:.3f}" in shown
     assert f"cache {result['cache_dtype']}" in shown and result["screened_head"] == 0 and "screened head" not in shown
     dense = obj(call("generate", "model", "--prompt", PROMPT, "-n", "6", "--ignore-eos", "--dense", "--json"))
-    assert dense["mlp_density"] == 1.0
+    assert dense["mlp_density"] == dense["read_share"] == 1.0
+    assert f"reads {result['read_share']:.1%} of a dense" in shown
 
 
 def test_generate_says_that_the_context_is_full(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -404,6 +404,27 @@ def test_the_slot_is_freed_after_an_error() -> None:
     assert engine.frees == [0]
 
 
+def test_what_a_closed_generation_had_written_can_be_asked_for() -> None:
+    engine = ScriptedEngine([0, 1, 2])
+    generation = generate_tokens(engine, WordTokenizer(["a", "b"]), [0, 0, 0], max_new_tokens=9)
+    assert (next(generation).text, next(generation).text) == ("a", "b")
+    generation.close()
+    text = generation.written()
+    assert (text, text.finish_reason, text.new_tokens, text.prompt_tokens) == ("ab", None, 2, 3) and engine.frees == [0]
+    assert text.counts is not None and text.counts.tokens == 4 and text.engine == engine.info
+
+
+def test_counts_are_means_over_the_steps(tiny: Tiny, tokenizer: Tokenizer) -> None:
+    layers = (LayerAdapter(mlp=random_predictor(32, 64, torch.Generator().manual_seed(3)), heads=None), LayerAdapter())
+    engine = TorchEngine(tiny("opt"), layers)
+    result = generate_tokens(engine, tokenizer, [2, 5, 6], max_new_tokens=5, ignore_eos=True)
+    steps = [token for piece in result for token in piece.tokens][1:]
+    counts = result.result().counts
+    assert counts is not None and counts.tokens == (4 + 5 + 6 + 7) / 4 and counts.inputs_LP is None
+    assert counts.neurons_L == (sum(step.neurons_L[0] for step in steps if step.neurons_L) / 4, 64) and counts.heads_L == (4, 4)
+    assert 0 < counts.neurons_L[0] < 64
+
+
 # Engines that decode by themselves
 
 
@@ -429,7 +450,7 @@ def test_tokens_that_come_several_at_a_time_give_what_single_ones_do(
             for piece in generation
         ]
         result = generation.result()
-        found.append((pieces, result, result.finish_reason, result.new_tokens, result.mlp_density, result.head_density))
+        found.append((pieces, result, result.finish_reason, result.new_tokens, result.mlp_density, result.head_density, result.counts))
         logprobs.append(result.logprobs)
         assert engine.frees == [0] and (result.tok_s is None) == (result.new_tokens < 2)
     assert found[0] == found[1] and logprobs[0] == pytest.approx(logprobs[1], abs=1e-6)

@@ -10,7 +10,19 @@ import torch
 
 from conftest import Tiny, random_predictor
 from dejavu.engine.backends import make_engine
-from dejavu.measure.traffic import STORED, Formats, Reads, dense_reads, formats_of, predictor_bytes, read_share, step_bytes, weight_bytes
+from dejavu.engine.generation import GeneratedText, StepCounts
+from dejavu.measure.traffic import (
+    STORED,
+    Formats,
+    Reads,
+    dense_reads,
+    formats_of,
+    predictor_bytes,
+    read_share,
+    step_bytes,
+    text_read_share,
+    weight_bytes,
+)
 from dejavu.model.adapter import quantized
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds
@@ -139,3 +151,34 @@ def test_the_share_that_is_read_counts_predictors_and_head(tiny: Tiny) -> None:
     bare, with_predictors = (read_share(config, FP32, none, chosen) for chosen in (None, layers))
     whole, mlp = sum(step_bytes(config, FP32, dense).values()), step_bytes(config, FP32, none)["mlp"]
     assert bare == pytest.approx(1 - (step_bytes(config, FP32, dense)["mlp"] - mlp) / whole) and bare < with_predictors
+
+
+def test_a_share_is_of_the_same_step_dense(tiny: Tiny) -> None:
+    """Dense it is 1, also where every layer leaves heads out; predictors that select everything cost what they weigh."""
+    config = tiny("llama").config
+    text = GeneratedText("the cat")
+    text.engine = make_engine(tiny("llama"), backend="torch").info
+
+    def share(neurons: float, heads: float, layers: tuple[LayerAdapter, ...] | None = None) -> float:
+        text.counts = StepCounts(neurons_L=(neurons,) * 2, heads_L=(heads,) * 2, inputs_LP=None, tokens=20.5)
+        found = text_read_share(config, text, layers)
+        assert found is not None
+        return found
+
+    dense = sum(step_bytes(config, FP32, dense_reads(config, tokens=20.5)).values())
+    row, head_dim = 4 * config.hidden_size, config.head_dim
+    assert share(64, 4) == 1.0
+    assert share(63.5, 4) == pytest.approx(1 - 2 * 0.5 * 3 * row / dense)
+    saved = 2 * (2 * 2 * head_dim * row + 2 * 20.5 * head_dim * 4)  # of q and o two heads, of the cache one group of two heads
+    assert share(64, 2) == pytest.approx(1 - saved / dense)
+    predictor = random_predictor(config.hidden_size, 64, torch.Generator().manual_seed(2))
+    assert share(64, 4, (LayerAdapter(mlp=predictor), LayerAdapter())) == pytest.approx(
+        1 + predictor_bytes(predictor, may_be_int8=False) / dense
+    )
+    text.counts = None
+    assert text_read_share(config, text, None) is None
+
+
+def test_a_share_without_the_tokens_takes_those_of_the_layer_that_reads_most(tiny: Tiny) -> None:
+    config = tiny("opt").config
+    assert read_share(config, FP32, dense_reads(config, rows=3, tokens=7), None) == 1.0

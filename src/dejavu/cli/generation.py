@@ -23,7 +23,7 @@ from dejavu.cli.options import (
     Threads,
     open_model,
 )
-from dejavu.cli.output import Output, number, speed
+from dejavu.cli.output import Output, number, percent, speed
 from dejavu.cli.sampling import Temperature, TopK, TopP, sampling_values, sampling_words
 from dejavu.config import MAX_NEW_TOKENS
 
@@ -55,6 +55,7 @@ def generate(
     """Continue a prompt, or answer it where the model has a chat template; sparse where the model has an adapter."""
     from dejavu.config import SamplingConfig, require
     from dejavu.engine.streaming import StopStrings
+    from dejavu.measure.traffic import text_read_share
 
     out = Output(as_json)
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
@@ -94,7 +95,9 @@ def generate(
     prompted = "message (chat template)" if chat else "prompt"
     prefill = f"{prompted} of {result.prompt_tokens} at {speed(result.prefill_tok_s)}"
     densities = f"MLP density {number(result.mlp_density)}, head density {number(result.head_density)}"
-    out.show(f"{what} · {prefill} · {densities} · ended by {result.finish_reason}")
+    share = text_read_share(lm.config, result, lm.layers())
+    reads = f"reads {percent(share)} of a dense token"
+    out.show(f"{what} · {prefill} · {densities} · {reads} · ended by {result.finish_reason}")
     out.finish(
         {
             "text": str(result),
@@ -103,6 +106,7 @@ def generate(
             "prefill_tok_s": result.prefill_tok_s,
             "mlp_density": result.mlp_density,
             "head_density": result.head_density,
+            "read_share": share,
             "backend": lm.backend,
             "dtype": lm.dtype,
             "cache_dtype": lm.cache_dtype,

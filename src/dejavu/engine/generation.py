@@ -12,12 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dejavu.config import SamplingConfig
-from dejavu.engine.interface import DecodesTokens, Engine, LayerSelection, densities
+from dejavu.engine.interface import DecodesTokens, Engine, EngineInfo, LayerSelection, densities
 from dejavu.engine.sampling import NOT_NUMBERS, Sampler
 from dejavu.engine.streaming import Detokenizer, FinishReason, Writing, stop_ids_of
 from dejavu.model.predictor import DensityCounter
@@ -54,25 +55,36 @@ class Piece:
         return tuple(token.token_id for token in self.tokens)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """Means over the decode steps of a text of what a step selected, by layer, as Token counts it; tokens: that it attended to."""
+
+    neurons_L: tuple[float, ...]
+    heads_L: tuple[float, ...]
+    inputs_LP: tuple[tuple[float, ...], ...] | None
+    tokens: float
+
+
 class GeneratedText(str):
     """The generated text, with how it came about.
 
-    finish_reason: "stop" (a stop string or stop id) or "length" (max_new_tokens or the context). token_ids: every token
-    generated, a stop token included. tok_s: decode steps per second of decode, the prompt excluded; None without a step.
-    mlp_density, head_density: mean over all layers and decode steps, a dense layer counting 1; where inputs are selected, of the weights
-    of the MLP and of attention; None without a step.
-    trace: per token the selections of its layers (None for the first), when the engine records; else None.
+    finish_reason: "stop" (a stop string or stop id) or "length" (max_new_tokens or the context); None where the generation was closed
+    before its end. token_ids: every token generated, a stop token included. tok_s: decode steps per second of decode, the prompt excluded; None without a step. mlp_density, head_density: mean over all layers and decode steps, a dense layer counting
+    1; where inputs are selected, of the weights of the MLP and of attention; None without a step. counts: likewise None without a step.
+    trace: per token the selections of its layers (None for the first), when the engine records; else None. engine: what wrote it.
     """
 
     prompt_tokens: int
     new_tokens: int
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     tok_s: float | None
     prefill_tok_s: float | None
     mlp_density: float | None
     head_density: float | None
+    counts: StepCounts | None
+    engine: EngineInfo
     trace: tuple[tuple[LayerSelection, ...] | None, ...] | None
 
 
@@ -130,18 +142,23 @@ class Generation(Iterator[Piece]):
         """Run to the end and return the whole text with its counts, speeds and densities."""
         for _ in self:
             pass
-        reason = self._writing.finish_reason
-        assert reason is not None, "the generation was closed before its end"
+        assert self._writing.finish_reason is not None, "the generation was closed before its end"
+        return self.written()
+
+    def written(self) -> GeneratedText:
+        """As `result`, of what has been written so far: the text of a generation that was closed before its end."""
         text = GeneratedText("".join(self._text))
         text.prompt_tokens = len(self._prompt_ids)
         text.new_tokens = len(self._tokens)
-        text.finish_reason = reason
+        text.finish_reason = self._writing.finish_reason
         text.token_ids = tuple(token.token_id for token in self._tokens)
         text.logprobs = tuple(token.logprob for token in self._tokens)
         text.tok_s = self._counter.tokens / self._decode_s if self._counter.tokens else None
         text.prefill_tok_s = len(self._prompt_ids) / self._prefill_s if self._prefill_s else None
         text.mlp_density = self._counter.mlp_density()
         text.head_density = self._counter.head_density()
+        text.counts = _mean_counts(self._tokens, prompt_tokens=len(self._prompt_ids))
+        text.engine = self._engine.info
         selections = tuple(token.selections for token in self._tokens)
         text.trace = selections if any(layers is not None for layers in selections) else None
         return text
@@ -239,6 +256,24 @@ class Generation(Iterator[Piece]):
 
 def _nested(counts_LP: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(counts_P) for counts_P in counts_LP.tolist())
+
+
+def _mean_counts(tokens: Sequence[Token], *, prompt_tokens: int) -> StepCounts | None:
+    """Of every token but the first, which comes from the prefill; None where there is no other."""
+
+    def mean(counts: list[Any]) -> Any:
+        return torch.tensor(counts, dtype=torch.float64).mean(0)
+
+    steps = [token for token in tokens if token.neurons_L is not None]
+    if not steps:
+        return None
+    inputs = [token.inputs_LP for token in steps if token.inputs_LP is not None]
+    return StepCounts(
+        neurons_L=tuple(mean([token.neurons_L for token in steps]).tolist()),
+        heads_L=tuple(mean([token.heads_L for token in steps]).tolist()),
+        inputs_LP=tuple(map(tuple, mean(inputs).tolist())) if inputs else None,
+        tokens=prompt_tokens + (len(steps) + 1) / 2,  # the n-th step attends to the prompt and n tokens
+    )
 
 
 def generate_tokens(

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from dejavu.config import ModelConfig
+from dejavu.engine.generation import GeneratedText
 from dejavu.engine.interface import EngineInfo
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.kernels.screen import screen_rank
@@ -167,8 +168,28 @@ def predictor_bytes(predictor: Predictor, *, may_be_int8: bool) -> float:
     return total
 
 
-def read_share(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequence[LayerAdapter] | None) -> float:
-    """Useful bytes of a step over those of the same step run dense: predictors, gates, norms, cache and head included."""
-    tokens = max(reads.cached_L) / (reads.rows * config.num_kv_heads)
+def read_share(
+    config: ModelConfig, formats: Formats, reads: Reads, layers: Sequence[LayerAdapter] | None, *, tokens: float | None = None
+) -> float:
+    """Useful bytes of a step over those of the same step run dense: predictors, gates, norms, cache and head included.
+
+    tokens: that each row attends to; not given: as many as the layer that reads most of the cache does with all of its heads.
+    """
+    tokens = max(reads.cached_L) / (reads.rows * config.num_kv_heads) if tokens is None else tokens
     dense = step_bytes(config, formats, dense_reads(config, rows=reads.rows, tokens=tokens))
     return sum(step_bytes(config, formats, reads, layers).values()) / sum(dense.values())
+
+
+def text_read_share(config: ModelConfig, text: GeneratedText, layers: Sequence[LayerAdapter] | None) -> float | None:
+    """The read_share of the mean decode step of a text, written with `layers` (None: dense); None without a step.
+
+    Rows of down count for every neuron selected: a text does not tell which of them came out as zero.
+    """
+    counts = text.counts
+    if counts is None:
+        return None
+    cached_L = [heads * config.num_kv_heads / config.num_heads * counts.tokens for heads in counts.heads_L]
+    reads = Reads(
+        rows=1, neurons_L=counts.neurons_L, fired_L=counts.neurons_L, heads_L=counts.heads_L, cached_L=cached_L, inputs_LP=counts.inputs_LP
+    )
+    return read_share(config, formats_of(text.engine), reads, layers, tokens=counts.tokens)
