@@ -425,6 +425,20 @@ def test_counts_are_means_over_the_steps(tiny: Tiny, tokenizer: Tokenizer) -> No
     assert 0 < counts.neurons_L[0] < 64
 
 
+def test_a_prompt_that_begins_as_the_one_before_is_read_from_there(tiny: Tiny, tokenizer: Tokenizer) -> None:
+    """Whole pages of what was prefilled, where both generations ask for it; the text stays the same."""
+    engine = TorchEngine(tiny("opt"))
+    ids = [2, *range(10, 50)]
+    long, page = [*ids, 7, 8, 9], engine.info.page_size
+
+    def written(prompt: list[int], *, reuse_prefix: bool = False) -> GeneratedText:
+        return generate_tokens(engine, tokenizer, prompt, max_new_tokens=4, ignore_eos=True, reuse_prefix=reuse_prefix).result()
+
+    plain, first, again = written(long), written(ids, reuse_prefix=True), written(long, reuse_prefix=True)
+    assert [text.reused_tokens for text in (plain, first, again)] == [0, 0, len(ids) // page * page] and again.reused_tokens > 0
+    assert again == plain and again.token_ids == plain.token_ids and again.prompt_tokens == len(long)
+
+
 # Engines that decode by themselves
 
 

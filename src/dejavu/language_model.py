@@ -181,10 +181,12 @@ class LanguageModel(OfflineMethods):
         adapter: Adapter | None = None,
         dense: bool = False,
         record: bool = False,
+        reuse_prefix: bool = False,
     ) -> Generation:
         """As `generate`, but returns the running Generation: iterate over its Pieces, then ask for `result()`.
 
-        record: keep what every step selected, in the result's `trace`.
+        record: keep what every step selected, in the result's `trace`. reuse_prefix: do not read anew what the prompt has in common with
+        one before that had reuse_prefix too; logits are then the same bit for bit on the native backend, on the others up to rounding.
         """
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else chat_ids(self.tokenizer, prompt)
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
@@ -197,7 +199,7 @@ class LanguageModel(OfflineMethods):
         try:
             return generate_tokens(
                 engine, self.tokenizer, prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, ignore_eos=ignore_eos,
-                on_end=give_back,
+                on_end=give_back, reuse_prefix=reuse_prefix,
             )  # fmt: skip
         except ValueError:
             give_back()

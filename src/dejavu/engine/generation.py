@@ -69,12 +69,15 @@ class GeneratedText(str):
     """The generated text, with how it came about.
 
     finish_reason: "stop" (a stop string or stop id) or "length" (max_new_tokens or the context); None where the generation was closed
-    before its end. token_ids: every token generated, a stop token included. tok_s: decode steps per second of decode, the prompt excluded; None without a step. mlp_density, head_density: mean over all layers and decode steps, a dense layer counting
+    before its end. token_ids: every token generated, a stop token included. reused_tokens: of the prompt, those whose keys and values
+    were there from a prompt before. tok_s: decode steps per second of decode, the prompt excluded; None without a step. prefill_tok_s: of
+    the tokens of the prompt that were not reused. mlp_density, head_density: mean over all layers and decode steps, a dense layer counting
     1; where inputs are selected, of the weights of the MLP and of attention; None without a step. counts: likewise None without a step.
     trace: per token the selections of its layers (None for the first), when the engine records; else None. engine: what wrote it.
     """
 
     prompt_tokens: int
+    reused_tokens: int
     new_tokens: int
     finish_reason: FinishReason | None
     token_ids: tuple[int, ...]
@@ -101,6 +104,7 @@ class Generation(Iterator[Piece]):
         writing: Writing,
         slot: int,
         on_end: Callable[[], object] | None = None,
+        reuse_prefix: bool = False,
     ) -> None:
         self._engine, self._slot, self._sampler, self._writing = engine, slot, sampler, writing
         self._prompt_ids = list(prompt_ids)
@@ -114,6 +118,7 @@ class Generation(Iterator[Piece]):
         self._ready: deque[Token] = deque()  # decoded, not yet handed out
         self._on_end = on_end
         self._begun = False
+        self._reuse_prefix, self._reused = reuse_prefix, 0
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -149,12 +154,13 @@ class Generation(Iterator[Piece]):
         """As `result`, of what has been written so far: the text of a generation that was closed before its end."""
         text = GeneratedText("".join(self._text))
         text.prompt_tokens = len(self._prompt_ids)
+        text.reused_tokens = self._reused
         text.new_tokens = len(self._tokens)
         text.finish_reason = self._writing.finish_reason
         text.token_ids = tuple(token.token_id for token in self._tokens)
         text.logprobs = tuple(token.logprob for token in self._tokens)
         text.tok_s = self._counter.tokens / self._decode_s if self._counter.tokens else None
-        text.prefill_tok_s = len(self._prompt_ids) / self._prefill_s if self._prefill_s else None
+        text.prefill_tok_s = (len(self._prompt_ids) - self._reused) / self._prefill_s if self._prefill_s else None
         text.mlp_density = self._counter.mlp_density()
         text.head_density = self._counter.head_density()
         text.counts = _mean_counts(self._tokens, prompt_tokens=len(self._prompt_ids))
@@ -198,7 +204,7 @@ class Generation(Iterator[Piece]):
         start = time.perf_counter()
         if not self._tokens:
             assert self._engine.length(self._slot) == 0, f"slot {self._slot} was taken since this generation was made"
-            sampled = self._sampler.draw(self._engine.prefill(self._slot, self._prompt_ids))
+            sampled = self._sampler.draw(self._prefilled())
             self._prefill_s += time.perf_counter() - start
             return Token(token_id=sampled.token_id, logprob=sampled.logprob)
         if not self._ready:
@@ -206,6 +212,16 @@ class Generation(Iterator[Piece]):
             self._ready.extend([self._stepped(last)] if self._decoder is None else self._decoded(self._decoder, last))
             self._decode_s += time.perf_counter() - start
         return self._counted(self._ready.popleft())
+
+    def _prefilled(self) -> Tensor:
+        """Logits [V] after the prompt."""
+        engine, slot, prompt_ids = self._engine, self._slot, self._prompt_ids
+        if not self._reuse_prefix:
+            return engine.prefill(slot, prompt_ids)
+        self._reused = engine.reuse(slot, prompt_ids)
+        logits_V = engine.prefill(slot, prompt_ids[self._reused :])
+        engine.publish(slot, prompt_ids)
+        return logits_V
 
     def _stepped(self, last: int) -> Token:
         """The token after the last one, by a step of the engine and the host's draw."""
@@ -289,13 +305,15 @@ def generate_tokens(
     slot: int = 0,
     index: int = 0,
     on_end: Callable[[], object] | None = None,
+    reuse_prefix: bool = False,
 ) -> Generation:
     """Start a generation in an empty slot: an iterator over Pieces; `.result()` is the GeneratedText.
 
     stop: strings that end the text before them; the prompt is not searched. stop_ids: tokens that end it, beside the
     tokenizer's EOS (which ignore_eos passes over); they are counted but give no text. At the end of the context the
     generation ends with "length". index: which of several choices of one request (see Sampler).
-    on_end: called once the text has ended or is closed and its slot is free; not after an error.
+    on_end: called once the text has ended or is closed and its slot is free; not after an error. reuse_prefix: begin with what the
+    engine still has of a prompt before that began alike, and offer this one to the next.
 
     Raises ValueError, here and not at the first piece, for an empty prompt, a prompt that leaves no room in the context,
     a negative count and an empty stop string.
@@ -320,4 +338,5 @@ def generate_tokens(
         writing=Writing(tokenizer, prompt_ids, stop=stop, stop_ids=ends, max_tokens=min(max_new_tokens, limit - prompt)),
         slot=slot,
         on_end=on_end,
+        reuse_prefix=reuse_prefix,
     )
