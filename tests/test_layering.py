@@ -18,7 +18,7 @@ RANKS = (
     {"measure"},
     {"offline_methods"},
     {"language_model"},
-    {"attached", "opening", "serve"},
+    {"attached", "conversation", "opening", "serve"},
     {"harness"},
     {"__init__"},
     {"cli"},

@@ -95,7 +95,7 @@ def generate(
     prompted = "message (chat template)" if chat else "prompt"
     prefill = f"{prompted} of {result.prompt_tokens} at {speed(result.prefill_tok_s)}"
     densities = f"MLP density {number(result.mlp_density)}, head density {number(result.head_density)}"
-    share = text_read_share(lm.config, result, lm.layers())
+    share = text_read_share(lm.config, result, None if lm.adapter is None else lm.adapter.layers)
     reads = f"reads {percent(share)} of a dense token"
     out.show(f"{what} · {prefill} · {densities} · {reads} · ended by {result.finish_reason}")
     out.finish(

@@ -17,6 +17,7 @@ import typer
 from dejavu.cli.adapt import adapt
 from dejavu.cli.bench import bench
 from dejavu.cli.bench_serve import bench_serve
+from dejavu.cli.chat import chat
 from dejavu.cli.demo import demo
 from dejavu.cli.evaluation import evaluation
 from dejavu.cli.export import export
@@ -66,6 +67,7 @@ for name, command in {
     "adapt": adapt,
     "eval": evaluation,
     "generate": generate,
+    "chat": chat,
     "bench": bench,
     "serve": serve,
     "bench-serve": bench_serve,

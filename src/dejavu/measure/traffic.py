@@ -181,7 +181,7 @@ def read_share(
 
 
 def text_read_share(config: ModelConfig, text: GeneratedText, layers: Sequence[LayerAdapter] | None) -> float | None:
-    """The read_share of the mean decode step of a text, written with `layers` (None: dense); None without a step.
+    """The read_share of the mean decode step of a text, written with the `layers` of an adapter (None: dense); None without a step.
 
     Rows of down count for every neuron selected: a text does not tell which of them came out as zero.
     """

@@ -61,8 +61,14 @@ class Tokenizer:
         return self.bos_token_id if self.adds_bos else None
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of the text alone; no special token is added (one spelled out in the text is still recognised)."""
-        (found,) = self.backend.encode_batch_fast([text], add_special_tokens=False)  # unlike `encode` it lets other threads run
+        """Ids of the text alone; no special token is added (one spelled out in the text is still recognised).
+
+        Raises ValueError for half a surrogate pair, which is what Python makes of bytes that are no UTF-8.
+        """
+        try:
+            (found,) = self.backend.encode_batch_fast([text], add_special_tokens=False)  # unlike `encode` it lets other threads run
+        except TypeError as error:  # the library's word for a str that UTF-8 cannot spell
+            raise ValueError(f"{text!r} is not UTF-8 throughout; give it in UTF-8") from error
         return found.ids
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
