@@ -63,7 +63,7 @@ def test_help_and_version(call) -> None:
     assert call("--version").startswith("dejavu ")
     listed = call()
     assert call("--help") == listed
-    commands = "demo profile train adapt eval generate bench serve bench-serve report export info"
+    commands = "demo profile train adapt eval generate chat bench serve bench-serve report export info"
     for command in commands.split():
         assert f"\n│ {command} " in listed and "--json" in call(command, "--help")
 

@@ -112,7 +112,8 @@ class Session:
             self._note(f"{self.conversation.lm.name} has no chat template: it continues the text that the messages and its answers make up")
         if self.interactive:
             with contextlib.suppress(ImportError):  # Windows has none
-                importlib.import_module("readline")  # `input` then edits lines and remembers them
+                readline = importlib.import_module("readline")  # `input` then edits lines and remembers them
+                readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
             self.out.show("[dim]/help lists commands, ^D leaves[/dim]")
         leaving = False  # with the next ^C
         while True:
@@ -193,22 +194,22 @@ class Session:
     def _answer(self, text: str) -> None:
         turns = self.conversation.turns
         known, dropped = len(turns), self.conversation.dropped
-        pieces = self.conversation.ask(text, dense=self.dense)
-        try:
-            with contextlib.closing(pieces), _interrupts(caught=self.interactive) as interrupted:
-                for piece in pieces:
-                    self.out.write(piece)
-                    if interrupted():
-                        break
-        except KeyboardInterrupt:
-            if not self.interactive:
-                raise
-        if len(turns) == known:
-            self.out.show("\n[dim]stopped before anything was written; the message is not kept[/dim]")
-            return
-        figures = figures_of(turns[-1], self.conversation)
-        self.turns.append(figures)
-        self.out.show("", f"[dim]{status_line(figures, most=self.conversation.max_new_tokens)}[/dim]")
+        with _interrupts(caught=self.interactive) as interrupted:
+            try:
+                with contextlib.closing(self.conversation.ask(text, dense=self.dense)) as pieces:
+                    for piece in pieces:
+                        self.out.write(piece)
+                        if interrupted():
+                            break
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+            if len(turns) == known:
+                self.out.show("\n[dim]stopped before anything was written; the message is not kept[/dim]")
+                return
+            figures = figures_of(turns[-1], self.conversation)
+            self.turns.append(figures)
+            self.out.show("", f"[dim]{status_line(figures, most=self.conversation.max_new_tokens)}[/dim]")
         if self.conversation.dropped and not dropped:
             context = f"the context of {self.conversation.lm.config.max_positions:,} tokens"
             self._note(f"what was said no longer fits {context}: the model does not read the oldest messages; /save has them")
