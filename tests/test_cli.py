@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from conftest import Tiny
 from dejavu.cli.main import run
-from dejavu.cli.output import plain, ratio
+from dejavu.cli.output import Output, plain, ratio
 from dejavu.engine.backends import pick_backend
 from dejavu.measure.results import read_rows
 from dejavu.model.bundle import export
@@ -331,6 +334,19 @@ def test_demo(call, work: Path) -> None:
 def test_the_speed_ratio_is_told_also_below_one() -> None:
     assert "0.50×" in ratio(1.0, 2.0) and "slower" in ratio(1.0, 2.0)  # noqa: RUF001
     assert "2.00×" in ratio(2.0, 1.0) and "faster" in ratio(2.0, 1.0)  # noqa: RUF001
+
+
+def test_a_line_stands_above_the_bars() -> None:
+    """On one terminal: else it is written into the bar, which stays behind."""
+    bars, rest, out = io.StringIO(), io.StringIO(), Output(False)
+    out.console = Console(file=rest, force_terminal=True)
+    with Progress(console=Console(file=bars, force_terminal=True)):
+        out.say("through [them]")
+    out.say("after")
+    out.console = Console(file=rest)
+    with Progress(console=Console(file=bars, force_terminal=True)):
+        out.say("to a file")
+    assert "through [them]" in bars.getvalue() and rest.getvalue() == "after\nto a file\n"
 
 
 def test_what_is_not_finite_is_null() -> None:

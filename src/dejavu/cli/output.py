@@ -14,6 +14,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -34,8 +35,12 @@ class Output:
                 self.console.print(thing)
 
     def say(self, text: str) -> None:
-        """A plain line, whatever brackets it holds."""
-        if not self.as_json:
+        """A plain line, whatever brackets it holds; above the bars where some are being drawn on the same terminal."""
+        if self.as_json:
+            return
+        if isinstance(sys.stdout, FileProxy) and self.console.is_terminal:
+            print(text)
+        else:
             self.console.print(text, markup=False)
 
     def write(self, text: str) -> None:
