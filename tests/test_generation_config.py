@@ -115,8 +115,10 @@ def test_a_text_is_drawn_as_the_adapter_says_else_the_model_and_as_asked(folder:
     silent = Adapter.load(folder / "silent", model=lm.config, base_hash=lm.base_hash)
     assert drawn(lm, adapter=silent) == OWN and load(folder / "model", adapter=None).sampling == OWN
     assert drawn(lm, temperature=0.5) == dataclasses.replace(ADAPTERS, temperature=0.5)
-    assert drawn(lm, dense=True, top_p=1.0, top_k=0, seed=4) == SamplingConfig(temperature=0.75, top_p=1.0, seed=4)
+    assert drawn(lm, dense=True, top_p=1.0, top_k=0, seed=4) == SamplingConfig(temperature=0.75, seed=4)
     assert drawn(lm, temperature=0).temperature == 0
+    with pytest.raises(ValueError, match=r"top_p must lie in \(0, 1\], not 1.5"):
+        drawn(lm, top_p=1.5)
     greedy = lm.generate("the cat", max_new_tokens=6, temperature=0, ignore_eos=True)
     assert lm.generate("the cat", max_new_tokens=6, top_k=1, ignore_eos=True) == greedy
 

@@ -243,7 +243,7 @@ class SamplingConfig(Config):
         return SamplingConfig(
             temperature=self.temperature if temperature is None else temperature,
             top_k=self.top_k if top_k is None else top_k or None,
-            top_p=self.top_p if top_p is None else top_p,
+            top_p=self.top_p if top_p is None else None if top_p == 1 else top_p,
             seed=seed,
         )
 
