@@ -14,8 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Dense, Dtype, Model, ScreenedHead, Seed, Threads, open_model
+from dejavu.cli.options import (
+    AdapterFolder,
+    AsJson,
+    Backend,
+    CacheDtype,
+    Dense,
+    Download,
+    Dtype,
+    Model,
+    Offline,
+    ScreenedHead,
+    Seed,
+    Threads,
+    open_model,
+)
 from dejavu.cli.output import Output, number, speed
+from dejavu.cli.sampling import Temperature, TopK, TopP, sampling_values, sampling_words
 
 if TYPE_CHECKING:
     from dejavu.conversation import Conversation, Turn
@@ -42,9 +57,9 @@ def chat(
         int | None,
         typer.Option("-n", "--max-new-tokens", metavar="N", help="Most tokens of an answer; not set: 1024, without a chat template 128."),
     ] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", metavar="X", help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", metavar="N", help="Draw from the N likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens of this total.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     adapter: AdapterFolder = None,
     dense: Dense = False,
     backend: Backend = "auto",
@@ -53,6 +68,8 @@ def chat(
     screened_head: ScreenedHead = 0,
     threads: Threads = None,
     seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> int:
     """Talk with a model in the terminal, sparse where it has an adapter; /help lists commands, ^D leaves."""
@@ -66,7 +83,7 @@ def chat(
     SamplingConfig(**sampling)  # an impossible value is said before a model is loaded
     lm = open_model(
         model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
-        adapter=adapter, dense=dense,
+        adapter=adapter, dense=dense, download=download, offline=offline, drawing=lambda lm: sampling_words(lm, **given),
     )  # fmt: skip
     conversation = Conversation(lm, system=system, max_new_tokens=max_new_tokens, seed=seed, **sampling)
     session = Session(conversation, out, interactive=sys.stdin.isatty())
@@ -79,6 +96,7 @@ def chat(
             "dtype": lm.dtype,
             "cache_dtype": lm.cache_dtype,
             "screened_head": lm.screened_head,
+            "sampling": sampling_values(lm, seed=seed, **given),
             "model": lm.name,
             "notes": [*lm.notes, *session.notes],
         }
