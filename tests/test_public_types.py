@@ -49,11 +49,11 @@ def test_what_is_trained_is_what_was_asked(lm: LanguageModel, monkeypatch: pytes
     }  # fmt: skip
     seen: list[TrainConfig] = []
 
-    def train_adapter(checkpoint: object, windows: object, config: TrainConfig, **options: object) -> tuple[Adapter, dict[str, Any]]:
+    def train_adapters(checkpoint: object, windows: object, config: TrainConfig, **options: object) -> list[tuple[Adapter, dict[str, Any]]]:
         seen.append(config)
-        return make_adapter(lm.config, lm.base_hash), {}
+        return [(make_adapter(lm.config, lm.base_hash), {})]
 
-    monkeypatch.setattr("dejavu.offline.train.train_adapter", train_adapter)
+    monkeypatch.setattr("dejavu.offline.train.train_adapters", train_adapters)
     lm.train(TEXT, **asked)
     assert seen == [TrainConfig(**asked)] and all(asked[field.name] != field.default for field in dataclasses.fields(TrainConfig))
 

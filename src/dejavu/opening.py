@@ -18,6 +18,7 @@ from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model
 from dejavu.model.download import Download
 from dejavu.model.hub import adapter_folder, packaged_file
 from dejavu.model.hub_name import hub_name
+from dejavu.model.rounding import rounding_note
 
 BeforeWeights = Callable[[ModelConfig, str, str], object]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -93,6 +94,8 @@ def load(
         lm.model.round_cache(lm.cache_dtype)
     if lm.adapter is not None:
         lm.notes = (*lm.notes, *lm.adapter.notes)
+    note = rounding_note(checkpoint.base_hash, dtype, stored_dtype=checkpoint.stored_dtype, sparse=adapter is not None)
+    lm.notes = lm.notes if note is None else (*lm.notes, note)
     if lacking:
         lm.notes = (*lm.notes, f"backend torch on the CPU: {asked} does not compute {', '.join(lacking)}")
     lm.layers()
