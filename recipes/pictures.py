@@ -16,7 +16,8 @@ from html import escape
 from pathlib import Path
 
 from dejavu.measure.results import read_rows
-from tables import BENCH, newest
+from speeds import BENCH, speeds
+from tables import SMOLLM2, newest
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 WIDTH = 720
@@ -433,7 +434,93 @@ def union() -> Picture:
     return p
 
 
-PICTURES = (residual, cosine, lookahead, attention, cache, neuron, measures, mass, budget, decode, sectors, layouts, union)
+Box = tuple[float, float, float, float]
+
+
+def _free(x: float, y: float, width: float, taken: list[Box], within: Box) -> Box:
+    """A place for a word near a point that covers no other, the nearest first."""
+
+    def fits(box: Box) -> bool:
+        inside = within[0] <= box[0] and box[2] <= within[2] and within[1] <= box[1] and box[3] <= within[3]
+        return inside and not any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken)
+
+    for away in range(1, 12):
+        for down in (10 * away, -10 * away - 16):
+            for across in (-width / 2, 4, -width - 4):
+                box = (x + across, y + down, x + across + width, y + down + 16)
+                if fits(box):
+                    return box
+    return (x + 12, y - 8, x + 12 + width, y + 8)
+
+
+def _programs(model: str, name: str) -> Picture:
+    """Speed against perplexity of everything that ran a model; up and to the right is better."""
+    found = sorted(speeds(model), key=lambda speed: speed.ppl)
+    p = Picture(f"Tokens a second against perplexity of every program and dtype that ran {name}", 380)
+    p.text(24, 30, f"{name}: speed and quality of every program", "head")
+    p.text(24, 50, "up: foretells text better; right: writes faster. A line spans five processes or more.", "soft small")
+    left, right, top, bottom = 78.0, 690.0, 76.0, 326.0
+    most = max(speed.most for speed in found)
+    step = next(step for step in (10, 20, 50, 100, 200, 500, 1000) if most / step <= 7)
+    edge = step * math.ceil(1.02 * most / step)
+    low, high = found[0].ppl, found[-1].ppl
+    gap = max(high - low, 0.02 * low)
+    low, high = low - 0.12 * gap, high + 0.12 * gap
+
+    def at(speed: float, ppl: float) -> tuple[float, float]:
+        return left + (right - left) * speed / edge, top + (bottom - top) * (ppl - low) / (high - low)
+
+    for tick in range(0, edge + 1, step):
+        x, _ = at(tick, low)
+        p.path([(x, top), (x, bottom)], "line-off thin")
+        p.text(x, bottom + 18, f"{tick:,}", "soft small", "middle")
+    for index in range(5):
+        ppl = low + (high - low) * (index + 0.5) / 5
+        y = at(0, ppl)[1]
+        p.path([(left, y), (right, y)], "line-off thin")
+        p.text(left - 8, y + 5, f"{ppl:.1f}", "soft small", "end")
+    p.text(right, bottom + 38, "tokens a second, one sequence", "soft small", "end")
+    p.text(24, top - 6, "perplexity (the lower, the better)", "soft small")
+    taken = [(*at(speed.least, speed.ppl), *at(speed.most, speed.ppl)) for speed in found]  # left, top, right, bottom
+    taken = [(x0 - 8, y0 - 8, x1 + 8, y1 + 8) for x0, y0, x1, y1 in taken]
+    for speed in found:
+        kind = "back" if not speed.own else "read" if speed.row.mode != "dense" else "edge"
+        x, y = at(speed.median, speed.ppl)
+        p.path([at(speed.least, speed.ppl), at(speed.most, speed.ppl)], f"line-{kind}")
+        p.dot(x, y, kind, 6)
+        words = f"{speed.program}, {speed.row.dtype}"
+        box = _free(x, y, 6.7 * len(words), taken, (left, top, right + 20, bottom))
+        taken.append(box)
+        p.text(box[0], box[3] - 3, words, "ink small" if kind == "edge" else f"{kind} small")
+    p.legend(362, [("read", "ours, sparse"), ("edge", "ours, dense"), ("back", "other programs")])
+    return p
+
+
+def speedmini() -> Picture:
+    return _programs("opt-mini", "opt-mini")
+
+
+def speedsmol() -> Picture:
+    return _programs(SMOLLM2, "SmolLM2-135M-Instruct")
+
+
+PICTURES = (
+    residual,
+    cosine,
+    lookahead,
+    attention,
+    cache,
+    neuron,
+    measures,
+    mass,
+    budget,
+    decode,
+    sectors,
+    layouts,
+    union,
+    speedmini,
+    speedsmol,
+)
 
 
 def main() -> None:

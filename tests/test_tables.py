@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,13 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "recipes" / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tables"] = module
-    spec.loader.exec_module(module)
-    return module
+def tables() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "recipes"))
+        yield importlib.import_module("tables")
+
+
+@pytest.fixture(scope="module")
+def speeds(tables: ModuleType) -> ModuleType:
+    return importlib.import_module("speeds")
 
 
 def test_pages_show_what_results_hold(tables: ModuleType) -> None:
@@ -62,10 +64,10 @@ def row(mode: str, tok_s: float, **changes: Any) -> Row:
 
 
 @pytest.fixture
-def measured(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def measured(speeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """measured(rows): from now on these are the results, after one of a CPU."""
     path = tmp_path / "bench.jsonl"
-    monkeypatch.setattr(tables, "BENCH", path)
+    monkeypatch.setattr(speeds, "BENCH", path)
 
     def write(*rows: Row) -> None:
         cpu = row("dense", 7.0, backend="native", device="AMD EPYC, 2 cores", dtype="int8")
@@ -86,11 +88,10 @@ def test_nothing_was_measured_on_a_gpu_yet(tables: ModuleType, measured: Any) ->
     assert [tables.TABLES[name]() for name in GPU_TABLES] == ["Not measured yet.\n"] * 3
 
 
-def test_rows_of_a_gpu_are_not_among_those_of_a_cpu(tables: ModuleType, measured: Any) -> None:
-    measured()
-    before = [tables.TABLES["speed"](), tables.bench_runs()]
-    measured(row("dense", 90.0), row("transformers", 30.0, backend="transformers"))
-    assert [tables.TABLES["speed"](), tables.bench_runs()] == before and len(lines(tables, "speed")) == 1
+def test_rows_of_a_gpu_are_not_among_those_of_a_cpu(speeds: ModuleType, measured: Any) -> None:
+    real = {"synthetic": False, "model": "m", "dtype": "fp32", "commit": "1" * 40}
+    measured(*[row("dense", 90.0, **real)] * 5)
+    assert speeds.speeds("m") == []
 
 
 def test_speed_on_a_gpu(tables: ModuleType, measured: Any) -> None:
@@ -99,14 +100,43 @@ def test_speed_on_a_gpu(tables: ModuleType, measured: Any) -> None:
     compiled = row("transformers-compile", 80.0, backend="transformers-compile")
     later = "2031-01-01T00:00:00+00:00"
     measured(
-        row("dense", 100.0, nodes=170, gbs=1500.0, pct_ceiling=55.0), row("sparse", 200.0, mlp_density=0.1, nodes=171), compiled, peer,
+        row("dense", 100.0, nodes=170, gbs=1500.0, pct_ceiling=55.0), compiled, peer,
+        row("sparse", 200.0, mlp_density=0.1, nodes=171, gbs=1200.0, pct_ceiling=55.0),
         row("dense", 10.0, time=later), row("sparse", 11.0, time=later), row("dense", 5.0, batch=4), row("dense", 3.0, model="opt-13b"),
     )  # fmt: skip
     assert lines(tables, "gpu-speed") == [
-        ["transformers, eager", "opt-6.7b, synthetic", "fp16", "128", "", "", "20.00", "50.0", "0.50", "", "", ""],
-        ["transformers, compiled", "opt-6.7b, synthetic", "fp16", "128", "", "", "12.50", "80.0", "0.80", "", "", ""],
-        ["dejavu dense", "opt-6.7b, synthetic", "fp16", "128", "100.0 %", "100.0 %", "10.00", "100.0", "1.00", "170", "1500", "55 %"],
-        ["dejavu sparse", "opt-6.7b, synthetic", "fp16", "128", "10.0 %", "100.0 %", "5.00", "200.0", "2.00", "171", "", ""],
+        ["transformers, eager", "planted, OPT-6.7B's shape", "fp16", "128", "", "", "", "20.00", "50.0", "0.50", "", "", ""],
+        ["transformers, compiled", "planted, OPT-6.7B's shape", "fp16", "128", "", "", "", "12.50", "80.0", "0.80", "", "", ""],
+        [
+            "dejavu dense",
+            "planted, OPT-6.7B's shape",
+            "fp16",
+            "128",
+            "100.0 %",
+            "100.0 %",
+            "100.0 %",
+            "10.00",
+            "100.0",
+            "1.00",
+            "170",
+            "1500",
+            "55 %",
+        ],
+        [
+            "dejavu sparse",
+            "planted, OPT-6.7B's shape",
+            "fp16",
+            "128",
+            "10.0 %",
+            "100.0 %",
+            "40.0 %",
+            "5.00",
+            "200.0",
+            "2.00",
+            "171",
+            "1200",
+            "55 %",
+        ],
     ]
     assert f"{GPU}, torch 9.9, commit 0123456789, 2030-01-01." in tables.TABLES["gpu-speed"]()
 
@@ -119,14 +149,14 @@ def test_batches_on_a_gpu(tables: ModuleType, measured: Any) -> None:
         row("dense", 20.0, context=1024), row("dense", 25.0), row("dense", 40.0, batch=4, time=later),
     )  # fmt: skip
     found = lines(tables, "gpu-batches")
-    assert [(cells[0], cells[2], cells[4], cells[5], cells[10], cells[11]) for cells in found] == [
-        ("dejavu dense", "Test", "128", "1", "25.0", "1.00"),
-        ("dejavu dense", "Test", "128", "4", "40.0", "1.00"),
-        ("dejavu sparse", "Test", "128", "4", "100.0", "1.25"),
-        ("dejavu dense", "Test", "1024", "1", "20.0", "1.00"),
+    assert [(cells[0], cells[2], cells[4], cells[5], cells[11], cells[12]) for cells in found] == [
+        ("dejavu dense", GPU, "128", "1", "25.0", "1.00"),
+        ("dejavu dense", GPU, "128", "4", "40.0", "1.00"),
+        ("dejavu sparse", GPU, "128", "4", "100.0", "1.25"),
+        ("dejavu dense", GPU, "1024", "1", "20.0", "1.00"),
     ]
     measured(row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1))
-    assert lines(tables, "gpu-batches")[1][6:] == ["30.0 %", "10.0 %", "100.0 %", "10.00", "100.0", "1.25"]
+    assert lines(tables, "gpu-batches")[1][6:] == ["30.0 %", "10.0 %", "100.0 %", "", "10.00", "100.0", "1.25"]
 
 
 def test_single_ops_on_a_gpu(tables: ModuleType, measured: Any) -> None:
@@ -136,7 +166,7 @@ def test_single_ops_on_a_gpu(tables: ModuleType, measured: Any) -> None:
         row("sparse", 1e5, **op, mlp_density=0.05, selection="hot-set", time="2031-01-01T00:00:00+00:00"),
         row("dense", 50.0),
     )
-    assert lines(tables, "gpu-ops") == [["mlp, sparse", "opt-6.7b", "fp16", "1", "5 %", "", "", "10.0, 1234, 61 %"]]
+    assert lines(tables, "gpu-ops") == [["mlp, sparse", "planted, OPT-6.7B's shape", "fp16", "1", "5 %", "", "", "10.0, 1234, 61 %"]]
 
 
 def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> None:
@@ -147,17 +177,18 @@ def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> 
         row("sparse in-line", 150.0, time=later, nodes=162),
         row("dense", 7.0, model="opt-13b"),
     )  # fmt: skip
-    assert [(cells[0], cells[4], cells[9], cells[10]) for cells in lines(tables, "gpu-ahead")] == [
+    assert [(cells[0], cells[4], cells[10], cells[11]) for cells in lines(tables, "gpu-ahead")] == [
         ("beside", "sparse", "2.00", "130"),
         ("in-line", "sparse", "1.67", "162"),
     ]
-    for table, column in (("gpu-speed", 7), ("gpu-batches", 10)):
+    for table, column in (("gpu-speed", 8), ("gpu-batches", 11)):
         assert [cells[column] for cells in lines(tables, table)][:2] == ["100.0", "200.0"]
 
 
 def test_methods_and_the_curve(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest record of each model and method; points of a curve by density."""
     monkeypatch.setattr(tables, "QUALITY", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(tables, "commit", lambda: "0123456789abcdef")
     assert tables.record("demo", "opt-mini", {}) is None and tables.methods() == tables.curve() == tables.NOT_MEASURED
     result = {
         **{"model": "m", "method": "gate", "mlp_density": 0.25, "head_density": 1.0, "rise": 0.012, "dtype": "int8"},
@@ -172,3 +203,7 @@ def test_methods_and_the_curve(tables: ModuleType, tmp_path: Path, monkeypatch: 
     points = [{"shift": 1.0, "density": 0.2, "kl": 0.3, "rise": 0.1}, {"shift": 2.0, "density": 0.1, "kl": 0.5, "rise": 0.2}]
     tables.record("curve", "m", {"points": points})
     assert [line.split(" | ")[0] for line in tables.curve().splitlines()[2:4]] == ["| 10.0 %", "| 20.0 %"]
+
+
+def test_the_package_knows_what_results_say_of_rounding(tables: ModuleType) -> None:
+    assert json.loads(tables.ROUNDING_FILE.read_text()) == tables.rounding()

@@ -1,0 +1,175 @@
+"""Tables of docs/performance.md: speeds on a GPU, of planted models.
+
+In: results/bench.jsonl. Out: Markdown. A planted model is called by whose shape it has, never by that model's name: its weights are random.
+Rows of a commit with changed files are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import speeds
+from dejavu.measure.results import Row, read_rows
+from speeds import dirty, is_own, markdown, on_gpu, origins, percent, tokens
+
+NOT_MEASURED = "Not measured yet.\n"
+
+
+def rows_of_gpu() -> list[Row]:
+    return [row for row in read_rows(speeds.BENCH) if on_gpu(row) and not dirty(row)]
+
+
+def label(row: Row) -> str:
+    """`planted, OPT-6.7B's shape`; a slice says how much of it ran."""
+    shape, bracket, part = row.model.partition("[")
+    name = shape.upper().replace("LLAMA", "Llama").replace("-RELU", ", ReLU")
+    return f"planted, {name}'s shape" + (f" ({part.rstrip(']')})" if bracket else "")
+
+
+def decodes(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Decode rows of a run: ours and those of peers."""
+    found = [row for row in rows if row.op == "decode"]
+    return [row for row in found if is_own(row)], [row for row in found if not is_own(row)]
+
+
+def ratio(row: Row, other: Row) -> str:
+    return f"{tokens(row) / tokens(other):.2f}"
+
+
+def share(row: Row, dense: Row) -> str:
+    """What a step reads, of a dense one's bytes: predictors, gates and norms included."""
+    if row.read_share is not None:
+        return percent(row.read_share)
+    useful = [each.gbs * each.p50_us if each.gbs is not None and each.p50_us is not None else None for each in (row, dense)]
+    return "" if useful[0] is None or not useful[1] else percent(useful[0] / useful[1])
+
+
+GPU_MODELS = ("opt-6.7b", "opt-30b")
+PROGRAMS = {"transformers": "transformers, eager", "transformers-compile": "transformers, compiled"}
+
+
+def gpu_points() -> list[list[Row]]:
+    """Decode rows on a GPU by what was measured together: a command, model, dtype, context and batch. The oldest first."""
+    points: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows_of_gpu():
+        if row.op == "decode":
+            points.setdefault((row.time, row.device, row.model, row.dtype, row.context, row.batch), []).append(row)
+    return [rows for rows in points.values() if any(row.mode == "dense" for row in rows)]
+
+
+def _ahead(rows: list[Row]) -> str:
+    """How a point's sparse modes looked ahead: what their names end with (see Row)."""
+    return next((row.mode.partition(" ")[2] for row in rows if " " in row.mode), "beside")
+
+
+def _gpu_cells(row: Row, dense: Row) -> list[str]:
+    """MLP density, heads, share read, time of a step, tokens/s, times dense: what both tables of decode end with."""
+    assert row.p50_us is not None
+    own = is_own(row)
+    return [
+        percent(row.mlp_density) if own else "",
+        percent(row.head_density) if own else "",
+        share(row, dense) if own else "",
+        f"{row.p50_us / 1e3:.2f}",
+        f"{row.tok_s:.1f}",
+        ratio(row, dense),
+    ]
+
+
+def gpu_speed() -> str:
+    """Decode of one sequence on a GPU: transformers on the same weights, ours dense and sparse, from one run for each model."""
+    lines, dense_rows = [], []
+    for model in GPU_MODELS:
+        points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch, _ahead(rows)) == (model, 1, "beside")]
+        if not points:
+            continue
+        with_peers = [rows for rows in points if decodes(rows)[1]]
+        own, others = decodes(max(with_peers or points, key=lambda rows: (rows[0].time, -rows[0].context)))
+        dense = next(row for row in own if row.mode == "dense")
+        for row in (*sorted(others, key=lambda row: row.mode), *own):
+            name = PROGRAMS.get(row.mode, row.mode) if row in others else f"dejavu {row.mode}"
+            speed = ["" if row.nodes is None else str(row.nodes), "" if row.gbs is None else f"{row.gbs:.0f}"]
+            ceiling = "" if row.pct_ceiling is None else f"{row.pct_ceiling:.0f} %"
+            about = [label(row), row.dtype, str(row.context)]
+            lines.append([name, *about, *_gpu_cells(row, dense), *speed, ceiling])
+        dense_rows.append(dense)
+    header = ["program", "model", "dtype", "context", "MLP density", "heads", "reads", "ms a token", "tokens/s", "times our dense"]
+    header += ["graph nodes", "useful GB/s", "of the read ceiling"]
+    return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED
+
+
+def gpu_batches() -> str:
+    """Our decode on a GPU at every context and batch, the newest of each mode; times dense are of one run."""
+    newest: dict[tuple[Any, ...], tuple[Row, Row]] = {}
+    for rows in gpu_points():
+        dense = next(row for row in rows if row.mode == "dense")
+        for row in decodes(rows)[0] if _ahead(rows) == "beside" else ():
+            newest[row.model, row.dtype, row.device, row.context, row.batch, row.mode] = row, dense
+    lines, dense_rows = [], []
+    order = list(dict.fromkeys(key[:3] for key in newest))
+    for key in sorted(newest, key=lambda key: (order.index(key[:3]), key[3:])):
+        row, dense = newest[key]
+        about = [label(row), row.device or "", row.dtype]
+        about += [str(row.context), str(row.batch)]
+        lines.append([f"dejavu {row.mode}", *about, percent(row.union_density), *_gpu_cells(row, dense)])
+        dense_rows.append(dense)
+    header = [
+        "program",
+        "model",
+        "GPU",
+        "dtype",
+        "context",
+        "batch",
+        "union density",
+        "MLP density",
+        "heads",
+        "reads",
+        "ms a step",
+        "tokens/s",
+    ]
+    return markdown([*header, "times our dense"], lines) + origins(dense_rows) if lines else NOT_MEASURED
+
+
+def gpu_ahead() -> str:
+    """Where the next selection is computed: the newest of each way, for what was measured in more than one."""
+    ways: dict[tuple[object, ...], dict[str, list[Row]]] = {}
+    for rows in gpu_points():
+        first = rows[0]
+        ways.setdefault((label(first), first.dtype, first.device, first.context, first.batch), {})[_ahead(rows)] = rows
+    lines, dense_rows = [], []
+    for found in ways.values():
+        for ahead, rows in found.items() if len(found) > 1 else ():
+            own, _ = decodes(rows)
+            dense = next(row for row in own if row.mode == "dense")
+            for row in own:
+                if row is not dense:
+                    about = [label(row), row.dtype, str(row.context), row.mode.partition(" ")[0]]
+                    lines.append([ahead, *about, *_gpu_cells(row, dense), "" if row.nodes is None else str(row.nodes)])
+            dense_rows.append(dense)
+    header = ["selected", "model", "dtype", "context", "mode", "MLP density", "heads", "reads", "ms a token", "tokens/s", "times our dense"]
+    return markdown([*header, "graph nodes"], lines) + origins(dense_rows) if lines else NOT_MEASURED
+
+
+def gpu_ops() -> str:
+    """Single kernels on a GPU, of the newest run of each model, batch and context: densities in rows, selections side by side."""
+    runs: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows_of_gpu():
+        if row.op not in ("decode", "prefill", "read"):
+            runs.setdefault((row.time, row.model, row.dtype, row.device, row.batch, row.context), []).append(row)
+    newest = {key[1:]: rows for key, rows in runs.items()}
+    lines, dense_rows = [], []
+    for rows in newest.values():
+        points: dict[tuple[str, str, float | None], dict[str | None, Row]] = {}
+        for row in rows:
+            points.setdefault((row.op, row.mode, row.mlp_density), {})[row.selection] = row
+        for (op, mode, density), found in points.items():
+            first = next(iter(found.values()))
+            cells = [_op_cell(found.get(None) or found.get("uniform")), *(_op_cell(found.get(name)) for name in ("clustered", "hot-set"))]
+            lines.append([f"{op}, {mode}", label(first), first.dtype, str(first.batch), percent(density, 0), *cells])
+        dense_rows.append(rows[0])
+    header = ["op", "model", "dtype", "batch", "density", "µs, GB/s, of the read ceiling", "clustered", "hot-set"]
+    return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED
+
+
+def _op_cell(row: Row | None) -> str:
+    return "" if row is None else f"{row.p50_us:.1f}, {row.gbs:.0f}, {row.pct_ceiling:.0f} %"

@@ -1,0 +1,296 @@
+"""Which measured speeds may be shown, and the tables of a model that exists, on a CPU.
+
+In: results/bench.jsonl (rows of `dejavu bench`, a process each) and results/perplexity.jsonl (`recipes/quality.py`). Out: `Speed`s, one way
+to run a model each, over all processes of one commit, and Markdown. The rules, which docs/measuring.md explains:
+
+    a commit with changed files (-dirty) is refused
+    a model that exists needs a perplexity of the same adapter, dtype, cache dtype and backend
+    a dtype of ours that costs over LIMIT of perplexity beside fp32, in the same mode, is refused
+    it needs PROCESSES processes: the median is shown with the least and the most, and README takes the least
+
+What is refused is named on stderr with the reason. Where nothing is left to show, `Refused` ends the rendering.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dejavu.measure.results import Measured, QualityRow, Row, read_rows
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+BENCH, PERPLEXITY = RESULTS / "bench.jsonl", RESULTS / "perplexity.jsonl"
+LIMIT = 0.03  # of perplexity, that a dtype may cost
+NOISE = 0.005  # of perplexity: by how much a program may be worse and still count as no worse
+PROCESSES = 5
+
+
+class Refused(SystemExit):
+    """No row that a table needs may be shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """One way to run a model. rows: a decode row of each process, all of one commit. quality: of the same way; None: not measured."""
+
+    rows: tuple[Row, ...]
+    quality: QualityRow | None
+
+    @property
+    def row(self) -> Row:
+        """That of the median process."""
+        return sorted(self.rows, key=tokens)[len(self.rows) // 2]
+
+    @property
+    def own(self) -> bool:
+        return is_own(self.row)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(tokens(row) for row in self.rows)
+
+    @property
+    def least(self) -> float:
+        return min(tokens(row) for row in self.rows)
+
+    @property
+    def most(self) -> float:
+        return max(tokens(row) for row in self.rows)
+
+    @property
+    def ppl(self) -> float:
+        assert self.quality is not None, "refused without one"
+        return self.quality.ppl
+
+    @property
+    def texts(self) -> str:
+        """What its perplexity was measured on."""
+        assert self.quality is not None, "refused without one"
+        return self.quality.texts_hash
+
+    @property
+    def program(self) -> str:
+        return f"dejavu {self.row.mode}" if self.own else self.row.mode
+
+
+def tokens(row: Row) -> float:
+    assert row.tok_s is not None, "a decode row has a speed"
+    return row.tok_s
+
+
+def is_own(row: Row) -> bool:
+    """Whether the row is of our engine; another program is its own backend."""
+    return row.backend != row.mode
+
+
+def on_gpu(row: Row) -> bool:
+    """A CPU's name ends with the number of its cores."""
+    return row.device is not None and not row.device.endswith(" cores")
+
+
+def qualities() -> list[QualityRow]:
+    return read_rows(PERPLEXITY, QualityRow) if PERPLEXITY.exists() else []
+
+
+def quality_of(row: Row, known: Sequence[QualityRow], *, dtype: str | None = None) -> QualityRow | None:
+    """The newest perplexity of the very same way to run it; dtype: in another one, whatever its cache."""
+    heads = row.mode == "sparse+heads"
+    found = [
+        each
+        for each in known
+        if (each.model, each.backend, each.adapter) == (row.model, row.backend, row.adapter)
+        and each.mode == ("sparse" if heads else row.mode)
+        and (heads or each.mode != "sparse" or each.head_density == 1)
+        and (each.dtype == dtype if dtype is not None else (each.dtype, each.cache_dtype) == (row.dtype, row.cache_dtype))
+    ]
+    return found[-1] if found else None
+
+
+def dirty(measured: Measured) -> bool:
+    return str(measured.commit).endswith("-dirty")
+
+
+def refusal(speed: Speed, known: Sequence[QualityRow], *, processes: int = PROCESSES) -> str | None:
+    """Why a speed may not be shown; None where it may."""
+    row, quality = speed.row, speed.quality
+    if dirty(row):
+        return f"commit {short_commit(row)}: files were changed, so nobody can measure it again"
+    if row.synthetic:
+        return None
+    if quality is None:
+        with_ = "" if row.adapter is None else f" with adapter {row.adapter}"
+        return f"no perplexity in {row.dtype}, cache {row.cache_dtype}, backend {row.backend}{with_}: run recipes/quality.py"
+    if dirty(quality):
+        return f"its perplexity is of commit {short_commit(quality)}, whose files were changed"
+    if speed.own and row.dtype != "fp32":
+        base = quality_of(row, known, dtype="fp32")
+        if base is None or base.texts_hash != quality.texts_hash:
+            return f"its perplexity in fp32 on the same text is not known, so nobody knows what {row.dtype} costs"
+        cost = quality.ppl / base.ppl - 1
+        if cost > LIMIT:
+            return f"{row.dtype} costs {100 * cost:.1f} % of perplexity beside fp32, over {100 * LIMIT:.0f} %"
+    if len(speed.rows) < processes:
+        return f"measured in {len(speed.rows)} processes, not {processes}"
+    return None
+
+
+def speeds(model: str | None = None) -> list[Speed]:
+    """Of every way to run models that exist on a CPU, one sequence, the newest commit that may be shown. model: and of its peers."""
+    known = qualities()
+    groups: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+    companions = _companions(model)
+    for row in read_rows(BENCH):
+        usual = row.op == "decode" and row.batch == 1 and not row.synthetic and not on_gpu(row) and row.screened_head == 0
+        asked_for = model is None or row.model == model or (row.model in companions and not is_own(row))
+        if usual and asked_for:
+            key = (row.model, row.mode, row.backend, row.dtype, row.cache_dtype, row.adapter, row.context, row.device)
+            groups.setdefault(key, {}).setdefault(str(row.commit), []).append(row)
+    found = []
+    for commits in groups.values():
+        for number, rows in enumerate(sorted(commits.values(), key=lambda rows: str(rows[-1].time), reverse=True)):
+            speed = Speed(rows=tuple(rows), quality=quality_of(rows[0], known))
+            reason = refusal(speed, known)
+            if reason is None:
+                found.append(speed)
+                break
+            if number == 0 and (speed.row.cache_dtype is not None or not speed.own):  # older rows could not say what they were
+                say_refused(speed, reason)
+    return found
+
+
+def _companions(model: str | None) -> set[str]:
+    """What other programs ran in the same processes as the model, by name."""
+    rows = [row for row in read_rows(BENCH) if row.op == "decode" and not row.synthetic]
+    times = {row.time for row in rows if row.model == model and is_own(row)}
+    return {row.model for row in rows if row.time in times}
+
+
+_said: set[str] = set()
+
+
+def say_refused(speed: Speed, reason: str) -> None:
+    row = speed.row
+    line = f"not shown: {row.model}, {speed.program}, {row.dtype}, {row.time}: {reason}"
+    if line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr)
+
+
+def ratios(one: Speed, other: Speed) -> list[float]:
+    """Of processes that timed both, in turns; else of the medians."""
+    by_time = {row.time: tokens(row) for row in other.rows}
+    paired = [tokens(row) / by_time[row.time] for row in one.rows if row.time in by_time]
+    return paired or [one.median / other.median]
+
+
+def rival(speed: Speed, others: Iterable[Speed]) -> Speed:
+    """The fastest program, ours included, whose perplexity on the same text is no worse (but for NOISE)."""
+    fair = [other for other in others if other is not speed and other.texts == speed.texts and other.ppl <= speed.ppl * (1 + NOISE)]
+    if not fair:
+        raise Refused(f"nothing to compare {speed.row.model}, {speed.program} with: no program of no worse perplexity on the same text")
+    return max(fair, key=lambda other: other.median)
+
+
+# Markdown
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows]) + "\n"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def short_commit(measured: Measured) -> str:
+    return shortened(measured.commit)
+
+
+def shortened(commit: object) -> str:
+    """Ten digits, and -dirty where files were changed."""
+    text = str(commit)
+    return text[:10] + ("-dirty" if text.endswith("-dirty") else "")
+
+
+def source(device: object, versions: dict[str, str], commit: object, time: object) -> str:
+    return f"\n{device}, torch {versions['torch']}, commit {shortened(commit)}, {str(time)[:10]}.\n"
+
+
+def origins(rows: Iterable[Measured]) -> str:
+    """A line for each machine, commit and day."""
+    return "".join(dict.fromkeys(source(row.device, row.versions or {}, row.commit, row.time) for row in rows))
+
+
+def spread(least: float, most: float, digits: int) -> str:
+    return f"{least:.{digits}f} to {most:.{digits}f}"
+
+
+def programs(model: str) -> str:
+    """Every program and dtype that ran this model, with its quality: the fastest first."""
+    found = sorted(speeds(model), key=lambda speed: -speed.median)
+    if not found:
+        raise Refused(f"no speed of {model} may be shown; see the lines above")
+    rows = []
+    for speed in found:
+        row, threads = speed.row, sorted({str(each.threads) for each in speed.rows})
+        density = [percent(row.mlp_density), percent(row.read_share)] if speed.own else ["", ""]
+        dense = [each for each in found if each.own and (each.row.mode, each.row.dtype) == ("dense", row.dtype)]
+        times = "" if not dense or not speed.own else f"{statistics.median(ratios(speed, dense[0])):.2f}"
+        about = [speed.program, row.dtype, str(row.cache_dtype or ""), "/".join(threads), *density, f"{speed.ppl:.2f}"]
+        rows.append([*about, f"{speed.median:.1f}", spread(speed.least, speed.most, 1), times])
+    header = ["program", "dtype", "cache", "threads", "MLP density", "reads", "perplexity", "tokens/s", "least to most", "times own dense"]
+    return markdown(header, rows) + origins(speed.row for speed in found)
+
+
+def headline_speeds(model: str) -> tuple[Speed, Speed, Speed]:
+    """Our fastest sparse way, the fastest program of no worse perplexity, and our dense engine in the same dtype."""
+    found = speeds(model)
+    sparse = [speed for speed in found if speed.own and speed.row.mode != "dense"]
+    if not sparse:
+        raise Refused(f"no sparse speed of {model} may be shown; see the lines above")
+    best = max(sparse, key=lambda speed: speed.median)
+    dense = [speed for speed in found if speed.own and (speed.row.mode, speed.row.dtype) == ("dense", best.row.dtype)]
+    if not dense:
+        raise Refused(f"no dense speed of {model} in {best.row.dtype} may be shown; see the lines above")
+    return best, rival(best, found), dense[0]
+
+
+def named(speed: Speed) -> str:
+    """`our own dense engine in int8`, `llama.cpp in q8_0`."""
+    return f"{f'our own {speed.row.mode} engine' if speed.own else speed.program} in {speed.row.dtype}"
+
+
+def headline(model: str, name: str) -> str:
+    """README: one model on one machine, speed and quality in one row, the fastest other program; the least of all processes."""
+    best, other, dense = headline_speeds(model)
+    others = [speed for speed in speeds(model) if not speed.own]
+    fastest = [max(others, key=lambda speed: speed.median)] if others else []
+    rows = []
+    for speed in unique([best, other, dense, *fastest]):
+        row = speed.row
+        share = [percent(row.mlp_density, 0), percent(row.read_share, 0)] if speed.own else ["all", "all"]
+        rows.append([f"{speed.program}, {row.dtype}", *share, f"{speed.ppl:.2f}", f"{speed.least:.0f}"])
+    first = f"Sparse is **{min(ratios(best, other)):.2f} times as fast as {named(other)}**, the fastest program of no worse perplexity"
+    last = "" if other is dense else f", and {min(ratios(best, dense)):.2f} times as fast as {named(dense)}"
+    text = f"\n{first}{last}.\nEach number is the least of {len(best.rows)} processes.\n"
+    return markdown([name, "MLP neurons read", "bytes read", "perplexity", "tokens/s"], rows) + text + origins([best.row])
+
+
+def second(model: str, name: str) -> str:
+    """README: another model in words; the least of all processes."""
+    best, other, dense = headline_speeds(model)
+    against, own = min(ratios(best, other)), min(ratios(best, dense))
+    text = f"{name}, sparse in {best.row.dtype}: {best.least:.0f} tokens/s at a perplexity of {best.ppl:.2f}.\n"
+    if other is not dense:
+        text += f"That is {own:.2f} times as fast as {named(dense)}, {'and' if against >= 1 else 'but only'}\n"
+    text += f"**{against:.2f} times as fast as {named(other)}** ({other.least:.0f} tokens/s at {other.ppl:.2f}),\n"
+    return f"{text}the fastest program of no worse perplexity.\n" + origins([best.row])
+
+
+def unique(found: list[Speed]) -> list[Speed]:
+    return [speed for index, speed in enumerate(found) if not any(speed is other for other in found[:index])]
