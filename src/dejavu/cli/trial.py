@@ -71,8 +71,8 @@ def trial(
             threads=lm.threads,
             progress=progress,
         )
-    peak = peak_bytes()
-    show(out, found, lm.dtype, peak)
+    peak = peak_bytes(lm.backend)
+    show(out, found, f"{lm.dtype}{' on the GPU' if lm.backend == 'cuda' else ''}", peak)
     about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}
     rows = [row.to_dict() for row in found.rows]
     out.finish({**asdict(found), "rows": rows, "peak_bytes": peak, **about})
@@ -96,14 +96,18 @@ def check_fits(name: str, config: ModelConfig, backend: str, dtype: str) -> None
     require(not short, f"{name} in {dtype} takes {gigabytes}; {fix}")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held (resident)."""
+def peak_bytes(backend: str) -> int:
+    """The most memory that this process has held: of the GPU on cuda, else resident."""
+    import torch
+
+    if backend == "cuda":
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def show(out: Output, found: Trial, dtype: str, peak: int) -> None:
-    """The table, memory, advice and what to run next."""
+def show(out: Output, found: Trial, held: str, peak: int) -> None:
+    """The table, memory, advice and what to run next. held: how the weights are held, in words."""
     table = new_table("\nWhat it gains here", "way", "keeps", "reads", "tok/s", "times dense", "perplexity", "change")
     for row in found.rows:
         cells: list[Any] = [percent(row.mlp_density, 0), percent(row.read_share, 0), number(row.tok_s, ",.1f"), number(row.times, ".2f")]
@@ -114,6 +118,6 @@ def show(out: Output, found: Trial, dtype: str, peak: int) -> None:
         if row.note is not None:
             out.say(f"{row.label}: {row.note}")
     out.say("keeps: share of the MLP's neurons (input: of its weights). reads: bytes of a step, of a dense one's.")
-    out.say(f"Memory: weights {found.weight_bytes / 1e6:,.0f} MB in {dtype}; this trial took {peak / 1e9:.1f} GB at most.")
+    out.say(f"Memory: weights {found.weight_bytes / 1e6:,.0f} MB in {held}; this trial took {peak / 1e9:.1f} GB at most.")
     out.show(f"\n[bold]{escape(found.advice)}[/bold]")
     out.say(f"Next: {found.command}")
