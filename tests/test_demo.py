@@ -64,7 +64,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint, a
 def test_the_summary_is_what_was_measured(finished: tuple[dict[str, Any], Path, list[str]], adapter: Adapter) -> None:
     summary, output, said = finished
     results = read_results([output])
-    assert set(summary) == {"dense", "sparse", "speedup", "mlp_density", "head_density", "backend", "dtype", "lookahead", "report"}
+    assert set(summary) == {
+        "dense",
+        "sparse",
+        "speedup",
+        "mlp_density",
+        "head_density",
+        "read_share",
+        "backend",
+        "dtype",
+        "lookahead",
+        "report",
+    }
     assert (summary["backend"], summary["dtype"]) == (results["environment"]["backend"], results["environment"]["dtype"])
     for side in ("dense", "sparse"):
         assert set(summary[side]) == {"tok_s", "ppl", "text"}

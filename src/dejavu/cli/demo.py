@@ -73,5 +73,6 @@ def show(out: Output, result: dict[str, Any]) -> None:
         ("share of attention read (head density)", "head_density"),
     ):
         table.add_row(what, percent(1.0), percent(result[density]), "")
+    table.add_row("bytes that a token reads, all in all", percent(1.0), percent(result["read_share"]), "")
     out.show(table)
     out.write(f"Report: {result['report']}\n")  # as it comes: a path broken over two lines cannot be opened

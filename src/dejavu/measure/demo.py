@@ -32,6 +32,7 @@ from dejavu.measure.firing import firing
 from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, write_report
 from dejavu.measure.results import about
 from dejavu.measure.texts import DATA, documents
+from dejavu.measure.traffic import text_read_share
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import LayerConfig, PartConfig
 from dejavu.model.checkpoint import Checkpoint
@@ -122,9 +123,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run every step and write the report; returns
 
-    dense, sparse (each tok_s, ppl, text), speedup (sparse / dense), mlp_density, head_density (of the evaluation),
-    backend, dtype (of the engine), lookahead (per layer the MLP predictor's, None where the MLP runs dense), report (path
-    of the page).
+    dense, sparse (each tok_s, ppl, text), speedup (sparse / dense), mlp_density, head_density (of the evaluation), read_share
+    (of the sparse text), backend, dtype (of the engine), lookahead (per layer the MLP predictor's, None where the MLP runs
+    dense), report (path of the page).
 
     dtype: of the engines (None: the model's); cache_dtype: of their caches, see make_engine. training: how `retrain` trains,
     instead of with the defaults and `seed`.
@@ -252,6 +253,7 @@ def _generate(
         "speedup": sides["sparse"]["tok_s"] / sides["dense"]["tok_s"],
         "mlp_density": sparse.mlp_density,
         "head_density": sparse.head_density,
+        "read_share": text_read_share(model.config, sparse, layers),
     }
     return generation, run(make(layers, record=True), count)
 
@@ -301,6 +303,7 @@ def _summary(results: dict[str, Any], adapter: Adapter, report: Path) -> dict[st
         "speedup": generation["speedup"],
         "mlp_density": quality["mlp_density"],
         "head_density": quality["head_density"],
+        "read_share": generation["read_share"],
         "backend": results["environment"]["backend"],
         "dtype": results["environment"]["dtype"],
         "lookahead": [None if layer.mlp is None else layer.mlp.lookahead for layer in adapter.layers],

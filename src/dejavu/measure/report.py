@@ -5,7 +5,7 @@ external resource. A section that is not there leaves no gap. Sections:
 
     model        name, and what is known of: parameters, layers, hidden_size, neurons, heads, activation
     environment  device, versions, commit, time, and where it applies backend, dtype, cache_dtype, threads, screened_head, screen_agreement
-    generation   prompt, new_tokens, runs, speedup; dense, sparse: each tok_s, text, tok_s_runs; mlp_density, head_density
+    generation   prompt, new_tokens, runs, speedup; dense, sparse: each tok_s, text, tok_s_runs; mlp_density, head_density, read_share
     evaluation   what measure/evaluate.py returns
     profile      what offline/profile.py returns
     train        source (where the predictors come from), method, budget, layers: recall, mass, density, lookahead, heads; null: not of the
@@ -191,6 +191,9 @@ def _tiles(sections: dict[str, Any]) -> list[dict[str, str]]:
         heads, every = densities["head_density"], "all attention heads, for every token"
         detail = "of attention's weights, for a token" if weights else every if heads >= 1 else "of the attention heads, for a token"
         tile("Read: head density", share(heads), detail, "density")
+    if generation is not None and generation.get("read_share") is not None:
+        detail = "of what a dense token reads: predictors, attention, the cache and the vocabulary's head included"
+        tile("Read: all bytes", share(generation["read_share"]), detail, "density")
     predicted = [] if train is None else [layer for layer in train["layers"] if layer["lookahead"] is not None]
     if predicted:
         mass = _mean([layer["mass"] for layer in predicted])
