@@ -127,40 +127,6 @@ def methods() -> str:
     return markdown(header, table) + sources
 
 
-def auto() -> str:
-    """What `dejavu train --method auto` found: each method's quality and speed, both in the dtype that is named, and what was taken."""
-    found = {(line["model"], line["result"]["dtype"]): line for line in clean("auto")}
-    if not found:
-        return NOT_MEASURED
-    rows = []
-    for line in found.values():
-        result = line["result"]
-        for each in result["candidates"]:
-            kept = "" if each["within_budget"] else ", over the budget"
-            densities = [percent(each["mlp_density"]), percent(each["head_density"]), percent(each["read_share"])]
-            speeds = (
-                ["", "", ""]
-                if each["speedup"] is None
-                else [f"{each['tok_s_dense']:.1f}", f"{each['tok_s']:.1f}", f"{each['speedup']:.2f}"]
-            )
-            taken = "yes" if each["method"] == result["method"] else "no"
-            rows.append([line["model"], each["method"], result["dtype"], f"{100 * each['rise']:+.2f} %{kept}", *densities, *speeds, taken])
-    header = [
-        "model",
-        "method",
-        "dtype",
-        "perplexity",
-        "MLP density",
-        "heads",
-        "reads in layers",
-        "tokens/s dense",
-        "sparse",
-        "times",
-        "taken",
-    ]
-    return markdown(header, rows) + "".join(dict.fromkeys(_source(line) for line in found.values()))
-
-
 def curve() -> str:
     """Quality against density of the bundled adapter, its thresholds moved together."""
     lines = clean("curve")
@@ -236,7 +202,6 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "methods": methods,
-    "auto": auto,
     "smollm-texts": lambda: texts("smollm2-sparse"),
     "smollm-curve": curve,
     "headline": lambda: headline("opt-mini", "opt-mini, 21 M parameters"),

@@ -20,6 +20,7 @@ from dejavu.offline.train import Trained
 
 MARGIN = 1.02  # less is within the noise of a timing, and no reason to give quality away
 CONTEXT, STEPS = 64, 48
+PASSES = 3  # of which the middle one counts: what else the machine does may last longer than one
 SHOWN = ("method", "rise", "rise_stderr", "within_budget", "mlp_density", "head_density", "reads", "read_share", "seconds")
 SPEEDS = ("tok_s", "tok_s_dense", "speedup")
 
@@ -45,14 +46,15 @@ def speeds(
     fits = room(model.config.max_positions, len(ids))
     if fits is None:
         return unknown | {"speed_note": "the text is too short to time a step on"}
-    variants = [DENSE_VARIANT, Variant(mode="sparse", layers=layers)]
+    variants, passes = [DENSE_VARIANT, Variant(mode="sparse", layers=layers)], []
     try:
-        found = bench(model, variants, ids, name=name, context=fits[0], steps=fits[1], progress=progress, **options)
+        for _ in range(PASSES):
+            found = bench(model, variants, ids, name=name, context=fits[0], steps=fits[1], progress=progress, **options)
+            passes.append({row.mode: row.tok_s or 0.0 for row in found.rows if row.op == "decode"})
     except ValueError as error:  # an engine that does not compute this method, say
         return unknown | {"speed_note": str(error)}
-    tok_s = {row.mode: row.tok_s for row in found.rows if row.op == "decode"}
-    assert tok_s["sparse"] is not None and tok_s["dense"] is not None
-    return {"tok_s": tok_s["sparse"], "tok_s_dense": tok_s["dense"], "speedup": tok_s["sparse"] / tok_s["dense"]}
+    sparse, dense = sorted(((tok_s["sparse"], tok_s["dense"]) for tok_s in passes), key=lambda pair: pair[0] / pair[1])[PASSES // 2]
+    return {"tok_s": sparse, "tok_s_dense": dense, "speedup": sparse / dense}
 
 
 def fastest(found: Sequence[Trained]) -> Trained | None:
