@@ -27,6 +27,7 @@ CHECK_PROMPT, CHECK_STEPS = 8, 8
 GREEDY_TOKENS = 256  # over which a peer's choice of the next token is compared with ours
 # Mean |difference| of the logits in their standard deviations; a peer below fp32 also rounds activations its own way.
 FP32_LIMIT, LIMIT, PEER_LIMIT = 0.02, 0.1, 0.2
+VALUE_LIMIT = 0.3  # where values are left out by their size: see _by_value
 
 
 class Peer(Protocol):
@@ -151,7 +152,10 @@ def _error(found_TV: Tensor, wanted_TV: Tensor) -> float:
 
 
 def _by_value(layers: Layers | None) -> bool:
-    """Whether gates or inputs of some size are left out: a value at its threshold may fall on either side of it, and later ones follow."""
+    """Whether gates or inputs of some size are left out: a value at its threshold may fall on either side of it, and later ones follow.
+
+    Seen at half of SmolLM2's gates: 0.035 in fp32, 0.105 in fp16. What is computed wrong is off by 1 and more.
+    """
     return any(layer.inputs is not None or (layer.gate is not None and layer.gate.threshold > 0) for layer in layers or ())
 
 
@@ -169,7 +173,7 @@ def check_mode(
     shown = (found != -torch.inf).sum(1)
     assert (shown == (screened_head or found.shape[1])).all(), f"{screened_head=} {shown=}"
     error = _error(found, _forward(model, layers, ids))
-    limit = FP32_LIMIT if engine.info.dtype == "fp32" and not _by_value(layers) else LIMIT
+    limit = VALUE_LIMIT if _by_value(layers) else FP32_LIMIT if engine.info.dtype == "fp32" else LIMIT
     require(error < limit, f"backend {backend!r} decodes other logits than the forward pass (error {error:.3g}, limit {limit}): not timed")
 
 
