@@ -13,10 +13,11 @@ from conftest import Tiny
 from dejavu.cli import trial as command
 from dejavu.cli.main import run
 from dejavu.measure.trial import DENSITIES, TrialRow, advise, memory_needed, trial, ways, weights_of
-from dejavu.model.bundle import export
+from dejavu.model.bundle import MODELS_FOLDER, export
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold
 from dejavu.model.tokenizer import Tokenizer
+from dejavu.opening import bundled_adapter_of, bundled_adapters
 from test_language_model import TEXT
 from test_offline import random_ids
 
@@ -140,3 +141,9 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
     assert memory_needed(config, backend="torch", dtype="fp32") == weights_of(config, "fp32")
     assert memory_needed(config, backend="native", dtype="int8") == weights_of(config, "fp32") + 3 * weights_of(config, "int8")
     assert command.peak_bytes("torch") > torch.zeros(1).numel()
+
+
+def test_a_bundled_adapter_of_the_model_is_named() -> None:
+    [name] = bundled_adapters()
+    config = json.loads((MODELS_FOLDER / name / "adapter" / "config.json").read_text())
+    assert bundled_adapter_of(config["base_hashes"][0]) == name and bundled_adapter_of("another") is None

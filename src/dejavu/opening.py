@@ -108,6 +108,12 @@ def bundled_adapters() -> list[str]:
     return sorted(named - set(bundled_models()))
 
 
+def bundled_adapter_of(base_hash: str) -> str | None:
+    """The name of the bundled adapter that was made for this base; None where there is none."""
+    configs = {name: read_json(MODELS_FOLDER / name / ADAPTER_FOLDER / "config.json") for name in bundled_adapters()}
+    return next((name for name, config in configs.items() if base_hash in config["base_hashes"]), None)
+
+
 def set_threads(threads: int) -> None:
     """Threads that torch computes with. Raises ValueError outside 1 .. the cores of this machine."""
     cores = os.cpu_count() or 1

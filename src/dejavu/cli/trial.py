@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def trial(
     from dejavu.measure.evaluate import scored_part
     from dejavu.measure.texts import DATA, named_texts
     from dejavu.measure.trial import TOKENS, trial
+    from dejavu.opening import bundled_adapter_of
 
     out = Output(as_json)
     lm = open_model(
@@ -71,9 +73,13 @@ def trial(
             threads=lm.threads,
             progress=progress,
         )
+    known = None if lm.adapter is not None else bundled_adapter_of(lm.base_hash)
+    notes = list(lm.notes) if known is None else [*lm.notes, f"an adapter of this model comes with dejavu: dejavu try {known}"]
+    if lm.backend == "native" and lm.dtype == "fp32":
+        notes.append("weights of fewer bits are read faster: --dtype bf16, or int8 for some quality")
     peak = peak_bytes(lm.backend)
-    show(out, found, f"{lm.dtype}{' on the GPU' if lm.backend == 'cuda' else ''}", peak)
-    about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}
+    show(out, found, f"{lm.dtype}{' on the GPU' if lm.backend == 'cuda' else ''}", peak, notes[len(lm.notes) :])
+    about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": notes}
     rows = [row.to_dict() for row in found.rows]
     out.finish({**asdict(found), "rows": rows, "peak_bytes": peak, **about})
 
@@ -106,8 +112,8 @@ def peak_bytes(backend: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def show(out: Output, found: Trial, held: str, peak: int) -> None:
-    """The table, memory, advice and what to run next. held: how the weights are held, in words."""
+def show(out: Output, found: Trial, held: str, peak: int, notes: Sequence[str]) -> None:
+    """The table, memory, advice and what to run next. held: how the weights are held, in words. notes: what else may help."""
     table = new_table("\nWhat it gains here", "way", "keeps", "reads", "tok/s", "times dense", "perplexity", "change")
     for row in found.rows:
         cells: list[Any] = [percent(row.mlp_density, 0), percent(row.read_share, 0), number(row.tok_s, ",.1f"), number(row.times, ".2f")]
@@ -121,3 +127,5 @@ def show(out: Output, found: Trial, held: str, peak: int) -> None:
     out.say(f"Memory: weights {found.weight_bytes / 1e6:,.0f} MB in {held}; this trial took {peak / 1e9:.1f} GB at most.")
     out.show(f"\n[bold]{escape(found.advice)}[/bold]")
     out.say(f"Next: {found.command}")
+    for note in notes:
+        out.say(f"Also: {note}")
