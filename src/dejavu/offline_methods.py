@@ -37,6 +37,7 @@ class OfflineMethods:
     dtype: str
     cache_dtype: str
     threads: int | None
+    screened_head: int
     _engines: IdleEngines
 
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
@@ -136,6 +137,7 @@ class OfflineMethods:
             )
         ids = [token for window in windows for token in window]
         engine = {"backend": self.backend, "dtype": self.dtype, "cache_dtype": self.cache_dtype, "threads": self.threads}
+        engine |= {"screened_head": self.screened_head}
         for adapter, result in found:
             layers = adapter.attached(self.model, dtype=self.dtype)
             result |= speeds(self.model, layers, ids, name=self.name, progress=progress, **engine)

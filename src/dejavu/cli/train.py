@@ -66,9 +66,10 @@ def train(
     measured: dict[str, Any] = {**found}
     about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}
     if adapter is None:
-        shutil.rmtree(work, ignore_errors=True)
         out.show(_candidates(measured), escape(measured["why"]))
-        out.say(f"No adapter was written: {model} is as fast without one.")
+        _say_untimed(out, measured)
+        out.say(f"No adapter was written{f'; the one in {target} is as it was' if target.exists() else ''}.")
+        out.say(f"What was trained is kept in {work}: another --budget goes on from there.")
         out.finish(measured | about | {"adapter": None})
         return
     with new_folder(target) as folder:
@@ -85,6 +86,7 @@ def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
     out.show({"exact": _gates, "gate": _gates, "input": _inputs}.get(adapter.config.method, _predictors)(adapter, measured))
     if "candidates" in measured:
         out.show(_candidates(measured), escape(measured["why"]))
+        _say_untimed(out, measured)
     elif measured["speedup"] is not None:
         slower = f" [yellow](slower than dense here; {ADVICE})[/yellow]" if measured["speedup"] < NO_GAIN else ""
         speeds = f"{measured['tok_s_dense']:,.1f} tok/s dense, {measured['tok_s']:,.1f} sparse"
@@ -100,6 +102,13 @@ def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
         out.warn(f"activations of {measured['tokens_given']:,} tokens do not fit into memory: {measured['tokens']:,} were used")
     reads = f"{percent(measured['read_share'])} of a dense token's reads in the layers"
     out.show(f"{densities} {of} · {reads} · {measured['tokens']:,} tokens · {measured['seconds']:,.0f} s")
+
+
+def _say_untimed(out: Output, measured: dict[str, Any]) -> None:
+    """Why a method has no speed."""
+    for found in measured["candidates"]:
+        if found["speed_note"] is not None:
+            out.warn(f"{found['method']} was not timed: {found['speed_note']}")
 
 
 def _predictors(adapter: Adapter, measured: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -62,7 +61,8 @@ def trial(
     with progress_bars() as progress:
         found = trial(
             lm.model,
-            name=model,
+            name=lm.name,
+            called=model,
             own=lm.layers(),
             threshold_ids=lm.tokenizer.encode_plain(set_on[:20_000]),
             measured_ids=part.ids,
@@ -102,29 +102,35 @@ def check_fits(name: str, config: ModelConfig, backend: str, dtype: str) -> None
     require(not short, f"{name} in {dtype} takes {gigabytes}; {fix}")
 
 
-def peak_bytes(backend: str) -> int:
-    """The most memory that this process has held: of the GPU on cuda, else resident."""
+def peak_bytes(backend: str) -> int | None:
+    """The most memory that this process has held: of the GPU on cuda, else resident; None where the system does not tell (Windows)."""
     import torch
 
     if backend == "cuda":
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def show(out: Output, found: Trial, held: str, peak: int, notes: Sequence[str]) -> None:
+def show(out: Output, found: Trial, held: str, peak: int | None, notes: Sequence[str]) -> None:
     """The table, memory, advice and what to run next. held: how the weights are held, in words. notes: what else may help."""
-    table = new_table("\nWhat it gains here", "way", "keeps", "reads", "tok/s", "times dense", "perplexity", "change")
+    table = new_table("\nWhat it gains here", "way", "keeps", "reads", "tok/s", "times dense", "perplexity", "change", "±")
     for row in found.rows:
         cells: list[Any] = [percent(row.mlp_density, 0), percent(row.read_share, 0), number(row.tok_s, ",.1f"), number(row.times, ".2f")]
         change = "" if row.way == "dense" else number(row.rise, "+.1%")
-        table.add_row(row.label, *cells, number(row.ppl, ".2f"), change, style="bold" if row.pays else "")
+        error = "" if row.rise_stderr is None else percent(row.rise_stderr)
+        table.add_row(row.label, *cells, number(row.ppl, ".2f"), change, error, style="bold" if row.pays else "")
     out.show(table)
     for row in found.rows:
         if row.note is not None:
             out.say(f"{row.label}: {row.note}")
     out.say("keeps: share of the MLP's neurons (input: of its weights). reads: bytes of a step, of a dense one's.")
-    out.say(f"Memory: weights {found.weight_bytes / 1e6:,.0f} MB in {held}; this trial took {peak / 1e9:.1f} GB at most.")
+    most = "" if peak is None else f"; this trial took {peak / 1e9:.1f} GB at most"
+    out.say(f"Memory: weights {found.weight_bytes / 1e6:,.0f} MB in {held}{most}.")
     out.show(f"\n[bold]{escape(found.advice)}[/bold]")
     out.say(f"Next: {found.command}")
     for note in notes:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from dejavu.config import Progress
 from dejavu.measure.bench import SKIPPED, TURN, bench
 from dejavu.measure.decoders import DENSE_VARIANT, Variant
@@ -51,8 +53,8 @@ def speeds(
         for _ in range(PASSES):
             found = bench(model, variants, ids, name=name, context=fits[0], steps=fits[1], progress=progress, **options)
             passes.append({row.mode: row.tok_s or 0.0 for row in found.rows if row.op == "decode"})
-    except ValueError as error:  # an engine that does not compute this method, say
-        return unknown | {"speed_note": str(error)}
+    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:  # an engine that does not compute this method, too little memory
+        return unknown | {"speed_note": " ".join(str(error).split()) or type(error).__name__}
     sparse, dense = sorted(((tok_s["sparse"], tok_s["dense"]) for tok_s in passes), key=lambda pair: pair[0] / pair[1])[PASSES // 2]
     return {"tok_s": sparse, "tok_s_dense": dense, "speedup": sparse / dense}
 
