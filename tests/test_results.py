@@ -137,11 +137,16 @@ def test_commit_is_null_outside_git_and_marks_changes(tmp_path):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(package), *identity, *arguments], check=True, capture_output=True)
 
-    git("init", "-q")
+    git("init", "-q", "..")
     assert commit(file) is None  # not tracked: as an installed package inside somebody's repository
     git("add", ".")
     git("commit", "-q", "-m", "first")
     head = commit(file)
     assert head is not None and len(head) == 40
     file.write_text("x = 2\n")
+    assert commit(file) == f"{head}-dirty"
+    git("checkout", "-q", ".")
+    assert commit(file) == head
+    (package.parent / "native").mkdir()
+    (package.parent / "native" / "engine.h").write_text("int x;\n")  # what the engine is built of counts too
     assert commit(file) == f"{head}-dirty"

@@ -134,7 +134,8 @@ def versions() -> dict[str, str]:
 
 
 def commit(file: Path = Path(__file__)) -> str | None:
-    """The commit the package runs from, with "-dirty" after it where the package's own files differ from it.
+    """The commit the package runs from, with "-dirty" after it where files that shape a measurement differ from it: the package's, the
+    native engine's and the recipes'.
 
     None where `file` is not tracked by git (an installed package) or git is not there.
     """
@@ -150,7 +151,8 @@ def commit(file: Path = Path(__file__)) -> str | None:
     if git("ls-files", "--error-unmatch", str(file.resolve())) is None:
         return None
     head = git("rev-parse", "HEAD")
-    return f"{head}-dirty" if head is not None and git("status", "--porcelain", "--", ".") else head
+    shaping = (".", ":(top)native", ":(top)CMakeLists.txt", ":(top)recipes")
+    return f"{head}-dirty" if head is not None and git("status", "--porcelain", "--", *shaping) else head
 
 
 def about(checkpoint: Checkpoint, *, backend: str, dtype: str, threads: int, cuda: bool = False) -> dict[str, Any]:
