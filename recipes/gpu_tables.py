@@ -1,7 +1,8 @@
 """Tables of docs/performance.md: speeds on a GPU, of planted models.
 
 In: results/bench.jsonl. Out: Markdown. A planted model is called by whose shape it has, never by that model's name: its weights are random.
-Rows of a commit with changed files are left out.
+Rows of models that exist, and of a commit with
+changed files, are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ NOT_MEASURED = "Not measured yet.\n"
 
 
 def rows_of_gpu() -> list[Row]:
-    return [row for row in read_rows(speeds.BENCH) if on_gpu(row) and not dirty(row)]
+    return [row for row in read_rows(speeds.BENCH) if on_gpu(row) and row.synthetic and not dirty(row)]
 
 
 def label(row: Row) -> str:

