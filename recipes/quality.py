@@ -9,6 +9,7 @@ of a model that exists only where they find such a row of the same adapter, dtyp
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from dejavu.cli.against import opened_peers, peer_names
@@ -55,28 +56,31 @@ def passage_of(lm: LanguageModel, options: argparse.Namespace) -> Passage:
     return Passage.of(ids, bos=lm.tokenizer.document_bos)
 
 
-def rows(options: argparse.Namespace) -> list[QualityRow]:
-    """Ours in every dtype, then those of the other programs."""
-    found: list[QualityRow] = []
+def rows(options: argparse.Namespace) -> Iterator[QualityRow]:
+    """Ours in every dtype, then those of the other programs, as they come."""
     for dtype in options.dtype or ["auto"]:
         lm = model_of(opened(options, dtype))
         passage, layers, adapter = passage_of(lm, options), lm.layers(), None if lm.adapter is None else lm.adapter.digest
-        about = {"name": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "adapter": adapter}
         for chosen in (None, layers) if layers is not None else (None,):
-            found.append(own_quality(lm.model, chosen, passage, **about))
-            OUT.say(f"{found[-1].mode} {lm.dtype}: perplexity {found[-1].ppl:.3f} of {found[-1].tokens:,} tokens")
+            row = own_quality(
+                lm.model, chosen, passage, name=lm.name, backend=lm.backend, dtype=lm.dtype, cache_dtype=lm.cache_dtype, adapter=adapter
+            )
+            OUT.say(f"{row.mode} {lm.dtype}: perplexity {row.ppl:.3f} of {row.tokens:,} tokens")
+            yield row
     if options.against:
         notes: list[str] = []
         subject = opened(options, "auto")
-        passage = passage_of(model_of(subject), options)
+        lm = model_of(subject)
+        passage = passage_of(lm, options)
         with opened_peers(peer_names(options.against), subject, None, notes) as peers:
             for peer in peers:
-                row = peer_quality(peer, passage)
-                found += [] if row is None else [row]
-                OUT.say(f"{peer.mode} {peer.dtype}: " + ("tells no logits" if row is None else f"perplexity {row.ppl:.3f}"))
+                row = peer_quality(peer, passage, vocab_size=lm.config.vocab_size)
+                told = "tells no logits of this vocabulary" if row is None else f"perplexity {row.ppl:.3f}"
+                OUT.say(f"{peer.mode} {peer.dtype}: {told}")
+                if row is not None:
+                    yield row
         for note in notes:
             OUT.say(note)
-    return found
 
 
 def main() -> None:
@@ -89,7 +93,8 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--against", action="append", help="other programs, as of `dejavu bench`; may repeat")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of each text")
-    append_rows(RESULTS, rows(parser.parse_args()))
+    for row in rows(parser.parse_args()):
+        append_rows(RESULTS, [row])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ def test_the_second_half_of_each_piece_is_predicted() -> None:
         ([0, 1, 2, 3, 4, 5, 6], [5, 6, 7]),
         ([8, 9, 10, 11, 12, 13, 14], [13, 14, 15]),
     ]
-    assert half_windows(list(range(8)), bos=99, context=8)[0].inputs == [99, 1, 2, 3, 4, 5, 6]
+    assert [(w.inputs, w.targets) for w in half_windows(list(range(15)), bos=99, context=8)] == [
+        ([99, 0, 1, 2, 3, 4, 5], [4, 5, 6]),
+        ([99, 8, 9, 10, 11, 12, 13], [12, 13, 14]),
+    ]
     with pytest.raises(ValueError, match="the text has 7 tokens, and a window takes 8"):
         half_windows(list(range(7)), bos=None, context=8)
     assert len(half_windows(list(range(1000)), bos=None)[0].targets) == perplexity.HALF_CONTEXT // 2 - 1
@@ -81,10 +84,11 @@ class Ours:
 
 def test_another_program_is_measured_alike(tiny: Tiny, passage: Passage) -> None:
     model = tiny("llama", vocab_size=VOCAB, max_positions=16)
-    ours, theirs = own_quality(model, None, passage, **ABOUT), peer_quality(Ours(model), passage)
+    ours, theirs = own_quality(model, None, passage, **ABOUT), peer_quality(Ours(model), passage, vocab_size=VOCAB)
     assert theirs is not None and theirs.ppl == pytest.approx(ours.ppl, rel=1e-6)
     assert (theirs.mode, theirs.backend, theirs.dtype, theirs.texts_hash) == ("other", "other", "q8_0", ours.texts_hash)
-    assert peer_quality(Ours(model, tells=False), passage) is None
+    assert peer_quality(Ours(model, tells=False), passage, vocab_size=VOCAB) is None
+    assert peer_quality(Ours(model), passage, vocab_size=VOCAB + 1) is None  # another vocabulary: these tokens are other words to it
 
 
 def test_a_digest_names_what_an_adapter_does(tiny: Tiny, tmp_path: Path) -> None:

@@ -76,12 +76,12 @@ def own_quality(
     )  # fmt: skip
 
 
-def peer_quality(peer: Peer, passage: Passage) -> QualityRow | None:
-    """Of a program that tells the logits of a whole pass; None where it does not. It must read the tokens of the passage as ours does."""
+def peer_quality(peer: Peer, passage: Passage, *, vocab_size: int) -> QualityRow | None:
+    """Of a program that tells the logits of a whole pass; None where it does not, or has another vocabulary than the passage's."""
     window_nll = []
     for window in passage.windows:
         logits_TV = peer.logits(window.inputs)
-        if logits_TV is None:
+        if logits_TV is None or logits_TV.shape[-1] != vocab_size:
             return None
         targets_N = torch.tensor(window.targets)
         scores_NV = logits_TV[-len(window.targets) :].double().log_softmax(-1)

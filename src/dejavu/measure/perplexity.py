@@ -191,12 +191,14 @@ def perplexity(
 def half_windows(ids: Sequence[int], *, bos: int | None, context: int = HALF_CONTEXT) -> list[Window]:
     """llama.cpp's rule: pieces of `context` tokens, one behind the other, of which the second half is predicted; a rest is left out.
 
-    A BOS, where the tokenizer adds one, takes the place of the first token of each piece. Of 512 tokens 255 are predicted.
+    A BOS, where the tokenizer adds one, begins the text, and then takes the place of the first token of each further piece. Of 512 tokens
+    255 are predicted.
     """
     require(context >= 4, f"context must be at least 4, not {context}")
-    require(len(ids) >= context, f"the text has {len(ids)} tokens, and a window takes {context}; give a longer text")
-    pieces = [list(ids[at : at + context]) for at in range(0, len(ids) - context + 1, context)]
     first = [] if bos is None else [bos]
+    tokens = [*first, *ids]
+    require(len(tokens) >= context, f"the text has {len(tokens)} tokens, and a window takes {context}; give a longer text")
+    pieces = [tokens[at : at + context] for at in range(0, len(tokens) - context + 1, context)]
     return [Window(inputs=(first + piece[len(first) :])[:-1], targets=piece[context // 2 + 1 :]) for piece in pieces]
 
 
