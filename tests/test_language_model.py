@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import dejavu
 from conftest import Tiny, random_predictor
 from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine, pick_backend
+from dejavu.engine.idle import KEPT, weights_state
 from dejavu.engine.interface import Engine
 from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
@@ -365,12 +367,68 @@ def test_an_engine_comes_back_from_a_text_that_was_left_or_refused(lm: LanguageM
         ids(lm, stop=[""])
     pieces = lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True, stream=True)
     next(pieces)
-    pieces.close()  # pyrefly: ignore[missing-attribute]
+    pieces.close()
     unread = lm.start(PROMPT, max_new_tokens=6, ignore_eos=True)
     unread.close()  # before its first piece
     assert list(unread) == [] and len(lm._engines._idle) == 1
     running.close()  # again: the slot may be another's by now
     assert len(ids(lm)) == 6 and made.total == 1
+
+
+def test_an_engine_comes_back_from_a_stream_that_was_closed_or_dropped_before_its_first_piece(lm: LanguageModel, made: Any) -> None:
+    lm._engines.clear()
+    pieces = lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True, stream=True)
+    pieces.close()
+    assert list(pieces) == [] and len(lm._engines._idle) == 1
+    pieces = lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True, stream=True)
+    del pieces
+    assert len(lm._engines._idle) == 1 and made.total == 1
+
+
+def test_a_text_that_nobody_holds_ends(lm: LanguageModel, made: Any) -> None:
+    lm._engines.clear()
+    next(lm.start(PROMPT, max_new_tokens=6, ignore_eos=True))
+    assert len(lm._engines._idle) == 1 and len(ids(lm)) == 6 and made.total == 1
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["its engine is held", "with its engine"])
+def test_a_text_in_a_cycle_may_be_collected_at_any_time(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
+    """Its engine comes back in the middle of whatever this thread does, such as taking another; one whose memory is freed does not."""
+
+    class Collecting(dict):
+        def pop(self, *arguments: Any) -> Any:
+            gc.collect()
+            return super().pop(*arguments)
+
+    def collecting(*arguments: Any) -> Any:
+        gc.collect()
+        return weights_state(*arguments)
+
+    def leave(**options: Any) -> None:
+        running = lm.start(PROMPT, max_new_tokens=6, ignore_eos=True, **options)
+        next(running)
+        engines.append(running._engine if held else None)
+        cycle: list[Any] = [running]
+        cycle.append(cycle)
+
+    def run() -> None:
+        monkeypatch.setattr("dejavu.engine.idle.weights_state", collecting)
+        found.extend(ids(lm) for _ in range(2))
+
+    expected, engines, found = ids(lm), [], []
+    ids(lm, dense=True)
+    monkeypatch.setattr(lm._engines, "_idle", Collecting(lm._engines._idle))
+    thread = threading.Thread(target=run, daemon=True)  # one that waits for itself would hang
+    gc.disable()
+    try:
+        leave()
+        leave(record=True)
+        thread.start()
+        thread.join(20)
+    finally:
+        gc.enable()
+    assert not thread.is_alive() and found == [expected] * 2 and 1 <= len(lm._engines._idle) <= KEPT
+    assert not any(idle.engine in engines for idle in lm._engines._idle.values()) or held
 
 
 def test_an_adapter_is_attached_once_for_loading_and_all_generations(folder: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

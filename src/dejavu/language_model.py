@@ -8,7 +8,7 @@ Letters: T tokens  V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal, overload
 
 import torch
@@ -128,7 +128,7 @@ class LanguageModel(OfflineMethods):
         adapter: Adapter | None = ...,
         dense: bool = ...,
         stream: Literal[True],
-    ) -> Iterator[str]: ...
+    ) -> Generator[str]: ...
     def generate(
         self,
         prompt: str | Messages,
@@ -143,13 +143,13 @@ class LanguageModel(OfflineMethods):
         adapter: Adapter | None = None,
         dense: bool = False,
         stream: bool = False,
-    ) -> GeneratedText | Iterator[str]:
+    ) -> GeneratedText | Generator[str]:
         """Continue a prompt; the prompt runs dense, each new token sparse where there is an adapter (Deja Vu, section 4).
 
         prompt: a text, taken as it is, or messages such as [{"role": "user", "content": "..."}] for a model with a chat template.
         Returns the new text as a GeneratedText: a str with prompt_tokens, new_tokens, tok_s, prefill_tok_s (tokens a
-        second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces
-        being the same text. temperature (0 is greedy), top_k, top_p: each that is None is `sampling`'s, that of the adapter or model;
+        second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces being the same
+        text; its `close()` ends it early. temperature (0 is greedy), top_k, top_p: each that is None is `sampling`'s, that of the adapter or model;
         top_p 1 cuts nothing. seed None draws anew each time; else see SamplingConfig. Raises ValueError, at once, for a negative
         count, an empty prompt, one that fills the context, a sampling value out of range, an adapter of another model.
         """

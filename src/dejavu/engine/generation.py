@@ -92,7 +92,8 @@ class GeneratedText(str):
 
 
 class Generation(Iterator[Piece]):
-    """One running generation: iterate over its pieces, then ask for `result()`. `close()` ends it early, freeing the slot."""
+    """One running generation: iterate over its pieces, then ask for `result()`. `close()`, or nobody's holding it, ends it early and
+    frees the slot."""
 
     def __init__(
         self,
@@ -111,32 +112,57 @@ class Generation(Iterator[Piece]):
         self._max_new_tokens = max_new_tokens
         self._tokens: list[Token] = []
         self._text: list[str] = []
+        self._sent = 0  # tokens, in pieces
+        self._finished = False  # whether the last piece was given
         self._prefill_s = self._decode_s = 0.0
         self._counter = DensityCounter(engine.info.num_layers)
         self._decoder = engine if isinstance(engine, DecodesTokens) and not engine.records else None
         self._chunk = 1
         self._ready: deque[Token] = deque()  # decoded, not yet handed out
         self._on_end = on_end
-        self._begun = False
+        self._begun = self._ended = False
         self._reuse_prefix, self._reused = reuse_prefix, 0
-        self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        piece = None
+        if not self._ended:
+            self._begun = True
+            try:
+                piece = self._next_piece()
+            except BaseException:
+                self._ended = True
+                self._engine.free(self._slot)
+                raise
+        if piece is None:
+            self.close()
+            raise StopIteration
+        return piece
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the generation early; its slot is freed, or was never taken. Nothing happens when it has ended."""
-        self._pieces.close()
-        if not self._begun:  # then the generator ends without having run, and its slot may be another's by now
-            self._begun = True
-            self._end()
+        if self._ended:
+            return
+        self._ended = True
+        if self._begun:  # else the slot may be another's by now
+            self._engine.free(self._slot)
+        if self._on_end is not None:
+            self._on_end()
 
-    def texts(self) -> Iterator[str]:
-        """The pieces' texts, without empty ones. The generation ends with this iterator."""
+    def texts(self) -> Generator[str]:
+        """The pieces' texts, without empty ones. The generation ends with this iterator, also where that is closed before the first."""
+        texts = self._texts()
+        next(texts)  # one that has not begun would end without a word
+        return texts
+
+    def _texts(self) -> Generator[str]:
         try:
+            yield ""
             for piece in self:
                 if piece.text:
                     yield piece.text
@@ -169,35 +195,19 @@ class Generation(Iterator[Piece]):
         text.trace = selections if any(layers is not None for layers in selections) else None
         return text
 
-    def _run(self) -> Generator[Piece, None, None]:
-        self._begun, whole = True, False
-        try:
-            yield from self._loop()
-            whole = True
-        except GeneratorExit:
-            whole = True
-            raise
-        finally:
-            self._engine.free(self._slot)
-            if whole:
-                self._end()
-
-    def _end(self) -> None:
-        if self._on_end is not None:
-            self._on_end()
-
-    def _loop(self) -> Generator[Piece, None, None]:
-        writing, unsent = self._writing, 0
-        if writing.finish_reason is not None:
-            yield Piece(text="", tokens=(), finish_reason=writing.finish_reason)
-        while writing.finish_reason is None:
+    def _next_piece(self) -> Piece | None:
+        """None behind the last one."""
+        if self._finished:
+            return None
+        writing, text = self._writing, ""
+        while not text and writing.finish_reason is None:
             token = self._next_token()
             self._tokens.append(token)
             text = writing.push(token.token_id)
-            if text or writing.finish_reason is not None:
-                self._text.append(text)
-                yield Piece(text=text, tokens=tuple(self._tokens[unsent:]), finish_reason=writing.finish_reason)
-                unsent = len(self._tokens)
+        self._text.append(text)
+        self._finished = writing.finish_reason is not None
+        tokens, self._sent = tuple(self._tokens[self._sent :]), len(self._tokens)
+        return Piece(text=text, tokens=tokens, finish_reason=writing.finish_reason)
 
     def _next_token(self) -> Token:
         """Prefill before the first token, decode before each other. The clocks run here and nowhere else."""

@@ -8,6 +8,7 @@ The layers of the adapter that was used last are kept, too: merging changed weig
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,9 @@ class IdleEngines:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # The garbage collector may end a text, in the middle of anything that this thread does, and its engine comes back then. So the
+        # thread that has the lock may take it again, and finds other entries after any line.
+        self._lock = threading.RLock()
         self._idle: dict[Hashable, _Idle] = {}
         self._layers: _Layers | None = None
 
@@ -62,8 +65,7 @@ class IdleEngines:
         """
         key = (id(adapter), *options.items())
         with self._lock:
-            for stale in [other for other, idle in self._idle.items() if idle.state != weights_state(model, idle.adapter)]:
-                del self._idle[stale]
+            self._drop_stale(model)
             found = self._idle.pop(key, None)
         if found is not None and found.engine.info.cache_tokens >= tokens:
             engine, state = found.engine, found.state
@@ -75,15 +77,23 @@ class IdleEngines:
                 engine = make_engine(model, layers, cache_tokens=room, **options)
             state = weights_state(model, adapter)  # an engine may lay the weights out anew
 
+        # What is collected together with the text that it wrote has let its memory go before that text ends.
+        whole = weakref.finalize(engine, lambda: None)
+
         def give_back() -> None:
-            if state is None or state != weights_state(model, adapter):
+            if whole.detach() is None or state is None or state != weights_state(model, adapter):
                 return
             with self._lock:
                 self._idle[key] = _Idle(engine=engine, adapter=adapter, state=state)
                 while len(self._idle) > KEPT:
-                    del self._idle[next(iter(self._idle))]
+                    self._idle.pop(next(iter(self._idle)), None)
 
         return engine, give_back
+
+    def _drop_stale(self, model: Transformer) -> None:
+        for key, idle in self._idle.copy().items():
+            if idle.state != weights_state(model, idle.adapter):
+                self._idle.pop(key, None)
 
     def layers(self, model: Transformer, adapter: Adapter, *, dtype: str | None) -> tuple[LayerAdapter, ...]:
         """`adapter.attached(model, dtype=dtype)`, made anew only for another adapter, or where weights have changed."""
