@@ -14,6 +14,7 @@ from dejavu.model import rounding
 from dejavu.model.bundle import export
 from dejavu.model.rounding import rounding_note
 from dejavu.model.tokenizer import Tokenizer
+from test_other_families import SIZES, reference_of
 
 RISES = {"int4": {"dense": 0.39, "sparse": 0.69}, "int8": {"dense": 0.021, "sparse": 0.035}}
 
@@ -21,30 +22,32 @@ RISES = {"int4": {"dense": 0.39, "sparse": 0.69}, "int8": {"dense": 0.021, "spar
 @pytest.fixture(autouse=True)
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rounding.json"
-    path.write_text(json.dumps([{"model": "m", "base_hashes": ["hash"], "rises": RISES}]))
+    path.write_text(json.dumps([{"model": "m", "base_hashes": ["hash"], "adapter": "own", "rises": RISES}]))
     monkeypatch.setattr(rounding, "ROUNDING_FILE", path)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sparse", "note"),
+    ("dtype", "adapter", "note"),
     [
-        ("int4", False, "int4 costs this model 39 % of perplexity, dense, beside fp32"),
-        ("int4", True, "int4 costs this model 69 % of perplexity, sparse, beside fp32"),
-        ("int8", True, "int8 costs this model 4 % of perplexity, sparse, beside fp32"),
-        ("int8", False, None),
-        ("bf16", False, None),
-        ("fp32", True, None),
+        ("int4", None, "int4 costs this model 39 % of perplexity, dense, beside fp32"),
+        ("int4", "own", "int4 costs this model 69 % of perplexity, sparse, beside fp32"),
+        ("int4", "another", "int4 costs this model 39 % of perplexity, dense, beside fp32; with this adapter it was not measured"),
+        ("int8", "another", None),
+        ("int8", "own", "int8 costs this model 4 % of perplexity, sparse, beside fp32"),
+        ("int8", None, None),
+        ("bf16", None, None),
+        ("fp32", "own", None),
     ],
 )
-def test_known(dtype: str, sparse: bool, note: str | None) -> None:
-    assert rounding_note("hash", dtype, stored_dtype="q4_1", sparse=sparse) == note
-    assert rounding_note("hash", dtype, stored_dtype=dtype, sparse=sparse) is None  # nothing is rounded
+def test_known(dtype: str, adapter: str | None, note: str | None) -> None:
+    assert rounding_note("hash", dtype, stored_dtype="q4_1", adapter=adapter) == note
+    assert rounding_note("hash", dtype, stored_dtype=dtype, adapter=adapter) is None  # nothing is rounded
 
 
 def test_not_known() -> None:
-    note = rounding_note("other", "int4", stored_dtype="fp32", sparse=False)
+    note = rounding_note("other", "int4", stored_dtype="fp32", adapter=None)
     assert note is not None and "is not known (others measured: +39%)" in note
-    assert rounding_note("other", "int8", stored_dtype="fp32", sparse=False) is None
+    assert rounding_note("other", "int8", stored_dtype="fp32", adapter=None) is None
 
 
 @pytest.mark.skipif(pick_backend() != "native", reason="int4 needs the native engine")
@@ -52,3 +55,11 @@ def test_loading_says_so(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path) -> No
     export(tiny("llama"), tokenizer, tmp_path / "model")
     notes = {dtype: dejavu.load(tmp_path / "model", dtype=dtype).notes for dtype in ("int4", "bf16")}
     assert any("what int4 costs this model" in note for note in notes["int4"]) and notes["bf16"] == ()
+
+
+@pytest.mark.skipif(pick_backend() != "native", reason="int4 needs the native engine")
+def test_attaching_says_so() -> None:
+    net = reference_of("llama", SIZES).eval()
+    with pytest.warns(UserWarning, match="dejavu: what int4 costs this model"):
+        dejavu.attach(net, backend="native", dtype="int4")
+    dejavu.attach(dejavu.detach(net), backend="native", dtype="int8")

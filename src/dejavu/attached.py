@@ -34,6 +34,7 @@ from dejavu.model.checkpoint import DTYPE_NAMES, assembled
 from dejavu.model.download import Download
 from dejavu.model.generation_config import OF_SAMPLING, TOP_K, changes_nothing
 from dejavu.model.hub import adapter_folder
+from dejavu.model.rounding import rounding_note
 from dejavu.model.transformer import Transformer
 
 NAME = "_dejavu"  # where a model keeps what is attached to it
@@ -105,6 +106,10 @@ def attach(
     require(dtype is None or dtype in offered_dtypes, f"dtype {dtype!r} is not one of backend {picked!r} here: {', '.join(offered_dtypes)}")
     if dtype not in (None, own):
         model.round_matrices(str(dtype))
+    digest = None if adapter is None else adapter.digest
+    note = rounding_note(base_hash, dtype or own, stored_dtype=own, adapter=digest)
+    if note is not None:
+        warnings.warn(f"dejavu: {note}", stacklevel=2)
     packed = dtype if picked == "native" else None
     setattr(net, NAME, Attached(model, adapter, picked, packed, set(), IdleEngines()))
     net.generate = types.MethodType(_generate, net)

@@ -94,7 +94,8 @@ def load(
         lm.model.round_cache(lm.cache_dtype)
     if lm.adapter is not None:
         lm.notes = (*lm.notes, *lm.adapter.notes)
-    note = rounding_note(checkpoint.base_hash, dtype, stored_dtype=checkpoint.stored_dtype, sparse=adapter is not None)
+    digest = None if adapter is None else adapter.digest
+    note = rounding_note(checkpoint.base_hash, dtype, stored_dtype=checkpoint.stored_dtype, adapter=digest)
     lm.notes = lm.notes if note is None else (*lm.notes, note)
     if lacking:
         lm.notes = (*lm.notes, f"backend torch on the CPU: {asked} does not compute {', '.join(lacking)}")

@@ -1,6 +1,6 @@
 """What rounding the weights to a dtype is known to cost a model, so that whoever chooses it is told.
 
-In: a base hash, the dtype that was chosen, whether it runs sparse. Out: a note, or None where there is nothing to say. The figures are
+In: a base hash, the dtype that was chosen, the digest of the adapter that it runs with. Out: a note, or None where there is nothing to say. The figures are
 in models/rounding.json, which recipes/tables.py writes from results/perplexity.jsonl: the rise of perplexity beside fp32 in the same mode.
 """
 
@@ -14,16 +14,20 @@ NOTICEABLE = 0.03  # of perplexity
 ROUNDS = ("int8", "int4")  # dtypes whose cost depends on the model
 
 
-def rounding_note(base_hash: str, dtype: str, *, stored_dtype: str, sparse: bool) -> str | None:
-    """A sentence where the dtype is known to cost over NOTICEABLE, or is int4 and nobody knows what it costs this model."""
+def rounding_note(base_hash: str, dtype: str, *, stored_dtype: str, adapter: str | None) -> str | None:
+    """A sentence where the dtype is known to cost over NOTICEABLE, or is int4 and nobody knows what it costs this model.
+
+    adapter: its digest, None for dense. A sparse figure is of one adapter; another one gets the dense figure.
+    """
     if dtype not in ROUNDS or dtype == stored_dtype:
         return None
-    mode = "sparse" if sparse else "dense"
     models = read_json(ROUNDING_FILE)
-    known = next((each["rises"] for each in models if base_hash in each["base_hashes"]), {})
-    rise = known.get(dtype, {}).get(mode)
+    known = next((each for each in models if base_hash in each["base_hashes"]), {"rises": {}})
+    mode = "dense" if adapter is None or adapter != known.get("adapter") else "sparse"
+    rise = known["rises"].get(dtype, {}).get(mode)
     if rise is not None:
-        return f"{dtype} costs this model {100 * rise:.0f} % of perplexity, {mode}, beside fp32" if rise > NOTICEABLE else None
+        other = "" if adapter is None or mode == "sparse" else "; with this adapter it was not measured"
+        return f"{dtype} costs this model {100 * rise:.0f} % of perplexity, {mode}, beside fp32{other}" if rise > NOTICEABLE else None
     if dtype != "int4":
         return None
     seen = [each["rises"]["int4"]["dense"] for each in models if "dense" in each["rises"].get("int4", {})]
