@@ -89,6 +89,7 @@ def test_sampling_repeats_by_torch_s_seed_and_keeps_to_its_cut(net: Any) -> None
     ("options", "reason"),
     [
         ({"num_beams": 2}, "num_beams=2"),
+        ({"forced_eos_token_id": 0}, "forced_eos_token_id=0"),
         ({"repetition_penalty": 1.3}, "repetition_penalty=1.3"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, "padding on the left"),
@@ -174,6 +175,8 @@ def test_a_text_whose_length_nothing_says_has_our_default_whoever_writes_it(net:
         with pytest.warns(UserWarning, match="num_beams") if default == 7 else contextlib.nullcontext():
             assert net.generate(PROMPT, num_beams=2).shape == (1, length)
     assert net.generate(PROMPT, max_length=9).shape == (1, 9)
+    with pytest.warns(UserWarning, match="0 new tokens"), pytest.raises(ValueError, match="max_new_tokens"):
+        net.generate(PROMPT, max_new_tokens=0)
 
 
 def test_detach_undoes_it(net: Any) -> None:

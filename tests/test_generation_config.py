@@ -54,6 +54,7 @@ def read(folder: Path, values: Any) -> Any:
         ({"do_sample": True, "temperature": 2, "top_k": 20, "top_p": 1}, SamplingConfig(temperature=2.0, top_k=20)),
         ({"do_sample": True, "temperature": 0, "top_k": None}, SamplingConfig(top_k=50)),
         ({"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "min_p": 0.1, "bad_words_ids": []}, SamplingConfig()),
+        ({"do_sample": False, "guidance_scale": 1, "no_repeat_ngram_size": 0, "remove_invalid_values": False}, SamplingConfig()),
     ],
 )  # fmt: skip
 def test_the_rules_are_those_of_transformers(tmp_path: Path, values: dict[str, Any], sampling: SamplingConfig | None) -> None:
@@ -90,6 +91,7 @@ def test_transformers_reads_what_is_written_as_we_do(folder: Path) -> None:
         ({"eos_token_id": [2, "x"], "bos_token_id": [1]}, "makes no sense: bos_token_id [1], eos_token_id [2, 'x']"),
         ({"temperature": 0.6, "top_p": 0.9, "min_p": 0.1}, "as do_sample is not true: temperature 0.6, top_p 0.9"),
         ({"do_sample": True, "repetition_penalty": 1.05, "min_p": 0.1, "top_k": 5}, "not applied: repetition_penalty 1.05, min_p 0.1"),
+        ({"forced_eos_token_id": 0, "max_time": 0, "guidance_scale": 0}, "forced_eos_token_id 0, max_time 0, guidance_scale 0"),
         ({"repetition_penalty": 1.05, "chat_format": "x" * 90}, "not applied: repetition_penalty 1.05, chat_format 'xxx"),
     ],
 )  # fmt: skip

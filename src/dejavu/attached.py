@@ -179,8 +179,9 @@ def decode(engine: Engine, request: Request, streamer: Streamer | None = None) -
 def _default_length(net: Any, ids: Any, generation_config: Any, given: Mapping[str, Any]) -> dict[str, int]:
     """max_new_tokens for a call where nothing says how long a text may be; empty where something does."""
     own, called = net.generation_config, generation_config
-    limits = [given.get(name) or getattr(own, name, None) or getattr(called, name, None) for name in ("max_new_tokens", "max_length")]
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or limits != [None, None]:
+    names = ("max_new_tokens", "max_length")
+    limits = [limit for name in names for limit in (given.get(name), getattr(own, name, None), getattr(called, name, None))]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or any(limit is not None for limit in limits):
         return {}
     return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, _context(net) - ids.shape[1]))}
 

@@ -149,8 +149,8 @@ class LanguageModel(OfflineMethods):
         prompt: a text, taken as it is, or messages such as [{"role": "user", "content": "..."}] for a model with a chat template.
         Returns the new text as a GeneratedText: a str with prompt_tokens, new_tokens, tok_s, prefill_tok_s (tokens a
         second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces being the same
-        text; its `close()` ends it early. temperature (0 is greedy), top_k, top_p: each that is None is `sampling`'s, that of the adapter or model;
-        top_p 1 cuts nothing. seed None draws anew each time; else see SamplingConfig. Raises ValueError, at once, for a negative
+        text; its `close()` ends it early. temperature (0 is greedy), top_k, top_p: each that is None is `sampling`'s, that of the adapter
+        or model; top_p 1 cuts nothing. seed None draws anew each time; else see SamplingConfig. Raises ValueError, at once, for a negative
         count, an empty prompt, one that fills the context, a sampling value out of range, an adapter of another model.
         """
         generation = self.start(

@@ -26,7 +26,9 @@ WITHOUT_EFFECT = (
     "assistant_ensemble_weight", "speculation_type", "use_mtp",
 )  # fmt: skip
 NEUTRAL: dict[str, Any] = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "top_h": 1.0, "typical_p": 1.0}
-NEUTRAL |= {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0}  # values that do nothing, where that is not 0
+NEUTRAL |= {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0}
+NEUTRAL |= dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_p"), 0)
+NEUTRAL |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), 0)  # 0 is a token, or a time, elsewhere
 READ = ("do_sample", "temperature", "top_k", "top_p", "bos_token_id", "eos_token_id")
 ASKED = ("max_length", "max_new_tokens", "pad_token_id", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
 ASKED += ("return_dict_in_generate",)  # what a caller of ours says, or gets, in another way
@@ -94,8 +96,8 @@ def generation_values(sampling: SamplingConfig | None) -> dict[str, Any]:
 
 def changes_nothing(key: str, value: Any) -> bool:
     """Whether a field of a generation config is at a value that leaves every text as it is."""
-    neutral = isinstance(value, int | float) and value == NEUTRAL.get(key, 0)
-    return key in WITHOUT_EFFECT or value is None or neutral
+    neutral = isinstance(value, int | float) and value == NEUTRAL.get(key)
+    return key in WITHOUT_EFFECT or value is None or value is False or neutral
 
 
 def _is_beyond(key: str, value: Any, *, sampled: bool) -> bool:
