@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from conftest import Tiny
 from dejavu.cli.main import run
+from dejavu.cli.serve import drawing_words
 from dejavu.config import SamplingConfig
 from dejavu.files import write_json
 from dejavu.language_model import LanguageModel
@@ -21,6 +23,7 @@ from dejavu.model.checkpoint import load_checkpoint
 from dejavu.model.generation_config import generation_values, read_generation_config
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.opening import load
+from dejavu.serve.asked import Served
 from test_language_model import make_adapter
 
 OWN, ADAPTERS = SamplingConfig(temperature=0.75, top_k=7, top_p=0.5), SamplingConfig(temperature=1.5, top_p=0.25)
@@ -168,3 +171,29 @@ def test_export_keeps_what_the_model_and_the_adapter_say(folder: Path, tmp_path:
     assert run(["export", str(folder / "model"), str(tmp_path / "copy")]) == 0
     lm = load(tmp_path / "copy")
     assert (lm.sampling, lm.sampling_of(dense=True)) == (ADAPTERS, OWN)
+
+
+def test_chat_says_how_the_next_answers_are_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*options: str) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n/dense\nthe hat\n/sparse\n"))
+        assert run(["chat", str(folder / "model"), "-n", "2", "--seed", "5", *options]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    shown = said()
+    assert "the next answers run dense, drawn: temperature 0.75, top_k 7, top_p 0.5 (of the model)" in shown
+    assert "the next answers run sparse, drawn: temperature 1.5, top_p 0.25 (of the adapter)" in shown
+    turns = json.loads(said("--top-k", "0", "--json"))["turns"]
+    cut = dataclasses.replace(OWN, top_k=None, seed=6)
+    assert [turn["sampling"] for turn in turns] == [dataclasses.replace(ADAPTERS, seed=5).to_dict(), cut.to_dict()]
+    assert "top_p 0.5 (top_k as asked, else of the model)" in said("--top-k", "0")
+
+
+def test_serve_says_how_each_name_draws() -> None:
+    served = Served(
+        name="m", tokenizer=cast(Any, None), vocabulary=cast(Any, None), sparse=True, vocab_size=9, num_layers=1, num_heads=1,
+        num_neurons=1, backend="torch", dtype="fp32", threads=1, limit=9, sampling=ADAPTERS, dense_sampling=OWN,
+    )  # fmt: skip
+    assert drawing_words(served) == f"m: {ADAPTERS.words}; m:dense: {OWN.words}"
+    assert drawing_words(dataclasses.replace(served, dense_sampling=ADAPTERS)) == ADAPTERS.words

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dejavu.config import require
+from dejavu.config import SamplingConfig, require
 from dejavu.engine.generation import GeneratedText
 from dejavu.files import absolute
 from dejavu.language_model import LanguageModel
@@ -31,11 +31,12 @@ ROOM = 4  # an answer finds at least a quarter of the context free, or the token
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A message and what was answered. finish_reason of the answer: None where it was stopped."""
+    """A message and what was answered, and how that was drawn. finish_reason of the answer: None where it was stopped."""
 
     question: str
     answer: GeneratedText
     dense: bool
+    sampling: SamplingConfig
 
 
 class Conversation:
@@ -60,7 +61,7 @@ class Conversation:
         )
         if self.has_template:
             chat_ids(lm.tokenizer, self._messages([], "Hello"))  # a template that refuses a system message does so before any is asked
-        self._seed, self._sampling = seed, sampling
+        self._seed, self.sampling = seed, sampling
         self._asked = 0
         self.turns: list[Turn] = []
         self.dropped = 0
@@ -81,7 +82,8 @@ class Conversation:
         is kept. Raises ValueError, at the first piece, for what the template refuses and a message that does not fit the context.
         """
         dropped, prompt = self._fitting(question)
-        options = self._sampling if self._seed is None else {**self._sampling, "seed": (self._seed + self._asked) % 2**64}
+        options = self.sampling if self._seed is None else {**self.sampling, "seed": (self._seed + self._asked) % 2**64}
+        drawn = self.lm.sampling_of(dense=dense).asked(**options)
         running = self.lm.start(prompt, max_new_tokens=self.max_new_tokens, dense=dense, reuse_prefix=True, **options)
         self._asked += 1
         try:
@@ -91,7 +93,7 @@ class Conversation:
         finally:
             answer = running.written()
             if answer or answer.finish_reason is not None:
-                self.turns.append(Turn(question=question, answer=answer, dense=dense or self.lm.adapter is None))
+                self.turns.append(Turn(question=question, answer=answer, dense=dense or self.lm.adapter is None, sampling=drawn))
                 self.dropped = dropped
             running.close()
 

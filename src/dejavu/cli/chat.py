@@ -79,13 +79,12 @@ def chat(
     out = Output(as_json)
     require(max_new_tokens is None or max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {max_new_tokens}")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    SamplingConfig(**sampling)  # an impossible value is said before a model is loaded
+    SamplingConfig().asked(**given)  # an impossible value is said before a model is loaded
     lm = open_model(
         model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
         adapter=adapter, dense=dense, download=download, offline=offline, drawing=lambda lm: sampling_words(lm, **given),
     )  # fmt: skip
-    conversation = Conversation(lm, system=system, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+    conversation = Conversation(lm, system=system, max_new_tokens=max_new_tokens, seed=seed, **given)
     session = Session(conversation, out, interactive=sys.stdin.isatty())
     status = session.run()
     out.finish(
@@ -200,7 +199,8 @@ class Session:
         if not dense and lm.adapter is None:
             raise ValueError(f"{lm.name} runs without an adapter, so that every answer is dense; start with --adapter DIR, without --dense")
         self.dense = dense
-        self.out.show(f"the next answers are {'dense' if dense else 'sparse'}")
+        drawn = sampling_words(lm, dense=dense, **self.conversation.sampling)
+        self.out.show(f"the next answers run {'dense' if dense else 'sparse'}, drawn: {drawn}")
 
     def _reset(self) -> None:
         self.conversation.reset()
@@ -270,6 +270,7 @@ def figures_of(turn: Turn, conversation: Conversation) -> dict[str, Any]:
         "head_density": answer.head_density,
         "read_share": conversation.read_share(turn),
         "finish_reason": answer.finish_reason,
+        "sampling": turn.sampling.to_dict(),
     }
 
 

@@ -18,28 +18,28 @@ TopP = Annotated[
 ]
 
 
-def sampling_words(lm: LanguageModel, **asked: float | None) -> str:
+def sampling_words(lm: LanguageModel, *, dense: bool = False, **asked: float | None) -> str:
     """Such as "temperature 0.6, top_p 0.9 (of the adapter)". asked: temperature, top_k and top_p, None where nothing was asked."""
     named = [name for name, value in asked.items() if value is not None]
-    source = _source(lm)
+    source = _source(lm, dense=dense)
     origin = {"default": "", "model": "of the model", "adapter": "of the adapter"}[source]
     if named:
         origin = f"{', '.join(named)} as asked" + (f", else {origin}" if origin and len(named) < len(asked) else "")
-    words = chosen(lm, **asked).words
+    words = chosen(lm, dense=dense, **asked).words
     return f"{words} ({origin})" if origin else words
 
 
-def sampling_values(lm: LanguageModel, *, seed: int, **asked: float | None) -> dict[str, Any]:
+def sampling_values(lm: LanguageModel, *, seed: int | None, dense: bool = False, **asked: float | None) -> dict[str, Any]:
     """The key `sampling` of a command's object. source: adapter, model or default, of what was not asked."""
-    values = chosen(lm, **asked).to_dict() | {"seed": seed}
-    return values | {"source": _source(lm), "asked": [name for name, value in asked.items() if value is not None]}
+    values = chosen(lm, dense=dense, **asked).to_dict() | {"seed": seed}
+    return values | {"source": _source(lm, dense=dense), "asked": [name for name, value in asked.items() if value is not None]}
 
 
-def chosen(lm: LanguageModel, **asked: Any) -> SamplingConfig:
-    return lm.sampling.asked(**asked)
+def chosen(lm: LanguageModel, *, dense: bool = False, **asked: Any) -> SamplingConfig:
+    return lm.sampling_of(dense=dense).asked(**asked)
 
 
-def _source(lm: LanguageModel) -> str:
-    if lm.adapter is not None and lm.adapter.sampling is not None:
+def _source(lm: LanguageModel, *, dense: bool) -> str:
+    if not dense and lm.adapter is not None and lm.adapter.sampling is not None:
         return "adapter"
     return "default" if lm.checkpoint.sampling is None else "model"

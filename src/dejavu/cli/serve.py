@@ -28,6 +28,7 @@ from dejavu.cli.output import Output
 
 if TYPE_CHECKING:
     from dejavu.model.tokenizer import Tokenizer
+    from dejavu.serve.asked import Served
 
 NEEDED = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 
@@ -111,7 +112,7 @@ def serve(
                 out.say(f"Models: {', '.join(served.models)} · {'no' if api_key is None else 'with an'} API key")
                 texts = "1 text" if config.slots == 1 else f"{config.slots} texts"
                 out.say(f"{texts} at a time, {config.queue} may wait, {served.limit:,} tokens a text")
-                out.say(f"A request that does not say how to draw: {served.sampling.words}")
+                out.say(f"A request that does not say how to draw: {drawing_words(served)}")
                 if api_key is None and not is_local(bound):
                     out.warn("no API key is set, and other machines can reach this address: whoever does may use it; see --api-key")
                 out.finish(
@@ -126,6 +127,14 @@ def serve(
             new_server(create_app(served, worker, api_key=api_key), on_start=announce).run(sockets=[bound])
         finally:
             worker.close()
+
+
+def drawing_words(served: Served) -> str:
+    """How each served name draws, by name where they differ."""
+    words = {name: (served.dense_sampling if served.is_dense(name) else served.sampling).words for name in served.models}
+    if len(set(words.values())) == 1:
+        return words[served.name]
+    return "; ".join(f"{name}: {drawn}" for name, drawn in words.items())
 
 
 def check_extra() -> None:

@@ -1,7 +1,8 @@
 """What rounding the weights to a dtype is known to cost a model, so that whoever chooses it is told.
 
 In: a base hash, the dtype that was chosen, the digest of the adapter that it runs with. Out: a note, or None where
-there is nothing to say. The figures are in models/rounding.json, which recipes/tables.py writes from results/perplexity.jsonl: the rise of perplexity beside fp32 in the same mode.
+there is nothing to say. The figures are in models/rounding.json, which recipes/tables.py writes from results/perplexity.jsonl:
+the rise of perplexity beside fp32 in the same mode.
 """
 
 from __future__ import annotations
