@@ -294,7 +294,7 @@ def headline(model: str, name: str) -> str:
         rows.append([f"{speed.program}, {row.dtype}", *share, f"{speed.ppl:.2f}", f"{speed.least:.0f}"])
     first = f"Sparse is **{min(ratios(best, other)):.2f} times as fast as {named(other)}**, the fastest program of no worse perplexity"
     last = "" if other is dense else f", and {min(ratios(best, dense)):.2f} times as fast as {named(dense)}"
-    text = f"\n{first}{last}.\nEach number is the least of {len(best.rows)} processes.\n"
+    text = f"\n{first}{last}.\nSpeeds and ratios are each the least of {len(best.rows)} processes.\n"
     return markdown([name, "MLP neurons read", "bytes read", "perplexity", "tokens/s"], rows) + text + origins(speed.row for speed in shown)
 
 

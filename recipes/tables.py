@@ -208,7 +208,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm-texts": lambda: texts("smollm2-sparse"),
     "smollm-curve": curve,
     "headline": lambda: headline("opt-mini", "opt-mini, 21 M parameters"),
-    "second": lambda: second(SMOLLM2, "SmolLM2-135M-Instruct with `smollm2-sparse`"),
+    "second": lambda: second(SMOLLM2, "SmolLM2-135M-Instruct (its Q4_1 file) with `smollm2-sparse`"),
     "programs-opt-mini": lambda: programs("opt-mini"),
     "programs-smollm": lambda: programs(SMOLLM2),
     "texts": texts,

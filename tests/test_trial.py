@@ -21,7 +21,7 @@ from dejavu.opening import bundled_adapter_of, bundled_adapters
 from test_language_model import TEXT
 from test_offline import random_ids
 
-ENGINE = {"name": "tiny", "called": "tiny", "backend": "torch", "dtype": "fp32", "bos": None}
+ENGINE = {"name": "tiny", "called": "tiny", "chatted": "tiny", "backend": "torch", "dtype": "fp32", "bos": None}
 
 
 def test_every_way_is_timed_and_measured(tiny: Tiny) -> None:
@@ -93,20 +93,20 @@ DENSE = row("dense", 1.0, 0.0)
         (
             [row("its adapter", 1.5, 0.12), row("gate", 1.0, 0.1, 0.7)],
             False,
-            "1.50x dense, for +12.0% of perplexity",
-            "dejavu generate m --prompt",
+            "1.50x as fast as dense here, for +12.0%",
+            "dejavu chat m",
         ),
         (
             [row("its adapter", 1.5, 0.0), row("exact", 1.2, 0.0)],
             True,
-            "1.50x dense, at no cost worth naming",
-            "dejavu generate m --prompt",
+            "1.50x as fast as dense here, at no measurable cost",
+            "dejavu chat m",
         ),
         ([row("its adapter", 0.9, 0.0), row("exact", 1.2, 0.0)], True, "Sparse by nature", "dejavu train m"),
     ],
 )
 def test_advice_follows_from_the_numbers(rows: list[TrialRow], zeros: bool, advice: str, next_command: str) -> None:
-    text, suggested = advise([DENSE, *rows], "m", zeros=zeros)
+    text, suggested = advise([DENSE, *rows], "m", "m", zeros=zeros)
     assert advice in text and next_command in suggested
 
 
@@ -123,6 +123,7 @@ def test_the_command(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["rows"]) == 1 + 2 * len(DENSITIES) and found["advice"] and found["command"].startswith("dejavu ")
+    assert "model --backend torch" in found["command"]  # it runs as it was tried
     assert found["peak_bytes"] > 1e7 and found["model"] == "model" and math.isfinite(found["rows"][1]["rise"])
     assert run(["try", str(work / "model"), *arguments[2:]]) == 0  # a path is no name for results, and yet a model
     shown = capsys.readouterr().out

@@ -55,6 +55,8 @@ def trial(
         download=download, offline=offline,
         before_weights=lambda config, picked, held: check_fits(model, config, picked, held),
     )  # fmt: skip
+    engine = {"--backend": backend, "--dtype": dtype}
+    called = " ".join([model, *_given(engine)])  # for the command to run next
     measured = "\n".join(named_texts(text or [str(DATA / "evaluation.txt")]).values())
     set_on = (DATA / "calibration.txt").read_text(encoding="utf-8")
     part = scored_part(lm.tokenizer, measured, TOKENS)
@@ -62,7 +64,8 @@ def trial(
         found = trial(
             lm.model,
             name=lm.name,
-            called=model,
+            called=called,
+            chatted=" ".join([called, *_given({"--cache-dtype": cache_dtype, "--adapter": adapter})]),
             own=lm.layers(),
             threshold_ids=lm.tokenizer.encode_plain(set_on[:20_000]),
             measured_ids=part.ids,
@@ -78,10 +81,23 @@ def trial(
     if lm.backend == "native" and lm.dtype == "fp32":
         notes.append("weights of fewer bits are read faster: --dtype bf16, or int8 for some quality")
     peak = peak_bytes(lm.backend)
-    show(out, found, f"{lm.dtype}{' on the GPU' if lm.backend == 'cuda' else ''}", peak, notes[len(lm.notes) :])
+    show(
+        out,
+        found,
+        f"{lm.dtype}{' on the GPU' if lm.backend == 'cuda' else ''}",
+        peak,
+        notes[len(lm.notes) :],
+        tokens=len(part.ids),
+        own_text=bool(text),
+    )
     about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": notes}
     rows = [row.to_dict() for row in found.rows]
     out.finish({**asdict(found), "rows": rows, "peak_bytes": peak, **about})
+
+
+def _given(options: dict[str, object]) -> list[str]:
+    """What was asked for by an option, as it is typed."""
+    return [f"{name} {value}" for name, value in options.items() if value not in (None, "auto")]
 
 
 def check_fits(name: str, config: ModelConfig, backend: str, dtype: str) -> None:
@@ -116,7 +132,7 @@ def peak_bytes(backend: str) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def show(out: Output, found: Trial, held: str, peak: int | None, notes: Sequence[str]) -> None:
+def show(out: Output, found: Trial, held: str, peak: int | None, notes: Sequence[str], *, tokens: int, own_text: bool) -> None:
     """The table, memory, advice and what to run next. held: how the weights are held, in words. notes: what else may help."""
     table = new_table("\nWhat it gains here", "way", "keeps", "reads", "tok/s", "times dense", "perplexity", "change", "±")
     for row in found.rows:
@@ -128,6 +144,7 @@ def show(out: Output, found: Trial, held: str, peak: int | None, notes: Sequence
     for row in found.rows:
         if row.note is not None:
             out.say(f"{row.label}: {row.note}")
+    out.say(f"perplexity: of {tokens:,} tokens{'' if own_text else ' of the text that comes with dejavu'}, so not that of other pages.")
     out.say("keeps: share of the MLP's neurons (input: of its weights). reads: bytes of a step, of a dense one's.")
     most = "" if peak is None else f"; this trial took {peak / 1e9:.1f} GB at most"
     out.say(f"Memory: weights {found.weight_bytes / 1e6:,.0f} MB in {held}{most}.")

@@ -106,6 +106,7 @@ def trial(
     *,
     name: str,
     called: str,
+    chatted: str,
     own: Layers | None,
     threshold_ids: Sequence[int],
     measured_ids: Sequence[int],
@@ -115,7 +116,7 @@ def trial(
     progress: Progress | None = None,
     **options: Any,
 ) -> Trial:
-    """Try every way. called: the user's word for the model, for the command to run next. own: the layers of the model's adapter.
+    """Try every way. called, chatted: the model and options for a command to run next, of training and of a chat. own: the layers of the model's adapter.
     options: of the engine, see `bench`.
 
     Raises ValueError for a text or a context too short to time a step on.
@@ -158,18 +159,18 @@ def trial(
             )
         )  # fmt: skip
     rows += notes.values()
-    advice, command = advise(rows, called, zeros=model.config.activation in EXACT_ZERO_ACTIVATIONS)
+    advice, command = advise(rows, called, chatted, zeros=model.config.activation in EXACT_ZERO_ACTIVATIONS)
     return Trial(rows=tuple(rows), advice=advice, command=command, weight_bytes=weights_of(model.config, dtype))
 
 
-def advise(rows: Sequence[TrialRow], called: str, *, zeros: bool) -> tuple[str, str]:
+def advise(rows: Sequence[TrialRow], called: str, chatted: str, *, zeros: bool) -> tuple[str, str]:
     """A sentence on what pays, and the command to run next. zeros: whether predictors can be trained."""
     paying = max((row for row in rows if row.pays), key=lambda row: row.times or 0, default=None)
     own = next((row for row in rows if row.way == "its adapter"), None)
     train = f"dejavu train {called} --text YOUR.txt -o my-adapter"
     if own is not None and own.times is not None and own.rise is not None and own.times >= GAINS and paying in (None, own):
-        cost = "at no cost worth naming" if own.rise < 0.005 else f"for {own.rise:+.1%} of perplexity"
-        return f"The adapter that comes with it pays here: {own.times:.2f}x dense, {cost}.", f"dejavu generate {called} --prompt ..."
+        cost = "at no measurable cost" if own.rise < 0.005 else f"for {own.rise:+.1%} of perplexity"
+        return f"Its adapter makes it {own.times:.2f}x as fast as dense here, {cost}.", f"dejavu chat {chatted}"
     if paying is not None and zeros:
         text = f"Sparse by nature, without loss: {paying.times:.2f}x dense. Trained predictors read less still."
         return text, f"{train} --method auto"
@@ -181,4 +182,4 @@ def advise(rows: Sequence[TrialRow], called: str, *, zeros: bool) -> tuple[str, 
     seen = "" if best is None else f"; the fastest, {best.label}, is {best.times:.2f}x dense for {best.rise:+.1%} of perplexity"
     if zeros:
         return f"Skipping true zeros alone does not pay here{seen}; predictors may.", f"{train} --method auto"
-    return f"Without training sparsity does not pay here{seen}. Run it dense.", f"dejavu generate {called} --dense --prompt ..."
+    return f"Without training sparsity does not pay here{seen}. Run it dense.", f"dejavu chat {chatted} --dense"
