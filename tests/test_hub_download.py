@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from huggingface_hub import constants
 import dejavu
 from conftest import Tiny
 from dejavu.cli.main import run
+from dejavu.config import SamplingConfig
 from dejavu.model import download, hub
 from dejavu.model.bundle import export
 from dejavu.model.checkpoint import resolve_model
@@ -27,6 +29,7 @@ from dejavu.opening import load
 from fake_hub import FakeHub
 from test_language_model import PROMPT, make_adapter
 
+ADAPTER = ("config.json", "adapter.safetensors", "generation_config.json", "README.md")
 GENERATE = ("--backend", "torch", "-p", PROMPT, "-n", "3")
 OTHERS = {  # what dejavu does not read
     "modeling_tiny.py": b"raise SystemExit",
@@ -173,7 +176,7 @@ def test_only_one_form_of_the_weights(fake: FakeHub, tmp_path: Path) -> None:
 def test_a_model_brings_its_adapter(fake: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:
     lm = load("opt-mini", backend="torch")
     assert lm.adapter is not None
-    published = {f"adapter/{name}": b"x" for name in ("config.json", "adapter.safetensors", "README.md", "run.log")}
+    published = {f"adapter/{name}": b"x" for name in (*ADAPTER, "run.log")}
     fake.add("me/tiny", files | published)
     resolve_model("me/tiny", download=True)
     assert fetched(tmp_path, "me/tiny") == set(files | published) - {"adapter/run.log"}
@@ -181,12 +184,14 @@ def test_a_model_brings_its_adapter(fake: FakeHub, files: dict[str, bytes], tmp_
 
 def test_an_adapter_is_fetched(fake: FakeHub, model: Path, refused: Refused, tmp_path: Path) -> None:
     lm = load(model, backend="torch")
-    make_adapter(lm.config, lm.base_hash).save(tmp_path / "adapter")
+    sampling = SamplingConfig(temperature=0.7, top_p=0.9)
+    dataclasses.replace(make_adapter(lm.config, lm.base_hash), sampling=sampling).save(tmp_path / "adapter")
     content = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir() if path.name != ".dejavu"}
     fake.add("me/adapter", content | {"notes.txt": b"x"})
     fake.add("me/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
     opened = dejavu.load(model, backend="torch", adapter="me/adapter", download=True)
-    assert opened.adapter is not None and fetched(tmp_path, "me/adapter") == set(content)
+    assert fetched(tmp_path, "me/adapter") == set(content) == set(ADAPTER)
+    assert opened.adapter is not None and opened.adapter.sampling == sampling
     assert "'me/lora' holds no adapter of dejavu" in (line := refused(str(model), "--adapter", "me/lora", "--download")) and "LoRA" in line
     (next((tmp_path / "cache").glob("*adapter/snapshots/*")) / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match=r"'me/adapter' is only in part on this machine, without adapter\.safetensors; fetch it with"):

@@ -34,6 +34,7 @@ from huggingface_hub.utils import (
 from dejavu.config import require
 from dejavu.model.adapter import CARD_FILE, CONFIG_FILE, TENSOR_FILE
 from dejavu.model.bundle import ADAPTER_FOLDER
+from dejavu.model.generation_config import GENERATION_FILE
 from dejavu.model.hub_name import HubName
 
 HUB_S, REQUEST_S = 9.0, 5.0  # until a hub that does not answer is given up, in all and for one request
@@ -44,10 +45,10 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)  # pyrefly: ignore[bad-assignment]
 
 SMALL_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json",
+    GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-ADAPTER_FILES = (TENSOR_FILE, CARD_FILE, CONFIG_FILE)
+ADAPTER_FILES = (TENSOR_FILE, GENERATION_FILE, CARD_FILE, CONFIG_FILE)
 # Weights in the order of preference: of each pair the first that the repository has any of. Shards go with their index.
 WEIGHTS = (
     ("model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors")),
