@@ -22,25 +22,29 @@ LARGE = (".safetensors", ".gguf", ".bin")
 
 @dataclass
 class Repository:
-    """files by revision; every revision is a commit of its own, `main` the first."""
+    """files by revision; its commit is that of its content, `main` the first."""
 
     files: dict[str, dict[str, bytes]]
     gated: bool = False
 
     def commit(self, revision: str) -> str | None:
         """The commit of a branch or a commit's own name; None where there is none."""
-        commits = {name: hashlib.sha1(repr((name, sorted(files))).encode()).hexdigest() for name, files in self.files.items()}
+        commits = {name: hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest() for name, files in self.files.items()}
         return revision if revision in commits.values() else commits.get(revision)
 
     def at(self, revision: str) -> dict[str, bytes]:
         return next(files for name, files in self.files.items() if self.commit(name) == self.commit(revision))
+
+    def push(self, files: dict[str, bytes]) -> None:
+        self.files = {**self.files, "main": files, "before": self.files["main"]}
 
 
 @dataclass
 class FakeHub:
     """cut_after: bytes of a large file after which the connection is lost, from then on always. status: of every answer.
 
-    lost: a file that is listed and not there.
+    lost: a file that is listed and not there. pushed: what the branch main holds once a large file has been asked for. told: the answer to
+    what there is, instead.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -48,6 +52,8 @@ class FakeHub:
     cut_after: int | None = None
     status: int | None = None
     lost: str | None = None
+    pushed: dict[str, bytes] | None = None
+    told: bytes | None = None
 
     def add(self, name: str, files: dict[str, bytes], *, gated: bool = False, **revisions: dict[str, bytes]) -> None:
         self.repositories[name] = Repository({"main": files, **revisions}, gated)
@@ -94,12 +100,19 @@ class _Handler(BaseHTTPRequestHandler):
         match path.strip("/").split("/"):
             case _ if self.hub.status is not None:
                 self._send(self.hub.status)
+            case ["api", *_] if self.hub.told is not None:
+                self._send(200, self.hub.told, {"Content-Type": "application/json"})
             case ["api", "models", owner, name, *rest]:
                 self._api(f"{owner}/{name}", rest)
             case [owner, name, "resolve", revision, *file]:
                 self._file(f"{owner}/{name}", revision, "/".join(file))
             case ["content", owner, name, revision, *file]:
-                self._content(self.hub.repositories[f"{owner}/{name}"].at(revision)["/".join(file)])
+                repository = self.hub.repositories[f"{owner}/{name}"]
+                content = repository.at(revision)["/".join(file)]
+                if self.hub.pushed is not None:
+                    repository.push(self.hub.pushed)
+                    self.hub.pushed = None
+                self._content(content)
             case _:
                 self._send(404)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from dejavu.model.download import Offer
 from dejavu.model.hub import adapter_folder
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.opening import load
-from fake_hub import FakeHub
+from fake_hub import FakeHub, Repository, etag
 from test_language_model import PROMPT, make_adapter
 
 ADAPTER = ("config.json", "adapter.safetensors", "generation_config.json", "README.md")
@@ -229,6 +230,22 @@ def test_revisions(fake: FakeHub, files: dict[str, bytes], refused: Refused) -> 
     with pytest.raises(ValueError, match=r"revision 'main' is of a hub id, which 'opt-mini' is not"):
         dejavu.load("opt-mini", revision="main")
     assert "'me/tiny' has no revision 'v3'" in refused("me/tiny@v3", "--download")
+
+
+@pytest.mark.parametrize("told", ["{}", "[]", '"ok"', "<html>", '{"id": "me/tiny"}', '{"id": "me/tiny", "siblings": [{"size": 1}]}'])
+def test_an_answer_of_another_shape(fake: FakeHub, refused: Refused, told: str) -> None:
+    fake.told = told.encode()
+    assert "does not answer as the Hugging Face hub does; check the network and HF_ENDPOINT" in refused("me/tiny", "--download")
+
+
+def test_hashes_are_asked_of_what_is_fetched_alone(fake: FakeHub, files: dict[str, bytes], refused: Refused) -> None:
+    commit = Repository({"main": files}).commit("main")
+    siblings = [{"rfilename": name, "size": len(content), "blobId": etag(name, content)} for name, content in files.items()]
+    fake.add("me/tiny", files)
+    fake.told = json.dumps({"id": "me/tiny", "sha": commit, "siblings": [*siblings, {"rfilename": "notes.txt"}]}).encode()
+    assert resolve_model("me/tiny", download=lambda offer: offer.total > 0).is_dir()
+    fake.told = json.dumps({"id": "me/other", "sha": commit, "siblings": [*siblings, {"rfilename": "merges.txt"}]}).encode()
+    assert "gives 'merges.txt' of 'me/other' the hash '', which is none" in refused("me/other", "--download")
 
 
 def test_what_the_hub_does_not_give(fake: FakeHub, files: dict[str, bytes], refused: Refused, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from typing import Literal
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import (
     WeakFileLock,
     are_progress_bars_disabled,
@@ -40,9 +41,13 @@ from dejavu.model.hub_name import HubName
 HUB_S, REQUEST_S = 9.0, 5.0  # until a hub that does not answer is given up, in all and for one request
 LARGEST_PLAIN = 50_000_000_000  # bytes; the hub sends larger files by another protocol, which huggingface_hub may have or not
 KEY = re.compile(r"[0-9a-f]{40,64}")  # it becomes the name of a file
+COMMIT = re.compile(r"[0-9a-f]{40}")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 # What huggingface_hub's library for HTTP raises: which one that is depends on its version.
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)  # pyrefly: ignore[bad-assignment]
+# What huggingface_hub raises for an answer that is no JSON, or JSON of another shape: that of a login page, or of a proxy.
+ODD_ANSWERS = (json.JSONDecodeError, AttributeError, KeyError, TypeError)
+ODD = "does not answer as the Hugging Face hub does; check the network and HF_ENDPOINT"
 
 SMALL_FILES = (
     GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -114,7 +119,7 @@ def fetch(hub: HubName, kind: Kind, consent: Literal[True] | Consent, *, begun: 
     if consent is not True and not consent(Offer(name=str(hub), total=total, missing=missing, begun=begun or missing < total, hint=hint)):
         return False
     _check_disk(missing, folder, hub)
-    commit = info.sha or hub.revision or constants.DEFAULT_REVISION
+    commit = info.sha or ""
     try:
         for file in files:
             if file.large and file.size <= LARGEST_PLAIN:
@@ -171,11 +176,13 @@ def _asked(hub: HubName) -> ModelInfo:
     # In a thread of its own: a name that is not resolved and addresses tried one after the other have no time limit together.
     threading.Thread(target=ask, daemon=True).start()
     try:
-        return answer.result(HUB_S)
+        info = answer.result(HUB_S)
+    except ODD_ANSWERS as error:  # first: to older versions of huggingface_hub one of them is of HUB_ERRORS too
+        raise ValueError(f"{constants.ENDPOINT} {ODD}") from error
     except HUB_ERRORS as error:
         raise ValueError(_reason(error, hub)) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{constants.ENDPOINT} does not answer as the Hugging Face hub does; check the network and HF_ENDPOINT") from error
+    require(COMMIT.fullmatch(info.sha or "") is not None, f"{constants.ENDPOINT} {ODD}")
+    return info
 
 
 def _reason(error: Exception, hub: HubName) -> str:
@@ -202,19 +209,20 @@ def _reason(error: Exception, hub: HubName) -> str:
 
 def _chosen(info: ModelInfo, hub: HubName, kind: Kind) -> list[RemoteFile]:
     """The files of a repository that are read, config.json last. Raises ValueError where it holds no such thing."""
-    held: dict[str, RemoteFile] = {}
-    for sibling in info.siblings or []:
-        key = sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id or ""
-        require(
-            KEY.fullmatch(key) is not None,
-            f"{constants.ENDPOINT} gives {sibling.rfilename!r} of {hub.repo!r} the hash {key!r}, which is none",
-        )
-        held[sibling.rfilename] = RemoteFile(name=sibling.rfilename, size=sibling.size or 0, key=key, large=sibling.lfs is not None)
+    held = {sibling.rfilename: sibling for sibling in info.siblings or []}
     names = _adapter_names(held, hub) if kind == "adapter" else _gguf_names(held, hub) if hub.file is not None else _model_names(held, hub)
-    return [held[name] for name in names if name in held]
+    return [_remote(held[name], hub) for name in names if name in held]
 
 
-def _adapter_names(held: dict[str, RemoteFile], hub: HubName) -> list[str]:
+def _remote(sibling: RepoSibling, hub: HubName) -> RemoteFile:
+    key = sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id or ""
+    require(
+        KEY.fullmatch(key) is not None, f"{constants.ENDPOINT} gives {sibling.rfilename!r} of {hub.repo!r} the hash {key!r}, which is none"
+    )
+    return RemoteFile(name=sibling.rfilename, size=sibling.size or 0, key=key, large=sibling.lfs is not None)
+
+
+def _adapter_names(held: Collection[str], hub: HubName) -> list[str]:
     lora = "; it holds a LoRA of PEFT" if "adapter_config.json" in held else ""
     require(
         TENSOR_FILE in held and CONFIG_FILE in held, f"{hub.repo!r} holds no adapter of dejavu: no {CONFIG_FILE} with {TENSOR_FILE}{lora}"
@@ -222,7 +230,7 @@ def _adapter_names(held: dict[str, RemoteFile], hub: HubName) -> list[str]:
     return list(ADAPTER_FILES)
 
 
-def _gguf_names(held: dict[str, RemoteFile], hub: HubName) -> list[str]:
+def _gguf_names(held: Collection[str], hub: HubName) -> list[str]:
     wanted = hub.gguf_files
     absent = [name for name in wanted if name not in held]
     if absent:
@@ -233,7 +241,7 @@ def _gguf_names(held: dict[str, RemoteFile], hub: HubName) -> list[str]:
     return wanted
 
 
-def _model_names(held: dict[str, RemoteFile], hub: HubName) -> list[str]:
+def _model_names(held: Collection[str], hub: HubName) -> list[str]:
     weights = _weights(held)
     if not weights or CONFIG_FILE not in held:
         ggufs = _ggufs(held)
@@ -249,7 +257,7 @@ def _model_names(held: dict[str, RemoteFile], hub: HubName) -> list[str]:
     return [*weights, *SMALL_FILES, *adapter, CONFIG_FILE]
 
 
-def _weights(held: dict[str, RemoteFile]) -> list[str]:
+def _weights(held: Collection[str]) -> list[str]:
     for index, pattern in WEIGHTS:
         names = sorted(name for name in held if pattern.fullmatch(name))
         if names and (index is None or index in held):
@@ -257,7 +265,7 @@ def _weights(held: dict[str, RemoteFile]) -> list[str]:
     return []
 
 
-def _ggufs(held: dict[str, RemoteFile]) -> list[str]:
+def _ggufs(held: Collection[str]) -> list[str]:
     return sorted(name for name in held if name.endswith(".gguf"))
 
 
