@@ -232,6 +232,24 @@ def test_revisions(fake: FakeHub, files: dict[str, bytes], refused: Refused) -> 
     assert "'me/tiny' has no revision 'v3'" in refused("me/tiny@v3", "--download")
 
 
+def test_a_push_meanwhile(fake: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:
+    fake.add("me/tiny", files)
+    fake.pushed = files | {"chat_template.jinja": b"newer"}
+    folder = resolve_model("me/tiny", download=True)
+    assert fake.pushed is None and {path.name for path in folder.iterdir()} == set(files)
+    assert len(list(folder.parent.iterdir())) == 1 and resolve_model("me/tiny") == folder
+    [noted] = (tmp_path / "cache").rglob("refs/*")
+    assert noted.name == "main" and noted.read_text() == folder.name
+    assert resolve_model(f"me/tiny@{folder.name}") == folder
+
+
+def test_what_is_not_whole_on_the_hub(fake: FakeHub, files: dict[str, bytes], refused: Refused) -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()}
+    fake.add("me/tiny", files | index | {shards[0]: b"a"})
+    assert "is not whole on the hub either, without model-00002-of-00002.safetensors; give a" in refused("me/tiny", "--download")
+
+
 @pytest.mark.parametrize("told", ["{}", "[]", '"ok"', "<html>", '{"id": "me/tiny"}', '{"id": "me/tiny", "siblings": [{"size": 1}]}'])
 def test_an_answer_of_another_shape(fake: FakeHub, refused: Refused, told: str) -> None:
     fake.told = told.encode()

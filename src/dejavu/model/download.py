@@ -124,11 +124,10 @@ def fetch(hub: HubName, kind: Kind, consent: Literal[True] | Consent, *, begun: 
         for file in files:
             if file.large and file.size <= LARGEST_PLAIN:
                 _fetch_large(hub, commit, file, folder)
-        *others, last = files
         with _without_bars():
-            for file in others:
+            for file in files:
                 hf_hub_download(hub.repo, file.name, revision=commit)
-            hf_hub_download(hub.repo, last.name, revision=hub.revision)  # and notes which commit the revision is
+        _note_commit(folder, hub.revision or constants.DEFAULT_REVISION, commit)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"interrupted; {_kept(files, folder, hub)}") from stop
     except HUB_ERRORS as error:
@@ -137,6 +136,17 @@ def fetch(hub: HubName, kind: Kind, consent: Literal[True] | Consent, *, begun: 
             raise ValueError(reason) from error
         raise ValueError(f"the download broke off: {reason}; {_kept(files, folder, hub)}") from error
     return True
+
+
+def _note_commit(folder: Path, revision: str, commit: str) -> None:
+    """Say in the cache which commit a branch or tag is, as huggingface_hub does for files that are asked for by that name.
+
+    By that name a file could be of a newer commit than the others.
+    """
+    if revision != commit:
+        noted = folder / "refs" / revision
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.write_text(commit)
 
 
 def sized(count: int) -> str:

@@ -41,8 +41,9 @@ def from_hub(hub: HubName, kind: Kind = "model", *, download: Download = False, 
         raise ValueError(f"hub {kind} '{hub}' {state}; fetch it with --download (in Python: download=True){ways}")
     done = fetch(hub, kind, download, begun=place is not None, hint=packaged_hint(hub.repo))
     require(done, f"hub {kind} '{hub}' {state}, and was not fetched; say yes, or use --download{ways}")
-    place, _ = cached(hub, kind)
+    place, missing = cached(hub, kind)
     assert place is not None, "what was fetched is where the cache is looked through"
+    require(not missing, f"hub {kind} '{hub}' is not whole on the hub either, without {', '.join(missing)}; give {otherwise}")
     return place
 
 
