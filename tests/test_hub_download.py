@@ -125,6 +125,11 @@ def fetched(tmp_path: Path, repo: str) -> set[str]:
     return {"/".join(path.relative_to(snapshots).parts[1:]) for path in snapshots.rglob("*") if path.is_file()}
 
 
+def asked_for(fake: FakeHub) -> list[str]:
+    """The files, or their heads, that were asked of the hub so far."""
+    return [line.partition("/resolve/")[2].partition("/")[2] for line in fake.log if "/resolve/" in line]
+
+
 def test_a_model_is_fetched_and_generates(fake: FakeHub, files: dict[str, bytes], model: Path, tmp_path: Path) -> None:
     fake.add("me/tiny", files | OTHERS)
     expected = str(load(model, backend="torch").generate(PROMPT, max_new_tokens=3))
@@ -159,8 +164,8 @@ def test_offline(fake: FakeHub, files: dict[str, bytes], refused: Refused, monke
     assert fake.log == []
 
 
-def test_only_one_form_of_the_weights(fake: FakeHub, tmp_path: Path) -> None:
-    small = {"config.json": b"{}", "tokenizer.json": b"{}", "chat_template.jinja": b"x"}
+def test_only_one_form_of_the_weights(fake: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:
+    small = {"config.json": files["config.json"], "tokenizer.json": b"{}", "chat_template.jinja": b"x"}
     shards = {"model-00001-of-00002.safetensors": b"a", "model-00002-of-00002.safetensors": b"b", "model.safetensors.index.json": b"{}"}
     for name, weights in {
         "shards": shards,
@@ -280,6 +285,40 @@ def test_what_the_hub_does_not_give(fake: FakeHub, files: dict[str, bytes], refu
     assert not any("resolve" in line for line in fake.log) and fetched(tmp_path, "me/gated") == set()
 
 
+def test_what_cannot_be_loaded_is_not_fetched(
+    fake: FakeHub, files: dict[str, bytes], refused: Refused, typed: Typed, tmp_path: Path
+) -> None:
+    fake.add("me/mixtral", files | {"config.json": b'{"model_type": "mixtral"}'})
+    fake.add("me/damaged", files | {"config.json": b"<html>"})
+    fake.add("me/list", files | {"config.json": b"[]"})
+    fake.add("me/odd", files | {"config.json": b" " * (download.LARGEST_CONFIG + 1)})
+    line = "'me/mixtral' is no model that dejavu reads, and is not fetched: model_type 'mixtral' is not supported"
+    assert line in refused("me/mixtral", "--download")
+    assert "config.json of 'me/damaged' is not valid JSON" in refused("me/damaged", "--download")
+    assert "config.json of 'me/list' holds no JSON object" in refused("me/list", "--download")
+    assert "config.json of 'me/odd' has 1 MB, which is too much for one" in refused("me/odd", "--download")
+    status, shown = typed("", "generate", "me/mixtral", *GENERATE)
+    assert status == 2 and line in shown and "Download?" not in shown
+    assert asked_for(fake) == ["config.json"] * 4 and not (tmp_path / "cache").exists()
+
+
+def test_what_does_not_fit_is_not_fetched(
+    fake: FakeHub, files: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.add("me/tiny", files)
+    monkeypatch.setattr("dejavu.measure.memory.available_bytes", lambda root: 10_000)
+    assert run(["try", "me/tiny", "--backend", "torch", "--download"]) == 2
+    assert "me/tiny in fp32 takes about" in capsys.readouterr().err
+    assert asked_for(fake) == ["config.json"]
+
+
+def test_a_model_without_a_tokenizer_is_not_fetched(fake: FakeHub, files: dict[str, bytes], refused: Refused) -> None:
+    fake.add("me/tiny", {name: content for name, content in files.items() if name != "tokenizer.json"} | {"tokenizer.model": b"x"})
+    line = refused("me/tiny", "--download")
+    assert "no tokenizer.json, nor vocab.json with merges.txt, only the tokenizer.model of SentencePiece; take a copy" in line
+    assert asked_for(fake) == []
+
+
 def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, monkeypatch)
@@ -292,7 +331,7 @@ def test_too_little_disk(fake: FakeHub, files: dict[str, bytes], refused: Refuse
     fake.add("me/tiny", files)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1234))
     assert "'me/tiny' needs" in (line := refused("me/tiny", "--download")) and "has 1 kB free; free some space, or set HF_HUB_CACHE" in line
-    assert not any("resolve" in line for line in fake.log)
+    assert asked_for(fake) == ["config.json"]
 
 
 def test_a_full_disk(fake: FakeHub, files: dict[str, bytes], refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +404,7 @@ def test_a_consent_that_says_no(fake: FakeHub, files: dict[str, bytes]) -> None:
     with pytest.raises(ValueError, match="'me/tiny' is not on this machine, and was not fetched"):
         load("me/tiny", download=lambda offer: bool(offers.append(offer)))
     assert offers[0].missing == offers[0].total == sum(len(content) for content in files.values()) and not offers[0].begun
-    assert fake.log == ["GET /api/models/me/tiny"]
+    assert asked_for(fake) == ["config.json"] and len(fake.log) == 2
 
 
 def test_a_person_is_asked(fake: FakeHub, files: dict[str, bytes], typed: Typed) -> None:
@@ -379,7 +418,7 @@ def test_a_person_is_asked(fake: FakeHub, files: dict[str, bytes], typed: Typed)
     for keys in ("n\n", "\n"):
         status, shown = typed(keys, *command)
         assert status == 2 and question in shown and "and was not fetched" in shown
-    assert fake.log == ["GET /api/models/me/tiny"] * 2
+    assert asked_for(fake) == ["config.json"] * 2 and len(fake.log) == 4
     status, shown = typed("y\n", *command)
     assert status == 0 and question in shown
     status, shown = typed("", *command)

@@ -51,29 +51,36 @@ def load(
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine. backend: auto takes torch for an architecture or an adapter's
     method that the other one does not compute, with a note. before_weights: called with the architecture, the backend and the dtype
-    before any weight is read; what it raises ends the loading. Raises ValueError for what is not found, not fetched, damaged,
-    unavailable or of another model.
+    before any weight is read, and also before any is fetched (but of a GGUF file); what it raises ends the loading. Raises ValueError for
+    what is not found, not fetched, damaged, unavailable or of another model.
     """
     asked = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
     _torch_dtype(dtype, asked)
     if threads is not None:
         set_threads(threads)
+
+    def settle(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
+        """The backend, and what keeps it from being the one asked for. What is wrong is said here, before weights."""
+        lacking = config.beyond(asked)
+        require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
+        settled = "torch" if lacking else asked
+        _torch_dtype(dtype, settled)
+        if before_weights is not None:
+            before_weights(config, settled, "fp32" if dtype == "auto" else dtype)
+        return settled, lacking
+
     name = str(name)
     named: Path | None = None
     if name in bundled_adapters():
         named = MODELS_FOLDER / name / ADAPTER_FOLDER
         name = read_json(named / "config.json")["base_id"]
     # A bundled adapter was made for the form of its base that a package carries: that one, where it is installed.
-    path = (packaged_file(name) if named is not None else None) or resolve_model(name, revision=revision, download=download)
+    path = (packaged_file(name) if named is not None else None) or resolve_model(name, revision=revision, download=download, check=settle)
     if isinstance(adapter, str | Path) and adapter != "bundled":
         adapter = adapter_folder(adapter, download=download)  # found before the weights are read
-    lacking = read_config(path).beyond(asked)
-    require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
-    backend = "torch" if lacking else asked
+    backend, lacking = settle(read_config(path))
     torch_dtype = _torch_dtype(dtype, backend)
     device = "cuda" if backend == "cuda" else "cpu"
-    if before_weights is not None:
-        before_weights(read_config(path), backend, "fp32" if dtype == "auto" else dtype)
     a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
     hub = None if a_path else hub_name(name)
     called = None if a_path else name if hub is None else hub.model

