@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ def trial(
     out.finish({**asdict(found), "rows": rows, "peak_bytes": peak, **about})
 
 
-def _given(options: dict[str, object]) -> list[str]:
+def _given(options: Mapping[str, object]) -> list[str]:
     """What was asked for by an option, as it is typed."""
     return [f"{name} {value}" for name, value in options.items() if value not in (None, "auto")]
 

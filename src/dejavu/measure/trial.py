@@ -116,8 +116,8 @@ def trial(
     progress: Progress | None = None,
     **options: Any,
 ) -> Trial:
-    """Try every way. called, chatted: the model and options for a command to run next, of training and of a chat. own: the layers of the model's adapter.
-    options: of the engine, see `bench`.
+    """Try every way. called, chatted: the model and options for a command to run next, of training and of a chat. own: the layers of
+    the model's adapter. options: of the engine, see `bench`.
 
     Raises ValueError for a text or a context too short to time a step on.
     """
