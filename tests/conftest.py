@@ -12,6 +12,7 @@ what they return in place, except a model: `tiny` builds a new one on each call.
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch and huggingface_hub are imported: both read their variable once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -65,6 +66,12 @@ TINY_FAMILIES = {
         "tied_head": False,
     },
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """^C raises KeyboardInterrupt, as at a terminal: a shell starts what it puts into the background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Tiny(Protocol):
