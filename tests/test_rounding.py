@@ -16,13 +16,13 @@ from dejavu.model.rounding import rounding_note
 from dejavu.model.tokenizer import Tokenizer
 from test_other_families import SIZES, reference_of
 
-RISES = {"int4": {"dense": 0.39, "sparse": 0.69}, "int8": {"dense": 0.021, "sparse": 0.035}}
+RISES = {"int4": {"dense": 0.39, "own": 0.69}, "int8": {"dense": 0.021, "own": 0.035}}
 
 
 @pytest.fixture(autouse=True)
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rounding.json"
-    path.write_text(json.dumps([{"model": "m", "base_hashes": ["hash"], "adapter": "own", "rises": RISES}]))
+    path.write_text(json.dumps([{"model": "m", "base_hashes": ["hash"], "rises": RISES}]))
     monkeypatch.setattr(rounding, "ROUNDING_FILE", path)
 
 

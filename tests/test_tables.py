@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from dejavu.measure.results import Row
-from dejavu.model.hub import packaged_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -207,6 +206,4 @@ def test_methods_and_the_curve(tables: ModuleType, tmp_path: Path, monkeypatch: 
 
 
 def test_the_package_knows_what_results_say_of_rounding(tables: ModuleType) -> None:
-    if packaged_file(tables.SMOLLM2) is None:
-        pytest.skip("an adapter's digest takes its base, which a package carries")
     assert json.loads(tables.ROUNDING_FILE.read_text()) == tables.rounding()

@@ -1,8 +1,8 @@
 """What rounding the weights to a dtype is known to cost a model, so that whoever chooses it is told.
 
-In: a base hash, the dtype that was chosen, the digest of the adapter that it runs with. Out: a note, or None where
-there is nothing to say. The figures are in models/rounding.json, which recipes/tables.py writes from results/perplexity.jsonl:
-the rise of perplexity beside fp32 in the same mode.
+In: a base hash, the dtype that was chosen, the digest of the adapter that runs. Out: a note, or None where there is nothing to say. The
+figures are in models/rounding.json, which recipes/tables.py writes from results/perplexity.jsonl: the rise of perplexity beside fp32,
+dense and by the digest of the adapter that ran.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def rounding_note(base_hash: str, dtype: str, *, stored_dtype: str, adapter: str
     if dtype not in ROUNDS or dtype == stored_dtype:
         return None
     models = read_json(ROUNDING_FILE)
-    known = next((each for each in models if base_hash in each["base_hashes"]), {"rises": {}})
-    mode = "dense" if adapter is None or adapter != known.get("adapter") else "sparse"
-    rise = known["rises"].get(dtype, {}).get(mode)
+    rises = next((each["rises"] for each in models if base_hash in each["base_hashes"]), {}).get(dtype, {})
+    mode = "sparse" if adapter in rises else "dense"
+    rise = rises.get(adapter, rises.get("dense"))
     if rise is not None:
         other = "" if adapter is None or mode == "sparse" else "; with this adapter it was not measured"
         return f"{dtype} costs this model {100 * rise:.0f} % of perplexity, {mode}, beside fp32{other}" if rise > NOTICEABLE else None
