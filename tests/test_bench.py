@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conftest import Tiny
-from dejavu.engine.native_engine import NativeEngine
+from dejavu.engine.native.engine import NativeEngine
 from dejavu.measure.bench import TURN, bench, ratios_of
 from dejavu.measure.decoders import DENSE_VARIANT, Peer, Variant, export_name
 from dejavu.measure.memory import buffer_bytes

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import Tiny
-from dejavu.engine import cuda_batch
-from dejavu.engine.cuda_batch import BatchStep
-from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.cuda import batch_step as cuda_batch
+from dejavu.engine.cuda.batch_step import BatchStep
+from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter
 from test_cuda_kernels import DEVICES

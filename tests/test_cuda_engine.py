@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import Tiny
-from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.transformer import Transformer
 from test_engine import decode, ids_of, masked_forward, random_layers

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from conftest import Tiny
 from dejavu.config import SamplingConfig
-from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.generation import GeneratedText, Piece, generate_tokens
 from dejavu.engine.interface import DecodesTokens, EngineInfo, StepResult
 from dejavu.language_model import LanguageModel

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from conftest import Tiny
-from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import LayerSelection, StepResult
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter

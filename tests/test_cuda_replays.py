@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from conftest import Tiny
 from dejavu.config import ModelConfig
-from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import LayerSelection
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.measure.density import rethresholded

@@ -9,11 +9,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import dejavu.engine.cuda_engine as cuda_engine
+import dejavu.engine.cuda.engine as cuda_engine
 from conftest import Tiny
 from dejavu.config import SamplingConfig
-from dejavu.engine.cuda_decode import DecodeRows, joined, packed_settings
-from dejavu.engine.cuda_engine import CudaEngine
+from dejavu.engine.cuda.decode_loop import DecodeRows, joined, packed_settings
+from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import Decoded
 from dejavu.engine.sampling import Sampler
 from dejavu.engine.torch_engine import TorchEngine

@@ -14,8 +14,8 @@ import torch
 
 from conftest import Tiny
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native_engine import NativeEngine
-from dejavu.engine.native_weights import NATIVE_DTYPES, packed_model
+from dejavu.engine.native.engine import NativeEngine
+from dejavu.engine.native.weights import NATIVE_DTYPES, packed_model
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels import native
 from dejavu.model.adapter import quantized

@@ -13,7 +13,7 @@ import torch
 from conftest import Tiny
 from dejavu.cli.main import run as cli
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native_weights import MatrixView, NativeModel
+from dejavu.engine.native.weights import MatrixView, NativeModel
 from dejavu.kernels import native
 from dejavu.kernels.quantize import GROUP
 from test_native import needs_library

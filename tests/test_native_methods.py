@@ -13,9 +13,9 @@ from torch import Tensor
 
 from conftest import Tiny
 from dejavu.config import RopeConfig
-from dejavu.engine import native_engine
 from dejavu.engine.interface import LayerSelection, StepResult
-from dejavu.engine.native_weights import NATIVE_DTYPES
+from dejavu.engine.native import engine as native_engine
+from dejavu.engine.native.weights import NATIVE_DTYPES
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels import native
 from dejavu.model.predictor import LayerAdapter

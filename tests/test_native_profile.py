@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import Tiny
-from dejavu.engine.native_engine import NativeEngine
+from dejavu.engine.native.engine import NativeEngine
 from dejavu.kernels import native
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import LayerInputs

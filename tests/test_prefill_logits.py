@@ -66,7 +66,7 @@ def test_the_last_is_that_of_a_native_prefill_bit_for_bit(tiny: Tiny, options: d
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_cuda(tiny: Tiny, brute: Brute, device: str) -> None:
     pytest.importorskip("triton")
-    from dejavu.engine.cuda_engine import CudaEngine
+    from dejavu.engine.cuda.engine import CudaEngine
 
     model = tiny("opt").to(device)
     check(CudaEngine(model), CudaEngine(model), tiny("opt"), brute, atol=1e-4)

@@ -312,7 +312,7 @@ def test_a_graph_goes_on_behind_a_reused_prefix(tiny: Tiny) -> None:
 
 def check_cuda(tiny: Tiny, device: str) -> None:
     pytest.importorskip("triton")
-    from dejavu.engine.cuda_engine import CudaEngine
+    from dejavu.engine.cuda.engine import CudaEngine
 
     model = tiny("opt", num_layers=1)
     layers = random_layers(model, mlp=1, heads=None)

@@ -7,7 +7,7 @@ import torch
 
 from conftest import Tiny
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native_weights import NATIVE_DTYPES, packed_model
+from dejavu.engine.native.weights import NATIVE_DTYPES, packed_model
 from dejavu.kernels.quantize import rounded as rounded_matrix
 from dejavu.kernels.screen import low_rank, screen_rank, screened_logits
 from dejavu.measure.screening import head_agreement

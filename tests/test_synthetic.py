@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native_engine import NativeEngine
+from dejavu.engine.native.engine import NativeEngine
 from dejavu.measure import synthetic
 from dejavu.measure.bench import bench
 from dejavu.measure.decoders import DENSE_VARIANT, Variant, variants_at

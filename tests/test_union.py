@@ -113,7 +113,7 @@ def test_more_rows_than_are_computed_together_have_no_union(tiny: Tiny) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_cuda_counts_what_its_kernels_read(tiny: Tiny, device: str, rows: int) -> None:
     pytest.importorskip("triton")
-    from dejavu.engine.cuda_engine import CudaEngine
+    from dejavu.engine.cuda.engine import CudaEngine
 
     model = tiny("opt", num_layers=2)
     layers = (random_layers(model, mlp=1, heads=None, threshold=0.6)[0], LayerAdapter())
@@ -126,8 +126,8 @@ def test_cuda_counts_what_its_kernels_read(tiny: Tiny, device: str, rows: int) -
 def test_a_batch_that_runs_dense_on_cuda_is_a_fallback(tiny: Tiny) -> None:
     """As the measured crossover has it: the layer counts as dense, and only one that would have selected is counted."""
     pytest.importorskip("triton")
-    from dejavu.engine.cuda_batch import BatchStep
-    from dejavu.engine.cuda_engine import CudaEngine
+    from dejavu.engine.cuda.batch_step import BatchStep
+    from dejavu.engine.cuda.engine import CudaEngine
 
     model = tiny("opt", num_layers=2)
     engine = CudaEngine(model, (random_layers(model, mlp=1, heads=None)[0], LayerAdapter()), num_slots=2)

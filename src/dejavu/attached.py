@@ -27,7 +27,7 @@ from dejavu.engine.backends import backends, make_engine, pick_backend
 from dejavu.engine.cache import PAGE_SIZE
 from dejavu.engine.idle import IdleEngines
 from dejavu.engine.interface import Engine
-from dejavu.engine.native_weights import NATIVE_DTYPES
+from dejavu.engine.native.weights import NATIVE_DTYPES
 from dejavu.engine.sampling import Sampler
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, assembled

@@ -10,8 +10,8 @@ import torch
 
 from dejavu.config import BACKENDS, require
 from dejavu.engine.interface import Engine
-from dejavu.engine.native_engine import NativeEngine, check_shortlist
-from dejavu.engine.native_weights import NATIVE_CACHE_DTYPES, NATIVE_DTYPES, default_cache_dtype
+from dejavu.engine.native.engine import NativeEngine, check_shortlist
+from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, NATIVE_DTYPES, default_cache_dtype
 from dejavu.engine.torch_engine import DTYPE_NAMES, TorchEngine
 from dejavu.kernels.native import missing_reason
 from dejavu.model.lora import adapted_model
@@ -143,7 +143,7 @@ def make_engine(
     pick_cache_dtype(cache_dtype or "auto", backend=picked, dtype=stored)
     check_screen(screened_head, backend=picked, vocab_size=model.config.vocab_size)
     if picked == "cuda":
-        from dejavu.engine.cuda_engine import CudaEngine  # needs triton
+        from dejavu.engine.cuda.engine import CudaEngine  # needs triton
 
         return CudaEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record, ahead=ahead or "beside")
     assert picked == "torch", f"{picked=} has no engine"

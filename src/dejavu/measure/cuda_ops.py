@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import require
-from dejavu.engine.cuda_weights import LayerWeights, head_weight, layer_weights, norm_weights
+from dejavu.engine.cuda.weights import LayerWeights, head_weight, layer_weights, norm_weights
 from dejavu.kernels.cuda.common import NormWeights, norm_definition
 from dejavu.kernels.cuda.mlp import mlp_token
 from dejavu.kernels.cuda.mlp_rows import dense_mlp_rows, mlp_rows, mlp_rows_definition, padded_rows

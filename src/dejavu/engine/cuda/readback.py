@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dejavu.engine.cuda_batch import BatchStep
-from dejavu.engine.cuda_token import TokenStep
+from dejavu.engine.cuda.batch_step import BatchStep
+from dejavu.engine.cuda.token_step import TokenStep
 from dejavu.engine.interface import LayerSelection
 from dejavu.model.selectors import POINTS
 

@@ -1,4 +1,4 @@
-"""Layers that select inputs, for one token on the GPU: the products of what their points keep. What they read is in cuda_weights.py.
+"""Layers that select inputs, for one token on the GPU: the products of what their points keep. What they read is in weights.py.
 
 Letters: I inputs of a map  O outputs of a map  S shares of a list
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dejavu.engine.cuda_weights import InputLayer
+from dejavu.engine.cuda.weights import InputLayer
 from dejavu.kernels.cuda.inputs import KeptInputs, keep_activated, sum_inputs, sum_shares
 from dejavu.kernels.cuda.select import order_list
 

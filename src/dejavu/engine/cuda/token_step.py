@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
-from dejavu.engine.cuda_inputs import InputSums
-from dejavu.engine.cuda_weights import InputLayer, LayerPredictors, StepModel
+from dejavu.engine.cuda.token_inputs import InputSums
+from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
 from dejavu.kernels.cuda.common import NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from dejavu.config import SamplingConfig, require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
-from dejavu.engine.cuda_batch import BatchStep
-from dejavu.engine.cuda_decode import RING, SETTING_ROWS, DecodeRows, joined, packed_settings
-from dejavu.engine.cuda_records import selections
-from dejavu.engine.cuda_token import AHEAD, TokenStep
-from dejavu.engine.cuda_weights import check_model, layer_predictors, step_model
+from dejavu.engine.cuda.batch_step import BatchStep
+from dejavu.engine.cuda.decode_loop import RING, SETTING_ROWS, DecodeRows, joined, packed_settings
+from dejavu.engine.cuda.readback import selections
+from dejavu.engine.cuda.token_step import AHEAD, TokenStep
+from dejavu.engine.cuda.weights import check_model, layer_predictors, step_model
 from dejavu.engine.interface import Decoded, EngineInfo, StepProfile, StepResult
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill, prefill_logits

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
-from dejavu.engine.cuda_weights import LayerPredictors, StepModel, all_counts
+from dejavu.engine.cuda.weights import LayerPredictors, StepModel, all_counts
 from dejavu.kernels.cuda.attention import Partials, Places, attend, splits_for
 from dejavu.kernels.cuda.common import Scores, Side
 from dejavu.kernels.cuda.embed import embed_rows

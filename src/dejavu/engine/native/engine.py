@@ -20,7 +20,7 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
-from dejavu.engine.native_weights import NATIVE_CACHE_DTYPES, default_cache_dtype, packed_model, predictor_view
+from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, default_cache_dtype, packed_model, predictor_view
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels import native
