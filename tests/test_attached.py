@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 
 import dejavu
-from dejavu.engine import idle
+from dejavu.generation import engine_cache as idle
 from dejavu.model.bundle import export
 from test_other_families import SIZES, reference_of
 

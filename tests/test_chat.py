@@ -19,7 +19,7 @@ from dejavu.cli.chat import Session
 from dejavu.cli.main import run
 from dejavu.cli.output import Output
 from dejavu.conversation import MOST_TOKENS, MOST_TOKENS_OF_TEXT, ROOM, Conversation
-from dejavu.engine.generation import Generation, Piece
+from dejavu.generation.generation import Generation, Piece
 from dejavu.language_model import LanguageModel
 from dejavu.model.bundle import export
 from dejavu.model.template import rendered
@@ -197,7 +197,7 @@ def test_a_stopped_answer_is_kept_and_its_engine_used_again(chatty: LanguageMode
     conversation = Conversation(chatty, max_new_tokens=20)
     whole = said(conversation, "the cat?")
     conversation.reset()
-    monkeypatch.setattr("dejavu.engine.idle.make_engine", lambda *args, **options: pytest.fail("a new engine was made"))
+    monkeypatch.setattr("dejavu.generation.engine_cache.make_engine", lambda *args, **options: pytest.fail("a new engine was made"))
     pieces = conversation.ask("the cat?")
     part = next(pieces) + next(pieces)
     pieces.close()

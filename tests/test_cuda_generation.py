@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from conftest import Tiny
 from dejavu.config import SamplingConfig
 from dejavu.engine.cuda.engine import CudaEngine
-from dejavu.engine.generation import GeneratedText, Piece, generate_tokens
 from dejavu.engine.interface import DecodesTokens, EngineInfo, StepResult
+from dejavu.generation.generation import GeneratedText, Piece, generate_tokens
 from dejavu.language_model import LanguageModel
 from dejavu.model.bundle import export
 from dejavu.model.predictor import LayerAdapter
@@ -193,7 +193,7 @@ def test_a_model_writes_one_text_after_the_other_on_one_engine(
         engines.append(CudaEngine(model, layers, cache_tokens=cache_tokens))
         return engines[-1]
 
-    monkeypatch.setattr("dejavu.engine.idle.make_engine", make)
+    monkeypatch.setattr("dejavu.generation.engine_cache.make_engine", make)
 
     def same(prompt: str) -> bool:
         found = lm.generate(prompt, **options)  # pyrefly: ignore[no-matching-overload]

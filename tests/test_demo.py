@@ -13,7 +13,7 @@ import torch
 
 from conftest import Tiny, open_fp32
 from dejavu.engine.backends import make_engine
-from dejavu.engine.generation import generate_tokens
+from dejavu.generation.generation import generate_tokens
 from dejavu.measure.demo import DATA, PROMPT, DemoSizes, demo_texts, run_demo, stated_quality
 from dejavu.measure.firing import binned, firing
 from dejavu.measure.report import read_results, render

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from conftest import Tiny, random_predictor
 from dejavu.config import SamplingConfig
-from dejavu.engine.generation import GeneratedText, Generation, Piece, generate_tokens
 from dejavu.engine.interface import Decoded, EngineInfo, StepResult
-from dejavu.engine.streaming import StopStrings, TextStream
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.generation.generation import GeneratedText, Generation, Piece, generate_tokens
+from dejavu.generation.text import StopStrings, TextStream
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 
@@ -343,7 +343,7 @@ def test_no_token_wanted_runs_nothing() -> None:
 def test_speeds_count_steps_and_leave_out_the_prompt_and_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only the engine and the reader move: 10 s of prefill, 2 s a step, 100 s a piece in the reader's hands."""
     now = [0.0]
-    monkeypatch.setattr("dejavu.engine.generation.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dejavu.generation.generation.time.perf_counter", lambda: now[0])
 
     class SlowEngine(ScriptedEngine):
         def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
@@ -516,7 +516,7 @@ def test_a_text_closed_before_its_first_piece_ends_once_and_leaves_the_slot_to_o
 
 def test_the_time_of_dropped_tokens_counts_and_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("dejavu.engine.generation.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dejavu.generation.generation.time.perf_counter", lambda: now[0])
 
     class SlowEngine(DecodingEngine):
         def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:

@@ -19,8 +19,8 @@ import dejavu
 from conftest import Tiny, random_predictor
 from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine, pick_backend
-from dejavu.engine.idle import KEPT, weights_state
 from dejavu.engine.interface import Engine
+from dejavu.generation.engine_cache import KEPT, weights_state
 from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
 from dejavu.measure.evaluate import evaluate
@@ -314,7 +314,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Engine]:
         engines.total += 1
         return engine
 
-    monkeypatch.setattr("dejavu.engine.idle.make_engine", make)
+    monkeypatch.setattr("dejavu.generation.engine_cache.make_engine", make)
     return engines
 
 
@@ -336,7 +336,7 @@ def test_generations_one_after_the_other_share_an_engine(folder: Path, made: Any
 
 
 def test_engines_do_not_grow_in_number_and_rarely_in_size(folder: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dejavu.engine.idle.SMALLEST", 16)
+    monkeypatch.setattr("dejavu.generation.engine_cache.SMALLEST", 16)
     lm = load(folder)
     gc.collect()
     for count in range(1, 50, 3):
@@ -412,7 +412,7 @@ def test_a_text_in_a_cycle_may_be_collected_at_any_time(lm: LanguageModel, monke
         cycle.append(cycle)
 
     def run() -> None:
-        monkeypatch.setattr("dejavu.engine.idle.weights_state", collecting)
+        monkeypatch.setattr("dejavu.generation.engine_cache.weights_state", collecting)
         found.extend(ids(lm) for _ in range(2))
 
     expected, engines, found = ids(lm), [], []

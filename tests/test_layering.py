@@ -15,6 +15,7 @@ RANKS = (
     {"kernels"},
     {"model"},
     {"offline", "engine"},
+    {"generation"},
     {"measure"},
     {"offline_methods"},
     {"language_model"},

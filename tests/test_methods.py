@@ -15,9 +15,9 @@ import dejavu
 from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine.backends import pick_backend
-from dejavu.engine.generation import generate_tokens
 from dejavu.engine.interface import StepResult, densities
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.generation.generation import generate_tokens
 from dejavu.model.bundle import export
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, column_norms

@@ -10,7 +10,7 @@ import torch
 
 from conftest import Tiny, random_predictor
 from dejavu.engine.backends import make_engine
-from dejavu.engine.generation import GeneratedText, StepCounts
+from dejavu.generation.generation import GeneratedText, StepCounts
 from dejavu.measure.traffic import (
     STORED,
     Formats,

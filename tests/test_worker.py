@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dejavu.config import SamplingConfig
-from dejavu.engine.generation import generate_tokens
 from dejavu.engine.interface import LayerSelection
+from dejavu.generation.generation import generate_tokens
 from dejavu.serve.config import ServeConfig
 from dejavu.serve.jobs import BINS, EngineFailed, Job, QueueFull, TooLong
 from dejavu.serve.stream import Stream

@@ -17,8 +17,8 @@ from dejavu.version import __version__
 if TYPE_CHECKING:
     from dejavu.attached import attach, detach
     from dejavu.config import SamplingConfig
-    from dejavu.engine.generation import GeneratedText, Generation
     from dejavu.figures import Evaluation, Profile, Training
+    from dejavu.generation.generation import GeneratedText, Generation
     from dejavu.language_model import LanguageModel
     from dejavu.model.adapter import Adapter
     from dejavu.opening import load
@@ -31,7 +31,7 @@ __all__ = [
 _LAZY = {"load": "dejavu.opening", "LanguageModel": "dejavu.language_model", "Adapter": "dejavu.model.adapter"}
 _LAZY |= {"attach": "dejavu.attached", "detach": "dejavu.attached", "SamplingConfig": "dejavu.config"}
 _LAZY |= dict.fromkeys(("Evaluation", "Profile", "Training"), "dejavu.figures")
-_LAZY |= dict.fromkeys(("GeneratedText", "Generation"), "dejavu.engine.generation")
+_LAZY |= dict.fromkeys(("GeneratedText", "Generation"), "dejavu.generation.generation")
 
 
 def __getattr__(name: str) -> Any:

@@ -25,10 +25,10 @@ from torch import Tensor
 from dejavu.config import MAX_NEW_TOKENS, SamplingConfig, require
 from dejavu.engine.backends import backends, make_engine, pick_backend
 from dejavu.engine.cache import PAGE_SIZE
-from dejavu.engine.idle import IdleEngines
 from dejavu.engine.interface import Engine
 from dejavu.engine.native.weights import NATIVE_DTYPES
 from dejavu.engine.sampling import Sampler
+from dejavu.generation.engine_cache import IdleEngines
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, assembled
 from dejavu.model.download import Download

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dejavu.config import SamplingConfig, require
-from dejavu.engine.generation import GeneratedText
 from dejavu.files import absolute
+from dejavu.generation.generation import GeneratedText
 from dejavu.language_model import LanguageModel
 from dejavu.measure.traffic import text_read_share
 from dejavu.model.template import Messages, chat_ids

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dejavu.config import MAX_NEW_TOKENS, SamplingConfig, require
 from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
-from dejavu.engine.generation import GeneratedText, Generation, generate_tokens
-from dejavu.engine.idle import IdleEngines
 from dejavu.engine.interface import Engine
+from dejavu.generation.engine_cache import IdleEngines
+from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
 from dejavu.kernels.native import default_threads
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint

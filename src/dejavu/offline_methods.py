@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from dejavu.config import ModelConfig, Progress
-from dejavu.engine.idle import IdleEngines
 from dejavu.figures import Evaluation, Profile, Training
+from dejavu.generation.engine_cache import IdleEngines
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter

@@ -54,7 +54,7 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer it where the model has a chat template; sparse where the model has an adapter."""
     from dejavu.config import SamplingConfig, require
-    from dejavu.engine.streaming import StopStrings
+    from dejavu.generation.text import StopStrings
     from dejavu.measure.traffic import text_read_share
 
     out = Output(as_json)

@@ -24,9 +24,9 @@ import torch
 
 from dejavu.config import Config, ModelConfig, Progress, SamplingConfig, require
 from dejavu.engine.backends import make_engine
-from dejavu.engine.generation import GeneratedText, generate_tokens
 from dejavu.engine.interface import Engine
 from dejavu.files import absolute, new_folder, read_text, text_hash, write_json
+from dejavu.generation.generation import GeneratedText, generate_tokens
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.firing import firing
 from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, write_report

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from dejavu.config import require
-from dejavu.engine.generation import GeneratedText
 from dejavu.engine.interface import LayerSelection
+from dejavu.generation.generation import GeneratedText
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import LayerInputs, Transformer

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import torch
 
 from dejavu.config import ModelConfig
-from dejavu.engine.generation import GeneratedText
 from dejavu.engine.interface import EngineInfo
+from dejavu.generation.generation import GeneratedText
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.kernels.screen import screen_rank
 from dejavu.model.predictor import LayerAdapter, Predictor

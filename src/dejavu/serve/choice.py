@@ -12,7 +12,7 @@ import time
 from torch import Tensor
 
 from dejavu.engine.sampling import Distribution, Sampler
-from dejavu.engine.streaming import Detokenizer, Writing, stop_ids_of
+from dejavu.generation.text import Detokenizer, Writing, stop_ids_of
 from dejavu.serve.jobs import Event, Job, Summary, TokenInfo
 from dejavu.serve.scheduler import Claim
 from dejavu.serve.stream import Stream

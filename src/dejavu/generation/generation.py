@@ -20,7 +20,7 @@ from torch import Tensor
 from dejavu.config import SamplingConfig
 from dejavu.engine.interface import DecodesTokens, Engine, EngineInfo, LayerSelection, densities
 from dejavu.engine.sampling import NOT_NUMBERS, Sampler
-from dejavu.engine.streaming import Detokenizer, FinishReason, Writing, stop_ids_of
+from dejavu.generation.text import Detokenizer, FinishReason, Writing, stop_ids_of
 from dejavu.model.predictor import DensityCounter
 
 CHUNK = 8  # tokens that an engine which decodes by itself is asked for at a time, after 1, 2 and 4 so that the first come early
