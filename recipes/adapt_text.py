@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dejavu.config import require
-from dejavu.measure.texts import SEPARATOR, documents, named_texts
+from dejavu.model.texts import SEPARATOR, documents, named_texts
 
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "scikit-learn", "sympy", "networkx", "nltk", "pillow", "transformers", "torch")
 LEAST_DOCSTRING = 300  # characters

@@ -16,8 +16,8 @@ import math
 import torch
 
 import dejavu
-from dejavu.measure.texts import named_texts
 from dejavu.model.predictor import MaskedSelection
+from dejavu.model.texts import named_texts
 from dejavu.offline.adapted import moved
 from dejavu.offline.collect import pack_windows
 

@@ -19,7 +19,7 @@ from dejavu.language_model import LanguageModel
 from dejavu.measure.comparison import Passage, own_quality, peer_quality
 from dejavu.measure.evaluate import scored_part
 from dejavu.measure.results import QualityRow, append_rows
-from dejavu.measure.texts import named_texts
+from dejavu.model.texts import named_texts
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "perplexity.jsonl"
 OUT = Output(as_json=False)

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dejavu.files import read_text
-from dejavu.measure.texts import documents
+from dejavu.model.texts import documents
 
 END = "</s>"
 CHUNK = 20_000  # characters; long enough that cuts are rare, short enough to spread over cores

@@ -25,11 +25,11 @@ from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
 from dejavu.measure.evaluate import evaluate
 from dejavu.measure.resume import PartStore
-from dejavu.measure.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
 from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig, part_config
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.opening import load
 

@@ -17,10 +17,10 @@ from dejavu.config import ModelConfig, Progress
 from dejavu.figures import Evaluation, Profile, Training
 from dejavu.generation.engine_cache import IdleEngines
 from dejavu.measure.evaluate import evaluate
-from dejavu.measure.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter
+from dejavu.model.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer, on_cpu
 

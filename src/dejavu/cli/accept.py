@@ -32,9 +32,9 @@ def accept(lm: LanguageModel, folder: Path, texts: list[str], out: Output) -> Ad
     """
     from dejavu.config import require
     from dejavu.files import absolute, write_json
-    from dejavu.measure.texts import corpus_hash, named_texts
     from dejavu.model.adapter import CARD_FILE, CONFIG_FILE, Adapter
     from dejavu.model.card import card
+    from dejavu.model.texts import corpus_hash, named_texts
 
     folder = absolute(folder)
     adapter = Adapter.load(folder, model=lm.config, base_hash=lm.base_hash, accept=True)

@@ -64,8 +64,8 @@ def adapt(
     """Distil a model into itself with predictors in the loop; writes an adapter. Resumes; runs under torchrun on several GPUs."""
     from dejavu.config import require
     from dejavu.files import absolute, check_replaceable, make_folder, new_folder, write_json
-    from dejavu.measure.texts import corpus_hash, documents, named_texts
     from dejavu.model.adapter import write_adapter
+    from dejavu.model.texts import corpus_hash, documents, named_texts
     from dejavu.offline.adapt import AdaptConfig
     from dejavu.offline.adapt_run import LOG_FILE
     from dejavu.offline.adapt_run import adapt as run_adapt

@@ -87,7 +87,7 @@ def bench_serve(
     from dejavu.measure.serving_load import USUAL_REQUESTS, Load, Mix
     from dejavu.measure.serving_process import served
     from dejavu.measure.serving_rows import Limits
-    from dejavu.measure.texts import DATA, documents, named_texts
+    from dejavu.model.texts import DATA, documents, named_texts
 
     require((model is None) != (url is None), "give either MODEL, to be served here, or the --url of a server, one of the two")
     own = _own_options(adapter, backend, dtype, threads, server_options)

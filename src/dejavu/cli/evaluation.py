@@ -69,7 +69,7 @@ def evaluation(
     from dejavu.measure.evaluate import evaluate
     from dejavu.measure.resume import PartStore
     from dejavu.measure.tasks import read_items
-    from dejavu.measure.texts import SEPARATOR, has_separator, named_files, named_texts
+    from dejavu.model.texts import SEPARATOR, has_separator, named_files, named_texts
 
     out = Output(as_json)
     require(bool(text or tasks or harness), "nothing to evaluate; give a text (--text) or a task (--tasks, --harness)")
@@ -130,7 +130,7 @@ def _harness_table(found: dict[str, Any]) -> Any:
 def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | None) -> dict[str, Any]:
     """The screened head against the full one, with the adapter, on the start of every text, the same share of MAX_SCREEN_TOKENS each."""
     from dejavu.measure.screening import head_agreement
-    from dejavu.measure.texts import document_ids
+    from dejavu.model.texts import document_ids
 
     share = max(1, MAX_SCREEN_TOKENS // len(texts))
     ids = [token for part in document_ids(lm.tokenizer, texts, max_tokens=share).values() for token in part]

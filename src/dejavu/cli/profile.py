@@ -27,7 +27,7 @@ def profile(
 ) -> None:
     """Show where a model is sparse by nature: density, dead and always-on neurons, mass, heads, oracle perplexity."""
     from dejavu.config import require
-    from dejavu.measure.texts import named_texts
+    from dejavu.model.texts import named_texts
 
     out = Output(as_json)
     require(max_tokens >= 1, f"--max-tokens must be at least 1, not {max_tokens}")

@@ -76,7 +76,7 @@ def loaded(
     offline: bool,
 ) -> Subject:
     """A model that exists, on a text."""
-    from dejavu.measure.texts import DATA, documents, named_texts
+    from dejavu.model.texts import DATA, documents, named_texts
 
     named = named_texts(texts or [str(DATA / "evaluation.txt")])
     lm = open_model(

@@ -45,8 +45,8 @@ def train(
 ) -> None:
     """Find what can be skipped within a loss budget; writes an adapter. Resumes where it was interrupted."""
     from dejavu.files import absolute, check_replaceable, new_folder
-    from dejavu.measure.texts import named_texts
     from dejavu.model.adapter import write_adapter
+    from dejavu.model.texts import named_texts
     from dejavu.offline.train_config import TrainConfig
 
     out = Output(as_json)

@@ -45,8 +45,8 @@ def trial(
 ) -> None:
     """Time MODEL dense and in every way to select that needs no training, with what each costs in quality; advice at the end."""
     from dejavu.measure.evaluate import scored_part
-    from dejavu.measure.texts import DATA, named_texts
     from dejavu.measure.trial import TOKENS, trial
+    from dejavu.model.texts import DATA, named_texts
     from dejavu.opening import bundled_adapter_of
 
     out = Output(as_json)

@@ -31,13 +31,13 @@ from dejavu.measure.evaluate import evaluate
 from dejavu.measure.firing import firing
 from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, write_report
 from dejavu.measure.results import about
-from dejavu.measure.texts import DATA, documents
 from dejavu.measure.traffic import text_read_share
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import LayerConfig, PartConfig
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, InputPoints
+from dejavu.model.texts import DATA, documents
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.profile import profile

@@ -21,7 +21,7 @@ import numpy as np
 from dejavu.config import Progress, require
 from dejavu.measure.serving_client import TOO_MANY, Reply
 from dejavu.measure.serving_load import WARM_UP, Load, Planned, Prompts, planned_requests
-from dejavu.measure.texts import CHARACTERS_PER_TOKEN
+from dejavu.model.texts import CHARACTERS_PER_TOKEN
 
 USUAL_RETRY_S = 1.0  # where a 429 does not say when to come again
 OPEN_WARM_UP, WARM_UP_TOKENS = 8, 16  # requests at once where there are no clients to count; tokens of their answers at most

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dejavu.config import Config, require
-from dejavu.measure.texts import CHARACTERS_PER_TOKEN
+from dejavu.model.texts import CHARACTERS_PER_TOKEN
 
 USUAL_REQUESTS = 64
 WARM_UP = 10**6  # number of a round that no load reaches: the warm-up's prompts are none of the load's

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from dejavu.engine.interface import CapturesSteps, DecodesTokens, Engine
 from dejavu.files import read_text
-from dejavu.measure.texts import DATA
+from dejavu.model.texts import DATA
 from dejavu.model.tokenizer import Tokenizer
 
 TEXT, CHARACTERS = DATA / "calibration.txt", 16_384
