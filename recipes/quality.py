@@ -17,9 +17,9 @@ from dejavu.cli.output import Output
 from dejavu.cli.subjects import EngineOptions, Subject, loaded
 from dejavu.language_model import LanguageModel
 from dejavu.measure.comparison import Passage, own_quality, peer_quality
-from dejavu.measure.evaluate import scored_part
 from dejavu.measure.results import QualityRow, append_rows
 from dejavu.model.texts import named_texts
+from dejavu.quality.evaluate import scored_part
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "perplexity.jsonl"
 OUT = Output(as_json=False)

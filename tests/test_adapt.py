@@ -15,8 +15,6 @@ from torch import Tensor
 
 from conftest import Tiny
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.measure.perplexity import MaskedSelections
-from dejavu.measure.tasks import Request, score_requests
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
@@ -35,6 +33,8 @@ from dejavu.offline.divergence import mean_divergence
 from dejavu.offline.ranks import average_, world
 from dejavu.offline.steering import Steering
 from dejavu.offline.student import Student, choose_lookaheads, residual_cosines
+from dejavu.quality.perplexity import MaskedSelections
+from dejavu.quality.tasks import Request, score_requests
 
 WORDS = "the cat sat on the mat and then the other cat ran to the hat there that the man had on his hand in the end\n"
 TEXT = "".join(WORDS[7 * i % 50 :] for i in range(120))

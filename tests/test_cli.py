@@ -152,7 +152,7 @@ def test_eval_measures_a_screened_head_on_every_text(call, work: Path, monkeypat
         seen.append(list(ids))
         return {"screened_head": 30, "rank": 1, "tokens": len(ids), "agreement": 1.0}
 
-    monkeypatch.setattr("dejavu.measure.screening.head_agreement", agreement)
+    monkeypatch.setattr("dejavu.quality.head_agreement.head_agreement", agreement)
     monkeypatch.setattr("dejavu.cli.evaluation.MAX_SCREEN_TOKENS", 41)
     arguments = ("eval", "model", "--dense", "--max-tokens", "20", "--screened-head", "30")
     for texts in (("text.txt",), ("other.txt",), ("text.txt", "other.txt")):
@@ -181,9 +181,9 @@ def test_eval_goes_on_where_it_was_interrupted(call, work: Path, monkeypatch: py
             raise KeyboardInterrupt
         return perplexity(*given, **options)
 
-    from dejavu.measure.perplexity import perplexity
+    from dejavu.quality.perplexity import perplexity
 
-    monkeypatch.setattr("dejavu.measure.evaluate.perplexity", interrupted)
+    monkeypatch.setattr("dejavu.quality.evaluate.perplexity", interrupted)
     assert run(list(arguments)) == 130
     assert "runs/e" in capsys.readouterr().err and not (work / "runs/e/results.json").exists()
     shown = call(*arguments)

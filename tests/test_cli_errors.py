@@ -170,7 +170,7 @@ def test_the_command_itself(work: Path) -> None:
 INTERRUPT = """
 import os, signal, sys
 from dejavu.cli import main
-import dejavu.measure.evaluate as evaluate
+import dejavu.quality.evaluate as evaluate
 def perplexity(*given, **options):
     os.kill(os.getpid(), signal.SIGINT)
     while True:

@@ -14,11 +14,11 @@ from torch import Tensor
 from conftest import Brute, Tiny, random_predictor
 from dejavu.measure import comparison, perplexity
 from dejavu.measure.comparison import Passage, own_quality, peer_quality
-from dejavu.measure.perplexity import half_windows
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
+from dejavu.quality.perplexity import half_windows
 
 VOCAB, BOS, CONTEXT = 23, 2, 12
 ABOUT = {"name": "tiny", "backend": "torch", "dtype": "fp32", "cache_dtype": "fp32", "adapter": "0123"}

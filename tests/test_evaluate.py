@@ -9,11 +9,11 @@ import torch
 from tokenizers import pre_tokenizers
 
 from conftest import random_predictor
-from dejavu.measure.evaluate import BOS_NEVER, BOS_ONCE, evaluate, scored_part
-from dejavu.measure.perplexity import perplexity
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 from dejavu.model.transformer import Transformer
+from dejavu.quality.evaluate import BOS_NEVER, BOS_ONCE, evaluate, scored_part
+from dejavu.quality.perplexity import perplexity
 
 
 def tokenizer_of(*, bos: bool = True) -> Tokenizer:

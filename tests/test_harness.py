@@ -15,7 +15,7 @@ import dejavu
 from dejavu.cli.main import run
 from dejavu.harness import DejaVuLM, harness_results
 from dejavu.language_model import LanguageModel
-from dejavu.measure.evaluate import evaluate
+from dejavu.quality.evaluate import evaluate
 
 ITEMS = [
     {"context": f"{who} went to the {place} to buy", "choices": [" bread", " a very old river", " the sky of"], "label": label}

@@ -23,8 +23,6 @@ from dejavu.engine.interface import Engine
 from dejavu.generation.engine_cache import KEPT, weights_state
 from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
-from dejavu.measure.evaluate import evaluate
-from dejavu.measure.resume import PartStore
 from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig, part_config
 from dejavu.model.bundle import export, write_bundle
@@ -32,6 +30,8 @@ from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.opening import load
+from dejavu.quality.evaluate import evaluate
+from dejavu.quality.resume import PartStore
 
 PROMPT = "the cat sat on the mat"
 TEXT = " ".join(["the cat sat on the mat and then the other cat ran to the hat"] * 30)

@@ -16,6 +16,7 @@ RANKS = (
     {"model"},
     {"offline", "engine"},
     {"generation"},
+    {"quality"},
     {"measure"},
     {"offline_methods"},
     {"language_model"},

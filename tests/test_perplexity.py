@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from conftest import random_predictor
-from dejavu.measure.perplexity import (
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import DENSE, Transformer
+from dejavu.quality.perplexity import (
     MaskedSelections,
     PerplexityResult,
     paired_rise,
@@ -16,8 +18,6 @@ from dejavu.measure.perplexity import (
     rolling_windows,
     score_targets,
 )
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.transformer import DENSE, Transformer
 
 VOCAB, BOS = 11, 2
 
@@ -99,7 +99,7 @@ def test_equals_brute_force(model, count, stride, bos):
 def test_batches_and_chunks_of_logits_change_nothing(model, monkeypatch):
     ids = [random.Random(1).randrange(VOCAB) for _ in range(101)]
     whole = perplexity(model, ids, bos=BOS, context=8, stride=5, batch_tokens=10_000)
-    monkeypatch.setattr("dejavu.measure.perplexity.LOGITS_AT_ONCE", 3 * VOCAB)
+    monkeypatch.setattr("dejavu.quality.perplexity.LOGITS_AT_ONCE", 3 * VOCAB)
     seen = []
     for batch_tokens in (1, 17, 64):
         part = perplexity(model, ids, bos=BOS, context=8, stride=5, batch_tokens=batch_tokens, progress=lambda *now: seen.append(now))

@@ -10,9 +10,9 @@ from dejavu.engine.backends import make_engine
 from dejavu.engine.native.weights import NATIVE_DTYPES, packed_model
 from dejavu.kernels.quantize import rounded as rounded_matrix
 from dejavu.kernels.screen import low_rank, screen_rank, screened_logits
-from dejavu.measure.screening import head_agreement
 from dejavu.measure.traffic import formats_of, weight_bytes
 from dejavu.model.transformer import Transformer
+from dejavu.quality.head_agreement import head_agreement
 from test_engine import decode, ids_of, random_layers
 from test_native import ISAS, NATIVE_MODELS, engine_of, needs_library
 

@@ -9,8 +9,11 @@ import torch
 from tokenizers import pre_tokenizers
 
 from conftest import random_predictor
-from dejavu.measure.perplexity import MaskedSelections
-from dejavu.measure.tasks import (
+from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
+from dejavu.model.transformer import DENSE, Selection, Transformer
+from dejavu.quality.perplexity import MaskedSelections
+from dejavu.quality.tasks import (
     NOTHING_SPARSE,
     Score,
     encode_pair,
@@ -22,9 +25,6 @@ from dejavu.measure.tasks import (
     score_requests,
     summarize,
 )
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
-from dejavu.model.transformer import DENSE, Selection, Transformer
 
 ALPHABET = ["<s>", "</s>", "a", "b", "c", "d", "Ġ", ".", "ab", "Ġa", "Ġb", "Ġc", "Ċ"]
 IDS = {token: index for index, token in enumerate(ALPHABET)}

@@ -1,7 +1,7 @@
 """dejavu in lm-evaluation-harness: `DejaVuLM`, one of its models, dense or sparse.
 
 In: requests of the harness. Out: log-probabilities, and generated text. A continuation is scored as `dejavu eval` scores it
-(measure/tasks.py): the context is prefill and runs dense, the continuation's tokens run sparse, so that a multiple choice task
+(quality/tasks.py): the context is prefill and runs dense, the continuation's tokens run sparse, so that a multiple choice task
 says what sparsity costs. Of a rolling log-probability every token but a window's first runs sparse.
 
 `harness_results` runs tasks by name, or by the path of a YAML file, twice: dense and sparse. Needs the extra `eval`.
@@ -21,9 +21,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dejavu.config import Progress, require
 from dejavu.language_model import LanguageModel
-from dejavu.measure.perplexity import MaskedSelections
-from dejavu.measure.tasks import Request, encode_pair, first_token, make_request, score_requests
 from dejavu.opening import load
+from dejavu.quality.perplexity import MaskedSelections
+from dejavu.quality.tasks import Request, encode_pair, first_token, make_request, score_requests
 
 MAX_NEW_TOKENS = 256  # where a task names no limit, as the harness's own models
 

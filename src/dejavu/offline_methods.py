@@ -16,13 +16,13 @@ from typing import Any, Literal, cast
 from dejavu.config import ModelConfig, Progress
 from dejavu.figures import Evaluation, Profile, Training
 from dejavu.generation.engine_cache import IdleEngines
-from dejavu.measure.evaluate import evaluate
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer, on_cpu
+from dejavu.quality.evaluate import evaluate
 
 
 class OfflineMethods:
@@ -186,7 +186,7 @@ class OfflineMethods:
     ) -> Evaluation:
         """Perplexity of texts and accuracy on tasks, dense and sparse.
 
-        texts: name -> text; tasks: name -> records as `dejavu.measure.tasks.read_items` reads them from a JSONL file.
+        texts: name -> text; tasks: name -> records as `dejavu.quality.tasks.read_items` reads them from a JSONL file.
         """
         found = evaluate(
             self.model,

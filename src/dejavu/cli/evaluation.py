@@ -66,10 +66,10 @@ def evaluation(
 ) -> None:
     """Measure perplexity and task accuracy, dense and sparse."""
     from dejavu.config import require
-    from dejavu.measure.evaluate import evaluate
-    from dejavu.measure.resume import PartStore
-    from dejavu.measure.tasks import read_items
     from dejavu.model.texts import SEPARATOR, has_separator, named_files, named_texts
+    from dejavu.quality.evaluate import evaluate
+    from dejavu.quality.resume import PartStore
+    from dejavu.quality.tasks import read_items
 
     out = Output(as_json)
     require(bool(text or tasks or harness), "nothing to evaluate; give a text (--text) or a task (--tasks, --harness)")
@@ -129,8 +129,8 @@ def _harness_table(found: dict[str, Any]) -> Any:
 
 def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | None) -> dict[str, Any]:
     """The screened head against the full one, with the adapter, on the start of every text, the same share of MAX_SCREEN_TOKENS each."""
-    from dejavu.measure.screening import head_agreement
     from dejavu.model.texts import document_ids
+    from dejavu.quality.head_agreement import head_agreement
 
     share = max(1, MAX_SCREEN_TOKENS // len(texts))
     ids = [token for part in document_ids(lm.tokenizer, texts, max_tokens=share).values() for token in part]

@@ -51,7 +51,7 @@ def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequenc
     """Every run. Planted predictors say what they miss before any speed is measured."""
     from dejavu.measure.bench import bench
     from dejavu.measure.decoders import variants_at
-    from dejavu.measure.screening import head_agreement
+    from dejavu.quality.head_agreement import head_agreement
 
     variants = variants_at(
         subject.model,

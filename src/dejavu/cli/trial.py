@@ -44,10 +44,10 @@ def trial(
     as_json: AsJson = False,
 ) -> None:
     """Time MODEL dense and in every way to select that needs no training, with what each costs in quality; advice at the end."""
-    from dejavu.measure.evaluate import scored_part
     from dejavu.measure.trial import TOKENS, trial
     from dejavu.model.texts import DATA, named_texts
     from dejavu.opening import bundled_adapter_of
+    from dejavu.quality.evaluate import scored_part
 
     out = Output(as_json)
     lm = open_model(

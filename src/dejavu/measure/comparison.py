@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from dejavu.measure.decoders import Peer
-from dejavu.measure.perplexity import (
+from dejavu.measure.results import QualityRow, device_name
+from dejavu.model.predictor import LayerAdapter
+from dejavu.model.transformer import Transformer
+from dejavu.quality.perplexity import (
     HALF_CONTEXT,
     MaskedSelections,
     PerplexityResult,
@@ -24,9 +27,6 @@ from dejavu.measure.perplexity import (
     half_windows,
     scored_windows,
 )
-from dejavu.measure.results import QualityRow, device_name
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.transformer import Transformer
 
 RULE = f"llama.cpp, windows of {HALF_CONTEXT}"
 

@@ -27,7 +27,6 @@ from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine
 from dejavu.files import absolute, new_folder, read_text, text_hash, write_json
 from dejavu.generation.generation import GeneratedText, generate_tokens
-from dejavu.measure.evaluate import evaluate
 from dejavu.measure.firing import firing
 from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, write_report
 from dejavu.measure.results import about
@@ -43,6 +42,7 @@ from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.profile import profile
 from dejavu.offline.train import train_adapter
 from dejavu.offline.train_config import TrainConfig
+from dejavu.quality.evaluate import evaluate
 
 PROMPT = "It was late in the autumn when the old lighthouse keeper"
 # A small model repeats itself when greedy. Dense and sparse draw with the same random numbers.

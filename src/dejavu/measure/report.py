@@ -6,7 +6,7 @@ external resource. A section that is not there leaves no gap. Sections:
     model        name, and what is known of: parameters, layers, hidden_size, neurons, heads, activation
     environment  device, versions, commit, time, and where it applies backend, dtype, cache_dtype, threads, screened_head, screen_agreement
     generation   prompt, new_tokens, runs, speedup; dense, sparse: each tok_s, text, tok_s_runs; mlp_density, head_density, read_share
-    evaluation   what measure/evaluate.py returns
+    evaluation   what quality/evaluate.py returns
     profile      what offline/profile.py returns
     train        source (where the predictors come from), method, budget, layers: recall, mass, density, lookahead, heads; null: not of the
                  method; attention where inputs are selected

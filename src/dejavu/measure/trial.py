@@ -17,12 +17,12 @@ from dejavu.measure.bench import bench
 from dejavu.measure.decoders import DENSE_VARIANT, Layers, Variant, check_mode
 from dejavu.measure.density import rethresholded
 from dejavu.measure.fastest import room
-from dejavu.measure.perplexity import MaskedSelections, PerplexityResult, dense_selection, paired_rise, perplexity
 from dejavu.measure.traffic import STORED
 from dejavu.model.families import parameter_shapes
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds
 from dejavu.model.transformer import Transformer
+from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, dense_selection, paired_rise, perplexity
 
 DENSITIES = (0.5, 0.7)  # of gates, and of inputs
 TOKENS, CONTEXT = 1024, 256  # of perplexity

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from dejavu.config import require
 from dejavu.files import read_text
-from dejavu.measure.perplexity import MaskedSelections, SelectionFactory, dense_selection, score_targets
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.quality.perplexity import MaskedSelections, SelectionFactory, dense_selection, score_targets
 
 NOTHING_SPARSE = "no token ran sparse: every continuation is one token, which the dense prefill scores; strict masks the context too"
 

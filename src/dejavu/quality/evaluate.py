@@ -26,12 +26,12 @@ from typing import Any
 
 from dejavu.config import Progress, require
 from dejavu.files import text_hash
-from dejavu.measure.perplexity import MaskedSelections, PerplexityResult, paired_rise, perplexity, pooled
-from dejavu.measure.resume import PartStore
-from dejavu.measure.tasks import evaluate_task
 from dejavu.model.predictor import DensityCounter, LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, paired_rise, perplexity, pooled
+from dejavu.quality.resume import PartStore
+from dejavu.quality.tasks import evaluate_task
 
 BOS_ONCE = "once, at the start of a text; later windows get none"
 BOS_NEVER = "none: the tokenizer adds no BOS, so the first token of a text is not scored"
