@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import speeds
-from dejavu.measure.results import Row, read_rows
+from dejavu.bench.rows import Row, read_rows
 from speeds import dirty, is_own, markdown, on_gpu, origins, percent, tokens
 
 NOT_MEASURED = "Not measured yet.\n"

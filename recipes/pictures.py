@@ -15,7 +15,7 @@ import statistics
 from html import escape
 from pathlib import Path
 
-from dejavu.measure.results import read_rows
+from dejavu.bench.rows import read_rows
 from speeds import BENCH, speeds
 from tables import SMOLLM2, newest
 

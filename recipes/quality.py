@@ -12,12 +12,12 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from dejavu.bench.comparison import Passage, own_quality, peer_quality
+from dejavu.bench.rows import QualityRow, append_rows
 from dejavu.cli.against import opened_peers, peer_names
 from dejavu.cli.output import Output
 from dejavu.cli.subjects import EngineOptions, Subject, loaded
 from dejavu.language_model import LanguageModel
-from dejavu.measure.comparison import Passage, own_quality, peer_quality
-from dejavu.measure.results import QualityRow, append_rows
 from dejavu.model.texts import named_texts
 from dejavu.quality.evaluate import scored_part
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dejavu.measure.results import Measured, QualityRow, Row, read_rows
+from dejavu.bench.rows import Measured, QualityRow, Row, read_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BENCH, PERPLEXITY = RESULTS / "bench.jsonl", RESULTS / "perplexity.jsonl"

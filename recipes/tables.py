@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dejavu.bench.rows import QualityRow, commit, device_name, versions
 from dejavu.files import write_json
-from dejavu.measure.results import QualityRow, commit, device_name, versions
 from dejavu.model.bundle import MODELS_FOLDER
 from dejavu.model.families import config_from_hf
 from dejavu.model.rounding import ROUNDING_FILE

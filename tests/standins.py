@@ -73,6 +73,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[CudaStandIn]:
     monkeypatch.setattr(backends, "backends", lambda: (offered, backends.BackendStatus(name="torch")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU_NAME)
-    monkeypatch.setattr("dejavu.measure.bench.free_gpu_bytes", lambda device: 4096 if device == "cuda:0" else None)
-    monkeypatch.setattr("dejavu.measure.bench.sequential_buffer", lambda count, device: torch.ones(count))
+    monkeypatch.setattr("dejavu.bench.decode.free_gpu_bytes", lambda device: 4096 if device == "cuda:0" else None)
+    monkeypatch.setattr("dejavu.bench.decode.sequential_buffer", lambda count, device: torch.ones(count))
     return CudaStandIn

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from conftest import Tiny
+from dejavu.bench.bytes_read import Reads, formats_of, step_bytes, weight_bytes
+from dejavu.bench.decode import TURN, bench, ratios_of
+from dejavu.bench.memory import buffer_bytes
+from dejavu.bench.rows import Row
+from dejavu.bench.variants import DENSE_VARIANT, Peer, Variant, export_name
 from dejavu.engine.native.engine import NativeEngine
-from dejavu.measure.bench import TURN, bench, ratios_of
-from dejavu.measure.decoders import DENSE_VARIANT, Peer, Variant, export_name
-from dejavu.measure.memory import buffer_bytes
-from dejavu.measure.results import Row
-from dejavu.measure.traffic import Reads, formats_of, step_bytes, weight_bytes
 from dejavu.model.transformer import Transformer
 from standins import GPU_NAME, CudaStandIn, cuda
 from test_engine import ids_of, random_layers

@@ -18,8 +18,8 @@ import openai
 import pytest
 
 from conftest import Tiny
+from dejavu.bench.rows import read_rows
 from dejavu.cli.main import run
-from dejavu.measure.results import read_rows
 from dejavu.measure.serving import probe, warm_up
 from dejavu.measure.serving_bench import ServingBench, bench_serving
 from dejavu.measure.serving_client import Reply, Target, ask, byte_lines, retry_after

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import Tiny, open_fp32
+from dejavu.bench.models.random import shape_of
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
-from dejavu.measure.synthetic import shape_of
 from dejavu.model import bundle
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import MODELS_FOLDER, bundled_models, export, write_bundle

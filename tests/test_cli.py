@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from conftest import Tiny
+from dejavu.bench.rows import read_rows
 from dejavu.cli.main import run
 from dejavu.cli.output import Output, plain, ratio
 from dejavu.engine.backends import pick_backend
-from dejavu.measure.results import read_rows
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.opening import load

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from dejavu.bench.variants import Peer
 from dejavu.cli.main import run
 from dejavu.config import ModelConfig
 from dejavu.measure import cuda_peers, op_bench, planted, synthetic
-from dejavu.measure.decoders import Peer
 from dejavu.opening import load
 from standins import GPU_NAME, CudaStandIn, cuda
 from test_bench import FakePeer
@@ -35,7 +35,7 @@ def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch, work: Path) -> list[tuple[Any, ...]]:
-    """`dejavu.measure.peers` replaced: transformers runs what was exported, llama.cpp something else. What it was asked is kept."""
+    """`dejavu.bench.peers.cpu` replaced: transformers runs what was exported, llama.cpp something else. What it was asked is kept."""
     asked: list[tuple[Any, ...]] = []
 
     def open_peers(names: Sequence[str], *, export_folder: Path | None, gguf: Path | None, threads: int) -> tuple[list[Peer], list[str]]:
@@ -49,9 +49,9 @@ def peers(monkeypatch: pytest.MonkeyPatch, work: Path) -> list[tuple[Any, ...]]:
         asked.append(tuple(opened))
         return opened, ["ctranslate2 is not installed"] if "ctranslate2" in names else []
 
-    module = ModuleType("dejavu.measure.peers")
+    module = ModuleType("dejavu.bench.peers.cpu")
     module.open_peers = open_peers  # pyrefly: ignore[missing-attribute]
-    monkeypatch.setitem(sys.modules, "dejavu.measure.peers", module)
+    monkeypatch.setitem(sys.modules, "dejavu.bench.peers.cpu", module)
     return asked
 
 
@@ -196,9 +196,9 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
         asked.append(options)
         return lambda density, selection: {"head": op(mode="dense")} if density is None else {"mlp": op()}, op()
 
-    module = ModuleType("dejavu.measure.cuda_ops")
+    module = ModuleType("dejavu.bench.ops_cuda")
     module.cuda_ops = cuda_ops  # pyrefly: ignore[missing-attribute]
-    monkeypatch.setitem(sys.modules, "dejavu.measure.cuda_ops", module)
+    monkeypatch.setitem(sys.modules, "dejavu.bench.ops_cuda", module)
     monkeypatch.setattr(op_bench, "graph_sampler", op_bench.loop_sampler(time.perf_counter))
     arguments = (
         "bench",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from conftest import Brute, Tiny, random_predictor
+from dejavu.bench.comparison import Passage, own_quality, peer_quality
 from dejavu.measure import comparison, perplexity
-from dejavu.measure.comparison import Passage, own_quality, peer_quality
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig
 from dejavu.model.predictor import LayerAdapter

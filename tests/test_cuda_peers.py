@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import Tiny
+from dejavu.bench.peers.cuda import TransformersViews, network_of_views, open_views
+from dejavu.bench.variants import check_peer
 from dejavu.config import RopeConfig
-from dejavu.measure.cuda_peers import TransformersViews, network_of_views, open_views
-from dejavu.measure.decoders import check_peer
 from dejavu.model.families import FAMILIES, is_transposed
 from test_engine import ids_of
 from test_peers import closing, forward

@@ -16,13 +16,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from conftest import Tiny
+from dejavu.bench.models.density import rethresholded
+from dejavu.bench.models.planted import plant, planted_model
+from dejavu.bench.models.random import random_ids, shape_of
 from dejavu.config import ModelConfig
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import LayerSelection
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.measure.density import rethresholded
-from dejavu.measure.planted import plant, planted_model
-from dejavu.measure.synthetic import random_ids, shape_of
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
 from kernel_memory import check_rule

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import Tiny
-from dejavu.measure.decoders import variants_at, variants_of
-from dejavu.measure.density import rethresholded
+from dejavu.bench.models.density import rethresholded
+from dejavu.bench.variants import variants_at, variants_of
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.selectors import GateThreshold, InputThresholds
 from dejavu.model.transformer import Transformer

@@ -17,6 +17,7 @@ RANKS = (
     {"offline", "engine"},
     {"generation"},
     {"quality"},
+    {"bench"},
     {"measure"},
     {"offline_methods"},
     {"language_model"},

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dejavu.measure.op_bench import ENOUGH_BYTES, MIN_CALLS, ROTATED_BYTES, OpRun, bench_ops, copies_for, graph_sampler, index_lists
-from dejavu.measure.results import Row
-from dejavu.measure.synthetic import SELECTIONS
+from dejavu.bench.models.random import SELECTIONS
+from dejavu.bench.ops import ENOUGH_BYTES, MIN_CALLS, ROTATED_BYTES, OpRun, bench_ops, copies_for, graph_sampler, index_lists
+from dejavu.bench.rows import Row
 
 TEMPLATE = Row.from_dict(
     {"op": "", "mode": "", "backend": "cuda", "model": "m", "layers": 2, "dtype": "fp16", "batch": 1, "context": 0, "threads": 1}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from conftest import Tiny
+from dejavu.bench.peers import cpu as module
+from dejavu.bench.peers.cpu import CTranslate2Peer, TransformersPeer, open_peers
+from dejavu.bench.peers.llama_cpp import LlamaCppPeer
+from dejavu.bench.variants import Peer, check_peer
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.measure import peers as module
-from dejavu.measure.decoders import Peer, check_peer
-from dejavu.measure.llama_cpp import LlamaCppPeer
-from dejavu.measure.peers import CTranslate2Peer, TransformersPeer, open_peers
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
@@ -100,7 +100,7 @@ def test_ctranslate2_goes_on_by_one_token_a_step(
     if (
         family == "llama" and SATURATES
     ):  # 0.34 of a standard deviation on these random weights, where its fp32 has 0.02; others' logits have over 1
-        monkeypatch.setattr("dejavu.measure.decoders.PEER_LIMIT", 0.5)
+        monkeypatch.setattr("dejavu.bench.variants.PEER_LIMIT", 0.5)
     threads_before = threading.active_count()
     with closing(CTranslate2Peer(exported[family], threads=1)) as peer:
         for prompt, steps in ((9, 30), (3, 5), (9, 5)):

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig
-from dejavu.measure import planted
-from dejavu.measure.density import rethresholded
-from dejavu.measure.planted import (
+from dejavu.bench.models import planted
+from dejavu.bench.models.density import rethresholded
+from dejavu.bench.models.planted import (
     ATTENTION_SHARE,
     LOGIT_SPREAD,
     MLP_SHARE,
@@ -25,7 +24,8 @@ from dejavu.measure.planted import (
     planted_quality,
     relu_moments,
 )
-from dejavu.measure.synthetic import SHAPES, planted_layers, random_ids, shape_of
+from dejavu.bench.models.random import SHAPES, planted_layers, random_ids, shape_of
+from dejavu.config import ModelConfig
 from dejavu.model.adapter import quantized
 from dejavu.model.families import parameter_shapes
 from dejavu.model.predictor import LayerAdapter

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dejavu.measure.results import Row, append_rows, commit, device_name, read_rows, versions
+from dejavu.bench.rows import Row, append_rows, commit, device_name, read_rows, versions
 
 KEYS = [
     "op",

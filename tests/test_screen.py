@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from conftest import Tiny
+from dejavu.bench.bytes_read import formats_of, weight_bytes
 from dejavu.engine.backends import make_engine
 from dejavu.engine.native.weights import NATIVE_DTYPES, packed_model
 from dejavu.kernels.quantize import rounded as rounded_matrix
 from dejavu.kernels.screen import low_rank, screen_rank, screened_logits
-from dejavu.measure.traffic import formats_of, weight_bytes
 from dejavu.model.transformer import Transformer
 from dejavu.quality.head_agreement import head_agreement
 from test_engine import decode, ids_of, random_layers

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from dejavu.measure.results import append_rows, read_rows
+from dejavu.bench.rows import append_rows, read_rows
 from dejavu.measure.serving import Outcome, Segment, run_load
 from dejavu.measure.serving_client import Reply
 from dejavu.measure.serving_load import Load, Mix, Prompts, planned_requests

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dejavu.measure.results import QualityRow, Row
+from dejavu.bench.rows import QualityRow, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, ADAPTER = "AMD EPYC, 2 cores", "0123456789abcdef"

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dejavu.bench.bytes_read import predictor_bytes
+from dejavu.bench.decode import bench
+from dejavu.bench.memory import available_bytes, sequential_buffer
+from dejavu.bench.models import random as synthetic
+from dejavu.bench.models.density import rethresholded
+from dejavu.bench.models.random import RUN, SELECTIONS, SHAPES, check_memory, planted_layers, random_ids, shape_of, synthetic_model
+from dejavu.bench.variants import DENSE_VARIANT, Variant, variants_at
 from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine
 from dejavu.engine.native.engine import NativeEngine
-from dejavu.measure import synthetic
-from dejavu.measure.bench import bench
-from dejavu.measure.decoders import DENSE_VARIANT, Variant, variants_at
-from dejavu.measure.density import rethresholded
-from dejavu.measure.memory import available_bytes, sequential_buffer
-from dejavu.measure.synthetic import RUN, SELECTIONS, SHAPES, check_memory, planted_layers, random_ids, shape_of, synthetic_model
-from dejavu.measure.traffic import predictor_bytes
 from dejavu.model.families import parameter_shapes
 from test_native import needs_library
 

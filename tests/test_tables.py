@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dejavu.measure.results import Row
+from dejavu.bench.rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 

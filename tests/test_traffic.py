@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from conftest import Tiny, random_predictor
-from dejavu.engine.backends import make_engine
-from dejavu.generation.generation import GeneratedText, StepCounts
-from dejavu.measure.traffic import (
+from dejavu.bench.bytes_read import (
     STORED,
     Formats,
     Reads,
@@ -23,6 +21,8 @@ from dejavu.measure.traffic import (
     text_read_share,
     weight_bytes,
 )
+from dejavu.engine.backends import make_engine
+from dejavu.generation.generation import GeneratedText, StepCounts
 from dejavu.model.adapter import quantized
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds

@@ -13,11 +13,11 @@ import torch
 
 import dejavu
 from conftest import Tiny
+from dejavu.bench import fastest
+from dejavu.bench.fastest import chosen, speeds
 from dejavu.cli.main import run
 from dejavu.engine.interface import densities
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.measure import fastest
-from dejavu.measure.fastest import chosen, speeds
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export
 from dejavu.model.checkpoint import Checkpoint

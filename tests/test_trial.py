@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from conftest import Tiny
+from dejavu.bench.trial import DENSITIES, TrialRow, advise, memory_needed, trial, ways, weights_of
 from dejavu.cli import trial as command
 from dejavu.cli.main import run
-from dejavu.measure.trial import DENSITIES, TrialRow, advise, memory_needed, trial, ways, weights_of
 from dejavu.model.bundle import MODELS_FOLDER, export
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold
@@ -49,7 +49,7 @@ def test_true_zeros_cost_nothing_and_an_adapter_has_a_row(tiny: Tiny) -> None:
 
 
 def test_what_an_engine_does_not_compute_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dejavu.measure.trial as module
+    import dejavu.bench.trial as module
 
     checked = module.check_mode
 
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
     work: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (work / "model" / "model.safetensors").write_bytes(b"")  # reading it would fail otherwise
-    monkeypatch.setattr("dejavu.measure.memory.available_bytes", lambda root: 10_000)
+    monkeypatch.setattr("dejavu.bench.memory.available_bytes", lambda root: 10_000)
     assert run(["try", "model", "--backend", "torch"]) == 2
     error = capsys.readouterr().err
     assert "model in fp32 takes about 0.0 GB, and 0.0 GB are free on this machine; take a smaller model" in error and error.count("\n") == 1

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from dejavu.measure.turns import Work, percentiles, take_turns
+from dejavu.bench.timing import Work, percentiles, take_turns
 
 
 class Device:

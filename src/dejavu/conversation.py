@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dejavu.bench.bytes_read import text_read_share
 from dejavu.config import SamplingConfig, require
 from dejavu.files import absolute
 from dejavu.generation.generation import GeneratedText
 from dejavu.language_model import LanguageModel
-from dejavu.measure.traffic import text_read_share
 from dejavu.model.template import Messages, chat_ids
 
 MOST_TOKENS = 1024  # of an answer, unless told otherwise
@@ -98,7 +98,7 @@ class Conversation:
             running.close()
 
     def read_share(self, turn: Turn) -> float | None:
-        """What a step of an answer read over what it had read dense, in bytes: see measure/traffic.py. None without a step."""
+        """What a step of an answer read over what it had read dense, in bytes: see bench/bytes_read.py. None without a step."""
         adapter = None if turn.dense else self.lm.adapter
         return text_read_share(self.lm.config, turn.answer, None if adapter is None else adapter.layers)
 

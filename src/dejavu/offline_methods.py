@@ -116,7 +116,7 @@ class OfflineMethods:
         progress: Progress | None = None,
     ) -> tuple[Adapter | None, Training]:
         """As `train`, with what was measured on the way."""
-        from dejavu.measure.fastest import chosen, speeds
+        from dejavu.bench.fastest import chosen, speeds
         from dejavu.offline.train import train_adapters
         from dejavu.offline.train_config import TrainConfig
 

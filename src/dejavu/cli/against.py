@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dejavu.cli.subjects import Subject
 
 if TYPE_CHECKING:
-    from dejavu.measure.decoders import Peer
+    from dejavu.bench.variants import Peer
 
 PEERS = ("transformers", "transformers-compile", "ctranslate2", "llama.cpp")
 
@@ -32,7 +32,7 @@ def opened_peers(names: Sequence[str], subject: Subject, gguf: Path | None, note
 
     On the GPU, and for a made-up model on the torch backend, transformers runs our own tensors; else peers load an export.
     """
-    from dejavu.measure.cuda_peers import VIEW_PEERS
+    from dejavu.bench.peers.cuda import VIEW_PEERS
 
     on_views: list[str] = []
     if subject.backend == "cuda" or (subject.backend == "torch" and subject.synthetic):
@@ -55,8 +55,8 @@ def opened_peers(names: Sequence[str], subject: Subject, gguf: Path | None, note
 
 
 def _on_our_tensors(names: Sequence[str], subject: Subject, notes: list[str]) -> list[Peer]:
+    from dejavu.bench.peers.cuda import open_views
     from dejavu.engine.backends import make_engine
-    from dejavu.measure.cuda_peers import open_views
 
     if subject.backend == "cuda":
         # The first engine lays q, k and v out as one matrix; views taken before that would keep the memory they had.
@@ -69,10 +69,10 @@ def _on_our_tensors(names: Sequence[str], subject: Subject, notes: list[str]) ->
 def _on_an_export(names: Sequence[str], subject: Subject, gguf: Path | None, temporary: Path, notes: list[str]) -> list[Peer]:
     import torch
 
+    from dejavu.bench.peers.cpu import open_peers
+    from dejavu.bench.variants import export_name
     from dejavu.config import require
     from dejavu.kernels.native import default_threads
-    from dejavu.measure.decoders import export_name
-    from dejavu.measure.peers import open_peers
     from dejavu.model.bundle import export
 
     lm, exported = subject.lm, [name for name in names if name != "llama.cpp"]

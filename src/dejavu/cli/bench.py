@@ -130,8 +130,8 @@ def _run(
     as_calibrated: bool,
 ) -> None:
     """Measure, show, and keep the rows."""
+    from dejavu.bench.rows import append_rows, completed
     from dejavu.config import require
-    from dejavu.measure.results import append_rows, completed
 
     require(not plan.ops or subject.backend == "cuda", f"--ops times kernels of the cuda backend, not of {subject.backend!r}; leave it out")
     notes = list(subject.notes)

@@ -81,7 +81,7 @@ def bench_serve(
 
     out = Output(as_json)
     require(find_spec("httpx") is not None, "bench-serve needs httpx; install it with: pip install 'dejavu-llm[serve]'")
-    from dejavu.measure.results import append_rows, completed
+    from dejavu.bench.rows import append_rows, completed
     from dejavu.measure.serving_bench import bench_serving
     from dejavu.measure.serving_client import Target
     from dejavu.measure.serving_load import USUAL_REQUESTS, Load, Mix

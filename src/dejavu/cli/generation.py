@@ -53,9 +53,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt, or answer it where the model has a chat template; sparse where the model has an adapter."""
+    from dejavu.bench.bytes_read import text_read_share
     from dejavu.config import SamplingConfig, require
     from dejavu.generation.text import StopStrings
-    from dejavu.measure.traffic import text_read_share
 
     out = Output(as_json)
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")

@@ -10,8 +10,8 @@ def info(as_json: AsJson = False) -> None:
     """Show backends, processor, GPU, versions and the models that come with the package."""
     import torch
 
+    from dejavu.bench.rows import device_name, versions
     from dejavu.engine.backends import backends, pick_backend
-    from dejavu.measure.results import device_name, versions
     from dejavu.model.bundle import bundled_models
     from dejavu.opening import bundled_adapters
 

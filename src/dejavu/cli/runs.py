@@ -31,9 +31,9 @@ def write_sections(folder: Path, lm: LanguageModel, *, screen: dict[str, Any] | 
 
     screen: what a screened head was measured to do, which belongs to what ran.
     """
+    from dejavu.bench.rows import about
     from dejavu.files import read_json, write_json
     from dejavu.measure.report import RESULTS_FILE
-    from dejavu.measure.results import about
 
     path = folder / RESULTS_FILE
     held = read_json(path) if path.is_file() else {}

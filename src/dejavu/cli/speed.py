@@ -13,9 +13,9 @@ from dejavu.cli.subjects import EngineOptions, Subject, planted_qualities, quali
 from dejavu.config import Progress
 
 if TYPE_CHECKING:
-    from dejavu.measure.bench import Bench
-    from dejavu.measure.decoders import Peer
-    from dejavu.measure.results import Row
+    from dejavu.bench.decode import Bench
+    from dejavu.bench.rows import Row
+    from dejavu.bench.variants import Peer
 
 DEFAULT_CONTEXT = 128
 
@@ -49,8 +49,8 @@ class Found:
 
 def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequence[Peer], out: Output, progress: Progress | None) -> Found:
     """Every run. Planted predictors say what they miss before any speed is measured."""
-    from dejavu.measure.bench import bench
-    from dejavu.measure.decoders import variants_at
+    from dejavu.bench.decode import bench
+    from dejavu.bench.variants import variants_at
     from dejavu.quality.head_agreement import head_agreement
 
     variants = variants_at(
@@ -90,9 +90,9 @@ def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequenc
 
 def _op_rows(subject: Subject, plan: Plan, measured: Bench, seed: int, progress: Progress | None) -> list[Row]:
     """Rows of single ops at the batch of a run."""
-    from dejavu.measure.cuda_ops import cuda_ops
-    from dejavu.measure.op_bench import bench_ops
-    from dejavu.measure.synthetic import SELECTIONS
+    from dejavu.bench.models.random import SELECTIONS
+    from dejavu.bench.ops import bench_ops
+    from dejavu.bench.ops_cuda import cuda_ops
 
     decode = next(row for row in measured.rows if row.op == "decode")
     ops_at, read = cuda_ops(subject.model, batch=decode.batch, seed=seed)

@@ -13,9 +13,9 @@ from dejavu.cli.options import open_model
 from dejavu.cli.output import Output, number, percent
 
 if TYPE_CHECKING:
+    from dejavu.bench.models.planted import PlantedModel, PlantedQuality
+    from dejavu.bench.variants import Layers, Variant
     from dejavu.language_model import LanguageModel
-    from dejavu.measure.decoders import Layers, Variant
-    from dejavu.measure.planted import PlantedModel, PlantedQuality
     from dejavu.model.transformer import Transformer
 
 DEFAULT_DENSITY = 0.1
@@ -118,9 +118,9 @@ def made_up(
 
     selections: for the cuda backend those of `ops` alone.
     """
+    from dejavu.bench.models.random import shape_of
     from dejavu.config import require
     from dejavu.engine.backends import BACKEND_DTYPES, check_screen, pick_backend, pick_cache_dtype
-    from dejavu.measure.synthetic import shape_of
     from dejavu.opening import set_threads
 
     picked = pick_backend(options.backend, dtype="int8" if options.dtype == "auto" else options.dtype)
@@ -164,7 +164,7 @@ def _random(
     name: str, common: dict[str, Any], *, rank: int | None, densities: list[float], heads: bool, selections: Sequence[str], seed: int
 ) -> Subject:
     """Random weights, and predictors that select by themselves."""
-    from dejavu.measure.synthetic import RANK, planted_layers, random_ids, synthetic_model
+    from dejavu.bench.models.random import RANK, planted_layers, random_ids, synthetic_model
 
     made = synthetic_model(name, backend=common["backend"], dtype=common["dtype"], seed=seed)
     if common["backend"] == "native":
@@ -185,8 +185,8 @@ def _planted(
     name: str, common: dict[str, Any], *, rank: int | None, num_layers: int | None, densities: list[float], heads: bool, seed: int
 ) -> Subject:
     """Sparsity that predictors predict, made on the GPU. A slice of the shape says so in its name."""
-    from dejavu.measure.planted import planted_model
-    from dejavu.measure.synthetic import random_ids
+    from dejavu.bench.models.planted import planted_model
+    from dejavu.bench.models.random import random_ids
     from dejavu.model.predictor import LayerAdapter
 
     made = planted_model(
@@ -207,8 +207,8 @@ def _planted(
 
 def planted_qualities(subject: Subject, variants: Sequence[Variant]) -> list[tuple[str, PlantedQuality]]:
     """Mode, and what the predictors find and miss on other tokens than their thresholds come from, of each sparse variant."""
-    from dejavu.measure.density import MAX_TOKENS
-    from dejavu.measure.planted import planted_quality
+    from dejavu.bench.models.density import MAX_TOKENS
+    from dejavu.bench.models.planted import planted_quality
 
     made = subject.planted
     if made is None:

@@ -26,8 +26,8 @@ from dejavu.cli.options import (
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars
 
 if TYPE_CHECKING:
+    from dejavu.bench.trial import Trial
     from dejavu.config import ModelConfig
-    from dejavu.measure.trial import Trial
 
 
 def trial(
@@ -44,7 +44,7 @@ def trial(
     as_json: AsJson = False,
 ) -> None:
     """Time MODEL dense and in every way to select that needs no training, with what each costs in quality; advice at the end."""
-    from dejavu.measure.trial import TOKENS, trial
+    from dejavu.bench.trial import TOKENS, trial
     from dejavu.model.texts import DATA, named_texts
     from dejavu.opening import bundled_adapter_of
     from dejavu.quality.evaluate import scored_part
@@ -104,10 +104,10 @@ def check_fits(name: str, config: ModelConfig, backend: str, dtype: str) -> None
     """Raise ValueError where this machine's free memory is less than a trial takes, before weights are read."""
     import torch
 
+    from dejavu.bench.memory import available_bytes
+    from dejavu.bench.trial import memory_needed
     from dejavu.config import require
     from dejavu.files import absolute
-    from dejavu.measure.memory import available_bytes
-    from dejavu.measure.trial import memory_needed
 
     needed = memory_needed(config, backend=backend, dtype=dtype)
     free = torch.cuda.mem_get_info()[0] if backend == "cuda" else available_bytes(absolute("/"))

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from dejavu.bench.bytes_read import text_read_share
+from dejavu.bench.rows import about
 from dejavu.config import Config, ModelConfig, Progress, SamplingConfig, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine
@@ -29,8 +31,6 @@ from dejavu.files import absolute, new_folder, read_text, text_hash, write_json
 from dejavu.generation.generation import GeneratedText, generate_tokens
 from dejavu.measure.firing import firing
 from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, write_report
-from dejavu.measure.results import about
-from dejavu.measure.traffic import text_read_share
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import LayerConfig, PartConfig
 from dejavu.model.checkpoint import Checkpoint

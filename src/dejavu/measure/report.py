@@ -13,7 +13,7 @@ external resource. A section that is not there leaves no gap. Sections:
     curves       what offline/curves.py's perplexity_curves returns
     recall       what its recall_curves returns
     firing       what measure/firing.py returns
-    rows         rows of speed, as measure/results.py has them
+    rows         rows of speed, as bench/rows.py has them
     seconds      step -> seconds it took
 
 Everything in it is untrusted text: the template escapes all of it, and only figures drawn here are markup.

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dejavu.bench.rows import Row
 from dejavu.config import require
-from dejavu.measure.results import Row
 from dejavu.measure.serving import Outcome, Segment
 from dejavu.measure.serving_load import Load
 

@@ -1,7 +1,7 @@
 """From a dense model and a text to an adapter: candidates of a method, thresholds to a loss budget, a check of the budget.
 
 In: a loaded checkpoint, token ids of documents, a TrainConfig. Out: an Adapter and what was measured on the way, of every method that was
-asked for: with method auto of each that the model can have. Which of those is fastest is for measure/fastest.py to find out.
+asked for: with method auto of each that the model can have. Which of those is fastest is for bench/fastest.py to find out.
 The text is cut into windows and split (split.py). Finished pieces are kept in `work_folder`, so that an interrupted run goes on where
 it was.
 """

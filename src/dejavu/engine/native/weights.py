@@ -168,7 +168,7 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
 
 
 def _reusing(view: Callable[[Tensor, Tensor | None], MatrixView]) -> Callable[..., MatrixView]:
-    """`view` of a part's weight and bias, made once where layers share them (measure/synthetic.py) and not for each of them."""
+    """`view` of a part's weight and bias, made once where layers share them (bench/models/random.py) and not for each of them."""
     last: dict[int, tuple[tuple[int, int], MatrixView]] = {}
 
     def reuse(part: int, weight: Tensor, bias: Tensor | None = None) -> MatrixView:

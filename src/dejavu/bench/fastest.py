@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from dejavu.bench.decode import SKIPPED, TURN, bench
+from dejavu.bench.timing import MIN_REPEATS
+from dejavu.bench.variants import DENSE_VARIANT, Variant
 from dejavu.config import Progress
-from dejavu.measure.bench import SKIPPED, TURN, bench
-from dejavu.measure.decoders import DENSE_VARIANT, Variant
-from dejavu.measure.turns import MIN_REPEATS
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.train import Trained

@@ -26,7 +26,7 @@ ROOM = 64  # positions of a cache of fixed size beyond the prompt, at first, and
 
 
 class TransformersDecoder:
-    """See `dejavu.measure.decoders.Peer`. model: what the network is called. compile_options: of torch.compile; None runs eager."""
+    """See `dejavu.bench.variants.Peer`. model: what the network is called. compile_options: of torch.compile; None runs eager."""
 
     def __init__(self, net: Any, *, model: str, threads: int, compile_options: dict[str, Any] | None = None) -> None:
         weight = next(net.parameters())

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dejavu.bench.models.density import rethresholded
 from dejavu.config import require
 from dejavu.engine.backends import make_engine
-from dejavu.measure.density import rethresholded
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import DENSE, Transformer
 

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dejavu.bench.bytes_read import Formats, weight_bytes
+from dejavu.bench.memory import available_bytes
 from dejavu.config import ModelConfig, RopeConfig, require
 from dejavu.files import read_json
 from dejavu.kernels.quantize import rounded
-from dejavu.measure.memory import available_bytes
-from dejavu.measure.traffic import Formats, weight_bytes
 from dejavu.model.adapter import quantized
 from dejavu.model.bundle import bundled_folder
 from dejavu.model.families import config_from_hf, empty_model

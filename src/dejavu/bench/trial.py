@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dejavu.bench.bytes_read import STORED
+from dejavu.bench.decode import bench
+from dejavu.bench.fastest import room
+from dejavu.bench.models.density import rethresholded
+from dejavu.bench.variants import DENSE_VARIANT, Layers, Variant, check_mode
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, Config, ModelConfig, Progress, require
-from dejavu.measure.bench import bench
-from dejavu.measure.decoders import DENSE_VARIANT, Layers, Variant, check_mode
-from dejavu.measure.density import rethresholded
-from dejavu.measure.fastest import room
-from dejavu.measure.traffic import STORED
 from dejavu.model.families import parameter_shapes
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds

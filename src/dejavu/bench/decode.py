@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dejavu.bench.bytes_read import Reads, formats_of, read_share, step_bytes, weight_bytes
+from dejavu.bench.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
+from dejavu.bench.rows import Row, device_name
+from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, take_turns
+from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult, densities
-from dejavu.measure.decoders import Peer, Variant, check_mode, check_peer, runs_same
-from dejavu.measure.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
-from dejavu.measure.results import Row, device_name
-from dejavu.measure.traffic import Reads, formats_of, read_share, step_bytes, weight_bytes
-from dejavu.measure.turns import MIN_REPEATS, Work, nothing, percentiles, take_turns
 from dejavu.model.transformer import Transformer
 
 TURN, SKIPPED = 4, 1  # steps of a turn, and how many of them do not count

@@ -33,10 +33,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
+from dejavu.bench.memory import available_bytes, free_gpu_bytes
+from dejavu.bench.models.density import MAX_TOKENS
+from dejavu.bench.models.random import shape_of
 from dejavu.config import ModelConfig, require
-from dejavu.measure.density import MAX_TOKENS
-from dejavu.measure.memory import available_bytes, free_gpu_bytes
-from dejavu.measure.synthetic import shape_of
 from dejavu.model.adapter import quantized
 from dejavu.model.families import empty_model, parameter_shapes
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dejavu.bench.memory import buffer_bytes, free_gpu_bytes
+from dejavu.bench.ops import OpRun, OpsAt, copies_for, index_lists
 from dejavu.config import require
 from dejavu.engine.cuda.weights import LayerWeights, head_weight, layer_weights, norm_weights
 from dejavu.kernels.cuda.common import NormWeights, norm_definition
@@ -26,8 +28,6 @@ from dejavu.kernels.cuda.project import project_token, project_token_definition
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.cuda.rows import MAX_ROWS
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
-from dejavu.measure.memory import buffer_bytes, free_gpu_bytes
-from dejavu.measure.op_bench import OpRun, OpsAt, copies_for, index_lists
 from dejavu.model.transformer import Transformer
 
 

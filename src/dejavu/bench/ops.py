@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dejavu.bench.models.random import HOT_SHARE, RUN, SELECTIONS
+from dejavu.bench.rows import Row
+from dejavu.bench.timing import percentiles
 from dejavu.config import Progress, require
-from dejavu.measure.results import Row
-from dejavu.measure.synthetic import HOT_SHARE, RUN, SELECTIONS
-from dejavu.measure.turns import percentiles
 
 OP_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 REPEATS, MIN_REPEATS = 9, 7

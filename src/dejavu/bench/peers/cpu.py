@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dejavu.bench.peers.llama_cpp import FILE_TYPES, LlamaCppPeer, smollm2
+from dejavu.bench.peers.transformers import TransformersDecoder, quiet
+from dejavu.bench.variants import Peer
 from dejavu.config import require
 from dejavu.files import read_json
-from dejavu.measure.decoders import Peer
-from dejavu.measure.llama_cpp import FILE_TYPES, LlamaCppPeer, smollm2
-from dejavu.measure.transformers_peer import TransformersDecoder, quiet
 
 TRIAL_PROMPT, TRIAL_STEPS, TRIAL_SKIPPED = 8, 14, 3
 CLEARLY = 0.95  # one thread is taken where its median is below this share of that with all threads

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dejavu.measure.decoders import Peer
-from dejavu.measure.results import QualityRow, device_name
+from dejavu.bench.rows import QualityRow, device_name
+from dejavu.bench.variants import Peer
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import (

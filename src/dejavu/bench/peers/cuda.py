@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dejavu.bench.peers.cpu import Candidate, open_candidate
+from dejavu.bench.peers.transformers import TransformersDecoder, quiet
+from dejavu.bench.variants import Peer
 from dejavu.config import ModelConfig, require
-from dejavu.measure.decoders import Peer
-from dejavu.measure.peers import Candidate, open_candidate
-from dejavu.measure.transformers_peer import TransformersDecoder, quiet
 from dejavu.model.families import FAMILIES, config_to_hf, is_transposed
 from dejavu.model.transformer import Transformer
 
