@@ -21,7 +21,7 @@ from typing import Any
 
 import openai
 
-from dejavu.measure.serving_process import served
+from dejavu.loadtest.process import served
 
 CLIENTS = 32
 PROMPTS = [f"{start} {middle}" for start in ("The keeper of the", "In the year", "She said that", "Zoë and the 🐈") for middle in

@@ -24,9 +24,9 @@ from typing import Any
 
 import httpx
 
-from dejavu.measure.serving_client import Target, byte_lines
-from dejavu.measure.serving_process import served
-from dejavu.measure.serving_server import LeakCheck, health
+from dejavu.loadtest.client import Target, byte_lines
+from dejavu.loadtest.process import served
+from dejavu.loadtest.server_stats import LeakCheck, health
 
 SLOTS, QUEUE = 8, 24
 BURST_EVERY_S = 7.0

@@ -20,13 +20,13 @@ import pytest
 from conftest import Tiny
 from dejavu.bench.rows import read_rows
 from dejavu.cli.main import run
-from dejavu.measure.serving import probe, warm_up
-from dejavu.measure.serving_bench import ServingBench, bench_serving
-from dejavu.measure.serving_client import Reply, Target, ask, byte_lines, retry_after
-from dejavu.measure.serving_load import Load, Mix
-from dejavu.measure.serving_process import served
-from dejavu.measure.serving_rows import ServeRow
-from dejavu.measure.serving_server import LeakReport, pick_models
+from dejavu.loadtest.benchmark import probe, warm_up
+from dejavu.loadtest.client import Reply, Target, ask, byte_lines, retry_after
+from dejavu.loadtest.process import served
+from dejavu.loadtest.rows import ServeRow
+from dejavu.loadtest.run import ServingBench, bench_serving
+from dejavu.loadtest.server_stats import LeakReport, pick_models
+from dejavu.loadtest.workload import Load, Mix
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from fake_openai import Answer, FakeServer, running
@@ -341,7 +341,7 @@ class TestCommand:
             asked.append(arguments)
             return served(arguments[:1], command=FAKE, start_s=60)
 
-        monkeypatch.setattr("dejavu.measure.serving_process.served", fake)
+        monkeypatch.setattr("dejavu.loadtest.process.served", fake)
         options = (
             "--backend",
             "torch",

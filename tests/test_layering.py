@@ -18,7 +18,7 @@ RANKS = (
     {"generation"},
     {"quality"},
     {"bench"},
-    {"measure"},
+    {"loadtest", "measure"},
     {"offline_methods"},
     {"language_model"},
     {"attached", "conversation", "opening", "serve"},

@@ -82,11 +82,11 @@ def bench_serve(
     out = Output(as_json)
     require(find_spec("httpx") is not None, "bench-serve needs httpx; install it with: pip install 'dejavu-llm[serve]'")
     from dejavu.bench.rows import append_rows, completed
-    from dejavu.measure.serving_bench import bench_serving
-    from dejavu.measure.serving_client import Target
-    from dejavu.measure.serving_load import USUAL_REQUESTS, Load, Mix
-    from dejavu.measure.serving_process import served
-    from dejavu.measure.serving_rows import Limits
+    from dejavu.loadtest.client import Target
+    from dejavu.loadtest.process import served
+    from dejavu.loadtest.rows import Limits
+    from dejavu.loadtest.run import bench_serving
+    from dejavu.loadtest.workload import USUAL_REQUESTS, Load, Mix
     from dejavu.model.texts import DATA, documents, named_texts
 
     require((model is None) != (url is None), "give either MODEL, to be served here, or the --url of a server, one of the two")

@@ -16,8 +16,8 @@ import numpy as np
 
 from dejavu.bench.rows import Row
 from dejavu.config import require
-from dejavu.measure.serving import Outcome, Segment
-from dejavu.measure.serving_load import Load
+from dejavu.loadtest.benchmark import Outcome, Segment
+from dejavu.loadtest.workload import Load
 
 PERCENTILES = (50, 90, 95, 99)
 DENSE = ":dense"  # what the name of a model ends in where dejavu serves it without its adapter

@@ -19,8 +19,8 @@ from typing import Protocol
 import numpy as np
 
 from dejavu.config import Progress, require
-from dejavu.measure.serving_client import TOO_MANY, Reply
-from dejavu.measure.serving_load import WARM_UP, Load, Planned, Prompts, planned_requests
+from dejavu.loadtest.client import TOO_MANY, Reply
+from dejavu.loadtest.workload import WARM_UP, Load, Planned, Prompts, planned_requests
 from dejavu.model.texts import CHARACTERS_PER_TOKEN
 
 USUAL_RETRY_S = 1.0  # where a 429 does not say when to come again

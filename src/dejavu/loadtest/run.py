@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dejavu.config import Progress
-from dejavu.measure.serving import probe, run_load, warm_up
-from dejavu.measure.serving_client import Reply, Target, ask
-from dejavu.measure.serving_load import Load, Prompts
-from dejavu.measure.serving_rows import DENSE, Limits, ServeRow, notes_on, serve_row
-from dejavu.measure.serving_server import SETTLE_S, LeakCheck, LeakReport, health, listed_models, pick_models
+from dejavu.loadtest.benchmark import probe, run_load, warm_up
+from dejavu.loadtest.client import Reply, Target, ask
+from dejavu.loadtest.rows import DENSE, Limits, ServeRow, notes_on, serve_row
+from dejavu.loadtest.server_stats import SETTLE_S, LeakCheck, LeakReport, health, listed_models, pick_models
+from dejavu.loadtest.workload import Load, Prompts
 
 USUAL_ROUNDS = 4
 COMPARED = ("ttft_p50_ms", "itl_p50_ms", "tpot_p50_ms", "e2e_p50_ms")
