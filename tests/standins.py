@@ -66,7 +66,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[CudaStandIn]:
         known = {key: options[key] for key in ("num_slots", "cache_tokens") if key in options}
         return CudaStandIn(model, layers, "cuda:0", **known)
 
-    for module in ("engine.backends", "measure.bench", "measure.decoders"):
+    for module in ("engine.backends", "bench.decode", "bench.variants"):
         monkeypatch.setattr(f"dejavu.{module}.make_engine", make)
     monkeypatch.setitem(backends.BACKEND_DTYPES, "cuda", ("fp32", "fp16", "bf16"))
     offered = backends.BackendStatus(name="cuda")

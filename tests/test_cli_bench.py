@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from dejavu.bench import ops
+from dejavu.bench.models import planted, random
+from dejavu.bench.peers import cuda as cuda_peers
 from dejavu.bench.variants import Peer
 from dejavu.cli.main import run
 from dejavu.config import ModelConfig
-from dejavu.measure import cuda_peers, op_bench, planted, synthetic
 from dejavu.opening import load
 from standins import GPU_NAME, CudaStandIn, cuda
 from test_bench import FakePeer
@@ -23,14 +25,14 @@ from test_cli import call, obj, work
 from test_native import needs_library
 
 __all__ = ["call", "cuda", "work"]  # fixtures
-assert cuda_peers  # before `peers` replaces a module that it imports
+assert cuda_peers  # before `peers.cpu` replaces a module that it imports
 SHORT = ("--steps", "6", "--context", "16")
 
 
 @pytest.fixture(autouse=True)
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"vocab_size": 96, "max_positions": 128}
-    monkeypatch.setitem(synthetic.SHAPES, "opt-small", lambda: ModelConfig.from_dict(synthetic._opt(128, 3, 4).to_dict() | sizes))
+    monkeypatch.setitem(random.SHAPES, "opt-small", lambda: ModelConfig.from_dict(random._opt(128, 3, 4).to_dict() | sizes))
 
 
 @pytest.fixture
@@ -189,8 +191,8 @@ def test_a_planted_model_shows_what_it_misses_before_its_speed(call, planted_her
 def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def op(**changes: Any) -> op_bench.OpRun:
-        return op_bench.OpRun(run=lambda copy: None, bytes=100.0, check=lambda: 0.5, copies=2, **changes)
+    def op(**changes: Any) -> ops.OpRun:
+        return ops.OpRun(run=lambda copy: None, bytes=100.0, check=lambda: 0.5, copies=2, **changes)
 
     def cuda_ops(model: Any, **options: Any) -> Any:
         asked.append(options)
@@ -199,7 +201,7 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
     module = ModuleType("dejavu.bench.ops_cuda")
     module.cuda_ops = cuda_ops  # pyrefly: ignore[missing-attribute]
     monkeypatch.setitem(sys.modules, "dejavu.bench.ops_cuda", module)
-    monkeypatch.setattr(op_bench, "graph_sampler", op_bench.loop_sampler(time.perf_counter))
+    monkeypatch.setattr(ops, "graph_sampler", ops.loop_sampler(time.perf_counter))
     arguments = (
         "bench",
         "--synthetic",

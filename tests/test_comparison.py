@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from conftest import Brute, Tiny, random_predictor
+from dejavu.bench import comparison
 from dejavu.bench.comparison import Passage, own_quality, peer_quality
-from dejavu.measure import comparison, perplexity
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
+from dejavu.quality import perplexity
 from dejavu.quality.perplexity import half_windows
 
 VOCAB, BOS, CONTEXT = 23, 2, 12

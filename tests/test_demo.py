@@ -14,14 +14,14 @@ import torch
 from conftest import Tiny, open_fp32
 from dejavu.engine.backends import make_engine
 from dejavu.generation.generation import generate_tokens
-from dejavu.measure.demo import DATA, PROMPT, DemoSizes, demo_texts, run_demo, stated_quality
-from dejavu.measure.firing import binned, firing
-from dejavu.measure.report import read_results, render
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.train_config import TrainConfig
+from dejavu.report.activation_map import binned, firing
+from dejavu.report.demo import DATA, PROMPT, DemoSizes, demo_texts, run_demo, stated_quality
+from dejavu.report.report import read_results, render
 from test_adapter import make_adapter, without_predictors
 
 SMALL = DemoSizes(

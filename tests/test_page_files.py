@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dejavu.measure import plots
+from dejavu.report import plots
 from page_server import PAGE
 
 FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(PAGE.iterdir())}

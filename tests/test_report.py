@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import dejavu
-from dejavu.measure import plots
-from dejavu.measure.firing import MARGIN, WIDTH, columns_width
-from dejavu.measure.report import SECTIONS, compare, read_results, render, write_report
+from dejavu.report import plots
+from dejavu.report.activation_map import MARGIN, WIDTH, columns_width
+from dejavu.report.report import SECTIONS, compare, read_results, render, write_report
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
 LAYERS, TOKENS, ROWS, HEADS = 3, 5, 4, 2
@@ -377,7 +377,7 @@ def test_maps_fit_the_page_or_say_that_they_scroll(results: dict[str, Any]) -> N
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
     """Everything that may run without a report, in a fresh interpreter."""
-    modules = "dejavu, dejavu.cli.main, dejavu.opening, dejavu.measure.demo, dejavu.measure.report"
+    modules = "dejavu, dejavu.cli.main, dejavu.opening, dejavu.report.demo, dejavu.report.report"
     code = f"import sys, {modules}; print('matplotlib' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

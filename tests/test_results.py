@@ -128,7 +128,7 @@ def test_device_and_versions_are_of_this_machine():
 
 def test_commit_is_null_outside_git_and_marks_changes(tmp_path):
     package = tmp_path / "repository" / "package"
-    file = package / "measure" / "results.py"
+    file = package / "bench" / "rows.py"
     file.parent.mkdir(parents=True)
     file.write_text("x = 1\n")
     assert commit(file) is None

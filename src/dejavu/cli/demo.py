@@ -29,7 +29,7 @@ def demo(
 ) -> None:
     """Profile the bundled model, generate and evaluate it dense and sparse, and write a report."""
     from dejavu.config import require
-    from dejavu.measure.demo import run_demo
+    from dejavu.report.demo import run_demo
 
     out = Output(as_json)
     require(not (retrain and adapter is not None), "--retrain trains an adapter, --adapter names one; give one of the two")
@@ -58,7 +58,7 @@ def demo(
 
 def show(out: Output, result: dict[str, Any]) -> None:
     """Texts, figures and, on the last line, the report's path."""
-    from dejavu.measure.demo import PROMPT
+    from dejavu.report.demo import PROMPT
 
     dense, sparse = result["dense"], result["sparse"]
     for name, side in (("dense", dense), ("sparse", sparse)):

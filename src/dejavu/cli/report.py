@@ -19,7 +19,7 @@ def report(
     """Write one HTML page from the results of one or several runs."""
     from dejavu.config import require
     from dejavu.files import absolute
-    from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, read_results, write_report
+    from dejavu.report.report import REPORT_FILE, RESULTS_FILE, read_results, write_report
 
     out = Output(as_json)
     for run in runs:

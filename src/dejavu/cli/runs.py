@@ -1,6 +1,6 @@
 """Run folders: where profile, train, eval and bench leave what they measured, in the form that `dejavu report` reads.
 
-A run folder holds `results.json`: the sections of measure/report.py. A later command on the same model adds its section.
+A run folder holds `results.json`: the sections of report/report.py. A later command on the same model adds its section.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_sections(folder: Path, lm: LanguageModel, *, screen: dict[str, Any] | 
     """
     from dejavu.bench.rows import about
     from dejavu.files import read_json, write_json
-    from dejavu.measure.report import RESULTS_FILE
+    from dejavu.report.report import RESULTS_FILE
 
     path = folder / RESULTS_FILE
     held = read_json(path) if path.is_file() else {}

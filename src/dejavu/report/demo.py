@@ -29,8 +29,6 @@ from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine
 from dejavu.files import absolute, new_folder, read_text, text_hash, write_json
 from dejavu.generation.generation import GeneratedText, generate_tokens
-from dejavu.measure.firing import firing
-from dejavu.measure.report import REPORT_FILE, RESULTS_FILE, write_report
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import LayerConfig, PartConfig
 from dejavu.model.checkpoint import Checkpoint
@@ -43,6 +41,8 @@ from dejavu.offline.profile import profile
 from dejavu.offline.train import train_adapter
 from dejavu.offline.train_config import TrainConfig
 from dejavu.quality.evaluate import evaluate
+from dejavu.report.activation_map import firing
+from dejavu.report.report import REPORT_FILE, RESULTS_FILE, write_report
 
 PROMPT = "It was late in the autumn when the old lighthouse keeper"
 # A small model repeats itself when greedy. Dense and sparse draw with the same random numbers.

@@ -12,7 +12,7 @@ external resource. A section that is not there leaves no gap. Sections:
                  method; attention where inputs are selected
     curves       what offline/curves.py's perplexity_curves returns
     recall       what its recall_curves returns
-    firing       what measure/firing.py returns
+    firing       what report/activation_map.py returns
     rows         rows of speed, as bench/rows.py has them
     seconds      step -> seconds it took
 
@@ -32,7 +32,7 @@ from markupsafe import Markup
 
 from dejavu.config import require
 from dejavu.files import absolute, read_json
-from dejavu.measure.firing import MARGIN, NATURAL_RGB, SELECTED_RGB, columns_width, firing_svgs
+from dejavu.report.activation_map import MARGIN, NATURAL_RGB, SELECTED_RGB, columns_width, firing_svgs
 from dejavu.version import __version__
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
@@ -83,7 +83,7 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
 
 def render(results: dict[str, Any]) -> str:
     """The page as a string."""
-    from dejavu.measure import plots  # matplotlib, a second to import: only where a report is drawn
+    from dejavu.report import plots  # matplotlib, a second to import: only where a report is drawn
 
     unknown = sorted(set(results) - set(SECTIONS) - set(DETAILS))
     require(not unknown, f"a report knows no section {', '.join(unknown)}; it knows {', '.join((*DETAILS, *SECTIONS))}")
@@ -237,7 +237,7 @@ def _layer_rows(sections: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _figures(sections: dict[str, Any]) -> dict[str, str | tuple[str, str]]:
     """Every figure that the results allow, by name; a map is two, the second of which scrolls."""
-    from dejavu.measure import plots
+    from dejavu.report import plots
 
     figures: dict[str, str | tuple[str, str]] = {}
     profile, train, curves, recall, firing = (sections[name] for name in ("profile", "train", "curves", "recall", "firing"))
@@ -274,7 +274,7 @@ def _chosen(part: dict[str, Any] | None) -> tuple[float, float] | None:
 
 def _perplexity_figures(sections: dict[str, Any], curves: dict[str, Any] | None, profile: dict[str, Any] | None) -> dict[str, str]:
     """Perplexity against density; the oracle alone, from the profile, where no predictor was measured."""
-    from dejavu.measure import plots
+    from dejavu.report import plots
 
     if curves is None and profile is not None and profile["oracle"]:
         points = [{**point, "kind": "oracle"} for point in profile["oracle"]]
