@@ -20,11 +20,11 @@ import pytest
 from conftest import Tiny
 from dejavu.bench.rows import read_rows
 from dejavu.cli.main import run
-from dejavu.loadtest.benchmark import probe, warm_up
+from dejavu.loadtest.benchmark import ServingBench, bench_serving
 from dejavu.loadtest.client import Reply, Target, ask, byte_lines, retry_after
 from dejavu.loadtest.process import served
 from dejavu.loadtest.rows import ServeRow
-from dejavu.loadtest.run import ServingBench, bench_serving
+from dejavu.loadtest.run import probe, warm_up
 from dejavu.loadtest.server_stats import LeakReport, pick_models
 from dejavu.loadtest.workload import Load, Mix
 from dejavu.model.bundle import export

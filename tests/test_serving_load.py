@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from dejavu.bench.rows import append_rows, read_rows
-from dejavu.loadtest.benchmark import Outcome, Segment, run_load
 from dejavu.loadtest.client import Reply
 from dejavu.loadtest.rows import Limits, ServeRow, notes_on, serve_row
+from dejavu.loadtest.run import Outcome, Segment, run_load
 from dejavu.loadtest.workload import Load, Mix, Prompts, planned_requests
 from test_results import KEYS
 

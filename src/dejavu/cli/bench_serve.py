@@ -82,10 +82,10 @@ def bench_serve(
     out = Output(as_json)
     require(find_spec("httpx") is not None, "bench-serve needs httpx; install it with: pip install 'dejavu-llm[serve]'")
     from dejavu.bench.rows import append_rows, completed
+    from dejavu.loadtest.benchmark import bench_serving
     from dejavu.loadtest.client import Target
     from dejavu.loadtest.process import served
     from dejavu.loadtest.rows import Limits
-    from dejavu.loadtest.run import bench_serving
     from dejavu.loadtest.workload import USUAL_REQUESTS, Load, Mix
     from dejavu.model.texts import DATA, documents, named_texts
 

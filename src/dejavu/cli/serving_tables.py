@@ -10,8 +10,8 @@ from rich.markup import escape
 from dejavu.cli.output import Output, new_table, number, percent, ratio
 
 if TYPE_CHECKING:
+    from dejavu.loadtest.benchmark import ServingBench
     from dejavu.loadtest.rows import ServeRow
-    from dejavu.loadtest.run import ServingBench
 
 LATENCIES = {"ttft": "time to first token", "itl": "inter-token", "tpot": "per token after the first", "e2e": "end to end"}
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from dejavu.bench.rows import Row
 from dejavu.config import require
-from dejavu.loadtest.benchmark import Outcome, Segment
+from dejavu.loadtest.run import Outcome, Segment
 from dejavu.loadtest.workload import Load
 
 PERCENTILES = (50, 90, 95, 99)
