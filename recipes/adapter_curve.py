@@ -18,7 +18,7 @@ import torch
 import dejavu
 from dejavu.model.predictor import MaskedSelection
 from dejavu.model.texts import named_texts
-from dejavu.offline.adapted import moved
+from dejavu.offline.adapt.finish import moved
 from dejavu.offline.collect import pack_windows
 
 SHIFTS = (-2.0, -1.0, -0.5, -0.2, -0.1, 0.0, 0.1, 0.2)

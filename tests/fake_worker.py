@@ -19,10 +19,10 @@ from typing import Any
 from fastapi import FastAPI
 
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.serve.asked import Served
-from dejavu.serve.jobs import Event, Job, NotRunning, QueueFull, Summary, TokenInfo, TooLong, WorkerState
-from dejavu.serve.server import bound_socket, new_server, url_of
-from dejavu.serve.vocabulary import Vocabulary
+from dejavu.serve.api.requests import Served
+from dejavu.serve.api.server import bound_socket, new_server, url_of
+from dejavu.serve.api.vocabulary import Vocabulary
+from dejavu.serve.core.jobs import Event, Job, NotRunning, QueueFull, Summary, TokenInfo, TooLong, WorkerState
 
 DEADLINE_S = 20
 Script = Callable[[Job], Iterable[Event | Exception]]

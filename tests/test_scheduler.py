@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.serve.jobs import QueueFull, TooLong
-from dejavu.serve.scheduler import MAX_PASSED, QUANTUM, Claim, Plan, Scheduler
+from dejavu.serve.core.jobs import QueueFull, TooLong
+from dejavu.serve.core.scheduler import MAX_PASSED, QUANTUM, Claim, Plan, Scheduler
 from stub_engine import StubPool
 
 NUMBERS = itertools.count()

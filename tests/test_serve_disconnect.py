@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.serve.app import create_app
+from dejavu.serve.api.app import create_app
 from fake_worker import FakeWorker, eventually, served, serving, spoken
 
 WORDS = ("one ", "two ", "three ", "four ", "five")

@@ -19,11 +19,11 @@ from dejavu.language_model import LanguageModel
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.opening import load
-from dejavu.serve.app import create_app
-from dejavu.serve.asked import served_by
+from dejavu.serve.api.app import create_app
+from dejavu.serve.api.requests import served_by
+from dejavu.serve.api.vocabulary import Vocabulary
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.vocabulary import Vocabulary
-from dejavu.serve.worker import ServedModel, Worker
+from dejavu.serve.core.worker import ServedModel, Worker
 from fake_worker import eventually, serving
 from stub_engine import StubModel
 from test_language_model import PROMPT, make_adapter

@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import dejavu
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.serve.app import create_app
-from dejavu.serve.assets import FOLDER
-from dejavu.serve.jobs import EngineFailed, EngineState, Event, TokenInfo
+from dejavu.serve.api.app import create_app
+from dejavu.serve.api.assets import FOLDER
+from dejavu.serve.core.jobs import EngineFailed, EngineState, Event, TokenInfo
 from fake_worker import FakeWorker, eventually, served, serving, spoken, summary
 from test_serve_requests import TEMPLATE, error_of
 

@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.serve.app import create_app
-from dejavu.serve.jobs import EngineFailed, Event, TokenInfo
+from dejavu.serve.api.app import create_app
+from dejavu.serve.core.jobs import EngineFailed, Event, TokenInfo
 from fake_worker import FakeWorker, served, serving, spoken
 from test_serve_requests import TEMPLATE
 

@@ -14,13 +14,13 @@ import tokenizers
 
 from dejavu.config import SamplingConfig
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.serve.answering import MAX_BODY
-from dejavu.serve.app import create_app
-from dejavu.serve.asked import Asked, asked_chat, asked_completion, served_by
-from dejavu.serve.errors import ApiError, without_paths
-from dejavu.serve.fields import parse
-from dejavu.serve.jobs import EngineState, Load
-from dejavu.serve.protocol import ChatBody, CompletionBody
+from dejavu.serve.api.answers import MAX_BODY
+from dejavu.serve.api.app import create_app
+from dejavu.serve.api.errors import ApiError, without_paths
+from dejavu.serve.api.parsing import parse
+from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
+from dejavu.serve.api.requests import Asked, asked_chat, asked_completion, served_by
+from dejavu.serve.core.jobs import EngineState, Load
 from fake_worker import FakeWorker, served, serving, spoken
 
 TEMPLATE = (

@@ -16,12 +16,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
-from dejavu.serve import wire
-from dejavu.serve.asked import Asked, Served, asked_chat, asked_completion
-from dejavu.serve.jobs import Event, TokenInfo, TokenTrace
-from dejavu.serve.protocol import ChatBody, CompletionBody
-from dejavu.serve.responses import new_answer, to_bytes
-from dejavu.serve.vocabulary import Vocabulary
+from dejavu.serve.api import response_schemas as schemas
+from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
+from dejavu.serve.api.requests import Asked, Served, asked_chat, asked_completion
+from dejavu.serve.api.responses import new_answer, to_bytes
+from dejavu.serve.api.vocabulary import Vocabulary
+from dejavu.serve.core.jobs import Event, TokenInfo, TokenTrace
 from fake_worker import served, spoken, summary
 from stub_engine import byte_tokenizer
 
@@ -250,12 +250,12 @@ def test_a_trace_comes_with_the_chunks(facts: Served, kind: Any) -> None:
 def test_what_is_sent_is_what_the_classes_say(facts: Served) -> None:
     """The OpenAPI document is made of these classes: they take back, strictly, what was sent."""
     stream = spoken("*", "+")
-    wire.Completion.model_validate(whole(completion(facts, logprobs=1, echo=True), facts, stream))
-    wire.ChatCompletion.model_validate(whole(chat(facts, logprobs=True), facts, stream))
+    schemas.Completion.model_validate(whole(completion(facts, logprobs=1, echo=True), facts, stream))
+    schemas.ChatCompletion.model_validate(whole(chat(facts, logprobs=True), facts, stream))
     for found in chunks(completion(facts, stream=True, dejavu={"trace": True}), facts, stream):
-        wire.Completion.model_validate(found)
+        schemas.Completion.model_validate(found)
     for found in chunks(chat(facts, stream=True, stream_options={"include_usage": True}), facts, stream):
-        wire.ChatChunk.model_validate(found)
+        schemas.ChatChunk.model_validate(found)
 
 
 def metaspace_tokenizer() -> Tokenizer:

@@ -7,9 +7,9 @@ import contextlib
 
 import pytest
 
-from dejavu.serve.jobs import EngineFailed, Event, TokenInfo
-from dejavu.serve.stream import Stream
-from dejavu.serve.streaming import Running
+from dejavu.serve.api.merged_streams import Running
+from dejavu.serve.core.jobs import EngineFailed, Event, TokenInfo
+from dejavu.serve.core.stream import Stream
 
 
 def filled(*texts: str, end: bool = True) -> Stream:

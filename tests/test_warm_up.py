@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dejavu.serve.warm_up import LONG, PROMPT, warm_up
+from dejavu.serve.core.warm_up import LONG, PROMPT, warm_up
 from stub_engine import DrawingEngine, StubEngine, StubModel, byte_tokenizer
 from worker_jobs import failing, job, outcomes, run, serving, text_of
 

@@ -15,10 +15,10 @@ from dejavu.config import SamplingConfig
 from dejavu.engine.interface import LayerSelection
 from dejavu.generation.generation import generate_tokens
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.jobs import BINS, EngineFailed, Job, QueueFull, TooLong
-from dejavu.serve.stream import Stream
-from dejavu.serve.trace import token_trace
-from dejavu.serve.worker import Worker
+from dejavu.serve.core.jobs import BINS, EngineFailed, Job, QueueFull, TooLong
+from dejavu.serve.core.stream import Stream
+from dejavu.serve.core.trace import token_trace
+from dejavu.serve.core.worker import Worker
 from stub_engine import CERTAIN, EOS, LAYERS, NEURONS, VOCAB, DrawingEngine, StubEngine, StubModel
 from worker_jobs import is_idle, job, run, serving, summary_of, text_of, tokens_of, until
 

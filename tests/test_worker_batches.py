@@ -11,7 +11,7 @@ import torch
 import dejavu
 from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
-from dejavu.serve.jobs import BINS, Event, Job
+from dejavu.serve.core.jobs import BINS, Event, Job
 from worker_jobs import job, run, serving, summary_of, text_of, tokens_of
 
 

@@ -14,9 +14,9 @@ import torch
 from dejavu.engine.interface import StepResult
 from dejavu.engine.sampling import NOT_NUMBERS
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.jobs import EngineFailed
-from dejavu.serve.lane import Lane
-from dejavu.serve.worker import Worker
+from dejavu.serve.core.engine_loop import Lane
+from dejavu.serve.core.jobs import EngineFailed
+from dejavu.serve.core.worker import Worker
 from stub_engine import VOCAB, DrawingEngine, StubEngine, StubModel
 from worker_jobs import failing, is_idle, job, outcomes, serving, text_of, until
 

@@ -10,9 +10,9 @@ from typing import Any
 from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.jobs import EngineFailed, Event, Job, Summary, TokenInfo
-from dejavu.serve.stream import Stream
-from dejavu.serve.worker import Worker
+from dejavu.serve.core.jobs import EngineFailed, Event, Job, Summary, TokenInfo
+from dejavu.serve.core.stream import Stream
+from dejavu.serve.core.worker import Worker
 from stub_engine import StubModel
 
 GREEDY = SamplingConfig()

@@ -28,7 +28,7 @@ from dejavu.cli.output import Output
 
 if TYPE_CHECKING:
     from dejavu.model.tokenizer import Tokenizer
-    from dejavu.serve.asked import Served
+    from dejavu.serve.api.requests import Served
 
 NEEDED = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 
@@ -71,11 +71,11 @@ def serve(
     from dejavu.config import require
     from dejavu.files import read_text
     from dejavu.opening import bundled_adapters
-    from dejavu.serve.app import create_app
-    from dejavu.serve.asked import served_by
+    from dejavu.serve.api.app import create_app
+    from dejavu.serve.api.requests import served_by
+    from dejavu.serve.api.server import bound_socket, is_local, new_server, url_of
     from dejavu.serve.config import ServeConfig
-    from dejavu.serve.server import bound_socket, is_local, new_server, url_of
-    from dejavu.serve.worker import Worker
+    from dejavu.serve.core.worker import Worker
 
     out = Output(as_json)
     config = ServeConfig(

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from dejavu.serve.jobs import Event
+from dejavu.serve.core.jobs import Event
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 T = TypeVar("T")

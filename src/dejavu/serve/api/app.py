@@ -17,15 +17,15 @@ from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from dejavu.serve import wire
-from dejavu.serve.answering import Endpoint, JobRunner
-from dejavu.serve.asked import Served
-from dejavu.serve.assets import FOLDER, page_routes
-from dejavu.serve.document import body_of, describe, errors, streamed
-from dejavu.serve.errors import ApiError, internal, not_running
-from dejavu.serve.metrics import CONTENT_TYPE, Metrics
-from dejavu.serve.protocol import ChatBody, CompletionBody
-from dejavu.serve.responses import to_bytes
+from dejavu.serve.api import response_schemas as schemas
+from dejavu.serve.api.answers import Endpoint, JobRunner
+from dejavu.serve.api.assets import FOLDER, page_routes
+from dejavu.serve.api.errors import ApiError, internal, not_running
+from dejavu.serve.api.metrics import CONTENT_TYPE, Metrics
+from dejavu.serve.api.openapi import body_of, describe, errors, streamed
+from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
+from dejavu.serve.api.requests import Served
+from dejavu.serve.api.responses import to_bytes
 from dejavu.version import __version__
 
 WRITING = errors(400, 404, 413, 415, 429, 500, 503)
@@ -45,7 +45,7 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
 
     @app.post(
         "/v1/completions", dependencies=completing, response_model=None, openapi_extra=body_of(CompletionBody),
-        responses=streamed(wire.Completion, wire.Completion) | WRITING,
+        responses=streamed(schemas.Completion, schemas.Completion) | WRITING,
     )  # fmt: skip
     async def create_completion(request: Request) -> Response:
         """Continue a text."""
@@ -53,30 +53,32 @@ def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None,
 
     @app.post(
         "/v1/chat/completions", dependencies=chatting, response_model=None, openapi_extra=body_of(ChatBody),
-        responses=streamed(wire.ChatCompletion, wire.ChatChunk) | WRITING,
+        responses=streamed(schemas.ChatCompletion, schemas.ChatChunk) | WRITING,
     )  # fmt: skip
     async def create_chat_completion(request: Request) -> Response:
         """Answer messages."""
         return await chat(request)
 
-    @app.get("/v1/models", dependencies=known, response_model=None, responses={200: {"model": wire.ModelList}})
+    @app.get("/v1/models", dependencies=known, response_model=None, responses={200: {"model": schemas.ModelList}})
     async def list_models() -> Response:
         """The models that a request may name."""
-        return _json(wire.ModelList(object="list", data=[_card(name, served) for name in served.models]))
+        return _json(schemas.ModelList(object="list", data=[_card(name, served) for name in served.models]))
 
-    @app.get("/v1/models/{model:path}", dependencies=known, response_model=None, responses={200: {"model": wire.ModelCard}} | errors(404))
+    card = {200: {"model": schemas.ModelCard}}
+
+    @app.get("/v1/models/{model:path}", dependencies=known, response_model=None, responses=card | errors(404))
     async def retrieve_model(model: str) -> Response:
         """One of them."""
         return _json(_card(model, served))
 
-    @app.get("/health", response_model=None, responses={200: {"model": wire.Health}} | errors(503))
+    @app.get("/health", response_model=None, responses={200: {"model": schemas.Health}} | errors(503))
     async def health() -> Response:
         """Whether requests can be answered."""
         state = worker.state()
         if not state.alive:
             raise not_running(state.last_error)
         return _json(
-            wire.Health(
+            schemas.Health(
                 status="ok", queued=state.queued, running=state.running, slots=state.slots, pages_free=state.pages_free,
                 pages_total=state.pages_total, model=served.name, sparse=served.sparse, layers=served.num_layers, backend=served.backend,
                 dtype=served.dtype, threads=served.threads, version=__version__,
@@ -118,17 +120,17 @@ def _key_check(api_key: str | None, refused: Callable[[], object]) -> Any:
     return check
 
 
-def _card(name: str, served: Served) -> wire.ModelCard:
+def _card(name: str, served: Served) -> schemas.ModelCard:
     """Raises ApiError (404) for a model that is not served."""
     mode = "dense" if served.is_dense(name) else "sparse"
-    facts = wire.ModelFacts(
+    facts = schemas.ModelFacts(
         mode=mode, layers=served.num_layers, neurons=served.num_neurons, heads=served.num_heads,
         chat=served.tokenizer.chat_template is not None, backend=served.backend, dtype=served.dtype,
     )  # fmt: skip
-    return wire.ModelCard(id=name, object="model", created=served.created, owned_by="dejavu", max_model_len=served.limit, dejavu=facts)
+    return schemas.ModelCard(id=name, object="model", created=served.created, owned_by="dejavu", max_model_len=served.limit, dejavu=facts)
 
 
-def _json(thing: wire.Wire) -> Response:
+def _json(thing: schemas.Schema) -> Response:
     return Response(to_bytes(thing), media_type="application/json")
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dejavu.engine.interface import DecodesTokens, Engine, densities
 from dejavu.engine.sampling import NOT_NUMBERS
-from dejavu.serve.choice import Choice
-from dejavu.serve.jobs import EngineFailed, EngineState, TokenInfo
-from dejavu.serve.scheduler import Plan, Prefill, Scheduler
-from dejavu.serve.trace import token_trace
+from dejavu.serve.core.jobs import EngineFailed, EngineState, TokenInfo
+from dejavu.serve.core.scheduler import Plan, Prefill, Scheduler
+from dejavu.serve.core.sequence import Choice
+from dejavu.serve.core.trace import token_trace
 
 COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of Load
 PATIENCE = 2  # turns in which an engine fails at the same thing, for no stated reason and without doing it once, before it is made anew

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from dejavu.serve.jobs import EngineFailed, Event
+from dejavu.serve.core.jobs import EngineFailed, Event
 
 
 class Stream(AsyncIterator[Event]):

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from dejavu.config import SamplingConfig
 from dejavu.model.template import rendered
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.serve.errors import TOO_LONG, ApiError, from_worker, invalid
-from dejavu.serve.jobs import Job, TooLong, WorkerState
-from dejavu.serve.protocol import DEFAULT_MAX_TOKENS, MAX_CHOICES, ChatBody, CompletionBody, Sampled, text_of
-from dejavu.serve.vocabulary import Vocabulary
+from dejavu.serve.api.errors import TOO_LONG, ApiError, from_worker, invalid
+from dejavu.serve.api.request_schemas import DEFAULT_MAX_TOKENS, MAX_CHOICES, ChatBody, CompletionBody, Sampled, text_of
+from dejavu.serve.api.vocabulary import Vocabulary
+from dejavu.serve.core.jobs import Job, TooLong, WorkerState
 
 DENSE = ":dense"
 OPENAI = SamplingConfig(temperature=1.0)  # where neither a request nor the model says how to draw

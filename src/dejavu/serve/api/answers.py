@@ -15,15 +15,15 @@ from typing import Any, Protocol
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from dejavu.serve.asked import Asked, Served, asked_chat, asked_completion
-from dejavu.serve.errors import ApiError, from_worker, internal, stopping
-from dejavu.serve.fields import parse
-from dejavu.serve.jobs import EngineFailed, Job, QueueFull, TooLong, WorkerState
-from dejavu.serve.metrics import Metrics, Outcome
-from dejavu.serve.protocol import ChatBody, CompletionBody
-from dejavu.serve.responses import DONE, Answer, new_answer, server_sent, to_bytes
-from dejavu.serve.streaming import EventStream, Receive, Running, ServerEnds, while_connected
-from dejavu.serve.wire import ErrorEnvelope
+from dejavu.serve.api.errors import ApiError, from_worker, internal, stopping
+from dejavu.serve.api.merged_streams import EventStream, Receive, Running, ServerEnds, while_connected
+from dejavu.serve.api.metrics import Metrics, Outcome
+from dejavu.serve.api.parsing import parse
+from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
+from dejavu.serve.api.requests import Asked, Served, asked_chat, asked_completion
+from dejavu.serve.api.response_schemas import ErrorEnvelope
+from dejavu.serve.api.responses import DONE, Answer, new_answer, server_sent, to_bytes
+from dejavu.serve.core.jobs import EngineFailed, Job, QueueFull, TooLong, WorkerState
 
 MAX_BODY = 4 << 20  # bytes of a request: a prompt of some 500,000 tokens
 NO_READER = 400  # the status of what nobody reads any more

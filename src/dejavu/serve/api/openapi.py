@@ -13,13 +13,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from dejavu.serve import wire
-from dejavu.serve.asked import Served
-from dejavu.serve.protocol import ChatBody, CompletionBody
+from dejavu.serve.api import response_schemas as schemas
+from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
+from dejavu.serve.api.requests import Served
 from dejavu.version import __version__
 
 BODIES = (CompletionBody, ChatBody)
-CHUNKS = (wire.Completion, wire.ChatChunk)  # which no reference leads to: `[DONE]` is none of them
+CHUNKS = (schemas.Completion, schemas.ChatChunk)  # which no reference leads to: `[DONE]` is none of them
 REF = "#/components/schemas/{model}"
 KEY = "key"  # the name of the security scheme
 OPEN = ("/health", "/metrics")  # paths that ask for no key
@@ -37,7 +37,9 @@ ERRORS = {
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The answers of a route beside its 200."""
-    found: dict[int | str, dict[str, Any]] = {status: {"model": wire.ErrorEnvelope, "description": ERRORS[status]} for status in statuses}
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        found[status] = {"model": schemas.ErrorEnvelope, "description": ERRORS[status]}
     if 429 in found:
         found[429]["headers"] = {"Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}}}
     return found
@@ -49,7 +51,7 @@ def body_of(kind: type[CompletionBody | ChatBody]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def streamed(kind: type[wire.Wire], chunk: type[wire.Wire]) -> dict[int | str, dict[str, Any]]:
+def streamed(kind: type[schemas.Schema], chunk: type[schemas.Schema]) -> dict[int | str, dict[str, Any]]:
     """The 200 of a route whose answer may be one object or a stream, each event of which has a chunk as its data."""
     events = {"itemSchema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}}
     description = f"The answer; with `stream` as server-sent events: each is a {chunk.__name__} or an error, and the last one `[DONE]`."

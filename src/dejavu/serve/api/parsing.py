@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, WrapValidator
 
-from dejavu.serve.errors import ApiError, invalid
+from dejavu.serve.api.errors import ApiError, invalid
 
 ROLES = ("system", "developer", "user", "assistant")
 SHOWN = 60  # characters of a wrong value that a message repeats
@@ -23,14 +23,14 @@ INSTANCE = re.compile(r" or instance of \w+")  # of a class of ours, which no cl
 WORDS = {"valid dictionary or object to extract fields from": "object", "valid dictionary": "object", "a object": "an object"}
 
 
-class Wire(BaseModel):
+class Schema(BaseModel):
     """Base of every class that describes what is sent or received. unsupported: fields that are known, and refused."""
 
     unsupported: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-Body = TypeVar("Body", bound=Wire)
+Body = TypeVar("Body", bound=Schema)
 
 
 def _whole(value: Any) -> Any:
@@ -93,7 +93,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return values
 
 
-def _mistake(error: ValidationError, values: dict[str, Any], kind: type[Wire]) -> ApiError:
+def _mistake(error: ValidationError, values: dict[str, Any], kind: type[Schema]) -> ApiError:
     """The first thing wrong, in words."""
     found = error.errors(include_url=False)[0]
     param = _path(found["loc"], values, missing=found["type"] == "missing")

@@ -1,7 +1,7 @@
 """The requests of OpenAI's API that are answered here, as classes: what they check a body for is what the OpenAPI document promises.
 
-In: the bytes of a body (fields.py). Out: a CompletionBody or a ChatBody. What depends on the model (its name, the context, the
-vocabulary, a chat template) is checked where a body becomes jobs, in asked.py. Options of OpenAI's that would change a text and are not
+In: the bytes of a body (parsing.py). Out: a CompletionBody or a ChatBody. What depends on the model (its name, the context, the
+vocabulary, a chat template) is checked where a body becomes jobs, in requests.py. Options of OpenAI's that would change a text and are not
 computed here are refused, unless they ask for nothing; null always means "not given".
 """
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dejavu.serve.fields import WHOLE, Wire, explained
+from dejavu.serve.api.parsing import WHOLE, Schema, explained
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
@@ -37,21 +37,21 @@ Nothing = Annotated[float, Field(ge=0, le=0)] | None
 NoList = Annotated[list[Any], Field(max_length=0)] | None
 
 
-class StreamOptions(Wire):
+class StreamOptions(Schema):
     include_usage: bool | None = None
 
 
-class Extra(Wire):
+class Extra(Schema):
     """Options of this server's own."""
 
     trace: bool | None = Field(default=None, description="Report, with every chunk of a stream, what fired for each token.")
 
 
-class ResponseFormat(Wire):
+class ResponseFormat(Schema):
     type: Literal["text"]
 
 
-class Sampled(Wire):
+class Sampled(Schema):
     """What both kinds of request share. What neither computes is refused in both, whichever it belongs to."""
 
     unsupported: ClassVar[frozenset[str]] = frozenset(
@@ -91,7 +91,7 @@ class CompletionBody(Sampled):
     echo: bool | None = None
 
 
-class TextPart(Wire):
+class TextPart(Schema):
     type: Literal["text"]
     text: str
 
@@ -104,12 +104,12 @@ Content = Annotated[
 ]
 
 
-class Message(Wire):
+class Message(Schema):
     role: Literal["system", "developer", "user"]
     content: Content
 
 
-class AssistantMessage(Wire):
+class AssistantMessage(Schema):
     role: Literal["assistant"]
     content: Content | None = None
 

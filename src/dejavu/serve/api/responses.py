@@ -1,7 +1,7 @@
 """From the events of a request's streams to what is sent: one object, or chunks whose texts joined are the same.
 
-In: an Asked and the events of its choices, each with its index. Out: objects of wire.py, and their bytes. Whole or in chunks, every event
-goes through `take`, so that the two cannot differ.
+In: an Asked and the events of its choices, each with its index. Out: objects of response_schemas.py, and their bytes. Whole or in
+chunks, every event goes through `take`, so that the two cannot differ.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dejavu.serve import logprobs, wire
-from dejavu.serve.asked import Asked, Served
-from dejavu.serve.jobs import BINS, Event, Summary
+from dejavu.serve.api import logprobs
+from dejavu.serve.api import response_schemas as schemas
+from dejavu.serve.api.requests import Asked, Served
+from dejavu.serve.core.jobs import BINS, Event, Summary
 
 DONE = b"data: [DONE]\n\n"
 
 
-def to_bytes(thing: wire.Wire) -> bytes:
+def to_bytes(thing: schemas.Schema) -> bytes:
     """JSON. A field that was not set is not there."""
     return thing.model_dump_json(exclude_unset=True).encode()
 
 
-def server_sent(thing: wire.Wire) -> bytes:
+def server_sent(thing: schemas.Schema) -> bytes:
     """One event of a stream."""
     return b"data: " + to_bytes(thing) + b"\n\n"
 
@@ -34,10 +35,10 @@ class Piece:
     """What an event adds to its choice. completion, chat: log-probabilities, in the form of the request."""
 
     text: str
-    completion: wire.CompletionLogprobs | None
-    chat: wire.ChatLogprobs | None
-    trace: list[wire.TokenTrace] = field(default_factory=list)
-    finish_reason: wire.FinishReason | None = None
+    completion: schemas.CompletionLogprobs | None
+    chat: schemas.ChatLogprobs | None
+    trace: list[schemas.TokenTrace] = field(default_factory=list)
+    finish_reason: schemas.FinishReason | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -85,38 +86,38 @@ class Answer:
         self._begun.add(index)
         return piece
 
-    def whole(self) -> wire.Wire:
+    def whole(self) -> schemas.Schema:
         """The answer in one object, once all choices have ended."""
         raise NotImplementedError
 
-    def opening(self) -> Iterator[wire.Wire]:
+    def opening(self) -> Iterator[schemas.Schema]:
         """The chunks before any event."""
         yield from ()
 
-    def chunks(self, index: int, event: Event) -> Iterator[wire.Wire]:
+    def chunks(self, index: int, event: Event) -> Iterator[schemas.Schema]:
         """The chunks of an event."""
         raise NotImplementedError
 
-    def closing(self) -> Iterator[wire.Wire]:
+    def closing(self) -> Iterator[schemas.Schema]:
         """The chunk after all events: the usage, where the request wants it."""
         if self.asked.include_usage:
             yield self._chunk([], usage=self.usage(), dejavu=self.sparsity())
 
-    def usage(self) -> wire.Usage:
+    def usage(self) -> schemas.Usage:
         first = [self._summaries[index] for index in self.choices[:: self.asked.n]]
         prompt = sum(summary.prompt_tokens for summary in first)
         completion = sum(summary.completion_tokens for summary in self._summaries.values())
-        details = wire.PromptDetails(cached_tokens=sum(summary.cached_tokens for summary in first))
-        return wire.Usage(
+        details = schemas.PromptDetails(cached_tokens=sum(summary.cached_tokens for summary in first))
+        return schemas.Usage(
             prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion, prompt_tokens_details=details
         )
 
-    def sparsity(self) -> wire.Sparsity:
+    def sparsity(self) -> schemas.Sparsity:
         """Over all choices, each weighted by its decode steps."""
         summaries = [self._summaries[index] for index in self.choices]
         steps = [max(0, summary.completion_tokens - 1) for summary in summaries]
         seconds = sum(summary.decode_s for summary in summaries)
-        return wire.Sparsity(
+        return schemas.Sparsity(
             mode=self.asked.mode,
             mlp_density=_mean([summary.mlp_density for summary in summaries], steps),
             head_density=_mean([summary.head_density for summary in summaries], steps),
@@ -124,10 +125,10 @@ class Answer:
             tok_s=sum(steps) / seconds if seconds > 0 else None,
         )
 
-    def _chunk(self, choices: list[Any], **more: Any) -> wire.Wire:
+    def _chunk(self, choices: list[Any], **more: Any) -> schemas.Schema:
         raise NotImplementedError
 
-    def _with_extras(self, choice: Any, trace: list[wire.TokenTrace], *, ends: bool) -> wire.Wire:
+    def _with_extras(self, choice: Any, trace: list[schemas.TokenTrace], *, ends: bool) -> schemas.Schema:
         """A chunk of one choice. The last one of the stream tells the densities; where a chunk with the usage follows, that one does."""
         more: dict[str, Any] = {"usage": None} if self.asked.include_usage else {}
         found: dict[str, Any] = {}
@@ -137,8 +138,8 @@ class Answer:
             found["trace"] = trace
             if not self._shape_is_sent:
                 served, self._shape_is_sent = self._served, True
-                found["shape"] = wire.TraceShape(layers=served.num_layers, bins=BINS, heads=served.num_heads, neurons=served.num_neurons)
-        return self._chunk([choice], **more, **({"dejavu": wire.Sparsity(**found)} if found else {}))
+                found["shape"] = schemas.TraceShape(layers=served.num_layers, bins=BINS, heads=served.num_heads, neurons=served.num_neurons)
+        return self._chunk([choice], **more, **({"dejavu": schemas.Sparsity(**found)} if found else {}))
 
 
 class CompletionAnswer(Answer):
@@ -146,34 +147,34 @@ class CompletionAnswer(Answer):
 
     prefix = "cmpl"
 
-    def whole(self) -> wire.Wire:
+    def whole(self) -> schemas.Schema:
         return self._chunk([self._choice(index) for index in self.choices], usage=self.usage(), dejavu=self.sparsity())
 
-    def chunks(self, index: int, event: Event) -> Iterator[wire.Wire]:
+    def chunks(self, index: int, event: Event) -> Iterator[schemas.Schema]:
         piece = self.take(index, event)
         if not piece.is_empty:
             reason = piece.finish_reason
-            choice = wire.CompletionChoice(index=index, text=piece.text, logprobs=piece.completion, finish_reason=reason)
+            choice = schemas.CompletionChoice(index=index, text=piece.text, logprobs=piece.completion, finish_reason=reason)
             yield self._with_extras(choice, piece.trace, ends=reason is not None)
 
-    def _choice(self, index: int) -> wire.CompletionChoice:
+    def _choice(self, index: int) -> schemas.CompletionChoice:
         pieces = self._pieces[index]
         found = [piece.completion for piece in pieces if piece.completion is not None]
-        together = wire.CompletionLogprobs(
+        together = schemas.CompletionLogprobs(
             tokens=[token for part in found for token in part.tokens],
             token_logprobs=[logprob for part in found for logprob in part.token_logprobs],
             top_logprobs=[top for part in found for top in part.top_logprobs],
             text_offset=[offset for part in found for offset in part.text_offset],
         )
-        return wire.CompletionChoice(
+        return schemas.CompletionChoice(
             index=index,
             text="".join(piece.text for piece in pieces),
             logprobs=None if self.asked.logprobs is None else together,
             finish_reason=pieces[-1].finish_reason,
         )
 
-    def _chunk(self, choices: list[Any], **more: Any) -> wire.Wire:
-        return wire.Completion(object="text_completion", choices=choices, **self._about, **more)
+    def _chunk(self, choices: list[Any], **more: Any) -> schemas.Schema:
+        return schemas.Completion(object="text_completion", choices=choices, **self._about, **more)
 
 
 class ChatAnswer(Answer):
@@ -181,50 +182,50 @@ class ChatAnswer(Answer):
 
     prefix = "chatcmpl"
 
-    def whole(self) -> wire.Wire:
+    def whole(self) -> schemas.Schema:
         choices = [self._choice(index) for index in self.choices]
-        return wire.ChatCompletion(object="chat.completion", choices=choices, usage=self.usage(), dejavu=self.sparsity(), **self._about)
+        return schemas.ChatCompletion(object="chat.completion", choices=choices, usage=self.usage(), dejavu=self.sparsity(), **self._about)
 
-    def opening(self) -> Iterator[wire.Wire]:
+    def opening(self) -> Iterator[schemas.Schema]:
         """Whose turn it is."""
         for index in self.choices:
-            yield self._said(index, wire.ChatDelta(role="assistant", content=""))
+            yield self._said(index, schemas.ChatDelta(role="assistant", content=""))
 
-    def chunks(self, index: int, event: Event) -> Iterator[wire.Wire]:
+    def chunks(self, index: int, event: Event) -> Iterator[schemas.Schema]:
         """The text, and in a chunk of its own, without a text, the reason for the end."""
         piece = self.take(index, event)
         told, trace, reason = piece.chat, piece.trace, piece.finish_reason
         if not piece.is_empty and (piece.text or reason is None):
-            yield self._said(index, wire.ChatDelta(content=piece.text), told, trace)
+            yield self._said(index, schemas.ChatDelta(content=piece.text), told, trace)
             told, trace = None, []
         if reason is not None:
-            yield self._said(index, wire.ChatDelta(), told, trace, reason)
+            yield self._said(index, schemas.ChatDelta(), told, trace, reason)
 
     def _said(
         self,
         index: int,
-        delta: wire.ChatDelta,
-        told: wire.ChatLogprobs | None = None,
-        trace: Sequence[wire.TokenTrace] = (),
-        reason: wire.FinishReason | None = None,
-    ) -> wire.Wire:
-        choice = wire.ChatChunkChoice(index=index, delta=delta, logprobs=told, finish_reason=reason)
+        delta: schemas.ChatDelta,
+        told: schemas.ChatLogprobs | None = None,
+        trace: Sequence[schemas.TokenTrace] = (),
+        reason: schemas.FinishReason | None = None,
+    ) -> schemas.Schema:
+        choice = schemas.ChatChunkChoice(index=index, delta=delta, logprobs=told, finish_reason=reason)
         return self._with_extras(choice, list(trace), ends=reason is not None)
 
-    def _choice(self, index: int) -> wire.ChatChoice:
+    def _choice(self, index: int) -> schemas.ChatChoice:
         pieces = self._pieces[index]
         content = [token for piece in pieces if piece.chat is not None for token in piece.chat.content]
         reason = pieces[-1].finish_reason
         assert reason is not None, "the choice has not ended"
-        return wire.ChatChoice(
+        return schemas.ChatChoice(
             index=index,
-            message=wire.ChatMessage(role="assistant", content="".join(piece.text for piece in pieces)),
-            logprobs=None if self.asked.logprobs is None else wire.ChatLogprobs(content=content),
+            message=schemas.ChatMessage(role="assistant", content="".join(piece.text for piece in pieces)),
+            logprobs=None if self.asked.logprobs is None else schemas.ChatLogprobs(content=content),
             finish_reason=reason,
         )
 
-    def _chunk(self, choices: list[Any], **more: Any) -> wire.Wire:
-        return wire.ChatChunk(object="chat.completion.chunk", choices=choices, **self._about, **more)
+    def _chunk(self, choices: list[Any], **more: Any) -> schemas.Schema:
+        return schemas.ChatChunk(object="chat.completion.chunk", choices=choices, **self._about, **more)
 
 
 def new_answer(asked: Asked, served: Served) -> Answer:

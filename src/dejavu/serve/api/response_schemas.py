@@ -9,29 +9,29 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dejavu.serve.fields import Wire
+from dejavu.serve.api.parsing import Schema
 
 FinishReason = Literal["stop", "length"]
 Mode = Literal["sparse", "dense"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Error(Wire):
+class Error(Schema):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorEnvelope(Wire):
+class ErrorEnvelope(Schema):
     error: Error
 
 
-class PromptDetails(Wire):
+class PromptDetails(Schema):
     cached_tokens: int
 
 
-class Usage(Wire):
+class Usage(Schema):
     """Tokens. A prompt with several choices counts once."""
 
     prompt_tokens: int
@@ -40,7 +40,7 @@ class Usage(Wire):
     prompt_tokens_details: PromptDetails
 
 
-class TokenTrace(Wire):
+class TokenTrace(Schema):
     """What fired for one token: base64 of layers * bins bytes (share of each bin's neurons, 0 to 255) and of layers * heads bytes (0 or 1).
 
     All null for the first token, which comes from the prompt's dense pass.
@@ -52,14 +52,14 @@ class TokenTrace(Wire):
     heads: str | None
 
 
-class TraceShape(Wire):
+class TraceShape(Schema):
     layers: int
     bins: int
     heads: int
     neurons: int
 
 
-class Sparsity(Wire):
+class Sparsity(Schema):
     """How the answer came about: means over its decode steps, null without one. union_density: of what all rows of a step had read.
 
     tok_s: tokens a second of a choice, from its first to its last. shape and trace are of chunks whose request asked for a trace.
@@ -74,7 +74,7 @@ class Sparsity(Wire):
     trace: list[TokenTrace] | None = None
 
 
-class CompletionLogprobs(Wire):
+class CompletionLogprobs(Schema):
     """One entry for each token, those of the prompt first where it is echoed; null for a text's first. text_offset: into `text`."""
 
     tokens: list[str]
@@ -83,14 +83,14 @@ class CompletionLogprobs(Wire):
     text_offset: list[int]
 
 
-class CompletionChoice(Wire):
+class CompletionChoice(Schema):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
 
 
-class Completion(Wire):
+class Completion(Schema):
     """The answer to POST /v1/completions; as a stream, each chunk of it."""
 
     id: str
@@ -102,7 +102,7 @@ class Completion(Wire):
     dejavu: Sparsity | None = None
 
 
-class TopToken(Wire):
+class TopToken(Schema):
     token: str
     logprob: float
     bytes: list[int]
@@ -112,23 +112,23 @@ class ChatToken(TopToken):
     top_logprobs: list[TopToken]
 
 
-class ChatLogprobs(Wire):
+class ChatLogprobs(Schema):
     content: list[ChatToken]
 
 
-class ChatMessage(Wire):
+class ChatMessage(Schema):
     role: Literal["assistant"]
     content: str
 
 
-class ChatChoice(Wire):
+class ChatChoice(Schema):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
-class ChatCompletion(Wire):
+class ChatCompletion(Schema):
     """The answer to POST /v1/chat/completions."""
 
     id: str
@@ -140,19 +140,19 @@ class ChatCompletion(Wire):
     dejavu: Sparsity
 
 
-class ChatDelta(Wire):
+class ChatDelta(Schema):
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
-class ChatChunkChoice(Wire):
+class ChatChunkChoice(Schema):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 
-class ChatChunk(Wire):
+class ChatChunk(Schema):
     """A chunk of a streamed chat completion."""
 
     id: str
@@ -164,7 +164,7 @@ class ChatChunk(Wire):
     dejavu: Sparsity | None = None
 
 
-class ModelFacts(Wire):
+class ModelFacts(Schema):
     """layers; neurons and heads of each; chat: whether there is a chat template."""
 
     mode: Mode
@@ -176,7 +176,7 @@ class ModelFacts(Wire):
     dtype: str
 
 
-class ModelCard(Wire):
+class ModelCard(Schema):
     id: str
     object: Literal["model"]
     created: int
@@ -185,12 +185,12 @@ class ModelCard(Wire):
     dejavu: ModelFacts
 
 
-class ModelList(Wire):
+class ModelList(Schema):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Health(Wire):
+class Health(Schema):
     """How a server does that can answer. Texts that wait and run, slots for them and pages of the cache, over all engines."""
 
     status: Literal["ok"]

@@ -1,4 +1,4 @@
-"""Log-probabilities and traces of tokens as they are sent. In: TokenInfos and a vocabulary. Out: objects of wire.py."""
+"""Log-probabilities and traces of tokens as they are sent. In: TokenInfos and a vocabulary. Out: objects of schemas.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dejavu.serve import wire
-from dejavu.serve.jobs import TokenInfo
-from dejavu.serve.vocabulary import Offsets, Vocabulary
+from dejavu.serve.api import response_schemas as schemas
+from dejavu.serve.api.vocabulary import Offsets, Vocabulary
+from dejavu.serve.core.jobs import TokenInfo
 
 LOWEST = -9999.0  # for minus infinity, which JSON has no word for; OpenAI's number
 
@@ -18,7 +18,7 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LOWEST
 
 
-def of_completion(tokens: Sequence[TokenInfo], vocabulary: Vocabulary, offsets: Offsets) -> wire.CompletionLogprobs:
+def of_completion(tokens: Sequence[TokenInfo], vocabulary: Vocabulary, offsets: Offsets) -> schemas.CompletionLogprobs:
     """Of a text completion. offsets counts on from the tokens before these."""
 
     def top(token: TokenInfo) -> dict[str, float] | None:
@@ -30,7 +30,7 @@ def of_completion(tokens: Sequence[TokenInfo], vocabulary: Vocabulary, offsets: 
             found.setdefault(vocabulary.text(token_id), finite(logprob))
         return found
 
-    return wire.CompletionLogprobs(
+    return schemas.CompletionLogprobs(
         tokens=[vocabulary.text(token.token_id) for token in tokens],
         token_logprobs=[None if token.logprob is None else finite(token.logprob) for token in tokens],
         top_logprobs=[top(token) for token in tokens],
@@ -38,25 +38,25 @@ def of_completion(tokens: Sequence[TokenInfo], vocabulary: Vocabulary, offsets: 
     )
 
 
-def of_chat(tokens: Sequence[TokenInfo], vocabulary: Vocabulary) -> wire.ChatLogprobs:
+def of_chat(tokens: Sequence[TokenInfo], vocabulary: Vocabulary) -> schemas.ChatLogprobs:
     """Of a chat completion."""
 
     def told(token_id: int, logprob: float | None) -> dict[str, Any]:
         assert logprob is not None, "log-probabilities were asked for"
         return {"token": vocabulary.text(token_id), "logprob": finite(logprob), "bytes": list(vocabulary.raw(token_id))}
 
-    return wire.ChatLogprobs(
+    return schemas.ChatLogprobs(
         content=[
-            wire.ChatToken(**told(token.token_id, token.logprob), top_logprobs=[wire.TopToken(**told(*other)) for other in token.top])
+            schemas.ChatToken(**told(token.token_id, token.logprob), top_logprobs=[schemas.TopToken(**told(*other)) for other in token.top])
             for token in tokens
         ]
     )
 
 
-def of_trace(token: TokenInfo) -> wire.TokenTrace:
+def of_trace(token: TokenInfo) -> schemas.TokenTrace:
     """What fired for a token."""
     found = token.trace
-    return wire.TokenTrace(
+    return schemas.TokenTrace(
         mlp_density=token.mlp_density,
         head_density=token.head_density,
         neurons=None if found is None else base64.b64encode(b"".join(found.neurons)).decode(),

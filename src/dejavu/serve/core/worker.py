@@ -18,13 +18,13 @@ from typing import Any, Protocol
 from dejavu.config import ModelConfig, require
 from dejavu.engine.interface import Engine
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.serve.choice import Choice
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.jobs import EngineFailed, Job, Load, NotRunning, WorkerState
-from dejavu.serve.lane import Lane
-from dejavu.serve.scheduler import Scheduler
-from dejavu.serve.stream import Stream
-from dejavu.serve.warm_up import warm_up
+from dejavu.serve.core.engine_loop import Lane
+from dejavu.serve.core.jobs import EngineFailed, Job, Load, NotRunning, WorkerState
+from dejavu.serve.core.scheduler import Scheduler
+from dejavu.serve.core.sequence import Choice
+from dejavu.serve.core.stream import Stream
+from dejavu.serve.core.warm_up import warm_up
 
 RECORDING = "recording"
 RECORDING_SLOTS = 2  # traces are for looking at, and another cache costs memory

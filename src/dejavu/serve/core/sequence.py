@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dejavu.engine.sampling import Distribution, Sampler
 from dejavu.generation.text import Detokenizer, Writing, stop_ids_of
-from dejavu.serve.jobs import Event, Job, Summary, TokenInfo
-from dejavu.serve.scheduler import Claim
-from dejavu.serve.stream import Stream
+from dejavu.serve.core.jobs import Event, Job, Summary, TokenInfo
+from dejavu.serve.core.scheduler import Claim
+from dejavu.serve.core.stream import Stream
 
 
 class Choice(Claim):
