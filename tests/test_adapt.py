@@ -24,15 +24,15 @@ from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.selectors import GateThreshold
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
-from dejavu.offline.adapt import AdaptConfig, Trainer
-from dejavu.offline.adapt_run import adapt
-from dejavu.offline.adapted import moved, shift_to
-from dejavu.offline.chat import continued, cut, frame
-from dejavu.offline.corpus import Mixture, Windows, pieces, tokenized
-from dejavu.offline.divergence import mean_divergence
-from dejavu.offline.ranks import average_, world
-from dejavu.offline.steering import Steering
-from dejavu.offline.student import Student, choose_lookaheads, residual_cosines
+from dejavu.offline.adapt.corpus import Mixture, Windows, pieces, tokenized
+from dejavu.offline.adapt.density_controller import DensityController
+from dejavu.offline.adapt.divergence import mean_divergence
+from dejavu.offline.adapt.finish import moved, shift_to
+from dejavu.offline.adapt.own_text import continued, cut, frame
+from dejavu.offline.adapt.ranks import average_, world
+from dejavu.offline.adapt.run import adapt
+from dejavu.offline.adapt.student import Student, choose_lookaheads, residual_cosines
+from dejavu.offline.adapt.training import AdaptConfig, Trainer
 from dejavu.quality.perplexity import MaskedSelections
 from dejavu.quality.tasks import Request, score_requests
 
@@ -93,10 +93,10 @@ def test_thresholds_move_together_to_a_density(checkpoint: Checkpoint) -> None:
 
 
 def test_a_price_moves_no_faster_than_weights() -> None:
-    quick, slow, still = Steering(2), Steering(2), Steering(2)
-    for steering, pace in ((quick, 1.0), (slow, 0.1), (still, 0.0)):
-        steering.update(torch.tensor([0.4, 0.2]), 0.15, pace)
-    assert quick.price > slow.price > still.price == Steering(2).price
+    quick, slow, still = DensityController(2), DensityController(2), DensityController(2)
+    for controller, pace in ((quick, 1.0), (slow, 0.1), (still, 0.0)):
+        controller.update(torch.tensor([0.4, 0.2]), 0.15, pace)
+    assert quick.price > slow.price > still.price == DensityController(2).price
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -168,7 +168,7 @@ def test_gradients_pass_through_hard_masks(tiny: Tiny) -> None:
 
 
 def test_divergence_is_kl_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dejavu.offline.divergence.CHUNK", 3)
+    monkeypatch.setattr("dejavu.offline.adapt.divergence.CHUNK", 3)
     generator = torch.Generator().manual_seed(0)
     student, teacher, head = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (7, 7, 11))
     found = student.clone().requires_grad_()
@@ -204,18 +204,18 @@ def test_densities_reach_the_target_and_no_layer_dies(checkpoint: Checkpoint) ->
 
 
 def test_a_layer_out_of_bounds_is_pushed_back() -> None:
-    steering = Steering(3, floor=1 / 3, ceiling=3.0)
+    controller = DensityController(3, floor=1 / 3, ceiling=3.0)
     for _ in range(3):
-        steering.update(torch.tensor([0.01, 0.2, 0.9]), 0.15)
-    low, middle, high = steering.prices().tolist()
-    assert low < 0 < middle < high and middle == pytest.approx(steering.price)
-    other = Steering(3)
-    other.restore(steering.state())
-    assert torch.equal(other.prices(), steering.prices())
+        controller.update(torch.tensor([0.01, 0.2, 0.9]), 0.15)
+    low, middle, high = controller.prices().tolist()
+    assert low < 0 < middle < high and middle == pytest.approx(controller.price)
+    other = DensityController(3)
+    other.restore(controller.state())
+    assert torch.equal(other.prices(), controller.prices())
     for _ in range(200):
-        steering.update(torch.tensor([0.15, 0.15, 0.15]), 0.15)
-    assert steering.prices().tolist() == pytest.approx([steering.price] * 3)
-    assert steering.bounds(0.015) == (0.015, 0.045) and Steering(1).bounds(0.5)[1] == 1.0
+        controller.update(torch.tensor([0.15, 0.15, 0.15]), 0.15)
+    assert controller.prices().tolist() == pytest.approx([controller.price] * 3)
+    assert controller.bounds(0.015) == (0.015, 0.045) and DensityController(1).bounds(0.5)[1] == 1.0
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(checkpoint: Checkpoint,
     assert resumed.run(tmp_path / "part") and resumed.step == 8
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, resumed.parameters[name]), name
-    assert torch.equal(whole.steering.state(), resumed.steering.state())
+    assert torch.equal(whole.controller.state(), resumed.controller.state())
     assert not trainer_of(checkpoint, CONFIG).resume(tmp_path / "nothing")
 
 
@@ -328,7 +328,7 @@ def test_windows_come_once_a_pass_and_never_from_the_held_out() -> None:
 
 
 def test_tokens_of_pieces_are_those_of_documents(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dejavu.offline.corpus.PIECE", 30)
+    monkeypatch.setattr("dejavu.offline.adapt.corpus.PIECE", 30)
     assert "".join(pieces(TEXT)) == TEXT and len(list(pieces(TEXT))) > 10
     lines = TEXT.splitlines(keepends=True)[:6]
     expected = [token for line in lines for token in tokenizer.encode(line)]

@@ -17,7 +17,7 @@ from dejavu.language_model import LanguageModel
 from dejavu.model.bundle import export
 from dejavu.model.predictor import MaskedSelection
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.offline.adapt import Trainer
+from dejavu.offline.adapt.training import Trainer
 from dejavu.opening import load
 from test_adapt import TEXT
 from test_native import needs_library

@@ -16,7 +16,7 @@ from dejavu.cli.options import AsJson, Download, Model, Offline, Seed, Texts, Th
 from dejavu.cli.output import Output, new_table, number, percent, plain, progress_bars, resumable
 
 if TYPE_CHECKING:
-    from dejavu.offline.adapt import StepReport
+    from dejavu.offline.adapt.training import StepReport
 
 DEFAULT_MINUTES = 20.0
 MEASURED_FILE = "adapt.json"
@@ -66,10 +66,10 @@ def adapt(
     from dejavu.files import absolute, check_replaceable, make_folder, new_folder, write_json
     from dejavu.model.adapter import write_adapter
     from dejavu.model.texts import corpus_hash, documents, named_texts
-    from dejavu.offline.adapt import AdaptConfig
-    from dejavu.offline.adapt_run import LOG_FILE
-    from dejavu.offline.adapt_run import adapt as run_adapt
-    from dejavu.offline.ranks import joined_ranks
+    from dejavu.offline.adapt.ranks import joined_ranks
+    from dejavu.offline.adapt.run import LOG_FILE
+    from dejavu.offline.adapt.run import adapt as run_adapt
+    from dejavu.offline.adapt.training import AdaptConfig
 
     device = _device(device)
     options: dict[str, Any] = {"density": density, "rank": rank, "lora_rank": lora_rank, "lookahead_cosine": lookahead_cosine}

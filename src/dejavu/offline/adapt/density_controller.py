@@ -22,7 +22,7 @@ PUSH_LIMIT = 20.0
 RELEASE = 0.9  # what is left, after each step within the bounds, of a layer's own price
 
 
-class Steering:
+class DensityController:
     """floor and ceiling are multiples of the target of the moment; least_density is a floor whatever the target."""
 
     def __init__(self, num_layers: int, *, floor: float = 1 / 3, ceiling: float = 4.0, least_density: float = 0.02) -> None:

@@ -1,10 +1,10 @@
 """Distil a model into itself with predictors in the loop, so that a model without zeros of its own becomes contextually sparse.
 
-In: a checkpoint, its text as windows of ids, an AdaptConfig. Out: a trained Student (adapted.py makes an adapter of it). A step minimises
+In: a checkpoint, its text as windows of ids, an AdaptConfig. Out: a trained Student (finish.py makes an adapter of it). A step minimises
 
     KL(teacher || student) per token  +  mean over layers of  price_l * (soft density of l) / target
 
-where the prices steer the densities (steering.py) to a target that falls from a half to config.density over the first third of the
+where the prices hold the densities (density_controller.py) to a target that falls from a half to config.density over the first third of the
 training. Everything that a step draws depends on the seed and its number alone, so that what is saved is weights, the
 optimiser's moments, the prices and two numbers.
 
@@ -30,11 +30,11 @@ from dejavu.config import Config, require
 from dejavu.files import read_json, write_json
 from dejavu.model.lora import check_activation
 from dejavu.model.transformer import Transformer
-from dejavu.offline.corpus import Mixture
-from dejavu.offline.divergence import divergence_and_gradient, mean_divergence
-from dejavu.offline.ranks import average_, same_, world
-from dejavu.offline.steering import Steering
-from dejavu.offline.student import COMPILED, Student
+from dejavu.offline.adapt.corpus import Mixture
+from dejavu.offline.adapt.density_controller import DensityController
+from dejavu.offline.adapt.divergence import divergence_and_gradient, mean_divergence
+from dejavu.offline.adapt.ranks import average_, same_, world
+from dejavu.offline.adapt.student import COMPILED, Student
 
 LORA_SCALE = 2.0
 FIRST_DENSITY = 0.5
@@ -127,7 +127,7 @@ def check_run(folder: Path, settings: dict[str, Any]) -> None:
 
 
 class Trainer:
-    """One run: the student, its optimiser, its steering and how far it is."""
+    """One run: the student, its optimiser, its density controller and how far it is."""
 
     def __init__(
         self, model: Transformer, config: AdaptConfig, windows: Mixture, *, lookahead_L: tuple[int, ...], device: str = "cpu"
@@ -156,7 +156,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
         )
-        self.steering = Steering(model.config.num_layers, floor=config.floor, ceiling=config.ceiling)
+        self.controller = DensityController(model.config.num_layers, floor=config.floor, ceiling=config.ceiling)
         self.pair = torch.compile(divergence_and_gradient, **COMPILED) if fused else divergence_and_gradient
         self.step, self.elapsed = 0, 0.0
         self.own_steps = 0  # of this process: the first ones compile
@@ -198,7 +198,7 @@ class Trainer:
         started, target, rate = time.perf_counter(), self.target(), self.learning_rate()
         config, device = self.config, self.device
         parts = config.batch // (config.micro_batch * self.world)
-        price_L = (self.steering.prices() / target / self.steering.push_L.numel()).float().to(device)
+        price_L = (self.controller.prices() / target / self.controller.push_L.numel()).float().to(device)
         self.gradient_P.zero_()
         seen = torch.zeros(len(price_L) + 2, device=device)
         samples = [self.samples(micro) for micro in range(parts)]
@@ -221,14 +221,14 @@ class Trainer:
         gradient_norm = float(norm)
         if not math.isfinite(divergence + gradient_norm):
             raise RuntimeError(f"training diverged at step {self.step}: KL {divergence}, gradient norm {gradient_norm}")
-        self.steering.update(torch.tensor(density_L), target, rate / config.learning_rate)
+        self.controller.update(torch.tensor(density_L), target, rate / config.learning_rate)
         self.step += 1
         self.own_steps += 1
         self.elapsed += last_seconds  # of the step before: all processes then agree on the time
         seconds = time.perf_counter() - started
         self.last_seconds = seconds if self.own_steps > UNTIMED else 0.0
         return StepReport(
-            step=self.step, fraction=self.fraction, kl=divergence, density_L=density_L, target=target, price=self.steering.price,
+            step=self.step, fraction=self.fraction, kl=divergence, density_L=density_L, target=target, price=self.controller.price,
             gradient_norm=gradient_norm, rate=rate, tokens_per_second=config.batch * config.length / seconds,
             seconds_left=self._seconds_left(seconds),
         )  # fmt: skip
@@ -269,7 +269,7 @@ class Trainer:
         """Everything needed to go on, whole or not at all; of several processes the first writes."""
         if self.rank != 0:
             return
-        tensors: dict[str, Tensor] = {"steering": self.steering.state()}
+        tensors: dict[str, Tensor] = {"steering": self.controller.state()}
         for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter
             tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
@@ -287,7 +287,7 @@ class Trainer:
             state = file.metadata()
         self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
         tensors = load_file(path)
-        self.steering.restore(tensors["steering"])
+        self.controller.restore(tensors["steering"])
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for index, (name, parameter) in enumerate(self.parameters.items()):

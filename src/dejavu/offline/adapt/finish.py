@@ -26,10 +26,10 @@ from dejavu.model.lora import LoraConfig, adapted_model, quantized_lora
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.selectors import GateThreshold
 from dejavu.model.transformer import DENSE, LayerInputs, Transformer
-from dejavu.offline.adapt import LORA_SCALE, AdaptConfig
+from dejavu.offline.adapt.student import Student
+from dejavu.offline.adapt.training import LORA_SCALE, AdaptConfig
 from dejavu.offline.collect import down_norms
 from dejavu.offline.fidelity import compare_runs
-from dejavu.offline.student import Student
 
 LARGEST_SHIFT, HALVINGS = 1.0, 9  # of a score, which is a logit
 DENSITY_WINDOWS = 8

@@ -22,12 +22,12 @@ from dejavu.files import make_folder, read_json, write_json
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.transformer import Transformer
-from dejavu.offline import chat
-from dejavu.offline.adapt import TORCH_DTYPES, AdaptConfig, StepReport, Trainer, check_run
-from dejavu.offline.adapted import DENSITY_WINDOWS, make_adapter
-from dejavu.offline.corpus import Mixture, Windows, kept_ids, tokenized
-from dejavu.offline.ranks import wait, world
-from dejavu.offline.student import choose_lookaheads, residual_cosines
+from dejavu.offline.adapt import own_text
+from dejavu.offline.adapt.corpus import Mixture, Windows, kept_ids, tokenized
+from dejavu.offline.adapt.finish import DENSITY_WINDOWS, make_adapter
+from dejavu.offline.adapt.ranks import wait, world
+from dejavu.offline.adapt.student import choose_lookaheads, residual_cosines
+from dejavu.offline.adapt.training import TORCH_DTYPES, AdaptConfig, StepReport, Trainer, check_run
 
 CHAT_TOKENS = 2_000_000
 LOG_EVERY = 10  # steps
@@ -115,7 +115,7 @@ def _prepare(
         writer.fill_frequencies(device)
         kept_ids(
             folder / "chat.npy",
-            lambda: chat.written(writer, checkpoint.tokenizer, documents, tokens=chat_tokens, seed=config.seed, progress=progress),
+            lambda: own_text.written(writer, checkpoint.tokenizer, documents, tokens=chat_tokens, seed=config.seed, progress=progress),
         )
     if not (folder / "lookahead.json").exists():
         write_json(folder / "lookahead.json", {"cosine": _cosines(checkpoint.model, windows, device)})
