@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from conftest import Tiny, open_fp32
 from dejavu.bench.models.random import shape_of
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.loading import bundled_adapters
 from dejavu.model import bundle
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import MODELS_FOLDER, bundled_models, export, write_bundle
@@ -22,7 +23,6 @@ from dejavu.model.checkpoint import resolve_model
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.hub import PACKAGED
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import bundled_adapters
 from test_adapter import make_adapter
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19, 23, 29]])

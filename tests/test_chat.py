@@ -21,10 +21,10 @@ from dejavu.cli.output import Output
 from dejavu.conversation import MOST_TOKENS, MOST_TOKENS_OF_TEXT, ROOM, Conversation
 from dejavu.generation.generation import Generation, Piece
 from dejavu.language_model import LanguageModel
+from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.template import rendered
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import load
 from test_language_model import make_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

@@ -19,9 +19,9 @@ from dejavu.bench.rows import read_rows
 from dejavu.cli.main import run
 from dejavu.cli.output import Output, plain, ratio
 from dejavu.engine.backends import pick_backend
+from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import load
 from test_language_model import PROMPT, TEXT, make_adapter
 from test_native import needs_library
 

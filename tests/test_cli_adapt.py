@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from conftest import Tiny
 from dejavu.cli.main import run
 from dejavu.language_model import LanguageModel
+from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.predictor import MaskedSelection
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.adapt.training import Trainer
-from dejavu.opening import load
 from test_adapt import TEXT
 from test_native import needs_library
 

@@ -18,7 +18,7 @@ from dejavu.bench.peers import cuda as cuda_peers
 from dejavu.bench.variants import Peer
 from dejavu.cli.main import run
 from dejavu.config import ModelConfig
-from dejavu.opening import load
+from dejavu.loading import load
 from standins import GPU_NAME, CudaStandIn, cuda
 from test_bench import FakePeer
 from test_cli import call, obj, work

@@ -20,9 +20,9 @@ import dejavu
 from conftest import Tiny
 from dejavu.cli import main
 from dejavu.cli.main import run
+from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import load
 from test_language_model import PROMPT, TEXT, make_adapter
 
 GENERATE = ("generate", "model", "-p", PROMPT)

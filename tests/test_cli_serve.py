@@ -21,9 +21,9 @@ import pytest
 from conftest import Tiny
 from dejavu.cli.main import run
 from dejavu.config import SamplingConfig
+from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import load
 from fake_worker import DEADLINE_S
 from test_cli_errors import ENVIRONMENT
 from test_language_model import make_adapter

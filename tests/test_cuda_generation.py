@@ -18,11 +18,11 @@ from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import DecodesTokens, EngineInfo, StepResult
 from dejavu.generation.generation import GeneratedText, Piece, generate_tokens
 from dejavu.language_model import LanguageModel
+from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
-from dejavu.opening import load
 from test_cuda_engine import DEVICES, on
 from test_engine import ids_of, random_layers
 

@@ -17,12 +17,12 @@ from dejavu.cli.serve import drawing_words
 from dejavu.config import SamplingConfig
 from dejavu.files import write_json
 from dejavu.language_model import LanguageModel
+from dejavu.loading import load
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import MODELS_FOLDER, export
 from dejavu.model.checkpoint import load_checkpoint
 from dejavu.model.generation_config import generation_values, read_generation_config
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import load
 from dejavu.serve.api.requests import Served
 from test_language_model import make_adapter
 

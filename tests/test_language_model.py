@@ -23,13 +23,13 @@ from dejavu.engine.interface import Engine
 from dejavu.generation.engine_cache import KEPT, weights_state
 from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
+from dejavu.loading import load
 from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig, part_config
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import load
 from dejavu.quality.evaluate import evaluate
 from dejavu.quality.resume import PartStore
 
@@ -224,7 +224,7 @@ def test_rounded_weights(folder: Path, dtype: str, limit: float) -> None:
 
 def test_names_of_bundled_models_and_adapters(folder: Path, tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer, monkeypatch) -> None:
     monkeypatch.setattr("dejavu.model.bundle.MODELS_FOLDER", tmp_path)
-    monkeypatch.setattr("dejavu.opening.MODELS_FOLDER", tmp_path)
+    monkeypatch.setattr("dejavu.loading.MODELS_FOLDER", tmp_path)
     write_bundle(tiny("opt"), tokenizer, tmp_path / "mine")
     mine = load("mine")
     assert mine.name == "mine" and mine.adapter is None

@@ -21,7 +21,7 @@ RANKS = (
     {"loadtest", "report"},
     {"offline_methods"},
     {"language_model"},
-    {"attached", "conversation", "opening", "serve"},
+    {"attached", "conversation", "loading", "serve"},
     {"harness"},
     {"__init__"},
     {"cli"},

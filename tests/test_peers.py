@@ -19,10 +19,10 @@ from dejavu.bench.peers.cpu import CTranslate2Peer, TransformersPeer, open_peers
 from dejavu.bench.peers.llama_cpp import LlamaCppPeer
 from dejavu.bench.variants import Peer, check_peer
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
-from dejavu.opening import load
 from test_cli import call, obj, work
 from test_engine import ids_of
 

@@ -16,11 +16,11 @@ from dejavu import figures
 from dejavu.cli.generation import generate
 from dejavu.config import MAX_NEW_TOKENS
 from dejavu.language_model import LanguageModel
+from dejavu.loading import load
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.train_config import TrainConfig
-from dejavu.opening import load
 from dejavu.quality.tasks import read_items
 from test_language_model import TEXT, make_adapter
 

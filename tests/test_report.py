@@ -377,7 +377,7 @@ def test_maps_fit_the_page_or_say_that_they_scroll(results: dict[str, Any]) -> N
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
     """Everything that may run without a report, in a fresh interpreter."""
-    modules = "dejavu, dejavu.cli.main, dejavu.opening, dejavu.report.demo, dejavu.report.report"
+    modules = "dejavu, dejavu.cli.main, dejavu.loading, dejavu.report.demo, dejavu.report.report"
     code = f"import sys, {modules}; print('matplotlib' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

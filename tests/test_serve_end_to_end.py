@@ -16,9 +16,9 @@ import torch
 import dejavu
 from conftest import Brute, Tiny
 from dejavu.language_model import LanguageModel
+from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import load
 from dejavu.serve.api.app import create_app
 from dejavu.serve.api.requests import served_by
 from dejavu.serve.api.vocabulary import Vocabulary

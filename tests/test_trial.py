@@ -13,11 +13,11 @@ from conftest import Tiny
 from dejavu.bench.trial import DENSITIES, TrialRow, advise, memory_needed, trial, ways, weights_of
 from dejavu.cli import trial as command
 from dejavu.cli.main import run
+from dejavu.loading import bundled_adapter_of, bundled_adapters
 from dejavu.model.bundle import MODELS_FOLDER, export
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.opening import bundled_adapter_of, bundled_adapters
 from test_language_model import TEXT
 from test_offline import random_ids
 

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from dejavu.figures import Evaluation, Profile, Training
     from dejavu.generation.generation import GeneratedText, Generation
     from dejavu.language_model import LanguageModel
+    from dejavu.loading import load
     from dejavu.model.adapter import Adapter
-    from dejavu.opening import load
 
 __all__ = [
     "Adapter", "Evaluation", "GeneratedText", "Generation", "LanguageModel", "Profile", "SamplingConfig", "Training", "__version__",
     "attach", "detach", "load",
 ]  # fmt: skip
 
-_LAZY = {"load": "dejavu.opening", "LanguageModel": "dejavu.language_model", "Adapter": "dejavu.model.adapter"}
+_LAZY = {"load": "dejavu.loading", "LanguageModel": "dejavu.language_model", "Adapter": "dejavu.model.adapter"}
 _LAZY |= {"attach": "dejavu.attached", "detach": "dejavu.attached", "SamplingConfig": "dejavu.config"}
 _LAZY |= dict.fromkeys(("Evaluation", "Profile", "Training"), "dejavu.figures")
 _LAZY |= dict.fromkeys(("GeneratedText", "Generation"), "dejavu.generation.generation")

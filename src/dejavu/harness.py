@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dejavu.config import Progress, require
 from dejavu.language_model import LanguageModel
-from dejavu.opening import load
+from dejavu.loading import load
 from dejavu.quality.perplexity import MaskedSelections
 from dejavu.quality.tasks import Request, encode_pair, first_token, make_request, score_requests
 

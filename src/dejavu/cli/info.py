@@ -12,8 +12,8 @@ def info(as_json: AsJson = False) -> None:
 
     from dejavu.bench.rows import device_name, versions
     from dejavu.engine.backends import backends, pick_backend
+    from dejavu.loading import bundled_adapters
     from dejavu.model.bundle import bundled_models
-    from dejavu.opening import bundled_adapters
 
     out = Output(as_json)
     result = {

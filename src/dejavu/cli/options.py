@@ -13,7 +13,7 @@ from dejavu.cli.output import Output
 
 if TYPE_CHECKING:
     from dejavu.language_model import LanguageModel
-    from dejavu.opening import BeforeWeights
+    from dejavu.loading import BeforeWeights
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or adapter, a folder, a GGUF file, or a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout and nothing else there.")]
@@ -72,7 +72,7 @@ def open_model(
     from dejavu.cli.accept import accept, check_own
     from dejavu.cli.asking import consent, interruptible
     from dejavu.config import require
-    from dejavu.opening import load
+    from dejavu.loading import load
 
     require(not (dense and adapter is not None), "--dense ignores the adapter that --adapter names; give one of the two")
     require(not (accept_base and adapter is None), "--accept-base needs --adapter DIR, the adapter that is to accept this model")

@@ -70,7 +70,7 @@ def serve(
     check_extra()
     from dejavu.config import require
     from dejavu.files import read_text
-    from dejavu.opening import bundled_adapters
+    from dejavu.loading import bundled_adapters
     from dejavu.serve.api.app import create_app
     from dejavu.serve.api.requests import served_by
     from dejavu.serve.api.server import bound_socket, is_local, new_server, url_of

@@ -121,7 +121,7 @@ def made_up(
     from dejavu.bench.models.random import shape_of
     from dejavu.config import require
     from dejavu.engine.backends import BACKEND_DTYPES, check_screen, pick_backend, pick_cache_dtype
-    from dejavu.opening import set_threads
+    from dejavu.loading import set_threads
 
     picked = pick_backend(options.backend, dtype="int8" if options.dtype == "auto" else options.dtype)
     usual = "fp16" if picked == "cuda" else "int8" if "int8" in BACKEND_DTYPES[picked] else "fp32"

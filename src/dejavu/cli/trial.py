@@ -45,8 +45,8 @@ def trial(
 ) -> None:
     """Time MODEL dense and in every way to select that needs no training, with what each costs in quality; advice at the end."""
     from dejavu.bench.trial import TOKENS, trial
+    from dejavu.loading import bundled_adapter_of
     from dejavu.model.texts import DATA, named_texts
-    from dejavu.opening import bundled_adapter_of
     from dejavu.quality.evaluate import scored_part
 
     out = Output(as_json)
