@@ -35,9 +35,8 @@ from dejavu.offline.adapt.student import Student, choose_lookaheads, residual_co
 from dejavu.offline.adapt.training import AdaptConfig, Trainer
 from dejavu.quality.perplexity import MaskedSelections
 from dejavu.quality.tasks import Request, score_requests
+from helpers.texts import LONG_TEXT
 
-WORDS = "the cat sat on the mat and then the other cat ran to the hat there that the man had on his hand in the end\n"
-TEXT = "".join(WORDS[7 * i % 50 :] for i in range(120))
 CONFIG = AdaptConfig(
     density=0.3, rank=6, lora_rank=3, steps=8, batch=4, micro_batch=2, length=16, warmup=2, learning_rate=5e-3, lookahead_cosine=0.5
 )
@@ -133,7 +132,7 @@ def test_a_student_with_an_activation_is_masked_by_its_zeros(tiny: Tiny, family:
 
 def test_an_activation_is_steered_stored_and_used(checkpoint: Checkpoint, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, activation="relu", density=0.25, steps=120, learning_rate=1e-2)
-    found = adapt(checkpoint, [TEXT], config, text_hash="t" * 64, folder=tmp_path / "run")
+    found = adapt(checkpoint, [LONG_TEXT], config, text_hash="t" * 64, folder=tmp_path / "run")
     assert found is not None
     adapter, result = found
     assert result["mlp_density"] == pytest.approx(0.25, abs=0.08) and all(layer["lookahead"] is None for layer in result["layers"])
@@ -183,7 +182,7 @@ def test_divergence_is_kl_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def windows_of(config: AdaptConfig, tokenizer: Tokenizer) -> Mixture:
-    return Mixture(Windows(tokenized(tokenizer, [TEXT]), config.length, config.seed))
+    return Mixture(Windows(tokenized(tokenizer, [LONG_TEXT]), config.length, config.seed))
 
 
 def trainer_of(checkpoint: Checkpoint, config: AdaptConfig, lookahead_L: tuple[int, ...] = (0, 1, 1)) -> Trainer:
@@ -238,7 +237,7 @@ def test_the_whole_road(checkpoint: Checkpoint, tmp_path: Path) -> None:
     model, before = checkpoint.model, {n: p.clone() for n, p in checkpoint.model.named_parameters()}
     config = dataclasses.replace(CONFIG, chat_share=0.3)
     options = {"text_hash": "t" * 64, "folder": tmp_path / "run", "chat_tokens": 300}
-    found = adapt(checkpoint, [TEXT], config, **options)
+    found = adapt(checkpoint, [LONG_TEXT], config, **options)
     assert found is not None
     adapter, result = found
     adapter.save(tmp_path / "adapter")
@@ -266,10 +265,10 @@ def test_the_whole_road(checkpoint: Checkpoint, tmp_path: Path) -> None:
         assert torch.equal(parameter, before[name]), name
     assert result["kl"] > 0 and result["ppl_dense"] > 1 and loaded.config.quality["ppl_sparse"] == result["ppl_sparse"]
     assert result["mlp_density"] == pytest.approx(np.mean([layer["density"] for layer in result["layers"]]))
-    again = adapt(checkpoint, [TEXT], config, **options)  # finished: only measured again
+    again = adapt(checkpoint, [LONG_TEXT], config, **options)  # finished: only measured again
     assert again is not None and again[1]["kl"] == result["kl"] and again[1]["steps"] == 8
     with pytest.raises(ValueError, match="density is 0.3 there and 0.2 here"):
-        adapt(checkpoint, [TEXT], dataclasses.replace(config, density=0.2), **options)
+        adapt(checkpoint, [LONG_TEXT], dataclasses.replace(config, density=0.2), **options)
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Any]], object], checkpoint: Checkpoint) -> Adapter:
@@ -329,8 +328,8 @@ def test_windows_come_once_a_pass_and_never_from_the_held_out() -> None:
 
 def test_tokens_of_pieces_are_those_of_documents(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dejavu.offline.adapt.corpus.PIECE", 30)
-    assert "".join(pieces(TEXT)) == TEXT and len(list(pieces(TEXT))) > 10
-    lines = TEXT.splitlines(keepends=True)[:6]
+    assert "".join(pieces(LONG_TEXT)) == LONG_TEXT and len(list(pieces(LONG_TEXT))) > 10
+    lines = LONG_TEXT.splitlines(keepends=True)[:6]
     expected = [token for line in lines for token in tokenizer.encode(line)]
     assert tokenized(tokenizer, lines).tolist() == expected
 
@@ -403,5 +402,5 @@ def test_on_a_gpu_training_is_that_of_the_cpu(checkpoint: Checkpoint, tmp_path: 
         here, there = usual.train_step(), (first if step < 3 else second).train_step()
         assert there.kl == pytest.approx(here.kl, rel=limit) and there.density == pytest.approx(here.density, abs=limit)
     options = {"text_hash": "t" * 64, "folder": tmp_path / "run", "device": "cuda", "chat_tokens": 300}
-    found = adapt(checkpoint, [TEXT], dataclasses.replace(config, chat_share=0.3), **options)
+    found = adapt(checkpoint, [LONG_TEXT], dataclasses.replace(config, chat_share=0.3), **options)
     assert found is not None and found[1]["kl"] > 0 and next(checkpoint.model.parameters()).device.type == "cpu"

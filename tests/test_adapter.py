@@ -20,52 +20,15 @@ from conftest import Tiny
 from dejavu.config import ModelConfig
 from dejavu.files import write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
-from dejavu.model.adapter import Adapter, quantized
-from dejavu.model.adapter_config import AdapterConfig, GateConfig, InputConfig, InputsConfig, LayerConfig, PartConfig, part_config
+from dejavu.model.adapter import Adapter
+from dejavu.model.adapter_config import AdapterConfig, InputsConfig, LayerConfig, part_config
 from dejavu.model.bundle import bundled_folder
 from dejavu.model.checkpoint import read_config
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.selectors import POINTS, GateThreshold
+from dejavu.model.predictor import LayerAdapter
+from helpers.adapters import predictor, varied_adapter, without_predictors
 
 LAYERS = 12
-
-
-def predictor(outputs: int, *, layer: int, lookahead: int = 0, rank: int = 5) -> Predictor:
-    """Random, quantized; its biases are the layer's index."""
-    generator = torch.Generator().manual_seed(layer)
-    A_RD, B_OR = torch.randn(rank, 32, generator=generator), torch.randn(outputs, rank, generator=generator)
-    bias_O = torch.full((outputs,), float(layer))
-    return quantized(Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=bias_O, threshold=0.1 * layer + 1e-9, lookahead=lookahead))
-
-
-def make_adapter(model: ModelConfig, base_hash: str) -> Adapter:
-    """Layer 3 has a dense MLP, heads are predicted in odd layers; MLP predictors look ahead from layer 1 on."""
-    layers = tuple(
-        LayerAdapter(
-            mlp=None if i == 3 else predictor(model.intermediate_size, layer=i, lookahead=min(i, 2)),
-            heads=predictor(model.num_kv_heads, layer=i, lookahead=1, rank=3) if i % 2 else None,
-        )
-        for i in range(model.num_layers)
-    )
-
-    def part(held: Predictor | None) -> PartConfig | None:
-        return None if held is None else part_config(held, density=0.125, recall=0.9, mass=0.99)
-
-    config = AdapterConfig(
-        base_id="tiny-opt",
-        base_hashes=(base_hash,),
-        method="predicted",
-        budget=0.005,
-        calibration_text_hash="c" * 64,
-        calibration_max_tokens=600,
-        quality={"ppl_dense": 20.0, "ppl_sparse": 20.05},
-        mlp_density=0.2,
-        head_density=0.75,
-        seed=7,
-        layers=tuple(LayerConfig(layer=i, mlp=part(layer.mlp), heads=part(layer.heads)) for i, layer in enumerate(layers)),
-    )
-    return Adapter(layers=layers, config=config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +56,7 @@ class Case:
 @pytest.fixture
 def case(tmp_path: Path, tiny: Tiny) -> Case:
     model = tiny("opt", num_layers=LAYERS)
-    adapter = make_adapter(model.config, model_hash(model))
+    adapter = varied_adapter(model.config, model_hash(model))
     adapter.save(tmp_path / "adapter")
     return Case(model.config, model_hash(model), tmp_path / "adapter", adapter)
 
@@ -160,7 +123,7 @@ def test_another_model_is_refused_naming_both_hashes(case: Case, tiny: Tiny, tmp
 
 def test_swapped_manifests_of_two_models(case: Case, tiny: Tiny, tmp_path: Path) -> None:
     other = tiny("opt", num_layers=LAYERS, seed=1)
-    make_adapter(case.model, model_hash(other)).save(tmp_path / "other")
+    varied_adapter(case.model, model_hash(other)).save(tmp_path / "other")
     (case.folder / "config.json").write_text((tmp_path / "other" / "config.json").read_text())
     with pytest.raises(ValueError, match=r"belongs to tiny-opt with base hash"):
         case.load()
@@ -228,29 +191,6 @@ def test_what_was_measured_is_what_is_stored(case: Case) -> None:
 
 
 # Selection without predictors
-
-
-def without_predictors(method: str, model: ModelConfig, base_hash: str) -> Adapter:
-    """Layer 0 is dense; input leaves a point out in every other layer."""
-
-    def layer(index: int) -> LayerConfig:
-        if index == 0:
-            return LayerConfig(layer=0)
-        if method == "input":
-            points = {point: InputConfig(threshold=0.1 * index + 1e-9, density=0.5) for at, point in enumerate(POINTS) if at != index % 8}
-            return LayerConfig(layer=index, inputs=InputsConfig(**points))
-        return LayerConfig(layer=index, gate=GateConfig(threshold=0.0 if method == "exact" else 0.1 * index, density=0.25, mass=0.99))
-
-    entries = tuple(layer(index) for index in range(model.num_layers))
-    layers = tuple(
-        LayerAdapter(
-            gate=None if entry.gate is None else GateThreshold(threshold=entry.gate.threshold),
-            inputs=None if entry.inputs is None else entry.inputs.thresholds(),
-        )
-        for entry in entries
-    )
-    config = dataclasses.replace(make_adapter(model, base_hash).config, method=method, layers=entries)
-    return Adapter(layers=layers, config=config)
 
 
 @pytest.fixture(params=["exact", "gate", "input"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import dejavu
 from dejavu.generation import engine_cache as idle
 from dejavu.model.bundle import export
-from test_other_families import SIZES, reference_of
+from helpers.transformers_models import SIZES, reference_of
 
 PROMPT = torch.tensor([[2, 5, 7, 11, 13, 17]])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,56 +16,13 @@ from dejavu.bench.rows import Row
 from dejavu.bench.variants import DENSE_VARIANT, Peer, Variant, export_name
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.model.transformer import Transformer
-from standins import GPU_NAME, CudaStandIn, cuda
-from test_engine import ids_of, random_layers
-from test_native import needs_library
+from helpers.engines import ids_of, random_layers
+from helpers.native import needs_library
+from helpers.peers import FakeClock, FakePeer
+from helpers.standins import GPU_NAME, CudaStandIn
 
-__all__ = ["cuda"]  # fixtures
 IDS = ids_of(7, 60)
 SIZES: dict[str, Any] = {"name": "tiny", "backend": "torch", "context": 9, "steps": 7}
-
-
-class FakePeer:
-    """A peer that answers with the forward pass of a model; `tick` is called by each step, and what it was asked is kept."""
-
-    def __init__(
-        self, model: Transformer, *, name: str = "tiny", mode: str = "transformers", dtype: str = "fp32", error: float = 0.0
-    ) -> None:
-        self.mode, self.dtype, self.model, self.version, self.threads, self.device = mode, dtype, name, "1.2.3", 1, "cpu"
-        self.error, self.silent, self.closed = error, False, False
-        self.reference, self.ids = model, list[int]()
-        self.asked: list[list[int]] = []
-        self.clock: FakeClock | None = None
-
-    def prefill(self, ids: Sequence[int]) -> None:
-        self.ids = list(ids)
-        if self.clock is not None:
-            self.clock.now += 0.5
-
-    def step(self, token_id: int) -> Tensor | None:
-        self.ids.append(token_id)
-        self.asked.append(list(self.ids))
-        if self.clock is not None:
-            self.clock.now += 0.25
-        logits_V = self.reference(torch.tensor([self.ids]))[0, -1]
-        return None if self.silent else logits_V + self.error * torch.randn(logits_V.shape, generator=torch.Generator().manual_seed(1))
-
-    def logits(self, ids: Sequence[int]) -> Tensor | None:
-        return None if self.silent else self.reference(torch.tensor([list(ids)]))[0]
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class FakeClock:
-    """Moves by a microsecond whenever it is asked, and by what a peer says it took."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1e-6
-        return self.now
 
 
 def variants(model: Transformer) -> list[Variant]:

@@ -29,11 +29,11 @@ from dejavu.loadtest.server_stats import LeakReport, pick_models
 from dejavu.loadtest.workload import Load, Mix
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
-from fake_openai import Answer, FakeServer, running
-from test_cli_errors import ENVIRONMENT
-from test_serving_load import PROMPTS, TEXT, load, replied
+from helpers.command_line import ENVIRONMENT
+from helpers.fake_openai import Answer, FakeServer, running
+from helpers.loads import PROMPTS, TEXT, load, replied
 
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_openai.py")))
+FAKE = (sys.executable, str(Path(__file__).parent / "helpers" / "fake_openai.py"))
 
 
 def asked(server: FakeServer, *, chat: bool = False, tokens: int = 4, timeout_s: float = 20.0, **options: Any) -> Reply:

@@ -23,7 +23,7 @@ from dejavu.model.checkpoint import resolve_model
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.hub import PACKAGED
 from dejavu.model.tokenizer import Tokenizer
-from test_adapter import make_adapter
+from helpers.adapters import varied_adapter
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19, 23, 29]])
 FAMILIES = [
@@ -109,7 +109,7 @@ def test_an_export_takes_its_adapter_along(tmp_path: Path, tiny: Tiny, tokenizer
     write_bundle(tiny("opt"), tokenizer, tmp_path / "bundled")
     bundled = open_fp32(tmp_path / "bundled")
     assert bundled.adapter_folder is None
-    make_adapter(bundled.config, bundled.base_hash).save(tmp_path / "bundled" / "adapter")
+    varied_adapter(bundled.config, bundled.base_hash).save(tmp_path / "bundled" / "adapter")
     folder = bundled.adapter_folder
     assert folder is not None and folder == tmp_path / "bundled" / "adapter"
     adapter = Adapter.load(folder, model=bundled.config, base_hash=bundled.base_hash)
@@ -138,7 +138,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, tiny: Tiny, token
     monkeypatch.setattr(bundle, "model_hash", fail)
     model = tiny("opt")
     with pytest.raises(KeyboardInterrupt):
-        export(model, tokenizer, tmp_path / "hf", adapter=make_adapter(model.config, "0" * 64))
+        export(model, tokenizer, tmp_path / "hf", adapter=varied_adapter(model.config, "0" * 64))
     assert list(tmp_path.iterdir()) == []
 
 

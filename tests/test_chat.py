@@ -25,7 +25,7 @@ from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.template import rendered
 from dejavu.model.tokenizer import Tokenizer
-from test_language_model import make_adapter
+from helpers.adapters import make_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + TEMPLATE

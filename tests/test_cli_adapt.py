@@ -19,8 +19,8 @@ from dejavu.model.bundle import export
 from dejavu.model.predictor import MaskedSelection
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.adapt.training import Trainer
-from test_adapt import TEXT
-from test_native import needs_library
+from helpers.native import needs_library
+from helpers.texts import LONG_TEXT
 
 ADAPT = (
     *("adapt", "model", "--text", "text.txt", "-o", "adapter", "--density", "0.3", "--rank", "6", "--lora-rank", "3", "--batch", "4"),
@@ -33,7 +33,7 @@ def work(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFact
     """A folder with a tiny gated model and a text."""
     path = tmp_path_factory.mktemp("adapt")
     export(tiny("llama", num_layers=3, intermediate_size=96), tokenizer, path / "model")
-    (path / "text.txt").write_text(TEXT)
+    (path / "text.txt").write_text(LONG_TEXT)
     return path
 
 

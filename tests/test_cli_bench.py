@@ -19,12 +19,11 @@ from dejavu.bench.variants import Peer
 from dejavu.cli.main import run
 from dejavu.config import ModelConfig
 from dejavu.loading import load
-from standins import GPU_NAME, CudaStandIn, cuda
-from test_bench import FakePeer
-from test_cli import call, obj, work
-from test_native import needs_library
+from helpers.command_line import obj
+from helpers.native import needs_library
+from helpers.peers import FakePeer
+from helpers.standins import GPU_NAME, CudaStandIn
 
-__all__ = ["call", "cuda", "work"]  # fixtures
 assert cuda_peers  # before `peers.cpu` replaces a module that it imports
 SHORT = ("--steps", "6", "--context", "16")
 

@@ -16,17 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import dejavu
 from conftest import Tiny
 from dejavu.cli import main
 from dejavu.cli.main import run
 from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
-from test_language_model import PROMPT, TEXT, make_adapter
+from helpers.adapters import make_adapter
+from helpers.command_line import ENVIRONMENT
+from helpers.texts import PROMPT, TEXT
 
 GENERATE = ("generate", "model", "-p", PROMPT)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from dejavu.config import SamplingConfig
 from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
-from fake_worker import DEADLINE_S
-from test_cli_errors import ENVIRONMENT
-from test_language_model import make_adapter
+from helpers.adapters import make_adapter
+from helpers.command_line import ENVIRONMENT
+from helpers.fake_worker import DEADLINE_S
 
 TEMPLATE = "{{ messages[0].content }}"
 

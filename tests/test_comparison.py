@@ -20,6 +20,7 @@ from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.quality import perplexity
 from dejavu.quality.perplexity import half_windows
+from helpers.adapters import varied_adapter
 
 VOCAB, BOS, CONTEXT = 23, 2, 12
 ABOUT = {"name": "tiny", "backend": "torch", "dtype": "fp32", "cache_dtype": "fp32", "adapter": "0123"}
@@ -94,10 +95,9 @@ def test_another_program_is_measured_alike(tiny: Tiny, passage: Passage) -> None
 
 def test_a_digest_names_what_an_adapter_does(tiny: Tiny, tmp_path: Path) -> None:
     """Other thresholds, other values: another digest. Another base, another card: the same. It survives saving."""
-    from test_adapter import make_adapter
 
     model = tiny("opt")
-    adapter = make_adapter(model.config, "hash")
+    adapter = varied_adapter(model.config, "hash")
     assert len(adapter.digest) == 16 and adapter.with_base("other").digest == adapter.digest
     adapter.save(tmp_path / "adapter")
     assert Adapter.load(tmp_path / "adapter", model=model.config, base_hash="hash").digest == adapter.digest

@@ -16,8 +16,9 @@ from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token
 from dejavu.kernels.cuda.rows import combine_rows
 from dejavu.kernels.cuda.select import select_definition
 from dejavu.model.layers import rotate
-from kernel_memory import Memory, check_rule, poisoned_rows
-from test_cuda_kernels import BF16, DEVICES, FP16, FP32, check_list, neuron_scores, with_room
+from helpers.cuda import DEVICES
+from helpers.kernel_memory import Memory, check_rule, poisoned_rows
+from helpers.kernels import BF16, FP16, FP32, check_list, neuron_scores, with_room
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,8 @@ from dejavu.engine.cuda.batch_step import BatchStep
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter
-from test_cuda_kernels import DEVICES
-from test_cuda_replays import on
-from test_cuda_sample import prefilled
-from test_engine import ids_of, random_layers
+from helpers.cuda import DEVICES, on, prefilled
+from helpers.engines import ids_of, random_layers
 
 
 def batch_step(engine: CudaEngine) -> BatchStep:

@@ -1,6 +1,5 @@
 """The cuda engine against the torch engine and the masked forward pass: on the CPU under Triton's interpreter, on a GPU with -m gpu."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ from conftest import Tiny
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.transformer import Transformer
-from test_engine import decode, ids_of, masked_forward, random_layers
+from helpers.cuda import DEVICES, on
+from helpers.engines import decode, ids_of, masked_forward, random_layers
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {}),
     "llama": ("llama", {}),
@@ -27,10 +26,6 @@ STEPS = 3
 def made(tiny: Tiny, name: str) -> Transformer:
     family, overrides = MODELS[name]
     return tiny(family, **overrides)
-
-
-def on(model: Transformer, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
-    return copy.deepcopy(model).to(device, dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)

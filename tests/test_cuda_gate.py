@@ -28,8 +28,9 @@ from dejavu.kernels.cuda.gate_rows import GateRows, gate_rows_bytes, select_gate
 from dejavu.kernels.cuda.mlp import programs_of
 from dejavu.kernels.cuda.mlp_rows import DownShape, UpShape, down_rows, padded_rows, shares_of
 from dejavu.kernels.sparse_mlp import MlpWeights
-from kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons
-from test_cuda_kernels import BF16, DEVICES, FP16, FP32, converted, norm_of, placed
+from helpers.cuda import DEVICES
+from helpers.kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons
+from helpers.kernels import BF16, FP16, FP32, converted, norm_of, placed
 
 INT = torch.int32
 

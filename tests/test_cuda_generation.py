@@ -23,8 +23,8 @@ from dejavu.model.bundle import export
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
-from test_cuda_engine import DEVICES, on
-from test_engine import ids_of, random_layers
+from helpers.cuda import DEVICES, on
+from helpers.engines import ids_of, random_layers
 
 
 class Stepped:

@@ -31,8 +31,9 @@ from dejavu.kernels.cuda.inputs import (
     sum_inputs_definition,
     sum_shares,
 )
-from kernel_memory import CANARY, Memory, check_rule, midway, poisoned_rows
-from test_cuda_kernels import BF16, DEVICES, FP16, FP32, converted, norm_of, placed
+from helpers.cuda import DEVICES
+from helpers.kernel_memory import CANARY, Memory, check_rule, midway, poisoned_rows
+from helpers.kernels import BF16, FP16, FP32, converted, norm_of, placed
 
 INT = torch.int32
 

@@ -1,11 +1,10 @@
 """Every kernel for one token but those of attention, against its definition: on the CPU under Triton's interpreter, on a GPU with -m gpu.
 
-The rule and the poisoned memory are those of kernel_memory.py. Rows of what is not selected are NaN, and so is the memory around
+The rule and the poisoned memory are those of helpers/kernel_memory.py. Rows of what is not selected are NaN, and so is the memory around
 everything that is read. Norms and biases are such that every neuron fires.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dejavu.kernels.cuda.common import GridShape, NormWeights, Side, multiprocessors, norm_definition
+from dejavu.kernels.cuda.common import GridShape, Side, multiprocessors, norm_definition
 from dejavu.kernels.cuda.mlp import mlp_token, mlp_token_definition, programs_of
 from dejavu.kernels.cuda.project import (
     GroupScores,
@@ -25,35 +24,11 @@ from dejavu.kernels.cuda.project import (
     side_definition,
 )
 from dejavu.kernels.cuda.read import read_buffer
-from dejavu.kernels.cuda.select import NeuronScores, order_list, select_definition, select_token
+from dejavu.kernels.cuda.select import order_list, select_definition, select_token
 from dejavu.kernels.sparse_mlp import MlpWeights
-from kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons, poisoned_rows
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def converted(value: Any, dtype: torch.dtype) -> Any:
-    """A dataclass of weights with its floating-point tensors in another dtype."""
-    found = {field.name: getattr(value, field.name) for field in fields(value)}
-    return replace(value, **{k: v.to(dtype) for k, v in found.items() if isinstance(v, Tensor) and v.is_floating_point()})
-
-
-def placed(value: Any, memory: Memory) -> Any:
-    """A dataclass of weights, given to a kernel."""
-    found = {field.name: getattr(value, field.name) for field in fields(value)}
-    return replace(value, **{k: memory.given(v) for k, v in found.items() if isinstance(v, Tensor)})
-
-
-def norm_of(memory: Memory, size: int, *, rms: bool, affine: bool) -> NormWeights:
-    """A LayerNorm's bias of 3 makes what it gives positive."""
-    weight_D = memory.normal(size, scale=0.1) + 0.5 if affine else None
-    bias_D = memory.normal(size, scale=0.1) + 3 if affine and not rms else None
-    return NormWeights(weight=weight_D, bias=bias_D, eps=1e-5, rms=rms)
-
-
-def side_of(memory: Memory, rows: int, size: int) -> Side:
-    return Side(matrix=memory.int8(rows, size), scale=memory.positive(rows).float() / 127 + 0.01, out=torch.empty(0))
+from helpers.cuda import DEVICES
+from helpers.kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons, poisoned_rows
+from helpers.kernels import BF16, FP16, FP32, check_list, converted, neuron_scores, norm_of, placed, side_of, with_room
 
 
 def check_side(side: Side, plain_x_D: Tensor, x_D: Tensor, dtype: torch.dtype, memory_side: Side) -> None:
@@ -296,29 +271,6 @@ def test_project_token_for_side_rows_alone(device: str) -> None:
     assert out.isnan().all()
     x_D = norm_definition(y_D.double() + delta_D.double(), converted(norm, torch.float64))
     check_side(side, norm_definition(y_D + delta_D, norm), x_D, FP32, given_side)
-
-
-def neuron_scores(memory: Memory, neurons: int, rank: int, count: int, *, int8: bool) -> NeuronScores:
-    """Scores of which so many exceed the threshold; on the CPU, without room for the list."""
-    matrix = memory.int8(neurons, rank) if int8 else memory.normal(neurons, rank)
-    scores = NeuronScores(
-        matrix=matrix, scale=memory.positive(neurons).float() / (127 if int8 else 1), bias=memory.normal(neurons, dtype=FP32),
-        threshold=torch.zeros(1), h=memory.normal(rank, dtype=FP32), neurons=torch.empty(0), count=torch.empty(0),
-    )  # fmt: skip
-    score_F = (matrix.float() @ scores.h) * scores.scale + scores.bias
-    return replace(scores, threshold=torch.tensor([midway(score_F, count)]))
-
-
-def with_room(scores: NeuronScores, memory: Memory) -> NeuronScores:
-    count = memory.room(1, dtype=torch.int32, holds=0.0)
-    return replace(placed(scores, memory), neurons=memory.room(scores.matrix.shape[0], dtype=torch.int32), count=count)
-
-
-def check_list(scores: NeuronScores, wanted: list[int]) -> None:
-    """The list in any order; what lies behind it was not written."""
-    count = len(wanted)
-    assert scores.count.item() == count
-    assert sorted(scores.neurons[:count].tolist()) == wanted and set(scores.neurons[count:].tolist()) <= {CANARY}
 
 
 SELECTIONS = [

@@ -19,11 +19,10 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds
 from dejavu.model.transformer import Selection, Transformer
-from kernel_memory import check_rule
-from test_cuda_engine import DEVICES, on
-from test_cuda_replays import Recorded
-from test_engine import decode, ids_of, random_layers
-from test_methods import gate_layers, input_layers
+from helpers.cuda import DEVICES, Recorded, on
+from helpers.engines import decode, ids_of, random_layers
+from helpers.kernel_memory import check_rule
+from helpers.thresholds import gate_layers, input_layers
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {}),

@@ -27,8 +27,9 @@ from dejavu.kernels.cuda.mlp_rows import down_rows, mlp_rows, mlp_rows_definitio
 from dejavu.kernels.cuda.project import GroupScores, project_token, project_token_definition
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.sparse_mlp import MlpWeights
-from kernel_memory import check_rule
-from test_cuda_kernels import DEVICES, FP16, FP32
+from helpers.cuda import DEVICES
+from helpers.kernel_memory import check_rule
+from helpers.kernels import FP16, FP32
 
 MAP_NORESERVE = 0x4000  # of Linux; mmap has the name from Python 3.13 on
 NORM = NormWeights(weight=None, bias=None, eps=1e-5, rms=True)

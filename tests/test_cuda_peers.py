@@ -13,8 +13,8 @@ from dejavu.bench.peers.cuda import TransformersViews, network_of_views, open_vi
 from dejavu.bench.variants import check_peer
 from dejavu.config import RopeConfig
 from dejavu.model.families import FAMILIES, is_transposed
-from test_engine import ids_of
-from test_peers import closing, forward
+from helpers.engines import ids_of
+from helpers.peers import closing, forward
 
 IDS = ids_of(7, 90)
 LLAMA3 = RopeConfig(type="llama3", factor=4.0, original_max_positions=32)

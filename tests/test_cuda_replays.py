@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -21,13 +20,12 @@ from dejavu.bench.models.planted import plant, planted_model
 from dejavu.bench.models.random import random_ids, shape_of
 from dejavu.config import ModelConfig
 from dejavu.engine.cuda.engine import CudaEngine
-from dejavu.engine.interface import LayerSelection
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter
-from dejavu.model.transformer import LayerInputs, Selection, Transformer
-from kernel_memory import check_rule
-from test_cuda_engine import on
-from test_engine import ids_of, random_layers
+from dejavu.model.transformer import Transformer
+from helpers.cuda import Recorded, on
+from helpers.engines import ids_of, random_layers
+from helpers.kernel_memory import check_rule
 
 THRESHOLDS = (1e9, 0.0, -1e9, 0.3)  # nothing (of heads: the best group), some, everything, fewer
 
@@ -114,29 +112,6 @@ def test_a_graph_gives_what_its_kernels_give(tiny: Tiny, device: str, steps: int
         lengths.append(graph.length(0))
     assert len(counts) > 2 and len(set(lengths)) == min(steps, 50)
     assert without_graph == steps and (device == "cpu" or graph.nodes() is not None)
-
-
-class Recorded(Selection):
-    """The selections that an engine recorded for the tokens of one sequence, [T] by layer, applied to a forward pass over it."""
-
-    def __init__(self, tokens: Sequence[Sequence[LayerSelection]], config: ModelConfig, device: torch.device) -> None:
-        layers = list(zip(*tokens, strict=True))
-        self.neurons_LTF = [_mask([part.neurons_A for part in layer], config.intermediate_size, device) for layer in layers]
-        self.heads_LTH = [_mask([part.heads_A for part in layer], config.num_heads, device) for layer in layers]
-
-    def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
-        return torch.where(self.heads_LTH[layer][None, :, :, None], mixed_BTHK, 0)
-
-    def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
-        return torch.where(self.neurons_LTF[layer][None], act_BTF, 0)
-
-
-def _mask(selected: Sequence[Tensor | None], size: int, device: torch.device) -> Tensor:
-    """Bool [T, size]; all where a part ran dense."""
-    mask = torch.zeros(len(selected), size, dtype=torch.bool)
-    for row, indices in enumerate(selected):
-        mask[row, slice(None) if indices is None else indices] = True
-    return mask.to(device)
 
 
 @torch.inference_mode()

@@ -17,8 +17,9 @@ from dejavu.kernels.cuda.mlp_rows import DownShape, UpShape, mlp_rows, mlp_rows_
 from dejavu.kernels.cuda.project import GroupScores, selected_groups_definition, side_definition
 from dejavu.kernels.cuda.rows import UnionScores, group_rows, norm_rows, project_rows, select_rows, select_rows_definition
 from dejavu.kernels.sparse_mlp import MlpWeights
-from kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons, poisoned_rows
-from test_cuda_kernels import BF16, DEVICES, FP16, FP32, converted, norm_of, placed, side_of
+from helpers.cuda import DEVICES
+from helpers.kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons, poisoned_rows
+from helpers.kernels import BF16, FP16, FP32, converted, norm_of, placed, side_of
 
 INT = torch.int32
 

@@ -1,7 +1,6 @@
 """Sampling on the device, and the decode loop that feeds its tokens back: on the CPU under Triton's interpreter, on a GPU with -m gpu."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -27,8 +26,8 @@ from dejavu.kernels.cuda.sample import (
     sample_rows,
     sample_scratch,
 )
-from test_cuda_engine import DEVICES, on
-from test_engine import ids_of, random_layers
+from helpers.cuda import DEVICES, on, prefilled
+from helpers.engines import random_layers
 
 SETTINGS = ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (2.0, 40, 0.6), (1e-30, 3, 0.5), (5.0, 10**6, 1.0))
 
@@ -244,13 +243,6 @@ def test_parts_are_joined_by_token_and_by_row() -> None:
     assert later.union_NL is not None and later.union_NL[:, 0].tolist() == [0, 2, 4, 6] and beside.union_NL is None
     assert (later.fallback_layers, beside.fallback_layers) == (1, 2) and later.inputs_NBLP is None
     assert later.cpu().fallback_layers == 1, "what is no tensor stays"
-
-
-def prefilled(engine: Any) -> Any:
-    """The engine with a prompt of 4, 5 and 6 tokens in its slots, as many as it has."""
-    for slot in range(engine.info.num_slots):
-        engine.prefill(slot, ids_of(30 + slot, 4 + slot))
-    return engine
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -22,7 +22,7 @@ from dejavu.offline.train_config import TrainConfig
 from dejavu.report.activation_map import binned, firing
 from dejavu.report.demo import DATA, PROMPT, DemoSizes, demo_texts, run_demo, stated_quality
 from dejavu.report.report import read_results, render
-from test_adapter import make_adapter, without_predictors
+from helpers.adapters import varied_adapter, without_predictors
 
 SMALL = DemoSizes(
     profile_tokens=300,
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny, tokenizer: 
 @pytest.fixture(scope="module")
 def adapter(checkpoint: Checkpoint) -> Adapter:
     """Layer 0 with a predictor for neurons, layer 1 for neurons and heads."""
-    return make_adapter(checkpoint.config, checkpoint.base_hash)
+    return varied_adapter(checkpoint.config, checkpoint.base_hash)
 
 
 def demo(checkpoint: Checkpoint, adapter: Adapter | None, output: Path, **options: Any) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def test_the_picture_is_the_engines_record(checkpoint: Checkpoint, adapter: Adap
 
 
 def test_a_dense_layer_shows_what_fired(checkpoint: Checkpoint) -> None:
-    layers = tuple(type(layer)() for layer in make_adapter(checkpoint.config, checkpoint.base_hash).layers)
+    layers = tuple(type(layer)() for layer in varied_adapter(checkpoint.config, checkpoint.base_hash).layers)
     engine = make_engine(checkpoint.model, layers, backend="torch", record=True)
     text = generate_tokens(engine, checkpoint.tokenizer, [5, 6, 7], max_new_tokens=6, ignore_eos=True).result()
     data = firing(checkpoint.model, checkpoint.tokenizer, layers, [5, 6, 7], text)

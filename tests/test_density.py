@@ -13,7 +13,7 @@ from dejavu.bench.variants import variants_at, variants_of
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.selectors import GateThreshold, InputThresholds
 from dejavu.model.transformer import Transformer
-from test_engine import ids_of, random_layers
+from helpers.engines import ids_of, random_layers
 
 IDS = ids_of(3, 60)
 

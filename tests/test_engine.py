@@ -1,8 +1,7 @@
 """Decoding against the definition: one masked forward pass over the whole sequence, without a cache."""
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,68 +9,16 @@ from torch import Tensor
 
 from conftest import Tiny
 from dejavu.engine.backends import backends, make_engine, pick_backend
-from dejavu.engine.interface import Engine, StepResult
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
-
-TOKENS = 20
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "opt": ("opt", {}),
-    "opt-post-norm": ("opt", {"pre_norm": False, "final_norm": False, "embed_size": 16}),
-    "llama": ("llama", {}),
-    "llama-relu-wide-heads": ("llama", {"activation": "relu", "head_dim": 12, "num_heads": 6, "num_kv_heads": 2, "num_layers": 3}),
-}
+from helpers.engines import MODELS, TOKENS, decode, ids_of, masked_forward, predictor, random_layers
 
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest, tiny: Tiny) -> Transformer:
     family, overrides = MODELS[request.param]
     return tiny(family, **overrides)
-
-
-def ids_of(seed: int, count: int = TOKENS) -> list[int]:
-    return torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def predictor(seed: int, model: Transformer, outputs: int, lookahead: int, threshold: float = 0.0) -> Predictor:
-    generator = torch.Generator().manual_seed(seed)
-    size, rank = model.config.hidden_size, 7
-    return Predictor(
-        A_RD=torch.randn(rank, size, generator=generator) * size**-0.5,
-        B_OR=torch.randn(outputs, rank, generator=generator),
-        bias_O=torch.randn(outputs, generator=generator) * 0.3,
-        threshold=threshold,
-        lookahead=lookahead,
-    )
-
-
-def random_layers(model: Transformer, *, mlp: int | None, heads: int | None, threshold: float = 0.0) -> tuple[LayerAdapter, ...]:
-    """Random predictors of the wanted lookahead (None: dense), as far as a layer has the input for it."""
-    config = model.config
-    layers = []
-    for index in range(config.num_layers):
-        mlp_look = None if mlp is None else min(mlp, 1) if index == 0 else mlp
-        head_look = None if heads is None else 0 if index == 0 else heads
-        layers.append(
-            LayerAdapter(
-                mlp=None if mlp_look is None else predictor(10 + index, model, config.intermediate_size, mlp_look, threshold),
-                heads=None if head_look is None else predictor(20 + index, model, config.num_kv_heads, head_look, threshold),
-            )
-        )
-    return tuple(layers)
-
-
-def decode(engine: Engine, ids: Sequence[int], slot: int = 0) -> tuple[Tensor, list[StepResult]]:
-    """Logits [T, V] and results of decoding the ids one by one."""
-    steps = [engine.step([token_id], [slot]) for token_id in ids]
-    return torch.cat([step.logits_BV for step in steps]), steps
-
-
-@torch.inference_mode()
-def masked_forward(model: Transformer, layers: tuple[LayerAdapter, ...], ids: Sequence[int]) -> tuple[Tensor, MaskedSelection]:
-    selection = MaskedSelection(layers)
-    return model(torch.tensor([list(ids)]), selection)[0], selection
 
 
 class MaskRecorder(Selection):

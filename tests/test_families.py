@@ -16,8 +16,8 @@ from conftest import Tiny, open_fp32
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.families import config_from_hf, config_to_hf, foreign_targets, parameter_shapes
 from dejavu.model.layers import inverse_frequencies
+from helpers.transformers_models import IDS, saved
 
-IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19, 23, 29], [2, 31, 37, 41, 43, 47, 53, 59, 61]])
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -35,18 +35,6 @@ LLAMA3: dict[str, Any] = {
     "original_max_position_embeddings": 16,
     "rope_theta": 5e5,
 }
-
-
-def saved(model: PreTrainedModel, tokenizer: tokenizers.Tokenizer, folder: Path) -> PreTrainedModel:
-    """Random values in *every* parameter (transformers starts biases at 0 and norms at 1), saved with a tokenizer."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.normal_(centre, 0.2 if parameter.dim() == 1 else 0.3, generator=generator)
-    model.eval().save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return model
 
 
 def assert_equal_logits(folder: Path, reference: PreTrainedModel) -> Checkpoint:

@@ -24,7 +24,7 @@ from dejavu.model.checkpoint import load_checkpoint
 from dejavu.model.generation_config import generation_values, read_generation_config
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.requests import Served
-from test_language_model import make_adapter
+from helpers.adapters import make_adapter
 
 OWN, ADAPTERS = SamplingConfig(temperature=0.75, top_k=7, top_p=0.5), SamplingConfig(temperature=1.5, top_p=0.25)
 

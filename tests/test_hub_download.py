@@ -27,8 +27,9 @@ from dejavu.model.checkpoint import resolve_model
 from dejavu.model.download import Offer
 from dejavu.model.hub import adapter_folder
 from dejavu.model.tokenizer import Tokenizer
-from fake_hub import FakeHub, Repository, etag
-from test_language_model import PROMPT, make_adapter
+from helpers.adapters import make_adapter
+from helpers.fake_hub import FakeHub, Repository, etag
+from helpers.texts import PROMPT
 
 ADAPTER = ("config.json", "adapter.safetensors", "generation_config.json", "README.md")
 GENERATE = ("--backend", "torch", "-p", PROMPT, "-n", "3")

@@ -16,50 +16,21 @@ import pytest
 import torch
 
 import dejavu
-from conftest import Tiny, random_predictor
-from dejavu.config import ModelConfig
+from conftest import Tiny
 from dejavu.engine.backends import make_engine, pick_backend
 from dejavu.engine.interface import Engine
 from dejavu.generation.engine_cache import KEPT, weights_state
 from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
 from dejavu.loading import load
-from dejavu.model.adapter import Adapter, quantized
-from dejavu.model.adapter_config import AdapterConfig, LayerConfig, part_config
+from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export, write_bundle
-from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.quality.evaluate import evaluate
 from dejavu.quality.resume import PartStore
-
-PROMPT = "the cat sat on the mat"
-TEXT = " ".join(["the cat sat on the mat and then the other cat ran to the hat"] * 30)
-
-
-def make_adapter(config: ModelConfig, base_hash: str, *, threshold: float = 0.0) -> Adapter:
-    """The MLP of every layer and the heads of the last one are predicted, at random."""
-
-    def predictor(outputs: int, layer: int) -> Predictor:
-        generator = torch.Generator().manual_seed(layer)
-        return quantized(random_predictor(config.hidden_size, outputs, generator, rank=4, threshold=threshold))
-
-    count = config.num_layers
-    heads = {count - 1: predictor(config.num_kv_heads, 100)}
-    layers = tuple(LayerAdapter(mlp=predictor(config.intermediate_size, i), heads=heads.get(i)) for i in range(count))
-
-    def entry(index: int, layer: LayerAdapter) -> LayerConfig:
-        mlp, heads = (None if part is None else part_config(part, density=0.5, recall=0.9, mass=0.9) for part in (layer.mlp, layer.heads))
-        return LayerConfig(layer=index, mlp=mlp, heads=heads)
-
-    return Adapter(
-        layers=layers,
-        config=AdapterConfig(
-            base_id="tiny", base_hashes=(base_hash,), method="predicted", budget=0.005, calibration_text_hash="c" * 64,
-            quality={"ppl_dense": 20.0}, mlp_density=0.5, head_density=0.75, seed=0,
-            layers=tuple(entry(i, layer) for i, layer in enumerate(layers)),
-        ),
-    )  # fmt: skip
+from helpers.adapters import make_adapter
+from helpers.texts import PROMPT, TEXT
 
 
 @pytest.fixture(scope="module")

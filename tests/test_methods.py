@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import dejavu
@@ -22,9 +20,10 @@ from dejavu.model.bundle import export
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, column_norms
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.model.transformer import LayerInputs, Selection, Transformer
-from test_adapter import without_predictors
-from test_engine import TOKENS, decode, ids_of, masked_forward, random_layers
+from dejavu.model.transformer import Transformer
+from helpers.adapters import without_predictors
+from helpers.engines import TOKENS, decode, ids_of, masked_forward
+from helpers.thresholds import gate_layers, input_layers
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {}),
@@ -44,48 +43,6 @@ RELU = ("opt", "opt, post-norm", "llama, relu, wide heads", "llama, drelu", "fat
 def model_of(name: str, tiny: Tiny) -> Transformer:
     family, overrides = MODELS[name]
     return tiny(family, **overrides)
-
-
-class Seen(Selection):
-    """What a dense pass has at the points of every layer, and its activated gates."""
-
-    def __init__(self) -> None:
-        self.gate: dict[int, Tensor] = {}
-        self.read: dict[tuple[int, str], Tensor] = {}
-
-    def inputs(self, layer: int, point: str, x: Tensor) -> Tensor:
-        self.read[layer, point] = x
-        return x
-
-    def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
-        assert inputs.gate is not None
-        self.gate[layer] = inputs.gate
-        return act_BTF
-
-
-def seen(model: Transformer) -> Seen:
-    found = Seen()
-    with torch.inference_mode():
-        model(torch.tensor([ids_of(1)]), found)
-    return found
-
-
-def gate_layers(model: Transformer, density: float) -> tuple[LayerAdapter, ...]:
-    """Thresholds that about this share of the activated gates exceed; the last layer also predicts heads."""
-    gates = seen(model).gate
-    chosen = [LayerAdapter(gate=GateThreshold(threshold=float(gates[i].abs().quantile(1 - density)))) for i in sorted(gates)]
-    return (*chosen[:-1], dataclasses.replace(chosen[-1], heads=random_layers(model, mlp=None, heads=0)[-1].heads))
-
-
-def input_layers(model: Transformer, density: float, *, without: str | None = None) -> tuple[LayerAdapter, ...]:
-    """Thresholds that about this share of the inputs of every point exceed; `without` keeps all of its."""
-    read, layers = seen(model).read, []
-    for index, block in enumerate(model.blocks):
-        norms = column_norms(block)
-        weighed = {point: read[index, point].abs() * norms[point] for point in POINTS if point != without}
-        thresholds = {point: float(values.quantile(1 - density)) for point, values in weighed.items()}
-        layers.append(LayerAdapter(inputs=InputThresholds(**thresholds)))
-    return tuple(layers)
 
 
 def counted(steps: list[StepResult], engine: TorchEngine) -> tuple[float, float]:

@@ -6,7 +6,6 @@ Skipped only where the library is absent and could not have been built: with a C
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,32 +13,16 @@ import torch
 
 from conftest import Tiny
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native.engine import NativeEngine
 from dejavu.engine.native.weights import NATIVE_DTYPES, packed_model
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.kernels import native
 from dejavu.model.adapter import quantized
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.transformer import Transformer
-from test_engine import MODELS, decode, ids_of, random_layers
+from helpers.engines import decode, ids_of, random_layers
+from helpers.native import ISAS, MISSING, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-MISSING = native.missing_reason()
-ISAS = native.instruction_sets() if MISSING is None else []
-# How near an engine is to the same weights in fp32: what is left is how it rounds activations and cache.
-NEARNESS = {"bf16": 2e-3, "int8": 2e-3, "int4": 3e-2}
 SELECTIONS = [(None, None), (0, 0), (1, 1), (2, None), (None, 0), (2, 1)]
-# Sizes that are no multiple of any vector, and the rest of the architecture's values.
-NATIVE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **MODELS,
-    "opt-odd": ("opt", {"hidden_size": 33, "num_heads": 3, "num_kv_heads": 3, "head_dim": 11, "intermediate_size": 67, "vocab_size": 97}),
-    "opt-no-affine": ("opt", {"norm_affine": False, "tied_head": False, "num_layers": 3}),
-    "llama-odd": ("llama", {"hidden_size": 50, "head_dim": 6, "intermediate_size": 129, "vocab_size": 101, "activation": "relu2"}),
-    "llama-gelu": ("llama", {"activation": "gelu", "qkv_bias": True, "mlp_bias": True, "out_bias": True}),
-    "llama-gelu-tanh": ("llama", {"activation": "gelu_tanh", "tied_head": True, "num_kv_heads": 1}),
-    "llama-fatrelu": ("llama", {"activation": "fatrelu", "activation_threshold": 0.2}),
-    "opt-one": ("opt", {"hidden_size": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 1, "intermediate_size": 1}),
-}
 
 
 def test_the_library_is_there() -> None:
@@ -47,24 +30,10 @@ def test_the_library_is_there() -> None:
         pytest.fail(f"a C++ compiler is here but the library is not: {MISSING}")
 
 
-needs_library = pytest.mark.skipif(MISSING is not None, reason=f"the native library is absent: {MISSING}")
-
-
 @pytest.fixture(params=NATIVE_MODELS)
 def model(request: pytest.FixtureRequest, tiny: Tiny) -> Transformer:
     family, overrides = NATIVE_MODELS[request.param]
     return tiny(family, **overrides)
-
-
-def engine_of(model: Transformer, layers: Sequence[LayerAdapter] | None = None, **options: Any) -> NativeEngine:
-    values: dict[str, Any] = {"threads": 2, "page_size": 3, **options}
-    return NativeEngine(model, layers, **values)
-
-
-def rounded(model: Transformer, dtype: str = "int8") -> Transformer:
-    """The model, every matrix but the position table rounded in place: what an engine of that dtype computes with."""
-    model.round_matrices(dtype)
-    return model
 
 
 def constant_layers(model: Transformer, *, every: int) -> tuple[LayerAdapter, ...]:

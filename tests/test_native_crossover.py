@@ -9,8 +9,8 @@ from conftest import Tiny
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
-from test_engine import decode, ids_of, random_layers
-from test_native import ISAS, engine_of, needs_library
+from helpers.engines import decode, ids_of, random_layers
+from helpers.native import ISAS, engine_of, needs_library
 
 MANY, MOST = -2.0, -4.0  # thresholds that about four neurons in five pass, and nearly all
 

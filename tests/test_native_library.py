@@ -16,7 +16,7 @@ from dejavu.engine.backends import make_engine
 from dejavu.engine.native.weights import MatrixView, NativeModel
 from dejavu.kernels import native
 from dejavu.kernels.quantize import GROUP
-from test_native import needs_library
+from helpers.native import needs_library
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from dejavu.kernels import native
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, column_norms
 from dejavu.model.transformer import Block, Transformer
-from test_engine import decode, ids_of, masked_forward, random_layers
-from test_methods import gate_layers, input_layers
-from test_native import ISAS, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
+from helpers.engines import decode, ids_of, masked_forward, random_layers
+from helpers.native import ISAS, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
+from helpers.thresholds import gate_layers, input_layers
 
 METHOD_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: values for name, values in NATIVE_MODELS.items() if name != "opt-one"},

@@ -13,8 +13,8 @@ from dejavu.engine.native.engine import NativeEngine
 from dejavu.kernels import native
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import LayerInputs
-from test_engine import ids_of, random_layers
-from test_native import ISAS, engine_of, needs_library
+from helpers.engines import ids_of, random_layers
+from helpers.native import ISAS, engine_of, needs_library
 
 ROWS, PROMPT = 3, 5
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dejavu
 from conftest import open_fp32
@@ -19,21 +19,9 @@ from dejavu.model.bundle import export, write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.families import config_from_hf, config_to_hf
 from dejavu.model.predictor import MaskedSelection
-from test_engine import random_layers
-from test_families import IDS, saved
+from helpers.engines import random_layers
+from helpers.transformers_models import IDS, SIZES, reference_of, saved
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "bos_token_id": 2,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
 FALCON: dict[str, Any] = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "intermediate_size")}
 ROPES: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
@@ -98,13 +86,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     }),
     ("falcon, own head", "falcon", FALCON | {"tie_word_embeddings": False, "ffn_hidden_size": 40}),
 ]  # fmt: skip
-
-
-def reference_of(kind: str, fields: dict[str, Any]) -> PreTrainedModel:
-    config = AutoConfig.for_model(kind, **fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    assert isinstance(model, PreTrainedModel)
-    return model
 
 
 @pytest.fixture(scope="module")

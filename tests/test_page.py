@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from page_server import BINS, CUT, PAGE, Reply, answer, models, text_chunk
-from page_server import PageServer as Server
+from helpers.page_server import BINS, CUT, PAGE, Reply, answer, models, text_chunk
+from helpers.page_server import PageServer as Server
 
 STYLE = (PAGE / "style.css").read_text(encoding="utf-8")
 DENSE = [" the", " keeper", " lit", " a", " lamp", "."]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dejavu.report import plots
-from page_server import PAGE
+from helpers.page_server import PAGE
 
 FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(PAGE.iterdir())}
 HTML, STYLE, SCRIPT = FILES["index.html"], FILES["style.css"], FILES["script.js"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.model.transformer import Transformer
-from test_cli import call, obj, work
-from test_engine import ids_of
+from helpers.command_line import obj
+from helpers.engines import ids_of
+from helpers.peers import FakePeer, closing, forward
 
-__all__ = ["call", "work"]  # fixtures
 IDS = ids_of(7, 90)
 
 
@@ -37,19 +35,6 @@ def exported(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPath
     for family in ("opt", "llama"):
         export(tiny(family, max_positions=128), tokenizer, path / family)
     return {family: path / family for family in ("opt", "llama")}
-
-
-@contextmanager
-def closing(peer: Peer) -> Generator[Any]:
-    try:
-        yield peer
-    finally:
-        peer.close()
-
-
-def forward(model: Transformer, ids: Sequence[int]) -> Tensor:
-    with torch.inference_mode():
-        return model(torch.tensor([list(ids)]))[0]
 
 
 def greedy(peer: Peer, ids: Sequence[int], first: int, count: int) -> list[int]:
@@ -139,7 +124,7 @@ def test_llama_cpp(tiny: Tiny, tok96: Any, tmp_path: Path, file_type: str | None
     pytest.importorskip("llama_cpp")
     # Heads of 32 and rows of whole blocks, which its kernels and formats ask for.
     model = tiny("llama", hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32)
-    from test_gguf import write_gguf  # gguf is not on every machine that the other tests run on
+    from helpers.gguf_files import write_gguf  # gguf is not on every machine that the other tests run on
 
     write_gguf(model, tok96, tmp_path / "small.gguf")
     with closing(LlamaCppPeer(tmp_path / "small.gguf", threads=1, file_type=file_type)) as peer:
@@ -219,8 +204,6 @@ def test_a_peer_has_the_threads_it_is_faster_with(one: float, two: float, kept: 
 
 def test_tokens_that_differ_are_told_or_refused(tiny: Tiny) -> None:
     """Logits that are near enough on average but pick another token: refused in fp32, counted in int8."""
-    from test_bench import FakePeer
-
     model = tiny("opt")
 
     class Swapped(FakePeer):

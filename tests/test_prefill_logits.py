@@ -12,8 +12,8 @@ from dejavu.engine import prefill
 from dejavu.engine.interface import Engine
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.transformer import Transformer
-from test_engine import MODELS, ids_of, random_layers
-from test_native import engine_of, needs_library, rounded
+from helpers.engines import MODELS, ids_of, random_layers
+from helpers.native import engine_of, needs_library, rounded
 
 COUNT = 45  # more than a block of the native engine
 

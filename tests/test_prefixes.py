@@ -16,8 +16,8 @@ from dejavu.engine.cache import PagedCache
 from dejavu.engine.interface import Engine
 from dejavu.engine.prefixes import PagePool
 from dejavu.engine.torch_engine import TorchEngine
-from test_engine import ids_of, random_layers
-from test_native import engine_of, needs_library
+from helpers.engines import ids_of, random_layers
+from helpers.native import engine_of, needs_library
 
 SIZE, SLOTS = 2, 3  # tokens per page
 

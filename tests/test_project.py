@@ -63,6 +63,23 @@ def test_python_sources_start_with_a_docstring(tracked: list[Path]) -> None:
     assert [str(path) for path, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))] == []
 
 
+def imports_of(source: str) -> set[str]:
+    """The first part of the name of every module that a source imports, also within functions."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.split(".")[0] for name in names}
+
+
+def test_no_test_file_is_imported() -> None:
+    """What tests share lies in tests/helpers, or is a fixture."""
+    folder = Path(__file__).parent
+    tests = {path.stem for path in folder.glob("test_*.py")}
+    found = {path.name: imports_of(path.read_text(encoding="utf-8")) & tests for path in folder.rglob("*.py")}
+    assert {name: shared for name, shared in found.items() if shared} == {}
+    assert "test_project" in tests and imports_of("import test_a.b, c\ndef f():\n    from test_d import e") == {"test_a", "c", "test_d"}
+
+
 IMPORT_UNINSTALLED = """
 import importlib.metadata, sys
 find = importlib.metadata.Distribution.from_name.__func__

@@ -22,7 +22,8 @@ from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.train_config import TrainConfig
 from dejavu.quality.tasks import read_items
-from test_language_model import TEXT, make_adapter
+from helpers.adapters import make_adapter
+from helpers.texts import TEXT
 
 
 @pytest.fixture(scope="module")

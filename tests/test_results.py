@@ -8,38 +8,7 @@ from typing import Any
 import pytest
 
 from dejavu.bench.rows import Row, append_rows, commit, device_name, read_rows, versions
-
-KEYS = [
-    "op",
-    "mode",
-    "backend",
-    "model",
-    "layers",
-    "dtype",
-    "batch",
-    "context",
-    "threads",
-    "mlp_density",
-    "head_density",
-    "p20_us",
-    "p50_us",
-    "p80_us",
-    "tok_s",
-    "gbs",
-    "pct_ceiling",
-    "selection",
-    "union_density",
-    "nodes",
-    "cache_dtype",
-    "screened_head",
-    "adapter",
-    "read_share",
-    "device",
-    "versions",
-    "commit",
-    "time",
-    "synthetic",
-]
+from helpers.rows import KEYS
 
 
 def row(**changes) -> Row:

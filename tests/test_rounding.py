@@ -14,7 +14,7 @@ from dejavu.model import rounding
 from dejavu.model.bundle import export
 from dejavu.model.rounding import rounding_note
 from dejavu.model.tokenizer import Tokenizer
-from test_other_families import SIZES, reference_of
+from helpers.transformers_models import SIZES, reference_of
 
 RISES = {"int4": {"dense": 0.39, "own": 0.69}, "int8": {"dense": 0.021, "own": 0.035}}
 

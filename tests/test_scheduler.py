@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dejavu.serve.core.jobs import QueueFull, TooLong
 from dejavu.serve.core.scheduler import MAX_PASSED, QUANTUM, Claim, Plan, Scheduler
-from stub_engine import StubPool
+from helpers.stub_engine import StubPool
 
 NUMBERS = itertools.count()
 

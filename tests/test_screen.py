@@ -13,8 +13,8 @@ from dejavu.kernels.quantize import rounded as rounded_matrix
 from dejavu.kernels.screen import low_rank, screen_rank, screened_logits
 from dejavu.model.transformer import Transformer
 from dejavu.quality.head_agreement import head_agreement
-from test_engine import decode, ids_of, random_layers
-from test_native import ISAS, NATIVE_MODELS, engine_of, needs_library
+from helpers.engines import decode, ids_of, random_layers
+from helpers.native import ISAS, NATIVE_MODELS, engine_of, needs_library
 
 SHORTLIST = 17
 

@@ -4,50 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-import socket
-import struct
 from collections.abc import Iterator
-from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.app import create_app
-from fake_worker import FakeWorker, eventually, served, serving, spoken
+from helpers.clients import Caller
+from helpers.fake_worker import FakeWorker, eventually, served, serving, spoken
 
 WORDS = ("one ", "two ", "three ", "four ", "five")
-
-
-class Caller:
-    """A client with a socket of its own, which it can close in the middle of an answer."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        assert parts.hostname and parts.port
-        self._socket = socket.create_connection((parts.hostname, parts.port), timeout=20)
-        self.heard = b""
-
-    def send(self, raw: bytes) -> None:
-        self._socket.sendall(raw)
-
-    def ask(self, **fields: Any) -> None:
-        body = json.dumps({"model": "tiny", "prompt": "the cat"} | fields).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.send(head.encode() + body)
-
-    def hear(self, what: bytes) -> None:
-        """Read until something has come."""
-        while what not in self.heard:
-            part = self._socket.recv(65536)
-            assert part, self.heard
-            self.heard += part
-
-    def leave(self, *, rudely: bool = False) -> None:
-        if rudely:  # a reset in place of a goodbye
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._socket.close()
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,11 @@ from dejavu.serve.api.requests import served_by
 from dejavu.serve.api.vocabulary import Vocabulary
 from dejavu.serve.config import ServeConfig
 from dejavu.serve.core.worker import ServedModel, Worker
-from fake_worker import eventually, serving
-from stub_engine import StubModel
-from test_language_model import PROMPT, make_adapter
-from test_serve_disconnect import Caller
+from helpers.adapters import make_adapter
+from helpers.clients import Caller
+from helpers.fake_worker import eventually, serving
+from helpers.stub_engine import StubModel
+from helpers.texts import PROMPT
 
 
 class Site:

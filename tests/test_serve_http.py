@@ -19,8 +19,8 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.app import create_app
 from dejavu.serve.api.assets import FOLDER
 from dejavu.serve.core.jobs import EngineFailed, EngineState, Event, TokenInfo
-from fake_worker import FakeWorker, eventually, served, serving, spoken, summary
-from test_serve_requests import TEMPLATE, error_of
+from helpers.clients import TEMPLATE, error_of
+from helpers.fake_worker import FakeWorker, eventually, served, serving, spoken, summary
 
 KEY = "sésame"  # not ASCII: compared as bytes
 SAID = {"model": "tiny", "prompt": "the cat"}

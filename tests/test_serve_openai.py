@@ -12,8 +12,8 @@ import pytest
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.app import create_app
 from dejavu.serve.core.jobs import EngineFailed, Event, TokenInfo
-from fake_worker import FakeWorker, served, serving, spoken
-from test_serve_requests import TEMPLATE
+from helpers.clients import TEMPLATE
+from helpers.fake_worker import FakeWorker, served, serving, spoken
 
 KEY = "open-sesame"
 USER: Any = {"role": "user", "content": "the cat"}

@@ -21,12 +21,9 @@ from dejavu.serve.api.parsing import parse
 from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
 from dejavu.serve.api.requests import Asked, asked_chat, asked_completion, served_by
 from dejavu.serve.core.jobs import EngineState, Load
-from fake_worker import FakeWorker, served, serving, spoken
+from helpers.clients import TEMPLATE, error_of
+from helpers.fake_worker import FakeWorker, served, serving, spoken
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no ' + m['role']) }}{% endif %}"
-    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-)
 USER = {"role": "user", "content": "the cat"}
 
 
@@ -41,14 +38,6 @@ def client(chatty: Tokenizer) -> Iterator[httpx.Client]:
     app = create_app(served(chatty, max_choices=8), FakeWorker(lambda job: spoken("Hel", "lo")))
     with serving(app) as url, httpx.Client(base_url=url) as client:
         yield client
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error of a response, which has OpenAI's envelope and nothing else."""
-    body = response.json()
-    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
-    assert response.headers["content-type"] == "application/json" and body["error"]["message"]
-    return body["error"]
 
 
 def completion(**fields: Any) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from dejavu.serve.api.requests import Asked, Served, asked_chat, asked_completio
 from dejavu.serve.api.responses import new_answer, to_bytes
 from dejavu.serve.api.vocabulary import Vocabulary
 from dejavu.serve.core.jobs import Event, TokenInfo, TokenTrace
-from fake_worker import served, spoken, summary
-from stub_engine import byte_tokenizer
+from helpers.fake_worker import served, spoken, summary
+from helpers.stub_engine import byte_tokenizer
 
 USER = {"role": "user", "content": "the cat"}
 

@@ -18,12 +18,10 @@ from dejavu.loadtest.client import Reply
 from dejavu.loadtest.rows import Limits, ServeRow, notes_on, serve_row
 from dejavu.loadtest.run import Outcome, Segment, run_load
 from dejavu.loadtest.workload import Load, Mix, Prompts, planned_requests
-from test_results import KEYS
+from helpers.loads import PROMPTS, TEXT, load, replied
+from helpers.rows import KEYS
 
 T = TypeVar("T")
-TEXT = " ".join(f"word{number}" for number in range(4000))
-PROMPTS = Prompts(text=TEXT)
-EIGHT = Mix(lengths=(8,), shares=(1.0,))
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -50,18 +48,8 @@ def virtually(work: Callable[[VirtualLoop], Coroutine[Any, Any, T]]) -> T:
         loop.close()
 
 
-def load(**changes: Any) -> Load:
-    values: dict[str, Any] = {"prompt_tokens": EIGHT, "output_tokens": EIGHT, "concurrency": 2, "requests": 6}
-    return Load(**(values | changes))
-
-
 def open_load(**changes: Any) -> Load:
     return load(**({"rate": 10.0, "concurrency": None} | changes))
-
-
-def replied(sent: float, ended: float, **changes: Any) -> Reply:
-    values: dict[str, Any] = {"sent": sent, "ended": ended, "texts": [ended], "status": 200, "completion_tokens": 1}
-    return Reply(**(values | changes))
 
 
 class TestLoads:

@@ -23,7 +23,7 @@ from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.model.families import parameter_shapes
-from test_native import needs_library
+from helpers.native import needs_library
 
 MILLIONS = {
     "smollm2-135m": 134.5, "opt-mini": 21.3, "opt-125m": 125.2, "opt-1.3b": 1315.8, "opt-2.7b": 2651.6,

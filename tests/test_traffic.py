@@ -27,7 +27,7 @@ from dejavu.model.adapter import quantized
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds
 from dejavu.model.transformer import Transformer
-from test_native import NATIVE_MODELS, needs_library
+from helpers.native import NATIVE_MODELS, needs_library
 
 FP32 = Formats(weights="fp32", cache="fp32", vectors="fp32", int8_predictors=False)
 INT8 = Formats(weights="int8", cache="fp32", vectors="fp32", int8_predictors=True)

@@ -33,9 +33,9 @@ from dejavu.offline.split import LONGEST, split_windows, training_context
 from dejavu.offline.train import Trained, methods_of, train_adapter, train_adapters
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_plain import priced, seen_options
-from test_engine import decode
-from test_language_model import TEXT
-from test_offline import random_ids, skewed
+from helpers.engines import decode
+from helpers.offline import random_ids, skewed
+from helpers.texts import TEXT
 
 DOCUMENTS = [random_ids(500, seed) for seed in range(6)]
 

@@ -18,8 +18,8 @@ from dejavu.model.bundle import MODELS_FOLDER, export
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold
 from dejavu.model.tokenizer import Tokenizer
-from test_language_model import TEXT
-from test_offline import random_ids
+from helpers.offline import random_ids
+from helpers.texts import TEXT
 
 ENGINE = {"name": "tiny", "called": "tiny", "chatted": "tiny", "backend": "torch", "dtype": "fp32", "bos": None}
 

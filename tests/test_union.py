@@ -13,8 +13,8 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.selectors import GateThreshold
 from dejavu.model.transformer import Transformer
-from test_engine import ids_of, random_layers
-from test_native import engine_of, needs_library
+from helpers.engines import ids_of, random_layers
+from helpers.native import engine_of, needs_library
 
 NEURONS = 131  # tiles of 64 and of 16, and a rest
 MANY = -2.0  # a threshold that about four neurons in five pass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dejavu.serve.core.warm_up import LONG, PROMPT, warm_up
-from stub_engine import DrawingEngine, StubEngine, StubModel, byte_tokenizer
-from worker_jobs import failing, job, outcomes, run, serving, text_of
+from helpers.stub_engine import DrawingEngine, StubEngine, StubModel, byte_tokenizer
+from helpers.worker_jobs import failing, job, outcomes, run, serving, text_of
 
 
 class CapturingEngine(DrawingEngine):

@@ -19,8 +19,8 @@ from dejavu.serve.core.jobs import BINS, EngineFailed, Job, QueueFull, TooLong
 from dejavu.serve.core.stream import Stream
 from dejavu.serve.core.trace import token_trace
 from dejavu.serve.core.worker import Worker
-from stub_engine import CERTAIN, EOS, LAYERS, NEURONS, VOCAB, DrawingEngine, StubEngine, StubModel
-from worker_jobs import is_idle, job, run, serving, summary_of, text_of, tokens_of, until
+from helpers.stub_engine import CERTAIN, EOS, LAYERS, NEURONS, VOCAB, DrawingEngine, StubEngine, StubModel
+from helpers.worker_jobs import is_idle, job, run, serving, summary_of, text_of, tokens_of, until
 
 # Events
 

@@ -12,7 +12,7 @@ import dejavu
 from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
 from dejavu.serve.core.jobs import BINS, Event, Job
-from worker_jobs import job, run, serving, summary_of, text_of, tokens_of
+from helpers.worker_jobs import job, run, serving, summary_of, text_of, tokens_of
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from dejavu.serve.config import ServeConfig
 from dejavu.serve.core.engine_loop import Lane
 from dejavu.serve.core.jobs import EngineFailed
 from dejavu.serve.core.worker import Worker
-from stub_engine import VOCAB, DrawingEngine, StubEngine, StubModel
-from worker_jobs import failing, is_idle, job, outcomes, serving, text_of, until
+from helpers.stub_engine import VOCAB, DrawingEngine, StubEngine, StubModel
+from helpers.worker_jobs import failing, is_idle, job, outcomes, serving, text_of, until
 
 # Cancelling (C14)
 

@@ -13,7 +13,7 @@ from dejavu.serve.config import ServeConfig
 from dejavu.serve.core.jobs import EngineFailed, Event, Job, Summary, TokenInfo
 from dejavu.serve.core.stream import Stream
 from dejavu.serve.core.worker import Worker
-from stub_engine import StubModel
+from helpers.stub_engine import StubModel
 
 GREEDY = SamplingConfig()
 

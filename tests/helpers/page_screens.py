@@ -1,7 +1,7 @@
 """Pictures for the documentation, of the page of a running server and of a report:
 
-    python tests/page_screens.py http://127.0.0.1:8000 docs/images
-    python tests/page_screens.py runs/demo/report.html docs/images
+    python tests/helpers/page_screens.py http://127.0.0.1:8000 docs/images
+    python tests/helpers/page_screens.py runs/demo/report.html docs/images
 
 Out: page-{desktop,phone}-{light,dark}.png, of both answers to the page's own prompt; report-desktop-light.png, of the report's top.
 Needs playwright and a Chromium.

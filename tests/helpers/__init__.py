@@ -1,0 +1,1 @@
+"""What tests share: builders of models, adapters and engines, stand-ins for servers and devices. No file here is a test."""
