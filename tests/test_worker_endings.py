@@ -14,7 +14,7 @@ import torch
 from dejavu.engine.interface import StepResult
 from dejavu.engine.sampling import NOT_NUMBERS
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.core.engine_loop import Lane
+from dejavu.serve.core.engine_loop import EngineLoop
 from dejavu.serve.core.jobs import EngineFailed
 from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import VOCAB, DrawingEngine, StubEngine, StubModel
@@ -373,12 +373,12 @@ def test_an_engine_that_cannot_be_made_fails_its_jobs_and_is_tried_again() -> No
 def test_a_mistake_of_ours_does_not_end_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     model = StubModel("abc")
 
-    def broken(lane: Lane, *arguments: object) -> None:
+    def broken(loop: EngineLoop, *arguments: object) -> None:
         monkeypatch.undo()
         raise ZeroDivisionError
 
     with serving(model) as worker:
-        monkeypatch.setattr(Lane, "_deliver", broken)
+        monkeypatch.setattr(EngineLoop, "_deliver", broken)
         assert outcomes(worker.submit_all([job("One"), job("Two")])) == ["failed: the engine failed (ZeroDivisionError)"] * 2
         assert outcomes([worker.submit(job())]) == ["abc"] and len(model.engines) == 3
 

@@ -1,9 +1,9 @@
 """One engine at work: carries out what its scheduler plans, and keeps a failure to those whom it concerns.
 
-In: choices that the worker queues. Out: the events of their streams. A turn is one step: prompts go on, and every row that can decodes a
-token, or a few where it is alone. A call that refuses its input (ValueError: the slots are then as they were) ends the choice that it was
+In: choices that the worker queues. Out: the events of their streams. A step of the loop: prompts go on, and every row that can decodes
+a token, or a few where it is alone. A call that refuses its input (ValueError: the slots are then as they were) ends the choice that it was
 for; a step of several rows is done again row by row, so that only those at fault end. After any other error all rows of that call end;
-the engine goes on, and one of which turn after turn fails, or which cannot even free a slot, is made anew.
+the engine goes on, and one of which step after step fails, or which cannot even free a slot, is made anew.
 
 Letters: B rows of a step  V vocabulary  L layers  T tokens  P points that read inputs
 """
@@ -26,9 +26,9 @@ from dejavu.serve.core.sequence import Choice
 from dejavu.serve.core.trace import token_trace
 
 COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of Load
-PATIENCE = 2  # turns in which an engine fails at the same thing, for no stated reason and without doing it once, before it is made anew
+PATIENCE = 2  # steps in which an engine fails at the same thing, for no stated reason and without doing it once, before it is made anew
 
-ALONE = 4  # tokens of a turn where one text runs and none waits, of an engine that draws: each wait for a device costs a part of a token
+ALONE = 4  # tokens of a step where one text runs and none waits, of an engine that draws: each wait for a device costs a part of a token
 
 Made = tuple[list[TokenInfo | ValueError], float | None]
 """What a step made of each of its rows, a token or why there is none, and the density of what it read for all of them."""
@@ -36,10 +36,10 @@ Made = tuple[list[TokenInfo | ValueError], float | None]
 log = logging.getLogger(__name__)
 
 
-class Lane:
-    """The choices of one engine. `turn` and what it calls are the worker's thread's; the rest is for any thread.
+class EngineLoop:
+    """The choices of one engine. `step` and what it calls are the worker's thread's; the rest is for any thread.
 
-    make: makes the engine, first when it is needed and again where it cannot go on. scheduler: made for this lane, which is its pool;
+    make: makes the engine, first when it is needed and again where it cannot go on. scheduler: made for this loop, which is its pool;
     lock guards it. report: told of each failure. pages: of an engine. publishes: whether prompts are offered for reuse.
     """
 
@@ -47,7 +47,7 @@ class Lane:
         self,
         mode: str,
         make: Callable[[], Engine],
-        scheduler: Callable[[Lane], Scheduler[Choice]],
+        scheduler: Callable[[EngineLoop], Scheduler[Choice]],
         *,
         pages: int,
         publishes: bool,
@@ -60,9 +60,9 @@ class Lane:
         self._use(engine)
         self.broken = False  # it was needed and could not be made
         self._counts: Counter[str] = Counter()
-        self._failures: Counter[str] = Counter()  # of "prefill", "draw" and "step": turns in which it failed, since it last worked
-        self._computed = 0  # tokens, in this turn
-        self._worked: set[str] = set()  # in this turn, of the three
+        self._failures: Counter[str] = Counter()  # of "prefill", "draw" and "step": steps in which it failed, since it last worked
+        self._computed = 0  # tokens, in this step
+        self._worked: set[str] = set()  # in this step, of the three
         self._failed: dict[str, Exception] = {}  # likewise, by the last error for which no reason is given
 
     # What the scheduler asks of an engine. One that is not made yet has all of its pages.
@@ -95,7 +95,7 @@ class Lane:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     def cancel(self, choice: Choice) -> None:
-        """Its reader has left: the choice is over by the next turn."""
+        """Its reader has left: the choice is over by the next step."""
         with self._lock:
             if choice.over:  # its last event is on its way
                 return
@@ -118,8 +118,8 @@ class Lane:
 
     # For the worker's thread
 
-    def turn(self, *, alone: bool = True) -> int:
-        """A turn of the engine, which is made where there is none; tokens of prompts and answers that were computed.
+    def step(self, *, alone: bool = True) -> int:
+        """One step of the engine, which is made where there is none; tokens of prompts and answers that were computed.
 
         alone: no other engine waits for its turn.
         """
@@ -222,7 +222,7 @@ class Lane:
         return info
 
     def _count(self, plan: Plan[Choice]) -> int:
-        """How many tokens of each row a turn decodes. What a text's end leaves over is dropped."""
+        """How many tokens of each row a step decodes. What a text's end leaves over is dropped."""
         with self._lock:
             if plan.prefill or len(plan.decode) > 1 or self.scheduler.waiting:
                 return 1

@@ -19,7 +19,7 @@ from dejavu.config import ModelConfig, require
 from dejavu.engine.interface import Engine
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.core.engine_loop import Lane
+from dejavu.serve.core.engine_loop import EngineLoop
 from dejavu.serve.core.jobs import EngineFailed, Job, Load, NotRunning, WorkerState
 from dejavu.serve.core.scheduler import Scheduler
 from dejavu.serve.core.sequence import Choice
@@ -28,7 +28,7 @@ from dejavu.serve.core.warm_up import warm_up
 
 RECORDING = "recording"
 RECORDING_SLOTS = 2  # traces are for looking at, and another cache costs memory
-REMEMBERED = 0.95  # of the throughput, from one turn to the next
+REMEMBERED = 0.95  # of the throughput, from one step to the next
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +69,12 @@ class Worker:
             sparse = main()
             self._info = sparse.info
             modes = {"sparse": (main, sparse), **modes}
-        self._lanes = {mode: self._lane(mode, make, config.slots, tokens, engine) for mode, (make, engine) in modes.items()}
+        self._loops = {mode: self._engine_loop(mode, make, config.slots, tokens, engine) for mode, (make, engine) in modes.items()}
         if lm.adapter is not None:
             slots = min(config.slots, RECORDING_SLOTS)
             tokens = min(tokens, slots * self._longest)
             make = functools.partial(self._engine, num_slots=slots, cache_tokens=tokens, record=True)
-            self._lanes[RECORDING] = self._lane(RECORDING, make, slots, tokens, None)
+            self._loops[RECORDING] = self._engine_loop(RECORDING, make, slots, tokens, None)
         self._thread = threading.Thread(target=self._run, name="dejavu-worker", daemon=True)
         self._closing = self._ended = False
         self._last_error: str | None = None
@@ -85,14 +85,14 @@ class Worker:
         warm_up(engine, self._lm.tokenizer, longest=self._longest)
         return engine
 
-    def _lane(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> Lane:
+    def _engine_loop(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> EngineLoop:
         config, page_size = self._config, self._info.page_size
         pages = -(-tokens // page_size) if engine is None else engine.info.num_pages
 
-        def scheduler(lane: Lane) -> Scheduler[Choice]:
+        def scheduler(loop: EngineLoop) -> Scheduler[Choice]:
             limit = min(self._longest, tokens)
             return Scheduler(
-                lane,
+                loop,
                 slots=slots,
                 pages=pages,
                 page_size=page_size,
@@ -101,7 +101,9 @@ class Worker:
                 queue=config.queue,
             )
 
-        return Lane(mode, make, scheduler, pages=pages, publishes=config.prefix_reuse, lock=self._lock, report=self._report, engine=engine)
+        return EngineLoop(
+            mode, make, scheduler, pages=pages, publishes=config.prefix_reuse, lock=self._lock, report=self._report, engine=engine
+        )
 
     def start(self) -> None:
         """Start the thread. Once."""
@@ -126,17 +128,17 @@ class Worker:
     def submit_all(self, jobs: Sequence[Job]) -> list[Stream]:
         """As `submit`, all or none. Jobs with the same prompt let the first one read it and share what it read."""
         made = [self._choice(job) for job in jobs]
-        for lane, choice in made:
-            lane.scheduler.check_length(choice)
+        for loop, choice in made:
+            loop.scheduler.check_length(choice)
         with self._lock:
             if self._closing or self._ended:
                 raise NotRunning("the server is shutting down" if self._closing else "the server's worker has ended; start it again")
-            queued = {lane: [choice for its, choice in made if its is lane and not choice.nothing_to_do] for lane in self._lanes.values()}
-            for lane, choices in queued.items():
-                lane.scheduler.check_room(len(choices), tokens_per_s=self._tokens_per_s)
-            for lane, choices in queued.items():
+            queued = {loop: [choice for its, choice in made if its is loop and not choice.nothing_to_do] for loop in self._loops.values()}
+            for loop, choices in queued.items():
+                loop.scheduler.check_room(len(choices), tokens_per_s=self._tokens_per_s)
+            for loop, choices in queued.items():
                 self._let_share(choices)
-                lane.scheduler.submit(choices)
+                loop.scheduler.submit(choices)
             self._lock.notify_all()
         for _, choice in made:
             if choice.nothing_to_do:
@@ -146,11 +148,11 @@ class Worker:
     def state(self) -> WorkerState:
         """How it does, from any thread."""
         with self._lock:
-            engines = tuple(lane.state() for lane in self._lanes.values())
+            engines = tuple(loop.state() for loop in self._loops.values())
             sums = {field.name: sum(getattr(engine, field.name) for engine in engines) for field in fields(Load)}
-            info, lanes = self._info, self._lanes.values()
+            info, loops = self._info, self._loops.values()
             return WorkerState(
-                alive=self._thread.is_alive() and not self._closing and not any(lane.broken for lane in lanes if lane.mode != RECORDING),
+                alive=self._thread.is_alive() and not self._closing and not any(loop.broken for loop in loops if loop.mode != RECORDING),
                 last_error=self._last_error,
                 tok_s=self._tokens_per_s,
                 engines=engines,
@@ -158,7 +160,7 @@ class Worker:
                 backend=info.backend,
                 dtype=info.dtype,
                 device=info.device,
-                max_model_len=min(lane.scheduler.limit for lane in lanes),
+                max_model_len=min(loop.scheduler.limit for loop in loops),
                 layers=info.num_layers,
                 neurons=info.num_neurons,
                 heads=info.num_heads,
@@ -167,7 +169,7 @@ class Worker:
                 **sums,
             )
 
-    def _choice(self, job: Job) -> tuple[Lane, Choice]:
+    def _choice(self, job: Job) -> tuple[EngineLoop, Choice]:
         """The job under way, and where it runs. Raises ValueError for what no engine could run."""
         require(len(job.prompt_ids) > 0, "the prompt has no tokens; give at least one word")
         require(job.max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {job.max_new_tokens}")
@@ -175,10 +177,10 @@ class Worker:
         for token_id in (min(job.prompt_ids), max(job.prompt_ids), *job.logit_bias):
             require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
         dense = job.dense or self._lm.adapter is None
-        lane = self._lanes["dense" if dense else RECORDING if job.trace else "sparse"]
-        stream = Stream(lambda: lane.cancel(choice))
+        loop = self._loops["dense" if dense else RECORDING if job.trace else "sparse"]
+        stream = Stream(lambda: loop.cancel(choice))
         choice = Choice(job, self._lm.tokenizer, stream, share=self._config.prefix_reuse)
-        return lane, choice
+        return loop, choice
 
     def _let_share(self, choices: Sequence[Choice]) -> None:
         """Choices with one prompt wait for the first of them to read it."""
@@ -196,12 +198,12 @@ class Worker:
         return self._work / self._busy_s if self._busy_s > 0 else None
 
     def _run(self) -> None:
-        """The thread: turns of the lanes that have work, until the worker is closed."""
+        """The thread: steps of the loops that have work, in turn, until the worker is closed."""
         error: BaseException = EngineFailed("the server is shutting down")
         try:
             while busy := self._wait():
-                for lane in busy:
-                    self._turn(lane, alone=len(busy) == 1)
+                for loop in busy:
+                    self._step(loop, alone=len(busy) == 1)
         except BaseException as found:  # nothing that ends a thread may leave a reader waiting
             log.critical("the worker ends", exc_info=found)
             error = found
@@ -209,19 +211,19 @@ class Worker:
         finally:
             self._end(error)
 
-    def _wait(self) -> list[Lane]:
-        """Wait for work: the lanes that have some. None where there will be none."""
+    def _wait(self) -> list[EngineLoop]:
+        """Wait for work: the loops that have some. None where there will be none."""
         with self._lock:
-            self._lock.wait_for(lambda: self._closing or any(lane.busy for lane in self._lanes.values()))
-            return [] if self._closing else [lane for lane in self._lanes.values() if lane.busy]
+            self._lock.wait_for(lambda: self._closing or any(loop.busy for loop in self._loops.values()))
+            return [] if self._closing else [loop for loop in self._loops.values() if loop.busy]
 
-    def _turn(self, lane: Lane, *, alone: bool) -> None:
+    def _step(self, loop: EngineLoop, *, alone: bool) -> None:
         start = time.perf_counter()
         try:
-            computed = lane.turn(alone=alone)
+            computed = loop.step(alone=alone)
         except Exception as error:  # of ours, or of an engine that cannot even say what it holds
-            log.exception("a turn of the %s engine failed, which is made anew", lane.mode)
-            lane.abandon(error)
+            log.exception("a turn of the %s engine failed, which is made anew", loop.mode)
+            loop.abandon(error)
             return
         self._work = REMEMBERED * self._work + computed
         self._busy_s = REMEMBERED * self._busy_s + time.perf_counter() - start
@@ -229,5 +231,5 @@ class Worker:
     def _end(self, error: BaseException) -> None:
         with self._lock:
             self._ended = True
-        for lane in self._lanes.values():
-            lane.end_all(error)
+        for loop in self._loops.values():
+            loop.end_all(error)
