@@ -10,7 +10,9 @@
 
 #include <stdint.h>
 
-#define DEJAVU_ABI_VERSION 5
+/* Raised by hand where a caller of the last version would be misunderstood though no layout differs: another meaning of a field or code,
+ * other arguments of a function. The layouts of structs tell themselves: dejavu_layouts. */
+#define DEJAVU_ABI_VERSION 6
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -93,6 +95,9 @@ typedef struct {
 } dejavu_profile;
 
 DEJAVU_API int dejavu_abi_version(void);
+/* The layout of every struct above, a line each: "dejavu_matrix data:p8@0 ... dtype:i4@40 size:48\n". A field is its name, kind (p: pointer,
+ * i: integer, f: float), bytes and offset. Whoever mirrors the structs by hand compares. */
+DEJAVU_API const char *dejavu_layouts(void);
 DEJAVU_API const char *dejavu_error(void);
 /* Names of the instruction sets that this machine can run, best first, separated by spaces. */
 DEJAVU_API const char *dejavu_instruction_sets(void);

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,60 @@ def test_an_absent_library_is_said_and_nothing_else_breaks(monkeypatch: pytest.M
         assert "cannot be loaded" in (native.missing_reason() or "")
     finally:
         native._load.cache_clear()
+
+
+@pytest.fixture
+def loading_again() -> Iterator[None]:
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+_OTHER_KINDS = {ctypes.c_float: ctypes.c_int32, ctypes.c_int32: ctypes.c_float, ctypes.c_void_p: ctypes.c_int64}
+_CHANGES = {
+    "one more, in the padding where there is some": lambda fields: [*fields, ("later", ctypes.c_int32)],
+    "one fewer": lambda fields: fields[:-1],
+    "swapped": lambda fields: [fields[1], fields[0], *fields[2:]],
+    "wider": lambda fields: [*fields[:-1], (fields[-1][0], ctypes.c_double * len(native.OPS))],
+    "of another kind": lambda fields: [*fields[:-1], (fields[-1][0], _OTHER_KINDS[fields[-1][1]])],
+}
+
+
+@needs_library
+@pytest.mark.parametrize("structure", native.STRUCTURES)
+@pytest.mark.parametrize("change", _CHANGES)
+def test_a_structure_of_another_layout_is_refused(
+    monkeypatch: pytest.MonkeyPatch, loading_again: None, structure: type[ctypes.Structure], change: str
+) -> None:
+    fields = _CHANGES[change](list(structure._fields_))
+    changed = type(structure.__name__, (ctypes.Structure,), {"_fields_": fields})
+    monkeypatch.setattr(native, "STRUCTURES", tuple(changed if each is structure else each for each in native.STRUCTURES))
+    reason = native.missing_reason() or ""
+    assert reason == (
+        "its library dejavu_native.so is of another version of dejavu "
+        f"(another layout of dejavu_{structure.__name__.lower()}): build it again"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"the native engine is missing: {reason}")):
+        native.library()
+
+
+@needs_library
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, loading_again: None) -> None:
+    monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    said = f"another version of dejavu (interface {native.ABI_VERSION - 1}, not {native.ABI_VERSION}): build it again"
+    assert said in (native.missing_reason() or "")
+
+
+def test_structures_have_the_fields_of_the_header() -> None:
+    """Also those that would hide in the padding of a structure's end, and without a library."""
+    header = (Path(__file__).parent.parent / "native" / "dejavu_native.h").read_text(encoding="utf-8")
+    declared = {
+        name: [
+            re.findall(r"\w+", field)[-1] for field in re.sub(r"/\*.*?\*/|\[.*?\]", "", body).replace(";", ",").split(",") if field.strip()
+        ]
+        for body, name in re.findall(r"typedef struct \{(.*?)\} (\w+);", header, flags=re.DOTALL)
+    }
+    assert declared == {f"dejavu_{each.__name__.lower()}": [field[0] for field in each._fields_] for each in native.STRUCTURES}
 
 
 def test_without_a_compiler_nothing_is_built_and_the_installation_succeeds(tmp_path: Path) -> None:

@@ -260,6 +260,7 @@ void bad_input(const dejavu_config &good) {
 }  // namespace
 
 int main() {
+  EXPECT(std::string(dejavu_layouts()).find("dejavu_matrix data:p8@0 scale:p8@8 bias:p8@16 rows:i8@24 columns:i8@32 dtype:i4@40 size:48\n") != std::string::npos);
   const dejavu_config configs[] = {
       // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | dtype, act, gated, rms, pre, final, rope, tied, layout, eps, threshold, of rotation, of scores
       {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, 0, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 1e-5f, 0, 1, 0.3f},

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 5
+ABI_VERSION = 6  # DEJAVU_ABI_VERSION: what the layouts of structures do not show
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
 DTYPE_CODES = {"fp32": 0, "int8": 1, "bf16": 2, "int4": 3, "fp16": 4}  # dejavu_dtype
@@ -71,8 +71,11 @@ class Profile(Structure):
     _fields_ = (("seconds", c_double * len(OPS)), *((name, c_void_p) for name in ("fired", "groups", "inputs")))
 
 
+STRUCTURES = (Config, Matrix, Block, Profile)
+# Kinds of dejavu_layouts.
+_KINDS: dict[type, str] = {c_int64: "i", c_int32: "i", c_float: "f", c_double: "f", c_double * len(OPS): "f", c_void_p: "p"}
+
 _SIGNATURES = {
-    "dejavu_abi_version": (c_int, ()),
     "dejavu_error": (c_char_p, ()),
     "dejavu_instruction_sets": (c_char_p, ()),
     "dejavu_model_new": (c_int, (POINTER(Config), POINTER(c_void_p))),
@@ -103,15 +106,34 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "its library was not built: install dejavu where a C++ compiler (g++ or clang++) is found, or run `make native`"
     try:
         loaded = ctypes.CDLL(str(found[0]))
+        difference = _difference(loaded)
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return None, f"its library {found[0].name} cannot be loaded: {error}"
+    if difference is not None:
+        return None, f"its library {found[0].name} is of another version of dejavu ({difference}): build it again"
+    return loaded, None
+
+
+def _difference(loaded: ctypes.CDLL) -> str | None:
+    """Where the library's interface is not the one that this file declares; None where they agree. The version comes first:
+    an older library may lack a function.
+    """
     version = loaded.dejavu_abi_version()
     if version != ABI_VERSION:
-        return None, f"its library {found[0].name} is of another version of dejavu (interface {version}, not {ABI_VERSION}): build it again"
-    return loaded, None
+        return f"interface {version}, not {ABI_VERSION}"
+    loaded.dejavu_layouts.restype = c_char_p
+    theirs = loaded.dejavu_layouts().decode().splitlines()
+    return next((f"another layout of {ours.split()[0]}" for ours in map(_layout, STRUCTURES) if ours not in theirs), None)
+
+
+def _layout(structure: type[Structure]) -> str:
+    """A line of dejavu_layouts, for the structure as ctypes lays it out."""
+    fields = [(name, kind, getattr(structure, name)) for name, kind, *_ in structure._fields_]
+    described = [f"{name}:{_KINDS[kind]}{field.size}@{field.offset}" for name, kind, field in fields]
+    return " ".join([f"dejavu_{structure.__name__.lower()}", *described, f"size:{ctypes.sizeof(structure)}"])
 
 
 def missing_reason() -> str | None:
