@@ -29,7 +29,7 @@ from dejavu.model.texts import SEPARATOR, document_ids, documents, named_texts, 
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.quality.evaluate import evaluate
 from dejavu.quality.resume import PartStore
-from helpers.adapters import make_adapter
+from helpers.adapters import changing_weights, make_adapter
 from helpers.texts import PROMPT, TEXT
 
 
@@ -449,6 +449,29 @@ def test_no_engine_of_old_weights_is_used_again(folder: Path, change: str) -> No
         running.close()  # its engine is of the old weights, and comes back after they have changed
     fresh = LanguageModel(lm.checkpoint, backend=lm.backend, adapter=lm.adapter)
     assert logprobs(lm) == pytest.approx(logprobs(fresh), abs=1e-5) != before
+
+
+@pytest.mark.parametrize("change", ["nothing", "in place", "replaced", "adapter", "a factor in place", "a norm in place"])
+def test_changed_weights_are_merged_anew(folder: Path, change: str) -> None:
+    """An adapter that changes weights runs with what they and its own are now; without a change nothing is merged twice."""
+    lm = load(folder)
+    adapter = lm.adapter = changing_weights(make_adapter(lm.config, lm.base_hash), lm.config)
+    before, layers, up = lm.logits([5, 6, 7]), lm.layers(), lm.model.blocks[0].up
+    assert adapter.lora is not None
+    with torch.no_grad():
+        if change == "in place":
+            up.weight.copy_(up.weight.flip(0))
+        elif change == "replaced":
+            up.weight = torch.nn.Parameter(up.weight.flip(0), requires_grad=False)
+        elif change == "adapter":
+            lm.adapter = dataclasses.replace(adapter, lora=adapter.lora[::-1])
+        elif change == "a factor in place":
+            adapter.lora[0].factors["up"][1].neg_()
+        elif change == "a norm in place":
+            adapter.lora[1].norms["norm1"].mul_(0.5)
+    fresh = LanguageModel(lm.checkpoint, backend=lm.backend, adapter=lm.adapter)
+    assert torch.equal(lm.logits([5, 6, 7]), fresh.logits([5, 6, 7]))
+    assert torch.equal(lm.logits([5, 6, 7]), before) == (lm.layers() is layers) == (change == "nothing")
 
 
 def test_an_engine_may_be_used_in_and_out_of_inference_mode(folder: Path, made: Any) -> None:

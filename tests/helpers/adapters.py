@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from conftest import random_predictor
 from dejavu.config import ModelConfig
 from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.adapter_config import AdapterConfig, GateConfig, InputConfig, InputsConfig, LayerConfig, PartConfig, part_config
+from dejavu.model.lora import LayerLora, LoraConfig, linear_shapes
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.selectors import POINTS, GateThreshold
 
@@ -37,6 +39,22 @@ def make_adapter(config: ModelConfig, base_hash: str, *, threshold: float = 0.0)
             layers=tuple(entry(i, layer) for i, layer in enumerate(layers)),
         ),
     )  # fmt: skip
+
+
+def changing_weights(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """The adapter with a random low-rank change of the first map and the last of every layer's MLP, and of its first norm."""
+    generator, shapes = torch.Generator().manual_seed(0), linear_shapes(config)
+
+    def factors(name: str) -> tuple[Tensor, Tensor]:
+        outputs, inputs = shapes[name]
+        return 0.3 * torch.randn(2, inputs, generator=generator), 0.3 * torch.randn(outputs, 2, generator=generator)
+
+    def change() -> LayerLora:
+        norm_D = 1 + 0.1 * torch.randn(config.hidden_size, generator=generator)
+        return LayerLora(factors={name: factors(name) for name in ("up", "down")}, norms={"norm1": norm_D})
+
+    changed = dataclasses.replace(adapter.config, schema_version=2, method="adapted", lora=LoraConfig(rank=2, scale=2.0))
+    return dataclasses.replace(adapter, config=changed, lora=tuple(change() for _ in range(config.num_layers)))
 
 
 def predictor(outputs: int, *, layer: int, lookahead: int = 0, rank: int = 5) -> Predictor:
