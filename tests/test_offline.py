@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.model.transformer import Transformer
+from dejavu.model.transformer import DENSE, Selection, Transformer
+from dejavu.offline.budget import DenseRuns, fit
 from dejavu.offline.calibrate import Candidate, Part, choose, interpolate_divergence, meet_budget
 from dejavu.offline.collect import ActiveNeurons, LayerData, group_norms, mean_input, pack_windows, sweep_layers
 from dejavu.offline.curves import perplexity_curves, recall_curves
@@ -27,7 +30,7 @@ from dejavu.offline.fidelity import divergences, token_nll
 from dejavu.offline.oracle import OracleHeads, OracleNeurons, mass_mask
 from dejavu.offline.predictors import contribution_loss, start_mlp, train_mlp
 from dejavu.offline.profile import profile
-from dejavu.offline.split import fitting_windows, split_windows
+from dejavu.offline.split import Split, fitting_windows, split_windows
 from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
 from dejavu.offline.train import train_adapter
 from dejavu.offline.train_config import TrainConfig
@@ -252,6 +255,38 @@ def test_measured_rise_never_exceeds_the_budget(ratio: float, budget: float) -> 
     assert measure(choice) <= budget
     assert measure(choice) > 0.3 * budget  # and spends it
     assert meet_budget(parts, 0.0, measure) == [None, None, None]
+
+
+class OneLayer:
+    """An offer of one part with two candidates: what a token reads falls to 20 % or to 60 %. chosen: what is to run."""
+
+    parts = (part([20, 60], [0.004, 0.001]),)
+    chosen: Candidate | None = None
+
+    def layers(self, choice: Sequence[Candidate | None]) -> tuple[LayerAdapter, ...]:
+        self.chosen = choice[0]
+        return (LayerAdapter(),)
+
+
+@pytest.mark.parametrize(("noisy", "reads"), [(None, 20), ("calibrate", 60), ("check", 60)])
+def test_a_rise_counts_with_its_standard_error(monkeypatch: pytest.MonkeyPatch, tiny: Tiny, noisy: str | None, reads: int) -> None:
+    """A rise of 0.8 % for a budget of 1 %: kept where it is certain, given up where its standard error is 0.4 %, on either text."""
+    offer: Any = OneLayer()
+    windows = {"calibrate": torch.full((1, 100), 1), "check": torch.full((1, 100), 2)}
+    alternating = 0.04 * torch.tensor([1.0, -1.0]).repeat(50)
+
+    def nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE) -> Tensor:
+        if selection is DENSE or offer.chosen is None:
+            return torch.zeros(1, 100)
+        rise = torch.full((1, 100), math.log1p({20: 0.008, 60: 0.002}[offer.chosen.reads]))
+        return rise + alternating if noisy is not None and ids_WT is windows[noisy] and offer.chosen.reads == 20 else rise
+
+    monkeypatch.setattr("dejavu.offline.budget.token_nll", nll)
+    model, split = tiny("opt", num_layers=1), Split(train=torch.empty(0), **windows)
+    fitted = fit(model, split, DenseRuns.of(model, split), offer, 0.01, None)
+    [chosen] = fitted.choice
+    assert chosen is not None and chosen.reads == reads
+    assert fitted.checked.rise == pytest.approx({20: 0.008, 60: 0.002}[reads], abs=1e-4)
 
 
 def test_interpolation_goes_through_the_measured_points() -> None:
