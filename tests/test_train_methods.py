@@ -26,6 +26,8 @@ from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.offline import train
+from dejavu.offline.budget import Fitted
 from dejavu.offline.calibrate import gate_reads, head_reads, input_reads, mlp_reads, token_reads
 from dejavu.offline.collect import pack_windows
 from dejavu.offline.fidelity import token_nll
@@ -37,6 +39,7 @@ from helpers.engines import decode
 from helpers.offline import random_ids, skewed
 from helpers.texts import TEXT
 
+AUTO = ("--method", "auto", "--json")
 DOCUMENTS = [random_ids(500, seed) for seed in range(6)]
 
 
@@ -184,6 +187,7 @@ def measured(speeds: dict[str, float | None], over: tuple[str, ...] = ()) -> lis
         ({"gate": 0.97, "input": 0.82}, (), None, "sparsity does not pay here (gate, the fastest, 0.97x dense): the model stays dense"),
         ({"gate": 1.01, "input": None}, (), None, "does not pay here (gate, the fastest, 1.01x dense)"),
         ({"gate": 1.2}, ("gate",), None, "does not pay here: no method keeps the budget"),
+        ({"gate": 0.9, "input": 1.4}, ("input",), None, "does not pay here (gate, the fastest, 0.90x dense)"),
     ],
 )
 def test_the_fastest_within_the_budget_or_dense(
@@ -193,6 +197,25 @@ def test_the_fastest_within_the_budget_or_dense(
     assert (None if taken is None else taken[0]) == method and why in result["why"]
     assert [each["method"] for each in result["candidates"]] == list(speeds) and all("layers" not in each for each in result["candidates"])
     assert result["method"] == (method or "dense") and (method is not None or (result["ppl_sparse"], result["mlp_density"]) == (9.0, 1.0))
+
+
+def test_auto_takes_no_method_that_went_over_the_budget(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The faster one lost more than the budget on the check windows: the slower one is written."""
+    rises, speedups, fit = iter([0.0501, 0.05]), iter([1.9, 1.2]), train.fit
+
+    def fitted(*arguments: Any) -> Fitted:
+        found = fit(*arguments)
+        return dataclasses.replace(found, checked=dataclasses.replace(found.checked, rise=next(rises)))
+
+    monkeypatch.setattr(train, "fit", fitted)
+    monkeypatch.setattr(fastest, "speeds", lambda *_, **__: {"tok_s": 9.0, "tok_s_dense": 9.0, "speedup": next(speedups)})
+    assert run(["train", "model", "--text", "text.txt", "--max-tokens", "900", "--budget", "0.05", "-o", "adapter", *AUTO]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(found["method"], found["within_budget"]) for found in result["candidates"]] == [("gate", False), ("input", True)]
+    assert (result["method"], result["rise"], result["speedup"]) == ("input", 0.05, 1.2)
+    assert json.loads((work / "adapter" / "config.json").read_text())["method"] == "input"
 
 
 def test_what_cannot_be_timed_says_why(relu: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
