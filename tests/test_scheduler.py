@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu.serve.core.jobs import QueueFull, TooLong
+from dejavu.serve.core.interface import QueueFull, TooLong
 from dejavu.serve.core.scheduler import MAX_PASSED, QUANTUM, Claim, Plan, Scheduler
 from helpers.stub_engine import StubPool
 

@@ -18,7 +18,7 @@ import dejavu
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.app import create_app
 from dejavu.serve.api.assets import FOLDER
-from dejavu.serve.core.jobs import EngineFailed, EngineState, Event, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, EngineState, Event, TokenInfo
 from helpers.clients import TEMPLATE, error_of
 from helpers.fake_worker import FakeWorker, eventually, served, serving, spoken, summary
 

@@ -11,7 +11,7 @@ import pytest
 
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.app import create_app
-from dejavu.serve.core.jobs import EngineFailed, Event, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, Event, TokenInfo
 from helpers.clients import TEMPLATE
 from helpers.fake_worker import FakeWorker, served, serving, spoken
 

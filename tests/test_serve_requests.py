@@ -20,7 +20,7 @@ from dejavu.serve.api.errors import ApiError, without_paths
 from dejavu.serve.api.parsing import parse
 from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
 from dejavu.serve.api.requests import Asked, asked_chat, asked_completion, served_by
-from dejavu.serve.core.jobs import EngineState, Load
+from dejavu.serve.core.interface import EngineState, Load
 from helpers.clients import TEMPLATE, error_of
 from helpers.fake_worker import FakeWorker, served, serving, spoken
 
@@ -241,10 +241,10 @@ def chatted(tokenizer: Tokenizer, *messages: Any, **fields: Any) -> Asked:
 
 
 def test_defaults_are_those_of_openai(chatty: Tokenizer) -> None:
-    (job,) = completed(chatty).jobs
+    (job,) = completed(chatty).sequences
     assert job.max_new_tokens == 16 and job.sampling == SamplingConfig(temperature=1.0) and job.top_logprobs is None
     assert not (job.stop or job.ignore_eos or job.logit_bias or job.prompt_logprobs or job.dense or job.trace)
-    (job,) = chatted(chatty, USER).jobs
+    (job,) = chatted(chatty, USER).sequences
     assert job.max_new_tokens == 64 - len(job.prompt_ids)
 
 
@@ -253,7 +253,7 @@ def test_what_a_request_does_not_say_of_drawing_is_the_models_own(chatty: Tokeni
     facts = served(chatty, sampling=own, dense_sampling=of_base)
 
     def sampling(**fields: Any) -> SamplingConfig:
-        return asked_completion(parse(json.dumps(completion(**fields)).encode(), CompletionBody), facts).jobs[0].sampling
+        return asked_completion(parse(json.dumps(completion(**fields)).encode(), CompletionBody), facts).sequences[0].sampling
 
     assert sampling() == own and sampling(model="tiny:dense", seed=3) == SamplingConfig(temperature=0.8, seed=3)
     assert sampling(temperature=1, top_p=None) == SamplingConfig(temperature=1.0, top_k=50, top_p=0.9)
@@ -268,22 +268,22 @@ def test_what_a_request_does_not_say_of_drawing_is_the_models_own(chatty: Tokeni
 def test_what_is_asked_reaches_the_jobs(chatty: Tokenizer) -> None:
     fields = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "stop": "x", "logit_bias": {"5": -2}, "ignore_eos": True}
     asked = completed(chatty, **fields, model="tiny:dense", max_tokens=3, logprobs=2, echo=True, stream=True, dejavu={"trace": True})
-    (job,) = asked.jobs
+    (job,) = asked.sequences
     assert job.sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9, seed=7) and job.stop == ("x",) and job.max_new_tokens == 3
     assert job.logit_bias == {5: -2.0} and job.ignore_eos and job.dense and job.trace and job.prompt_logprobs and job.top_logprobs == 2
-    (job,) = chatted(chatty, USER, max_completion_tokens=0, max_tokens=7, logprobs=True, top_logprobs=5).jobs
+    (job,) = chatted(chatty, USER, max_completion_tokens=0, max_tokens=7, logprobs=True, top_logprobs=5).sequences
     assert (job.max_new_tokens, job.top_logprobs) == (0, 5)
     assert (
-        chatted(chatty, USER, logprobs=True).jobs[0].top_logprobs == 0
-        and chatted(chatty, USER, logprobs=False).jobs[0].top_logprobs is None
+        chatted(chatty, USER, logprobs=True).sequences[0].top_logprobs == 0
+        and chatted(chatty, USER, logprobs=False).sequences[0].top_logprobs is None
     )
-    assert completed(chatty, logprobs=0).jobs[0].top_logprobs == 0
+    assert completed(chatty, logprobs=0).sequences[0].top_logprobs == 0
 
 
 def test_choices_of_a_prompt_differ_and_prompts_do_not_matter_to_each_other(chatty: Tokenizer) -> None:
     """Choice j of a prompt draws what it draws alone (C15): its index is within its prompt."""
     asked = completed(chatty, prompt=["the", "cat"], n=2, seed=1)
-    assert [(job.prompt_ids, job.index) for job in asked.jobs] == [
+    assert [(job.prompt_ids, job.index) for job in asked.sequences] == [
         (tuple(chatty.encode(text)), index) for text in ("the", "cat") for index in (0, 1)
     ]
 
@@ -300,21 +300,21 @@ def test_bos_comes_once(chatty: Tokenizer, tokenizer: Tokenizer) -> None:
     bosless = dataclasses.replace(tokenizer, adds_bos=False)
 
     def count(asked: Asked) -> int:
-        return asked.jobs[0].prompt_ids.count(2)
+        return asked.sequences[0].prompt_ids.count(2)
 
     assert count(completed(tokenizer)) == 1 and count(completed(tokenizer, prompt="</s>the cat")) == 1 and count(completed(bosless)) == 0
     assert count(chatted(chatty, USER)) == 1
     assert count(chatted(dataclasses.replace(chatty, chat_template=TEMPLATE.replace("{{ bos_token }}", "")), USER)) == 0
-    assert completed(tokenizer, prompt=[4, 5]).jobs[0].prompt_ids == (4, 5)
+    assert completed(tokenizer, prompt=[4, 5]).sequences[0].prompt_ids == (4, 5)
     with pytest.raises(ApiError, match="has no tokens"):
         completed(bosless, prompt="")
 
 
 def test_messages_are_text_however_they_are_written(chatty: Tokenizer) -> None:
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
-    assert chatted(chatty, {"role": "user", "content": parts}).jobs == chatted(chatty, USER).jobs
+    assert chatted(chatty, {"role": "user", "content": parts}).sequences == chatted(chatty, USER).sequences
     said = chatted(chatty, USER, {"role": "assistant", "content": None}, {"role": "assistant"}, USER)
-    assert chatty.decode(said.jobs[0].prompt_ids) == "user: the cat\nassistant: \nassistant: \nuser: the cat\nassistant:"
+    assert chatty.decode(said.sequences[0].prompt_ids) == "user: the cat\nassistant: \nassistant: \nuser: the cat\nassistant:"
 
 
 def test_a_developer_speaks_as_the_system(chatty: Tokenizer) -> None:
@@ -405,12 +405,12 @@ def test_no_message_names_a_class_of_ours() -> None:
 
 def test_messages_that_leave_no_room_are_said_to(chatty: Tokenizer) -> None:
     body = chat({"role": "user", "content": "the cat"})
-    length = len(asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty)).jobs[0].prompt_ids)
+    length = len(asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty)).sequences[0].prompt_ids)
     for limit in (length, length - 1):
         with pytest.raises(ApiError, match=f"^the messages have {length} tokens and leave no room for an answer") as caught:
             asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=limit))
         assert caught.value.code == "context_length_exceeded"
-    assert asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=length + 1)).jobs[0].max_new_tokens == 1
+    assert asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=length + 1)).sequences[0].max_new_tokens == 1
 
 
 def test_a_chat_is_as_long_as_its_template_makes_it(chatty: Tokenizer) -> None:
@@ -419,7 +419,7 @@ def test_a_chat_is_as_long_as_its_template_makes_it(chatty: Tokenizer) -> None:
     assert short.longest_token is not None
     body = chat({"role": "assistant", "content": "a" * 100_000 + "</think>the"}, {"role": "user", "content": "cat"})
     asked = asked_chat(parse(json.dumps(body).encode(), ChatBody), served(short, max_characters=64 * short.longest_token))
-    assert len(asked.jobs[0].prompt_ids) < 64
+    assert len(asked.sequences[0].prompt_ids) < 64
 
 
 def test_what_a_token_stands_for_at_most_is_known_where_the_vocabulary_tells_it(chatty: Tokenizer) -> None:
@@ -435,4 +435,4 @@ def test_a_trace_of_a_dense_text_has_the_dense_engines_slots(chatty: Tokenizer) 
     for model, n, refused in (("tiny", 3, True), ("tiny", 2, False), ("tiny:dense", 8, False), ("tiny:dense", 9, True)):
         body = parse(json.dumps(completion(model=model, n=n, stream=True, dejavu={"trace": True})).encode(), CompletionBody)
         with pytest.raises(ApiError, match="may ask for") if refused else contextlib.nullcontext():
-            assert len(asked_completion(body, facts).jobs) == n
+            assert len(asked_completion(body, facts).sequences) == n

@@ -21,7 +21,7 @@ from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
 from dejavu.serve.api.requests import Asked, Served, asked_chat, asked_completion
 from dejavu.serve.api.responses import new_answer, to_bytes
 from dejavu.serve.api.vocabulary import Vocabulary
-from dejavu.serve.core.jobs import Event, TokenInfo, TokenTrace
+from dejavu.serve.core.interface import Event, TokenInfo, TokenTrace
 from helpers.fake_worker import served, spoken, summary
 from helpers.stub_engine import byte_tokenizer
 

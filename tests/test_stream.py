@@ -8,7 +8,7 @@ import contextlib
 import pytest
 
 from dejavu.serve.api.merged_streams import Running
-from dejavu.serve.core.jobs import EngineFailed, Event, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, Event, TokenInfo
 from dejavu.serve.core.stream import Stream
 
 

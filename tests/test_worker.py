@@ -15,7 +15,7 @@ from dejavu.config import SamplingConfig
 from dejavu.engine.interface import LayerSelection
 from dejavu.generation.generation import generate_tokens
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.core.jobs import BINS, EngineFailed, Job, QueueFull, TooLong
+from dejavu.serve.core.interface import BINS, EngineFailed, QueueFull, SequenceRequest, TooLong
 from dejavu.serve.core.stream import Stream
 from dejavu.serve.core.trace import token_trace
 from dejavu.serve.core.worker import Worker
@@ -365,7 +365,7 @@ def test_what_can_never_fit_is_refused_at_once_and_nothing_hangs(prompt: int, ne
         (job(stop=("x", "")), "must not be empty"),
     ],
 )
-def test_a_job_that_makes_no_sense_is_refused_at_once(bad: Job, message: str) -> None:
+def test_a_job_that_makes_no_sense_is_refused_at_once(bad: SequenceRequest, message: str) -> None:
     model = StubModel()
     with serving(model) as worker:
         with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ import torch
 import dejavu
 from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
-from dejavu.serve.core.jobs import BINS, Event, Job
+from dejavu.serve.core.interface import BINS, Event, SequenceRequest
 from helpers.worker_jobs import job, run, serving, summary_of, text_of, tokens_of
 
 
@@ -20,7 +20,7 @@ def lm() -> LanguageModel:
     return dejavu.load("opt-mini", backend="native", dtype="fp32")
 
 
-def sampled(lm: LanguageModel, prompt: str, new: int = 12, *, seed: int | None = 7, **options: Any) -> Job:
+def sampled(lm: LanguageModel, prompt: str, new: int = 12, *, seed: int | None = 7, **options: Any) -> SequenceRequest:
     return job(lm.tokenizer.encode(prompt), new, sampling=SamplingConfig(temperature=1.0, seed=seed), **options)
 
 

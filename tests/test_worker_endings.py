@@ -15,7 +15,7 @@ from dejavu.engine.interface import StepResult
 from dejavu.engine.sampling import NOT_NUMBERS
 from dejavu.serve.config import ServeConfig
 from dejavu.serve.core.engine_loop import EngineLoop
-from dejavu.serve.core.jobs import EngineFailed
+from dejavu.serve.core.interface import EngineFailed
 from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import VOCAB, DrawingEngine, StubEngine, StubModel
 from helpers.worker_jobs import failing, is_idle, job, outcomes, serving, text_of, until

@@ -22,16 +22,16 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.requests import Served
 from dejavu.serve.api.server import bound_socket, new_server, url_of
 from dejavu.serve.api.vocabulary import Vocabulary
-from dejavu.serve.core.jobs import Event, Job, NotRunning, QueueFull, Summary, TokenInfo, TooLong, WorkerState
+from dejavu.serve.core.interface import Event, NotRunning, QueueFull, SequenceRequest, Summary, TokenInfo, TooLong, WorkerState
 
 DEADLINE_S = 20
-Script = Callable[[Job], Iterable[Event | Exception]]
+Script = Callable[[SequenceRequest], Iterable[Event | Exception]]
 
 
 class FakeStream:
     """One job's events. cancels: how often it was cancelled."""
 
-    def __init__(self, worker: FakeWorker, job: Job) -> None:
+    def __init__(self, worker: FakeWorker, job: SequenceRequest) -> None:
         self.job, self._worker, self._events = job, worker, iter(worker.script(job))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._permits: asyncio.Queue[None] = asyncio.Queue()
@@ -83,12 +83,12 @@ class FakeWorker:
         self.alive = True
         self.last_error: str | None = None
         self.lock = threading.Lock()
-        self.jobs: list[Job] = []
+        self.jobs: list[SequenceRequest] = []
         self.streams: list[FakeStream] = []
         self.live: list[FakeStream] = []
         self.steps = 0
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[FakeStream]:
+    def submit_all(self, jobs: Sequence[SequenceRequest]) -> list[FakeStream]:
         for job in jobs:
             if len(job.prompt_ids) + job.max_new_tokens > self.limit:
                 raise TooLong(prompt=len(job.prompt_ids), requested=job.max_new_tokens, limit=self.limit)

@@ -10,7 +10,7 @@ from typing import Any
 from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.core.jobs import EngineFailed, Event, Job, Summary, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, Event, SequenceRequest, Summary, TokenInfo
 from dejavu.serve.core.stream import Stream
 from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import StubModel
@@ -31,10 +31,10 @@ def serving(model: StubModel | LanguageModel, **config: Any) -> Generator[Worker
         worker.close()
 
 
-def job(prompt: str | Sequence[int] = "Once", new: int = 40, **options: Any) -> Job:
+def job(prompt: str | Sequence[int] = "Once", new: int = 40, **options: Any) -> SequenceRequest:
     ids = prompt.encode() if isinstance(prompt, str) else prompt
     settings: dict[str, Any] = {"sampling": GREEDY, **options}
-    return Job(prompt_ids=tuple(ids), max_new_tokens=new, **settings)
+    return SequenceRequest(prompt_ids=tuple(ids), max_new_tokens=new, **settings)
 
 
 def text_of(events: Sequence[Event]) -> str:
@@ -45,7 +45,7 @@ def tokens_of(events: Sequence[Event]) -> list[TokenInfo]:
     return [info for event in events for info in event.tokens]
 
 
-def run(worker: Worker, *jobs: Job) -> list[list[Event]]:
+def run(worker: Worker, *jobs: SequenceRequest) -> list[list[Event]]:
     """The events of jobs that are submitted together."""
     return [list(stream.events()) for stream in worker.submit_all(jobs)]
 

@@ -23,7 +23,7 @@ from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
 from dejavu.serve.api.requests import Asked, Served, asked_chat, asked_completion
 from dejavu.serve.api.response_schemas import ErrorEnvelope
 from dejavu.serve.api.responses import DONE, Answer, new_answer, server_sent, to_bytes
-from dejavu.serve.core.jobs import EngineFailed, Job, QueueFull, TooLong, WorkerState
+from dejavu.serve.core.interface import EngineFailed, QueueFull, SequenceRequest, TooLong, WorkerState
 
 MAX_BODY = 4 << 20  # bytes of a request: a prompt of some 500,000 tokens
 NO_READER = 400  # the status of what nobody reads any more
@@ -32,11 +32,11 @@ Send = Callable[[Message], Awaitable[None]]
 log = logging.getLogger("dejavu.serve")
 
 
-class JobRunner(Protocol):
+class SequenceRunner(Protocol):
     """What the server needs of a worker."""
 
-    def submit_all(self, jobs: Sequence[Job], /) -> Sequence[EventStream]:
-        """Streams of the jobs, all or none. Raises QueueFull, TooLong, NotRunning."""
+    def submit_all(self, requests: Sequence[SequenceRequest], /) -> Sequence[EventStream]:
+        """Streams of the sequences, all or none. Raises QueueFull, TooLong, NotRunning."""
         ...
 
     def state(self) -> WorkerState: ...
@@ -45,7 +45,7 @@ class JobRunner(Protocol):
 class Endpoint:
     """POST /v1/completions or POST /v1/chat/completions. name: in the metrics. ending: once it is set, what is being written ends."""
 
-    def __init__(self, name: str, served: Served, worker: JobRunner, metrics: Metrics, ending: asyncio.Event) -> None:
+    def __init__(self, name: str, served: Served, worker: SequenceRunner, metrics: Metrics, ending: asyncio.Event) -> None:
         self._name, self._served, self._worker, self._metrics, self._ending = name, served, worker, metrics, ending
 
     async def __call__(self, request: Request) -> Response:
@@ -68,7 +68,7 @@ class Endpoint:
         asked = await asyncio.to_thread(self._asked, body)  # a long prompt takes a while to read
         answer = new_answer(asked, self._served)
         try:
-            running = Running(self._worker.submit_all(asked.jobs))
+            running = Running(self._worker.submit_all(asked.sequences))
         except (QueueFull, TooLong, EngineFailed) as error:
             raise from_worker(error, param=asked.param) from error
         if asked.stream:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from dejavu.serve.api import response_schemas as schemas
-from dejavu.serve.api.answers import Endpoint, JobRunner
+from dejavu.serve.api.answers import Endpoint, SequenceRunner
 from dejavu.serve.api.assets import FOLDER, page_routes
 from dejavu.serve.api.errors import ApiError, internal, not_running
 from dejavu.serve.api.metrics import CONTENT_TYPE, Metrics
@@ -31,7 +31,7 @@ from dejavu.version import __version__
 WRITING = errors(400, 404, 413, 415, 429, 500, 503)
 
 
-def create_app(served: Served, worker: JobRunner, *, api_key: str | None = None, page: Path = FOLDER) -> FastAPI:
+def create_app(served: Served, worker: SequenceRunner, *, api_key: str | None = None, page: Path = FOLDER) -> FastAPI:
     """The app. api_key: that a request under /v1 has to bring; None: none. page: the folder of the files at /.
 
     Its `state.ending` is an event: once it is set, by `new_server` when that ends, the texts that are being written end with an error.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dejavu.serve.core.jobs import EngineFailed, NotRunning, QueueFull, TooLong
+from dejavu.serve.core.interface import EngineFailed, NotRunning, QueueFull, TooLong
 
 PATH = re.compile(r"(?<![\w/.:-])(?:~|[A-Za-z]:)?[/\\][^\s'\",:;()]+")
 TOO_LONG = "context_length_exceeded"

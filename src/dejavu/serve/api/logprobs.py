@@ -9,7 +9,7 @@ from typing import Any
 
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.vocabulary import Offsets, Vocabulary
-from dejavu.serve.core.jobs import TokenInfo
+from dejavu.serve.core.interface import TokenInfo
 
 LOWEST = -9999.0  # for minus infinity, which JSON has no word for; OpenAI's number
 

@@ -10,14 +10,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from dejavu.serve.core.jobs import Event
+from dejavu.serve.core.interface import Event
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 T = TypeVar("T")
 
 
 class EventStream(Protocol):
-    """What the worker gives for a job. Iterating raises EngineFailed where its step failed."""
+    """What the worker gives for a sequence. Iterating raises EngineFailed where its step failed."""
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
 

@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dejavu.serve.core.jobs import Event, WorkerState
+from dejavu.serve.core.interface import Event, WorkerState
 
 Outcome = Literal["completed", "refused", "busy", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("completed", "refused", "busy", "failed", "cancelled")

@@ -1,7 +1,7 @@
 """The requests of OpenAI's API that are answered here, as classes: what they check a body for is what the OpenAPI document promises.
 
 In: the bytes of a body (parsing.py). Out: a CompletionBody or a ChatBody. What depends on the model (its name, the context, the
-vocabulary, a chat template) is checked where a body becomes jobs, in requests.py. Options of OpenAI's that would change a text and are not
+vocabulary, a chat template) is checked where a body is read, in requests.py. Options of OpenAI's that would change a text and are not
 computed here are refused, unless they ask for nothing; null always means "not given".
 """
 

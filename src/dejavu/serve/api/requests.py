@@ -1,7 +1,7 @@
-"""From a checked body to jobs: which model it names, the prompt's tokens, how to sample, how many choices.
+"""From a checked body to what the worker is asked for: which model it names, the prompt's tokens, how to sample, how many choices.
 
-In: a CompletionBody or ChatBody and what is served. Out: an Asked, whose jobs are those of prompt 0, then of prompt 1 and so on, n of each.
-What the model cannot do is an ApiError: no such model (404), no chat template, a token outside the vocabulary, a text too long (400).
+In: a CompletionBody or ChatBody and what is served. Out: an Asked, whose sequences are those of prompt 0, then of prompt 1 and so on, n of
+each. What the model cannot do is an ApiError: no such model (404), no chat template, a token outside the vocabulary, a text too long (400).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.errors import TOO_LONG, ApiError, from_worker, invalid
 from dejavu.serve.api.request_schemas import DEFAULT_MAX_TOKENS, MAX_CHOICES, ChatBody, CompletionBody, Sampled, text_of
 from dejavu.serve.api.vocabulary import Vocabulary
-from dejavu.serve.core.jobs import Job, TooLong, WorkerState
+from dejavu.serve.core.interface import SequenceRequest, TooLong, WorkerState
 
 DENSE = ":dense"
 OPENAI = SamplingConfig(temperature=1.0)  # where neither a request nor the model says how to draw
@@ -71,7 +71,7 @@ def served_by(
     tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: int, name: str | None = None,
     sampling: SamplingConfig = OPENAI, dense_sampling: SamplingConfig = OPENAI,
 ) -> Served:  # fmt: skip
-    """What a worker serves. name: for requests, where it is not the model's own. tokenizer: with the chat template to use. queue: jobs
+    """What a worker serves. name: for requests, where it is not the model's own. tokenizer: with the chat template to use. queue: sequences
     that may wait; no request may ask for more than that and the slots of its engine when that is free. sampling, dense_sampling: those
     that the model comes with; a greedy one is none, and leaves OpenAI's."""
     plain, traced = (min(MAX_CHOICES, queue + engine.slots) for engine in (state.engines[0], state.engines[-1]))  # the last one records
@@ -103,7 +103,7 @@ class Asked:
     chat: bool
     model: str
     dense: bool
-    jobs: tuple[Job, ...]
+    sequences: tuple[SequenceRequest, ...]
     n: int
     stream: bool
     include_usage: bool
@@ -139,7 +139,7 @@ def asked_completion(body: CompletionBody, served: Served) -> Asked:
     texts = tuple(prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt) for prompt in prompts) if echo else ()
     return Asked(
         chat=False, model=body.model, dense=dense, n=n, logprobs=body.logprobs, echo=echo, texts=texts,
-        jobs=_jobs(body, ids, n, served, dense=dense, max_tokens=max_tokens, logprobs=body.logprobs, echo=echo),
+        sequences=_sequences(body, ids, n, served, dense=dense, max_tokens=max_tokens, logprobs=body.logprobs, echo=echo),
         **_streaming(body),
     )  # fmt: skip
 
@@ -168,7 +168,7 @@ def asked_chat(body: ChatBody, served: Served) -> Asked:
     _check_ids(ids, served, new=max_tokens, param="messages")
     return Asked(
         chat=True, model=body.model, dense=dense, n=n, logprobs=logprobs,
-        jobs=_jobs(body, [ids], n, served, dense=dense, max_tokens=max_tokens, logprobs=logprobs, echo=False),
+        sequences=_sequences(body, [ids], n, served, dense=dense, max_tokens=max_tokens, logprobs=logprobs, echo=False),
         **_streaming(body),
     )  # fmt: skip
 
@@ -205,9 +205,9 @@ def _streaming(body: Sampled) -> Mapping[str, Any]:
     return {"stream": stream, "include_usage": options is not None and bool(options.include_usage), "trace": trace}
 
 
-def _jobs(
+def _sequences(
     body: Sampled, prompts: list[list[int]], n: int, served: Served, *, dense: bool, max_tokens: int, logprobs: int | None, echo: bool
-) -> tuple[Job, ...]:
+) -> tuple[SequenceRequest, ...]:
     biases = {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()}
     for token_id in biases:
         if token_id >= served.vocab_size:
@@ -216,7 +216,7 @@ def _jobs(
     own = served.dense_sampling if dense else served.sampling
     sampling = own.asked(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, seed=body.seed)
     return tuple(
-        Job(
+        SequenceRequest(
             prompt_ids=tuple(ids),
             max_new_tokens=max_tokens,
             sampling=sampling,

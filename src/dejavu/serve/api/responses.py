@@ -15,7 +15,7 @@ from typing import Any
 from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.requests import Asked, Served
-from dejavu.serve.core.jobs import BINS, Event, Summary
+from dejavu.serve.core.interface import BINS, Event, Summary
 
 DONE = b"data: [DONE]\n\n"
 
@@ -54,8 +54,8 @@ class Answer:
     def __init__(self, asked: Asked, served: Served) -> None:
         self.asked, self._served = asked, served
         self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
-        self._offsets = [served.vocabulary.offsets(first=asked.echo) for _ in asked.jobs]
-        self._pieces: list[list[Piece]] = [[] for _ in asked.jobs]
+        self._offsets = [served.vocabulary.offsets(first=asked.echo) for _ in asked.sequences]
+        self._pieces: list[list[Piece]] = [[] for _ in asked.sequences]
         self._begun: set[int] = set()
         self._summaries: dict[int, Summary] = {}
         self._shape_is_sent = False
@@ -63,7 +63,7 @@ class Answer:
     @property
     def choices(self) -> range:
         """Their indices: of prompt i, those from i n on."""
-        return range(len(self.asked.jobs))
+        return range(len(self.asked.sequences))
 
     def take(self, index: int, event: Event) -> Piece:
         """The next event of a choice."""

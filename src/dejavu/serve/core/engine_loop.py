@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dejavu.engine.interface import DecodesTokens, Engine, densities
 from dejavu.engine.sampling import NOT_NUMBERS
-from dejavu.serve.core.jobs import EngineFailed, EngineState, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, EngineState, TokenInfo
 from dejavu.serve.core.scheduler import Plan, Prefill, Scheduler
 from dejavu.serve.core.sequence import Choice
 from dejavu.serve.core.trace import token_trace
@@ -208,7 +208,7 @@ class EngineLoop:
         """Prefill a range of a prompt; behind its end the first new token, where one is wanted."""
         choice, engine = part.claim, self.engine
         slot, ids = slot_of(choice), choice.prompt_ids[part.start : part.stop]
-        if choice.job.prompt_logprobs:
+        if choice.request.prompt_logprobs:
             logits_TV = engine.prefill_logits(slot, ids).cpu()
             choice.score_prompt(part.start, logits_TV)
             logits_V = logits_TV[-1]
@@ -273,14 +273,14 @@ class EngineLoop:
             except ValueError as error:
                 made.append(error)
                 continue
-            trace = token_trace(info, None if result.selections is None else result.selections[at]) if row.job.trace else None
+            trace = token_trace(info, None if result.selections is None else result.selections[at]) if row.request.trace else None
             made.append(dataclasses.replace(found, mlp_density=mlp, head_density=heads, trace=trace))
         self._counts["fallback_layers"] += result.fallback_layers or 0
         return [(made, self._union(result.union_L))]
 
     def _drawn(self, decoder: DecodesTokens, rows: Sequence[Choice], count: int) -> list[Made]:
         """So many tokens of each row, drawn by the engine."""
-        settings = [row.job.sampling for row in rows], [row.job.index for row in rows]
+        settings = [row.request.sampling for row in rows], [row.request.index for row in rows]
         found = decoder.decode([last_of(row) for row in rows], [slot_of(row) for row in rows], count, *settings).cpu()
         self._counts["fallback_layers"] += count * (found.fallback_layers or 0)
         steps: list[Made] = []

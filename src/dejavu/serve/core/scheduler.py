@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from dejavu.serve.core.jobs import QueueFull, TooLong
+from dejavu.serve.core.interface import QueueFull, TooLong
 
 QUANTUM = 32  # tokens that a prompt gets at least in a step where it gets any: fewer waste a read of the weights
 MAX_PASSED = 8  # how many later claims may go before one that does not fit yet

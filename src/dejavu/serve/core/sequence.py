@@ -1,4 +1,4 @@
-"""A job under way: what it claims, how it draws, its text so far, and its sums.
+"""A sequence under way: what it claims, how it draws, its text so far, and its sums.
 
 In: logits of its prompt and of its steps. Out: TokenInfos and the Events of its stream.
 
@@ -13,22 +13,22 @@ from torch import Tensor
 
 from dejavu.engine.sampling import Distribution, Sampler
 from dejavu.generation.text import Detokenizer, Writing, stop_ids_of
-from dejavu.serve.core.jobs import Event, Job, Summary, TokenInfo
+from dejavu.serve.core.interface import Event, SequenceRequest, Summary, TokenInfo
 from dejavu.serve.core.scheduler import Claim
 from dejavu.serve.core.stream import Stream
 
 
 class Choice(Claim):
-    """One job, from its submission to its end. Raises ValueError for an empty stop string."""
+    """One requested sequence, from its submission to its end. Raises ValueError for an empty stop string."""
 
-    def __init__(self, job: Job, tokenizer: Detokenizer, stream: Stream, *, share: bool) -> None:
+    def __init__(self, request: SequenceRequest, tokenizer: Detokenizer, stream: Stream, *, share: bool) -> None:
         # Where the prompt's log-probabilities are wanted all of it has to be computed.
-        super().__init__(prompt_ids=job.prompt_ids, new_tokens=job.max_new_tokens, share=share and not job.prompt_logprobs)
-        self.job, self.stream = job, stream
-        self.sampler = Sampler(job.sampling, index=job.index)
+        super().__init__(prompt_ids=request.prompt_ids, new_tokens=request.max_new_tokens, share=share and not request.prompt_logprobs)
+        self.request, self.stream = request, stream
+        self.sampler = Sampler(request.sampling, index=request.index)
         self.writing = Writing(
-            tokenizer, job.prompt_ids, stop=job.stop, max_tokens=job.max_new_tokens,
-            stop_ids=stop_ids_of(tokenizer, ignore_eos=job.ignore_eos),
+            tokenizer, request.prompt_ids, stop=request.stop, max_tokens=request.max_new_tokens,
+            stop_ids=stop_ids_of(tokenizer, ignore_eos=request.ignore_eos),
         )  # fmt: skip
         self.last: int | None = None  # the token that the next step appends
         self._prompt: list[TokenInfo] = []
@@ -41,18 +41,18 @@ class Choice(Claim):
     @property
     def nothing_to_do(self) -> bool:
         """Whether it ends where it begins: no token is wanted, and nothing about its prompt."""
-        return self.new_tokens == 0 and not self.job.prompt_logprobs
+        return self.new_tokens == 0 and not self.request.prompt_logprobs
 
     @property
     def plain(self) -> bool:
         """Whether an engine may draw its tokens: it wants nothing but them."""
-        return self.job.top_logprobs is None and not self.job.logit_bias and not self.job.trace
+        return self.request.top_logprobs is None and not self.request.logit_bias and not self.request.trace
 
     def drawn(self, logits_V: Tensor) -> TokenInfo:
         """The next token by these logits. Raises ValueError where they are not numbers."""
         found = Distribution(logits_V)
-        token_id = self.sampler.choose(found, self.job.logit_bias)
-        wanted = self.job.top_logprobs
+        token_id = self.sampler.choose(found, self.request.logit_bias)
+        wanted = self.request.top_logprobs
         return (
             TokenInfo(token_id=token_id)
             if wanted is None
@@ -61,7 +61,7 @@ class Choice(Claim):
 
     def score_prompt(self, start: int, logits_TV: Tensor) -> None:
         """Log-probabilities of the prompt's tokens behind those from `start` on. Raises ValueError where logits are not numbers."""
-        ids, top = self.job.prompt_ids, self.job.top_logprobs or 0
+        ids, top = self.request.prompt_ids, self.request.top_logprobs or 0
         if start == 0:
             self._prompt = [TokenInfo(token_id=ids[0])]
         for token_id, logits_V in zip(ids[start + 1 : start + 1 + len(logits_TV)], logits_TV, strict=False):
@@ -94,7 +94,7 @@ class Choice(Claim):
     def _summary(self) -> Summary:
         mlp, heads = zip(*self._densities, strict=True) if self._densities else ((), ())
         return Summary(
-            prompt_tokens=len(self.job.prompt_ids),
+            prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=self.writing.tokens,
             cached_tokens=self.cached,
             mlp_density=_mean(mlp),

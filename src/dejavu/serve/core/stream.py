@@ -10,13 +10,13 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from dejavu.serve.core.jobs import EngineFailed, Event
+from dejavu.serve.core.interface import EngineFailed, Event
 
 
 class Stream(AsyncIterator[Event]):
-    """The events of one job. `put` and `fail` are the worker's; the rest is for one reader, in one loop or one thread.
+    """The events of one sequence. `put` and `fail` are the worker's; the rest is for one reader, in one loop or one thread.
 
-    on_cancel: called once, where the reader leaves before the end. Raises EngineFailed out of its iterator where the job failed.
+    on_cancel: called once, where the reader leaves before the end. Raises EngineFailed out of its iterator where the sequence failed.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
@@ -35,7 +35,7 @@ class Stream(AsyncIterator[Event]):
         self._add(error, last=True)
 
     def cancel(self) -> None:
-        """Leave: iterators end, and the job's slot and pages are free within a step. From any thread; once over it changes nothing."""
+        """Leave: iterators end, and the sequence's slot and pages are free within a step. From any thread; once over it changes nothing."""
         with self._changed:
             if self._over:
                 return

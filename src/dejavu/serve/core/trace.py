@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dejavu.engine.interface import EngineInfo, LayerSelection
-from dejavu.serve.core.jobs import BINS, TokenTrace
+from dejavu.serve.core.interface import BINS, TokenTrace
 
 
 def token_trace(info: EngineInfo, layers: Sequence[LayerSelection] | None) -> TokenTrace:

@@ -1,8 +1,8 @@
 """The worker: one thread that owns the engines and lets all that is asked of a model run in them.
 
-In: jobs, from any thread. Out: a stream of events for each. There is an engine for dense jobs and, where the model has an adapter, one
-for sparse ones; a third records what fires, for traces, and is made when one is first asked for. Each has a scheduler and a queue of
-its own; those that have work take turns: a step each, or a few tokens of one that is alone.
+In: requests for sequences, from any thread. Out: a stream of events for each. There is an engine for dense ones and, where the model has an
+adapter, one for sparse ones; a third records what fires, for traces, and is made when one is first asked for. Each has a scheduler and a
+queue of its own; those that have work take turns: a step each, or a few tokens of one that is alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dejavu.engine.interface import Engine
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.config import ServeConfig
 from dejavu.serve.core.engine_loop import EngineLoop
-from dejavu.serve.core.jobs import EngineFailed, Job, Load, NotRunning, WorkerState
+from dejavu.serve.core.interface import EngineFailed, Load, NotRunning, SequenceRequest, WorkerState
 from dejavu.serve.core.scheduler import Scheduler
 from dejavu.serve.core.sequence import Choice
 from dejavu.serve.core.stream import Stream
@@ -52,7 +52,7 @@ class ServedModel(Protocol):
 
 
 class Worker:
-    """Runs the jobs of a model. Engines are made here, the thread by `start`; jobs may be submitted before it.
+    """Runs the sequences of a model. Engines are made here, the thread by `start`; requests may be submitted before it.
 
     Raises ValueError for a configuration that the model cannot have, and what making the engines raises.
     """
@@ -118,16 +118,16 @@ class Worker:
             self._thread.join()
         self._end(EngineFailed("the server is shutting down"))
 
-    def submit(self, job: Job) -> Stream:
-        """Queue a job; its events come by the stream.
+    def submit(self, request: SequenceRequest) -> Stream:
+        """Queue a sequence; its events come by the stream.
 
-        Raises at once: ValueError for a job that makes no sense, TooLong for one that can never fit, QueueFull, and NotRunning.
+        Raises at once: ValueError for a request that makes no sense, TooLong for one that can never fit, QueueFull, and NotRunning.
         """
-        return self.submit_all([job])[0]
+        return self.submit_all([request])[0]
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[Stream]:
+    def submit_all(self, requests: Sequence[SequenceRequest]) -> list[Stream]:
         """As `submit`, all or none. Jobs with the same prompt let the first one read it and share what it read."""
-        made = [self._choice(job) for job in jobs]
+        made = [self._choice(request) for request in requests]
         for loop, choice in made:
             loop.scheduler.check_length(choice)
         with self._lock:
@@ -169,24 +169,24 @@ class Worker:
                 **sums,
             )
 
-    def _choice(self, job: Job) -> tuple[EngineLoop, Choice]:
-        """The job under way, and where it runs. Raises ValueError for what no engine could run."""
-        require(len(job.prompt_ids) > 0, "the prompt has no tokens; give at least one word")
-        require(job.max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {job.max_new_tokens}")
+    def _choice(self, request: SequenceRequest) -> tuple[EngineLoop, Choice]:
+        """What carries a request out, and where it runs. Raises ValueError for what no engine could run."""
+        require(len(request.prompt_ids) > 0, "the prompt has no tokens; give at least one word")
+        require(request.max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {request.max_new_tokens}")
         vocab = self._info.vocab_size
-        for token_id in (min(job.prompt_ids), max(job.prompt_ids), *job.logit_bias):
+        for token_id in (min(request.prompt_ids), max(request.prompt_ids), *request.logit_bias):
             require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
-        dense = job.dense or self._lm.adapter is None
-        loop = self._loops["dense" if dense else RECORDING if job.trace else "sparse"]
+        dense = request.dense or self._lm.adapter is None
+        loop = self._loops["dense" if dense else RECORDING if request.trace else "sparse"]
         stream = Stream(lambda: loop.cancel(choice))
-        choice = Choice(job, self._lm.tokenizer, stream, share=self._config.prefix_reuse)
+        choice = Choice(request, self._lm.tokenizer, stream, share=self._config.prefix_reuse)
         return loop, choice
 
     def _let_share(self, choices: Sequence[Choice]) -> None:
         """Choices with one prompt wait for the first of them to read it."""
         firsts: dict[tuple[int, ...], Choice] = {}
         for choice in choices:
-            first = firsts.setdefault(choice.job.prompt_ids, choice)
+            first = firsts.setdefault(choice.request.prompt_ids, choice)
             choice.after = first if choice.share and first is not choice else None
 
     def _report(self, error: BaseException) -> None:

@@ -1,7 +1,7 @@
 """What goes into the worker and what comes out of it: plain data that the server's side and the worker's side share.
 
-In: a Job, one choice of one request, checked by whoever made it. Out: the Events of its stream, in order, of which the last has the
-finish_reason and the Summary; or one of the exceptions here.
+In: a SequenceRequest, one text of what a client asks for, checked by whoever made it. Out: the Events of its stream, in order, of which the
+last has the finish_reason and the Summary; or one of the exceptions here.
 
 Letters: L layers  H query heads
 """
@@ -18,8 +18,8 @@ BINS = 64  # into which a trace divides the neurons of a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One choice of one request. index: which choice of its request (see Sampler).
+class SequenceRequest:
+    """One text that a client asks for. index: which choice of its prompt (see Sampler).
 
     logit_bias: token id -> what is added to its logit before sampling; log-probabilities are those before it. stop: strings that end the
     text before them. ignore_eos: go on behind an EOS. top_logprobs: None for no log-probabilities, n >= 0 for the token's own and the
@@ -104,7 +104,7 @@ class Event:
 
 
 class QueueFull(Exception):  # noqa: N818 (a state, not a mistake)
-    """As many jobs wait as may. retry_after_s: when there may be room again, in whole seconds, at least 1."""
+    """As many sequences wait as may. retry_after_s: when there may be room again, in whole seconds, at least 1."""
 
     def __init__(self, *, waiting: int, retry_after_s: int) -> None:
         super().__init__(f"{waiting} requests are waiting and no more may; try again in {retry_after_s} s")
@@ -112,7 +112,7 @@ class QueueFull(Exception):  # noqa: N818 (a state, not a mistake)
 
 
 class TooLong(ValueError):  # noqa: N818
-    """A job that cannot fit, however long it waits. prompt, requested (new tokens), limit: in tokens."""
+    """A request that cannot fit, however long it waits. prompt, requested (new tokens), limit: in tokens."""
 
     def __init__(self, *, prompt: int, requested: int, limit: int) -> None:
         super().__init__(
@@ -127,17 +127,17 @@ class EngineFailed(Exception):  # noqa: N818 (a state, not a mistake)
 
 
 class NotRunning(EngineFailed):
-    """No job is taken: the worker has ended, or is told to."""
+    """No request is taken: the worker has ended, or is told to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What there is to do and what was done, in numbers that add up over engines.
 
-    queued, running: jobs; slots, pages_free, pages_total: of the cache, a page that is kept for reuse alone being free. Since the start:
-    steps (of decoding, one for all rows that took part), tokens (generated), prompt_tokens (computed), cached_tokens (of prompts, saved by
-    shared prefixes), finished, failed and cancelled jobs, fallback_layers (layers whose MLP ran dense for a whole batch, added up over the
-    steps).
+    queued, running: sequences; slots, pages_free, pages_total: of the cache, a page that is kept for reuse alone being free. Since the
+    start: steps (of decoding, one for all rows that took part), tokens (generated), prompt_tokens (computed), cached_tokens (of prompts,
+    saved by shared prefixes), finished, failed and cancelled sequences, fallback_layers (layers whose MLP ran dense for a whole batch,
+    added up over the steps).
     """
 
     queued: int
