@@ -1,9 +1,9 @@
-"""One engine at work: carries out what its scheduler plans, and keeps a failure to those whom it concerns.
+"""One engine at work: carries out what its scheduler decides, and keeps a failure to those whom it concerns.
 
-In: choices that the worker queues. Out: the events of their streams. A step of the loop: prompts go on, and every row that can decodes
-a token, or a few where it is alone. A call that refuses its input (ValueError: the slots are then as they were) ends the choice that it was
-for; a step of several rows is done again row by row, so that only those at fault end. After any other error all rows of that call end;
-the engine goes on, and one of which step after step fails, or which cannot even free a slot, is made anew.
+In: sequences that the worker queues. Out: the events of their streams. A step of the loop: prompts go on, and every row that can decodes a
+token, or a few where it is alone. A call that refuses its input (ValueError: the slots are then as they were) ends the sequence that it was
+for; a step of several rows is done again row by row, so that only those at fault end. After any other error all rows of that call end; the
+engine goes on, and one of which step after step fails, or which cannot even free a slot, is made anew.
 
 Letters: B rows of a step  V vocabulary  L layers  T tokens  P points that read inputs
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from dejavu.engine.interface import DecodesTokens, Engine, densities
 from dejavu.engine.sampling import NOT_NUMBERS
 from dejavu.serve.core.interface import EngineFailed, EngineState, TokenInfo
-from dejavu.serve.core.scheduler import Plan, Prefill, Scheduler
-from dejavu.serve.core.sequence import Choice
+from dejavu.serve.core.scheduler import PrefillChunk, Scheduler, SchedulerOutput
+from dejavu.serve.core.sequence import TextSequence
 from dejavu.serve.core.trace import token_trace
 
 COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of Load
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """The choices of one engine. `step` and what it calls are the worker's thread's; the rest is for any thread.
+    """The sequences of one engine. `step` and what it calls are the worker's thread's; the rest is for any thread.
 
     make: makes the engine, first when it is needed and again where it cannot go on. scheduler: made for this loop, which is its pool;
     lock guards it. report: told of each failure. pages: of an engine. publishes: whether prompts are offered for reuse.
@@ -47,7 +47,7 @@ class EngineLoop:
         self,
         mode: str,
         make: Callable[[], Engine],
-        scheduler: Callable[[EngineLoop], Scheduler[Choice]],
+        scheduler: Callable[[EngineLoop], Scheduler[TextSequence]],
         *,
         pages: int,
         publishes: bool,
@@ -69,7 +69,7 @@ class EngineLoop:
 
     @property
     def engine(self) -> Engine:
-        assert self._engine is not None, "a plan is made for an engine"
+        assert self._engine is not None, "steps are scheduled for an engine"
         return self._engine
 
     @property
@@ -94,12 +94,12 @@ class EngineLoop:
         """Whether there is something to do; asked with the lock."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
-    def cancel(self, choice: Choice) -> None:
-        """Its reader has left: the choice is over by the next step."""
+    def cancel(self, sequence: TextSequence) -> None:
+        """Its reader has left: the sequence is over by the next step."""
         with self._lock:
-            if choice.over:  # its last event is on its way
+            if sequence.over:  # its last event is on its way
                 return
-            self.scheduler.cancel(choice)
+            self.scheduler.cancel(sequence)
             self._counts["cancelled"] += 1
             self._lock.notify_all()
 
@@ -129,14 +129,14 @@ class EngineLoop:
         if self._engine is None and not self._engine_made():
             return 0
         with self._lock:
-            plan: Plan[Choice] = self.scheduler.plan()
-        for part in plan.prefill:
+            scheduled: SchedulerOutput[TextSequence] = self.scheduler.schedule()
+        for part in scheduled.prefill:
             self._prefill(part)
         decoder = self._decoder
-        drawn = [row for row in plan.decode if decoder is not None and row.plain]
-        stepped = [row for row in plan.decode if decoder is None or not row.plain]
+        drawn = [row for row in scheduled.decode if decoder is not None and row.plain]
+        stepped = [row for row in scheduled.decode if decoder is None or not row.plain]
         if decoder is not None:
-            count = self._count(plan) if alone else 1
+            count = self._count(scheduled) if alone else 1
             self._decode(drawn, lambda rows: self._drawn(decoder, rows, count), "draw")
         self._decode(stepped, self._stepped, "step")
         self._judge()
@@ -161,18 +161,18 @@ class EngineLoop:
             self._use(None)
         self._failures.clear()
         self._failed.clear()
-        for choice in ended:
-            self._tell(choice, error)
+        for sequence in ended:
+            self._tell(sequence, error)
 
     def end_all(self, error: BaseException) -> None:
         """All that run and all that wait fail."""
         self.abandon(error)
         with self._lock:
             waiting = self.scheduler.waiting
-            for choice in waiting:
-                self.scheduler.end(choice)
-        for choice in waiting:
-            self._tell(choice, error)
+            for sequence in waiting:
+                self.scheduler.end(sequence)
+        for sequence in waiting:
+            self._tell(sequence, error)
 
     def _engine_made(self) -> bool:
         try:
@@ -185,50 +185,50 @@ class EngineLoop:
         self.broken = False
         return True
 
-    def _prefill(self, part: Prefill[Choice]) -> None:
-        choice = part.claim
-        if choice.over or choice.cancelled:
+    def _prefill(self, part: PrefillChunk[TextSequence]) -> None:
+        sequence = part.sequence
+        if sequence.over or sequence.cancelled:
             return
         try:
             info = self._read(part)
         except Exception as error:
-            self._fail([choice], error, "prefill")
+            self._fail([sequence], error, "prefill")
             return
         self._worked.add("prefill")
         tokens = part.stop - part.start
         self._computed += tokens
         self._counts["prompt_tokens"] += tokens
-        self._counts["cached_tokens"] += choice.cached if part.start == choice.cached else 0
+        self._counts["cached_tokens"] += sequence.cached if part.start == sequence.cached else 0
         with self._lock:
-            self.scheduler.advance(choice, tokens)
-        if choice.unread == 0:
-            self._deliver(choice, info)
+            self.scheduler.advance(sequence, tokens)
+        if sequence.unread == 0:
+            self._deliver(sequence, info)
 
-    def _read(self, part: Prefill[Choice]) -> TokenInfo | None:
+    def _read(self, part: PrefillChunk[TextSequence]) -> TokenInfo | None:
         """Prefill a range of a prompt; behind its end the first new token, where one is wanted."""
-        choice, engine = part.claim, self.engine
-        slot, ids = slot_of(choice), choice.prompt_ids[part.start : part.stop]
-        if choice.request.prompt_logprobs:
+        sequence, engine = part.sequence, self.engine
+        slot, ids = slot_of(sequence), sequence.prompt_ids[part.start : part.stop]
+        if sequence.request.prompt_logprobs:
             logits_TV = engine.prefill_logits(slot, ids).cpu()
-            choice.score_prompt(part.start, logits_TV)
+            sequence.score_prompt(part.start, logits_TV)
             logits_V = logits_TV[-1]
         else:
             logits_V = engine.prefill(slot, ids)
-        if part.stop < len(choice.prompt_ids):
+        if part.stop < len(sequence.prompt_ids):
             return None
-        info = choice.drawn(logits_V) if choice.new_tokens > 0 else None
+        info = sequence.drawn(logits_V) if sequence.new_tokens > 0 else None
         if self._publishes:
-            engine.publish(slot, choice.prompt_ids)
+            engine.publish(slot, sequence.prompt_ids)
         return info
 
-    def _count(self, plan: Plan[Choice]) -> int:
+    def _count(self, scheduled: SchedulerOutput[TextSequence]) -> int:
         """How many tokens of each row a step decodes. What a text's end leaves over is dropped."""
         with self._lock:
-            if plan.prefill or len(plan.decode) > 1 or self.scheduler.waiting:
+            if scheduled.prefill or len(scheduled.decode) > 1 or self.scheduler.waiting:
                 return 1
-        return max(1, min([ALONE, *(row.total - row.done - 1 for row in plan.decode)]))
+        return max(1, min([ALONE, *(row.total - row.done - 1 for row in scheduled.decode)]))
 
-    def _decode(self, rows: Sequence[Choice], call: Callable[[Sequence[Choice]], list[Made]], what: str) -> None:
+    def _decode(self, rows: Sequence[TextSequence], call: Callable[[Sequence[TextSequence]], list[Made]], what: str) -> None:
         """A token or a few of each row by one call, or by one for each row where the rows together are refused."""
         rows = [row for row in rows if not row.over and not row.cancelled]
         if not rows:
@@ -260,7 +260,7 @@ class EngineLoop:
                 else:
                     self._deliver(row, found, union)
 
-    def _stepped(self, rows: Sequence[Choice]) -> list[Made]:
+    def _stepped(self, rows: Sequence[TextSequence]) -> list[Made]:
         """A token of each row, drawn here, and the density of what all of them together read."""
         info = self.engine.info
         result = self.engine.step([last_of(row) for row in rows], [slot_of(row) for row in rows])
@@ -278,7 +278,7 @@ class EngineLoop:
         self._counts["fallback_layers"] += result.fallback_layers or 0
         return [(made, self._union(result.union_L))]
 
-    def _drawn(self, decoder: DecodesTokens, rows: Sequence[Choice], count: int) -> list[Made]:
+    def _drawn(self, decoder: DecodesTokens, rows: Sequence[TextSequence], count: int) -> list[Made]:
         """So many tokens of each row, drawn by the engine."""
         settings = [row.request.sampling for row in rows], [row.request.index for row in rows]
         found = decoder.decode([last_of(row) for row in rows], [slot_of(row) for row in rows], count, *settings).cpu()
@@ -313,47 +313,47 @@ class EngineLoop:
         )
         return list(zip(mlp_B, heads_B, strict=True))
 
-    def _deliver(self, choice: Choice, info: TokenInfo | None, union: float | None = None) -> None:
-        """Send what is new, and end the choice where this is its end: its slot is free before its reader hears of it."""
-        event = choice.event() if info is None else choice.push(info, union=union)
+    def _deliver(self, sequence: TextSequence, info: TokenInfo | None, union: float | None = None) -> None:
+        """Send what is new, and end the sequence where this is its end: its slot is free before its reader hears of it."""
+        event = sequence.event() if info is None else sequence.push(info, union=union)
         self._counts["tokens"] += info is not None
         if event is None:
             return
         if event.finish_reason is not None:
-            self._end(choice, counts="finished")
-        choice.stream.put(event)
+            self._end(sequence, counts="finished")
+        sequence.stream.put(event)
 
-    def _end(self, choice: Choice, *, counts: str | None = None) -> None:
+    def _end(self, sequence: TextSequence, *, counts: str | None = None) -> None:
         try:
             with self._lock:  # either it counts as this, or as cancelled
-                if counts is not None and not choice.cancelled:
+                if counts is not None and not sequence.cancelled:
                     self._counts[counts] += 1
-                self.scheduler.end(choice)
+                self.scheduler.end(sequence)
         except Exception as error:
             log.exception("the %s engine cannot free a slot and is made anew", self.mode)
             self.abandon(error)
 
-    def _fail(self, choices: Sequence[Choice], error: Exception, what: str) -> None:
+    def _fail(self, sequences: Sequence[TextSequence], error: Exception, what: str) -> None:
         """These end, and the engine goes on for now."""
-        log.error("%s of the %s engine failed", "rows" if len(choices) > 1 else "a row", self.mode, exc_info=error)
+        log.error("%s of the %s engine failed", "rows" if len(sequences) > 1 else "a row", self.mode, exc_info=error)
         forget_frames(error)
         if not isinstance(error, ValueError):
             self._failed[what] = error
-        for choice in choices:
-            if not choice.over:  # else it was told: the engine was abandoned for one before it
-                self._end(choice)
-                self._tell(choice, error)
+        for sequence in sequences:
+            if not sequence.over:  # else it was told: the engine was abandoned for one before it
+                self._end(sequence)
+                self._tell(sequence, error)
 
-    def _tell(self, choice: Choice, error: BaseException) -> None:
+    def _tell(self, sequence: TextSequence, error: BaseException) -> None:
         """Why it failed; what is not a refusal may hold paths and the like, which are for the log alone."""
-        if choice.cancelled:
+        if sequence.cancelled:
             return
         self._counts["failed"] += 1
         self._report(error)
         reason = str(error) if isinstance(error, ValueError | EngineFailed) else f"the engine failed ({type(error).__name__})"
         failed = EngineFailed(reason)
         failed.__cause__ = error
-        choice.stream.fail(failed)
+        sequence.stream.fail(failed)
 
 
 def forget_frames(error: BaseException) -> None:
@@ -368,11 +368,11 @@ def forget_frames(error: BaseException) -> None:
             found += [each.__cause__, each.__context__]
 
 
-def slot_of(choice: Choice) -> int:
-    assert choice.slot is not None, "what runs has a slot"
-    return choice.slot
+def slot_of(sequence: TextSequence) -> int:
+    assert sequence.slot is not None, "what runs has a slot"
+    return sequence.slot
 
 
-def last_of(choice: Choice) -> int:
-    assert choice.last is not None, "what decodes has a token"
-    return choice.last
+def last_of(sequence: TextSequence) -> int:
+    assert sequence.last is not None, "what decodes has a token"
+    return sequence.last

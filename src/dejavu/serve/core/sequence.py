@@ -1,4 +1,4 @@
-"""A sequence under way: what it claims, how it draws, its text so far, and its sums.
+"""A sequence under way: its slot and pages, how it draws, its text so far, and its sums.
 
 In: logits of its prompt and of its steps. Out: TokenInfos and the Events of its stream.
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from dejavu.engine.sampling import Distribution, Sampler
 from dejavu.generation.text import Detokenizer, Writing, stop_ids_of
 from dejavu.serve.core.interface import Event, SequenceRequest, Summary, TokenInfo
-from dejavu.serve.core.scheduler import Claim
+from dejavu.serve.core.scheduler import ScheduledSequence
 from dejavu.serve.core.stream import Stream
 
 
-class Choice(Claim):
+class TextSequence(ScheduledSequence):
     """One requested sequence, from its submission to its end. Raises ValueError for an empty stop string."""
 
     def __init__(self, request: SequenceRequest, tokenizer: Detokenizer, stream: Stream, *, share: bool) -> None:

@@ -22,7 +22,7 @@ from dejavu.serve.config import ServeConfig
 from dejavu.serve.core.engine_loop import EngineLoop
 from dejavu.serve.core.interface import EngineFailed, Load, NotRunning, SequenceRequest, WorkerState
 from dejavu.serve.core.scheduler import Scheduler
-from dejavu.serve.core.sequence import Choice
+from dejavu.serve.core.sequence import TextSequence
 from dejavu.serve.core.stream import Stream
 from dejavu.serve.core.warm_up import warm_up
 
@@ -89,7 +89,7 @@ class Worker:
         config, page_size = self._config, self._info.page_size
         pages = -(-tokens // page_size) if engine is None else engine.info.num_pages
 
-        def scheduler(loop: EngineLoop) -> Scheduler[Choice]:
+        def scheduler(loop: EngineLoop) -> Scheduler[TextSequence]:
             limit = min(self._longest, tokens)
             return Scheduler(
                 loop,
@@ -127,23 +127,25 @@ class Worker:
 
     def submit_all(self, requests: Sequence[SequenceRequest]) -> list[Stream]:
         """As `submit`, all or none. Jobs with the same prompt let the first one read it and share what it read."""
-        made = [self._choice(request) for request in requests]
-        for loop, choice in made:
-            loop.scheduler.check_length(choice)
+        made = [self._sequence(request) for request in requests]
+        for loop, sequence in made:
+            loop.scheduler.check_length(sequence)
         with self._lock:
             if self._closing or self._ended:
                 raise NotRunning("the server is shutting down" if self._closing else "the server's worker has ended; start it again")
-            queued = {loop: [choice for its, choice in made if its is loop and not choice.nothing_to_do] for loop in self._loops.values()}
-            for loop, choices in queued.items():
-                loop.scheduler.check_room(len(choices), tokens_per_s=self._tokens_per_s)
-            for loop, choices in queued.items():
-                self._let_share(choices)
-                loop.scheduler.submit(choices)
+            queued = {
+                loop: [sequence for its, sequence in made if its is loop and not sequence.nothing_to_do] for loop in self._loops.values()
+            }
+            for loop, sequences in queued.items():
+                loop.scheduler.check_room(len(sequences), tokens_per_s=self._tokens_per_s)
+            for loop, sequences in queued.items():
+                self._let_share(sequences)
+                loop.scheduler.submit(sequences)
             self._lock.notify_all()
-        for _, choice in made:
-            if choice.nothing_to_do:
-                choice.stream.put(choice.event())
-        return [choice.stream for _, choice in made]
+        for _, sequence in made:
+            if sequence.nothing_to_do:
+                sequence.stream.put(sequence.event())
+        return [sequence.stream for _, sequence in made]
 
     def state(self) -> WorkerState:
         """How it does, from any thread."""
@@ -169,7 +171,7 @@ class Worker:
                 **sums,
             )
 
-    def _choice(self, request: SequenceRequest) -> tuple[EngineLoop, Choice]:
+    def _sequence(self, request: SequenceRequest) -> tuple[EngineLoop, TextSequence]:
         """What carries a request out, and where it runs. Raises ValueError for what no engine could run."""
         require(len(request.prompt_ids) > 0, "the prompt has no tokens; give at least one word")
         require(request.max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {request.max_new_tokens}")
@@ -178,16 +180,16 @@ class Worker:
             require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
         dense = request.dense or self._lm.adapter is None
         loop = self._loops["dense" if dense else RECORDING if request.trace else "sparse"]
-        stream = Stream(lambda: loop.cancel(choice))
-        choice = Choice(request, self._lm.tokenizer, stream, share=self._config.prefix_reuse)
-        return loop, choice
+        stream = Stream(lambda: loop.cancel(sequence))
+        sequence = TextSequence(request, self._lm.tokenizer, stream, share=self._config.prefix_reuse)
+        return loop, sequence
 
-    def _let_share(self, choices: Sequence[Choice]) -> None:
+    def _let_share(self, sequences: Sequence[TextSequence]) -> None:
         """Choices with one prompt wait for the first of them to read it."""
-        firsts: dict[tuple[int, ...], Choice] = {}
-        for choice in choices:
-            first = firsts.setdefault(choice.request.prompt_ids, choice)
-            choice.after = first if choice.share and first is not choice else None
+        firsts: dict[tuple[int, ...], TextSequence] = {}
+        for sequence in sequences:
+            first = firsts.setdefault(sequence.request.prompt_ids, sequence)
+            sequence.after = first if sequence.share and first is not sequence else None
 
     def _report(self, error: BaseException) -> None:
         if not self._closing:  # what ends then is no failure
