@@ -101,7 +101,7 @@ def test_tasks_alone_have_no_perplexity(model):
 
 
 def test_nothing_kept_is_seen_in_every_number(model):
-    """Asked sparsity must reach the scores: density 0 is reported and equals a model whose down weights are zero."""
+    """ParsedRequest sparsity must reach the scores: density 0 is reported and equals a model whose down weights are zero."""
     tokenizer = tokenizer_of()
     layers = tuple(LayerAdapter(mlp=layers_of(model, math.inf)[0].mlp) for _ in range(3))
     result = evaluate(model, tokenizer, layers, texts=TEXTS, tasks=TASKS, strict=True)

@@ -19,7 +19,7 @@ from dejavu.serve.api.app import create_app
 from dejavu.serve.api.errors import ApiError, without_paths
 from dejavu.serve.api.parsing import parse
 from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
-from dejavu.serve.api.requests import Asked, asked_chat, asked_completion, served_by
+from dejavu.serve.api.requests import ParsedRequest, parse_chat, parse_completion, served_by
 from dejavu.serve.core.interface import EngineState, Load
 from helpers.clients import TEMPLATE, error_of
 from helpers.fake_worker import FakeWorker, served, serving, spoken
@@ -232,12 +232,12 @@ def test_a_message_shows_a_long_value_shortened(client: httpx.Client) -> None:
     assert len(message) < 300
 
 
-def completed(tokenizer: Tokenizer, **fields: Any) -> Asked:
-    return asked_completion(parse(json.dumps(completion(**fields)).encode(), CompletionBody), served(tokenizer))
+def completed(tokenizer: Tokenizer, **fields: Any) -> ParsedRequest:
+    return parse_completion(parse(json.dumps(completion(**fields)).encode(), CompletionBody), served(tokenizer))
 
 
-def chatted(tokenizer: Tokenizer, *messages: Any, **fields: Any) -> Asked:
-    return asked_chat(parse(json.dumps(chat(*messages, **fields)).encode(), ChatBody), served(tokenizer))
+def chatted(tokenizer: Tokenizer, *messages: Any, **fields: Any) -> ParsedRequest:
+    return parse_chat(parse(json.dumps(chat(*messages, **fields)).encode(), ChatBody), served(tokenizer))
 
 
 def test_defaults_are_those_of_openai(chatty: Tokenizer) -> None:
@@ -253,7 +253,7 @@ def test_what_a_request_does_not_say_of_drawing_is_the_models_own(chatty: Tokeni
     facts = served(chatty, sampling=own, dense_sampling=of_base)
 
     def sampling(**fields: Any) -> SamplingConfig:
-        return asked_completion(parse(json.dumps(completion(**fields)).encode(), CompletionBody), facts).sequences[0].sampling
+        return parse_completion(parse(json.dumps(completion(**fields)).encode(), CompletionBody), facts).sequences[0].sampling
 
     assert sampling() == own and sampling(model="tiny:dense", seed=3) == SamplingConfig(temperature=0.8, seed=3)
     assert sampling(temperature=1, top_p=None) == SamplingConfig(temperature=1.0, top_k=50, top_p=0.9)
@@ -299,7 +299,7 @@ def test_bos_comes_once(chatty: Tokenizer, tokenizer: Tokenizer) -> None:
     """Raw text: the tokenizer's own, once; a chat: what the template spells; token ids: as they are (C22)."""
     bosless = dataclasses.replace(tokenizer, adds_bos=False)
 
-    def count(asked: Asked) -> int:
+    def count(asked: ParsedRequest) -> int:
         return asked.sequences[0].prompt_ids.count(2)
 
     assert count(completed(tokenizer)) == 1 and count(completed(tokenizer, prompt="</s>the cat")) == 1 and count(completed(bosless)) == 0
@@ -381,9 +381,9 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(chatty: Tokeni
     ):
         with pytest.raises((ApiError, AssertionError)) as caught:
             if endpoint == "chat":
-                asked_chat(parse(json.dumps(body).encode(), ChatBody), facts)
+                parse_chat(parse(json.dumps(body).encode(), ChatBody), facts)
             else:
-                asked_completion(parse(json.dumps(body).encode(), CompletionBody), facts)
+                parse_completion(parse(json.dumps(body).encode(), CompletionBody), facts)
         if param == "prompt[1]":  # the first one fits, and is
             assert "3 characters" in str(caught.value)
         else:
@@ -405,12 +405,12 @@ def test_no_message_names_a_class_of_ours() -> None:
 
 def test_messages_that_leave_no_room_are_said_to(chatty: Tokenizer) -> None:
     body = chat({"role": "user", "content": "the cat"})
-    length = len(asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty)).sequences[0].prompt_ids)
+    length = len(parse_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty)).sequences[0].prompt_ids)
     for limit in (length, length - 1):
         with pytest.raises(ApiError, match=f"^the messages have {length} tokens and leave no room for an answer") as caught:
-            asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=limit))
+            parse_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=limit))
         assert caught.value.code == "context_length_exceeded"
-    assert asked_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=length + 1)).sequences[0].max_new_tokens == 1
+    assert parse_chat(parse(json.dumps(body).encode(), ChatBody), served(chatty, limit=length + 1)).sequences[0].max_new_tokens == 1
 
 
 def test_a_chat_is_as_long_as_its_template_makes_it(chatty: Tokenizer) -> None:
@@ -418,7 +418,7 @@ def test_a_chat_is_as_long_as_its_template_makes_it(chatty: Tokenizer) -> None:
     short = dataclasses.replace(chatty, chat_template="{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}")
     assert short.longest_token is not None
     body = chat({"role": "assistant", "content": "a" * 100_000 + "</think>the"}, {"role": "user", "content": "cat"})
-    asked = asked_chat(parse(json.dumps(body).encode(), ChatBody), served(short, max_characters=64 * short.longest_token))
+    asked = parse_chat(parse(json.dumps(body).encode(), ChatBody), served(short, max_characters=64 * short.longest_token))
     assert len(asked.sequences[0].prompt_ids) < 64
 
 
@@ -435,4 +435,4 @@ def test_a_trace_of_a_dense_text_has_the_dense_engines_slots(chatty: Tokenizer) 
     for model, n, refused in (("tiny", 3, True), ("tiny", 2, False), ("tiny:dense", 8, False), ("tiny:dense", 9, True)):
         body = parse(json.dumps(completion(model=model, n=n, stream=True, dejavu={"trace": True})).encode(), CompletionBody)
         with pytest.raises(ApiError, match="may ask for") if refused else contextlib.nullcontext():
-            assert len(asked_completion(body, facts).sequences) == n
+            assert len(parse_completion(body, facts).sequences) == n

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
-from dejavu.serve.api.requests import Asked, Served, asked_chat, asked_completion
+from dejavu.serve.api.requests import ParsedRequest, Served, parse_chat, parse_completion
 from dejavu.serve.api.responses import new_answer, to_bytes
 from dejavu.serve.api.vocabulary import Vocabulary
 from dejavu.serve.core.interface import Event, TokenInfo, TokenTrace
@@ -33,15 +33,15 @@ def facts(tokenizer: Tokenizer) -> Served:
     return served(dataclasses.replace(tokenizer, chat_template="{{ messages[0].content }}"))
 
 
-def completion(facts: Served, **fields: Any) -> Asked:
-    return asked_completion(CompletionBody.model_validate({"model": "tiny", "prompt": "the cat"} | fields), facts)
+def completion(facts: Served, **fields: Any) -> ParsedRequest:
+    return parse_completion(CompletionBody.model_validate({"model": "tiny", "prompt": "the cat"} | fields), facts)
 
 
-def chat(facts: Served, **fields: Any) -> Asked:
-    return asked_chat(ChatBody.model_validate({"model": "tiny", "messages": [USER]} | fields), facts)
+def chat(facts: Served, **fields: Any) -> ParsedRequest:
+    return parse_chat(ChatBody.model_validate({"model": "tiny", "messages": [USER]} | fields), facts)
 
 
-def whole(asked: Asked, facts: Served, *streams: Sequence[Event]) -> dict[str, Any]:
+def whole(asked: ParsedRequest, facts: Served, *streams: Sequence[Event]) -> dict[str, Any]:
     """The answer as a client reads it, in one object."""
     answer = new_answer(asked, facts)
     for index, stream in enumerate(streams):
@@ -50,7 +50,7 @@ def whole(asked: Asked, facts: Served, *streams: Sequence[Event]) -> dict[str, A
     return json.loads(to_bytes(answer.whole()))
 
 
-def chunks(asked: Asked, facts: Served, *streams: Sequence[Event]) -> list[dict[str, Any]]:
+def chunks(asked: ParsedRequest, facts: Served, *streams: Sequence[Event]) -> list[dict[str, Any]]:
     """The same as a stream, the choices' events in turns."""
     answer = new_answer(asked, facts)
     found = list(answer.opening())

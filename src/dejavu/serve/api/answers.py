@@ -20,7 +20,7 @@ from dejavu.serve.api.merged_streams import EventStream, Receive, Running, Serve
 from dejavu.serve.api.metrics import Metrics, Outcome
 from dejavu.serve.api.parsing import parse
 from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
-from dejavu.serve.api.requests import Asked, Served, asked_chat, asked_completion
+from dejavu.serve.api.requests import ParsedRequest, Served, parse_chat, parse_completion
 from dejavu.serve.api.response_schemas import ErrorEnvelope
 from dejavu.serve.api.responses import DONE, Answer, new_answer, server_sent, to_bytes
 from dejavu.serve.core.interface import EngineFailed, QueueFull, SequenceRequest, TooLong, WorkerState
@@ -65,13 +65,13 @@ class Endpoint:
 
     async def _respond(self, request: Request) -> Response:
         body = await read_body(request)
-        asked = await asyncio.to_thread(self._asked, body)  # a long prompt takes a while to read
-        answer = new_answer(asked, self._served)
+        parsed = await asyncio.to_thread(self._parsed, body)  # a long prompt takes a while to read
+        answer = new_answer(parsed, self._served)
         try:
-            running = Running(self._worker.submit_all(asked.sequences))
+            running = Running(self._worker.submit_all(parsed.sequences))
         except (QueueFull, TooLong, EngineFailed) as error:
-            raise from_worker(error, param=asked.param) from error
-        if asked.stream:
+            raise from_worker(error, param=parsed.param) from error
+        if parsed.stream:
             return Chunked(lambda start, receive, send: self._stream(answer, running, start, receive, send))
         try:
             whole = await while_connected(request.receive, self._whole(answer, running), ending=self._ending)
@@ -79,20 +79,20 @@ class Endpoint:
             raise stopping() from None
         except EngineFailed as error:
             log.error("a request failed: %s", error)
-            raise from_worker(error, param=asked.param) from error
+            raise from_worker(error, param=parsed.param) from error
         finally:
             running.cancel()
         self._ended("cancelled" if whole is None else "completed")
         return Response(status_code=NO_READER) if whole is None else Response(whole, media_type="application/json")
 
-    def _asked(self, body: bytes) -> Asked:
+    def _parsed(self, body: bytes) -> ParsedRequest:
         if self._name == "chat":
-            return asked_chat(parse(body, ChatBody), self._served)
-        return asked_completion(parse(body, CompletionBody), self._served)
+            return parse_chat(parse(body, ChatBody), self._served)
+        return parse_completion(parse(body, CompletionBody), self._served)
 
     async def _whole(self, answer: Answer, running: Running) -> bytes:
         """The answer in one object."""
-        mode = answer.asked.mode
+        mode = answer.request.mode
         async with contextlib.aclosing(running.events()) as events:
             async for came in events:
                 for index, event in came:
@@ -115,7 +115,7 @@ class Endpoint:
     async def _send(self, answer: Answer, running: Running, start: Message, send: Send) -> Outcome:
         """Send the chunks; where the answer fails on the way, an error in place of its end."""
 
-        mode = answer.asked.mode
+        mode = answer.request.mode
         await send(start)
         await send(_body(b"".join(server_sent(chunk) for chunk in answer.opening())))
         try:
@@ -133,7 +133,7 @@ class Endpoint:
         except Exception as error:  # the status has been sent, so that no handler can tell the client
             running.cancel()
             log.error("a stream failed", exc_info=error)
-            await send(_last(from_worker(error, param=answer.asked.param) if isinstance(error, EngineFailed) else internal()))
+            await send(_last(from_worker(error, param=answer.request.param) if isinstance(error, EngineFailed) else internal()))
             return "failed"
         return "completed"
 

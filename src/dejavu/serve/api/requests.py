@@ -1,7 +1,8 @@
 """From a checked body to what the worker is asked for: which model it names, the prompt's tokens, how to sample, how many choices.
 
-In: a CompletionBody or ChatBody and what is served. Out: an Asked, whose sequences are those of prompt 0, then of prompt 1 and so on, n of
-each. What the model cannot do is an ApiError: no such model (404), no chat template, a token outside the vocabulary, a text too long (400).
+In: a CompletionBody or ChatBody and what is served. Out: a ParsedRequest, whose sequences are those of prompt 0, then of prompt 1 and so
+on, n of each. What the model cannot do is an ApiError: no such model (404), no chat template, a token outside the vocabulary, a text too
+long (400).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def served_by(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class ParsedRequest:
     """A request as the server carries it out. texts: of each prompt, for echo. n: choices of each prompt."""
 
     chat: bool
@@ -122,7 +123,7 @@ class Asked:
         return "messages" if self.chat else "prompt"
 
 
-def asked_completion(body: CompletionBody, served: Served) -> Asked:
+def parse_completion(body: CompletionBody, served: Served) -> ParsedRequest:
     """Raises ApiError."""
     dense = served.is_dense(body.model)
     prompts = _prompts(body.prompt)
@@ -137,14 +138,14 @@ def asked_completion(body: CompletionBody, served: Served) -> Asked:
         _check_ids(ids[-1], served, new=max_tokens, param=param)
     echo = bool(body.echo)
     texts = tuple(prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt) for prompt in prompts) if echo else ()
-    return Asked(
+    return ParsedRequest(
         chat=False, model=body.model, dense=dense, n=n, logprobs=body.logprobs, echo=echo, texts=texts,
         sequences=_sequences(body, ids, n, served, dense=dense, max_tokens=max_tokens, logprobs=body.logprobs, echo=echo),
         **_streaming(body),
     )  # fmt: skip
 
 
-def asked_chat(body: ChatBody, served: Served) -> Asked:
+def parse_chat(body: ChatBody, served: Served) -> ParsedRequest:
     """Raises ApiError."""
     dense = served.is_dense(body.model)
     n = _choices(body, served, prompts=1)
@@ -166,7 +167,7 @@ def asked_chat(body: ChatBody, served: Served) -> Asked:
         raise invalid(f"the messages have {len(ids)} tokens and leave no room for an answer; shorten them", param="messages", code=TOO_LONG)
     max_tokens = served.limit - len(ids) if given is None else given
     _check_ids(ids, served, new=max_tokens, param="messages")
-    return Asked(
+    return ParsedRequest(
         chat=True, model=body.model, dense=dense, n=n, logprobs=logprobs,
         sequences=_sequences(body, [ids], n, served, dense=dense, max_tokens=max_tokens, logprobs=logprobs, echo=False),
         **_streaming(body),

@@ -1,6 +1,6 @@
 """From the events of a request's streams to what is sent: one object, or chunks whose texts joined are the same.
 
-In: an Asked and the events of its choices, each with its index. Out: objects of response_schemas.py, and their bytes. Whole or in
+In: a ParsedRequest and the events of its choices, each with its index. Out: objects of response_schemas.py, and their bytes. Whole or in
 chunks, every event goes through `take`, so that the two cannot differ.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
-from dejavu.serve.api.requests import Asked, Served
+from dejavu.serve.api.requests import ParsedRequest, Served
 from dejavu.serve.core.interface import BINS, Event, Summary
 
 DONE = b"data: [DONE]\n\n"
@@ -51,11 +51,11 @@ class Answer:
 
     prefix: str
 
-    def __init__(self, asked: Asked, served: Served) -> None:
-        self.asked, self._served = asked, served
-        self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
-        self._offsets = [served.vocabulary.offsets(first=asked.echo) for _ in asked.sequences]
-        self._pieces: list[list[Piece]] = [[] for _ in asked.sequences]
+    def __init__(self, request: ParsedRequest, served: Served) -> None:
+        self.request, self._served = request, served
+        self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
+        self._offsets = [served.vocabulary.offsets(first=request.echo) for _ in request.sequences]
+        self._pieces: list[list[Piece]] = [[] for _ in request.sequences]
         self._begun: set[int] = set()
         self._summaries: dict[int, Summary] = {}
         self._shape_is_sent = False
@@ -63,25 +63,25 @@ class Answer:
     @property
     def choices(self) -> range:
         """Their indices: of prompt i, those from i n on."""
-        return range(len(self.asked.sequences))
+        return range(len(self.request.sequences))
 
     def take(self, index: int, event: Event) -> Piece:
         """The next event of a choice."""
-        asked, text, tokens = self.asked, event.text, event.tokens
-        if asked.echo and index not in self._begun:
-            text, tokens = asked.texts[index // asked.n] + text, (*event.prompt_tokens, *tokens)
-        vocabulary, wanted = self._served.vocabulary, asked.logprobs is not None
+        request, text, tokens = self.request, event.text, event.tokens
+        if request.echo and index not in self._begun:
+            text, tokens = request.texts[index // request.n] + text, (*event.prompt_tokens, *tokens)
+        vocabulary, wanted = self._served.vocabulary, request.logprobs is not None
         piece = Piece(
             text=text,
-            completion=logprobs.of_completion(tokens, vocabulary, self._offsets[index]) if wanted and not asked.chat else None,
-            chat=logprobs.of_chat(tokens, vocabulary) if wanted and asked.chat else None,
-            trace=[logprobs.of_trace(token) for token in event.tokens] if asked.trace else [],
+            completion=logprobs.of_completion(tokens, vocabulary, self._offsets[index]) if wanted and not request.chat else None,
+            chat=logprobs.of_chat(tokens, vocabulary) if wanted and request.chat else None,
+            trace=[logprobs.of_trace(token) for token in event.tokens] if request.trace else [],
             finish_reason=event.finish_reason,
         )
         if event.finish_reason is not None:
             assert event.summary is not None and index not in self._summaries, "a stream ends once, with its summary"
             self._summaries[index] = event.summary
-        if not asked.stream:  # what is sent is not kept
+        if not request.stream:  # what is sent is not kept
             self._pieces[index].append(piece)
         self._begun.add(index)
         return piece
@@ -100,11 +100,11 @@ class Answer:
 
     def closing(self) -> Iterator[schemas.Schema]:
         """The chunk after all events: the usage, where the request wants it."""
-        if self.asked.include_usage:
+        if self.request.include_usage:
             yield self._chunk([], usage=self.usage(), dejavu=self.sparsity())
 
     def usage(self) -> schemas.Usage:
-        first = [self._summaries[index] for index in self.choices[:: self.asked.n]]
+        first = [self._summaries[index] for index in self.choices[:: self.request.n]]
         prompt = sum(summary.prompt_tokens for summary in first)
         completion = sum(summary.completion_tokens for summary in self._summaries.values())
         details = schemas.PromptDetails(cached_tokens=sum(summary.cached_tokens for summary in first))
@@ -118,7 +118,7 @@ class Answer:
         steps = [max(0, summary.completion_tokens - 1) for summary in summaries]
         seconds = sum(summary.decode_s for summary in summaries)
         return schemas.Sparsity(
-            mode=self.asked.mode,
+            mode=self.request.mode,
             mlp_density=_mean([summary.mlp_density for summary in summaries], steps),
             head_density=_mean([summary.head_density for summary in summaries], steps),
             union_density=_mean([summary.union_density for summary in summaries], steps),
@@ -130,11 +130,11 @@ class Answer:
 
     def _with_extras(self, choice: Any, trace: list[schemas.TokenTrace], *, ends: bool) -> schemas.Schema:
         """A chunk of one choice. The last one of the stream tells the densities; where a chunk with the usage follows, that one does."""
-        more: dict[str, Any] = {"usage": None} if self.asked.include_usage else {}
+        more: dict[str, Any] = {"usage": None} if self.request.include_usage else {}
         found: dict[str, Any] = {}
-        if ends and len(self._summaries) == len(self._pieces) and not self.asked.include_usage:
+        if ends and len(self._summaries) == len(self._pieces) and not self.request.include_usage:
             found = self.sparsity().model_dump(exclude_unset=True)
-        if self.asked.trace:
+        if self.request.trace:
             found["trace"] = trace
             if not self._shape_is_sent:
                 served, self._shape_is_sent = self._served, True
@@ -169,7 +169,7 @@ class CompletionAnswer(Answer):
         return schemas.CompletionChoice(
             index=index,
             text="".join(piece.text for piece in pieces),
-            logprobs=None if self.asked.logprobs is None else together,
+            logprobs=None if self.request.logprobs is None else together,
             finish_reason=pieces[-1].finish_reason,
         )
 
@@ -220,7 +220,7 @@ class ChatAnswer(Answer):
         return schemas.ChatChoice(
             index=index,
             message=schemas.ChatMessage(role="assistant", content="".join(piece.text for piece in pieces)),
-            logprobs=None if self.asked.logprobs is None else schemas.ChatLogprobs(content=content),
+            logprobs=None if self.request.logprobs is None else schemas.ChatLogprobs(content=content),
             finish_reason=reason,
         )
 
@@ -228,8 +228,8 @@ class ChatAnswer(Answer):
         return schemas.ChatChunk(object="chat.completion.chunk", choices=choices, **self._about, **more)
 
 
-def new_answer(asked: Asked, served: Served) -> Answer:
-    return ChatAnswer(asked, served) if asked.chat else CompletionAnswer(asked, served)
+def new_answer(request: ParsedRequest, served: Served) -> Answer:
+    return ChatAnswer(request, served) if request.chat else CompletionAnswer(request, served)
 
 
 def _mean(densities: Sequence[float | None], steps: Sequence[int]) -> float | None:
