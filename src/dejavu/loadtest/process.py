@@ -1,6 +1,6 @@
 """`dejavu serve` as a process of its own, for as long as a benchmark takes.
 
-In: a command line without address. Out: a `Served` with the URL, once the server takes requests; it is ended on the way out.
+In: a command line without address. Out: a `ServerProcess` with the URL, once the server takes requests; it is ended on the way out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ START_S, END_S, POLL_S = 600.0, 30.0, 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServerProcess:
     """A running server: its URL, its process, and the file that has what it printed."""
 
     url: str
@@ -43,14 +43,14 @@ class Served:
 
 
 @contextmanager
-def served(arguments: Sequence[str], *, command: Sequence[str] = SERVE, start_s: float = START_S) -> Generator[Served]:
+def served(arguments: Sequence[str], *, command: Sequence[str] = SERVE, start_s: float = START_S) -> Generator[ServerProcess]:
     """Start a server on a free port and wait until it is healthy. Raises ValueError with its last words where it ends or takes too long."""
     port = free_port()
     with TemporaryDirectory(prefix="dejavu-serve-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:
             process = subprocess.Popen([*command, *arguments, "--host", HOST, "--port", str(port)], stdout=file, stderr=subprocess.STDOUT)
-        server = Served(f"http://{HOST}:{port}", process, log)
+        server = ServerProcess(f"http://{HOST}:{port}", process, log)
         try:
             _wait(server, start_s)
             yield server
@@ -65,7 +65,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait(server: Served, start_s: float) -> None:
+def _wait(server: ServerProcess, start_s: float) -> None:
     deadline = time.monotonic() + start_s
     while True:
         require(
