@@ -31,7 +31,7 @@ def server_sent(thing: schemas.Schema) -> bytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class ChoiceDelta:
     """What an event adds to its choice. completion, chat: log-probabilities, in the form of the request."""
 
     text: str
@@ -55,7 +55,7 @@ class Answer:
         self.request, self._served = request, served
         self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
         self._offsets = [served.vocabulary.offsets(first=request.echo) for _ in request.sequences]
-        self._pieces: list[list[Piece]] = [[] for _ in request.sequences]
+        self._deltas: list[list[ChoiceDelta]] = [[] for _ in request.sequences]
         self._begun: set[int] = set()
         self._summaries: dict[int, Summary] = {}
         self._shape_is_sent = False
@@ -65,13 +65,13 @@ class Answer:
         """Their indices: of prompt i, those from i n on."""
         return range(len(self.request.sequences))
 
-    def take(self, index: int, event: Event) -> Piece:
+    def take(self, index: int, event: Event) -> ChoiceDelta:
         """The next event of a choice."""
         request, text, tokens = self.request, event.text, event.tokens
         if request.echo and index not in self._begun:
             text, tokens = request.texts[index // request.n] + text, (*event.prompt_tokens, *tokens)
         vocabulary, wanted = self._served.vocabulary, request.logprobs is not None
-        piece = Piece(
+        delta = ChoiceDelta(
             text=text,
             completion=logprobs.of_completion(tokens, vocabulary, self._offsets[index]) if wanted and not request.chat else None,
             chat=logprobs.of_chat(tokens, vocabulary) if wanted and request.chat else None,
@@ -82,9 +82,9 @@ class Answer:
             assert event.summary is not None and index not in self._summaries, "a stream ends once, with its summary"
             self._summaries[index] = event.summary
         if not request.stream:  # what is sent is not kept
-            self._pieces[index].append(piece)
+            self._deltas[index].append(delta)
         self._begun.add(index)
-        return piece
+        return delta
 
     def whole(self) -> schemas.Schema:
         """The answer in one object, once all choices have ended."""
@@ -132,7 +132,7 @@ class Answer:
         """A chunk of one choice. The last one of the stream tells the densities; where a chunk with the usage follows, that one does."""
         more: dict[str, Any] = {"usage": None} if self.request.include_usage else {}
         found: dict[str, Any] = {}
-        if ends and len(self._summaries) == len(self._pieces) and not self.request.include_usage:
+        if ends and len(self._summaries) == len(self._deltas) and not self.request.include_usage:
             found = self.sparsity().model_dump(exclude_unset=True)
         if self.request.trace:
             found["trace"] = trace
@@ -151,15 +151,15 @@ class CompletionAnswer(Answer):
         return self._chunk([self._choice(index) for index in self.choices], usage=self.usage(), dejavu=self.sparsity())
 
     def chunks(self, index: int, event: Event) -> Iterator[schemas.Schema]:
-        piece = self.take(index, event)
-        if not piece.is_empty:
-            reason = piece.finish_reason
-            choice = schemas.CompletionChoice(index=index, text=piece.text, logprobs=piece.completion, finish_reason=reason)
-            yield self._with_extras(choice, piece.trace, ends=reason is not None)
+        delta = self.take(index, event)
+        if not delta.is_empty:
+            reason = delta.finish_reason
+            choice = schemas.CompletionChoice(index=index, text=delta.text, logprobs=delta.completion, finish_reason=reason)
+            yield self._with_extras(choice, delta.trace, ends=reason is not None)
 
     def _choice(self, index: int) -> schemas.CompletionChoice:
-        pieces = self._pieces[index]
-        found = [piece.completion for piece in pieces if piece.completion is not None]
+        deltas = self._deltas[index]
+        found = [delta.completion for delta in deltas if delta.completion is not None]
         together = schemas.CompletionLogprobs(
             tokens=[token for part in found for token in part.tokens],
             token_logprobs=[logprob for part in found for logprob in part.token_logprobs],
@@ -168,9 +168,9 @@ class CompletionAnswer(Answer):
         )
         return schemas.CompletionChoice(
             index=index,
-            text="".join(piece.text for piece in pieces),
+            text="".join(delta.text for delta in deltas),
             logprobs=None if self.request.logprobs is None else together,
-            finish_reason=pieces[-1].finish_reason,
+            finish_reason=deltas[-1].finish_reason,
         )
 
     def _chunk(self, choices: list[Any], **more: Any) -> schemas.Schema:
@@ -193,10 +193,10 @@ class ChatAnswer(Answer):
 
     def chunks(self, index: int, event: Event) -> Iterator[schemas.Schema]:
         """The text, and in a chunk of its own, without a text, the reason for the end."""
-        piece = self.take(index, event)
-        told, trace, reason = piece.chat, piece.trace, piece.finish_reason
-        if not piece.is_empty and (piece.text or reason is None):
-            yield self._said(index, schemas.ChatDelta(content=piece.text), told, trace)
+        delta = self.take(index, event)
+        told, trace, reason = delta.chat, delta.trace, delta.finish_reason
+        if not delta.is_empty and (delta.text or reason is None):
+            yield self._said(index, schemas.ChatDelta(content=delta.text), told, trace)
             told, trace = None, []
         if reason is not None:
             yield self._said(index, schemas.ChatDelta(), told, trace, reason)
@@ -213,13 +213,13 @@ class ChatAnswer(Answer):
         return self._with_extras(choice, list(trace), ends=reason is not None)
 
     def _choice(self, index: int) -> schemas.ChatChoice:
-        pieces = self._pieces[index]
-        content = [token for piece in pieces if piece.chat is not None for token in piece.chat.content]
-        reason = pieces[-1].finish_reason
+        deltas = self._deltas[index]
+        content = [token for delta in deltas if delta.chat is not None for token in delta.chat.content]
+        reason = deltas[-1].finish_reason
         assert reason is not None, "the choice has not ended"
         return schemas.ChatChoice(
             index=index,
-            message=schemas.ChatMessage(role="assistant", content="".join(piece.text for piece in pieces)),
+            message=schemas.ChatMessage(role="assistant", content="".join(delta.text for delta in deltas)),
             logprobs=None if self.request.logprobs is None else schemas.ChatLogprobs(content=content),
             finish_reason=reason,
         )
