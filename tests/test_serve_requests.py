@@ -20,7 +20,7 @@ from dejavu.serve.api.errors import ApiError, without_paths
 from dejavu.serve.api.parsing import parse
 from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
 from dejavu.serve.api.requests import ParsedRequest, parse_chat, parse_completion, served_by
-from dejavu.serve.core.interface import EngineState, Load
+from dejavu.serve.core.interface import EngineState, LoadStats
 from helpers.clients import TEMPLATE, error_of
 from helpers.fake_worker import FakeWorker, served, serving, spoken
 
@@ -259,7 +259,7 @@ def test_what_a_request_does_not_say_of_drawing_is_the_models_own(chatty: Tokeni
     assert sampling(temperature=1, top_p=None) == SamplingConfig(temperature=1.0, top_k=50, top_p=0.9)
     assert sampling(top_k=0, top_p=0.5) == SamplingConfig(temperature=0.6, top_p=0.5)
     assert sampling(temperature=0).temperature == 0
-    engine = EngineState(mode="dense", made=True, **{field.name: 1 for field in dataclasses.fields(Load)})
+    engine = EngineState(mode="dense", made=True, **{field.name: 1 for field in dataclasses.fields(LoadStats)})
     state = dataclasses.replace(FakeWorker(lambda job: spoken("x")).state(), engines=(engine,))
     told = served_by(chatty, state, queue=1, threads=1, sampling=own, dense_sampling=SamplingConfig())
     assert told.sampling == own and told.dense_sampling == SamplingConfig(temperature=1.0), "a greedy model leaves OpenAI's default"

@@ -21,7 +21,7 @@ from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
 from dejavu.serve.api.requests import ParsedRequest, Served, parse_chat, parse_completion
 from dejavu.serve.api.responses import new_answer, to_bytes
 from dejavu.serve.api.vocabulary import Vocabulary
-from dejavu.serve.core.interface import Event, TokenInfo, TokenTrace
+from dejavu.serve.core.interface import Event, StepTrace, TokenInfo
 from helpers.fake_worker import served, spoken, summary
 from helpers.stub_engine import byte_tokenizer
 
@@ -231,7 +231,7 @@ def test_usage_counts_prompts_once_and_says_what_was_cached(facts: Served) -> No
 @pytest.mark.parametrize("kind", [completion, chat])
 def test_a_trace_comes_with_the_chunks(facts: Served, kind: Any) -> None:
     bins = tuple(bytes([layer]) * 64 for layer in (1, 255))
-    fired = TokenTrace(neurons=bins, heads=(b"\x01\x00\x00\x01", b"\x01\x01\x01\x01"))
+    fired = StepTrace(neurons=bins, heads=(b"\x01\x00\x00\x01", b"\x01\x01\x01\x01"))
     events = [
         Event(text="a", tokens=(token(10),)),
         Event(text="", tokens=(token(11, mlp_density=0.25, head_density=0.75, trace=fired),)),

@@ -17,7 +17,7 @@ from dejavu.generation.generation import generate_tokens
 from dejavu.serve.config import ServeConfig
 from dejavu.serve.core.interface import BINS, EngineFailed, QueueFull, SequenceRequest, TooLong
 from dejavu.serve.core.stream import Stream
-from dejavu.serve.core.trace import token_trace
+from dejavu.serve.core.trace import step_trace
 from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import CERTAIN, EOS, LAYERS, NEURONS, VOCAB, DrawingEngine, StubEngine, StubModel
 from helpers.worker_jobs import is_idle, job, run, serving, summary_of, text_of, tokens_of, until
@@ -213,7 +213,7 @@ def test_the_recording_engine_is_made_when_a_trace_is_asked_for() -> None:
 def test_bins_hold_the_share_of_their_neurons(neurons: int) -> None:
     info = dataclasses.replace(StubEngine().info, num_layers=1, num_neurons=neurons)
     chosen = torch.arange(0, neurons, 3)
-    (binned,) = token_trace(info, [LayerSelection(neurons_A=chosen, heads_A=None)]).neurons
+    (binned,) = step_trace(info, [LayerSelection(neurons_A=chosen, heads_A=None)]).neurons
     members = [[n for n in range(neurons) if n * BINS // neurons == bin_] for bin_ in range(BINS)]
     expected = [255 * sum(n % 3 == 0 for n in of) / len(of) if of else 0 for of in members]
     assert all(abs(value - share) <= 0.5 for value, share in zip(binned, expected, strict=True)) and len(binned) == BINS

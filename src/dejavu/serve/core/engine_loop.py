@@ -23,9 +23,9 @@ from dejavu.engine.sampling import NOT_NUMBERS
 from dejavu.serve.core.interface import EngineFailed, EngineState, TokenInfo
 from dejavu.serve.core.scheduler import PrefillChunk, Scheduler, SchedulerOutput
 from dejavu.serve.core.sequence import TextSequence
-from dejavu.serve.core.trace import token_trace
+from dejavu.serve.core.trace import step_trace
 
-COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of Load
+COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of LoadStats
 PATIENCE = 2  # steps in which an engine fails at the same thing, for no stated reason and without doing it once, before it is made anew
 
 ALONE = 4  # tokens of a step where one text runs and none waits, of an engine that draws: each wait for a device costs a part of a token
@@ -273,7 +273,7 @@ class EngineLoop:
             except ValueError as error:
                 made.append(error)
                 continue
-            trace = token_trace(info, None if result.selections is None else result.selections[at]) if row.request.trace else None
+            trace = step_trace(info, None if result.selections is None else result.selections[at]) if row.request.trace else None
             made.append(dataclasses.replace(found, mlp_density=mlp, head_density=heads, trace=trace))
         self._counts["fallback_layers"] += result.fallback_layers or 0
         return [(made, self._union(result.union_L))]

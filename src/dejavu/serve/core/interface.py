@@ -40,7 +40,7 @@ class SequenceRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenTrace:
+class StepTrace:
     """What fired in the step that led to a token, by layer.
 
     neurons: BINS bytes for each of L layers, the share of each bin that was selected, 0 to 255; heads: H bytes of 0 or 1 for each. A
@@ -66,7 +66,7 @@ class TokenInfo:
     top: tuple[tuple[int, float], ...] = ()
     mlp_density: float | None = None
     head_density: float | None = None
-    trace: TokenTrace | None = None
+    trace: StepTrace | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +131,7 @@ class NotRunning(EngineFailed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class LoadStats:
     """What there is to do and what was done, in numbers that add up over engines.
 
     queued, running: sequences; slots, pages_free, pages_total: of the cache, a page that is kept for reuse alone being free. Since the
@@ -156,7 +156,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineState(Load):
+class EngineState(LoadStats):
     """How one engine does. mode: "sparse", "dense" or "recording" (sparse, for traces). made: false before it is first needed, and
     where it failed and could not be made anew."""
 
@@ -165,7 +165,7 @@ class EngineState(Load):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerState(Load):
+class WorkerState(LoadStats):
     """How the worker does: the sums over its engines, each of which is in `engines`.
 
     alive: its thread runs, and the engines that it needed could be made (the recording one aside). last_error: the last failure in

@@ -1,4 +1,4 @@
-"""What fired in a step, small enough to send with every token. In: the selections of a row. Out: a TokenTrace, by layer in BINS bins.
+"""What fired in a step, small enough to send with every token. In: the selections of a row. Out: a StepTrace, by layer in BINS bins.
 
 Letters: F neurons  N bins
 """
@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dejavu.engine.interface import EngineInfo, LayerSelection
-from dejavu.serve.core.interface import BINS, TokenTrace
+from dejavu.serve.core.interface import BINS, StepTrace
 
 
-def token_trace(info: EngineInfo, layers: Sequence[LayerSelection] | None) -> TokenTrace:
+def step_trace(info: EngineInfo, layers: Sequence[LayerSelection] | None) -> StepTrace:
     """The trace of a row: neuron n of N lies in bin n * BINS // N. layers: None where all of them ran dense."""
     chosen = [LayerSelection(neurons_A=None, heads_A=None)] * info.num_layers if layers is None else layers
-    return TokenTrace(
+    return StepTrace(
         neurons=tuple(_binned(info.num_neurons, layer) for layer in chosen),
         heads=tuple(_heads(info.num_heads, layer) for layer in chosen),
     )

@@ -20,7 +20,7 @@ from dejavu.engine.interface import Engine
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.config import ServeConfig
 from dejavu.serve.core.engine_loop import EngineLoop
-from dejavu.serve.core.interface import EngineFailed, Load, NotRunning, SequenceRequest, WorkerState
+from dejavu.serve.core.interface import EngineFailed, LoadStats, NotRunning, SequenceRequest, WorkerState
 from dejavu.serve.core.scheduler import Scheduler
 from dejavu.serve.core.sequence import TextSequence
 from dejavu.serve.core.stream import Stream
@@ -151,7 +151,7 @@ class Worker:
         """How it does, from any thread."""
         with self._lock:
             engines = tuple(loop.state() for loop in self._loops.values())
-            sums = {field.name: sum(getattr(engine, field.name) for engine in engines) for field in fields(Load)}
+            sums = {field.name: sum(getattr(engine, field.name) for engine in engines) for field in fields(LoadStats)}
             info, loops = self._info, self._loops.values()
             return WorkerState(
                 alive=self._thread.is_alive() and not self._closing and not any(loop.broken for loop in loops if loop.mode != RECORDING),
