@@ -16,10 +16,12 @@ from dejavu.config import SamplingConfig
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.answers import MAX_BODY
 from dejavu.serve.api.app import create_app
+from dejavu.serve.api.chat import parse_chat
+from dejavu.serve.api.completions import parse_completion
 from dejavu.serve.api.errors import ApiError, without_paths
 from dejavu.serve.api.parsing import parse
 from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
-from dejavu.serve.api.requests import ParsedRequest, parse_chat, parse_completion, served_by
+from dejavu.serve.api.requests import ParsedRequest, served_by
 from dejavu.serve.core.interface import EngineState, LoadStats
 from helpers.clients import TEMPLATE, error_of
 from helpers.fake_worker import FakeWorker, served, serving, spoken

@@ -17,9 +17,11 @@ from tokenizers import Tokenizer as Backend
 
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 from dejavu.serve.api import response_schemas as schemas
-from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
-from dejavu.serve.api.requests import ParsedRequest, Served, parse_chat, parse_completion
-from dejavu.serve.api.responses import new_answer, to_bytes
+from dejavu.serve.api.chat import CHAT
+from dejavu.serve.api.completions import COMPLETIONS
+from dejavu.serve.api.endpoint import TextEndpoint
+from dejavu.serve.api.requests import ParsedRequest, Served
+from dejavu.serve.api.responses import to_bytes
 from dejavu.serve.api.vocabulary import Vocabulary
 from dejavu.serve.core.interface import Event, StepTrace, TokenInfo
 from helpers.fake_worker import served, spoken, summary
@@ -33,26 +35,35 @@ def facts(tokenizer: Tokenizer) -> Served:
     return served(dataclasses.replace(tokenizer, chat_template="{{ messages[0].content }}"))
 
 
-def completion(facts: Served, **fields: Any) -> ParsedRequest:
-    return parse_completion(CompletionBody.model_validate({"model": "tiny", "prompt": "the cat"} | fields), facts)
+Asked = tuple[TextEndpoint, ParsedRequest]
 
 
-def chat(facts: Served, **fields: Any) -> ParsedRequest:
-    return parse_chat(ChatBody.model_validate({"model": "tiny", "messages": [USER]} | fields), facts)
+def completion(facts: Served, **fields: Any) -> Asked:
+    return asked_of(COMPLETIONS, facts, {"prompt": "the cat"} | fields)
 
 
-def whole(asked: ParsedRequest, facts: Served, *streams: Sequence[Event]) -> dict[str, Any]:
+def chat(facts: Served, **fields: Any) -> Asked:
+    return asked_of(CHAT, facts, {"messages": [USER]} | fields)
+
+
+def asked_of(endpoint: TextEndpoint, facts: Served, fields: dict[str, Any]) -> Asked:
+    return endpoint, endpoint.parse(endpoint.body.model_validate({"model": "tiny"} | fields), facts)
+
+
+def whole(asked: Asked, facts: Served, *streams: Sequence[Event]) -> dict[str, Any]:
     """The answer as a client reads it, in one object."""
-    answer = new_answer(asked, facts)
+    endpoint, request = asked
+    answer = endpoint.answer(request, facts)
     for index, stream in enumerate(streams):
         for event in stream:
             answer.take(index, event)
     return json.loads(to_bytes(answer.whole()))
 
 
-def chunks(asked: ParsedRequest, facts: Served, *streams: Sequence[Event]) -> list[dict[str, Any]]:
+def chunks(asked: Asked, facts: Served, *streams: Sequence[Event]) -> list[dict[str, Any]]:
     """The same as a stream, the choices' events in turns."""
-    answer = new_answer(asked, facts)
+    endpoint, request = asked
+    answer = endpoint.answer(request, facts)
     found = list(answer.opening())
     for place in range(max(map(len, streams))):
         for index, stream in enumerate(streams):
@@ -74,14 +85,13 @@ def token(token_id: int, logprob: float | None = -1.0, *top: tuple[int, float], 
 def test_echo_with_logprobs_has_an_entry_for_every_token(facts: Served, tokenizer: Tokenizer) -> None:
     """P tokens of the prompt and G new ones: four lists of P + G, null for the first (C03)."""
     ids = tokenizer.encode("the cat")
-    asked = completion(facts, echo=True, logprobs=1, max_tokens=1)
     prompt = (token(ids[0], None), *(token(token_id, -float(place), (7, -0.25)) for place, token_id in enumerate(ids[1:], 1)))
     new = tokenizer.encode_plain(" sat")[0]
     new_text = tokenizer.decode([new])
     event = Event(
         text=new_text, tokens=(token(new, -0.5, (new, -0.5)),), prompt_tokens=prompt, finish_reason="length", summary=summary(len(ids), 1)
     )
-    found = whole(asked, facts, [event])
+    found = whole(completion(facts, echo=True, logprobs=1, max_tokens=1), facts, [event])
     (choice,) = found["choices"]
     logprobs, count = choice["logprobs"], len(ids) + 1
     assert [len(logprobs[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [count] * 4
@@ -94,7 +104,7 @@ def test_echo_with_logprobs_has_an_entry_for_every_token(facts: Served, tokenize
     for offset, text in zip(logprobs["text_offset"][1:], logprobs["tokens"][1:], strict=True):
         assert choice["text"][offset:].startswith(text)
     assert found["usage"]["prompt_tokens"] == len(ids) and found["usage"]["total_tokens"] == len(ids) + 1
-    assert joined(chunks(dataclasses.replace(asked, stream=True), facts, [event]), 0) == choice["text"]
+    assert joined(chunks(completion(facts, echo=True, logprobs=1, max_tokens=1, stream=True), facts, [event]), 0) == choice["text"]
 
 
 def test_nothing_new_is_asked(facts: Served, tokenizer: Tokenizer) -> None:
@@ -136,8 +146,7 @@ def test_minus_infinity_is_a_number(facts: Served) -> None:
 
 def test_a_chat_tells_logprobs_in_its_own_form(facts: Served) -> None:
     event = Event(text="-", tokens=(token(10, -0.5, (10, -0.5), (11, -1.0)),), finish_reason="stop", summary=summary(3, 1))
-    asked = chat(facts, logprobs=True, top_logprobs=2)
-    (choice,) = whole(asked, facts, [event])["choices"]
+    (choice,) = whole(chat(facts, logprobs=True, top_logprobs=2), facts, [event])["choices"]
     assert choice["message"] == {"role": "assistant", "content": "-"} and choice["finish_reason"] == "stop"
     assert choice["logprobs"]["content"] == [
         {
@@ -145,7 +154,7 @@ def test_a_chat_tells_logprobs_in_its_own_form(facts: Served) -> None:
             "top_logprobs": [{"token": "-", "logprob": -0.5, "bytes": [45]}, {"token": ".", "logprob": -1.0, "bytes": [46]}],
         }
     ]  # fmt: skip
-    found = chunks(dataclasses.replace(asked, stream=True), facts, [event])
+    found = chunks(chat(facts, logprobs=True, top_logprobs=2, stream=True), facts, [event])
     told = [entry for chunk in found for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
     assert told == choice["logprobs"]["content"]
     assert whole(chat(facts), facts, [event])["choices"][0]["logprobs"] is None

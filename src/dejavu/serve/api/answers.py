@@ -15,14 +15,14 @@ from typing import Any, Protocol
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from dejavu.serve.api.endpoint import TextEndpoint
 from dejavu.serve.api.errors import ApiError, from_worker, internal, stopping
 from dejavu.serve.api.merged_streams import EventStream, Receive, Running, ServerEnds, while_connected
 from dejavu.serve.api.metrics import Metrics, Outcome
 from dejavu.serve.api.parsing import parse
-from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
-from dejavu.serve.api.requests import ParsedRequest, Served, parse_chat, parse_completion
+from dejavu.serve.api.requests import ParsedRequest, Served
 from dejavu.serve.api.response_schemas import ErrorEnvelope
-from dejavu.serve.api.responses import DONE, Answer, new_answer, server_sent, to_bytes
+from dejavu.serve.api.responses import DONE, Answer, server_sent, to_bytes
 from dejavu.serve.core.interface import EngineFailed, QueueFull, SequenceRequest, TooLong, WorkerState
 
 MAX_BODY = 4 << 20  # bytes of a request: a prompt of some 500,000 tokens
@@ -42,11 +42,11 @@ class SequenceRunner(Protocol):
     def state(self) -> WorkerState: ...
 
 
-class Endpoint:
-    """POST /v1/completions or POST /v1/chat/completions. name: in the metrics. ending: once it is set, what is being written ends."""
+class TextHandler:
+    """Answers the requests of an endpoint. ending: once it is set, what is being written ends."""
 
-    def __init__(self, name: str, served: Served, worker: SequenceRunner, metrics: Metrics, ending: asyncio.Event) -> None:
-        self._name, self._served, self._worker, self._metrics, self._ending = name, served, worker, metrics, ending
+    def __init__(self, endpoint: TextEndpoint, served: Served, worker: SequenceRunner, metrics: Metrics, ending: asyncio.Event) -> None:
+        self._endpoint, self._served, self._worker, self._metrics, self._ending = endpoint, served, worker, metrics, ending
 
     async def __call__(self, request: Request) -> Response:
         """Raises ApiError."""
@@ -66,11 +66,11 @@ class Endpoint:
     async def _respond(self, request: Request) -> Response:
         body = await read_body(request)
         parsed = await asyncio.to_thread(self._parsed, body)  # a long prompt takes a while to read
-        answer = new_answer(parsed, self._served)
+        answer = self._endpoint.answer(parsed, self._served)
         try:
             running = Running(self._worker.submit_all(parsed.sequences))
         except (QueueFull, TooLong, EngineFailed) as error:
-            raise from_worker(error, param=parsed.param) from error
+            raise from_worker(error, param=self._endpoint.prompt) from error
         if parsed.stream:
             return Chunked(lambda start, receive, send: self._stream(answer, running, start, receive, send))
         try:
@@ -79,18 +79,16 @@ class Endpoint:
             raise stopping() from None
         except EngineFailed as error:
             log.error("a request failed: %s", error)
-            raise from_worker(error, param=parsed.param) from error
+            raise from_worker(error, param=self._endpoint.prompt) from error
         finally:
             running.cancel()
         self._ended("cancelled" if whole is None else "completed")
         return Response(status_code=NO_READER) if whole is None else Response(whole, media_type="application/json")
 
     def _parsed(self, body: bytes) -> ParsedRequest:
-        if self._name == "chat":
-            return parse_chat(parse(body, ChatBody), self._served)
-        return parse_completion(parse(body, CompletionBody), self._served)
+        return self._endpoint.parse(parse(body, self._endpoint.body), self._served)
 
-    async def _whole(self, answer: Answer, running: Running) -> bytes:
+    async def _whole(self, answer: Answer[Any], running: Running) -> bytes:
         """The answer in one object."""
         mode = answer.request.mode
         async with contextlib.aclosing(running.events()) as events:
@@ -100,7 +98,7 @@ class Endpoint:
                     answer.take(index, event)
         return to_bytes(answer.whole())
 
-    async def _stream(self, answer: Answer, running: Running, start: Message, receive: Receive, send: Send) -> None:
+    async def _stream(self, answer: Answer[Any], running: Running, start: Message, receive: Receive, send: Send) -> None:
         """Send the answer in chunks, until it or the connection ends."""
         outcome: Outcome = "cancelled"
         try:
@@ -112,7 +110,7 @@ class Endpoint:
             running.cancel()
             self._ended(outcome)
 
-    async def _send(self, answer: Answer, running: Running, start: Message, send: Send) -> Outcome:
+    async def _send(self, answer: Answer[Any], running: Running, start: Message, send: Send) -> Outcome:
         """Send the chunks; where the answer fails on the way, an error in place of its end."""
 
         mode = answer.request.mode
@@ -133,12 +131,12 @@ class Endpoint:
         except Exception as error:  # the status has been sent, so that no handler can tell the client
             running.cancel()
             log.error("a stream failed", exc_info=error)
-            await send(_last(from_worker(error, param=answer.request.param) if isinstance(error, EngineFailed) else internal()))
+            await send(_last(from_worker(error, param=self._endpoint.prompt) if isinstance(error, EngineFailed) else internal()))
             return "failed"
         return "completed"
 
     def _ended(self, outcome: Outcome) -> None:
-        self._metrics.request(self._name, outcome)
+        self._metrics.request(self._endpoint.name, outcome)
 
 
 def _body(part: bytes, *, more: bool = True) -> Message:

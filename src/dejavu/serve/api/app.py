@@ -1,7 +1,7 @@
 """The server as an application of ASGI: its paths, the API key, the shape of every error, and the page.
 
 In: what is served and a worker that runs; who makes the worker starts it and closes it. Out: a FastAPI app. Bodies are read and checked by
-answering.py, so that a mistake in one is told in OpenAI's envelope and never in FastAPI's.
+answers.py, so that a mistake in one is told in OpenAI's envelope and never in FastAPI's.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from dejavu.serve.api import response_schemas as schemas
-from dejavu.serve.api.answers import Endpoint, SequenceRunner
+from dejavu.serve.api.answers import SequenceRunner, TextHandler
 from dejavu.serve.api.assets import FOLDER, page_routes
+from dejavu.serve.api.chat import CHAT
+from dejavu.serve.api.completions import COMPLETIONS
 from dejavu.serve.api.errors import ApiError, internal, not_running
 from dejavu.serve.api.metrics import CONTENT_TYPE, Metrics
-from dejavu.serve.api.openapi import body_of, describe, errors, streamed
-from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
+from dejavu.serve.api.openapi import answers_of, body_of, describe, errors
 from dejavu.serve.api.requests import Served
 from dejavu.serve.api.responses import to_bytes
 from dejavu.version import __version__
 
-WRITING = errors(400, 404, 413, 415, 429, 500, 503)
+ENDPOINTS = (COMPLETIONS, CHAT)
+FAILURES = errors(400, 404, 413, 415, 429, 500, 503)
 
 
 def create_app(served: Served, worker: SequenceRunner, *, api_key: str | None = None, page: Path = FOLDER) -> FastAPI:
@@ -37,27 +39,15 @@ def create_app(served: Served, worker: SequenceRunner, *, api_key: str | None = 
     Its `state.ending` is an event: once it is set, by `new_server` when that ends, the texts that are being written end with an error.
     """
     app = FastAPI(title="dejavu", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    metrics = Metrics(worker.state)
+    metrics = Metrics(worker.state, endpoints=[endpoint.name for endpoint in ENDPOINTS])
     known = [Depends(_key_check(api_key, lambda: None))]
-    completing, chatting = ([Depends(_key_check(api_key, partial(metrics.request, name, "refused")))] for name in ("completions", "chat"))
     ending = app.state.ending = asyncio.Event()
-    completions, chat = (Endpoint(name, served, worker, metrics, ending) for name in ("completions", "chat"))
-
-    @app.post(
-        "/v1/completions", dependencies=completing, response_model=None, openapi_extra=body_of(CompletionBody),
-        responses=streamed(schemas.Completion, schemas.Completion) | WRITING,
-    )  # fmt: skip
-    async def create_completion(request: Request) -> Response:
-        """Continue a text."""
-        return await completions(request)
-
-    @app.post(
-        "/v1/chat/completions", dependencies=chatting, response_model=None, openapi_extra=body_of(ChatBody),
-        responses=streamed(schemas.ChatCompletion, schemas.ChatChunk) | WRITING,
-    )  # fmt: skip
-    async def create_chat_completion(request: Request) -> Response:
-        """Answer messages."""
-        return await chat(request)
+    for endpoint in ENDPOINTS:
+        keyed = Depends(_key_check(api_key, partial(metrics.request, endpoint.name, "refused")))
+        app.post(
+            endpoint.path, name=endpoint.operation, description=endpoint.description, dependencies=[keyed], response_model=None,
+            openapi_extra=body_of(endpoint), responses=answers_of(endpoint) | FAILURES,
+        )(TextHandler(endpoint, served, worker, metrics, ending))  # fmt: skip
 
     @app.get("/v1/models", dependencies=known, response_model=None, responses={200: {"model": schemas.ModelList}})
     async def list_models() -> Response:
@@ -101,7 +91,7 @@ def create_app(served: Served, worker: SequenceRunner, *, api_key: str | None = 
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _our_error)
-    describe(app, served, secured=api_key is not None)
+    describe(app, served, ENDPOINTS, secured=api_key is not None)
     return app
 
 

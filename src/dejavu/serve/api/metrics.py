@@ -18,7 +18,6 @@ from dejavu.serve.core.interface import Event, WorkerState
 
 Outcome = Literal["completed", "refused", "busy", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("completed", "refused", "busy", "failed", "cancelled")
-ENDPOINTS = ("completions", "chat")
 MODES = ("sparse", "dense")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -27,9 +26,9 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """The numbers of one server. state: asks the worker how it does."""
+    """The numbers of one server. state: asks the worker how it does. endpoints: names of those whose requests are counted."""
 
-    def __init__(self, state: Callable[[], WorkerState]) -> None:
+    def __init__(self, state: Callable[[], WorkerState], *, endpoints: Iterable[str]) -> None:
         self._registry = registry = CollectorRegistry()
 
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> dict[str, Histogram]:
@@ -38,7 +37,7 @@ class Metrics:
             return {mode: found.labels(mode) for mode in MODES}
 
         self._requests = Counter("dejavu_requests", "Requests by how they ended.", ["endpoint", "outcome"], registry=registry)
-        for endpoint in ENDPOINTS:
+        for endpoint in endpoints:
             for outcome in OUTCOMES:  # zero is a number too
                 self._requests.labels(endpoint, outcome)
         self._first = histogram("time_to_first_token_seconds", "From a job's arrival to its first token.", SECONDS)

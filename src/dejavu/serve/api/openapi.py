@@ -7,6 +7,7 @@ taken out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,12 +15,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from dejavu.serve.api import response_schemas as schemas
-from dejavu.serve.api.request_schemas import ChatBody, CompletionBody
+from dejavu.serve.api.endpoint import TextEndpoint
 from dejavu.serve.api.requests import Served
 from dejavu.version import __version__
 
-BODIES = (CompletionBody, ChatBody)
-CHUNKS = (schemas.Completion, schemas.ChatChunk)  # which no reference leads to: `[DONE]` is none of them
 REF = "#/components/schemas/{model}"
 KEY = "key"  # the name of the security scheme
 OPEN = ("/health", "/metrics")  # paths that ask for no key
@@ -45,38 +44,41 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return found
 
 
-def body_of(kind: type[CompletionBody | ChatBody]) -> dict[str, Any]:
+def body_of(endpoint: TextEndpoint) -> dict[str, Any]:
     """What a route is told of its request's body."""
-    content = {"application/json": {"schema": {"$ref": REF.format(model=kind.__name__)}}}
+    content = {"application/json": {"schema": {"$ref": REF.format(model=endpoint.body.__name__)}}}
     return {"requestBody": {"required": True, "content": content}}
 
 
-def streamed(kind: type[schemas.Schema], chunk: type[schemas.Schema]) -> dict[int | str, dict[str, Any]]:
+def answers_of(endpoint: TextEndpoint) -> dict[int | str, dict[str, Any]]:
     """The 200 of a route whose answer may be one object or a stream, each event of which has a chunk as its data."""
+    chunk = endpoint.chunk
     events = {"itemSchema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}}
     description = f"The answer; with `stream` as server-sent events: each is a {chunk.__name__} or an error, and the last one `[DONE]`."
-    return {200: {"model": kind, "description": description, "content": {"text/event-stream": events}}}
+    return {200: {"model": endpoint.whole, "description": description, "content": {"text/event-stream": events}}}
 
 
-def describe(app: FastAPI, served: Served, *, secured: bool) -> None:
+def describe(app: FastAPI, served: Served, endpoints: Sequence[TextEndpoint], *, secured: bool) -> None:
     """Have the app make this document. secured: whether there is an API key."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, served, secured=secured)
+            app.openapi_schema = _document(app, served, endpoints, secured=secured)
         return app.openapi_schema
 
     app.openapi = document  # pyrefly: ignore[missing-attribute, bad-assignment]  # how FastAPI is told
 
 
-def _document(app: FastAPI, served: Served, *, secured: bool) -> dict[str, Any]:
+def _document(app: FastAPI, served: Served, endpoints: Sequence[TextEndpoint], *, secured: bool) -> dict[str, Any]:
     description = "OpenAI's API for one language model, with what contextual sparsity saved."
     found = get_openapi(title="dejavu", version=__version__, description=description, routes=app.routes)
     parts = found.setdefault("components", {})
     schemas = parts.setdefault("schemas", {})
-    _, definitions = models_json_schema([(kind, "validation") for kind in (*BODIES, *CHUNKS)], ref_template=REF)
+    bodies = [endpoint.body for endpoint in endpoints]
+    kinds = [*bodies, *(endpoint.chunk for endpoint in endpoints)]  # no reference leads to a chunk: `[DONE]` is none of them
+    _, definitions = models_json_schema([(kind, "validation") for kind in kinds], ref_template=REF)
     schemas |= definitions["$defs"]
-    for kind in BODIES:
+    for kind in bodies:
         schemas[kind.__name__]["properties"]["model"]["enum"] = list(served.models)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)

@@ -1,6 +1,6 @@
-"""From a checked body to what the worker is asked for: which model it names, the prompt's tokens, how to sample, how many choices.
+"""What the endpoints share on the way from a checked body to what the worker is asked for: the model, how to sample, how many choices.
 
-In: a CompletionBody or ChatBody and what is served. Out: a ParsedRequest, whose sequences are those of prompt 0, then of prompt 1 and so
+In: a body and what is served. Out: a ParsedRequest, whose sequences are those of prompt 0, then of prompt 1 and so
 on, n of each. What the model cannot do is an ApiError: no such model (404), no chat template, a token outside the vocabulary, a text too
 long (400).
 """
@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dejavu.config import SamplingConfig
-from dejavu.model.template import rendered
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.errors import TOO_LONG, ApiError, from_worker, invalid
-from dejavu.serve.api.request_schemas import DEFAULT_MAX_TOKENS, MAX_CHOICES, ChatBody, CompletionBody, Sampled, text_of
+from dejavu.serve.api.request_schemas import MAX_CHOICES, Sampled
 from dejavu.serve.api.vocabulary import Vocabulary
 from dejavu.serve.core.interface import SequenceRequest, TooLong, WorkerState
 
 DENSE = ":dense"
 OPENAI = SamplingConfig(temperature=1.0)  # where neither a request nor the model says how to draw
-NO_TEMPLATE = "the model has no chat template: start the server with --chat-template FILE, or use /v1/completions"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +99,6 @@ def served_by(
 class ParsedRequest:
     """A request as the server carries it out. texts: of each prompt, for echo. n: choices of each prompt."""
 
-    chat: bool
     model: str
     dense: bool
     sequences: tuple[SequenceRequest, ...]
@@ -117,73 +114,9 @@ class ParsedRequest:
     def mode(self) -> Literal["sparse", "dense"]:
         return "dense" if self.dense else "sparse"
 
-    @property
-    def param(self) -> str:
-        """The field that holds the prompt."""
-        return "messages" if self.chat else "prompt"
 
-
-def parse_completion(body: CompletionBody, served: Served) -> ParsedRequest:
-    """Raises ApiError."""
-    dense = served.is_dense(body.model)
-    prompts = _prompts(body.prompt)
-    n = _choices(body, served, prompts=len(prompts))
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    ids = []
-    for place, prompt in enumerate(prompts):
-        param = f"prompt[{place}]" if len(prompts) > 1 else "prompt"
-        if isinstance(prompt, str):
-            _check_characters(len(prompt), served, param=param)
-        ids.append(served.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
-        _check_ids(ids[-1], served, new=max_tokens, param=param)
-    echo = bool(body.echo)
-    texts = tuple(prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt) for prompt in prompts) if echo else ()
-    return ParsedRequest(
-        chat=False, model=body.model, dense=dense, n=n, logprobs=body.logprobs, echo=echo, texts=texts,
-        sequences=_sequences(body, ids, n, served, dense=dense, max_tokens=max_tokens, logprobs=body.logprobs, echo=echo),
-        **_streaming(body),
-    )  # fmt: skip
-
-
-def parse_chat(body: ChatBody, served: Served) -> ParsedRequest:
-    """Raises ApiError."""
-    dense = served.is_dense(body.model)
-    n = _choices(body, served, prompts=1)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise invalid("top_logprobs needs logprobs to be true", param="top_logprobs")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if served.tokenizer.chat_template is None:
-        raise invalid(NO_TEMPLATE, param="messages", code="no_chat_template")
-    roles = {"developer": "system"}  # a newer name, which templates do not know
-    messages = [{"role": roles.get(message.role, message.role), "content": text_of(message.content)} for message in body.messages]
-    try:
-        text = rendered(served.tokenizer, messages)
-    except ValueError as error:
-        raise invalid(str(error), param="messages") from error
-    _check_characters(len(text), served, param="messages")
-    ids = served.tokenizer.encode_plain(text)
-    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if given is None and len(ids) >= served.limit:
-        raise invalid(f"the messages have {len(ids)} tokens and leave no room for an answer; shorten them", param="messages", code=TOO_LONG)
-    max_tokens = served.limit - len(ids) if given is None else given
-    _check_ids(ids, served, new=max_tokens, param="messages")
-    return ParsedRequest(
-        chat=True, model=body.model, dense=dense, n=n, logprobs=logprobs,
-        sequences=_sequences(body, [ids], n, served, dense=dense, max_tokens=max_tokens, logprobs=logprobs, echo=False),
-        **_streaming(body),
-    )  # fmt: skip
-
-
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
-    """The prompts of a request: one, or as many as the list holds."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt[0], int):
-        return [[token_id for token_id in prompt if isinstance(token_id, int)]]
-    return [part for part in prompt if not isinstance(part, int)]
-
-
-def _choices(body: Sampled, served: Served, *, prompts: int) -> int:
+def choices_of(body: Sampled, served: Served, *, prompts: int) -> int:
+    """How many texts each prompt gets (n)."""
     n, traced = body.n or 1, body.dejavu is not None and bool(body.dejavu.trace)
     traced = traced and not served.is_dense(body.model)  # a dense one is recorded where it runs
     most = served.max_traced if traced else served.max_choices
@@ -196,7 +129,8 @@ def _choices(body: Sampled, served: Served, *, prompts: int) -> int:
     return n
 
 
-def _streaming(body: Sampled) -> Mapping[str, Any]:
+def streaming_of(body: Sampled) -> Mapping[str, Any]:
+    """Fields of the ParsedRequest: whether the answer is a stream, and what comes with it."""
     stream, options = bool(body.stream), body.stream_options
     if options is not None and not stream:
         raise invalid("stream_options is for streams alone; set stream, or leave it out", param="stream_options")
@@ -206,9 +140,10 @@ def _streaming(body: Sampled) -> Mapping[str, Any]:
     return {"stream": stream, "include_usage": options is not None and bool(options.include_usage), "trace": trace}
 
 
-def _sequences(
+def sequences_of(
     body: Sampled, prompts: list[list[int]], n: int, served: Served, *, dense: bool, max_tokens: int, logprobs: int | None, echo: bool
 ) -> tuple[SequenceRequest, ...]:
+    """What the worker is asked for: of each prompt n sequences."""
     biases = {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()}
     for token_id in biases:
         if token_id >= served.vocab_size:
@@ -235,7 +170,7 @@ def _sequences(
     )
 
 
-def _check_characters(count: int, served: Served, *, param: str) -> None:
+def check_characters(count: int, served: Served, *, param: str) -> None:
     """Refuse a text that cannot fit before it is tokenised, which takes a while and much memory."""
     if served.max_characters is not None and count > served.max_characters:
         raise invalid(
@@ -244,7 +179,7 @@ def _check_characters(count: int, served: Served, *, param: str) -> None:
         )  # fmt: skip
 
 
-def _check_ids(ids: Sequence[int], served: Served, *, new: int, param: str) -> None:
+def check_ids(ids: Sequence[int], served: Served, *, new: int, param: str) -> None:
     """new: tokens of the answer that are asked for."""
     if not ids:
         raise invalid("the prompt has no tokens; give at least one word", param=param)

@@ -10,13 +10,14 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.requests import ParsedRequest, Served
-from dejavu.serve.core.interface import BINS, Event, Summary
+from dejavu.serve.core.interface import BINS, Event, Summary, TokenInfo
 
+L = TypeVar("L")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -31,31 +32,30 @@ def server_sent(thing: schemas.Schema) -> bytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChoiceDelta:
-    """What an event adds to its choice. completion, chat: log-probabilities, in the form of the request."""
+class ChoiceDelta(Generic[L]):
+    """What an event adds to its choice. logprobs: in the form of the endpoint, None where none were asked for; scored: how many they
+    are."""
 
     text: str
-    completion: schemas.CompletionLogprobs | None
-    chat: schemas.ChatLogprobs | None
+    logprobs: L | None
+    scored: int
     trace: list[schemas.TokenTrace] = field(default_factory=list)
     finish_reason: schemas.FinishReason | None = None
 
     @property
     def is_empty(self) -> bool:
-        told = (self.completion is not None and self.completion.tokens) or (self.chat is not None and self.chat.content)
-        return not (self.text or told or self.trace or self.finish_reason)
+        return not (self.text or self.scored or self.trace or self.finish_reason)
 
 
-class Answer:
-    """The answer to one request, made from its events as they come. Of CompletionAnswer or ChatAnswer."""
+class Answer(Generic[L]):
+    """The answer to one request, made from its events as they come. Each endpoint has its own; L: its form of log-probabilities."""
 
     prefix: str
 
     def __init__(self, request: ParsedRequest, served: Served) -> None:
         self.request, self._served = request, served
         self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
-        self._offsets = [served.vocabulary.offsets(first=request.echo) for _ in request.sequences]
-        self._deltas: list[list[ChoiceDelta]] = [[] for _ in request.sequences]
+        self._deltas: list[list[ChoiceDelta[L]]] = [[] for _ in request.sequences]
         self._begun: set[int] = set()
         self._summaries: dict[int, Summary] = {}
         self._shape_is_sent = False
@@ -65,16 +65,16 @@ class Answer:
         """Their indices: of prompt i, those from i n on."""
         return range(len(self.request.sequences))
 
-    def take(self, index: int, event: Event) -> ChoiceDelta:
+    def take(self, index: int, event: Event) -> ChoiceDelta[L]:
         """The next event of a choice."""
         request, text, tokens = self.request, event.text, event.tokens
         if request.echo and index not in self._begun:
             text, tokens = request.texts[index // request.n] + text, (*event.prompt_tokens, *tokens)
-        vocabulary, wanted = self._served.vocabulary, request.logprobs is not None
+        wanted = request.logprobs is not None
         delta = ChoiceDelta(
             text=text,
-            completion=logprobs.of_completion(tokens, vocabulary, self._offsets[index]) if wanted and not request.chat else None,
-            chat=logprobs.of_chat(tokens, vocabulary) if wanted and request.chat else None,
+            logprobs=self._logprobs(index, tokens) if wanted else None,
+            scored=len(tokens) if wanted else 0,
             trace=[logprobs.of_trace(token) for token in event.tokens] if request.trace else [],
             finish_reason=event.finish_reason,
         )
@@ -85,6 +85,10 @@ class Answer:
             self._deltas[index].append(delta)
         self._begun.add(index)
         return delta
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenInfo]) -> L:
+        """The log-probabilities of a choice's next tokens."""
+        raise NotImplementedError
 
     def whole(self) -> schemas.Schema:
         """The answer in one object, once all choices have ended."""
@@ -126,6 +130,7 @@ class Answer:
         )
 
     def _chunk(self, choices: list[Any], **more: Any) -> schemas.Schema:
+        """A chunk of a stream with these choices."""
         raise NotImplementedError
 
     def _with_extras(self, choice: Any, trace: list[schemas.TokenTrace], *, ends: bool) -> schemas.Schema:
@@ -140,96 +145,6 @@ class Answer:
                 served, self._shape_is_sent = self._served, True
                 found["shape"] = schemas.TraceShape(layers=served.num_layers, bins=BINS, heads=served.num_heads, neurons=served.num_neurons)
         return self._chunk([choice], **more, **({"dejavu": schemas.Sparsity(**found)} if found else {}))
-
-
-class CompletionAnswer(Answer):
-    """The answer to POST /v1/completions."""
-
-    prefix = "cmpl"
-
-    def whole(self) -> schemas.Schema:
-        return self._chunk([self._choice(index) for index in self.choices], usage=self.usage(), dejavu=self.sparsity())
-
-    def chunks(self, index: int, event: Event) -> Iterator[schemas.Schema]:
-        delta = self.take(index, event)
-        if not delta.is_empty:
-            reason = delta.finish_reason
-            choice = schemas.CompletionChoice(index=index, text=delta.text, logprobs=delta.completion, finish_reason=reason)
-            yield self._with_extras(choice, delta.trace, ends=reason is not None)
-
-    def _choice(self, index: int) -> schemas.CompletionChoice:
-        deltas = self._deltas[index]
-        found = [delta.completion for delta in deltas if delta.completion is not None]
-        together = schemas.CompletionLogprobs(
-            tokens=[token for part in found for token in part.tokens],
-            token_logprobs=[logprob for part in found for logprob in part.token_logprobs],
-            top_logprobs=[top for part in found for top in part.top_logprobs],
-            text_offset=[offset for part in found for offset in part.text_offset],
-        )
-        return schemas.CompletionChoice(
-            index=index,
-            text="".join(delta.text for delta in deltas),
-            logprobs=None if self.request.logprobs is None else together,
-            finish_reason=deltas[-1].finish_reason,
-        )
-
-    def _chunk(self, choices: list[Any], **more: Any) -> schemas.Schema:
-        return schemas.Completion(object="text_completion", choices=choices, **self._about, **more)
-
-
-class ChatAnswer(Answer):
-    """The answer to POST /v1/chat/completions."""
-
-    prefix = "chatcmpl"
-
-    def whole(self) -> schemas.Schema:
-        choices = [self._choice(index) for index in self.choices]
-        return schemas.ChatCompletion(object="chat.completion", choices=choices, usage=self.usage(), dejavu=self.sparsity(), **self._about)
-
-    def opening(self) -> Iterator[schemas.Schema]:
-        """Whose turn it is."""
-        for index in self.choices:
-            yield self._said(index, schemas.ChatDelta(role="assistant", content=""))
-
-    def chunks(self, index: int, event: Event) -> Iterator[schemas.Schema]:
-        """The text, and in a chunk of its own, without a text, the reason for the end."""
-        delta = self.take(index, event)
-        told, trace, reason = delta.chat, delta.trace, delta.finish_reason
-        if not delta.is_empty and (delta.text or reason is None):
-            yield self._said(index, schemas.ChatDelta(content=delta.text), told, trace)
-            told, trace = None, []
-        if reason is not None:
-            yield self._said(index, schemas.ChatDelta(), told, trace, reason)
-
-    def _said(
-        self,
-        index: int,
-        delta: schemas.ChatDelta,
-        told: schemas.ChatLogprobs | None = None,
-        trace: Sequence[schemas.TokenTrace] = (),
-        reason: schemas.FinishReason | None = None,
-    ) -> schemas.Schema:
-        choice = schemas.ChatChunkChoice(index=index, delta=delta, logprobs=told, finish_reason=reason)
-        return self._with_extras(choice, list(trace), ends=reason is not None)
-
-    def _choice(self, index: int) -> schemas.ChatChoice:
-        deltas = self._deltas[index]
-        content = [token for delta in deltas if delta.chat is not None for token in delta.chat.content]
-        reason = deltas[-1].finish_reason
-        assert reason is not None, "the choice has not ended"
-        return schemas.ChatChoice(
-            index=index,
-            message=schemas.ChatMessage(role="assistant", content="".join(delta.text for delta in deltas)),
-            logprobs=None if self.request.logprobs is None else schemas.ChatLogprobs(content=content),
-            finish_reason=reason,
-        )
-
-    def _chunk(self, choices: list[Any], **more: Any) -> schemas.Schema:
-        return schemas.ChatChunk(object="chat.completion.chunk", choices=choices, **self._about, **more)
-
-
-def new_answer(request: ParsedRequest, served: Served) -> Answer:
-    return ChatAnswer(request, served) if request.chat else CompletionAnswer(request, served)
 
 
 def _mean(densities: Sequence[float | None], steps: Sequence[int]) -> float | None:
