@@ -15,6 +15,7 @@ from dejavu.bench.memory import buffer_bytes
 from dejavu.bench.rows import Row
 from dejavu.bench.variants import DENSE_VARIANT, Peer, Variant, export_name
 from dejavu.engine.native.engine import NativeEngine
+from dejavu.model.counts import Counts
 from dejavu.model.transformer import Transformer
 from helpers.engines import ids_of, random_layers
 from helpers.native import needs_library
@@ -134,7 +135,8 @@ def test_useful_bytes_are_those_of_what_the_timed_steps_selected(tiny: Tiny, bat
     rows = [[IDS[(row * 5 + t) % len(IDS)] for t in range(needed)] for row in range(batch)]
     for slot, ids in enumerate(rows):
         engine.prefill(slot, ids[:5])
-    counted: list[Tensor] = []
+    counted: list[Counts] = []
+    cached: list[Tensor] = []
     union: list[float] = []
     for index in range(2 * TURN):
         step = engine.step([ids[5 + index] for ids in rows], list(range(batch)))
@@ -145,10 +147,12 @@ def test_useful_bytes_are_those_of_what_the_timed_steps_selected(tiny: Tiny, bat
             torch.tensor([len({int(i) for row in step.selections for i in getattr(row[layer], part)}) for layer in range(2)])
             for part in ("neurons_A", "heads_A")
         )
-        counted.append(torch.stack([neurons_L, heads_L, step.heads_BL.sum(0) / 2 * (6 + index)]))
+        counted.append(Counts(neurons=neurons_L, heads=heads_L))
+        cached.append(step.counts.heads.sum(0) / 2 * (6 + index))
         union.append(float(neurons_L.double().mean()) / 64)
-    neurons, heads, cached = torch.stack(counted).double().mean(0).tolist()
-    reads = Reads(rows=batch, neurons_L=neurons, fired_L=neurons, heads_L=heads, cached_L=cached)
+    counts = Counts.stack(counted).mean()
+    cached_L = torch.stack(cached).double().mean(0).tolist()
+    reads = Reads(rows=batch, counts=counts, fired_L=counts.neurons.tolist(), cached_L=cached_L)
     useful = step_bytes(model.config, formats_of(engine.info), reads, chosen)
     by_op = {row.op: row for row in found.rows if row.mode == "sparse+heads"}
     assert set(by_op) == {"decode", "predictor", "attention", "mlp", "head", "other"}

@@ -42,7 +42,7 @@ def test_what_runs_dense(tiny: Tiny, device: str, layers: tuple[int, ...], heads
     for index in range(3):
         tokens = ids_of(40 + index, 2)
         want, found = reference.step(tokens, [0, 1]), engine.step(tokens, [0, 1])
-        assert found.neurons_BL.tolist() == want.neurons_BL.tolist() and found.heads_BL.tolist() == want.heads_BL.tolist()
+        assert found.counts == want.counts
         torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
 
 
@@ -81,7 +81,7 @@ def test_a_step_chooses_before_it_is_captured(tiny: Tiny) -> None:
     found = engine.decode([7, 8], [0, 1], 4)
     assert found.token_NB.shape == (4, 2) and (engine._dense_layers[2], engine._dense_heads[key]) == chosen
     step = engine.step([5, 6], [0, 1])
-    for heads in (step.heads_BL, found.heads_NBL):
+    for heads in (step.counts.heads, found.counts.heads):
         assert (heads == model.config.num_heads).all() or not chosen[1]
 
 

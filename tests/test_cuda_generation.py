@@ -89,7 +89,7 @@ def check_same(engine: CudaEngine, prompt: list[int], **options: Any) -> Generat
         (piece.text, piece.token_ids, piece.finish_reason) for piece in expected_pieces
     ]
     for piece, other in zip(pieces, expected_pieces, strict=True):
-        assert [(token.neurons_L, token.heads_L) for token in piece.tokens] == [(token.neurons_L, token.heads_L) for token in other.tokens]
+        assert [token.counts for token in piece.tokens] == [token.counts for token in other.tokens]
     assert text.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
     for name in ("token_ids", "new_tokens", "finish_reason", "mlp_density", "head_density"):
         assert getattr(text, name) == getattr(expected, name), name

@@ -58,9 +58,7 @@ def indices(selected: Sequence[LayerSelection]) -> list[Any]:
 def check_numbers(want: StepResult, found: StepResult) -> None:
     """Logits to 2e-5, and the same counts."""
     torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
-    assert found.neurons_BL.tolist() == want.neurons_BL.tolist() and found.heads_BL.tolist() == want.heads_BL.tolist()
-    assert (found.inputs_BLP is None) == (want.inputs_BLP is None)
-    assert found.inputs_BLP is None or want.inputs_BLP is None or found.inputs_BLP.tolist() == want.inputs_BLP.tolist()
+    assert found.counts == want.counts
 
 
 def check_same(want: StepResult, found: StepResult) -> None:
@@ -140,9 +138,9 @@ def test_a_point_without_a_threshold_keeps_everything(tiny: Tiny, point: str, de
     )
     for want, step in zip(wanted, steps, strict=True):
         check_same(want, step)
-        assert step.inputs_BLP is not None and step.selections is not None
+        assert step.counts.inputs is not None and step.selections is not None
         at = POINTS.index(point)
-        assert step.inputs_BLP[0, 0, at] == InputPoints.of(model.config).sizes[at]
+        assert step.counts.inputs[0, 0, at] == InputPoints.of(model.config).sizes[at]
         inputs_P = step.selections[0][0].inputs_P
         assert inputs_P is not None and inputs_P[at] is None
 
@@ -157,7 +155,7 @@ def test_what_a_threshold_of_zero_leaves_out_is_nothing(tiny: Tiny, name: str, r
     slots, tokens = list(range(rows)), ids_of(7, rows)
     dense, exact = (CudaEngine(model, chosen, num_slots=rows).step(tokens, slots) for chosen in (None, layers))
     torch.testing.assert_close(exact.logits_BV, dense.logits_BV, rtol=0, atol=1e-5)
-    share = exact.neurons_BL.double().mean() / model.config.intermediate_size
+    share = exact.counts.neurons.double().mean() / model.config.intermediate_size
     assert 0.1 < share < 0.9, "the test must leave some out"
 
 
@@ -203,7 +201,7 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, method: str, rows: int
         tokens, slots = ids_of(50 + index, rows), list(range(rows))
         want, found = torch_engine.step(tokens, slots), cuda_engine.step(tokens, slots)
         check_numbers(want, found)
-        seen |= set((want.neurons_BL if want.inputs_BLP is None else want.inputs_BLP[..., 3]).flatten().tolist())
+        seen |= set((want.counts.neurons if want.counts.inputs is None else want.counts.inputs[..., 3]).flatten().tolist())
     assert {0, 70} < seen, "the test must select nothing, some and everything"
 
 
@@ -233,9 +231,8 @@ def test_decoded_tokens_have_the_counts_of_their_steps(tiny: Tiny, method: str, 
         step = reference.step(tokens, slots)
         tokens = step.logits_BV.argmax(-1).tolist()
         assert found.token_NB[index].tolist() == tokens
-        assert torch.equal(found.neurons_NBL[index], step.neurons_BL) and torch.equal(found.heads_NBL[index], step.heads_BL)
-        assert (found.inputs_NBLP is None) == (step.inputs_BLP is None) == (method == "gate")
-        assert found.inputs_NBLP is None or step.inputs_BLP is None or torch.equal(found.inputs_NBLP[index], step.inputs_BLP)
+        assert found.counts[index] == step.counts
+        assert (step.counts.inputs is None) == (method == "gate")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -245,14 +242,15 @@ def test_what_a_step_read(tiny: Tiny, device: str) -> None:
     sizes = InputPoints.of(model.config).sizes
     engine = CudaEngine(on(model, device), input_layers(model, 0.4), num_slots=3)
     result, profile = engine.profiled_step([5], [0])
-    assert result.inputs_BLP is not None and profile.inputs_LP is not None and torch.equal(profile.inputs_LP, result.inputs_BLP[0])
-    assert all(0 < int(kept) < size for kept, size in zip(profile.inputs_LP[0], sizes, strict=True))
+    assert result.counts.inputs is not None and profile.counts.inputs is not None
+    assert torch.equal(profile.counts.inputs, result.counts.inputs[0])
+    assert all(0 < int(kept) < size for kept, size in zip(profile.counts.inputs[0], sizes, strict=True))
     result, profile = engine.profiled_step([6, 7], [1, 2])
-    assert result.inputs_BLP is not None and profile.inputs_LP is not None and profile.inputs_LP.tolist() == [list(sizes)]
-    assert (result.inputs_BLP < torch.tensor(sizes, device=device)).all()
+    assert result.counts.inputs is not None and profile.counts.inputs is not None and profile.counts.inputs.tolist() == [list(sizes)]
+    assert (result.counts.inputs < torch.tensor(sizes, device=device)).all()
     engine = CudaEngine(on(model, device), gate_layers(model, 0.4), num_slots=2, crossover=False)
     result, profile = engine.profiled_step([6, 7], [0, 1])
-    assert profile.inputs_LP is None and result.neurons_BL.amax() < profile.neurons_L[0] <= result.neurons_BL.sum()
+    assert profile.counts.inputs is None and result.counts.neurons.amax() < profile.counts.neurons[0] <= result.counts.neurons.sum()
 
 
 class RecordedInputs(Selection):

@@ -71,9 +71,9 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, device: str, steps: in
         set_threshold(cuda_engine, threshold)
         tokens, slots = ids_of(50 + index, rows), list(range(rows))
         want, found = torch_engine.step(tokens, slots), cuda_engine.step(tokens, slots)
-        assert found.neurons_BL.tolist() == want.neurons_BL.tolist() and found.heads_BL.tolist() == want.heads_BL.tolist()
+        assert found.counts == want.counts
         torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
-        neurons |= set(want.neurons_BL.flatten().tolist())
+        neurons |= set(want.counts.neurons.flatten().tolist())
     assert {0, 70} < neurons, "the test must select nothing, some and everything"
 
 
@@ -107,8 +107,8 @@ def test_a_graph_gives_what_its_kernels_give(tiny: Tiny, device: str, steps: int
             steps_of.append(engine.step([token], [0]))
         tokens = [int(step.logits_BV.argmax()) for step in steps_of]
         assert tokens[0] == tokens[1] and torch.equal(steps_of[0].logits_BV, steps_of[1].logits_BV), f"step {index}"
-        assert torch.equal(steps_of[0].neurons_BL, steps_of[1].neurons_BL)
-        counts |= set(steps_of[0].neurons_BL.flatten().tolist())
+        assert torch.equal(steps_of[0].counts.neurons, steps_of[1].counts.neurons)
+        counts |= set(steps_of[0].counts.neurons.flatten().tolist())
         lengths.append(graph.length(0))
     assert len(counts) > 2 and len(set(lengths)) == min(steps, 50)
     assert without_graph == steps and (device == "cpu" or graph.nodes() is not None)
@@ -121,7 +121,7 @@ def check_engine(engine: CudaEngine, ids_BT: Sequence[Sequence[int]], wide: Tran
     slots, model = list(range(len(ids_BT))), engine.model
     device = model.embed.weight.device
     steps = [engine.step(tokens, slots) for tokens in zip(*ids_BT, strict=True)]
-    counts = torch.stack([step.neurons_BL for step in steps])
+    counts = torch.stack([step.counts.neurons for step in steps])
     assert 0 < counts.sum() < counts.numel() * engine.config.intermediate_size, "the test must select some"
     for row, ids in enumerate(ids_BT):
         recorded = []

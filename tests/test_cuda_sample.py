@@ -26,6 +26,7 @@ from dejavu.kernels.cuda.sample import (
     sample_rows,
     sample_scratch,
 )
+from dejavu.model.counts import Counts
 from helpers.cuda import DEVICES, on, prefilled
 from helpers.engines import random_layers
 
@@ -234,14 +235,14 @@ def test_parts_are_joined_by_token_and_by_row() -> None:
         ids_NB = torch.arange(start, start + 4).view(2, 2)
         counts_NBL = ids_NB[..., None].repeat(1, 1, 3)
         return Decoded(
-            token_NB=ids_NB, logprob_NB=-ids_NB.float(), neurons_NBL=counts_NBL, heads_NBL=counts_NBL, union_NL=counts_NBL[:, 0],
+            token_NB=ids_NB, logprob_NB=-ids_NB.float(), counts=Counts(neurons=counts_NBL, heads=counts_NBL), union_NL=counts_NBL[:, 0],
             fallback_layers=fallback,
         )  # fmt: skip
 
     later, beside = joined([part(0, 1), part(4, 1)], dim=0), joined([part(0, 1), part(4, 2)], dim=1)
     assert later.token_NB.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and beside.token_NB.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert later.union_NL is not None and later.union_NL[:, 0].tolist() == [0, 2, 4, 6] and beside.union_NL is None
-    assert (later.fallback_layers, beside.fallback_layers) == (1, 2) and later.inputs_NBLP is None
+    assert (later.fallback_layers, beside.fallback_layers) == (1, 2) and later.counts.inputs is None
     assert later.cpu().fallback_layers == 1, "what is no tensor stays"
 
 
@@ -273,7 +274,7 @@ def test_decode_equals_greedy_steps(
     for index, step in enumerate(steps[:3]):
         logprob_B = logprob_definition(step.logits_BV, found.token_NB[index])
         torch.testing.assert_close(found.logprob_NB[index].double(), logprob_B, rtol=0, atol=2e-5)
-        assert torch.equal(found.neurons_NBL[index], step.neurons_BL) and torch.equal(found.heads_NBL[index], step.heads_BL)
+        assert found.counts[index] == step.counts
         assert found.union_NL is not None and step.union_L is not None and torch.equal(found.union_NL[index], step.union_L)
     assert found.fallback_layers == 0
     assert [engine.length(slot) for slot in range(4)] == [4 + slot + 3 * (slot in slots) for slot in range(4)]

@@ -62,9 +62,9 @@ def test_decode_equals_masked_forward(model: Transformer, mlp: int | None, heads
                 assert selected.heads_A is None and heads_H.all()
             else:
                 assert selected.heads_A is not None and selected.heads_A.tolist() == heads_H.nonzero()[:, 0].tolist()
-            assert step.neurons_BL[0, layer] == neurons_F.sum() and step.heads_BL[0, layer] == heads_H.sum()
-        neurons += int(step.neurons_BL.sum())
-        heads_total += int(step.heads_BL.sum())
+            assert step.counts.neurons[0, layer] == neurons_F.sum() and step.counts.heads[0, layer] == heads_H.sum()
+        neurons += int(step.counts.neurons.sum())
+        heads_total += int(step.counts.heads.sum())
     cells = TOKENS * config.num_layers
     assert selection.counter.mlp_density() == pytest.approx(neurons / cells / config.intermediate_size)
     assert selection.counter.head_density() == pytest.approx(heads_total / cells / config.num_heads)
@@ -155,7 +155,7 @@ def test_random_head_masks_leave_no_holes(model: Transformer, density: float) ->
     layers = tuple(LayerAdapter(heads=scripted(model, mask_TG)) for mask_TG in mask_LTG)
     logits, steps = decode(TorchEngine(model, layers, page_size=4), ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    counts = torch.cat([step.heads_BL for step in steps])
+    counts = torch.cat([step.counts.heads for step in steps])
     assert torch.equal(counts, mask_LTG.sum(-1).t() * config.heads_per_group)
 
 
@@ -169,7 +169,7 @@ def test_the_cache_of_a_sparse_run_has_no_holes_and_a_dense_step_after_it_is_rig
     cache.k_LPGSK.fill_(torch.nan)
     cache.v_LPGSK.fill_(torch.nan)
     _, steps = decode(engine, ids[:-1])
-    assert min(int(step.heads_BL.min()) for step in steps) < model.config.num_heads
+    assert min(int(step.counts.heads.min()) for step in steps) < model.config.num_heads
     page_N = cache.pages(0, TOKENS - 1)
     for pool in (cache.k_LPGSK, cache.v_LPGSK):
         stored = pool[:, page_N].transpose(2, 3).flatten(1, 2)[:, : TOKENS - 1]
@@ -206,7 +206,7 @@ def test_a_row_is_bit_identical_whatever_its_batch_mates(tiny: Tiny, family: str
         for t in range(6):
             step = alone.step([continuations[row][t]], [0])
             assert torch.equal(steps[t].logits_BV[place], step.logits_BV[0])
-            assert torch.equal(steps[t].neurons_BL[place], step.neurons_BL[0])
+            assert torch.equal(steps[t].counts.neurons[place], step.counts.neurons[0])
             both = zip(steps[t].selections[place], step.selections[0], strict=True)  # pyrefly: ignore[unsupported-operation]
             assert all(torch.equal(mine.neurons_A, other.neurons_A) for mine, other in both)  # pyrefly: ignore[bad-argument-type]
 
@@ -235,7 +235,7 @@ def test_a_neighbour_that_selects_everything_changes_nothing(tiny: Tiny) -> None
     alone = TorchEngine(model, layers)
     for token_id in mine:
         pair, single = engine.step([hostile, token_id], [1, 0]), alone.step([token_id], [0])
-        assert pair.neurons_BL.tolist() == [[64, 64], [4, 4]]
+        assert pair.counts.neurons.tolist() == [[64, 64], [4, 4]]
         assert torch.equal(pair.logits_BV[1], single.logits_BV[0])
 
 
@@ -248,7 +248,7 @@ def test_threshold_plus_infinity_leaves_exactly_the_down_bias(tiny: Tiny) -> Non
     logits, steps = decode(TorchEngine(model, layers), ids)
     expected, selection = masked_forward(model, layers, ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    assert sum(int(step.neurons_BL.sum()) for step in steps) == 0 and selection.counter.mlp_density() == 0.0
+    assert sum(int(step.counts.neurons.sum()) for step in steps) == 0 and selection.counter.mlp_density() == 0.0
     dense = model(torch.tensor([ids]))[0]
     assert (logits - dense).abs().max() > 0.01
     with torch.no_grad():
@@ -262,14 +262,14 @@ def test_threshold_minus_infinity_is_dense(model: Transformer) -> None:
     layers = random_layers(model, mlp=1, heads=0, threshold=-torch.inf)
     logits, steps = decode(TorchEngine(model, layers), ids)
     torch.testing.assert_close(logits, model(torch.tensor([ids]))[0], rtol=0, atol=1e-5)
-    assert all((step.neurons_BL == 64).all() and (step.heads_BL == model.config.num_heads).all() for step in steps)
+    assert all((step.counts.neurons == 64).all() and (step.counts.heads == model.config.num_heads).all() for step in steps)
 
 
 def test_at_least_one_head_group_is_always_kept(tiny: Tiny) -> None:
     model = tiny("llama")
     layers = random_layers(model, mlp=None, heads=0, threshold=torch.inf)
     _, steps = decode(TorchEngine(model, layers), ids_of(14))
-    assert all((step.heads_BL == model.config.heads_per_group).all() for step in steps)
+    assert all((step.counts.heads == model.config.heads_per_group).all() for step in steps)
 
 
 # What is left out is not read

@@ -17,6 +17,7 @@ from dejavu.engine.interface import Decoded, EngineInfo, StepResult
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.generation.generation import GeneratedText, Generation, Piece, generate_tokens
 from dejavu.generation.text import StopStrings, TextStream
+from dejavu.model.counts import Counts
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 
@@ -79,8 +80,7 @@ class ScriptedEngine:
         assert self.lengths[slots_B[0]] <= self.info.max_positions
         return StepResult(
             logits_BV=self._logits(self.steps)[None],
-            neurons_BL=torch.tensor([[1 + self.steps, 8]]),
-            heads_BL=torch.tensor([[4, 2]]),
+            counts=Counts(neurons=torch.tensor([[1 + self.steps, 8]]), heads=torch.tensor([[4, 2]])),
         )
 
 
@@ -115,8 +115,7 @@ class DecodingEngine(ScriptedEngine):
         return Decoded(
             token_NB=torch.tensor(ids[1:])[:, None],
             logprob_NB=torch.tensor(logprobs)[:, None],
-            neurons_NBL=torch.stack([step.neurons_BL for step in steps]),
-            heads_NBL=torch.stack([step.heads_BL for step in steps]),
+            counts=Counts.stack([step.counts for step in steps]),
         )
 
 
@@ -317,8 +316,9 @@ def test_counts_and_densities_are_those_of_the_steps() -> None:
     pieces, result = run(["a", "b", "c", "d"])
     assert (result.prompt_tokens, result.new_tokens, result.token_ids) == (1, 4, (0, 1, 2, 3))
     tokens = [token for piece in pieces for token in piece.tokens]
-    assert [token.neurons_L for token in tokens] == [None, (2, 8), (3, 8), (4, 8)]
-    assert [token.heads_L for token in tokens] == [None, (4, 2), (4, 2), (4, 2)]
+    counted = [token.counts for token in tokens]
+    heads = torch.tensor([4, 2])
+    assert counted == [None, *(Counts(neurons=torch.tensor([count, 8]), heads=heads) for count in (2, 3, 4))]
     assert result.mlp_density == pytest.approx(((2 + 3 + 4) / 3 / 8 + 1) / 2)
     assert result.head_density == pytest.approx(0.75)
     assert result.logprobs == pytest.approx([float((torch.tensor([9.0] + [0.0] * (VOCAB - 1))).log_softmax(0)[0])] * 4, abs=1e-5)
@@ -421,7 +421,7 @@ def test_counts_are_means_over_the_steps(tiny: Tiny, tokenizer: Tokenizer) -> No
     steps = [token for piece in result for token in piece.tokens][1:]
     counts = result.result().counts
     assert counts is not None and counts.tokens == (4 + 5 + 6 + 7) / 4 and counts.inputs_LP is None
-    assert counts.neurons_L == (sum(step.neurons_L[0] for step in steps if step.neurons_L) / 4, 64) and counts.heads_L == (4, 4)
+    assert counts.neurons_L == (sum(int(step.counts.neurons[0]) for step in steps if step.counts) / 4, 64) and counts.heads_L == (4, 4)
     assert 0 < counts.neurons_L[0] < 64
 
 
@@ -459,10 +459,7 @@ def test_tokens_that_come_several_at_a_time_give_what_single_ones_do(
         engine = made([*range(len(words)), *[len(words)] * 40], max_positions=context)
         options = {"max_new_tokens": limit, "stop": stops, "stop_ids": [stop_id]}
         generation = generate_tokens(engine, WordTokenizer(words), [0], **options)  # pyrefly: ignore[bad-argument-type]
-        pieces = [
-            (piece.text, piece.finish_reason, [(token.token_id, token.neurons_L, token.heads_L) for token in piece.tokens])
-            for piece in generation
-        ]
+        pieces = [(piece.text, piece.finish_reason, [(token.token_id, token.counts) for token in piece.tokens]) for piece in generation]
         result = generation.result()
         found.append((pieces, result, result.finish_reason, result.new_tokens, result.mlp_density, result.head_density, result.counts))
         logprobs.append(result.logprobs)

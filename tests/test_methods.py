@@ -13,7 +13,7 @@ import dejavu
 from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine.backends import pick_backend
-from dejavu.engine.interface import StepResult, densities
+from dejavu.engine.interface import StepResult
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.generation.generation import generate_tokens
 from dejavu.model.bundle import export
@@ -47,7 +47,7 @@ def model_of(name: str, tiny: Tiny) -> Transformer:
 
 def counted(steps: list[StepResult], engine: TorchEngine) -> tuple[float, float]:
     """Densities of the MLP and of attention over all steps and layers."""
-    found = [densities(engine.info, step.neurons_BL, step.heads_BL, step.inputs_BLP) for step in steps]
+    found = [step.counts.densities(engine.info) for step in steps]
     mlp, attention = (float(torch.cat(parts).mean()) for parts in zip(*found, strict=True))
     return mlp, attention
 
@@ -66,9 +66,9 @@ def test_decode_by_the_gate_equals_the_masked_forward(name: str, density: float,
     assert mlp == pytest.approx(selection.counter.mlp_density()) and heads == pytest.approx(selection.counter.head_density())
     assert 0.1 < mlp < 0.9, "the test must select some"
     for step in steps:
-        assert step.selections is not None and step.inputs_BLP is None
+        assert step.selections is not None and step.counts.inputs is None
         for layer, chosen in enumerate(step.selections[0]):
-            assert chosen.neurons_A is not None and len(chosen.neurons_A) == step.neurons_BL[0, layer]
+            assert chosen.neurons_A is not None and len(chosen.neurons_A) == step.counts.neurons[0, layer]
             assert chosen.inputs_P is None
 
 
@@ -87,12 +87,12 @@ def test_decode_by_inputs_equals_the_masked_forward(name: str, density: float, w
     points = engine.info.input_points
     assert points is not None
     for step in steps:
-        assert step.inputs_BLP is not None and step.selections is not None
-        assert (step.neurons_BL == model.config.intermediate_size).all() and (step.heads_BL == model.config.num_heads).all()
+        assert step.counts.inputs is not None and step.selections is not None
+        assert (step.counts.neurons == model.config.intermediate_size).all() and (step.counts.heads == model.config.num_heads).all()
         for layer, chosen in enumerate(step.selections[0]):
             assert chosen.inputs_P is not None and chosen.neurons_A is None
             for at, point in enumerate(POINTS):
-                indices, count = chosen.inputs_P[at], int(step.inputs_BLP[0, layer, at])
+                indices, count = chosen.inputs_P[at], int(step.counts.inputs[0, layer, at])
                 assert (indices is None) == (point == without)
                 assert count == (points.sizes[at] if indices is None else len(indices))
 
@@ -138,8 +138,8 @@ def test_a_row_is_bit_identical_whatever_its_batch_mates(family: str, way: Any, 
         for t in range(4):
             step = alone.step([continuations[row][t]], [0])
             assert torch.equal(steps[t].logits_BV[place], step.logits_BV[0])
-            assert torch.equal(steps[t].neurons_BL[place], step.neurons_BL[0])
-            mine, other = steps[t].inputs_BLP, step.inputs_BLP
+            assert torch.equal(steps[t].counts.neurons[place], step.counts.neurons[0])
+            mine, other = steps[t].counts.inputs, step.counts.inputs
             assert (mine is None) == (other is None) == (way is gate_layers)
             assert mine is None or other is None or torch.equal(mine[place], other[0])
 

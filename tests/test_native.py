@@ -67,7 +67,7 @@ def test_native_equals_torch(model: Transformer, mlp: int | None, heads: int | N
     logits, steps = decode(engine, ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     for step, other in zip(steps, torch_steps, strict=True):
-        assert torch.equal(step.neurons_BL, other.neurons_BL) and torch.equal(step.heads_BL, other.heads_BL)
+        assert step.counts == other.counts
         assert step.selections is not None and other.selections is not None
         for mine, theirs in zip(step.selections[0], other.selections[0], strict=True):
             for mine_A, theirs_A in ((mine.neurons_A, theirs.neurons_A), (mine.heads_A, theirs.heads_A)):
@@ -213,7 +213,7 @@ def test_a_batch_of_three_is_three_singles(model: Transformer, order: tuple[int,
         for t in range(6):
             step = alone.step([continuations[row][t]], [0])
             assert step.logits_BV.shape == (1, vocab) and torch.equal(steps[t].logits_BV[place], step.logits_BV[0])
-            assert torch.equal(steps[t].neurons_BL[place], step.neurons_BL[0]) and torch.equal(steps[t].heads_BL[place], step.heads_BL[0])
+            assert steps[t].counts[place] == step.counts[0]
 
 
 @needs_library
@@ -226,7 +226,7 @@ def test_a_batch_of_any_size(tiny: Tiny, batch: int) -> None:
     step = engine_of(model, layers, num_slots=batch).step(tokens, list(range(batch)))
     for row, token_id in enumerate(tokens):
         alone = engine_of(model, layers, threads=1).step([token_id], [0])
-        assert torch.equal(step.logits_BV[row], alone.logits_BV[0]) and torch.equal(step.neurons_BL[row], alone.neurons_BL[0])
+        assert torch.equal(step.logits_BV[row], alone.logits_BV[0]) and torch.equal(step.counts.neurons[row], alone.counts.neurons[0])
 
 
 @needs_library
@@ -249,10 +249,10 @@ def test_none_and_all_selected(model: Transformer, dtype: str) -> None:
     dense, _ = decode(engine_of(model, dtype=dtype), ids)
     everything, steps = decode(engine_of(model, random_layers(model, mlp=1, heads=0, threshold=-torch.inf), dtype=dtype), ids)
     assert torch.equal(everything, dense)
-    assert all((step.neurons_BL == model.config.intermediate_size).all() for step in steps)
+    assert all((step.counts.neurons == model.config.intermediate_size).all() for step in steps)
     layers = random_layers(model, mlp=1, heads=0, threshold=torch.inf)
     nothing, steps = decode(engine_of(model, layers, dtype=dtype), ids)
-    assert all((step.neurons_BL == 0).all() and (step.heads_BL == model.config.heads_per_group).all() for step in steps)
+    assert all((step.counts.neurons == 0).all() and (step.counts.heads == model.config.heads_per_group).all() for step in steps)
     if dtype == "fp32":
         torch.testing.assert_close(nothing, decode(TorchEngine(model, layers), ids)[0], rtol=0, atol=1e-4)
 

@@ -29,9 +29,9 @@ def test_many_selected_neurons_equal_torch(tiny: Tiny, family: str, isa: str) ->
     expected, torch_steps = decode(TorchEngine(model, layers), ids)
     logits, steps = decode(engine_of(model, layers, instruction_set=isa), ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    density = torch.stack([step.neurons_BL[0] for step in steps]).double().mean() / 131
+    density = torch.stack([step.counts.neurons[0] for step in steps]).double().mean() / 131
     assert 0.65 < float(density) < 0.95, "above the crossover, and not all"
-    assert all(torch.equal(step.neurons_BL, other.neurons_BL) for step, other in zip(steps, torch_steps, strict=True))
+    assert all(torch.equal(step.counts.neurons, other.counts.neurons) for step, other in zip(steps, torch_steps, strict=True))
 
 
 @needs_library
@@ -46,7 +46,7 @@ def test_the_order_of_reading_changes_no_bit(tiny: Tiny, family: str, dtype: str
     step = together.step(tokens, [0, 1, 2])
     for row, token_id in enumerate(tokens):
         alone = engine_of(model, layers, threads=1, dtype=dtype).step([token_id], [0])
-        assert torch.equal(step.logits_BV[row], alone.logits_BV[0]) and torch.equal(step.neurons_BL[row], alone.neurons_BL[0])
+        assert torch.equal(step.logits_BV[row], alone.logits_BV[0]) and torch.equal(step.counts.neurons[row], alone.counts.neurons[0])
 
 
 @needs_library
@@ -55,5 +55,5 @@ def test_a_profile_counts_what_fired_and_no_more(tiny: Tiny) -> None:
     engine = engine_of(model, layers)
     engine.prefill(0, ids_of(3, 4))
     result, profile = engine.profiled_step([7], [0])
-    assert profile.neurons_L.tolist() == result.neurons_BL[0].tolist()
-    assert all(0 < fired < selected for fired, selected in zip(profile.fired_L.tolist(), profile.neurons_L.tolist(), strict=True))
+    assert profile.counts.neurons.tolist() == result.counts.neurons[0].tolist()
+    assert all(0 < fired < selected for fired, selected in zip(profile.fired_L.tolist(), profile.counts.neurons.tolist(), strict=True))

@@ -57,7 +57,7 @@ def same_selections(step: StepResult, other: StepResult) -> bool:
 
 
 def counts_of(step: StepResult, row: int = 0) -> list[list[int]]:
-    return [part[row].flatten().tolist() for part in (step.neurons_BL, step.heads_BL, step.inputs_BLP) if part is not None]
+    return [part[row].flatten().tolist() for part in (step.counts.neurons, step.counts.heads, step.counts.inputs) if part is not None]
 
 
 # Against the torch engine and the definition
@@ -106,7 +106,7 @@ def test_every_dtype_equals_its_masked_evaluation(tiny: Tiny, name: str, method:
     assert error < 4 * NEARNESS[dtype] * expected.std()
     assert error < 0.3 * (logits - dense).abs().mean(), "it is the selection that is seen"
     if method == "gate":
-        kept = torch.stack([step.neurons_BL[0] for step in steps]).double().mean() / model.config.intermediate_size
+        kept = torch.stack([step.counts.neurons[0] for step in steps]).double().mean() / model.config.intermediate_size
         assert float(kept) == pytest.approx(selection.counter.mlp_density(), abs=0.01)
 
 
@@ -120,7 +120,7 @@ def test_exact_is_dense_bit_for_bit(tiny: Tiny, name: str, dtype: str) -> None:
     dense, _ = decode(engine_of(model, dtype=dtype), ids)
     exact, steps = decode(engine_of(model, layers, dtype=dtype), ids)
     assert torch.equal(exact, dense)
-    kept = torch.stack([step.neurons_BL[0] for step in steps]).double().mean() / model.config.intermediate_size
+    kept = torch.stack([step.counts.neurons[0] for step in steps]).double().mean() / model.config.intermediate_size
     assert 0.1 < float(kept) < 0.8
 
 
@@ -193,7 +193,7 @@ def test_rows_of_neurons_left_out_are_not_read(tiny: Tiny) -> None:
         block.gate.weight[gone], block.gate.bias[gone] = 0.0, 0.0  # silu(0) = 0
     layers = (LayerAdapter(gate=GateThreshold(threshold=0.01)),) * model.config.num_layers
     expected, steps = decode(engine_of(model, layers), ids)
-    assert 0.1 < float(torch.stack([step.neurons_BL for step in steps]).double().mean()) / len(gone) <= 0.5
+    assert 0.1 < float(torch.stack([step.counts.neurons for step in steps]).double().mean()) / len(gone) <= 0.5
     for block in model.blocks:
         block.up.weight[gone] = block.down.weight[gone] = torch.nan
     assert torch.equal(decode(engine_of(model, layers), ids)[0], expected)
@@ -234,22 +234,22 @@ def test_a_profile_counts_unions(tiny: Tiny, method: str, family: str) -> None:
     profiled, plain = (engine_of(model, layers, num_slots=3, record=True) for _ in range(2))
     result, profile = profiled.profiled_step(tokens, range(3))
     assert torch.equal(result.logits_BV, plain.step(tokens, range(3)).logits_BV)
-    assert result.selections is not None and (profile.inputs_LP is None) == (method == "gate")
+    assert result.selections is not None and (profile.counts.inputs is None) == (method == "gate")
 
     def union(found: Sequence[Tensor | None], total: int) -> int:
         return total if found[0] is None else len({value for each in found if each is not None for value in each.tolist()})
 
     for index in range(config.num_layers):
         rows = [row[index] for row in result.selections]
-        assert profile.neurons_L[index] == union([row.neurons_A for row in rows], config.intermediate_size)
-        assert profile.heads_L[index] == union([row.heads_A for row in rows], config.num_heads)
-        if profile.inputs_LP is None:
-            assert 0 < profile.fired_L[index] <= profile.neurons_L[index]
+        assert profile.counts.neurons[index] == union([row.neurons_A for row in rows], config.intermediate_size)
+        assert profile.counts.heads[index] == union([row.heads_A for row in rows], config.num_heads)
+        if profile.counts.inputs is None:
+            assert 0 < profile.fired_L[index] <= profile.counts.neurons[index]
             continue
         points = profiled.info.input_points
         assert points is not None
         kept = [union([row.inputs_P[at] for row in rows if row.inputs_P], size) for at, size in enumerate(points.sizes)]
-        assert profile.inputs_LP[index].tolist() == kept and profile.fired_L[index] == kept[POINTS.index("down")]
+        assert profile.counts.inputs[index].tolist() == kept and profile.fired_L[index] == kept[POINTS.index("down")]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -50,7 +50,7 @@ def test_the_counts_are_those_of_the_definition(tiny: Tiny, family: str, mlp: in
         tokens, slots = [ids[step] for ids in sequences], list(range(ROWS))
         result, profile = engine.profiled_step(tokens, slots)
         expected = plain.step(tokens, slots)
-        assert torch.equal(result.logits_BV, expected.logits_BV) and torch.equal(result.neurons_BL, expected.neurons_BL)
+        assert torch.equal(result.logits_BV, expected.logits_BV) and torch.equal(result.counts.neurons, expected.counts.neurons)
         recorders = [FiredRecorder(layers) for _ in sequences]
         # The reference masks every token, the prompt too, so what fired is compared in layer 0, whose inputs do not depend on that.
         for recorder, ids in zip(recorders, sequences, strict=True):
@@ -62,14 +62,14 @@ def test_the_counts_are_those_of_the_definition(tiny: Tiny, family: str, mlp: in
             for name, total in (("neurons_A", model.config.intermediate_size), ("heads_A", model.config.num_heads)):
                 found = [getattr(each, name) for each in chosen]
                 unions.append(total if found[0] is None else len(set(torch.cat(found).tolist())))
-            assert [profile.neurons_L[layer], profile.heads_L[layer]] == unions
+            assert [profile.counts.neurons[layer], profile.counts.heads[layer]] == unions
         fired = torch.stack([recorder.fired[0] for recorder in recorders]).any(0)
         if mlp is None:
             assert profile.fired_L.tolist() == [model.config.intermediate_size] * 2, "a dense layer reads every row of down"
         elif family == "opt":
-            assert int(profile.fired_L[0]) == int(fired.sum()) < int(profile.neurons_L[0])
+            assert int(profile.fired_L[0]) == int(fired.sum()) < int(profile.counts.neurons[0])
         else:
-            assert torch.equal(profile.fired_L, profile.neurons_L), "SiLU is never exactly zero"
+            assert torch.equal(profile.fired_L, profile.counts.neurons), "SiLU is never exactly zero"
 
 
 @needs_library

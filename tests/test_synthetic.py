@@ -133,7 +133,7 @@ def test_planted_relu_neurons_all_fire_and_predictors_are_int8(name: str) -> Non
     engine = NativeEngine(made.model, layers, dtype="int8", threads=1)
     for token in random_ids(made.config, 10, seed=1):
         _, profile = engine.profiled_step([token], [0])
-        assert torch.equal(profile.fired_L, profile.neurons_L) and int(profile.neurons_L.min()) > 0
+        assert torch.equal(profile.fired_L, profile.counts.neurons) and int(profile.counts.neurons.min()) > 0
     for layer in layers:
         for predictor in (layer.mlp, layer.heads):
             assert predictor is not None

@@ -12,7 +12,6 @@ from conftest import Tiny, random_predictor
 from dejavu.bench.bytes_read import (
     STORED,
     Formats,
-    Reads,
     dense_reads,
     formats_of,
     predictor_bytes,
@@ -24,6 +23,7 @@ from dejavu.bench.bytes_read import (
 from dejavu.engine.backends import make_engine
 from dejavu.generation.generation import GeneratedText, StepCounts
 from dejavu.model.adapter import quantized
+from dejavu.model.counts import Counts
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds
 from dejavu.model.transformer import Transformer
@@ -71,20 +71,17 @@ def test_what_is_not_selected_is_not_counted(tiny: Tiny, family: str, matrices: 
     row, all_of = config.hidden_size + 4, dense_reads(config)
 
     def bytes_of(**changes: Any) -> dict[str, float]:
-        values: dict[str, Any] = {
-            "neurons_L": all_of.neurons_L,
-            "fired_L": all_of.fired_L,
-            "heads_L": all_of.heads_L,
-            "cached_L": all_of.cached_L,
-        }
-        return step_bytes(config, INT8, Reads(rows=1, **(values | changes)))
+        return step_bytes(config, INT8, dataclasses.replace(all_of, **changes))
+
+    def counting(**changes: list[int]) -> Counts:
+        return dataclasses.replace(all_of.counts, **{part: torch.tensor(count_L) for part, count_L in changes.items()})
 
     full = bytes_of()
     fewer = [config.intermediate_size - 1] * config.num_layers
-    assert full["mlp"] - bytes_of(neurons_L=fewer)["mlp"] == config.num_layers * (matrices * row + 4 * biases)
+    assert full["mlp"] - bytes_of(counts=counting(neurons=fewer))["mlp"] == config.num_layers * (matrices * row + 4 * biases)
     assert full["mlp"] - bytes_of(fired_L=fewer)["mlp"] == config.num_layers * row
-    heads = [config.num_heads - 1] * config.num_layers
-    assert full["attention"] - bytes_of(heads_L=heads)["attention"] == config.num_layers * config.head_dim * (2 * row + 4 * biases)
+    heads = counting(heads=[config.num_heads - 1] * config.num_layers)
+    assert full["attention"] - bytes_of(counts=heads)["attention"] == config.num_layers * config.head_dim * (2 * row + 4 * biases)
     cached = bytes_of(cached_L=[7.5] * config.num_layers)["attention"] - full["attention"]
     assert cached == config.num_layers * 2 * 7.5 * config.head_dim * 4
 
@@ -98,12 +95,14 @@ def test_a_gate_is_read_for_all_neurons_and_inputs_are_columns(tiny: Tiny, famil
     half = [config.intermediate_size // 2] * layers
     gate = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * layers
     full = step_bytes(config, INT8, dense)
-    found = step_bytes(config, INT8, dataclasses.replace(dense, neurons_L=half, fired_L=half), gate)
+    counts = dataclasses.replace(dense.counts, neurons=torch.tensor(half))
+    found = step_bytes(config, INT8, dataclasses.replace(dense, counts=counts, fired_L=half), gate)
     rows_less = half[0] * (2 if config.gated else 1)
     assert full["mlp"] - found["mlp"] == layers * (rows_less * row + (half[0] * biases if config.gated else 0))
     assert found["attention"] == full["attention"] and found["predictor"] == 0
     points = InputPoints.of(config).sizes
-    one_less = dataclasses.replace(dense, inputs_LP=[[count - 1 for count in points]] * layers)
+    kept = torch.tensor([[count - 1 for count in points]] * layers)
+    one_less = dataclasses.replace(dense, counts=dataclasses.replace(dense.counts, inputs=kept))
     inputs = (LayerAdapter(inputs=InputThresholds(attention=1.0, output=1.0, mlp=1.0)),) * layers
     found = step_bytes(config, INT8, one_less, inputs)
     outputs = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -145,7 +144,9 @@ def test_the_share_that_is_read_counts_predictors_and_head(tiny: Tiny) -> None:
     config = tiny("opt").config
     dense = dense_reads(config, rows=2, tokens=7)
     assert read_share(config, FP32, dense, None) == 1.0
-    none = dataclasses.replace(dense, neurons_L=[0.0] * config.num_layers, fired_L=[0.0] * config.num_layers)
+    none = dataclasses.replace(
+        dense, counts=Counts(neurons=torch.zeros(config.num_layers), heads=dense.counts.heads), fired_L=[0.0] * config.num_layers
+    )
     generator = torch.Generator().manual_seed(0)
     layers = (LayerAdapter(mlp=random_predictor(config.hidden_size, config.intermediate_size, generator)),) * config.num_layers
     bare, with_predictors = (read_share(config, FP32, none, chosen) for chosen in (None, layers))
@@ -160,7 +161,7 @@ def test_a_share_is_of_the_same_step_dense(tiny: Tiny) -> None:
     text.engine = make_engine(tiny("llama"), backend="torch").info
 
     def share(neurons: float, heads: float, layers: tuple[LayerAdapter, ...] | None = None) -> float:
-        text.counts = StepCounts(neurons_L=(neurons,) * 2, heads_L=(heads,) * 2, inputs_LP=None, tokens=20.5)
+        text.counts = StepCounts(mean=Counts(neurons=torch.tensor([neurons] * 2), heads=torch.tensor([heads] * 2)), tokens=20.5)
         found = text_read_share(config, text, layers)
         assert found is not None
         return found

@@ -16,7 +16,6 @@ from conftest import Tiny
 from dejavu.bench import fastest
 from dejavu.bench.fastest import chosen, speeds
 from dejavu.cli.main import run
-from dejavu.engine.interface import densities
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export
@@ -87,7 +86,7 @@ def test_an_adapter_keeps_its_budget_on_disk_and_where_it_decodes(
     # Decode reads that much.
     engine = TorchEngine(checkpoint.model, loaded.layers)
     _, steps = decode(engine, check[0].tolist())
-    counted = [densities(engine.info, step.neurons_BL, step.heads_BL, step.inputs_BLP)[0] for step in steps]
+    counted = [step.counts.densities(engine.info)[0] for step in steps]
     assert float(torch.cat(counted).mean()) == pytest.approx(result["mlp_density"], abs=0.1)
     # A second run finds the priced parts and gives the same.
     seen: list[str] = []

@@ -55,10 +55,10 @@ def test_the_union_is_that_of_the_rows_selections(tiny: Tiny, kind: str, thresho
     result = counted(engine, rows)
     assert result.union_L is not None and result.union_L.dtype == torch.int64
     assert result.union_L.tolist() == union_of(result) and result.union_L[1] == NEURONS
-    most, every = result.neurons_BL.max(0).values, result.neurons_BL.sum(0)
+    most, every = result.counts.neurons.max(0).values, result.counts.neurons.sum(0)
     assert (most <= result.union_L).all() and (result.union_L <= every).all()
     if rows == 1:
-        assert torch.equal(result.union_L, result.neurons_BL[0])
+        assert torch.equal(result.union_L, result.counts.neurons[0])
     elif threshold == 0.6:
         assert most[0] < result.union_L[0] < min(int(every[0]), NEURONS), "the rows select different neurons, and some alike"
 
@@ -97,7 +97,7 @@ def test_native_counts_the_layers_that_it_reads_in_order(tiny: Tiny, family: str
         result = counted(engine, rows)
         assert result.fallback_layers == (0 if least is None or eighths < least else 2)
         assert result.union_L is not None and result.union_L.tolist() == [16 * eighths, 128, 16 * eighths]
-        assert (result.neurons_BL == result.union_L).all()
+        assert (result.counts.neurons == result.union_L).all()
 
 
 @needs_library
@@ -105,8 +105,8 @@ def test_more_rows_than_are_computed_together_have_no_union(tiny: Tiny) -> None:
     model = model_of(tiny)
     engine = engine_of(model, some_layers(model, MANY), num_slots=35, cache_tokens=35 * 6)
     result = counted(engine, 35)
-    assert result.union_L is None and result.fallback_layers == 2 and result.neurons_BL.shape == (35, 3)
-    assert torch.equal(result.neurons_BL, counted(TorchEngine(model, some_layers(model, MANY), num_slots=35), 35).neurons_BL)
+    assert result.union_L is None and result.fallback_layers == 2 and result.counts.neurons.shape == (35, 3)
+    assert torch.equal(result.counts.neurons, counted(TorchEngine(model, some_layers(model, MANY), num_slots=35), 35).counts.neurons)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -13,6 +13,7 @@ from torch import Tensor
 from dejavu.engine import backends
 from dejavu.engine.interface import StepProfile, StepResult
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.model.counts import Counts
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 
@@ -43,7 +44,7 @@ class CudaStandIn(TorchEngine):
         layers = range(self.info.num_layers)
         neurons_L = torch.tensor([union(layer, "neurons_A", self.info.num_neurons) for layer in layers])
         heads_L = torch.tensor([union(layer, "heads_A", self.info.num_heads) for layer in layers])
-        profile = StepProfile(seconds={}, neurons_L=neurons_L, fired_L=neurons_L // 2, heads_L=heads_L)
+        profile = StepProfile(seconds={}, counts=Counts(neurons=neurons_L, heads=heads_L), fired_L=neurons_L // 2)
         return dataclasses.replace(result, selections=None), profile
 
     def nodes(self, rows: int) -> int:

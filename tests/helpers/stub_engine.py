@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, SamplingConfig
 from dejavu.engine.interface import Decoded, EngineInfo, LayerSelection, StepResult
+from dejavu.model.counts import Counts
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 
 EOS = 256
@@ -197,8 +198,10 @@ class StubEngine:
         selections = tuple(self._selected(token_id) for token_id in token_ids_B)
         return StepResult(
             logits_BV=torch.stack([self._logits(slot) for slot in slots_B]),
-            neurons_BL=torch.tensor([[NEURONS // 4 if self._sparse else NEURONS, NEURONS]] * rows),
-            heads_BL=torch.tensor([[HEADS // 2 if self._sparse else HEADS, HEADS]] * rows),
+            counts=Counts(
+                neurons=torch.tensor([[NEURONS // 4 if self._sparse else NEURONS, NEURONS]] * rows),
+                heads=torch.tensor([[HEADS // 2 if self._sparse else HEADS, HEADS]] * rows),
+            ),
             selections=selections if self.records else None,
             union_L=torch.tensor([self._union([row[layer] for row in selections]) for layer in range(LAYERS)]),
             fallback_layers=0,
@@ -272,10 +275,14 @@ class DrawingEngine(StubEngine):
             step = self.step([max(0, token_id) for token_id in last_B], slots_B)
             best_B = step.logits_BV.argmax(-1).tolist()
             last_B = [-1 if token_id == self.damaged else best for token_id, best in zip(last_B, best_B, strict=True)]
-            found.append((torch.tensor(last_B), step.logits_BV.log_softmax(-1).amax(-1), step.neurons_BL, step.heads_BL, step.union_L))
-        token_NB, logprob_NB, neurons_NBL, heads_NBL, union_NL = (torch.stack(parts) for parts in zip(*found, strict=True))
+            found.append((torch.tensor(last_B), step.logits_BV.log_softmax(-1).amax(-1), step.counts, step.union_L))
+        ids, logprobs, counts, unions = zip(*found, strict=True)
         return Decoded(
-            token_NB=token_NB, logprob_NB=logprob_NB, neurons_NBL=neurons_NBL, heads_NBL=heads_NBL, union_NL=union_NL, fallback_layers=1
+            token_NB=torch.stack(ids),
+            logprob_NB=torch.stack(logprobs),
+            counts=Counts.stack(counts),
+            union_NL=torch.stack(unions),
+            fallback_layers=1,
         )
 
 

@@ -34,6 +34,7 @@ from dejavu.engine.interface import EngineInfo
 from dejavu.generation.generation import GeneratedText
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.kernels.screen import screen_rank
+from dejavu.model.counts import Counts
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.selectors import POINTS, InputPoints
 
@@ -90,24 +91,21 @@ def formats_of(info: EngineInfo) -> Formats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
-    """Counts of one step, or means over steps. Over all rows together, by layer: neurons selected, neurons whose row of down
-    is needed, query heads selected. cached_L: sum over rows of (its selected key/value heads x the tokens it attends to). inputs_LP:
-    inputs kept at each point; None where no layer selects inputs."""
+    """Of one step, or means over steps. counts [L]: what some row selected. fired_L: neurons whose row of down is needed. cached_L: sum
+    over rows of (its selected key/value heads x the tokens it attends to)."""
 
     rows: int
-    neurons_L: Sequence[float]
+    counts: Counts
     fired_L: Sequence[float]
-    heads_L: Sequence[float]
     cached_L: Sequence[float]
-    inputs_LP: Sequence[Sequence[float]] | None = None
 
 
 def dense_reads(config: ModelConfig, *, rows: int = 1, tokens: float = 0) -> Reads:
     """Everything, for rows that attend to so many tokens each."""
-    layers = config.num_layers
-    neurons = [config.intermediate_size] * layers
+    layers, neurons = config.num_layers, config.intermediate_size
+    counts = Counts(neurons=torch.full((layers,), neurons), heads=torch.full((layers,), config.num_heads))
     cached = [rows * config.num_kv_heads * tokens] * layers
-    return Reads(rows=rows, neurons_L=neurons, fired_L=neurons, heads_L=[config.num_heads] * layers, cached_L=cached)
+    return Reads(rows=rows, counts=counts, fired_L=[neurons] * layers, cached_L=cached)
 
 
 def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequence[LayerAdapter] | None = None) -> dict[str, float]:
@@ -117,9 +115,10 @@ def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequ
     row = matrix.row(size)
     attention = mlp = norms_of_inputs = 0.0
     sizes, chosen_L = InputPoints.of(config).sizes, layers or (LayerAdapter(),) * config.num_layers
-    kept_LP = reads.inputs_LP or (sizes,) * config.num_layers
-    counts = zip(reads.neurons_L, reads.fired_L, reads.heads_L, reads.cached_L, chosen_L, kept_LP, strict=True)
-    for neurons, fired, heads, cached, chosen, kept in counts:
+    kept_LP = [sizes] * config.num_layers if reads.counts.inputs is None else reads.counts.inputs.tolist()
+    neurons_L, heads_L = reads.counts.neurons.tolist(), reads.counts.heads.tolist()
+    by_layer = zip(neurons_L, reads.fired_L, heads_L, reads.cached_L, chosen_L, kept_LP, strict=True)
+    for neurons, fired, heads, cached, chosen, kept in by_layer:
         at_attention, at_output, at_mlp, at_down = kept
         outputs = heads + 2 * groups
         attention += outputs * head_dim * matrix.part(size, at_attention) + heads * head_dim * at_output / sizes[1] * row
@@ -189,7 +188,5 @@ def text_read_share(config: ModelConfig, text: GeneratedText, layers: Sequence[L
     if counts is None:
         return None
     cached_L = [heads * config.num_kv_heads / config.num_heads * counts.tokens for heads in counts.heads_L]
-    reads = Reads(
-        rows=1, neurons_L=counts.neurons_L, fired_L=counts.neurons_L, heads_L=counts.heads_L, cached_L=cached_L, inputs_LP=counts.inputs_LP
-    )
+    reads = Reads(rows=1, counts=counts.mean, fired_L=counts.neurons_L, cached_L=cached_L)
     return read_share(config, formats_of(text.engine), reads, layers, tokens=counts.tokens)

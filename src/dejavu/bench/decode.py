@@ -38,7 +38,8 @@ from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, take_tu
 from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
-from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult, densities
+from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
+from dejavu.model.counts import Counts
 from dejavu.model.transformer import Transformer
 
 TURN, SKIPPED = 4, 1  # steps of a turn, and how many of them do not count
@@ -64,14 +65,13 @@ class _Steps:
     mlp: list[float] = field(default_factory=list)  # densities
     heads: list[float] = field(default_factory=list)
     union: list[float] = field(default_factory=list)
-    reads: list[Tensor] = field(default_factory=list)  # [4, L]: the counts of traffic.Reads
-    inputs: list[Tensor] = field(default_factory=list)  # [L, P], likewise; none where no layer selects inputs
+    counts: list[Counts] = field(default_factory=list)  # [L], and fired and cached [2, L]: those of bytes_read.Reads
+    reads: list[Tensor] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def mean_reads(self, rows: int) -> Reads:
-        neurons_L, fired_L, heads_L, cached_L = torch.stack(self.reads).double().mean(0).tolist()
-        inputs_LP = torch.stack(self.inputs).double().mean(0).tolist() if self.inputs else None
-        return Reads(rows=rows, neurons_L=neurons_L, fired_L=fired_L, heads_L=heads_L, cached_L=cached_L, inputs_LP=inputs_LP)
+        fired_L, cached_L = torch.stack(self.reads).mean(0).tolist()
+        return Reads(rows=rows, counts=Counts.stack(self.counts).mean(), fired_L=fired_L, cached_L=cached_L)
 
 
 class _Decoder:
@@ -105,23 +105,24 @@ class _Decoder:
             return
         (result, profile), info, steps = found, self.engine.info, self.steps
         if profile is None:
-            neurons_L, fired_L, heads_L, inputs_LP = _unions(result, info)
+            counts = _unions(result, info)
+            fired_L = counts.neurons  # such an engine reads the rows of down of all that it selected
         else:
-            neurons_L, fired_L, heads_L, inputs_LP = profile.neurons_L, profile.fired_L, profile.heads_L, profile.inputs_LP
+            counts, fired_L = profile.counts, profile.fired_L
             for op, seconds in profile.seconds.items():
                 steps.seconds.setdefault(op, []).append(seconds)
         tokens = self.context + index + 1
-        cached_L = result.heads_BL.sum(0) * self.groups / info.num_heads * tokens
-        steps.reads.append(torch.stack([part.double().cpu() for part in (neurons_L, fired_L, heads_L, cached_L)]))
-        steps.inputs += [] if inputs_LP is None else [inputs_LP.cpu()]
-        mlp_BL, heads_BL = densities(info, result.neurons_BL, result.heads_BL, result.inputs_BLP)
+        cached_L = result.counts.heads.sum(0) * self.groups / info.num_heads * tokens
+        steps.counts.append(counts.cpu())
+        steps.reads.append(torch.stack([part.double().cpu() for part in (fired_L, cached_L)]))
+        mlp_BL, heads_BL = result.counts.densities(info)
         steps.mlp.append(float(mlp_BL.mean()))
         steps.heads.append(float(heads_BL.mean()))
-        steps.union.append(float(neurons_L.double().mean()) / info.num_neurons)
+        steps.union.append(float(counts.neurons.double().mean()) / info.num_neurons)
 
 
-def _unions(result: StepResult, info: EngineInfo) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Counts over the rows of a recorded step. Its engine reads the rows of down of all that it selected."""
+def _unions(result: StepResult, info: EngineInfo) -> Counts:
+    """Of the rows of a recorded step together."""
     assert result.selections is not None, "an engine without a profile must record"
 
     def union(chosen: Sequence[Tensor | None], total: int) -> int:
@@ -132,10 +133,10 @@ def _unions(result: StepResult, info: EngineInfo) -> tuple[Tensor, Tensor, Tenso
     neurons_L = torch.tensor([union([row.neurons_A for row in rows], info.num_neurons) for rows in layers])
     heads_L = torch.tensor([union([row.heads_A for row in rows], info.num_heads) for rows in layers])
     if info.input_points is None:
-        return neurons_L, neurons_L, heads_L, None
+        return Counts(neurons=neurons_L, heads=heads_L)
     sizes = list(enumerate(info.input_points.sizes))
     inputs_LP = [[union([row.inputs_P[at] if row.inputs_P else None for row in rows], size) for at, size in sizes] for rows in layers]
-    return neurons_L, neurons_L, heads_L, torch.tensor(inputs_LP)
+    return Counts(neurons=neurons_L, heads=heads_L, inputs=torch.tensor(inputs_LP))
 
 
 def bench(
@@ -267,7 +268,7 @@ class _Run:
     def say_dense(self) -> None:
         """Note which modes ran layers dense that select neurons: an engine may, where that is faster."""
         for decoder in self.decoders:
-            ran = [float(neurons) == self.info.num_neurons for neurons in decoder.steps.mean_reads(self.batch).neurons_L]
+            ran = [float(neurons) == self.info.num_neurons for neurons in decoder.steps.mean_reads(self.batch).counts.neurons]
             selects = [layer.mlp is not None or layer.gate is not None for layer in decoder.variant.layers or ()]
             dense = sum(all_read and selected for all_read, selected in zip(ran, selects, strict=False))
             if dense:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dejavu.config import SamplingConfig
+from dejavu.model.counts import Counts
 from dejavu.model.selectors import InputPoints
 
 
@@ -42,11 +43,9 @@ class LayerSelection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One decoded step: logits fp32 [B, V] on the model's device; counts of selected neurons and query heads int64 [B, L].
+    """One decoded step: logits fp32 [B, V] on the model's device; counts of what each row selected, int64 [B, L].
 
-    A dense layer counts all of its neurons or heads. inputs_BLP: inputs kept, int64 [B, L, P] in the order of POINTS, all of them where
-    a layer does not select there; None where no layer of the engine selects inputs. What densities these are: `densities`.
-    `selections` (by row, by layer, on the CPU) is kept when the engine records.
+    A dense layer counts all of its neurons or heads. `selections` (by row, by layer, on the CPU) is kept when the engine records.
 
     union_L: neurons that some row selected, int64 [L], all of them where a layer ran dense: what had to be read for rows that compute
     with their own alone. None where the engine took the rows in several parts. fallback_layers: how many layers that select neurons
@@ -55,9 +54,7 @@ class StepResult:
     """
 
     logits_BV: Tensor
-    neurons_BL: Tensor
-    heads_BL: Tensor
-    inputs_BLP: Tensor | None = None
+    counts: Counts
     selections: tuple[tuple[LayerSelection, ...], ...] | None = None
     union_L: Tensor | None = None
     fallback_layers: int | None = None
@@ -68,22 +65,21 @@ class Decoded:
     """Several tokens of each row, sampled where the model is, on its device.
 
     Tokens int64 [N, B], -1 where the logits were not numbers; their log-probabilities fp32, as `Sampler` defines them; and what
-    the step that led to each computed, int64 [N, B, L] and [N, B, L, P], as in StepResult. union_NL int64: of each step, what StepResult
+    the step that led to each computed, counts int64 [N, B, L], as in StepResult. union_NL int64: of each step, what StepResult
     calls union_L. fallback_layers: as there, in every one of these steps.
     """
 
     token_NB: Tensor
     logprob_NB: Tensor
-    neurons_NBL: Tensor
-    heads_NBL: Tensor
-    inputs_NBLP: Tensor | None = None
+    counts: Counts
     union_NL: Tensor | None = None
     fallback_layers: int | None = None
 
     def cpu(self) -> Decoded:
         """A copy on the CPU; the device is waited for once."""
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        copies = {name: part.to("cpu", non_blocking=True) for name, part in fields if isinstance(part, Tensor)}
+        copies: dict[str, Any] = {name: part.to("cpu", non_blocking=True) for name, part in fields if isinstance(part, Tensor)}
+        copies["counts"] = self.counts.cpu(non_blocking=True)
         if self.token_NB.is_cuda:
             torch.cuda.current_stream(self.token_NB.device).synchronize()
         return dataclasses.replace(self, **copies)
@@ -93,16 +89,14 @@ class Decoded:
 class StepProfile:
     """What one step took and what all of its rows together made it read.
 
-    seconds: by op (predictor, attention, mlp, head, other). Counts int64 [L] over the rows: neurons that some row selected,
-    neurons whose row of down some row needed (an activation of exactly zero does not), query heads that some row selected. inputs_LP:
-    inputs that some row kept, int64 [L, P], or all where an engine reads them whole for several rows; None where no layer selects inputs.
+    seconds: by op (predictor, attention, mlp, head, other). counts int64 [L]: neurons and query heads that some row selected, inputs
+    that some row kept, or all where an engine reads them whole for several rows. fired_L int64 [L]: neurons whose row of down some row
+    needed (an activation of exactly zero does not).
     """
 
     seconds: dict[str, float]
-    neurons_L: Tensor
+    counts: Counts
     fired_L: Tensor
-    heads_L: Tensor
-    inputs_LP: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,21 +133,6 @@ class EngineInfo:
     def max_tokens(self) -> int:
         """The longest sequence that a slot can hold, prompt and answer together."""
         return min(self.max_positions, self.cache_tokens)
-
-
-def densities(info: EngineInfo, neurons: Tensor, heads: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Densities fp64 [.., L] of the MLP and of attention, from the counts [.., L] and [.., L, P] of a StepResult or of Decoded.
-
-    Of neurons and of heads, times the share of the weights that the kept inputs have them read: as DensityCounter counts.
-    """
-    mlp, attention = neurons.double() / info.num_neurons, heads.double() / info.num_heads
-    if inputs is None:
-        return mlp, attention
-    points = info.input_points
-    assert points is not None, "inputs are counted where layers select them"
-    size_P, share_P = (torch.tensor(values, dtype=torch.float64, device=inputs.device) for values in (points.sizes, points.shares))
-    read = inputs / size_P * share_P
-    return mlp * read[..., 2:].sum(-1), attention * read[..., :2].sum(-1)
 
 
 class Engine(Protocol):

@@ -28,6 +28,7 @@ from dejavu.engine.prefill import prefill, prefill_logits
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
 from dejavu.kernels.sparse_linear import linear_columns, linear_rows
 from dejavu.kernels.sparse_mlp import MlpWeights, activated, activated_gate, dense_mlp, gate_mlp, sparse_mlp
+from dejavu.model.counts import Counts
 from dejavu.model.predictor import (
     HEAD_LOOKAHEADS,
     MLP_LOOKAHEADS,
@@ -128,9 +129,11 @@ class TorchEngine(PagedEngine):
         points = self.info.input_points
         return StepResult(
             logits_BV=torch.stack([logits_V for logits_V, _ in rows]),
-            neurons_BL=torch.tensor([[_count(layer.neurons_A, neurons) for layer in row] for row in selections]),
-            heads_BL=torch.tensor([[_count(layer.heads_A, heads) for layer in row] for row in selections]),
-            inputs_BLP=None if points is None else torch.tensor([[_input_counts(layer, points) for layer in row] for row in selections]),
+            counts=Counts(
+                neurons=torch.tensor([[_count(layer.neurons_A, neurons) for layer in row] for row in selections]),
+                heads=torch.tensor([[_count(layer.heads_A, heads) for layer in row] for row in selections]),
+                inputs=None if points is None else torch.tensor([[_input_counts(layer, points) for layer in row] for row in selections]),
+            ),
             selections=tuple(tuple(layer.cpu() for layer in row) for row in selections) if self._record else None,
             union_L=torch.tensor([_union(of_layer, neurons) for of_layer in zip(*selections, strict=True)]),
             fallback_layers=0,

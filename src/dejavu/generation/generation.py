@@ -12,16 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from dejavu.config import SamplingConfig
-from dejavu.engine.interface import DecodesTokens, Engine, EngineInfo, LayerSelection, densities
+from dejavu.engine.interface import DecodesTokens, Engine, EngineInfo, LayerSelection
 from dejavu.engine.sampling import NOT_NUMBERS, Sampler
 from dejavu.generation.text import Detokenizer, FinishReason, Writing, stop_ids_of
-from dejavu.model.predictor import DensityCounter
+from dejavu.model.counts import Counts, DensityCounter
 
 CHUNK = 8  # tokens that an engine which decodes by itself is asked for at a time, after 1, 2 and 4 so that the first come early
 
@@ -30,15 +28,13 @@ CHUNK = 8  # tokens that an engine which decodes by itself is asked for at a tim
 class Token:
     """A generated token: id, log-probability, and what the step that led to it computed, by layer.
 
-    neurons_L, heads_L: counts of neurons and query heads, None for the first token (it comes from the dense prefill). inputs_LP: of kept
-    inputs, where layers select them. selections: their indices, kept when the engine records.
+    counts: [L], on the CPU; None for the first token (it comes from the dense prefill). selections: their indices, kept when the engine
+    records.
     """
 
     token_id: int
     logprob: float
-    neurons_L: tuple[int, ...] | None = None
-    heads_L: tuple[int, ...] | None = None
-    inputs_LP: tuple[tuple[int, ...], ...] | None = None
+    counts: Counts | None = None
     selections: tuple[LayerSelection, ...] | None = None
 
 
@@ -57,12 +53,22 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounts:
-    """Means over the decode steps of a text of what a step selected, by layer, as Token counts it; tokens: that it attended to."""
+    """Means over the decode steps of a text: counts of what a step selected, fp64 [L], and the tokens that it attended to."""
 
-    neurons_L: tuple[float, ...]
-    heads_L: tuple[float, ...]
-    inputs_LP: tuple[tuple[float, ...], ...] | None
+    mean: Counts
     tokens: float
+
+    @property
+    def neurons_L(self) -> tuple[float, ...]:  # noqa: N802
+        return tuple(self.mean.neurons.tolist())
+
+    @property
+    def heads_L(self) -> tuple[float, ...]:  # noqa: N802
+        return tuple(self.mean.heads.tolist())
+
+    @property
+    def inputs_LP(self) -> tuple[tuple[float, ...], ...] | None:  # noqa: N802
+        return None if self.mean.inputs is None else tuple(map(tuple, self.mean.inputs.tolist()))
 
 
 class GeneratedText(str):
@@ -240,9 +246,7 @@ class Generation(Iterator[Piece]):
         return Token(
             token_id=sampled.token_id,
             logprob=sampled.logprob,
-            neurons_L=tuple(step.neurons_BL[0].tolist()),
-            heads_L=tuple(step.heads_BL[0].tolist()),
-            inputs_LP=None if step.inputs_BLP is None else _nested(step.inputs_BLP[0]),
+            counts=step.counts[0].cpu(),
             selections=None if step.selections is None else step.selections[0],
         )
 
@@ -252,13 +256,8 @@ class Generation(Iterator[Piece]):
         self._chunk = min(2 * self._chunk, CHUNK)
         sampling, choice = self._sampler.config, self._sampler.index
         found = decoder.decode([last], [self._slot], max(1, wanted), [sampling], [choice]).cpu()  # 1 where the cache is full: it says so
-        columns = (part[:, 0].tolist() for part in (found.token_NB, found.logprob_NB, found.neurons_NBL, found.heads_NBL))
-        kept = found.inputs_NBLP
-        inputs = [None] * len(found.token_NB) if kept is None else [_nested(inputs_LP) for inputs_LP in kept[:, 0]]
-        return [
-            Token(token_id=token_id, logprob=logprob, neurons_L=tuple(neurons_L), heads_L=tuple(heads_L), inputs_LP=inputs_LP)
-            for token_id, logprob, neurons_L, heads_L, inputs_LP in zip(*columns, inputs, strict=True)
-        ]
+        drawn = zip(found.token_NB[:, 0].tolist(), found.logprob_NB[:, 0].tolist(), strict=True)
+        return [Token(token_id=token_id, logprob=logprob, counts=found.counts[at, 0]) for at, (token_id, logprob) in enumerate(drawn)]
 
     def _room(self) -> int:
         """How many tokens more the context and the cache hold."""
@@ -270,34 +269,19 @@ class Generation(Iterator[Piece]):
         """The token, counted in the densities. Raises ValueError where its logits were not numbers."""
         if token.token_id < 0:
             raise ValueError(NOT_NUMBERS)
-        info, counter = self._engine.info, self._counter
-        assert token.neurons_L is not None and token.heads_L is not None
-        inputs_LP = None if token.inputs_LP is None else torch.tensor(token.inputs_LP)
-        mlp_L, heads_L = densities(info, torch.tensor(token.neurons_L), torch.tensor(token.heads_L), inputs_LP)
-        counter.tokens += 1
-        counter.mlp_L = [total + density for total, density in zip(counter.mlp_L, mlp_L.tolist(), strict=True)]
-        counter.heads_L = [total + density for total, density in zip(counter.heads_L, heads_L.tolist(), strict=True)]
+        assert token.counts is not None
+        mlp_L, heads_L = token.counts.densities(self._engine.info)
+        self._counter.add(mlp_L.tolist(), heads_L.tolist())
         return token
-
-
-def _nested(counts_LP: Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(counts_P) for counts_P in counts_LP.tolist())
 
 
 def _mean_counts(tokens: Sequence[Token], *, prompt_tokens: int) -> StepCounts | None:
     """Of every token but the first, which comes from the prefill; None where there is no other."""
-
-    def mean(counts: list[Any]) -> Any:
-        return torch.tensor(counts, dtype=torch.float64).mean(0)
-
-    steps = [token for token in tokens if token.neurons_L is not None]
+    steps = [token.counts for token in tokens if token.counts is not None]
     if not steps:
         return None
-    inputs = [token.inputs_LP for token in steps if token.inputs_LP is not None]
     return StepCounts(
-        neurons_L=tuple(mean([token.neurons_L for token in steps]).tolist()),
-        heads_L=tuple(mean([token.heads_L for token in steps]).tolist()),
-        inputs_LP=tuple(map(tuple, mean(inputs).tolist())) if inputs else None,
+        mean=Counts.stack(steps).mean(),
         tokens=prompt_tokens + (len(steps) + 1) / 2,  # the n-th step attends to the prompt and n tokens
     )
 

@@ -11,11 +11,12 @@ Letters: B batch  T tokens  D model  R predictor rank  O outputs (neurons F, or 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dejavu.model.counts import DensityCounter
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, column_norms, input_mask
 from dejavu.model.transformer import Block, LayerInputs, Selection
 
@@ -107,37 +108,6 @@ class LayerAdapter:
         """Both predictors on that device; a block is where its model is."""
         mlp, heads = (None if predictor is None else predictor.to(device) for predictor in (self.mlp, self.heads))
         return dataclasses.replace(self, mlp=mlp, heads=heads)
-
-
-@dataclass(slots=True)
-class DensityCounter:
-    """Adds up what was selected, per layer, over the tokens that ran sparse or masked.
-
-    A part that selects nothing counts as density 1. Fractions are of neurons and of query heads; where inputs are selected,
-    of the weights of the MLP and of attention.
-    """
-
-    num_layers: int
-    mlp_L: list[float] = field(init=False)
-    heads_L: list[float] = field(init=False)
-    tokens: int = 0
-
-    def __post_init__(self) -> None:
-        self.mlp_L = [0.0] * self.num_layers
-        self.heads_L = [0.0] * self.num_layers
-
-    def mlp_density(self) -> float | None:
-        """Selected / total neurons, averaged over all layers and counted tokens; None before the first token."""
-        return sum(self.mlp_L) / (self.num_layers * self.tokens) if self.tokens else None
-
-    def head_density(self) -> float | None:
-        return sum(self.heads_L) / (self.num_layers * self.tokens) if self.tokens else None
-
-    def mlp_per_layer(self) -> list[float]:
-        return [value / max(self.tokens, 1) for value in self.mlp_L]
-
-    def heads_per_layer(self) -> list[float]:
-        return [value / max(self.tokens, 1) for value in self.heads_L]
 
 
 class MaskedSelection(Selection):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dejavu.model.predictor import DensityCounter
+from dejavu.model.counts import DensityCounter
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
 from dejavu.offline.collect import down_norms, group_norms
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, Progress, require
 from dejavu.files import make_folder, read_json, write_json
 from dejavu.model.adapter_config import GateConfig, InputConfig, InputsConfig, LayerConfig
-from dejavu.model.predictor import DensityCounter, LayerAdapter
+from dejavu.model.counts import DensityCounter
+from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, column_norms
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
 from dejavu.offline.budget import Choice

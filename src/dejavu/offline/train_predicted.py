@@ -16,7 +16,8 @@ from dejavu.config import ModelConfig, Progress
 from dejavu.files import make_folder, read_json, read_safetensors, write_json
 from dejavu.model.adapter import quantized
 from dejavu.model.adapter_config import LayerConfig, PartConfig, part_config
-from dejavu.model.predictor import DensityCounter, LayerAdapter, Predictor
+from dejavu.model.counts import DensityCounter
+from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import Choice
 from dejavu.offline.calibrate import Candidate, Part, head_reads, interpolate_divergence, mlp_reads

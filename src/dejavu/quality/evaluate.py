@@ -26,7 +26,8 @@ from typing import Any
 
 from dejavu.config import Progress, require
 from dejavu.files import text_hash
-from dejavu.model.predictor import DensityCounter, LayerAdapter
+from dejavu.model.counts import DensityCounter
+from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, paired_rise, perplexity, pooled
@@ -206,7 +207,5 @@ def _counted(num_layers: int, parts: Iterable[Mapping[str, Any]]) -> DensityCoun
     """What was selected in all parts together."""
     total = DensityCounter(num_layers)
     for selected in parts:
-        total.tokens += selected["tokens"]
-        total.mlp_L = [a + b for a, b in zip(total.mlp_L, selected["mlp_L"], strict=True)]
-        total.heads_L = [a + b for a, b in zip(total.heads_L, selected["heads_L"], strict=True)]
+        total.add(selected["mlp_L"], selected["heads_L"], selected["tokens"])
     return total

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from dejavu.config import require
-from dejavu.model.predictor import DensityCounter, LayerAdapter, MaskedSelection
+from dejavu.model.counts import DensityCounter
+from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.transformer import DENSE, Selection, Transformer
 
 SelectionFactory = Callable[[Tensor | None], Selection]

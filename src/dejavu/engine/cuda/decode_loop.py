@@ -12,7 +12,6 @@ Letters: B rows  V vocabulary  N tokens of the ring  L layers
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Sequence
 
@@ -25,6 +24,7 @@ from dejavu.config import SamplingConfig
 from dejavu.engine.interface import Decoded
 from dejavu.engine.sampling import stream_digest
 from dejavu.kernels.cuda.sample import Ring, SampleSettings, advance_rows, sample_rows, sample_scratch
+from dejavu.model.counts import Counts
 
 RING = 256  # steps whose tokens are kept before they are copied away
 SETTING_ROWS = 6
@@ -70,9 +70,11 @@ class DecodeRows:
         found = Decoded(
             token_NB=ring.token_NB[:tokens, :rows].long(),
             logprob_NB=ring.logprob_NB[:tokens, :rows].clone(),
-            neurons_NBL=ring.counts_NMBL[:tokens, 0, :rows].long(),
-            heads_NBL=ring.counts_NMBL[:tokens, 1, :rows].long() * heads_per_group,
-            inputs_NBLP=None if counts == 2 else ring.counts_NMBL[:tokens, 2:, :rows].long().permute(0, 2, 3, 1),
+            counts=Counts(
+                neurons=ring.counts_NMBL[:tokens, 0, :rows].long(),
+                heads=ring.counts_NMBL[:tokens, 1, :rows].long() * heads_per_group,
+                inputs=None if counts == 2 else ring.counts_NMBL[:tokens, 2:, :rows].long().permute(0, 2, 3, 1),
+            ),
             union_NL=union_NL[:tokens].long(),
             fallback_layers=fallback_layers,
         )
@@ -84,12 +86,14 @@ def joined(parts: Sequence[Decoded], dim: int) -> Decoded:
     """What was decoded, one after the other by token (dim 0) or by row (dim 1: no union is known then)."""
     if len(parts) == 1:
         return parts[0]
-    found = {}
-    for field in dataclasses.fields(Decoded):
-        values = [getattr(part, field.name) for part in parts]
-        if isinstance(values[0], Tensor) and not (dim == 1 and field.name == "union_NL"):
-            found[field.name] = torch.cat(values, dim)
-    return Decoded(**found, fallback_layers=max(part.fallback_layers or 0 for part in parts))
+    unions = [part.union_NL for part in parts if part.union_NL is not None]
+    return Decoded(
+        token_NB=torch.cat([part.token_NB for part in parts], dim),
+        logprob_NB=torch.cat([part.logprob_NB for part in parts], dim),
+        counts=Counts.cat([part.counts for part in parts], dim),
+        union_NL=torch.cat(unions) if dim == 0 and unions else None,
+        fallback_layers=max(part.fallback_layers or 0 for part in parts),
+    )
 
 
 def packed_settings(

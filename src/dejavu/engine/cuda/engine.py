@@ -31,6 +31,7 @@ from dejavu.engine.torch_engine import DTYPE_NAMES, check_layers
 from dejavu.kernels.cuda.attention import SHORT
 from dejavu.kernels.cuda.common import INTERPRETED
 from dejavu.kernels.cuda.read import read_buffer
+from dejavu.model.counts import Counts
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import InputPoints
 from dejavu.model.transformer import Transformer
@@ -195,15 +196,15 @@ class CudaEngine(PagedEngine):
         result = self._step(token_ids_B, slots_B)
         neurons_L = result.union_L
         assert neurons_L is not None, "one graph ran"
-        heads_L = result.heads_BL.amax(0)  # of q and O; each row reads its own cache
+        heads_L = result.counts.heads.amax(0)  # of q and O; each row reads its own cache
         points, inputs_LP = self.info.input_points, None
-        if result.inputs_BLP is not None and points is not None:  # several rows read the matrices whole
+        if result.counts.inputs is not None and points is not None:  # several rows read the matrices whole
             inputs_LP = (
-                result.inputs_BLP[0]
+                result.counts.inputs[0]
                 if len(slots_B) == 1
                 else torch.tensor(points.sizes, device=heads_L.device).expand(self.info.num_layers, -1)
             )
-        return result, StepProfile(seconds={}, neurons_L=neurons_L, fired_L=neurons_L, heads_L=heads_L, inputs_LP=inputs_LP)
+        return result, StepProfile(seconds={}, counts=Counts(neurons=neurons_L, heads=heads_L, inputs=inputs_LP), fired_L=neurons_L)
 
     def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
@@ -219,9 +220,7 @@ class CudaEngine(PagedEngine):
             return results[0]
         return StepResult(
             logits_BV=torch.cat([result.logits_BV for result in results]),
-            neurons_BL=torch.cat([result.neurons_BL for result in results]),
-            heads_BL=torch.cat([result.heads_BL for result in results]),
-            inputs_BLP=None if results[0].inputs_BLP is None else torch.cat([kept for r in results if (kept := r.inputs_BLP) is not None]),
+            counts=Counts.cat([result.counts for result in results]),
             selections=tuple(row for result in results for row in result.selections or ()) if self._record else None,
             fallback_layers=max(result.fallback_layers or 0 for result in results),
         )
@@ -248,9 +247,11 @@ class CudaEngine(PagedEngine):
         alone = isinstance(step, TokenStep)
         return StepResult(
             logits_BV=step.logits[:rows].clone(),
-            neurons_BL=counts_MBL[0],
-            heads_BL=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
-            inputs_BLP=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
+            counts=Counts(
+                neurons=counts_MBL[0],
+                heads=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
+                inputs=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
+            ),
             selections=tuple(selections(step, row, self._words_LF) for row in range(rows)) if self._record else None,
             union_L=counts_MBL[0, 0] if alone else step.unions.long(),
             fallback_layers=0 if alone else step.fallback_layers,

@@ -24,6 +24,7 @@ from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, default_cache_dtyp
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels import native
+from dejavu.model.counts import Counts
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, InputPoints, InputThresholds, column_norms
 from dejavu.model.transformer import Transformer
@@ -47,25 +48,24 @@ def layout_of(layers: Sequence[LayerAdapter]) -> str:
     return "gate-apart" if any(layer.gate is not None for layer in layers) else "by-neuron"
 
 
-class _Counts(NamedTuple):
-    """What blocks of rows selected, int64, as dejavu_block has it: to be written by the library."""
+class _Counted(NamedTuple):
+    """What blocks of rows selected, int64, as dejavu_block has it: to be written by the library. rows: counts [B, L]."""
 
-    neurons_BL: Tensor
-    heads_BL: Tensor
+    rows: Counts
     union_NL: Tensor
     in_order_NL: Tensor
 
     @classmethod
-    def room(cls, rows: int, layers: int) -> _Counts:
+    def room(cls, rows: int, layers: int, inputs_BLP: Tensor | None = None) -> _Counted:
         blocks = -(-rows // native.MAX_ROWS)
         neurons_BL, heads_BL = torch.empty(2, rows, layers, dtype=torch.int64).unbind(0)
         union_NL, in_order_NL = torch.empty(2, blocks, layers, dtype=torch.int64).unbind(0)
-        return cls(neurons_BL, heads_BL, union_NL, in_order_NL)
+        return cls(Counts(neurons=neurons_BL, heads=heads_BL, inputs=inputs_BLP), union_NL, in_order_NL)
 
-    def block(self, first: int) -> _Counts:
+    def block(self, first: int) -> _Counted:
         """Of the block that begins with row `first`."""
-        rows, number = slice(first, first + native.MAX_ROWS), first // native.MAX_ROWS
-        return _Counts(self.neurons_BL[rows], self.heads_BL[rows], self.union_NL[number], self.in_order_NL[number])
+        number = first // native.MAX_ROWS
+        return _Counted(self.rows[first : first + native.MAX_ROWS], self.union_NL[number], self.in_order_NL[number])
 
 
 class NativeEngine(PagedEngine):
@@ -166,7 +166,7 @@ class NativeEngine(PagedEngine):
             positions = range(start + first, start + first + len(ids))
             unwanted = min(len(ids), max(0, count - wanted - first))
             rows_TV = logits_TV[max(0, first - count + wanted) :]
-            counts = _Counts.room(len(ids), self.config.num_layers)
+            counts = _Counted.room(len(ids), self.config.num_layers)
             self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=unwanted, sparse=False)
         self._cache.advance(slot, count)
         return logits_TV
@@ -184,9 +184,9 @@ class NativeEngine(PagedEngine):
         profile = native.Profile(**{name: _address(counts) for name, counts in addresses.items()})
         result = self._step(token_ids_B, slots_B, profile)
         seconds = dict(zip(native.OPS, profile.seconds, strict=True))
-        heads_L = groups_L * self.config.heads_per_group
         assert result.union_L is not None
-        return result, StepProfile(seconds=seconds, neurons_L=result.union_L, fired_L=fired_L, heads_L=heads_L, inputs_LP=inputs_LP)
+        read = Counts(neurons=result.union_L, heads=groups_L * self.config.heads_per_group, inputs=inputs_LP)
+        return result, StepProfile(seconds=seconds, counts=read, fired_L=fired_L)
 
     def read(self, values: Tensor) -> float:
         """The sum of fp32 values, read in order by the engine's threads: what reading memory costs them."""
@@ -201,8 +201,7 @@ class NativeEngine(PagedEngine):
         for token_id, slot in zip(token_ids_B, slots_B, strict=True):
             self._admit(slot, (token_id,))
         logits_BV = torch.empty(batch, self.config.vocab_size)
-        inputs_BLP = self._input_counts(batch)
-        counts = _Counts.room(batch, self.config.num_layers)
+        counts = _Counted.room(batch, self.config.num_layers, self._input_counts(batch))
         selections: list[tuple[LayerSelection, ...]] = []
         for first in range(0, batch, native.MAX_ROWS):
             rows = slice(first, first + native.MAX_ROWS)
@@ -215,7 +214,6 @@ class NativeEngine(PagedEngine):
                 logits_BV[rows],
                 counts.block(first),
                 sparse=True,
-                inputs_BLP=None if inputs_BLP is None else inputs_BLP[rows],
                 profile=profile,
             )
         for slot in slots_B:
@@ -225,9 +223,7 @@ class NativeEngine(PagedEngine):
         in_order_L = [sum(of_layer) for of_layer in zip(*in_order_NL, strict=True)]
         return StepResult(
             logits_BV=logits_BV,
-            neurons_BL=counts.neurons_BL,
-            heads_BL=counts.heads_BL,
-            inputs_BLP=inputs_BLP,
+            counts=counts.rows,
             selections=tuple(selections) if self._record else None,
             union_L=counts.union_NL[0] if batch <= native.MAX_ROWS else None,
             fallback_layers=sum(2 * rows > batch * self.config.intermediate_size for rows in in_order_L),
@@ -244,11 +240,10 @@ class NativeEngine(PagedEngine):
         slots: Sequence[int],
         positions: Sequence[int],
         logits_BV: Tensor,
-        counts: _Counts,
+        counts: _Counted,
         *,
         sparse: bool,
         first_logits: int = 0,
-        inputs_BLP: Tensor | None = None,
         profile: native.Profile | None = None,
     ) -> list[tuple[LayerSelection, ...]]:
         """One call of the library: row r is token_ids[r] at positions[r] of slots[r]. The selections, when recording."""
@@ -276,11 +271,11 @@ class NativeEngine(PagedEngine):
             cache_dtype=native.DTYPE_CODES[self.info.cache_dtype],
             sparse=sparse,
             logits=logits_BV.data_ptr(),
-            neurons=counts.neurons_BL.data_ptr(),
-            heads=counts.heads_BL.data_ptr(),
+            neurons=counts.rows.neurons.data_ptr(),
+            heads=counts.rows.heads.data_ptr(),
             neuron_mask=_address(neuron_mask_BLF),
             group_mask=_address(group_mask_BLG),
-            inputs=_address(inputs_BLP),
+            inputs=_address(counts.rows.inputs),
             input_mask=_address(input_mask_BLI),
             unions=counts.union_NL.data_ptr(),
             in_order=counts.in_order_NL.data_ptr(),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from dejavu.engine.interface import DecodesTokens, Engine, densities
+from dejavu.engine.interface import DecodesTokens, Engine
 from dejavu.engine.sampling import NOT_NUMBERS
 from dejavu.serve.core.interface import EngineFailed, EngineState, TokenInfo
 from dejavu.serve.core.scheduler import PrefillChunk, Scheduler, SchedulerOutput
@@ -265,7 +265,7 @@ class EngineLoop:
         info = self.engine.info
         result = self.engine.step([last_of(row) for row in rows], [slot_of(row) for row in rows])
         logits_BV = result.logits_BV.cpu()
-        density_B = self._densities(result.neurons_BL, result.heads_BL, result.inputs_BLP)
+        density_B = result.counts.mean_densities(info)
         made: list[TokenInfo | ValueError] = []
         for at, (row, (mlp, heads)) in enumerate(zip(rows, density_B, strict=True)):
             try:
@@ -285,8 +285,7 @@ class EngineLoop:
         self._counts["fallback_layers"] += count * (found.fallback_layers or 0)
         steps: list[Made] = []
         for at, token_B in enumerate(found.token_NB.tolist()):
-            inputs_BLP = None if found.inputs_NBLP is None else found.inputs_NBLP[at]
-            density_B = self._densities(found.neurons_NBL[at], found.heads_NBL[at], inputs_BLP)
+            density_B = found.counts[at].mean_densities(self.engine.info)
             made = [
                 ValueError(NOT_NUMBERS) if token_id < 0 else TokenInfo(token_id=token_id, mlp_density=mlp, head_density=heads)
                 for token_id, (mlp, heads) in zip(token_B, density_B, strict=True)
@@ -297,21 +296,6 @@ class EngineLoop:
     def _union(self, union_L: Tensor | None) -> float | None:
         """The density of what rows read together, mean over the layers."""
         return None if union_L is None else sum(union_L.tolist()) / (self.engine.info.num_layers * self.engine.info.num_neurons)
-
-    def _densities(self, neurons_BL: Tensor, heads_BL: Tensor, inputs_BLP: Tensor | None) -> list[tuple[float, float]]:
-        """Of each row, the densities of MLP and heads, means over the layers.
-
-        A few numbers, so they are added up here: every tensor operation lets another thread take over, and waits for its turn again.
-        """
-        info = self.engine.info
-        if inputs_BLP is None:
-            neurons, heads = info.num_layers * info.num_neurons, info.num_layers * info.num_heads
-            counts = zip(neurons_BL.tolist(), heads_BL.tolist(), strict=True)
-            return [(sum(neurons_L) / neurons, sum(heads_L) / heads) for neurons_L, heads_L in counts]
-        mlp_B, heads_B = (
-            density_BL.mean(-1).tolist() for density_BL in densities(info, neurons_BL.cpu(), heads_BL.cpu(), inputs_BLP.cpu())
-        )
-        return list(zip(mlp_B, heads_B, strict=True))
 
     def _deliver(self, sequence: TextSequence, info: TokenInfo | None, union: float | None = None) -> None:
         """Send what is new, and end the sequence where this is its end: its slot is free before its reader hears of it."""
