@@ -10,31 +10,33 @@ from __future__ import annotations
 from typing import Any
 
 import speeds
+from dejavu.bench.decode import USUAL_AHEAD
 from dejavu.bench.rows import Row, read_rows
-from speeds import dirty, is_own, markdown, on_gpu, origins, percent, tokens
+from speeds import markdown, origins, percent
 
 NOT_MEASURED = "Not measured yet.\n"
 
 
 def rows_of_gpu() -> list[Row]:
-    return [row for row in read_rows(speeds.BENCH) if on_gpu(row) and row.synthetic and not dirty(row)]
+    return [row for row in read_rows(speeds.BENCH) if row.device_kind == "gpu" and row.synthetic and row.repeatable]
 
 
 def label(row: Row) -> str:
     """`planted, OPT-6.7B's shape`; a slice says how much of it ran."""
-    shape, bracket, part = row.model.partition("[")
-    name = shape.upper().replace("LLAMA", "Llama").replace("-RELU", ", ReLU")
-    return f"planted, {name}'s shape" + (f" ({part.rstrip(']')})" if bracket else "")
+    assert row.shape is not None, "a made-up model has a shape"
+    name = row.shape.upper().replace("LLAMA", "Llama").replace("-RELU", ", ReLU")
+    part = "" if row.layers == row.shape_layers else f" ({row.layers} of {row.shape_layers} layers)"
+    return f"planted, {name}'s shape{part}"
 
 
 def decodes(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """Decode rows of a run: ours and those of peers."""
     found = [row for row in rows if row.op == "decode"]
-    return [row for row in found if is_own(row)], [row for row in found if not is_own(row)]
+    return [row for row in found if not row.peer], [row for row in found if row.peer]
 
 
 def ratio(row: Row, other: Row) -> str:
-    return f"{tokens(row) / tokens(other):.2f}"
+    return f"{row.speed / other.speed:.2f}"
 
 
 def share(row: Row, dense: Row) -> str:
@@ -55,18 +57,18 @@ def gpu_points() -> list[list[Row]]:
     for row in rows_of_gpu():
         if row.op == "decode":
             points.setdefault((row.time, row.device, row.model, row.dtype, row.context, row.batch), []).append(row)
-    return [rows for rows in points.values() if any(row.mode == "dense" for row in rows)]
+    return [rows for rows in points.values() if any(row.dense for row in rows)]
 
 
 def _ahead(rows: list[Row]) -> str:
-    """How a point's sparse modes looked ahead: what their names end with (see Row)."""
-    return next((row.mode.partition(" ")[2] for row in rows if " " in row.mode), "beside")
+    """How a point's sparse modes looked ahead."""
+    return next((row.ahead for row in rows if row.ahead is not None), USUAL_AHEAD)
 
 
 def _gpu_cells(row: Row, dense: Row) -> list[str]:
     """MLP density, heads, share read, time of a step, tokens/s, times dense: what both tables of decode end with."""
     assert row.p50_us is not None
-    own = is_own(row)
+    own = not row.peer
     return [
         percent(row.mlp_density) if own else "",
         percent(row.head_density) if own else "",
@@ -81,14 +83,14 @@ def gpu_speed() -> str:
     """Decode of one sequence on a GPU: transformers on the same weights, ours dense and sparse, from one run for each model."""
     lines, dense_rows = [], []
     for model in GPU_MODELS:
-        points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch, _ahead(rows)) == (model, 1, "beside")]
+        points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch, _ahead(rows)) == (model, 1, USUAL_AHEAD)]
         if not points:
             continue
         with_peers = [rows for rows in points if decodes(rows)[1]]
         own, others = decodes(max(with_peers or points, key=lambda rows: (rows[0].time, -rows[0].context)))
-        dense = next(row for row in own if row.mode == "dense")
+        dense = next(row for row in own if row.dense)
         for row in (*sorted(others, key=lambda row: row.mode), *own):
-            name = PROGRAMS.get(row.mode, row.mode) if row in others else f"dejavu {row.mode}"
+            name = PROGRAMS.get(row.mode, row.mode) if row.peer else f"dejavu {row.mode}"
             speed = ["" if row.nodes is None else str(row.nodes), "" if row.gbs is None else f"{row.gbs:.0f}"]
             ceiling = "" if row.pct_ceiling is None else f"{row.pct_ceiling:.0f} %"
             about = [label(row), row.dtype, str(row.context)]
@@ -103,8 +105,8 @@ def gpu_batches() -> str:
     """Our decode on a GPU at every context and batch, the newest of each mode; times dense are of one run."""
     newest: dict[tuple[Any, ...], tuple[Row, Row]] = {}
     for rows in gpu_points():
-        dense = next(row for row in rows if row.mode == "dense")
-        for row in decodes(rows)[0] if _ahead(rows) == "beside" else ():
+        dense = next(row for row in rows if row.dense)
+        for row in decodes(rows)[0] if _ahead(rows) == USUAL_AHEAD else ():
             newest[row.model, row.dtype, row.device, row.context, row.batch, row.mode] = row, dense
     lines, dense_rows = [], []
     order = list(dict.fromkeys(key[:3] for key in newest))
@@ -141,10 +143,10 @@ def gpu_ahead() -> str:
     for found in ways.values():
         for ahead, rows in found.items() if len(found) > 1 else ():
             own, _ = decodes(rows)
-            dense = next(row for row in own if row.mode == "dense")
+            dense = next(row for row in own if row.dense)
             for row in own:
                 if row is not dense:
-                    about = [label(row), row.dtype, str(row.context), row.mode.partition(" ")[0]]
+                    about = [label(row), row.dtype, str(row.context), "sparse+heads" if row.sparse_heads else "sparse"]
                     lines.append([ahead, *about, *_gpu_cells(row, dense), "" if row.nodes is None else str(row.nodes)])
             dense_rows.append(dense)
     header = ["selected", "model", "dtype", "context", "mode", "MLP density", "heads", "reads", "ms a token", "tokens/s", "times our dense"]

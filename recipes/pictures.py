@@ -329,9 +329,7 @@ def budget() -> Picture:
 
 
 def decode() -> Picture:
-    rows = [
-        row for row in read_rows(BENCH) if row.model == "opt-6.7b" and row.dtype == "fp16" and row.mode == "dense" and row.backend == "cuda"
-    ]
+    rows = [row for row in read_rows(BENCH) if row.model == "opt-6.7b" and row.dtype == "fp16" and row.dense and row.backend == "cuda"]
     step = [row for row in rows if row.op == "decode" and row.batch == 1 and row.context == 2000][-1]
     prompts = [
         row.p50_us for row in rows if (row.op, row.time, row.context) == ("prefill", step.time, step.context) and row.p50_us is not None
@@ -484,7 +482,7 @@ def _programs(model: str, name: str) -> Picture:
     taken = [(*at(speed.least, speed.ppl), *at(speed.most, speed.ppl)) for speed in found]  # left, top, right, bottom
     taken = [(x0 - 8, y0 - 8, x1 + 8, y1 + 8) for x0, y0, x1, y1 in taken]
     for speed in found:
-        kind = "back" if not speed.own else "read" if speed.row.mode != "dense" else "edge"
+        kind = "back" if not speed.own else "read" if speed.row.sparse else "edge"
         x, y = at(speed.median, speed.ppl)
         p.path([at(speed.least, speed.ppl), at(speed.most, speed.ppl)], f"line-{kind}")
         p.dot(x, y, kind, 6)

@@ -45,23 +45,23 @@ class Speed:
     @property
     def row(self) -> Row:
         """That of the median process."""
-        return sorted(self.rows, key=tokens)[len(self.rows) // 2]
+        return sorted(self.rows, key=lambda row: row.speed)[len(self.rows) // 2]
 
     @property
     def own(self) -> bool:
-        return is_own(self.row)
+        return not self.row.peer
 
     @property
     def median(self) -> float:
-        return statistics.median(tokens(row) for row in self.rows)
+        return statistics.median(row.speed for row in self.rows)
 
     @property
     def least(self) -> float:
-        return min(tokens(row) for row in self.rows)
+        return min(row.speed for row in self.rows)
 
     @property
     def most(self) -> float:
-        return max(tokens(row) for row in self.rows)
+        return max(row.speed for row in self.rows)
 
     @property
     def ppl(self) -> float:
@@ -79,34 +79,17 @@ class Speed:
         return f"dejavu {self.row.mode}" if self.own else self.row.mode
 
 
-def tokens(row: Row) -> float:
-    assert row.tok_s is not None, "a decode row has a speed"
-    return row.tok_s
-
-
-def is_own(row: Row) -> bool:
-    """Whether the row is of our engine; another program is its own backend."""
-    return row.backend != row.mode
-
-
-def on_gpu(row: Row) -> bool:
-    """A CPU's name ends with the number of its cores."""
-    return row.device is not None and not row.device.endswith(" cores")
-
-
 def qualities() -> list[QualityRow]:
     return read_rows(PERPLEXITY, QualityRow) if PERPLEXITY.exists() else []
 
 
 def quality_of(row: Row, known: Sequence[QualityRow], *, stored: tuple[str, str | None] | None = None) -> QualityRow | None:
     """The newest perplexity of the very same way to run it. stored: with another dtype and cache dtype than the row's."""
-    heads = row.mode == "sparse+heads"
     found = [
         each
         for each in known
         if (each.model, each.backend, each.adapter) == (row.model, row.backend, row.adapter)
-        and each.mode == ("sparse" if heads else row.mode)
-        and (heads or each.mode != "sparse" or each.head_density == 1)
+        and (each.peer, each.sparse, each.sparse_heads) == (row.peer, row.sparse, row.sparse_heads)
         and (each.dtype, each.cache_dtype) == (stored or (row.dtype, row.cache_dtype))
     ]
     return found[-1] if found else None
@@ -116,22 +99,17 @@ def _stored(row: Row) -> str:
     return row.dtype if row.dtype != "fp32" else f"a cache in {row.cache_dtype}"
 
 
-def dirty(measured: Measured) -> bool:
-    """Whether nobody can measure it again: of changed files, or of no known commit."""
-    return measured.commit is None or measured.commit.endswith("-dirty")
-
-
 def refusal(speed: Speed, known: Sequence[QualityRow], *, processes: int = PROCESSES) -> str | None:
     """Why a speed may not be shown; None where it may."""
     row, quality = speed.row, speed.quality
-    if dirty(row):
+    if not row.repeatable:
         return f"commit {short_commit(row)}: files were changed or no commit is known, so nobody can measure it again"
     if row.synthetic:
         return None
     if quality is None:
         with_ = "" if row.adapter is None else f" with adapter {row.adapter}"
         return f"no perplexity in {row.dtype}, cache {row.cache_dtype}, backend {row.backend}{with_}: run recipes/quality.py"
-    if dirty(quality):
+    if not quality.repeatable:
         return f"its perplexity is of commit {short_commit(quality)}, whose files were changed"
     if speed.own and (row.dtype, row.cache_dtype) != EXACT:
         base = quality_of(row, [each for each in known if each.texts_hash == quality.texts_hash], stored=EXACT)
@@ -154,13 +132,13 @@ def speeds(model: str) -> list[Speed]:
     usual = [
         row
         for row in read_rows(BENCH)
-        if row.op == "decode" and row.batch == 1 and not row.synthetic and not on_gpu(row) and row.screened_head == 0
+        if row.op == "decode" and row.batch == 1 and not row.synthetic and row.device_kind == "cpu" and row.screened_head == 0
     ]
-    ours = {row.time: row for row in usual if row.model == model and is_own(row)}
+    ours = {row.time: row for row in usual if row.model == model and not row.peer}
     groups: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
     for row in usual:
         beside = ours.get(row.time)  # whose process it ran in
-        if beside is not None and (row.model == model or not is_own(row)):
+        if beside is not None and (row.model == model or row.peer):
             key = (row.model, row.mode, row.backend, row.dtype, row.cache_dtype, row.adapter, setting(beside))
             groups.setdefault(key, {}).setdefault(str(row.commit), []).append(row)
     found: list[tuple[Speed, Setting]] = []
@@ -200,8 +178,8 @@ def say_refused(speed: Speed, reason: str) -> None:
 
 def ratios(one: Speed, other: Speed) -> list[float]:
     """Of processes that timed both, in turns. Where none did: the least of the one over the most of the other."""
-    by_time = {row.time: tokens(row) for row in other.rows}
-    return [tokens(row) / by_time[row.time] for row in one.rows if row.time in by_time] or [one.least / other.most]
+    by_time = {row.time: row.speed for row in other.rows}
+    return [row.speed / by_time[row.time] for row in one.rows if row.time in by_time] or [one.least / other.most]
 
 
 def rival(speed: Speed, others: Iterable[Speed]) -> Speed:
@@ -225,22 +203,18 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def short_commit(measured: Measured) -> str:
-    return shortened(measured.commit)
-
-
-def shortened(commit: object) -> str:
     """Ten digits, and -dirty where files were changed."""
-    text = str(commit)
-    return text[:10] + ("-dirty" if text.endswith("-dirty") else "")
+    return str(measured.commit)[:10] + ("-dirty" if measured.dirty else "")
 
 
-def source(device: object, versions: dict[str, str], commit: object, time: object) -> str:
-    return f"\n{device}, torch {versions['torch']}, commit {shortened(commit)}, {str(time)[:10]}.\n"
-
-
-def origins(rows: Iterable[Measured]) -> str:
+def origins(found: Iterable[Measured]) -> str:
     """A line for each machine, commit and day."""
-    return "".join(dict.fromkeys(source(row.device, row.versions or {}, row.commit, row.time) for row in rows))
+    return "".join(dict.fromkeys(_origin(each) for each in found))
+
+
+def _origin(measured: Measured) -> str:
+    torch = (measured.versions or {})["torch"]
+    return f"\n{measured.device}, torch {torch}, commit {short_commit(measured)}, {str(measured.time)[:10]}.\n"
 
 
 def spread(least: float, most: float, digits: int) -> str:
@@ -256,7 +230,7 @@ def programs(model: str) -> str:
     for speed in found:
         row, threads = speed.row, sorted({str(each.threads) for each in speed.rows})
         density = [percent(row.mlp_density), percent(row.read_share)] if speed.own else ["", ""]
-        dense = [each for each in found if each.own and (each.row.mode, each.row.dtype) == ("dense", row.dtype)]
+        dense = [each for each in found if each.row.dense and each.row.dtype == row.dtype]
         times = "" if not dense or not speed.own else f"{statistics.median(ratios(speed, dense[0])):.2f}"
         about = [speed.program, row.dtype, str(row.cache_dtype or ""), "/".join(threads), *density, f"{speed.ppl:.2f}"]
         rows.append([*about, f"{speed.median:.1f}", spread(speed.least, speed.most, 1), times])
@@ -266,11 +240,11 @@ def programs(model: str) -> str:
 
 def headline_speeds(found: Sequence[Speed], model: str) -> tuple[Speed, Speed, Speed]:
     """Our fastest sparse way, the fastest program of no worse perplexity, and our dense engine in the same dtype."""
-    sparse = [speed for speed in found if speed.own and speed.row.mode != "dense"]
+    sparse = [speed for speed in found if speed.row.sparse]
     if not sparse:
         raise Refused(f"no sparse speed of {model} may be shown; see the lines above")
     best = max(sparse, key=lambda speed: speed.median)
-    dense = [speed for speed in found if speed.own and (speed.row.mode, speed.row.dtype) == ("dense", best.row.dtype)]
+    dense = [speed for speed in found if speed.row.dense and speed.row.dtype == best.row.dtype]
     if not dense:
         raise Refused(f"no dense speed of {model} in {best.row.dtype} may be shown; see the lines above")
     return best, rival(best, found), dense[0]

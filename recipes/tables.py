@@ -18,13 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dejavu.bench.rows import QualityRow, commit, device_name, versions
+from dejavu.bench.rows import Measured, QualityRow, commit_facts, device_facts, versions
 from dejavu.files import write_json
 from dejavu.model.bundle import MODELS_FOLDER
 from dejavu.model.families import config_from_hf
 from dejavu.model.rounding import ROUNDING_FILE
 from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_ops, gpu_speed
-from speeds import EXACT, Refused, dirty, headline, markdown, percent, programs, qualities, second, source
+from speeds import EXACT, Refused, headline, markdown, origins, percent, programs, qualities, second
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = ROOT / "results" / "quality.jsonl"
@@ -38,9 +38,9 @@ def record(kind: str, model: str, result: dict[str, Any]) -> None:
         "kind": kind,
         "model": model,
         "result": {key: value for key, value in result.items() if key not in ("adapter", "report", "run")},
-        "device": device_name(),
+        **device_facts(),
         "versions": versions(),
-        "commit": commit(),
+        **commit_facts(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     QUALITY.parent.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ def newest(kind: str, model: str) -> dict[str, Any]:
 
 
 def _source(line: dict[str, Any]) -> str:
-    return source(line["device"], line["versions"], line["commit"], line["time"])
+    return origins([Measured(**{key: line[key] for key in ("device", "versions", "commit", "time")})])
 
 
 def texts(model: str = "opt-mini") -> str:
@@ -231,7 +231,7 @@ def rounding() -> list[dict[str, Any]]:
     found = []
     for file in sorted(MODELS_FOLDER.glob("*/adapter/config.json")):
         base = json.loads(file.read_text())
-        measured = [row for row in qualities() if not dirty(row) and row.model == base["base_id"] and row.mode in ("dense", "sparse")]
+        measured = [row for row in qualities() if row.repeatable and row.model == base["base_id"] and not row.peer]
         rises: dict[str, dict[str, float]] = {}
         for row in measured:
             exact = [each for each in measured if (each.dtype, each.cache_dtype) == EXACT and _same_but_dtype(each, row)]

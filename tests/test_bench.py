@@ -168,6 +168,7 @@ def test_useful_bytes_are_those_of_what_the_timed_steps_selected(tiny: Tiny, bat
 def test_a_ratio_below_one_is_a_ratio() -> None:
     def row(mode: str, tok_s: float, **changes: Any) -> Row:
         values = {"op": "decode", "mode": mode, "backend": "torch", "model": "m", "layers": 2, "dtype": "fp32", "batch": 1, "context": 8}
+        values |= {"peer": "backend" in changes, "sparse": mode == "sparse"}
         return Row.from_dict(values | {"threads": 1, "synthetic": False, "tok_s": tok_s} | changes)
 
     rows = [
@@ -210,7 +211,11 @@ def test_the_cuda_backend(tiny: Tiny, cuda: type[CudaStandIn], batch: int) -> No
         all(options["ahead"] == "in-line" for options in cuda.made) and [options.get("record") for options in cuda.made[2:]] == [False] * 2
     )
     assert {row.device for row in found.rows} == {GPU_NAME} and {row.op for row in found.rows} == {"prefill", "read", "decode"}
-    own = {row.mode: row for row in found.rows if row.op == "decode" and row.backend == "cuda"}
+    own = {row.mode: row for row in found.decodes}
+    facts = {(row.mode, row.sparse, row.sparse_heads, row.ahead) for row in own.values()}
+    assert facts == {("dense", False, False, None), ("sparse+heads in-line", True, True, "in-line")}
+    assert {row.mode for row in found.rows if row.peer} == (set() if batch > 1 else {peer.mode})
+    assert {(row.device_kind, row.cores) for row in found.rows} == {("gpu", None)}
     assert [row.nodes for row in own.values()] == [100 + batch] * 2
     assert set(cuda.buffers) == {2048} and any("over 0.00 GB instead of 1.07: 0.00 GB are free on cuda:0" in note for note in found.notes)
     # Half of the selected neurons' rows of down: fewer bytes than with all of them.

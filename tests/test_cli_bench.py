@@ -139,7 +139,9 @@ def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]], mon
     assert peers[0] == (["llama.cpp"], None, Path("a.gguf"), result["rows"][0]["threads"]) and peers[0][3] < 77
     decodes = [row for row in result["rows"] if row["op"] == "decode"]
     assert [row["mode"] for row in decodes] == ["dense", "transformers", "llama.cpp"]
-    assert [(row["synthetic"], row["model"]) for row in decodes] == [(True, "opt-small")] * 2 + [(False, "other.gguf")]
+    found = [(row["synthetic"], row["model"], row["shape"], row["peer"]) for row in decodes]
+    ours = (True, "opt-small", "opt-small")
+    assert found == [(*ours, False), (*ours, True), (False, "other.gguf", None, True)]
     assert any("ctranslate2 loads an exported model" in note for note in result["notes"])
     assert any(note.startswith("transformers fp32 picks the same next token as opt-small dense after") for note in result["notes"])
 
@@ -168,7 +170,8 @@ def test_a_planted_model_on_the_gpu(call, planted_here: list[dict[str, Any]], cu
     decodes = [row for row in result["rows"] if row["op"] == "decode"]
     assert [row["mode"] for row in decodes] == ["dense", *("sparse in-line", "sparse+heads in-line") * 2, "transformers"]
     assert [row["nodes"] for row in decodes] == [101] * 5 + [None] and result["model"] == "opt-small[2 of 3 layers]"
-    assert {(row["model"], row["layers"], row["synthetic"]) for row in result["rows"]} == {("opt-small[2 of 3 layers]", 2, True)}
+    ran = {(row["model"], row["layers"], row["synthetic"], row["shape"], row["shape_layers"]) for row in result["rows"]}
+    assert ran == {("opt-small[2 of 3 layers]", 2, True, "opt-small", 3)}
     assert [row["mlp_density"] for row in decodes[1:5]] == pytest.approx([0.3, 0.3, 0.2, 0.2], rel=0.2)
     assert all(options["ahead"] == "in-line" for options in cuda.made if "dtype" in options)
     assert "llama.cpp would run on the CPU and our engine on the GPU: not timed" in result["notes"]
@@ -195,7 +198,7 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
 
     def cuda_ops(model: Any, **options: Any) -> Any:
         asked.append(options)
-        return lambda density, selection: {"head": op(mode="dense")} if density is None else {"mlp": op()}, op()
+        return lambda density, selection: {"head": op(sparse=False)} if density is None else {"mlp": op()}, op()
 
     module = ModuleType("dejavu.bench.ops_cuda")
     module.cuda_ops = cuda_ops  # pyrefly: ignore[missing-attribute]

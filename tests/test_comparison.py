@@ -63,7 +63,9 @@ def test_sparse_masks_and_says_so(tiny: Tiny, passage: Passage) -> None:
     size, neurons = model.config.hidden_size, model.config.intermediate_size
     none = random_predictor(size, neurons, torch.Generator().manual_seed(0), threshold=math.inf)
     row = own_quality(model, (LayerAdapter(mlp=none),) * model.config.num_layers, passage, **ABOUT)
-    assert (row.mode, row.adapter, row.mlp_density) == ("sparse", "0123", 0.0)
+    assert (row.mode, row.adapter, row.mlp_density, row.sparse, row.sparse_heads) == ("sparse", "0123", 0.0, True, False)
+    heads = random_predictor(size, model.config.num_heads, torch.Generator().manual_seed(0), threshold=-math.inf)
+    assert own_quality(model, (LayerAdapter(heads=heads),) * model.config.num_layers, passage, **ABOUT).sparse_heads
     assert row.ppl != pytest.approx(own_quality(model, None, passage, **ABOUT).ppl, rel=1e-3)
 
 
@@ -89,6 +91,7 @@ def test_another_program_is_measured_alike(tiny: Tiny, passage: Passage) -> None
     ours, theirs = own_quality(model, None, passage, **ABOUT), peer_quality(Ours(model), passage, vocab_size=VOCAB)
     assert theirs is not None and theirs.ppl == pytest.approx(ours.ppl, rel=1e-6)
     assert (theirs.mode, theirs.backend, theirs.dtype, theirs.texts_hash) == ("other", "other", "q8_0", ours.texts_hash)
+    assert theirs.peer and ours.dense and not theirs.dense
     assert peer_quality(Ours(model, tells=False), passage, vocab_size=VOCAB) is None
     assert peer_quality(Ours(model), passage, vocab_size=VOCAB + 1) is None  # another vocabulary: these tokens are other words to it
 

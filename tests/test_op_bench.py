@@ -40,7 +40,7 @@ class Bench:
     def ops_at(self, density: float | None, selection: str | None) -> dict[str, OpRun]:
         self.asked.append((density, selection))
         if density is None:
-            return {"head": self.op("head", 4000.0, mode="dense")}
+            return {"head": self.op("head", 4000.0, sparse=False)}
         return {"mlp": self.op("mlp", 1e4 * density)}
 
     def rows(self, **options: Any) -> list[Row]:
@@ -51,6 +51,7 @@ class Bench:
 def test_rows_of_every_point() -> None:
     bench = Bench({"read": 1e-4, "mlp": 2e-6, "head": 8e-7})  # the read: 10 GB/s
     rows = bench.rows(densities=(0.1, 1.0), selections=("uniform", "hot-set"))
+    assert {(row.op, row.mode, row.sparse) for row in rows} >= {("head", "dense", False), ("mlp", "sparse", True)}
     assert bench.asked == [(None, None), (0.1, "uniform"), (0.1, "hot-set"), (1.0, "uniform")]
     found = [(row.op, row.mode, row.mlp_density, row.selection) for row in rows]
     assert found == [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dejavu.bench.rows import Row, append_rows, commit, device_name, read_rows, versions
+from dejavu.bench.rows import QualityRow, Row, append_rows, commit, commit_facts, device_facts, device_name, read_rows, versions
 from helpers.rows import KEYS
 
 
@@ -25,7 +25,7 @@ def row(**changes) -> Row:
 
 
 def test_row_has_exactly_the_contract_keys():
-    assert sorted(row().to_dict()) == sorted(KEYS)
+    assert set(row().to_dict()) == KEYS
 
 
 def test_append_keeps_earlier_rows_byte_for_byte_and_fills_provenance(tmp_path):
@@ -36,8 +36,13 @@ def test_append_keeps_earlier_rows_byte_for_byte_and_fills_provenance(tmp_path):
     assert path.read_bytes().startswith(before)
     assert read_rows(path) == first + second
     written = json.loads(before)
-    assert sorted(written) == sorted(KEYS)
-    assert written["device"].endswith("cores") and written["time"].endswith("+00:00")
+    assert set(written) == KEYS
+    assert (
+        written["device"] == device_name()
+        and written["device_kind"] == "cpu"
+        and written["cores"] >= 1
+        and written["time"].endswith("+00:00")
+    )
     assert {"python", "torch", "dejavu"} <= set(written["versions"])
     assert second[0].mlp_density == 0.1 and second[1].op == "mlp"
 
@@ -91,7 +96,8 @@ def test_row_is_frozen():
 
 
 def test_device_and_versions_are_of_this_machine():
-    assert int(device_name().rsplit(", ", 1)[1].removesuffix(" cores")) >= 1
+    facts = device_facts()
+    assert facts["device_kind"] == "cpu" and facts["device"].endswith(f", {facts['cores']} cores")
     assert versions()["torch"].startswith("2.")
 
 
@@ -113,9 +119,59 @@ def test_commit_is_null_outside_git_and_marks_changes(tmp_path):
     head = commit(file)
     assert head is not None and len(head) == 40
     file.write_text("x = 2\n")
-    assert commit(file) == f"{head}-dirty"
+    assert commit(file) == f"{head}-dirty" and commit_facts(file)["dirty"]
     git("checkout", "-q", ".")
-    assert commit(file) == head
+    assert commit_facts(file) == {"commit": head, "dirty": False}
     (package.parent / "native").mkdir()
     (package.parent / "native" / "engine.h").write_text("int x;\n")  # what the engine is built of counts too
     assert commit(file) == f"{head}-dirty"
+
+
+def old_line(kind: type[Row] | type[QualityRow] = Row, /, **changes: Any) -> dict[str, Any]:
+    """What a line held when facts stood in its strings alone."""
+    later = ("peer", "sparse", "sparse_heads", "ahead", "shape", "shape_layers", "device_kind", "cores", "dirty")
+    values = {"device": "AMD EPYC, 2 cores", "commit": "0123456789", "versions": {"torch": "9"}, "time": "2020-01-01T00:00:00+00:00"}
+    if kind is QualityRow:
+        values |= {"backend": "native", "mode": "sparse", "model": "m", "dtype": "fp32", "cache_dtype": "fp32", "adapter": None}
+        values |= {"rule": "r", "texts": ["t"], "texts_hash": "h", "tokens": 9, "ppl": 3.0}
+    else:
+        values = row().to_dict() | values
+    return {key: value for key, value in (values | changes).items() if key not in later}
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({}, {"device_kind": "cpu", "cores": 2, "dirty": False, "peer": False, "sparse": False, "ahead": None, "shape": None}),
+        ({"device": "NVIDIA H200"}, {"device_kind": "gpu", "cores": None}),
+        ({"device": "unknown", "op": "serve"}, {"device_kind": None, "cores": None}),
+        ({"commit": "0123-dirty"}, {"dirty": True, "commit": "0123-dirty"}),
+        ({"mode": "llama.cpp", "backend": "llama.cpp"}, {"peer": True, "sparse": False}),
+        ({"mode": "sparse", "backend": "native"}, {"peer": False, "sparse": True, "sparse_heads": False, "ahead": None}),
+        ({"mode": "sparse", "backend": "cuda"}, {"sparse": True, "ahead": "beside", "mode": "sparse"}),
+        ({"mode": "sparse", "backend": "cuda", "op": "mlp"}, {"sparse": True, "ahead": None}),
+        ({"mode": "sparse+heads in-line", "backend": "cuda"}, {"sparse_heads": True, "ahead": "in-line", "mode": "sparse+heads in-line"}),
+        ({"synthetic": True, "model": "opt-6.7b", "layers": 32}, {"shape": "opt-6.7b", "shape_layers": 32}),
+        ({"synthetic": True, "model": "opt-30b[12 of 48 layers]", "layers": 12}, {"shape": "opt-30b", "shape_layers": 48, "layers": 12}),
+    ],
+)
+def test_facts_of_older_lines_are_read_out_of_their_strings(tmp_path, changes, facts):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(old_line(**changes)) + "\n")
+    [found] = read_rows(path)
+    assert {key: getattr(found, key) for key in facts} == facts
+
+
+@pytest.mark.parametrize(("density", "heads"), [(1.0, False), (0.5, True)])
+def test_an_older_quality_row_selected_heads_where_their_density_says_so(tmp_path, density, heads):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(old_line(QualityRow, head_density=density)) + "\n")
+    [found] = read_rows(path, QualityRow)
+    assert (found.sparse, found.sparse_heads, found.peer, found.texts) == (True, heads, False, ("t",))
+
+
+def test_a_line_with_fields_is_read_as_it_is(tmp_path):
+    """A field says what is so, whatever a string looks like."""
+    given = row(mode="sparse", device="Odd GPU, 2 cores", device_kind="gpu", versions={"torch": "9"}, commit="0123-dirty", time="t")
+    assert append_rows(tmp_path / "r.jsonl", [given]) == read_rows(tmp_path / "r.jsonl") == [given]
+    assert not given.sparse and given.repeatable

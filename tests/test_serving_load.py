@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from dejavu.bench.rows import append_rows, read_rows
+from dejavu.bench.rows import append_rows, completed, read_rows
 from dejavu.loadtest.client import Reply
 from dejavu.loadtest.rows import Limits, ServeRow, notes_on, serve_row
 from dejavu.loadtest.run import Outcome, Segment, run_load
@@ -331,11 +331,12 @@ class TestRows:
             ]
         )
         assert found.mlp_density == pytest.approx(0.175) and found.head_density == pytest.approx(0.5) and found.union_density is None
-        assert found.mode == "sparse" and found.model == "tiny"
+        assert found.mode == "sparse" and found.sparse and found.model == "tiny"
 
     def test_a_server_that_tells_nothing(self) -> None:
         found = row_of([outcome(0.1, [], prompt_tokens=None)])
         assert (found.mode, found.backend, found.dtype, found.threads, found.layers) == ("dejavu 9", "dejavu 9", "unknown", None, None)
+        assert found.peer and not found.sparse
         assert found.itl_p50_ms is None and found.tpot_p50_ms is None and found.mlp_density is None and found.context == 0
 
     def test_nothing_was_answered(self) -> None:
@@ -350,7 +351,8 @@ class TestRows:
     def test_names_of_models(self, model: str, name: str, mode: str) -> None:
         segment = Segment(model=model, seconds=1.0, busiest=1, outcomes=[failure()])
         found = serve_row([segment], load(), Limits(), {"server": "vllm"}, endpoint="completions", here=False)
-        assert (found.model, found.mode, found.device) == (name, mode, "unknown")
+        assert (found.model, found.mode, found.device, found.peer) == (name, mode, "unknown", True)
+        assert completed([found])[0].device_kind is None  # another machine's
 
     def test_a_row_has_all_keys_of_results_and_is_read_back(self, tmp_path: Path) -> None:
         found = row_of([outcome(0.1, [0.01])])

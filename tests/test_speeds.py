@@ -26,13 +26,22 @@ def speeds() -> Iterator[ModuleType]:
 
 def where(backend: str, commit: str, minute: int) -> dict[str, Any]:
     versions = {"torch": "9.9"}
-    return {"backend": backend, "device": CPU, "versions": versions, "commit": commit, "time": f"2030-01-01T00:{minute:02}:00+00:00"}
+    return {
+        "backend": backend,
+        "device": CPU,
+        "device_kind": "cpu",
+        "dirty": commit.endswith("-dirty"),
+        "versions": versions,
+        "commit": commit,
+        "time": f"2030-01-01T00:{minute:02}:00+00:00",
+    }
 
 
 def bench(mode: str, tok_s: float, *, dtype: str = "bf16", commit: str = "1" * 40, processes: int = 5, **changes: Any) -> list[Row]:
     """A decode row of each of so many processes; each is a little faster than the one before. A peer's mode is its backend."""
     own = mode in ("dense", "sparse", "sparse+heads")
     values = {"op": "decode", "mode": mode, "model": "m", "layers": 2, "dtype": dtype, "batch": 1, "context": 128, "threads": 2}
+    values |= {"peer": not own, "sparse": own and mode != "dense", "sparse_heads": mode == "sparse+heads"}
     values |= {"synthetic": False, "mlp_density": 0.2 if mode == "sparse" else 1.0, "head_density": 1.0, "read_share": 0.5 if own else None}
     values |= {"cache_dtype": "fp16" if own else None, "adapter": ADAPTER if own and mode != "dense" else None} | changes
     backend = "native" if own else mode
@@ -42,6 +51,7 @@ def bench(mode: str, tok_s: float, *, dtype: str = "bf16", commit: str = "1" * 4
 def quality(mode: str, ppl: float, *, dtype: str = "bf16", commit: str = "2" * 40, **changes: Any) -> QualityRow:
     own = mode in ("dense", "sparse")
     values = {"model": "m", "mode": mode, "dtype": dtype, "cache_dtype": "fp16" if own else None, "rule": "r", "texts": ["t"], "ppl": ppl}
+    values |= {"peer": not own, "sparse": mode == "sparse", "sparse_heads": changes.get("head_density", 1.0) < 1}
     values |= {"adapter": ADAPTER if mode == "sparse" else None, "texts_hash": "h", "tokens": 9} | where(
         "native" if own else mode, commit, 0
     )
@@ -132,7 +142,8 @@ def test_an_adapter_with_heads_has_the_quality_of_both(speeds: ModuleType, resul
 
 def test_what_came_before_stays_where_the_newest_is_refused(speeds: ModuleType, results: Any, capsys: pytest.CaptureFixture[str]) -> None:
     later = [
-        row.to_dict() | {"time": "2031-01-01T00:00:00+00:00", "commit": "5" * 40 + "-dirty", "tok_s": 999.0} for row in bench("dense", 9.0)
+        row.to_dict() | {"time": "2031-01-01T00:00:00+00:00", "commit": "5" * 40 + "-dirty", "dirty": True, "tok_s": 999.0}
+        for row in bench("dense", 9.0)
     ]
     results([*bench("dense", 100.0), *map(Row.from_dict, later)], GOOD)
     [speed] = speeds.speeds("m")

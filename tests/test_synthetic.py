@@ -18,6 +18,7 @@ from dejavu.bench.memory import available_bytes, sequential_buffer
 from dejavu.bench.models import random as synthetic
 from dejavu.bench.models.density import rethresholded
 from dejavu.bench.models.random import RUN, SELECTIONS, SHAPES, check_memory, planted_layers, random_ids, shape_of, synthetic_model
+from dejavu.bench.rows import Shape
 from dejavu.bench.variants import DENSE_VARIANT, Variant, variants_at
 from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine
@@ -103,7 +104,17 @@ def test_rows_of_a_synthetic_benchmark(name: str) -> None:
 
     variants = variants_at(made.model, layers_for, ids, densities=[0.1, 0.3], head_densities=[0.75], selections=["uniform", "hot-set"])
     found = bench(
-        made.model, variants, ids, name=name, backend="native", dtype="int8", threads=2, batch=4, context=16, steps=12, synthetic=True
+        made.model,
+        variants,
+        ids,
+        name=name,
+        backend="native",
+        dtype="int8",
+        threads=2,
+        batch=4,
+        context=16,
+        steps=12,
+        shape=Shape(name=name, layers=made.config.num_layers),
     )
     decodes = [row for row in found.rows if row.op == "decode"]
     assert [row.mode for row in decodes] == ["dense", *(["sparse", "sparse+heads"] * 4)] and all(row.synthetic for row in found.rows)
@@ -171,7 +182,13 @@ def test_a_wrong_mlp_of_a_synthetic_model_is_found(monkeypatch: pytest.MonkeyPat
     ids = random_ids(made.config, 100)
     layers = rethresholded(made.model, planted_layers(made.config, density=0.1, heads=False), ids, mlp_density=0.1)
     variants = [DENSE_VARIANT, Variant(mode="sparse", layers=layers)]
-    options = {"name": "opt-small", "backend": "torch", "context": 8, "steps": 5, "synthetic": True}
+    options: dict[str, Any] = {
+        "name": "opt-small",
+        "backend": "torch",
+        "context": 8,
+        "steps": 5,
+        "shape": Shape(name="opt-small", layers=3),
+    }
     assert bench(made.model, variants, ids, **options).rows
     monkeypatch.setattr("dejavu.engine.torch_engine.sparse_mlp", lambda x_D, weights, idx_A: torch.zeros_like(x_D))
     with pytest.raises(ValueError, match="not timed"):

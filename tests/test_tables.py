@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dejavu.bench.rows import Row
+from dejavu.bench.rows import Measured, QualityRow, Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +37,12 @@ def test_pages_show_what_results_hold(tables: ModuleType) -> None:
     assert found >= 3
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("[bp]*.jsonl")), ids=lambda path: path.name)
+def test_every_line_of_results_is_a_row_of_its_class(tables: ModuleType, path: Path) -> None:
+    kinds: dict[str, type[Measured]] = {"bench.jsonl": Row, "perplexity.jsonl": QualityRow}
+    assert len(read_rows(path, kinds[path.name])) == len(path.read_text().splitlines()) > 0
+
+
 def test_a_stale_number_is_replaced(tables: ModuleType) -> None:
     stale = "<!-- table: headline -->\n| 1 |\n<!-- end -->\n"
     assert "| 1 |" not in tables.rendered(stale)
@@ -48,8 +54,15 @@ GPU_TABLES = ("gpu-speed", "gpu-batches", "gpu-ops")
 
 
 def row(mode: str, tok_s: float, **changes: Any) -> Row:
-    """A decode row of the cuda backend."""
+    """A decode row of the cuda backend, or of a peer on a GPU."""
     values = {"op": "decode", "mode": mode, "backend": "cuda", "model": "opt-6.7b", "layers": 32, "dtype": "fp16", "batch": 1}
+    values |= {
+        "shape": changes.get("model", "opt-6.7b"),
+        "shape_layers": 32,
+        "device_kind": "gpu",
+        "peer": "backend" in changes,
+        "sparse": mode == "sparse",
+    }
     values |= {
         "context": 128,
         "threads": 1,
@@ -70,7 +83,7 @@ def measured(speeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(speeds, "BENCH", path)
 
     def write(*rows: Row) -> None:
-        cpu = row("dense", 7.0, backend="native", device="AMD EPYC, 2 cores", dtype="int8")
+        cpu = row("dense", 7.0, backend="native", peer=False, device="AMD EPYC, 2 cores", device_kind="cpu", dtype="int8")
         path.write_text("".join(json.dumps(each.to_dict()) + "\n" for each in (cpu, *rows)))
 
     return write
@@ -174,7 +187,7 @@ def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> 
     later = "2031-01-01T00:00:00+00:00"
     measured(
         row("dense", 100.0), row("sparse", 200.0, nodes=130), row("dense", 90.0, time=later),
-        row("sparse in-line", 150.0, time=later, nodes=162),
+        row("sparse in-line", 150.0, sparse=True, ahead="in-line", time=later, nodes=162),
         row("dense", 7.0, model="opt-13b"),
     )  # fmt: skip
     assert [(cells[0], cells[4], cells[10], cells[11]) for cells in lines(tables, "gpu-ahead")] == [
@@ -188,10 +201,13 @@ def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> 
 def test_methods_and_the_curve(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest record of each model and method; points of a curve by density."""
     monkeypatch.setattr(tables, "QUALITY", tmp_path / "quality.jsonl")
-    monkeypatch.setattr(tables, "commit", lambda: "0123456789abcdef")
-    assert tables.record("demo", "opt-mini", {}) is None and tables.methods() == tables.curve() == tables.NOT_MEASURED
+    monkeypatch.setattr(tables, "commit_facts", lambda: {"commit": "0123456789abcdef", "dirty": False})
+    side = {"tok_s": 9.0, "ppl": 3.0, "text": "a"}
+    demo = {"dense": side, "sparse": side, "speedup": 1.0, "mlp_density": 0.5, "head_density": 1.0, "lookahead": [0, None]}
+    assert tables.record("demo", "opt-mini", demo) is None and tables.methods() == tables.curve() == tables.NOT_MEASURED
     result = {
         **{"model": "m", "method": "gate", "mlp_density": 0.25, "head_density": 1.0, "rise": 0.012, "dtype": "int8"},
+        **{"rise_stderr": 0.001, "tokens": 9, "items": 4},
         "text_rises": {"a": 0.01, "b": 0.03},
         "accuracy": {"dense": {"x": 0.5, "y": 0.7}, "sparse": {"x": 0.4, "y": 0.6}},
         "tok_s": {"dense": 100.0, "sparse": 150.0},
@@ -201,7 +217,7 @@ def test_methods_and_the_curve(tables: ModuleType, tmp_path: Path, monkeypatch: 
     row = "| m | gate | 25.0 % | 100.0 % | +1.2 % | +3.0 % | 60.0 % | 50.0 % |"
     assert row in tables.methods() and "50.0 % | 100.0 %" not in tables.methods()
     points = [{"shift": 1.0, "density": 0.2, "kl": 0.3, "rise": 0.1}, {"shift": 2.0, "density": 0.1, "kl": 0.5, "rise": 0.2}]
-    tables.record("curve", "m", {"points": points})
+    tables.record("curve", "m", {"tokens": 9, "points": points})
     assert [line.split(" | ")[0] for line in tables.curve().splitlines()[2:4]] == ["| 10.0 %", "| 20.0 %"]
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dejavu.bench.rows import QualityRow, device_name
-from dejavu.bench.variants import Peer
+from dejavu.bench.rows import QualityRow, device_facts
+from dejavu.bench.variants import Peer, selects_heads
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import (
@@ -72,7 +72,8 @@ def own_quality(
     return QualityRow(
         model=name, mode="dense" if layers is None else "sparse", backend=backend, dtype=dtype, cache_dtype=cache_dtype,
         adapter=None if layers is None else adapter, rule=RULE, texts=passage.names, texts_hash=passage.texts_hash, tokens=found.tokens,
-        ppl=found.ppl, stderr=found.stderr, mlp_density=densities[0], head_density=densities[1], device=device_name(cuda=cuda),
+        ppl=found.ppl, stderr=found.stderr, mlp_density=densities[0], head_density=densities[1],
+        sparse=layers is not None, sparse_heads=selects_heads(layers), **device_facts(cuda=cuda),
     )  # fmt: skip
 
 
@@ -90,5 +91,5 @@ def peer_quality(peer: Peer, passage: Passage, *, vocab_size: int) -> QualityRow
     return QualityRow(
         model=peer.model, mode=peer.mode, backend=peer.mode, dtype=peer.dtype, cache_dtype=None, adapter=None, rule=RULE,
         texts=passage.names, texts_hash=passage.texts_hash, tokens=found.tokens, ppl=found.ppl, stderr=found.stderr,
-        device=device_name(),
+        peer=True, **device_facts(),
     )  # fmt: skip

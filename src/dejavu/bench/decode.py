@@ -25,7 +25,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -33,9 +33,9 @@ from torch import Tensor
 
 from dejavu.bench.bytes_read import Reads, formats_of, read_share, step_bytes, weight_bytes
 from dejavu.bench.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
-from dejavu.bench.rows import Row, device_name
+from dejavu.bench.rows import Row, Shape, device_facts
 from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, take_turns
-from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same
+from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same, selects_heads
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
@@ -49,13 +49,33 @@ PREFILLS = 6  # the first one does not count
 READ = "read"  # the sequential read among the decoders' turns
 
 
+class Ratio(TypedDict):
+    """How a decode speed of ours compares with dense or with a peer, of the same batch and context; below 1: slower."""
+
+    mode: str
+    dtype: str
+    batch: int
+    context: int
+    mlp_density: float | None
+    head_density: float | None
+    selection: str | None
+    against: str
+    against_dtype: str
+    ratio: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """What a benchmark found. ratios: decode tokens a second of `mode` over those of `against`, at the same batch and context."""
 
     rows: list[Row]
-    ratios: list[dict[str, Any]]
+    ratios: list[Ratio]
     notes: list[str]
+
+    @property
+    def decodes(self) -> list[Row]:
+        """The decode row of each variant, in their order."""
+        return [row for row in self.rows if row.op == "decode" and not row.peer]
 
 
 @dataclass
@@ -155,7 +175,7 @@ def bench(
     batch: int = 1,
     context: int = 128,
     steps: int = 32,
-    synthetic: bool = False,
+    shape: Shape | None = None,
     peers: Sequence[Peer] = (),
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
@@ -163,10 +183,10 @@ def bench(
     """Rows of prefill, of decode in every variant (the first of which is dense), of its parts (native engine), and of peers.
 
     ids: a text with room for context and steps, of which row b of the batch reads its own stretch. steps: decode steps that
-    count, rounded up to whole turns. adapter: the digest of the one that the variants come from, for the rows. dtype, cache_dtype,
-    screened_head, threads, ahead: of the engines, see make_engine. peers: decode one sequence, so they are left out, with a note,
-    where batch is not 1. Raises ValueError for a count that is not positive, too few steps, a context that leaves no room for the
-    steps, and a decoder that fails its check.
+    count, rounded up to whole turns. For the rows: adapter, the digest of the one that the variants come from; shape, that of a made-up
+    model. dtype, cache_dtype, screened_head, threads, ahead: of the engines, see make_engine. peers: decode one sequence, so they are
+    left out, with a note, where batch is not 1. Raises ValueError for a count that is not positive, too few steps, a context that leaves
+    no room for the steps, and a decoder that fails its check.
     """
     limit, needed = model.config.max_positions, context + -(-steps // (TURN - SKIPPED)) * TURN
     for what, value in (("batch", batch), ("context", context)):
@@ -192,7 +212,7 @@ def bench(
         engine = make_engine(model, variant.layers, backend=backend, num_slots=batch, cache_tokens=tokens, record=record, **options)
         return _Decoder(engine, variant, rows_BT, context, model.config.num_kv_heads)
 
-    run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, synthetic=synthetic, adapter=adapter)
+    run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, shape=shape, adapter=adapter, ahead=ahead)
     run.time(clock, progress)
     run.say_dense()
     rows = run.rows()
@@ -213,12 +233,16 @@ class _Run:
     """The turns of one batch and context, and the rows that come of them. Times are kept by who took the turn."""
 
     def __init__(
-        self, model: Transformer, decoders: list[_Decoder], peers: Sequence[Peer], *, name: str, synthetic: bool, adapter: str | None
-    ) -> None:
+        self, model: Transformer, decoders: list[_Decoder], peers: Sequence[Peer], *,
+        name: str, shape: Shape | None, adapter: str | None, ahead: str | None,
+    ) -> None:  # fmt: skip
         self.config, self.decoders = model.config, decoders
         self.peers = {f"peer {index}": peer for index, peer in enumerate(peers)}
-        self.name, self.synthetic, self.adapter = name, synthetic, adapter
+        self.name, self.adapter = name, adapter
+        self.made_up: dict[str, Any] = {"synthetic": shape is not None}
+        self.made_up |= {} if shape is None else {"shape": shape.name, "shape_layers": shape.layers}
         self.dense, self.info = decoders[0].engine, decoders[0].engine.info
+        self.ahead = (ahead or USUAL_AHEAD) if self.info.backend == "cuda" else None
         self.batch, self.context = len(decoders[0].rows_BT), decoders[0].context
         self.formats = formats_of(self.info)
         device = self.info.device
@@ -292,12 +316,13 @@ class _Run:
             "model": self.name,
             "layers": self.config.num_layers,
             "dtype": self.info.dtype,
-            "device": device_name(cuda=_on_gpu(self.info.device)),
+            **device_facts(cuda=_on_gpu(self.info.device)),
+            **self.made_up,
             "cache_dtype": self.info.cache_dtype,
             "screened_head": self.info.screened_head,
             "read_share": 1.0,
         }
-        own |= {"batch": self.batch, "threads": self.info.threads, "synthetic": self.synthetic, "mlp_density": 1.0, "head_density": 1.0}
+        own |= {"batch": self.batch, "threads": self.info.threads, "mlp_density": 1.0, "head_density": 1.0}
         own |= {"op": op, "context": self.context, "p20_us": p20, "p50_us": p50, "p80_us": p80}
         own |= {
             "tok_s": None if tokens is None else tokens * 1e6 / p50,
@@ -313,6 +338,9 @@ class _Run:
         values: dict[str, Any] = {
             "mode": variant.mode,
             "selection": variant.selection,
+            "sparse": variant.layers is not None,
+            "sparse_heads": selects_heads(variant.layers),
+            "ahead": None if variant.layers is None else self.ahead,
             "adapter": None if variant.layers is None else self.adapter,
             "read_share": read_share(self.config, self.formats, reads, variant.layers),
             "mlp_density": float(np.mean(held.mlp)),
@@ -327,32 +355,26 @@ class _Run:
     def _of_peer(self, op: str, peer: Peer, seconds: list[float], tokens: int) -> Row:
         same = runs_same(peer, self.name)
         values: dict[str, Any] = {"mode": peer.mode, "backend": peer.mode, "dtype": peer.dtype, "batch": 1, "threads": peer.threads}
-        values |= {"cache_dtype": None, "screened_head": 0, "read_share": None}
-        values |= {"device": device_name(cuda=_on_gpu(peer.device))}
-        values |= {"model": self.name, "synthetic": self.synthetic} if same else {"model": peer.model, "synthetic": False, "layers": None}
+        values |= {"peer": True, "cache_dtype": None, "screened_head": 0, "read_share": None}
+        values |= device_facts(cuda=_on_gpu(peer.device))
+        if not same:
+            values |= {"model": peer.model, "layers": None, "synthetic": False, "shape": None, "shape_layers": None}
         return self._row(op, seconds, tokens=tokens, **values)
 
 
-def ratios_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def ratios_of(rows: Sequence[Row]) -> list[Ratio]:
     """How decode speeds compare: every sparse row with dense, and every row of ours with each peer; below 1 is slower."""
     decodes = [row for row in rows if row.op == "decode"]
-    own = [row for row in decodes if row.backend != row.mode]
-    found = []
-    for row in own:
-        others = [other for other in decodes if other not in own or other.mode == "dense"]
-        for other in others:
-            if other is row or (other.batch, other.context) != (row.batch, row.context):
-                continue
-            assert row.tok_s is not None and other.tok_s is not None, "a decode row has a speed"
-            found.append(
-                {
-                    **{key: getattr(row, key) for key in ("mode", "dtype", "batch", "context", "mlp_density", "head_density", "selection")},
-                    "against": other.mode,
-                    "against_dtype": other.dtype,
-                    "ratio": row.tok_s / other.tok_s,
-                }
-            )
-    return found
+    others = [row for row in decodes if row.peer or row.dense]
+    return [
+        Ratio(
+            mode=row.mode, dtype=row.dtype, batch=row.batch, context=row.context, mlp_density=row.mlp_density,
+            head_density=row.head_density, selection=row.selection, against=other.mode, against_dtype=other.dtype,
+            ratio=row.speed / other.speed,
+        )
+        for row in decodes if not row.peer
+        for other in others if other is not row and (other.batch, other.context) == (row.batch, row.context)
+    ]  # fmt: skip
 
 
 def _repeated(run: Callable[[int], Any], times: int) -> Callable[[int], None]:

@@ -52,10 +52,10 @@ def speeds(
     try:
         for _ in range(PASSES):
             found = bench(model, variants, ids, name=name, context=fits[0], steps=fits[1], progress=progress, **options)
-            passes.append({row.mode: row.tok_s or 0.0 for row in found.rows if row.op == "decode"})
+            passes.append([row.speed for row in found.decodes])
     except (ValueError, MemoryError, torch.OutOfMemoryError) as error:  # an engine that does not compute this method, too little memory
         return unknown | {"speed_note": " ".join(str(error).split()) or type(error).__name__}
-    sparse, dense = sorted(((tok_s["sparse"], tok_s["dense"]) for tok_s in passes), key=lambda pair: pair[0] / pair[1])[PASSES // 2]
+    dense, sparse = sorted(passes, key=lambda pair: pair[1] / pair[0])[PASSES // 2]
     return {"tok_s": sparse, "tok_s_dense": dense, "speedup": sparse / dense}
 
 

@@ -42,14 +42,14 @@ class OpRun:
 
     run(i) asks for one call on copy i of `copies` (weights, selection) and does not wait for it: it must be possible to capture it
     in a CUDA graph. bytes: what one call cannot do without reading, on average over the copies. check() runs the op and returns
-    its error over the error that is allowed: at most 1 passes. mode: dense or sparse.
+    its error over the error that is allowed: at most 1 passes. sparse: whether it reads what is selected alone.
     """
 
     run: Callable[[int], None]
     bytes: float
     check: Callable[[], float]
     copies: int
-    mode: str = "sparse"
+    sparse: bool = True
 
 
 # ops_at(density, selection): ops by name (the row's `op`). (None, None) asks for those that know no density.
@@ -168,7 +168,8 @@ def _timed(point: _Point, read: OpRun, template: Row, repeats: int, sampler: Sam
         speed = op.bytes * 1e6 / p50
         rows.append(
             dataclasses.replace(
-                template, op=name, mode=op.mode, mlp_density=point.density, selection=point.selection, p20_us=p20, p50_us=p50, p80_us=p80,
+                template, op=name, mode="sparse" if op.sparse else "dense", sparse=op.sparse, mlp_density=point.density,
+                selection=point.selection, p20_us=p20, p50_us=p50, p80_us=p80,
                 tok_s=None, nodes=None, head_density=None, union_density=None, gbs=speed / 1e9, pct_ceiling=100 * speed / ceiling,
             )
         )  # fmt: skip

@@ -53,7 +53,7 @@ def cuda_ops(model: Transformer, *, batch: int, seed: int) -> tuple[OpsAt, OpRun
     def read(_: int) -> None:
         read_buffer(buffer, sums)
 
-    return ops_at, OpRun(run=read, bytes=buffer.nbytes, check=lambda: 0.0, copies=1, mode="dense")
+    return ops_at, OpRun(run=read, bytes=buffer.nbytes, check=lambda: 0.0, copies=1, sparse=False)
 
 
 def _uncached(what: str, one: float, copies: int, device: torch.device) -> None:
@@ -114,7 +114,7 @@ class _Mlp:
         every = torch.arange(self.neurons, device=self.device)
         copies = min(len(self.weights), copies_for(dense_bytes))
         _uncached("the dense MLP", dense_bytes, copies, self.device)
-        return OpRun(run=run, bytes=dense_bytes, check=lambda: self._error(run, every), copies=copies, mode="dense")
+        return OpRun(run=run, bytes=dense_bytes, check=lambda: self._error(run, every), copies=copies, sparse=False)
 
     def _error(self, run: Callable[[int], None], idx_A: Tensor) -> float:
         """Error of a call on layer 0 over twice that of the plain version in the same dtype, both against fp64."""
@@ -148,7 +148,7 @@ def _head(model: Transformer) -> OpRun:
         return _over(out_V, plain, exact, matrix.dtype)
 
     _uncached("the head", matrix.nbytes, 1, matrix.device)
-    return OpRun(run=run, bytes=matrix.nbytes, check=error, copies=1, mode="dense")
+    return OpRun(run=run, bytes=matrix.nbytes, check=error, copies=1, sparse=False)
 
 
 def _wide_norm(y_D: Tensor, norm: NormWeights) -> Tensor:

@@ -32,12 +32,18 @@ PACKAGES = ("numpy", "tokenizers", "triton", "transformers", "ctranslate2", "lla
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured(Config):
-    """What every row says: what ran it, where, with what and when. `append_rows` fills in what is not set."""
+    """Where, with what and when something was measured. `append_rows` fills in what is not set.
 
-    backend: str
+    device: a name for people; device_kind: cpu or gpu, None where it is not known; cores: of a CPU, open to this process. commit: with
+    "-dirty" after it where `dirty`: files that shape a measurement differ from it.
+    """
+
     device: str | None = None
+    device_kind: str | None = None
+    cores: int | None = None
     versions: dict[str, str] | None = None
     commit: str | None = None
+    dirty: bool = False
     time: str | None = None
 
     def __post_init__(self) -> None:
@@ -48,22 +54,61 @@ class Measured(Config):
             absolute = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
             require(not absolute and value != "~", f"{field.name} {value!r} is a path; results name models and tools, not folders")
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether somebody can measure it again: a commit is known, and its files were not changed."""
+        return self.commit is not None and not self.dirty
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row(Measured):
-    """One measurement. `model` is a name, never a path; `layers` how many layers of it ran (it and `threads` null where not known);
-    `synthetic` whether weights or predictor are made up. adapter: its `Adapter.digest` where it selects as it was calibrated.
-    read_share: useful bytes of a step over those of the same step run dense, predictors, gates, norms and head included."""
+class WayToRun(Measured):
+    """What ran. `model` is a name, never a path; mode: in words, see Row and QualityRow. peer: another program than ours ran it.
 
-    op: str
+    sparse: something is selected in each token, by whatever method; sparse_heads: attention heads too, by predictors of their own.
+    adapter: its `Adapter.digest` where it selects as it was calibrated.
+    """
+
+    backend: str
     mode: str
     model: str
-    layers: int | None
     dtype: str
+    cache_dtype: str | None = None
+    adapter: str | None = None
+    peer: bool = False
+    sparse: bool = False
+    sparse_heads: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is ours, and selects nothing."""
+        return not self.peer and not self.sparse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """The architecture that made-up weights have: its name, and how many layers it has in full, of which a slice has fewer."""
+
+    name: str
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row(WayToRun):
+    """One measurement. mode: dense, sparse or sparse+heads, with another `ahead` than the usual one behind it; or the peer's name.
+
+    `layers`: how many layers of the model ran (it and `threads` null where not known). `synthetic`: whether weights or predictor are made
+    up, in the shape of that name, which has shape_layers in full. ahead: where the cuda engine selects neurons; null where it does not.
+    read_share: useful bytes of a step over those of the same step run dense, predictors, gates, norms and head included.
+    """
+
+    op: str
+    layers: int | None
     batch: int
     context: int
     threads: int | None
     synthetic: bool
+    shape: str | None = None
+    shape_layers: int | None = None
     mlp_density: float | None = None
     head_density: float | None = None
     p20_us: float | None = None
@@ -73,24 +118,24 @@ class Row(Measured):
     gbs: float | None = None
     pct_ceiling: float | None = None
     selection: str | None = None
+    ahead: str | None = None
     union_density: float | None = None
     nodes: int | None = None
-    cache_dtype: str | None = None
     screened_head: int = 0
-    adapter: str | None = None
     read_share: float | None = None
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, of a row that has them: of decode and prefill."""
+        assert self.tok_s is not None, f"a row of {self.op} has no tokens a second"
+        return self.tok_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QualityRow(Measured):
+class QualityRow(WayToRun):
     """Perplexity of one way to run a model that exists, on texts by name. mode: dense, sparse, or the name of another program, which
     is then the backend too. rule: how windows are cut and which of their tokens count. texts_hash: of the token ids."""
 
-    model: str
-    mode: str
-    dtype: str
-    cache_dtype: str | None
-    adapter: str | None
     rule: str
     texts: tuple[str, ...]
     texts_hash: str
@@ -117,8 +162,16 @@ def device_name(*, cuda: bool = False) -> str:
     if cpuinfo.exists():
         named = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = named[0] if named else name
-    cores = len(os.sched_getaffinity(0)) if os.name == "posix" and platform.system() == "Linux" else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{name}, {_cores()} cores"
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if os.name == "posix" and platform.system() == "Linux" else os.cpu_count()
+
+
+def device_facts(*, cuda: bool = False) -> dict[str, Any]:
+    """`device`, `device_kind` and `cores` of a row."""
+    return {"device": device_name(cuda=cuda), "device_kind": "gpu" if cuda else "cpu", "cores": None if cuda else _cores()}
 
 
 def versions() -> dict[str, str]:
@@ -139,6 +192,11 @@ def commit(file: Path = Path(__file__)) -> str | None:
 
     None where `file` is not tracked by git (an installed package) or git is not there.
     """
+    return commit_facts(file)["commit"]
+
+
+def commit_facts(file: Path = Path(__file__)) -> dict[str, Any]:
+    """`commit`, as of the function of that name, and `dirty` of a row."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -149,10 +207,11 @@ def commit(file: Path = Path(__file__)) -> str | None:
 
     package = file.resolve().parent.parent
     if git("ls-files", "--error-unmatch", str(file.resolve())) is None:
-        return None
+        return {"commit": None, "dirty": False}
     head = git("rev-parse", "HEAD")
     shaping = (".", ":(top)native", ":(top)CMakeLists.txt", ":(top)recipes")
-    return f"{head}-dirty" if head is not None and git("status", "--porcelain", "--", *shaping) else head
+    dirty = head is not None and bool(git("status", "--porcelain", "--", *shaping))
+    return {"commit": f"{head}-dirty" if dirty else head, "dirty": dirty}
 
 
 def about(checkpoint: Checkpoint, *, backend: str, dtype: str, threads: int, cuda: bool = False) -> dict[str, Any]:
@@ -187,18 +246,13 @@ def _now() -> str:
 
 def completed(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """The rows with device, versions, commit and time (UTC) where these are not set."""
-    now = _now()
-    known, head = versions(), commit()
-    return [
-        dataclasses.replace(
-            row,
-            device=row.device or device_name(cuda=row.backend == "cuda"),
-            versions=row.versions or known,
-            commit=row.commit or head,
-            time=row.time or now,
-        )
-        for row in rows
-    ]
+    now, known, head = _now(), versions(), commit_facts()
+    found = []
+    for row in rows:
+        device = {} if row.device else device_facts(cuda=isinstance(row, WayToRun) and row.backend == "cuda")
+        source = {} if row.commit else head
+        found.append(dataclasses.replace(row, versions=row.versions or known, time=row.time or now, **device, **source))
+    return found
 
 
 def append_rows(path: Path, rows: Sequence[AnyRow]) -> list[AnyRow]:
@@ -219,7 +273,10 @@ def append_rows(path: Path, rows: Sequence[AnyRow]) -> list[AnyRow]:
 
 
 def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
-    """The rows of a JSONL file, which are all of one kind. ValueError names the line that is no row of it."""
+    """The rows of a JSONL file, which are all of one kind. ValueError names the line that is no row of it.
+
+    Older lines have no `device_kind` and what came with it: `_of_old_strings` fills it in.
+    """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -227,7 +284,42 @@ def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
         try:
             values: Any = json.loads(line)
             require(isinstance(values, dict), "not a JSON object")
-            rows.append(kind.from_dict(values))
+            rows.append(kind.from_dict(values if "device_kind" in values else _of_old_strings(values) | values))
         except (json.JSONDecodeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not a row of results ({error}); remove or mend the line") from error
     return rows
+
+
+def _of_old_strings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a line lacks which was written when they stood in its strings alone. Nothing else knows how they did:
+
+    device        of a CPU ends with ", N cores"; of another machine than the load test's it is "unknown"
+    commit        ends with "-dirty" where files were changed
+    mode          of another program is its backend too; ours begins with "sparse" or "sparse+heads" where it selects, and after a
+                  space may stand how the cuda engine looked ahead, which is else "beside"
+    model         of a slice of a made-up model is "SHAPE[12 of 48 layers]", of a whole one the shape
+    head_density  of a quality row is below 1 where heads were selected
+    """
+    device, _, cores = str(values.get("device")).removesuffix(" cores").rpartition(", ")
+    cpu = bool(device) and cores.isdigit()
+    known = values.get("device") not in (None, "unknown")
+    found: dict[str, Any] = {
+        "device_kind": ("cpu" if cpu else "gpu") if known else None,
+        "cores": int(cores) if cpu else None,
+        "dirty": str(values.get("commit")).endswith("-dirty"),
+    }
+    if "mode" not in values:
+        return found
+    mode, _, ahead = str(values["mode"]).partition(" ")
+    peer = values["mode"] == values.get("backend")
+    sparse = not peer and mode in ("sparse", "sparse+heads")
+    heads = values.get("head_density") if "ppl" in values else None
+    found |= {"peer": peer, "sparse": sparse, "sparse_heads": sparse and (mode == "sparse+heads" or heads not in (None, 1))}
+    if "ppl" in values:
+        return found
+    found["ahead"] = (ahead or "beside") if sparse and (values.get("op"), values.get("backend")) == ("decode", "cuda") else None
+    if values.get("synthetic"):
+        shape, _, part = str(values.get("model")).partition("[")
+        whole = part.removesuffix(" layers]").rpartition(" of ")[2]
+        found |= {"shape": shape, "shape_layers": int(whole) if whole else values.get("layers")}
+    return found

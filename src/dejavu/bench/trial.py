@@ -131,11 +131,11 @@ def trial(
             tried.append(way)
         except ValueError as error:  # an engine that does not compute this way, in this dtype
             notes[id(way)] = TrialRow(way=way.way, keeps=way.keeps, note=str(error))
-    variants = [DENSE_VARIANT, *(Variant(mode=str(index), layers=way.layers) for index, way in enumerate(tried))]
+    variants = [DENSE_VARIANT, *(Variant(mode=way.way, layers=way.layers) for way in tried)]
     run = bench(
         model, variants, measured_ids, name=name, backend=backend, dtype=dtype, context=fits[0], steps=fits[1], progress=progress, **options
     )
-    speeds = {row.mode: row for row in run.rows if row.op == "decode"}
+    timed_dense, *timed = run.decodes
     context = min(CONTEXT, model.config.max_positions)
     scored = list(measured_ids[:TOKENS])
 
@@ -146,16 +146,15 @@ def trial(
         return perplexity(model, scored, bos=bos, context=context, selection_factory=factory)
 
     dense = quality(0, None)
-    dense_speed = speeds["dense"].tok_s
-    assert dense_speed is not None, "a decode row has a speed"
+    dense_speed = timed_dense.speed
     rows = [TrialRow(way="dense", mlp_density=1.0, head_density=1.0, read_share=1.0, tok_s=dense_speed, times=1.0, ppl=dense.ppl, rise=0.0)]
-    for index, way in enumerate(tried):
-        speed, masked = speeds[str(index)], quality(index + 1, way.layers)
+    for index, (way, row) in enumerate(zip(tried, timed, strict=True), start=1):
+        masked = quality(index, way.layers)
         rise = paired_rise(dense, masked)
         rows.append(
             TrialRow(
-                way=way.way, keeps=way.keeps, mlp_density=speed.mlp_density, head_density=speed.head_density, read_share=speed.read_share,
-                tok_s=speed.tok_s, times=(speed.tok_s or 0.0) / dense_speed, ppl=masked.ppl, rise=rise.rise, rise_stderr=rise.stderr,
+                way=way.way, keeps=way.keeps, mlp_density=row.mlp_density, head_density=row.head_density, read_share=row.read_share,
+                tok_s=row.speed, times=row.speed / dense_speed, ppl=masked.ppl, rise=rise.rise, rise_stderr=rise.stderr,
             )
         )  # fmt: skip
     rows += notes.values()

@@ -80,13 +80,18 @@ class Variant:
 DENSE_VARIANT = Variant(mode="dense")
 
 
+def selects_heads(layers: Layers | None) -> bool:
+    """Whether attention heads are selected, by predictors of their own."""
+    return any(layer.heads is not None for layer in layers or ())
+
+
 def variants_of(layers: Layers | None, *, selection: str | None = None) -> list[Variant]:
     """The sparse variants that an adapter offers."""
     found = []
     without_heads = tuple(dataclasses.replace(layer, heads=None) for layer in layers or ())
     if any(layer.sparse for layer in without_heads):
         found.append(Variant(mode="sparse", layers=without_heads, selection=selection))
-    if layers is not None and any(layer.heads is not None for layer in layers):
+    if selects_heads(layers):
         found.append(Variant(mode="sparse+heads", layers=layers, selection=selection))
     return found
 

@@ -77,7 +77,7 @@ def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequenc
     for length in plan.contexts or [min(DEFAULT_CONTEXT, subject.model.config.max_positions // 2)]:
         for size in plan.batches or [1]:
             measured = bench(
-                subject.model, variants, subject.ids, name=subject.name, synthetic=subject.synthetic, batch=size, context=length,
+                subject.model, variants, subject.ids, name=subject.name, shape=subject.shape, batch=size, context=length,
                 steps=plan.steps, peers=peers, ahead=options.ahead, adapter=None if held is None else held.digest, **common,
             )  # fmt: skip
             found.runs.append((f"batch {size}, context {length}", measured))
@@ -122,7 +122,7 @@ def _show_run(out: Output, title: str, measured: Bench) -> None:
     times = ("p20 µs", "p50 µs", "p80 µs", "tok/s", "GB/s", "% of read", *(("nodes",) if nodes else ()))
     table = new_table(escape(title), "op", "mode", *densities, *times, left=2)
     for row in measured.rows:
-        mode = ", ".join(part for part in (row.mode, row.selection, row.dtype if row.backend == row.mode else None) if part is not None)
+        mode = ", ".join(part for part in (row.mode, row.selection, row.dtype if row.peer else None) if part is not None)
         cells = [number(row.mlp_density), number(row.head_density), *((number(row.union_density),) if union else ())]
         cells += [number(value, ",.0f") for value in (row.p20_us, row.p50_us, row.p80_us)]
         cells += [number(row.tok_s, ",.1f"), number(row.gbs, ".1f"), number(row.pct_ceiling, ".0f")]

@@ -14,6 +14,7 @@ from dejavu.cli.output import Output, number, percent
 
 if TYPE_CHECKING:
     from dejavu.bench.models.planted import PlantedModel, PlantedQuality
+    from dejavu.bench.rows import Shape
     from dejavu.bench.variants import Layers, Variant
     from dejavu.language_model import LanguageModel
     from dejavu.model.transformer import Transformer
@@ -40,7 +41,7 @@ class EngineOptions:
 class Subject:
     """What is timed: a loaded model (lm), or a made-up one, of which `planted` runs on the device it was made on.
 
-    layers_for(selection, density): predictors, see decoders.variants_at. densities, selections: those to time.
+    layers_for(selection, density): predictors, see variants_at. densities, selections: those to time. shape: of what is made up.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Subject:
     selections: Sequence[str] = ()
     lm: LanguageModel | None = None
     planted: PlantedModel | None = None
+    shape: Shape | None = None
 
     @property
     def synthetic(self) -> bool:
@@ -165,6 +167,7 @@ def _random(
 ) -> Subject:
     """Random weights, and predictors that select by themselves."""
     from dejavu.bench.models.random import RANK, planted_layers, random_ids, synthetic_model
+    from dejavu.bench.rows import Shape
 
     made = synthetic_model(name, backend=common["backend"], dtype=common["dtype"], seed=seed)
     if common["backend"] == "native":
@@ -178,7 +181,10 @@ def _random(
         )
 
     ids = random_ids(made.config, 2 * made.config.max_positions, seed=seed)
-    return Subject(name=name, model=made.model, layers_for=layers_for, ids=ids, densities=densities, selections=selections, **common)
+    shape = Shape(name=name, layers=made.config.num_layers)
+    return Subject(
+        name=name, model=made.model, layers_for=layers_for, ids=ids, densities=densities, selections=selections, shape=shape, **common
+    )
 
 
 def _planted(
@@ -187,6 +193,7 @@ def _planted(
     """Sparsity that predictors predict, made on the GPU. A slice of the shape says so in its name."""
     from dejavu.bench.models.planted import planted_model
     from dejavu.bench.models.random import random_ids
+    from dejavu.bench.rows import Shape
     from dejavu.model.predictor import LayerAdapter
 
     made = planted_model(
@@ -201,6 +208,7 @@ def _planted(
         ids=random_ids(made.config, 2 * made.config.max_positions, seed=seed),
         densities=densities,
         planted=made,
+        shape=Shape(name=name, layers=made.layers_of_full),
         **common,
     )
 

@@ -127,12 +127,14 @@ def serve_row(segments: Sequence[Segment], load: Load, limits: Limits, facts: Ma
     latencies: dict[str, Any] = {
         f"{name}_p{percent}_ms": _scaled(values, percent, 1e3) for name, values in samples.items() for percent in PERCENTILES
     }
-    modes = {str(outcome.reply.densities["mode"]) for outcome in done if "mode" in outcome.reply.densities}
+    told = {str(outcome.reply.densities["mode"]) for outcome in done if "mode" in outcome.reply.densities}
     server = str(facts.get("server") or UNKNOWN)
     return ServeRow(
         op="serve",
-        mode=modes.pop() if len(modes) == 1 else DENSE[1:] if model.endswith(DENSE) else server,
+        mode=next(iter(told)) if len(told) == 1 else DENSE[1:] if model.endswith(DENSE) else server,
         backend=str(facts.get("backend") or server),
+        peer=not facts.get("backend"),
+        sparse=told == {"sparse"},
         model=_model_name(model),
         layers=facts.get("layers"),
         dtype=str(facts.get("dtype") or UNKNOWN),
