@@ -36,6 +36,7 @@ import tokens as text_tokens
 from dejavu.config import SamplingConfig
 from dejavu.files import read_json, read_text, write_json
 from dejavu.model.bundle import write_bundle
+from dejavu.model.layers import SeparateQueryKeyValue
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor, mlp_predictor_input
 from dejavu.model.tokenizer import load_tokenizer
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
@@ -156,6 +157,9 @@ class Trainer:
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe, self.device = recipe, device
         self.model = Transformer(recipe.model_config())
+        for block in self.model.blocks:  # Muon makes every matrix orthogonal: q, k and v are three
+            maps = [nn.Linear(part.weight.shape[1], part.weight.shape[0]) for part in (block.q, block.k, block.v)]
+            block.qkv = SeparateQueryKeyValue(*maps)  # pyrefly: ignore[bad-assignment]  # it stands in for one
         initialise(self.model, recipe)
         self.model.to(device)
         self.companion = Companion(recipe).to(device)

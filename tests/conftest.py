@@ -93,7 +93,7 @@ def _randomize(model: Transformer, seed: int) -> None:
     """Weights ~ N(0, 1 / fan_in), so that activations stay near 1; norms ~ N(1, 0.1), biases ~ N(0, 0.1)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_weights():
             if parameter.dim() == 1:
                 mean, std = (1.0 if "norm" in name and name.endswith("weight") else 0.0), 0.1
             else:

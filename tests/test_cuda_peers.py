@@ -50,7 +50,7 @@ def test_every_parameter_is_a_view_of_ours(tiny: Tiny, kind: str) -> None:
     model = tiny(family, **changes)
     net = network_of_views(model, model.config)
     theirs = dict(net.named_parameters(remove_duplicate=False))
-    for ours, parameter in model.named_parameters():
+    for ours, parameter in model.named_weights():
         view = theirs.pop(FAMILIES[family].full_name(FAMILIES[family].foreign_name(ours, model.config)))
         assert view.data_ptr() == parameter.data_ptr() and view.dtype == parameter.dtype
         assert torch.equal(view, parameter.t() if is_transposed(ours) else parameter)

@@ -36,7 +36,7 @@ INT8 = Formats(weights="int8", cache="fp32", vectors="fp32", int8_predictors=Tru
 def read_by_one_token(model: Transformer, *, int8: bool) -> int:
     """Bytes of every parameter, of the tables the one row that a token looks up: the embedding's only where it is not the head too."""
     total = 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_weights():
         rows, columns = (1, parameter.numel()) if parameter.dim() == 1 else tuple(parameter.shape)
         if name.startswith("position") or (name.startswith("embed") and model.head is not None):
             rows = 1

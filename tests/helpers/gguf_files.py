@@ -50,7 +50,7 @@ def write_gguf(model: Transformer, tok96: tokenizers.Tokenizer, path: Path, *, k
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(changes.get("add_bos", True))
     writer.add_chat_template("{{ messages }}")
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_weights():
         plain = FAMILIES["llama"].foreign_name(name, model.config)
         values = (parameter.T if is_transposed(name) else parameter).contiguous().numpy()
         parts = plain.split(".")

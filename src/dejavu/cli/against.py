@@ -56,11 +56,7 @@ def opened_peers(names: Sequence[str], subject: Subject, gguf: Path | None, note
 
 def _on_our_tensors(names: Sequence[str], subject: Subject, notes: list[str]) -> list[Peer]:
     from dejavu.bench.peers.cuda import open_views
-    from dejavu.engine.backends import make_engine
 
-    if subject.backend == "cuda":
-        # The first engine lays q, k and v out as one matrix; views taken before that would keep the memory they had.
-        make_engine(subject.model, None, backend=subject.backend, cache_tokens=1)
     opened, said = open_views(names, subject.model, name=subject.name)
     notes += said
     return opened

@@ -45,7 +45,7 @@ def bundled_folder(name: str) -> Path:
 def write_bundle(model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, sampling: SamplingConfig | None = None) -> None:
     """Write an fp32 model as a bundled folder: matrices int8 per row, vectors fp32. Whole or not at all. sampling: see `export`."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_weights():
         values = parameter.detach().cpu()
         assert values.dtype == torch.float32, "quantise an fp32 model"
         if values.dim() == 2:
@@ -71,7 +71,7 @@ def export(
     hf_dtype, stored_as = EXPORT_DTYPES[dtype]
     family = FAMILIES[model.config.family]
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "export an fp32 model"
-    plain = family.stored({name: parameter.detach().cpu() for name, parameter in model.named_parameters()}, model.config)
+    plain = family.stored({name: parameter.detach().cpu() for name, parameter in model.named_weights()}, model.config)
     tensors = {family.full_name(name): values.to(stored_as).contiguous() for name, values in plain.items()}
     with new_folder(folder) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})

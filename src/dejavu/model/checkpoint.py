@@ -36,6 +36,7 @@ from dejavu.model.transformer import Transformer
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 FORMS = "a folder with config.json, a .gguf file, or a hub id (ORG/NAME, ORG/NAME@REVISION or ORG/NAME:FILE.gguf)"
 HEAD, EMBED = "head.weight", "embed.weight"
+QKV = ("q", "k", "v")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +193,7 @@ class Assembler:
         self.shifted = self.family.norm_shift if foreign else 0.0
         self.shapes = parameter_shapes(config)
         self.values: dict[str, Tensor] = {}
+        self.joint: dict[str, Tensor] = {}
         self.digests: dict[str, bytes] = {}
         self.unused: list[str] = []
         self.notes: list[str] = []
@@ -225,7 +227,18 @@ class Assembler:
             raise ValueError(f"tensor {stored.name!r} in {self.where} has {bad} NaN or infinite values; the checkpoint is damaged")
         self.sizes[stored.dtype] += values.numel()
         self.digests[target.name] = tensor_digest(values)
-        self.values[target.name] = values.to(device=self.device, dtype=self.dtype)
+        self.values[target.name] = self._placed(target.name, values)
+
+    def _placed(self, name: str, values: Tensor) -> Tensor:
+        """The values in the model's dtype, on its device; of q, k and v within the one tensor of the three, made with the first of them."""
+        owner, _, kind = name.rpartition(".")
+        layer, _, part = owner.rpartition(".")
+        if part not in QKV:
+            return values.to(device=self.device, dtype=self.dtype)
+        sizes, joint = [self.shapes[f"{layer}.{each}.{kind}"][0] for each in QKV], f"{layer}.qkv.{kind}"
+        if joint not in self.joint:
+            self.joint[joint] = torch.empty(sum(sizes), *values.shape[1:], device=self.device, dtype=self.dtype)
+        return self.joint[joint].split(sizes)[QKV.index(part)].copy_(values)
 
     def finish(self) -> tuple[Transformer, dict[str, bytes]]:
         self._settle_head()
@@ -238,7 +251,8 @@ class Assembler:
         if self.unused:
             self.notes.append(f"{len(self.unused)} tensors of the checkpoint are not used: {', '.join(self.unused[:5])}")
         model = empty_model(self.config)
-        model.load_state_dict(self.values, strict=True, assign=True)
+        own = {name: values for name, values in self.values.items() if name.split(".")[-2] not in QKV}
+        model.load_state_dict(own | self.joint, strict=True, assign=True)
         model.fill_frequencies(self.device)
         return model.eval().requires_grad_(False), self.digests
 

@@ -52,5 +52,5 @@ def _set_fields(config: Config) -> dict[str, Any]:
 
 def model_hash(model: Transformer, *, stored_as: torch.dtype = torch.float32) -> str:
     """The hash that a copy of this fp32 model stored in dtype `stored_as` will have."""
-    digests = {name: tensor_digest(parameter.to(stored_as).float()) for name, parameter in model.named_parameters()}
+    digests = {name: tensor_digest(parameter.to(stored_as).float()) for name, parameter in model.named_weights()}
     return base_hash(model.config, digests)

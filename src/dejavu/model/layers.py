@@ -6,6 +6,7 @@ Letters: B batch  T tokens  D model  N all heads x head_dim  H query heads  G ke
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,47 @@ class InputMajorLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x @ self.weight
         return y if self.bias is None else y + self.bias
+
+
+class Rows(NamedTuple):
+    """Some outputs of a linear map: weight [O, I] and bias [O] are views of its own."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class QueryKeyValue(nn.Linear):
+    """One matrix [(H + 2G) K, D] with the rows of q, then k, then v, and one bias; each of the three is a view."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.sizes = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        super().__init__(config.hidden_size, self.sizes[0] + 2 * self.sizes[1], bias=config.qkv_bias)
+
+    @property
+    def q(self) -> Rows:
+        return self._rows(0, self.sizes[0])
+
+    @property
+    def k(self) -> Rows:
+        return self._rows(self.sizes[0], sum(self.sizes))
+
+    @property
+    def v(self) -> Rows:
+        return self._rows(sum(self.sizes), self.out_features)
+
+    def _rows(self, start: int, stop: int) -> Rows:
+        return Rows(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+
+
+class SeparateQueryKeyValue(nn.Module):
+    """The same as three maps of any kind with parameters of their own, for training: an optimiser sees three matrices."""
+
+    def __init__(self, q: nn.Module, k: nn.Module, v: nn.Module) -> None:
+        super().__init__()
+        self.q, self.k, self.v = q, k, v
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

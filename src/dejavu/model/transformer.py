@@ -13,9 +13,10 @@ Letters: B batch  T tokens  D model  F neurons  H query heads  G key/value heads
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,15 @@ from dejavu.config import ModelConfig
 from dejavu.kernels.activation import activate
 from dejavu.kernels.attention import Scores, attend_tokens
 from dejavu.kernels.quantize import rounded, rounded_vectors
-from dejavu.model.layers import InputMajorLinear, Norm, capped, inverse_frequencies, rotate
+from dejavu.model.layers import (
+    InputMajorLinear,
+    Norm,
+    QueryKeyValue,
+    Rows,
+    capped,
+    inverse_frequencies,
+    rotate,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +90,7 @@ def on_cpu(model: nn.Module) -> Generator[None]:
 
 
 class Block(nn.Module):
-    """One decoder layer. `down` and `o` hold a row per input, `up` and `gate` a row per neuron."""
+    """One decoder layer. `down` and `o` hold a row per input, `up` and `gate` a row per neuron; q, k and v are views of `qkv`."""
 
     def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
@@ -93,9 +102,7 @@ class Block(nn.Module):
         rope = config.local_rope if windowed and config.local_rope is not None else config.rope
         self.rotary_factor = 1.0 if rope is None else rope.attention_factor
         self.norm1 = Norm(config)
-        self.q = nn.Linear(size, config.num_heads * head, bias=config.qkv_bias)
-        self.k = nn.Linear(size, config.num_kv_heads * head, bias=config.qkv_bias)
-        self.v = nn.Linear(size, config.num_kv_heads * head, bias=config.qkv_bias)
+        self.qkv = QueryKeyValue(config)
         self.q_norm = Norm(config, head) if config.qk_norm else None
         self.k_norm = Norm(config, head) if config.qk_norm else None
         self.o = InputMajorLinear(config.num_heads * head, size, bias=config.out_bias)
@@ -105,6 +112,18 @@ class Block(nn.Module):
         self.gate = nn.Linear(size, config.intermediate_size, bias=config.mlp_bias) if config.gated else None
         self.down = InputMajorLinear(config.intermediate_size, size, bias=config.mlp_bias)
         self.norm2_out = Norm(config) if config.block_norms else None
+
+    @property
+    def q(self) -> Rows:
+        return self.qkv.q
+
+    @property
+    def k(self) -> Rows:
+        return self.qkv.k
+
+    @property
+    def v(self) -> Rows:
+        return self.qkv.v
 
     def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1(x) if self.config.pre_norm else x
@@ -206,6 +225,18 @@ class Transformer(nn.Module):
     @property
     def blocks(self) -> list[Block]:
         return list(self.layers)  # pyrefly: ignore[bad-return]  # nn.ModuleList is typed as a list of Module
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of every parameter as files and hashes know it: q, k and v by their own names, as views of `qkv`."""
+        for prefix, module in self.named_modules():
+            parts: list[tuple[str, Any]] = [(prefix.replace(".qkv.", "."), module)]
+            if isinstance(module, QueryKeyValue):
+                parts = [(prefix.removesuffix("qkv") + name, getattr(module, name)) for name in ("q", "k", "v")]
+            for name, part in parts:
+                for kind in ("weight", "bias"):
+                    values = getattr(part, kind, None)
+                    if values is not None:
+                        yield f"{name}.{kind}", values
 
     def frequencies(self, index: int) -> Tensor | None:
         """inv_freq of a layer; None where positions are learned."""

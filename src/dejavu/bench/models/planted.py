@@ -226,11 +226,16 @@ class _Maker:
 
     def matrix(self, like: Tensor, spread: float) -> nn.Parameter:
         """Normal values of that standard deviation, of the shape of `like`."""
-        rows, columns = like.shape
-        values = torch.empty(rows, columns, device=self.device, dtype=self.dtype)
+        return self.parameter(self.filled(self.room(like), spread))
+
+    def room(self, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, device=self.device, dtype=self.dtype)
+
+    def filled(self, values: Tensor, spread: float) -> Tensor:
+        rows, columns = values.shape
         for part in chunks(rows, columns):
             values[part] = self.normal(part.stop - part.start, columns).mul_(spread)
-        return self.parameter(values)
+        return values
 
     def planted(self, like: Tensor, rank: int) -> tuple[nn.Parameter, Tensor, Tensor, Tensor]:
         """W [F, D], its rows' norms [F], and the best factors of that rank: A [R, D] and B [F, R]."""
@@ -281,10 +286,12 @@ def _fill_attention(block: Block, maker: _Maker, full: int) -> None:
         norm.weight = maker.constant(norm.weight, 1.0)
         if norm.bias is not None:
             norm.bias = maker.constant(norm.bias, 0.0)
-    for part, spread in ((block.q, SHARPNESS**0.5), (block.k, SHARPNESS**0.5), (block.v, 1.0)):
-        part.weight = maker.matrix(part.weight, spread * size**-0.5)
+    qkv = block.qkv
+    qkv.weight = maker.parameter(maker.room(qkv.weight))
+    for part, spread in ((qkv.q, SHARPNESS**0.5), (qkv.k, SHARPNESS**0.5), (qkv.v, 1.0)):
+        maker.filled(part.weight, spread * size**-0.5)
     block.o.weight = maker.matrix(block.o.weight, math.sqrt(ATTENTION_SHARE / full / block.o.weight.shape[0]))
-    for part in (block.q, block.k, block.v, block.o):
+    for part in (qkv, block.o):
         if part.bias is not None:
             part.bias = maker.constant(part.bias, 0.0)
 

@@ -36,7 +36,7 @@ from dejavu.files import read_json
 from dejavu.kernels.quantize import rounded
 from dejavu.model.adapter import quantized
 from dejavu.model.bundle import bundled_folder
-from dejavu.model.families import config_from_hf, empty_model
+from dejavu.model.families import config_from_hf, empty_model, parameter_shapes
 from dejavu.model.predictor import LayerAdapter, Predictor
 from dejavu.model.transformer import Transformer
 
@@ -165,6 +165,9 @@ def synthetic_model(name: str, *, backend: str, dtype: str, seed: int = 0) -> Sy
     made = _Made(config, seed)
     tensors = {key: _held(key, made.parameter(key, shape), dtype) for key, shape in _distinct_shapes(config, shared=shared).items()}
     stored = torch.bfloat16 if backend == "torch" and dtype == "bf16" else torch.float32
+    for key in [key for key in tensors if ".q." in key]:
+        parts = [tensors.pop(key.replace(".q.", f".{part}.")) for part in ("q", "k", "v")]
+        tensors[key.replace(".q.", ".qkv.")] = torch.cat(parts)
     model, total = empty_model(config), 0
     for key, parameter in list(model.named_parameters()):
         total += parameter.numel()
@@ -186,8 +189,7 @@ def _first_layer(key: str) -> str:
 
 
 def _distinct_shapes(config: ModelConfig, *, shared: bool) -> dict[str, tuple[int, ...]]:
-    shapes = {key: tuple(parameter.shape) for key, parameter in empty_model(config).named_parameters()}
-    return {key: shape for key, shape in shapes.items() if not shared or key == _first_layer(key)}
+    return {key: shape for key, shape in parameter_shapes(config).items() if not shared or key == _first_layer(key)}
 
 
 class _Made:

@@ -48,7 +48,7 @@ def network_of_views(model: Transformer, config: ModelConfig) -> Any:
         with torch.device("meta"):
             net = transformers.AutoModelForCausalLM.from_config(foreign, dtype=weight.dtype).eval()
     require(not family.fused and not family.norm_shift, f"tensors of {config.family} are not stored as ours: there are no views of them")
-    for ours, parameter in model.named_parameters():
+    for ours, parameter in model.named_weights():
         owner, _, last = family.full_name(family.foreign_name(ours, config)).rpartition(".")
         value = parameter.detach().t() if is_transposed(ours) else parameter.detach()
         module = net.get_submodule(owner)

@@ -1,9 +1,9 @@
 """A model's weights and predictors as the cuda engine reads them.
 
-In: a Transformer on the device and its LayerAdapters. Out: per layer one matrix of q, k and v together, and predictors int8 where
-that is exactly what they are, else fp32. Nothing is copied for good: the model's own q, k and v become views of the joint matrix.
-But for a layer that selects inputs: an input left out is a row not read of a matrix with a row per input, as O and down are. q, k, v
-and gate, up are copied into that order too, which doubles their memory: prefill and steps of several rows read the model's own.
+In: a Transformer on the device and its LayerAdapters. Out: the model's own tensors, read in place, and predictors int8 where that is
+exactly what they are, else fp32. For a layer that selects inputs, an input left out is a row not read of a matrix with a row per
+input, as O and down are: q, k, v and gate, up are copied into that order, which doubles their memory: prefill and steps of several
+rows read the model's own.
 
 A predictor's A runs beside a product of the same input: `before` in the MLP of the layer before, `beside` in q, k and v of its
 own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`. For several
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dejavu.config import ModelConfig, require
 from dejavu.kernels.cuda.common import NormWeights, Side
@@ -101,8 +101,7 @@ def check_model(config: ModelConfig) -> None:
 
 
 def layer_weights(block: Block) -> LayerWeights:
-    """The layer's weights in place; q, k and v move into one matrix, once."""
-    qkv, qkv_bias = _joined([block.q, block.k, block.v])
+    """The layer's weights in place."""
     mlp = MlpWeights(
         up_FD=block.up.weight.detach(),
         down_FD=block.down.weight.detach(),
@@ -116,7 +115,13 @@ def layer_weights(block: Block) -> LayerWeights:
     assert block.norm2 is not None, "see check_model"
     norms = [norm_weights(norm) for norm in (block.norm1, block.norm2)]
     return LayerWeights(
-        qkv=qkv, qkv_bias=qkv_bias, o=block.o.weight.detach(), o_bias=_detached(block.o.bias), mlp=mlp, norm1=norms[0], norm2=norms[1]
+        qkv=block.qkv.weight.detach(),
+        qkv_bias=_detached(block.qkv.bias),
+        o=block.o.weight.detach(),
+        o_bias=_detached(block.o.bias),
+        mlp=mlp,
+        norm1=norms[0],
+        norm2=norms[1],
     )
 
 
@@ -272,36 +277,6 @@ def _scores(predictor: Predictor, h: Tensor) -> dict[str, Tensor]:
 def _room(count: int, device: torch.device) -> Tensor:
     """For a list of so many."""
     return torch.zeros(count, dtype=torch.int32, device=device)
-
-
-@torch.no_grad()
-def _joined(projections: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights and biases of several products of one input, as one; the modules' parameters become views of it."""
-    found = []
-    for name in ("weight", "bias"):
-        parameters = [getattr(projection, name) for projection in projections]
-        if parameters[0] is None:
-            found.append(None)
-            continue
-        rows = sum(parameter.shape[0] for parameter in parameters)
-        address, adjacent = parameters[0].data_ptr(), True
-        for parameter in parameters:
-            adjacent &= parameter.data_ptr() == address and parameter.is_contiguous()
-            address += parameter.numel() * parameter.element_size()
-        first = parameters[0].detach()
-        size = (rows, *first.shape[1:])
-        room = first.untyped_storage().nbytes() - first.storage_offset() * first.element_size()
-        if adjacent and room >= rows * first[0].numel() * first.element_size():  # joined before, by another engine
-            found.append(first.as_strided(size, first.stride()))
-            continue
-        whole = torch.cat([parameter.detach() for parameter in parameters])
-        start = 0
-        for projection, parameter in zip(projections, parameters, strict=True):
-            setattr(projection, name, nn.Parameter(whole[start : start + parameter.shape[0]], requires_grad=False))
-            start += parameter.shape[0]
-        found.append(whole)
-    assert found[0] is not None
-    return found[0], found[1]
 
 
 def _detached(parameter: Tensor | None) -> Tensor | None:

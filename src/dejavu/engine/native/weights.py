@@ -19,7 +19,7 @@ from dejavu.config import ModelConfig, require
 from dejavu.kernels import native
 from dejavu.kernels.quantize import dequantize_rows, quantize_groups, quantize_rows, rounded
 from dejavu.kernels.screen import low_rank, screen_rank
-from dejavu.model.layers import Norm
+from dejavu.model.layers import InputMajorLinear, Norm, Rows
 from dejavu.model.transformer import Transformer
 
 NATIVE_DTYPES = ("fp32", "bf16", "int8", "int4")
@@ -158,13 +158,13 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
         for part, norm in ((native.QUERY_NORM, block.q_norm), (native.KEY_NORM, block.k_norm)):
             if norm is not None:
                 yield part, index, _norm(norm, model.config.head_dim)
-        linear: tuple[tuple[int, nn.Module | None], ...] = (
+        linear: tuple[tuple[int, Rows | nn.Linear | InputMajorLinear | None], ...] = (
             *((native.QUERY, block.q), (native.KEY, block.k), (native.VALUE, block.v), (native.OUTPUT, block.o)),
             *((native.GATE, block.gate), (native.UP, block.up), (native.DOWN, block.down)),
         )
         for part, module in linear:
             if module is not None:
-                yield part, index, view(part, module.weight, module.bias)  # pyrefly: ignore[bad-argument-type]  # Linear or InputMajorLinear
+                yield part, index, view(part, module.weight, module.bias)
 
 
 def _reusing(view: Callable[[Tensor, Tensor | None], MatrixView]) -> Callable[..., MatrixView]:

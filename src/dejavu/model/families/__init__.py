@@ -70,8 +70,8 @@ def empty_model(config: ModelConfig) -> Transformer:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of Transformer(config), without allocating one."""
-    return {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
+    """Name and shape of every weight of Transformer(config) as files have it, without allocating one."""
+    return {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_weights()}
 
 
 def foreign_targets(config: ModelConfig) -> dict[str, Target]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dejavu.kernels.activation import activate
-from dejavu.model.layers import InputMajorLinear
+from dejavu.model.layers import InputMajorLinear, Rows, SeparateQueryKeyValue
 from dejavu.model.lora import LayerLora, changed_norms, linear_shapes, with_activation
 from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import DENSE, Block, Transformer
@@ -39,7 +39,7 @@ class LowRankLinear(nn.Module):
     """y = x W'^T + bias with W' = W + scale * B A. W and bias are frozen and kept in the base's layout and dtype; A and B are fp32."""
 
     def __init__(
-        self, base: nn.Linear | InputMajorLinear, outputs: int, inputs: int, rank: int, scale: float, generator: torch.Generator
+        self, base: nn.Linear | InputMajorLinear | Rows, outputs: int, inputs: int, rank: int, scale: float, generator: torch.Generator
     ) -> None:
         super().__init__()
         self.input_major = isinstance(base, InputMajorLinear)
@@ -157,8 +157,13 @@ class Student(nn.Module):
         for block in model.blocks:
             changed = copy.deepcopy(block).requires_grad_(False)
             changed.config = config
-            for name, (outputs, inputs) in linear_shapes(config).items():
-                setattr(changed, name, LowRankLinear(getattr(changed, name), outputs, inputs, lora_rank, scale, generator))
+            maps = {
+                name: LowRankLinear(getattr(changed, name), outputs, inputs, lora_rank, scale, generator)
+                for name, (outputs, inputs) in linear_shapes(config).items()
+            }
+            changed.qkv = SeparateQueryKeyValue(*(maps.pop(name) for name in ("q", "k", "v")))  # pyrefly: ignore[bad-assignment]  # it stands in for one
+            for name, module in maps.items():
+                setattr(changed, name, module)
             for name in changed_norms(config):
                 getattr(changed, name).weight.requires_grad_(True)
             self.layers.append(changed)
@@ -186,7 +191,7 @@ class Student(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name.replace(".qkv.", "."): parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def _start(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         position_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
