@@ -29,8 +29,9 @@ from dejavu.engine.interface import Engine
 from dejavu.engine.native.weights import NATIVE_DTYPES
 from dejavu.engine.sampling import Sampler
 from dejavu.generation.engine_cache import IdleEngines
+from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.model.adapter import Adapter
-from dejavu.model.checkpoint import DTYPE_NAMES, assembled
+from dejavu.model.checkpoint import assembled
 from dejavu.model.download import Download
 from dejavu.model.generation_config import OF_SAMPLING, TOP_K, changes_nothing
 from dejavu.model.hub import adapter_folder

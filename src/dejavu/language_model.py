@@ -19,9 +19,10 @@ from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
 from dejavu.engine.interface import Engine
 from dejavu.generation.engine_cache import IdleEngines
 from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
+from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.native import default_threads
 from dejavu.model.adapter import Adapter
-from dejavu.model.checkpoint import DTYPE_NAMES, Checkpoint
+from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.predictor import LayerAdapter, MaskedSelection
 from dejavu.model.template import Messages, chat_ids
 from dejavu.model.transformer import DENSE

@@ -11,6 +11,7 @@ import torch
 from dejavu.config import DTYPES, ModelConfig, require
 from dejavu.engine.backends import BACKEND_DTYPES, pick_backend
 from dejavu.files import read_json
+from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
@@ -21,7 +22,6 @@ from dejavu.model.hub_name import hub_name
 from dejavu.model.rounding import rounding_note
 
 BeforeWeights = Callable[[ModelConfig, str, str], object]
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(

@@ -12,7 +12,8 @@ from dejavu.config import BACKENDS, require
 from dejavu.engine.interface import Engine
 from dejavu.engine.native.engine import NativeEngine, check_shortlist
 from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, NATIVE_DTYPES, default_cache_dtype
-from dejavu.engine.torch_engine import DTYPE_NAMES, TorchEngine
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.native import missing_reason
 from dejavu.model.lora import adapted_model
 from dejavu.model.predictor import LayerAdapter
@@ -72,7 +73,7 @@ def pick_cache_dtype(name: str = "auto", *, backend: str, dtype: str) -> str:
 
     auto: native takes fp32 beside fp32 weights, else fp16; torch has one dtype for all. Raises ValueError naming what is offered.
     """
-    offered = tuple(NATIVE_CACHE_DTYPES) if backend == "native" else (dtype,)
+    offered = NATIVE_CACHE_DTYPES if backend == "native" else (dtype,)
     if name == "auto":
         return default_cache_dtype(dtype) if backend == "native" else dtype
     require(

@@ -26,6 +26,7 @@ from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill, prefill_logits
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
+from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.sparse_linear import linear_columns, linear_rows
 from dejavu.kernels.sparse_mlp import MlpWeights, activated, activated_gate, dense_mlp, gate_mlp, sparse_mlp
 from dejavu.model.counts import Counts
@@ -39,8 +40,6 @@ from dejavu.model.predictor import (
 )
 from dejavu.model.selectors import POINTS, InputPoints, InputThresholds, column_norms, input_mask
 from dejavu.model.transformer import Block, LayerInputs, Transformer
-
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
 class TorchEngine(PagedEngine):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ACTIVATION_CODES = {"relu": 0, "relu2": 1, "fatrelu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}  # in native/dejavu_native.h and kernels/cuda
+
 
 def activate(x: Tensor, name: str, threshold: float = 0.0) -> Tensor:
     """Apply the activation called `name` (a value of ModelConfig.activation) elementwise."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, SamplingConfig, require
 from dejavu.files import read_json, read_safetensors, safe_member
+from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.quantize import dequantize_rows
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
 from dejavu.model.download import CheckConfig, Download
@@ -33,7 +34,7 @@ from dejavu.model.hub_name import hub_name
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+FILE_DTYPES = ("fp32", "fp16", "bf16")
 FORMS = "a folder with config.json, a .gguf file, or a hub id (ORG/NAME, ORG/NAME@REVISION or ORG/NAME:FILE.gguf)"
 HEAD, EMBED = "head.weight", "embed.weight"
 QKV = ("q", "k", "v")
@@ -274,9 +275,10 @@ class Assembler:
 
 
 def _as_stored(name: str, tensor: Tensor, where: Path) -> Stored:
-    if tensor.dtype not in DTYPE_NAMES:
-        raise ValueError(f"tensor {name!r} in {where} is {tensor.dtype}; supported: {', '.join(DTYPE_NAMES.values())}")
-    return Stored(name, tensor.float(), DTYPE_NAMES[tensor.dtype])
+    dtype = DTYPE_NAMES.get(tensor.dtype)
+    if dtype not in FILE_DTYPES:
+        raise ValueError(f"tensor {name!r} in {where} is {tensor.dtype}; supported: {', '.join(FILE_DTYPES)}")
+    return Stored(name, tensor.float(), dtype)
 
 
 def _bundle_tensors(folder: Path) -> Iterator[Stored]:

@@ -37,12 +37,13 @@ from dejavu.bench.memory import available_bytes, free_gpu_bytes
 from dejavu.bench.models.density import MAX_TOKENS
 from dejavu.bench.models.random import shape_of
 from dejavu.config import ModelConfig, require
+from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.adapter import quantized
 from dejavu.model.families import empty_model, parameter_shapes
 from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
-PLANTED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PLANTED_DTYPES = ("fp32", "fp16", "bf16")
 RANK, HEAD_RANK = 256, 32
 NOISE = 0.05  # share of the variance of W x that is of full rank
 MLP_SHARE, ATTENTION_SHARE = 1.0, 0.25  # of the embedding's variance
@@ -141,9 +142,9 @@ def plant(
     check_planted_memory(name, config, device=str(device), dtype=dtype, rank=rank, available=free_bytes(device))
 
     model, layers = empty_model(config), []
-    _fill_ends(model, _Maker(device, PLANTED_DTYPES[dtype], seed, 0))
+    _fill_ends(model, _Maker(device, TORCH_DTYPES[dtype], seed, 0))
     for index, block in enumerate(model.blocks):
-        maker = _Maker(device, PLANTED_DTYPES[dtype], seed, index + 1)
+        maker = _Maker(device, TORCH_DTYPES[dtype], seed, index + 1)
         _fill_attention(block, maker, full)
         mlp = _fill_mlp(block, maker, full, density=density, rank=rank)
         layers.append(LayerAdapter(mlp=mlp, heads=_head_predictor(config, maker, lookahead=min(index, 1))))
@@ -179,7 +180,7 @@ def check_planted_memory(name: str, config: ModelConfig, *, device: str, dtype: 
     largest = max(math.prod(shape) for shape in shapes.values())
     size, neurons, groups = config.hidden_size, config.intermediate_size, config.num_kv_heads
     predictors = rank * (size + neurons) + neurons + HEAD_RANK * (size + groups) + groups
-    width = PLANTED_DTYPES[dtype].itemsize
+    width = TORCH_DTYPES[dtype].itemsize
     # While a layer is made: U, its int8 form on the way, and chunks of a matrix.
     fixed = ends * width + 4 * (5 * rank * neurons + 3 * min(CHUNK, largest))
     each, margin = layer * width + predictors * 4, 1.03

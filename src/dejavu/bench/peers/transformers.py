@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dejavu.engine.torch_engine import DTYPE_NAMES
+from dejavu.kernels.dtypes import DTYPE_NAMES
 
 ROOM = 64  # positions of a cache of fixed size beyond the prompt, at first, and what its size is a multiple of
 

@@ -27,10 +27,11 @@ from dejavu.engine.cuda.weights import check_model, layer_predictors, step_model
 from dejavu.engine.interface import Decoded, EngineInfo, StepProfile, StepResult
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill, prefill_logits
-from dejavu.engine.torch_engine import DTYPE_NAMES, check_layers
+from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels.cuda.attention import SHORT
 from dejavu.kernels.cuda.common import INTERPRETED
 from dejavu.kernels.cuda.read import read_buffer
+from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.model.counts import Counts
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import InputPoints

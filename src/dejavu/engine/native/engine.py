@@ -24,6 +24,7 @@ from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, default_cache_dtyp
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels import native
+from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.counts import Counts
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.selectors import POINTS, InputPoints, InputThresholds, column_norms
@@ -124,7 +125,7 @@ class NativeEngine(PagedEngine):
             num_slots=num_slots,
             num_pages=num_pages,
             page_size=page_size,
-            dtype=NATIVE_CACHE_DTYPES[cache_dtype],
+            dtype=TORCH_DTYPES[cache_dtype],
             device=torch.device("cpu"),
         )
         self._record = record

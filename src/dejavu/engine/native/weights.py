@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, require
 from dejavu.kernels import native
+from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.quantize import dequantize_rows, quantize_groups, quantize_rows, rounded
 from dejavu.kernels.screen import low_rank, screen_rank
 from dejavu.model.layers import InputMajorLinear, Norm, Rows
 from dejavu.model.transformer import Transformer
 
 NATIVE_DTYPES = ("fp32", "bf16", "int8", "int4")
-NATIVE_CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+NATIVE_CACHE_DTYPES = ("fp32", "fp16", "int8")
 
 
 def default_cache_dtype(dtype: str) -> str:
@@ -122,7 +123,7 @@ def native_config(config: ModelConfig, dtype: str, layout: str) -> native.Config
         embed_size=config.embed_width,
         position_offset=config.position_offset,
         dtype=native.DTYPE_CODES[dtype],
-        activation=native.ACTIVATION_CODES[config.activation],
+        activation=ACTIVATION_CODES[config.activation],
         gated=config.gated,
         rms=config.norm == "rmsnorm",
         pre_norm=config.pre_norm,

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.cuda.common import ACTIVATION_CODES, activate, launch, multiprocessors, or_any, row_bias
+from dejavu.kernels.activation import ACTIVATION_CODES
+from dejavu.kernels.cuda.common import activate, launch, multiprocessors, or_any, row_bias
 from dejavu.kernels.cuda.gate import exceeds
 from dejavu.kernels.cuda.mlp_rows import UpShape, padded_rows
 from dejavu.kernels.cuda.rows import MAX_ROWS

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
 from dejavu.kernels.cuda.attention import Partials, combined
 from dejavu.kernels.cuda.common import (
-    ACTIVATION_CODES,
     NormWeights,
     activate,
     launch,

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.cuda.common import (
-    ACTIVATION_CODES,
     GridShape,
     NormWeights,
     Side,

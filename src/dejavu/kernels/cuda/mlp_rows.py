@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
-from dejavu.kernels.cuda.common import ACTIVATION_CODES, activate, launch, multiprocessors, or_any, row_bias
+from dejavu.kernels.cuda.common import activate, launch, multiprocessors, or_any, row_bias
 from dejavu.kernels.sparse_mlp import MlpWeights
 
 

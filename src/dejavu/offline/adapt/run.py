@@ -19,6 +19,7 @@ import torch
 
 from dejavu.config import Progress, require
 from dejavu.files import make_folder, read_json, write_json
+from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.transformer import Transformer
@@ -27,7 +28,7 @@ from dejavu.offline.adapt.corpus import Mixture, Windows, kept_ids, tokenized
 from dejavu.offline.adapt.finish import DENSITY_WINDOWS, make_adapter
 from dejavu.offline.adapt.ranks import wait, world
 from dejavu.offline.adapt.student import choose_lookaheads, residual_cosines
-from dejavu.offline.adapt.training import TORCH_DTYPES, AdaptConfig, StepReport, Trainer, check_run
+from dejavu.offline.adapt.training import AdaptConfig, StepReport, Trainer, check_run
 
 CHAT_TOKENS = 2_000_000
 LOG_EVERY = 10  # steps

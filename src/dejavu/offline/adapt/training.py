@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dejavu.config import Config, require
 from dejavu.files import read_json, write_json
+from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.lora import check_activation
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt.corpus import Mixture
@@ -42,7 +43,7 @@ RAMP = 1 / 3  # share of the training over which the target falls
 LEAST_RATE = 0.02  # of the peak learning rate, at the end
 UNTIMED = 3  # steps of a process that compile and warm up: a limit in minutes does not count them
 STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,7 @@ class AdaptConfig(Config):
             require(0 <= getattr(self, name) <= 0.9, f"{name} must lie in [0, 0.9], not {getattr(self, name)}")
         require(0 <= self.floor < 1, f"floor must lie in [0, 1), not {self.floor}")
         require(self.ceiling > 1, f"ceiling must exceed 1, not {self.ceiling}")
-        require(self.dtype in TORCH_DTYPES, f"dtype {self.dtype!r} is not supported; choose one of {', '.join(TORCH_DTYPES)}")
+        require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
