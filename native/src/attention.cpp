@@ -1,35 +1,41 @@
-// The attention block of a block of tokens. Keys and values of every head are stored; only selected groups are computed:
-//   q_h = Q_h a;   m_h = softmax(q_h k^T / sqrt(K)) v;   part of the heads' chunk += sum over d of m_h[d] O_h[d]
+// The attention of a block of tokens: see attention.h.
+#include "attention.h"
+
 #include <algorithm>
 #include <cmath>
 
-#include "pass.h"
+namespace {
 
-int64_t Pass::cache_row(int64_t layer, int64_t row, int64_t group, int64_t position) const {
-  const int64_t page = block.table[row][position / block.page_size], offset = position % block.page_size;
-  return ((layer * block.num_pages + page) * config.num_kv_heads + group) * block.page_size + offset;
+int64_t chunks_of_heads(const dejavu_config &c) { return std::min(c.num_heads, std::max<int64_t>(8, c.num_heads / 4)); }
+
+// Number of a head's vector among those of a pool.
+int64_t cache_row(const Context &ctx, int64_t layer, int64_t row, int64_t group, int64_t position) {
+  const dejavu_block &b = ctx.block;
+  const int64_t page = b.table[row][position / b.page_size], offset = position % b.page_size;
+  return ((layer * b.num_pages + page) * ctx.config.num_kv_heads + group) * b.page_size + offset;
 }
 
-RowList Pass::cache_rows(const void *pool, int64_t first, int64_t count, const unsigned char *next) const {
-  return {(const unsigned char *)pool + first * cache_bytes, cache_bytes, nullptr, count, next == nullptr ? 0 : count * cache_bytes, 0, next};
+// Vectors of a pool that lie side by side, of `bytes` each; next: as many that are computed next, to be fetched, or none.
+RowList cache_rows(const void *pool, int64_t bytes, int64_t first, int64_t count, const unsigned char *next) {
+  return {(const unsigned char *)pool + first * bytes, bytes, nullptr, count, next == nullptr ? 0 : count * bytes, 0, next};
 }
 
 // A head's vector, padded with zeros, into the cache: as it is, rounded, or as int8 times a scale (NaN where it is not finite).
-void Pass::store(const float *head, void *pool, float *scales, int64_t at) const {
-  const int64_t n = model.head_width;
-  if (block.cache_dtype == DEJAVU_FP32) {
+void store(const Context &ctx, const float *head, void *pool, float *scales, int64_t at, int16_t *integers) {
+  const int64_t n = ctx.model.head_width;
+  if (ctx.block.cache_dtype == DEJAVU_FP32) {
     std::copy_n(head, n, (float *)pool + at * n);
-  } else if (block.cache_dtype == DEJAVU_FP16) {
-    kernels.narrow(head, n, (half *)pool + at * n);
+  } else if (ctx.block.cache_dtype == DEJAVU_FP16) {
+    ctx.kernels.narrow(head, n, (half *)pool + at * n);
   } else {
-    scales[at] = kernels.quantize(head, n, 127.0f, own.cached.data());
+    scales[at] = ctx.kernels.quantize(head, n, 127.0f, integers);
     int8_t *to = (int8_t *)pool + at * n;
-    for (int64_t i = 0; i < n; i++) to[i] = (int8_t)own.cached[i];
+    for (int64_t i = 0; i < n; i++) to[i] = (int8_t)integers[i];
   }
 }
 
 // RMSNorm of one head, where the model has it.
-void Pass::norm_head(const Buffer<float> &weight, float *head) const {
+void norm_head(const dejavu_config &config, const Buffer<float> &weight, float *head) {
   if (weight.empty()) return;
   const int64_t size = config.head_dim;
   float square = 0;
@@ -38,11 +44,41 @@ void Pass::norm_head(const Buffer<float> &weight, float *head) const {
   for (int64_t i = 0; i < size; i++) head[i] = head[i] * scale * weight[i];
 }
 
-// Rotary position of one head, halves of what is rotated paired: (u, v) -> (u cos - v sin, v cos + u sin).
-void Pass::rotate(int64_t row, float *head) const {
-  if (!config.rope) return;
+}  // namespace
+
+Attention::Attention(const dejavu_model &model, int threads, int64_t max_rows)
+    : chunks(chunks_of_heads(model.config)),
+      query_(product({max_rows, model.config.num_heads, model.head_width})),
+      cosine_(max_rows * model.config.head_dim),
+      sine_(max_rows * model.config.head_dim),
+      parts_(chunks, max_rows, model.width),
+      scratch_((size_t)threads) {
+  const dejavu_config &c = model.config;
+  for (Scratch &own : scratch_) {
+    own.head = Vectors(max_rows, round_up(c.head_dim, PAD), DEJAVU_FP32);
+    own.probabilities = Buffer<float>(c.max_positions + PAD);
+    own.mixed = Buffer<float>(model.head_width);
+    own.cached = Buffer<int16_t>(model.head_width);
+    own.units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
+  }
+}
+
+void Attention::prepare(const dejavu_model &model, const dejavu_block &block) {
+  if (!model.config.rope) return;
   const int64_t half = model.rotated;
-  const float *cosine = engine.cosine.data() + row * half, *sine = engine.sine.data() + row * half;
+  const float factor = model.config.rotary_factor;
+  for (int64_t r = 0; r < block.rows; r++)
+    for (int64_t i = 0; i < half; i++) {
+      const float angle = (float)block.position[r] * model.inv_freq[i];
+      cosine_[r * half + i] = std::cos(angle) * factor, sine_[r * half + i] = std::sin(angle) * factor;
+    }
+}
+
+// Rotary position of one head, halves of what is rotated paired: (u, v) -> (u cos - v sin, v cos + u sin).
+void Attention::rotate(const Context &ctx, int64_t row, float *head) const {
+  if (!ctx.config.rope) return;
+  const int64_t half = ctx.model.rotated;
+  const float *cosine = cosine_.data() + row * half, *sine = sine_.data() + row * half;
   for (int64_t i = 0; i < half; i++) {
     const float u = head[i], v = head[i + half];
     head[i] = u * cosine[i] - v * sine[i];
@@ -50,12 +86,11 @@ void Pass::rotate(int64_t row, float *head) const {
   }
 }
 
-// Rows of q for heads that some token selects, rows of k and v for all; one head is one thread's.
-void Pass::project_heads(int64_t layer) {
-  const Layer &weights = model.layers[(size_t)layer];
-  const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim, per_group = heads / groups;
-  const auto selects = [&](int64_t r, int64_t head) { return own.groups[r * groups + head / per_group] != 0; };
-  if (model.input_major()) return project_inputs(layer);
+void Attention::project(const Context &ctx, int64_t layer, const Vectors &in, const Buffer<uint8_t> &selected) {
+  const Layer &weights = ctx.model.layers[(size_t)layer];
+  const int64_t rows = ctx.rows, heads = ctx.config.num_heads, groups = ctx.config.num_kv_heads, size = ctx.config.head_dim, per_group = heads / groups;
+  const auto selects = [&](int64_t r, int64_t head) { return selected[r * groups + head / per_group] != 0; };
+  Scratch &own = scratch_[(size_t)ctx.thread];
   own.units.clear();
   for (int64_t h = 0; h < heads; h++) {
     bool wanted = false;
@@ -63,8 +98,8 @@ void Pass::project_heads(int64_t layer) {
     if (wanted) own.units.push_back(h);
   }
   for (int64_t unit = heads; unit < heads + 2 * groups; unit++) own.units.push_back(unit);
-  const int64_t count = (int64_t)own.units.size(), end = share_end(count);
-  for (int64_t u = share(count); u < end; u++) {
+  const int64_t count = (int64_t)own.units.size(), end = ctx.share_end(count);
+  for (int64_t u = ctx.share(count); u < end; u++) {
     const int64_t unit = own.units[(size_t)u];
     const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
     const int64_t head = is_query ? unit : (unit - heads) % groups;
@@ -73,80 +108,98 @@ void Pass::project_heads(int64_t layer) {
       for (int64_t r = 0; r < rows; r++)
         if (!is_query || selects(r, head)) {
           const int64_t first = head * size + tile, rows_here = std::min(TILE, size - tile);
-          const Fetch after = rows == 1 ? rows_after(matrix, first, rows_here) : Fetch();
-          dots(matrix, own.attention_in[r], nullptr, first, rows_here, own.query[r].f + tile, after);
+          dots(ctx.kernels, matrix, in[r], nullptr, first, rows_here, own.head[r].f + tile, ctx.after(matrix, first, rows_here));
         }
-    place_head(layer, unit);
+    place_head(ctx, layer, unit, selected, own);
+  }
+}
+
+void Attention::project_kept(const Context &ctx, int64_t layer, const Kept &in, const Buffer<uint8_t> &selected, InputMaps &inputs) {
+  const std::vector<Matrix> &panels = ctx.model.layers[(size_t)layer].head_panels;
+  const int64_t count = (int64_t)panels.size(), heads = ctx.config.num_heads + 2 * ctx.config.num_kv_heads, size = ctx.config.head_dim;
+  Scratch &own = scratch_[(size_t)ctx.thread];
+  for (int64_t p = ctx.share(count); p < ctx.share_end(count); p++) {
+    inputs.sum_columns(ctx, panels[(size_t)p], in);
+    const int64_t first = chunk_start(heads, p, count);
+    for (int64_t unit = first; unit < chunk_start(heads, p + 1, count); unit++) {
+      for (int64_t r = 0; r < ctx.rows; r++) std::copy_n(inputs.columns(ctx.thread, r) + (unit - first) * size, size, own.head[r].f);
+      place_head(ctx, layer, unit, selected, own);
+    }
   }
 }
 
 // What was projected for a head, of queries, then keys, then values: normed, rotated, and to where attention reads it.
-void Pass::place_head(int64_t layer, int64_t unit) {
-  const Layer &weights = model.layers[(size_t)layer];
-  const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim;
+void Attention::place_head(const Context &ctx, int64_t layer, int64_t unit, const Buffer<uint8_t> &selected, Scratch &own) {
+  const Layer &weights = ctx.model.layers[(size_t)layer];
+  const dejavu_block &block = ctx.block;
+  const int64_t heads = ctx.config.num_heads, groups = ctx.config.num_kv_heads, size = ctx.config.head_dim;
   const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
-  for (int64_t r = 0; r < rows; r++) {
-    if (is_query && own.groups[r * groups + unit / (heads / groups)] == 0) continue;
-    float *computed = own.query[r].f;
+  for (int64_t r = 0; r < ctx.rows; r++) {
+    if (is_query && selected[r * groups + unit / (heads / groups)] == 0) continue;
+    float *computed = own.head[r].f;
     if (is_query || is_key) {
-      norm_head(is_query ? weights.q_norm : weights.k_norm, computed);
-      rotate(r, computed);
+      norm_head(ctx.config, is_query ? weights.q_norm : weights.k_norm, computed);
+      rotate(ctx, r, computed);
     }
     if (!is_query) {  // past `size` it is zero: nothing is written there
-      const int64_t at = cache_row(layer, r, (unit - heads) % groups, block.position[r]);
-      store(computed, is_key ? block.k_pool : block.v_pool, is_key ? block.k_scale : block.v_scale, at);
+      const int64_t at = cache_row(ctx, layer, r, (unit - heads) % groups, block.position[r]);
+      store(ctx, computed, is_key ? block.k_pool : block.v_pool, is_key ? block.k_scale : block.v_scale, at, own.cached.data());
       continue;
     }
-    float *to = engine.query.data() + (r * heads + unit) * model.head_width;
-    for (int64_t i = 0; i < size; i++) to[i] = computed[i] * config.attention_scale;
+    float *to = query_.data() + (r * heads + unit) * ctx.model.head_width;
+    for (int64_t i = 0; i < size; i++) to[i] = computed[i] * ctx.config.attention_scale;
   }
 }
 
-void Pass::attend(int64_t layer) {
-  const Matrix &o = model.layers[(size_t)layer].o;
-  const int64_t heads = config.num_heads, groups = config.num_kv_heads, size = config.head_dim, padded = model.head_width;
-  const int64_t chunks = engine.head_chunks;
+void Attention::attend(const Context &ctx, int64_t layer, int64_t c, const Buffer<uint8_t> &selected, InputMaps &inputs) {
+  const Matrix &o = ctx.model.layers[(size_t)layer].o;
+  const Kernels &kernels = ctx.kernels;
+  const dejavu_block &block = ctx.block;
+  const int64_t heads = ctx.config.num_heads, groups = ctx.config.num_kv_heads, size = ctx.config.head_dim, padded = ctx.model.head_width;
   const int dtype = block.cache_dtype;
+  const int64_t bytes = bytes_of(dtype, padded);
   const auto dots_of = dtype == DEJAVU_INT8 ? kernels.dots_i8 : dtype == DEJAVU_FP16 ? kernels.dots_f16 : kernels.dots_f32;
   const auto axpys_of = dtype == DEJAVU_INT8 ? kernels.axpys_i8 : dtype == DEJAVU_FP16 ? kernels.axpys_f16 : kernels.axpys_f32;
-  const int64_t begin = share(chunks), end = share_end(chunks);
-  for (int64_t c = begin; c < end; c++) {
-    fetch_neurons(layer, c - begin, end - begin);
-    for (int64_t r = 0; r < rows; r++) std::fill_n(engine.attention_parts.data() + (c * engine.max_rows + r) * width, width, 0.0f);
-    for (int64_t h = chunk_start(heads, c, chunks); h < chunk_start(heads, c + 1, chunks); h++) {
-      const int64_t group = h / (heads / groups);
-      for (int64_t r = 0; r < rows; r++) {
-        if (!own.groups[r * groups + group]) continue;
-        const int64_t length = block.position[r] + 1, page = block.page_size;
-        const float *q = engine.query.data() + (r * heads + h) * padded;
-        float *p = own.probabilities.data(), *mixed = own.mixed.data();
-        // A page's keys of a head lie apart from the next page's: each is fetched while the one before is computed.
-        const auto vectors = [&](const void *pool, int64_t t) { return (const unsigned char *)pool + cache_row(layer, r, group, t) * cache_bytes; };
-        for (int64_t t = 0; t < length; t += page) {
-          const int64_t count = std::min(page, length - t), first = cache_row(layer, r, group, t);
-          const unsigned char *next = t + page < length ? vectors(block.k_pool, t + page) : vectors(block.v_pool, 0);
-          dots_of(cache_rows(block.k_pool, first, count, next), q, padded, p + t);
-          for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.k_scale[first + i];
-        }
-        kernels.softmax(p, length);
-        std::fill_n(mixed, padded, 0.0f);
-        for (int64_t t = 0; t < length; t += page) {
-          const int64_t count = std::min(page, length - t), first = cache_row(layer, r, group, t);
-          const unsigned char *next = t + page < length ? vectors(block.v_pool, t + page) : nullptr;
-          for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.v_scale[first + i];
-          axpys_of(cache_rows(block.v_pool, first, count, next), p + t, padded, mixed);
-        }
-        float *part = engine.attention_parts.data() + (c * engine.max_rows + r) * width;
-        if (selects(layer, DEJAVU_AT_OUTPUT)) {
-          add_kept_outputs(layer, r, h, mixed, part);
-          continue;
-        }
-        o.scale_rows(nullptr, h * size, size, mixed);
-        for (int64_t tile = 0; tile < size; tile += TILE) {
-          const int64_t first_row = h * size + tile, count = std::min(TILE, size - tile);
-          axpys(o, mixed + tile, nullptr, first_row, count, part, rows == 1 ? rows_after(o, first_row, count) : Fetch());
-        }
+  const bool selects_outputs = ctx.selector(layer).inputs[DEJAVU_AT_OUTPUT].present();
+  Scratch &own = scratch_[(size_t)ctx.thread];
+  parts_.clear(c, ctx.rows);
+  for (int64_t h = chunk_start(heads, c, chunks); h < chunk_start(heads, c + 1, chunks); h++) {
+    const int64_t group = h / (heads / groups);
+    for (int64_t r = 0; r < ctx.rows; r++) {
+      if (!selected[r * groups + group]) continue;
+      const int64_t length = block.position[r] + 1, page = block.page_size;
+      const float *q = query_.data() + (r * heads + h) * padded;
+      float *p = own.probabilities.data(), *mixed = own.mixed.data();
+      // A page's keys of a head lie apart from the next page's: each is fetched while the one before is computed.
+      const auto vectors = [&](const void *pool, int64_t t) { return (const unsigned char *)pool + cache_row(ctx, layer, r, group, t) * bytes; };
+      for (int64_t t = 0; t < length; t += page) {
+        const int64_t count = std::min(page, length - t), first = cache_row(ctx, layer, r, group, t);
+        const unsigned char *next = t + page < length ? vectors(block.k_pool, t + page) : vectors(block.v_pool, 0);
+        dots_of(cache_rows(block.k_pool, bytes, first, count, next), q, padded, p + t);
+        for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.k_scale[first + i];
+      }
+      kernels.softmax(p, length);
+      std::fill_n(mixed, padded, 0.0f);
+      for (int64_t t = 0; t < length; t += page) {
+        const int64_t count = std::min(page, length - t), first = cache_row(ctx, layer, r, group, t);
+        const unsigned char *next = t + page < length ? vectors(block.v_pool, t + page) : nullptr;
+        for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.v_scale[first + i];
+        axpys_of(cache_rows(block.v_pool, bytes, first, count, next), p + t, padded, mixed);
+      }
+      float *part = parts_.of(c, r);
+      if (selects_outputs) {
+        inputs.add_outputs(ctx, layer, r, h, mixed, part);
+        continue;
+      }
+      o.scale_rows(nullptr, h * size, size, mixed);
+      for (int64_t tile = 0; tile < size; tile += TILE) {
+        const int64_t first_row = h * size + tile, count = std::min(TILE, size - tile);
+        axpys(kernels, o, mixed + tile, nullptr, first_row, count, part, ctx.after(o, first_row, count));
       }
     }
   }
+}
+
+void Attention::add(const Context &ctx, int64_t layer, Vectors &x) const {
+  parts_.add(ctx.kernels, ctx.rows, ctx.model.layers[(size_t)layer].o_bias, x);
 }

@@ -10,31 +10,9 @@ namespace {
 
 constexpr uint32_t QKV = 1u << DEJAVU_Q | 1u << DEJAVU_K | 1u << DEJAVU_V;
 
-int64_t chunks_of_heads(const dejavu_config &c) { return std::min(c.num_heads, std::max<int64_t>(8, c.num_heads / 4)); }
-
-}  // namespace
-
-Vectors::Vectors(int64_t rows, int64_t width, bool int8, bool int4) : floats_(rows * width), ints_(int8 ? rows * width : 0) {
-  const int64_t groups = round_up(width / GROUP, 8);
-  if (int4) bytes_ = Buffer<int8_t>(rows * width), scales_ = Buffer<float>(2 * rows * groups);
-  for (int64_t r = 0; r < rows; r++) {
-    Vector vector = {floats_.data() + r * width, int8 ? ints_.data() + r * width : nullptr, 0.0f, {nullptr, nullptr, nullptr}};
-    if (int4) vector.groups = {bytes_.data() + r * width, scales_.data() + 2 * r * groups, scales_.data() + (2 * r + 1) * groups};
-    list_.push_back(vector);
-  }
-}
-
-dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, const Kernels *with)
-    : model(of),
-      kernels(with),
-      max_rows(rows),
-      neuron_chunks(chunks_of_neurons(of->config)),
-      head_chunks(chunks_of_heads(of->config)),
-      selectors((size_t)of->config.num_layers),
-      pool(threads) {
+// The model, where all its parts are there.
+const dejavu_model *complete(const dejavu_model *model) {
   const dejavu_config &c = model->config;
-  const int64_t width = model->width;
-  const bool int4 = c.dtype == DEJAVU_INT4, int8 = c.dtype == DEJAVU_INT8 || int4;  // int8: the predictors of an int4 model
   require(model->embed.present(), "the model has no embedding");
   require(c.tied_head || model->head.present(), "the model has no head");
   require(c.embed_size == c.hidden_size || (model->project_in.present() && model->project_out.present()), "the model has no project_in and project_out");
@@ -45,43 +23,25 @@ dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, 
     require((layer.given & QKV) == QKV && layer.o.present() && !layer.norm1.weight.empty() &&
                 !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && (layer.given & mlp) == mlp && layer.down.filled(),
             "a layer of the model lacks a part");
-  residual = Buffer<float>(product({rows, width}));
-  query = Buffer<float>(product({rows, c.num_heads, model->head_width}));
-  attention_parts = Buffer<float>(product({head_chunks, rows, width}));
-  mlp_parts = Buffer<float>(product({neuron_chunks, rows, width}));
-  cosine = Buffer<float>(rows * c.head_dim);
-  sine = Buffer<float>(rows * c.head_dim);
-  projected = Buffer<float>(rows * model->embed_width);
-  for (Buffer<int32_t> &list : lists) list = Buffer<int32_t>(rows * c.intermediate_size);
-  for (Buffer<int64_t> &count : counts) count = Buffer<int64_t>(rows * neuron_chunks);
-  for (Buffer<int64_t> &of_chunk : unions) of_chunk = Buffer<int64_t>(neuron_chunks);
-  for (Buffer<int64_t> &of_chunk : in_order) of_chunk = Buffer<int64_t>(neuron_chunks);
-  if (model->input_major()) {
-    for (const auto *panels : {&model->layers[0].head_panels, &model->layers[0].neuron_panels})
-      for (const Matrix &panel : *panels) columns = std::max(columns, panel.width + PAD);
-    activated = Buffer<float>(product({rows, c.intermediate_size}));
-    output_kept = Buffer<int32_t>(product({rows, c.num_heads, c.head_dim}));
-    output_counts = Buffer<int64_t>(rows * c.num_heads);
-  }
-  for (int thread = 0; thread < threads; thread++) {
-    auto own = std::make_unique<Scratch>();
-    for (Vectors *vectors : {&own->x, &own->attention_in, &own->mlp_in, &own->final_in}) *vectors = Vectors(rows, width, int8, int4);
-    own->projected = Vectors(rows, model->embed_width, int8, int4);
-    own->low = Vectors(1, PAD, int8, false);
-    own->query = Vectors(rows, round_up(c.head_dim, PAD), false, false);
-    own->values = Buffer<float>(2 * (c.intermediate_size + PAD));
-    own->scores = Buffer<float>(std::max(c.intermediate_size, c.num_kv_heads) + PAD);
-    own->probabilities = Buffer<float>(c.max_positions + PAD);
-    own->mixed = Buffer<float>(model->head_width);
-    own->cached = Buffer<int16_t>(model->head_width);
-    own->fired = Buffer<int32_t>(c.intermediate_size);
-    own->groups = Buffer<uint8_t>(rows * c.num_kv_heads);
-    own->columns = Buffer<float>(product({rows, columns}));
-    for (Kept *kept : {&own->attention_kept, &own->mlp_kept})
-      if (model->input_major()) *kept = {Buffer<int32_t>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<float>(rows * c.hidden_size), Buffer<int64_t>(rows)};
-    own->units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
-    scratch.push_back(std::move(own));
-  }
+  return model;
+}
+
+}  // namespace
+
+dejavu_engine::dejavu_engine(const dejavu_model *of, int threads, int64_t rows, const Kernels *with)
+    : model(complete(of)),
+      kernels(with),
+      max_rows(rows),
+      selectors((size_t)of->config.num_layers),
+      embedding(*of, threads, rows),
+      predictors(*of, threads),
+      inputs(*of, threads, rows),
+      attention(*of, threads, rows),
+      mlp(*of, threads, rows),
+      head(*of, threads, rows),
+      selected(*of, rows),
+      pool(threads) {
+  for (int thread = 0; thread < threads; thread++) replicated.emplace_back(*model, max_rows);
 }
 
 void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead) {
@@ -105,7 +65,7 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   LayerSelectors &selector = selectors[(size_t)layer];
   require(!mlp || selector.gate < 0, "the MLP of layer " + std::to_string(layer) + " selects by its gate: it takes no predictor");
   (mlp ? selector.mlp : selector.heads) = std::move(made);
-  grow_low();
+  predictors.make_room(selectors);
 }
 
 void dejavu_engine::set_gate(int64_t layer, float threshold) {
@@ -114,7 +74,7 @@ void dejavu_engine::set_gate(int64_t layer, float threshold) {
   require(model->config.layout == DEJAVU_GATE_APART, "gates select neurons where they lie apart: the model has another layout");
   std::lock_guard<std::mutex> lock(mutex);
   require(!selectors[(size_t)layer].mlp.present(), "the MLP of layer " + std::to_string(layer) + " has a predictor: its gate selects nothing");
-  if (activated.empty()) activated = Buffer<float>(product({max_rows, model->config.intermediate_size}));
+  selected.know_activated();
   selectors[(size_t)layer].gate = threshold;
 }
 
@@ -136,16 +96,16 @@ void dejavu_engine::set_inputs(int64_t layer, int point, const float *norms, int
   selectors[(size_t)layer].inputs[point] = std::move(made);
 }
 
+void dejavu_engine::set_screen(const dejavu_matrix &A, const dejavu_matrix &B, int64_t count) {
+  Screen::check(*model, A, B, count);
+  std::lock_guard<std::mutex> lock(mutex);
+  head.screen = Screen();  // what fails below leaves none
+  head.screen = Screen(*model, arena, pool.threads(), max_rows, A, B, count);
+}
+
 void dejavu_engine::check_layer(int64_t layer) const {
   const int64_t layers = model->config.num_layers;
   require(layer >= 0 && layer < layers, "layer " + std::to_string(layer) + " is none of " + std::to_string(layers));
-}
-
-// The sums of a rank, as wide as the largest rank.
-void dejavu_engine::grow_low() {
-  int64_t widest = std::max(PAD, screen.B.width);
-  for (const LayerSelectors &each : selectors) widest = std::max({widest, each.mlp.B.width, each.heads.B.width});
-  for (auto &own : scratch) own->low = Vectors(1, widest, model->config.dtype == DEJAVU_INT8 || model->config.dtype == DEJAVU_INT4, false);
 }
 
 void dejavu_engine::check(const dejavu_block &b) const {
@@ -171,18 +131,9 @@ void dejavu_engine::check(const dejavu_block &b) const {
 bool dejavu_engine::run(const dejavu_block &block, dejavu_profile *wanted) {
   std::lock_guard<std::mutex> lock(mutex);
   check(block);
-  const dejavu_config &c = model->config;
-  if (c.rope) {
-    const int64_t half = model->rotated;
-    for (int64_t r = 0; r < block.rows; r++)
-      for (int64_t i = 0; i < half; i++) {
-        const float angle = (float)block.position[r] * model->inv_freq[i];
-        cosine[r * half + i] = std::cos(angle) * c.rotary_factor, sine[r * half + i] = std::sin(angle) * c.rotary_factor;
-      }
-  }
+  attention.prepare(*model, block);
+  profiler.prepare(wanted, model->config.intermediate_size);
   finite.store(true);
-  profile = wanted;
-  if (profile != nullptr && fired.empty()) fired = Buffer<uint8_t>(c.intermediate_size);
-  pool.run([&](int thread) { Pass(*this, block, thread).run(); });
+  pool.run([&](int thread) { run_block(*this, block, thread); });
   return finite.load();
 }

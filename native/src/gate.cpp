@@ -1,34 +1,27 @@
-// Neurons that the layer's own gate selects: every gate is computed, and those with |activation(gate m)| > threshold are kept.
-//
-// Of an MLP without a gate it is |activation(up m)|. What was activated stays in engine.activated: the MLP computes only the rest,
-// rows of up and down of the neurons that were kept. Fetching those as soon as they are known gained nothing (docs/log.md).
+// Selection by gates: see gate.h.
+#include "gate.h"
+
 #include <algorithm>
 #include <cmath>
 
-#include "pass.h"
-
-// The lists of one chunk.
-void Pass::select_by_gate(int64_t index, int64_t chunk) {
-  const Layer &layer = model.layers[(size_t)index];
-  const Matrix &gate = model.gate_of(layer);
-  const float threshold = engine.selectors[(size_t)index].gate;
-  const int64_t chunks = engine.neuron_chunks, total = config.intermediate_size;
-  const int64_t begin = chunk_start(total, chunk, chunks), end = chunk_start(total, chunk + 1, chunks);
-  float *values = own.values.data();
-  for (int64_t r = 0; r < rows; r++) engine.counts[index & 1][r * chunks + chunk] = 0;
+void select_by_gate(const Context &ctx, int64_t layer, int64_t chunk, const Vectors &mlp_in, float *values, Selected &selected) {
+  const Matrix &gate = ctx.model.gate_of(ctx.model.layers[(size_t)layer]);
+  const float threshold = ctx.selector(layer).gate;
+  const int64_t begin = selected.start(chunk), end = selected.start(chunk + 1);
+  for (int64_t r = 0; r < ctx.rows; r++) selected.count(layer, r, chunk) = 0;
   for (int64_t first = begin; first < end; first += TILE) {
     const int64_t count = std::min(TILE, end - first);
-    for (int64_t r = 0; r < rows; r++) {
-      dots(gate, own.mlp_in[r], nullptr, first, count, values, rows == 1 ? rows_after(gate, first, count) : Fetch());
-      kernels.activate(values, count, config.activation, config.activation_threshold);
-      std::copy_n(values, count, engine.activated.data() + r * total + first);
-      int32_t *list = engine.lists[index & 1].data() + r * total + begin;
-      int64_t n = engine.counts[index & 1][r * chunks + chunk];
+    for (int64_t r = 0; r < ctx.rows; r++) {
+      dots(ctx.kernels, gate, mlp_in[r], nullptr, first, count, values, ctx.after(gate, first, count));
+      ctx.kernels.activate(values, count, ctx.config.activation, ctx.config.activation_threshold);
+      std::copy_n(values, count, selected.activated(r) + first);
+      int32_t *list = selected.list(layer, r) + begin;
+      int64_t n = selected.count(layer, r, chunk);
       for (int64_t k = 0; k < count; k++) {
         list[n] = (int32_t)(first + k);
         n += !(std::fabs(values[k]) <= threshold);  // NaN is kept, and found in the logits
       }
-      engine.counts[index & 1][r * chunks + chunk] = n;
+      selected.count(layer, r, chunk) = n;
     }
   }
 }

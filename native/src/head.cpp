@@ -1,0 +1,54 @@
+// The end of the residual stream: see head.h.
+#include "head.h"
+
+#include <algorithm>
+
+Head::Head(const dejavu_model &model, int threads, int64_t max_rows) : projected_(product({max_rows, model.embed_width})), scratch_((size_t)threads) {
+  for (Scratch &own : scratch_) {
+    own.normed = Vectors(max_rows, model.width, model.config.dtype);
+    own.projected = Vectors(max_rows, model.embed_width, model.config.dtype);
+  }
+}
+
+void Head::run(const Context &ctx, const Vectors &x) {
+  const dejavu_model &model = ctx.model;
+  const Matrix &head = model.output_head();
+  const int64_t first_row = ctx.block.first_logits, vocab_size = ctx.config.vocab_size;
+  const bool projects = model.project_out.present();
+  Scratch &own = scratch_[(size_t)ctx.thread];
+  for (int64_t r = first_row; r < ctx.rows; r++) {
+    if (ctx.config.final_norm)
+      normalize(ctx.kernels, model, model.final_norm, x[r].f, own.normed[r].f);
+    else
+      std::copy_n(x[r].f, ctx.width, own.normed[r].f);
+    quantize(ctx.kernels, own.normed[r], ctx.width);
+  }
+  if (projects) {
+    const int64_t begin = ctx.share(ctx.config.embed_size, TILE), end = ctx.share_end(ctx.config.embed_size, TILE);
+    for (int64_t r = first_row; r < ctx.rows; r++)
+      dots(ctx.kernels, model.project_out, own.normed[r], nullptr, begin, end - begin, projected_.data() + r * model.embed_width + begin);
+    ctx.pool.barrier();
+    for (int64_t r = first_row; r < ctx.rows; r++) {
+      std::copy_n(projected_.data() + r * model.embed_width, model.embed_width, own.projected[r].f);
+      quantize(ctx.kernels, own.projected[r], model.embed_width);
+    }
+  }
+  const Vectors &in = projects ? own.projected : own.normed;
+  if (screen.present()) {
+    for (int64_t r = first_row; r < ctx.rows; r++) screen.shortlist(ctx, in[r], r);
+    ctx.pool.barrier();
+    for (int64_t r = first_row; r < ctx.rows; r++) screen.write_logits(ctx, in[r], r);
+    return;
+  }
+  const int64_t begin = ctx.share(vocab_size, TILE), end = ctx.share_end(vocab_size, TILE);
+  bool finite = true;
+  for (int64_t tile = begin; tile < end; tile += TILE) {
+    const int64_t count = std::min(TILE, end - tile);
+    for (int64_t r = first_row; r < ctx.rows; r++) {
+      float *out = ctx.block.logits + (r - first_row) * vocab_size + tile;
+      dots(ctx.kernels, head, in[r], nullptr, tile, count, out, ctx.after(head, tile, count));
+      finite = finite && ctx.kernels.finite(out, count);
+    }
+  }
+  if (!finite) ctx.finite.store(false);
+}

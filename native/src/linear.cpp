@@ -1,0 +1,79 @@
+// Products of vectors with matrices: see linear.h.
+#include "linear.h"
+
+#include <algorithm>
+
+namespace {
+
+// How many rows early a row is fetched: about 24 KB, in the groups of four that the kernels take.
+int64_t rows_ahead(const Matrix &matrix) {
+  const int64_t rows = 24576 / matrix.row_bytes() / 4 * 4;
+  return rows < 4 ? 4 : rows > TILE ? TILE : rows;
+}
+
+RowList list_of(const Matrix &m, const int32_t *idx, int64_t first, int64_t count, Fetch fetch) {
+  return {m.data + (idx == nullptr ? first * m.stride : 0), m.stride, idx, count, fetch.bytes, rows_ahead(m), fetch.next};
+}
+
+}  // namespace
+
+Vectors::Vectors(int64_t rows, int64_t width, int dtype) {
+  const bool int4 = dtype == DEJAVU_INT4, int8 = dtype == DEJAVU_INT8 || int4;
+  const int64_t groups = round_up(width / GROUP, 8);
+  floats_ = Buffer<float>(rows * width);
+  if (int8) ints_ = Buffer<int16_t>(rows * width);
+  if (int4) bytes_ = Buffer<int8_t>(rows * width), scales_ = Buffer<float>(2 * rows * groups);
+  for (int64_t r = 0; r < rows; r++) {
+    Vector vector = {floats_.data() + r * width, int8 ? ints_.data() + r * width : nullptr, 0.0f, {nullptr, nullptr, nullptr}};
+    if (int4) vector.groups = {bytes_.data() + r * width, scales_.data() + 2 * r * groups, scales_.data() + (2 * r + 1) * groups};
+    list_.push_back(vector);
+  }
+}
+
+void dots(const Kernels &kernels, const Matrix &m, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, Fetch fetch) {
+  if (count == 0) return;
+  const RowList list = list_of(m, idx, first, count, fetch);
+  switch (m.dtype) {
+    case DEJAVU_INT4: kernels.dots_i4(list, x.groups, m.width, out); break;
+    case DEJAVU_INT8: x.q == nullptr ? kernels.dots_i8(list, x.f, m.width, out) : kernels.dots_i8_i16(list, x.q, x.scale, m.width, out); break;
+    case DEJAVU_BF16: kernels.dots_bf16(list, x.f, m.width, out); break;
+    default: kernels.dots_f32(list, x.f, m.width, out);
+  }
+  m.scale_rows(idx, first, count, out);
+  if (!m.bias.empty())
+    for (int64_t k = 0; k < count; k++) out[k] += m.bias[idx == nullptr ? first + k : idx[k]];
+}
+
+void axpys(const Kernels &kernels, const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, Fetch fetch) {
+  if (count == 0) return;
+  const RowList list = list_of(m, idx, first, count, fetch);
+  switch (m.dtype) {
+    case DEJAVU_INT4: return kernels.axpys_i4(list, coef, m.width, y);
+    case DEJAVU_INT8: return kernels.axpys_i8(list, coef, m.width, y);
+    case DEJAVU_BF16: return kernels.axpys_bf16(list, coef, m.width, y);
+    default: return kernels.axpys_f32(list, coef, m.width, y);
+  }
+}
+
+void quantize(const Kernels &kernels, Vector &vector, int64_t width) {
+  if (vector.groups.q != nullptr) kernels.group(vector.f, width, vector.groups);
+  if (vector.q != nullptr) vector.scale = kernels.quantize(vector.f, width, int16_limit(width), vector.q);
+}
+
+void normalize(const Kernels &kernels, const dejavu_model &model, const Norm &norm, const float *x, float *y) {
+  const dejavu_config &c = model.config;
+  if (c.rms)
+    kernels.rms_norm(x, norm.weight.data(), c.norm_eps, c.hidden_size, model.width, y);
+  else
+    kernels.layer_norm(x, norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data(), c.norm_eps, c.hidden_size, model.width, y);
+}
+
+Parts::Parts(int64_t chunks, int64_t max_rows, int64_t width)
+    : chunks_(chunks), max_rows_(max_rows), width_(width), sums_(product({chunks, max_rows, width})) {}
+
+void Parts::add(const Kernels &kernels, int64_t rows, const Buffer<float> &bias, Vectors &x) const {
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = 0; c < chunks_; c++) kernels.add(x[r].f, of(c, r), width_);
+    if (!bias.empty()) kernels.add(x[r].f, bias.data(), width_);
+  }
+}
