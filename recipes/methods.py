@@ -16,6 +16,7 @@ import subprocess
 import sys
 from typing import Any
 
+from dejavu.bench.rows import Row
 from tables import record
 
 
@@ -23,11 +24,6 @@ def printed(*arguments: str) -> dict[str, Any]:
     """The object that a command of dejavu prints."""
     found = subprocess.run([sys.executable, "-m", "dejavu", *arguments, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(found.stdout.splitlines()[-1])
-
-
-def decode(rows: list[dict[str, Any]], mode: str) -> dict[str, Any]:
-    """The first decode row of a mode."""
-    return next(row for row in rows if row["op"] == "decode" and row["mode"] == mode)
 
 
 def main() -> None:
@@ -46,8 +42,10 @@ def main() -> None:
     asked = [part for flag, values in (("--text", options.text), ("--tasks", options.tasks)) for value in values for part in (flag, value)]
     quality = printed("eval", *subject, *asked, "--dtype", "fp32", "--max-tokens", str(options.max_tokens), "--limit", str(options.limit))
     speed = printed("bench", *subject, "--backend", "native", "--dtype", options.dtype)
-    rows = speed["rows"]
-    dense, sparse = quality["dense"], quality["sparse"]
+    decodes = [row for row in map(Row.from_dict, speed["rows"]) if row.op == "decode"]
+    timed = {"dense": next(row for row in decodes if row.dense), "sparse": next(row for row in decodes if row.sparse)}
+    sides = {"dense": quality["dense"], "sparse": quality["sparse"]}
+    dense, sparse = sides.values()
     record(
         "method",
         f"{options.name or options.model}: {options.method}",
@@ -60,10 +58,10 @@ def main() -> None:
             "rise_stderr": quality["rise_stderr"],
             "text_rises": {name: sparse["texts"][name]["ppl"] / value["ppl"] - 1 for name, value in dense["texts"].items()},
             "tokens": dense["tokens"],
-            "accuracy": {mode["mode"]: {name: task["acc"] for name, task in mode["tasks"].items()} for mode in (dense, sparse)},
+            "accuracy": {side: {name: task["acc"] for name, task in scores["tasks"].items()} for side, scores in sides.items()},
             "items": sum(task["n"] for task in dense["tasks"].values()),
             "dtype": options.dtype,
-            "tok_s": {mode: decode(rows, mode)["tok_s"] for mode in ("dense", "sparse")},
+            "tok_s": {side: row.tok_s for side, row in timed.items()},
         },
     )
 

@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 
 from dejavu.bench.rows import read_rows
+from records import ProfileResult, TrainResult
 from speeds import BENCH, speeds
 from tables import SMOLLM2, newest
 
@@ -134,7 +135,7 @@ def lookahead() -> Picture:
 
 
 def cosine() -> Picture:
-    layers = newest("profile", "opt-mini")["result"]["layers"]
+    layers = newest(ProfileResult, "opt-mini").result["layers"]
     p = Picture("Cosine of the residual stream before and after each layer of opt-mini", 262)
     p.text(24, 30, "How alike the residual stream is before and after a layer (opt-mini)", "head")
     p.text(24, 50, "cosine similarity: 1 is the same direction, 0 is none in common", "soft small")
@@ -293,7 +294,7 @@ class Axes:
 
 
 def mass() -> Picture:
-    layers = newest("profile", "opt-mini")["result"]["layers"]
+    layers = newest(ProfileResult, "opt-mini").result["layers"]
     p = Picture("How much of what an MLP adds comes from its strongest neurons, by layer of opt-mini", 320)
     p.text(24, 30, "Few parts do nearly all the work (opt-mini, mean over tokens)", "head")
     axes = Axes(
@@ -308,7 +309,7 @@ def mass() -> Picture:
 
 
 def budget() -> Picture:
-    profile, train = newest("profile", "opt-mini")["result"], newest("train", "opt-mini")["result"]
+    profile, train = newest(ProfileResult, "opt-mini").result, newest(TrainResult, "opt-mini").result
     oracle = [(row["density"], row["ppl"] / profile["ppl_dense"] - 1) for row in profile["oracle"] if row["part"] == "mlp"]
     p = Picture("Rise of perplexity against density: an oracle's curve, the loss budget, and the trained adapter", 330)
     p.text(24, 30, "Fewer neurons, more loss: the budget says how much loss is allowed (opt-mini)", "head")

@@ -14,62 +14,43 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dejavu.bench.rows import Measured, QualityRow, commit_facts, device_facts, versions
+from dejavu.bench.rows import QualityRow, append_rows
 from dejavu.files import write_json
 from dejavu.model.bundle import MODELS_FOLDER
 from dejavu.model.families import config_from_hf
 from dejavu.model.rounding import ROUNDING_FILE
 from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_ops, gpu_speed
+from records import QUALITY, CurveResult, EvalResult, MethodResult, ProfileResult, Record, Result, TrainResult, records
 from speeds import EXACT, Refused, headline, markdown, origins, percent, programs, qualities, second
 
 ROOT = Path(__file__).resolve().parents[1]
-QUALITY = ROOT / "results" / "quality.jsonl"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src" / "dejavu" / "models" / "opt-mini" / "README.md")
 MARK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def record(kind: str, model: str, result: dict[str, Any]) -> None:
     """Append one command's object to results/quality.jsonl; where it wrote files is nobody's business."""
-    line = {
-        "kind": kind,
-        "model": model,
-        "result": {key: value for key, value in result.items() if key not in ("adapter", "report", "run")},
-        **device_facts(),
-        "versions": versions(),
-        **commit_facts(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    QUALITY.parent.mkdir(exist_ok=True)
-    with QUALITY.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    kept = {key: value for key, value in result.items() if key not in ("adapter", "report", "run")}
+    append_rows(QUALITY, [Record.from_dict({"kind": kind, "model": model, "result": kept})])
 
 
-def clean(kind: str) -> list[dict[str, Any]]:
-    """Records of a kind, the oldest first, without those of a commit with changed files."""
-    lines = [json.loads(line) for line in QUALITY.read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind and not str(line["commit"]).endswith("-dirty")]
-
-
-def newest(kind: str, model: str) -> dict[str, Any]:
+def newest(kind: type[Result], model: str) -> Record[Result]:
     """The last record of a kind and model that may be shown."""
-    found = [line for line in clean(kind) if line["model"] == model]
+    found = [each for each in records(kind, QUALITY) if each.model == model]
     if not found:
-        raise Refused(f"no {kind} of {model} in results/ may be shown: measure it on a clean commit")
+        raise Refused(f"no {kind.__name__} of {model} in results/ may be shown: measure it on a clean commit")
     return found[-1]
-
-
-def _source(line: dict[str, Any]) -> str:
-    return origins([Measured(**{key: line[key] for key in ("device", "versions", "commit", "time")})])
 
 
 def texts(model: str = "opt-mini") -> str:
     """Perplexity of every held-out text."""
-    line = newest("eval", model)
-    dense, sparse = line["result"]["dense"], line["result"]["sparse"]
+    record = newest(EvalResult, model)
+    dense, sparse = record.result["dense"], record.result["sparse"]
+    assert sparse is not None, "the model has an adapter"
+    assert dense["ppl"] is not None and sparse["ppl"] is not None, "texts were scored"
     rows = []
     for name, value in dense["texts"].items():
         other = sparse["texts"][name]
@@ -79,13 +60,14 @@ def texts(model: str = "opt-mini") -> str:
         )
     every = [f"all, at an MLP density of {percent(sparse['mlp_density'])}", f"{dense['ppl']:.2f}", f"{sparse['ppl']:.2f}"]
     rows.append([*every, percent(sparse["ppl"] / dense["ppl"] - 1, 2), "", str(dense["tokens"])])
-    return markdown(["text", "dense", "sparse", "rise", "bits per byte, dense", "tokens"], rows) + _source(line)
+    return markdown(["text", "dense", "sparse", "rise", "bits per byte, dense", "tokens"], rows) + origins([record])
 
 
 def tasks() -> str:
     """Accuracy on every task."""
-    line = newest("eval", "opt-mini")
-    dense, sparse = line["result"]["dense"]["tasks"], line["result"]["sparse"]["tasks"]
+    record = newest(EvalResult, "opt-mini")
+    assert record.result["sparse"] is not None, "the model has an adapter"
+    dense, sparse = record.result["dense"]["tasks"], record.result["sparse"]["tasks"]
     rows = []
     for name, value in dense.items():
         difference = sparse[name]["acc"] - value["acc"]
@@ -99,49 +81,48 @@ def tasks() -> str:
                 f"{value['n']}",
             ]
         )
-    return markdown(["task", "dense", "sparse", "difference, points", "standard error", "items"], rows) + _source(line)
+    return markdown(["task", "dense", "sparse", "difference, points", "standard error", "items"], rows) + origins([record])
 
 
 def methods() -> str:
     """Every model and method that was measured: what it costs in quality, in fp32. The speeds of these rows are of int8: not shown."""
-    found = {line["model"]: line for line in clean("method")}
+    found = {(each.result["model"], each.result["method"]): each for each in records(MethodResult, QUALITY)}
     if not found:
         return NOT_MEASURED
     table = []
-    for line in found.values():
-        result = line["result"]
-        means = [sum(tasks.values()) / len(tasks) for tasks in result["accuracy"].values()]
+    for result in (each.result for each in found.values()):
+        means = [sum(tasks.values()) / len(tasks) for tasks in (result["accuracy"]["dense"], result["accuracy"]["sparse"])]
         worst = max(result["text_rises"].values())
         table.append(
             [
                 result["model"],
                 result["method"],
-                *(percent(result[name]) for name in ("mlp_density", "head_density")),
+                percent(result["mlp_density"]),
+                percent(result["head_density"]),
                 f"{100 * result['rise']:+.1f} %",
                 f"{100 * worst:+.1f} %",
                 *(percent(mean) for mean in means),
             ]
         )
     header = ["model", "method", "MLP density", "heads", "perplexity", "worst text", "accuracy, dense", "sparse"]
-    sources = "".join(dict.fromkeys(_source(line) for line in found.values()))
-    return markdown(header, table) + sources
+    return markdown(header, table) + origins(found.values())
 
 
 def curve() -> str:
     """Quality against density of the bundled adapter, its thresholds moved together."""
-    lines = clean("curve")
-    if not lines:
+    found = records(CurveResult, QUALITY)
+    if not found:
         return NOT_MEASURED
-    points = sorted(lines[-1]["result"]["points"], key=lambda point: point["density"])
+    points = sorted(found[-1].result["points"], key=lambda point: point["density"])
     table = [[percent(p["density"]), f"{p['kl']:.3f}", f"{100 * p['rise']:+.1f} %", f"{p['shift']:+.2f}"] for p in points]
-    return markdown(["MLP density", "KL to dense, nats a token", "perplexity", "thresholds moved by"], table) + _source(lines[-1])
+    return markdown(["MLP density", "KL to dense, nats a token", "perplexity", "thresholds moved by"], table) + origins(found[-1:])
 
 
 def layers() -> str:
     """Natural sparsity of every layer, and what its predictor does."""
-    profile, train = newest("profile", "opt-mini"), newest("train", "opt-mini")
+    profile, train = newest(ProfileResult, "opt-mini"), newest(TrainResult, "opt-mini")
     rows = []
-    for index, (natural, trained) in enumerate(zip(profile["result"]["layers"], train["result"]["layers"], strict=True)):
+    for index, (natural, trained) in enumerate(zip(profile.result["layers"], train.result["layers"], strict=True)):
         ahead = "dense" if trained["lookahead"] is None else str(trained["lookahead"])
         rows.append(
             [
@@ -157,7 +138,7 @@ def layers() -> str:
             ]
         )
     header = ["layer", "fires", "dead", "always on", "cosine", "lookahead", "selected", "recall", "mass"]
-    return markdown(header, rows) + _source(train)
+    return markdown(header, rows) + origins([train])
 
 
 PLAIN = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}

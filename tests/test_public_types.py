@@ -15,6 +15,7 @@ from conftest import Tiny
 from dejavu import figures
 from dejavu.cli.generation import generate
 from dejavu.config import MAX_NEW_TOKENS
+from dejavu.figures import check
 from dejavu.language_model import LanguageModel
 from dejavu.loading import load
 from dejavu.model.adapter import Adapter
@@ -64,49 +65,22 @@ def test_texts_have_one_length_by_default_everywhere() -> None:
     assert {inspect.signature(function).parameters["max_new_tokens"].default for function in functions} == {MAX_NEW_TOKENS}
 
 
-def agrees(value: Any, kind: Any) -> None:
-    """A value has the keys of its TypedDict, and none that it does not name, all the way down."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if typing.is_typeddict(kind):
-        assert kind.__required_keys__ <= set(value) <= kind.__required_keys__ | kind.__optional_keys__, (kind, sorted(value))
-        hints = typing.get_type_hints(kind)
-        for key, entry in value.items():
-            agrees(entry, hints[key])
-    elif origin is list:
-        assert isinstance(value, list)
-        for entry in value:
-            agrees(entry, arguments[0])
-    elif origin is dict:
-        assert isinstance(value, dict)
-        for entry in value.values():
-            agrees(entry, arguments[1])
-    elif origin is typing.Literal:
-        assert value in arguments
-    elif arguments:  # a union with None
-        if value is not None:
-            agrees(value, next(part for part in arguments if part is not type(None)))
-        else:
-            assert type(None) in arguments
-    else:
-        assert isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool if kind is not bool else ()), kind
-
-
 def test_a_wrong_key_or_type_would_be_seen() -> None:
     point = {"part": "mlp", "density": 0.5, "ppl": 3.0}
-    agrees([point], list[figures.OraclePoint])
+    check([point], list[figures.OraclePoint])
     for change in ({"part": "gate"}, {"ppl": None}, {"more": 1}):
-        with pytest.raises(AssertionError):
-            agrees([point | change], list[figures.OraclePoint])
+        with pytest.raises(ValueError, match="is no"):
+            check([point | change], list[figures.OraclePoint])
 
 
 def test_results_are_of_their_types(lm: LanguageModel, tmp_path: Path) -> None:
-    agrees(lm.profile(TEXT, max_tokens=100), dejavu.Profile)
+    check(lm.profile(TEXT, max_tokens=100), dejavu.Profile)
     for method in ("auto", "predicted", "input"):
-        agrees(lm.train_measured(TEXT, method=method, budget=0.2, rank=4, epochs=0.5, max_tokens=600)[1], dejavu.Training)
+        check(lm.train_measured(TEXT, method=method, budget=0.2, rank=4, epochs=0.5, max_tokens=600)[1], dejavu.Training)
     (tmp_path / "quiz.jsonl").write_text('{"context": "the cat", "target": " sat on the"}\n')
     tasks = {"quiz": read_items(tmp_path / "quiz.jsonl")}
-    agrees(lm.evaluate(texts={"a": TEXT}, tasks=tasks, max_tokens=120), dejavu.Evaluation)
-    agrees(lm.evaluate(texts={"a": TEXT}, tasks=tasks, max_tokens=120, adapter=make_adapter(lm.config, lm.base_hash)), dejavu.Evaluation)
+    check(lm.evaluate(texts={"a": TEXT}, tasks=tasks, max_tokens=120), dejavu.Evaluation)
+    check(lm.evaluate(texts={"a": TEXT}, tasks=tasks, max_tokens=120, adapter=make_adapter(lm.config, lm.base_hash)), dejavu.Evaluation)
 
 
 def test_no_repr_is_a_page_of_numbers(lm: LanguageModel) -> None:

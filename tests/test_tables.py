@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dejavu.bench import rows
 from dejavu.bench.rows import Measured, QualityRow, Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,10 +38,27 @@ def test_pages_show_what_results_hold(tables: ModuleType) -> None:
     assert found >= 3
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("[bp]*.jsonl")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "results").iterdir()), ids=lambda path: path.name)
 def test_every_line_of_results_is_a_row_of_its_class(tables: ModuleType, path: Path) -> None:
-    kinds: dict[str, type[Measured]] = {"bench.jsonl": Row, "perplexity.jsonl": QualityRow}
+    kinds: dict[str, type[Measured]] = {"bench.jsonl": Row, "perplexity.jsonl": QualityRow, "quality.jsonl": tables.Record}
     assert len(read_rows(path, kinds[path.name])) == len(path.read_text().splitlines()) > 0
+
+
+def test_a_record_with_another_key_or_type_is_refused(tables: ModuleType, tmp_path: Path) -> None:
+    """At any depth, and a kind that nobody knows."""
+    lines = [json.loads(line) for line in (ROOT / "results" / "quality.jsonl").read_text().splitlines()]
+    line = next(each for each in lines if each["kind"] == "curve")
+    path, [point, *others] = tmp_path / "quality.jsonl", line["result"]["points"]
+    for change, reason in [
+        ({"result": line["result"] | {"points": [point | {"more": 1}, *others]}}, r"line 1.*unknown keys \['more'\]"),
+        ({"result": line["result"] | {"points": [point | {"kl": "0.1"}, *others]}}, "kl is no float"),
+        ({"result": {"tokens": 9}}, r"missing keys \['points'\]"),
+        ({"kind": "guess"}, "unknown kind 'guess'"),
+        ({"more": 1}, r"unknown keys \['more'\]"),
+    ]:
+        path.write_text(json.dumps(line | change) + "\n")
+        with pytest.raises(ValueError, match=reason):
+            read_rows(path, tables.Record)
 
 
 def test_a_stale_number_is_replaced(tables: ModuleType) -> None:
@@ -201,7 +219,7 @@ def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> 
 def test_methods_and_the_curve(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest record of each model and method; points of a curve by density."""
     monkeypatch.setattr(tables, "QUALITY", tmp_path / "quality.jsonl")
-    monkeypatch.setattr(tables, "commit_facts", lambda: {"commit": "0123456789abcdef", "dirty": False})
+    monkeypatch.setattr(rows, "commit_facts", lambda: {"commit": "0123456789abcdef", "dirty": False})
     side = {"tok_s": 9.0, "ppl": 3.0, "text": "a"}
     demo = {"dense": side, "sparse": side, "speedup": 1.0, "mlp_density": 0.5, "head_density": 1.0, "lookahead": [0, None]}
     assert tables.record("demo", "opt-mini", demo) is None and tables.methods() == tables.curve() == tables.NOT_MEASURED

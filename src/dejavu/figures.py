@@ -4,7 +4,9 @@ Densities, shares and accuracies are fractions; perplexities are of e; a key tha
 """
 
 # Annotations are evaluated here, not kept as strings: else each key would be a required one for what reads `__required_keys__`.
-from typing import Literal, NotRequired, TypedDict
+import typing
+from collections.abc import Collection
+from typing import Any, Literal, NotRequired, TypedDict
 
 
 class LayerProfile(TypedDict):
@@ -163,3 +165,53 @@ class Evaluation(TypedDict):
     context: int
     stride: int
     bos: str
+
+
+class ScreenedHead(TypedDict):
+    """How often a screened head and the full one choose the same token. screened_head: tokens of a shortlist; rank: of its scores;
+    tokens: compared; agreement: the share of them.
+    """
+
+    screened_head: int
+    rank: int
+    tokens: int
+    agreement: float
+
+
+def check(value: Any, kind: Any, *, may_lack: Collection[str] = (), where: str = "it") -> None:
+    """Make sure that a value, of a file perhaps, is of a typed dict, all the way down. may_lack: keys that it need not have itself.
+
+    Raises ValueError naming the place where it has a key that its class does not name, lacks one that it must have, or has another type.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if typing.is_typeddict(kind):
+        _require(isinstance(value, dict), where, kind)
+        unknown = sorted(set(value) - kind.__required_keys__ - kind.__optional_keys__)
+        missing = sorted(kind.__required_keys__ - set(value) - set(may_lack))
+        _require(not unknown and not missing, f"{where} (unknown keys {unknown}, missing keys {missing})", kind)
+        hints = typing.get_type_hints(kind)
+        for key, entry in value.items():
+            check(entry, hints[key], where=key)
+    elif origin is list:
+        _require(isinstance(value, list), where, kind)
+        for entry in value:
+            check(entry, arguments[0], where=where)
+    elif origin is dict:
+        _require(isinstance(value, dict), where, kind)
+        for key, entry in value.items():
+            check(entry, arguments[1], where=key)
+    elif origin is typing.Literal:
+        _require(value in arguments, where, kind)
+    elif arguments:  # a union with None
+        if value is not None:
+            check(value, next(part for part in arguments if part is not type(None)), where=where)
+        else:
+            _require(type(None) in arguments, where, kind)
+    else:
+        number = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+        _require(number and (kind is bool or not isinstance(value, bool)), where, kind)
+
+
+def _require(condition: bool, where: str, kind: Any) -> None:
+    if not condition:
+        raise ValueError(f"{where} is no {getattr(kind, '__name__', kind)}")
