@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from dejavu.config import Progress
 from dejavu.loadtest.client import Reply, Target, ask
@@ -20,15 +20,27 @@ from dejavu.loadtest.server_stats import SETTLE_S, LeakCheck, LeakReport, health
 from dejavu.loadtest.workload import Load, Prompts
 
 USUAL_ROUNDS = 4
-COMPARED = ("ttft_p50_ms", "itl_p50_ms", "tpot_p50_ms", "e2e_p50_ms")
+
+
+class ServingRatio(TypedDict):
+    """How many times better a sparse row is than the dense one of its model, of each figure; None where one of the two has none."""
+
+    model: str
+    mode: str
+    against: str
+    tok_s: float | None
+    ttft_p50_ms: float | None
+    itl_p50_ms: float | None
+    tpot_p50_ms: float | None
+    e2e_p50_ms: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingBench:
-    """What a benchmark found. ratios: how many times better a sparse row is than the dense one of its model, of each figure."""
+    """What a benchmark found."""
 
     rows: list[ServeRow]
-    ratios: list[dict[str, Any]]
+    ratios: list[ServingRatio]
     notes: list[str]
     leaks: LeakReport | None
 
@@ -101,17 +113,21 @@ async def bench_serving(
     return ServingBench(rows=rows, ratios=ratios_of(rows), notes=notes, leaks=leaks)
 
 
-def ratios_of(rows: Sequence[ServeRow]) -> list[dict[str, Any]]:
+def ratios_of(rows: Sequence[ServeRow]) -> list[ServingRatio]:
     """Throughput of each sparse row over that of its model's dense row, and latencies of the dense one over its own: above 1 is better."""
-    found = []
-    for dense in (row for row in rows if row.mode == "dense"):
-        for row in (row for row in rows if row.model == dense.model and row.mode != "dense"):
-            pairs = {"tok_s": (row.tok_s, dense.tok_s)} | {key: (getattr(dense, key), getattr(row, key)) for key in COMPARED}
-            found.append(
-                {"model": row.model, "mode": row.mode, "against": "dense"}
-                | {key: a / b if a and b else None for key, (a, b) in pairs.items()}
-            )
-    return found
+
+    def over(one: float | None, other: float | None) -> float | None:
+        return one / other if one and other else None
+
+    return [
+        ServingRatio(
+            model=row.model, mode=row.mode, against="dense", tok_s=over(row.tok_s, dense.tok_s),
+            ttft_p50_ms=over(dense.ttft_p50_ms, row.ttft_p50_ms), itl_p50_ms=over(dense.itl_p50_ms, row.itl_p50_ms),
+            tpot_p50_ms=over(dense.tpot_p50_ms, row.tpot_p50_ms), e2e_p50_ms=over(dense.e2e_p50_ms, row.e2e_p50_ms),
+        )
+        for dense in rows if dense.mode == "dense"
+        for row in rows if row.model == dense.model and row.mode != "dense"
+    ]  # fmt: skip
 
 
 def _leak_notes(leaks: LeakReport | None) -> list[str]:
