@@ -12,7 +12,7 @@ from typing import Any, Generic, NotRequired, Self, TypedDict, TypeVar
 
 from dejavu.bench.rows import Measured, read_rows
 from dejavu.config import require
-from dejavu.figures import Evaluation, Profile, ScreenedHead, Training, check
+from dejavu.figures import Evaluation, HeadAgreement, Profile, Training, check
 
 QUALITY = Path(__file__).resolve().parents[1] / "results" / "quality.jsonl"
 
@@ -30,7 +30,7 @@ class Printed(TypedDict):
 class EvalResult(Evaluation, Printed):
     """`dejavu eval`. harness: metrics of lm-evaluation-harness by side and task."""
 
-    screen: NotRequired[ScreenedHead]
+    screen: NotRequired[HeadAgreement]
     harness: NotRequired[dict[str, dict[str, dict[str, float]] | None]]
 
 

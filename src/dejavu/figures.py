@@ -167,7 +167,7 @@ class Evaluation(TypedDict):
     bos: str
 
 
-class ScreenedHead(TypedDict):
+class HeadAgreement(TypedDict):
     """How often a screened head and the full one choose the same token. screened_head: tokens of a shortlist; rank: of its scores;
     tokens: compared; agreement: the share of them.
     """

@@ -10,13 +10,16 @@ import math
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from dejavu.figures import HeadAgreement
 
 WIDTH = 120  # where stdout is no terminal
 
@@ -97,7 +100,7 @@ def ratio(speed: float | None, base: float | None, *, mode: str = "sparse", agai
     return f"speed ratio {mode} / {against}: [bold]{value:.2f}×[/bold] ({mode} is {word})"  # noqa: RUF001
 
 
-def screen_line(screen: dict[str, Any]) -> str:
+def screen_line(screen: HeadAgreement) -> str:
     """What a screened head was measured to do."""
     share = f"[bold]{screen['agreement']:.2%}[/bold] of {screen['tokens']:,} tokens"
     return f"screened head of {screen['screened_head']:,} (rank {screen['rank']}): the full head's choice after {share}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dejavu.cli.output import plain
 
 if TYPE_CHECKING:
+    from dejavu.figures import HeadAgreement
     from dejavu.language_model import LanguageModel
 
 PARTS = "eval-parts.json"
@@ -26,7 +27,7 @@ def open_run(path: Path) -> Path:
     return path
 
 
-def write_sections(folder: Path, lm: LanguageModel, *, screen: dict[str, Any] | None = None, **sections: Any) -> Path:
+def write_sections(folder: Path, lm: LanguageModel, *, screen: HeadAgreement | None = None, **sections: Any) -> Path:
     """Put sections into the folder's results.json, beside those that it has of the same model; returns the file.
 
     screen: what a screened head was measured to do, which belongs to what ran.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dejavu.bench.decode import Bench
     from dejavu.bench.rows import Row
     from dejavu.bench.variants import Peer
+    from dejavu.figures import HeadAgreement
 
 DEFAULT_CONTEXT = 128
 
@@ -40,7 +41,7 @@ class Found:
     runs: list[tuple[str, Bench]] = field(default_factory=list)
     op_rows: list[Row] = field(default_factory=list)
     planted: list[dict[str, Any]] = field(default_factory=list)
-    screen: dict[str, Any] | None = None
+    screen: HeadAgreement | None = None
 
     @property
     def rows(self) -> list[Row]:

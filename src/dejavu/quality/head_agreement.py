@@ -8,10 +8,10 @@ logits, this is the share of tokens whose best next token is on the shortlist.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
+from dejavu.figures import HeadAgreement
 from dejavu.kernels.screen import screen_rank
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.transformer import Transformer
@@ -31,8 +31,8 @@ def head_agreement(
     threads: int | None = None,
     max_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """`screened_head` (tokens of a shortlist), `rank` of the scores, `tokens` compared, `agreement`: the share of them.
+) -> HeadAgreement:
+    """Of the two heads, on a text.
 
     ids: a text, of which the first max_tokens are decoded, in windows as long as the context. The other arguments: see make_engine.
     Raises ValueError for a text of fewer than 2 tokens.
@@ -56,4 +56,5 @@ def head_agreement(
             same, compared = same + (full == screened), compared + 1
             if progress is not None:
                 progress("screened head", compared, count)
-    return {"screened_head": screened_head, "rank": screen_rank(model.config.embed_width), "tokens": compared, "agreement": same / compared}
+    rank = screen_rank(model.config.embed_width)
+    return HeadAgreement(screened_head=screened_head, rank=rank, tokens=compared, agreement=same / compared)
