@@ -9,6 +9,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from conftest import random_predictor
+from dejavu.figures import Evaluation, Quality
 from dejavu.model.predictor import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 from dejavu.model.transformer import Transformer
@@ -42,6 +43,12 @@ def words(count: int, seed: int) -> str:
     return " ".join("".join(draw.choice("thé ox") for _ in range(3)).strip() or "x" for _ in range(count))
 
 
+def sides(result: Evaluation) -> tuple[Quality, Quality]:
+    """Dense and sparse."""
+    assert result["sparse"] is not None
+    return result["dense"], result["sparse"]
+
+
 TEXTS = {"one.txt": words(40, 1), "two.txt": words(90, 2)}
 TASKS = {
     "quiz": [{"context": words(3, i), "choices": [" " + words(2, 50 + i), " " + words(2, 80 + i)], "label": i % 2} for i in range(9)],
@@ -64,7 +71,7 @@ def test_dense_and_sparse_side_by_side(model):
         progress=lambda what, done, total: stages.append((what, done, total)),
     )
     json.dumps(result, allow_nan=False)
-    for side in (result["dense"], result["sparse"]):
+    for side in sides(result):
         assert {"ppl", "texts", "tasks", "mlp_density", "head_density"} <= set(side)
         assert set(side["texts"]) == set(TEXTS) and set(side["tasks"]) == set(TASKS)
         assert all({"ppl", "bits_per_byte", "stderr", "tokens"} <= set(text) for text in side["texts"].values())
@@ -72,13 +79,13 @@ def test_dense_and_sparse_side_by_side(model):
         assert [side["tasks"][name]["n"] for name in TASKS] == [6, 4, 5]
         nll = sum(math.log(text["ppl"]) * text["tokens"] for text in side["texts"].values())
         assert side["ppl"] == pytest.approx(math.exp(nll / sum(text["tokens"] for text in side["texts"].values())))
-    dense, sparse = result["dense"], result["sparse"]
+    dense, sparse = sides(result)
     for name, text in TEXTS.items():
         ids = tokenizer.encode_plain(text)
         expected = perplexity(model, ids, bos=0, context=32, stride=16)
         assert dense["texts"][name]["ppl"] == pytest.approx(expected.ppl) and dense["texts"][name]["tokens"] == len(ids)
         assert dense["texts"][name]["bits_per_byte"] == pytest.approx(expected.nll / len(text.encode()) / math.log(2))
-    assert sparse["ppl"] != dense["ppl"]
+    assert sparse["ppl"] and dense["ppl"] and result["rise_stderr"] and sparse["ppl"] != dense["ppl"]
     assert result["rise"] == pytest.approx(sparse["ppl"] / dense["ppl"] - 1) and result["rise_stderr"] > 0
     assert sparse["mlp_density_per_layer"][1] == 1.0 and 0 < sparse["mlp_density_per_layer"][0] < 1
     assert sparse["mlp_density"] == pytest.approx(sum(sparse["mlp_density_per_layer"]) / 3) == result["mlp_density"]
@@ -97,7 +104,7 @@ def test_without_an_adapter(model):
 
 def test_tasks_alone_have_no_perplexity(model):
     result = evaluate(model, tokenizer_of(), layers_of(model, 0.2), texts={}, tasks={"quiz": TASKS["quiz"]})
-    assert result["dense"]["ppl"] is None and result["rise"] is None and result["sparse"]["mlp_density"] < 1
+    assert result["dense"]["ppl"] is None and result["rise"] is None and sides(result)[1]["mlp_density"] < 1
 
 
 def test_nothing_kept_is_seen_in_every_number(model):
@@ -110,17 +117,19 @@ def test_nothing_kept_is_seen_in_every_number(model):
             block.down.weight.zero_()
     gone = evaluate(model, tokenizer, None, texts=TEXTS, tasks=TASKS)["dense"]
     assert result["mlp_density"] == 0.0
-    assert result["sparse"]["ppl"] == pytest.approx(gone["ppl"], rel=1e-6)
-    assert abs(result["sparse"]["ppl"] / result["dense"]["ppl"] - 1) > 0.01
-    assert result["sparse"]["tasks"]["last"]["ppl"] == pytest.approx(gone["tasks"]["last"]["ppl"], rel=1e-5)
-    assert result["sparse"]["tasks"]["quiz"]["acc"] == gone["tasks"]["quiz"]["acc"]
+    dense, sparse = sides(result)
+    assert sparse["ppl"] and dense["ppl"] and sparse["ppl"] == pytest.approx(gone["ppl"], rel=1e-6)
+    assert abs(sparse["ppl"] / dense["ppl"] - 1) > 0.01
+    assert sparse["tasks"]["last"]["ppl"] == pytest.approx(gone["tasks"]["last"]["ppl"], rel=1e-5)
+    assert sparse["tasks"]["quiz"]["acc"] == gone["tasks"]["quiz"]["acc"]
 
 
 def test_sparse_run_that_ran_nothing_sparse_is_an_error(model):
     tasks = {"yes-no": TASKS["yes-no"]}
     with pytest.raises(ValueError, match=r"no token was scored sparse.*--strict"):
         evaluate(model, tokenizer_of(), layers_of(model, 0.2), texts={}, tasks=tasks)
-    assert evaluate(model, tokenizer_of(), layers_of(model, 0.2), texts={}, tasks=tasks, strict=True)["sparse"]["tokens_sparse"] == 8
+    strict = evaluate(model, tokenizer_of(), layers_of(model, 0.2), texts={}, tasks=tasks, strict=True)
+    assert sides(strict)[1]["tokens_sparse"] == 8
     with pytest.raises(ValueError, match="selects in no layer"):
         evaluate(model, tokenizer_of(), (LayerAdapter(),) * 3, texts=TEXTS, tasks={})
 

@@ -52,10 +52,10 @@ def test_a_task_has_the_accuracies_of_our_evaluator(lm: LanguageModel, tmp_path:
     found = harness_results(lm, [str(yaml_task(tmp_path))])
     ours = evaluate(lm.model, lm.tokenizer, lm.layers(), texts={}, tasks={"small": ITEMS})
     for part in ("dense", "sparse"):
-        theirs = found[part]
-        assert theirs is not None
+        theirs, side = found[part], ours[part]
+        assert theirs is not None and side is not None
         for metric in ("acc", "acc_norm"):
-            assert theirs["small_choices"][metric] == pytest.approx(ours[part]["tasks"]["small"][metric]), (part, metric)
+            assert theirs["small_choices"][metric] == pytest.approx(side["tasks"]["small"][metric]), (part, metric)
 
 
 def test_scores_are_those_of_our_evaluator_and_sparse_is_not_dense(lm: LanguageModel) -> None:

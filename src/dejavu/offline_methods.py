@@ -188,7 +188,7 @@ class OfflineMethods:
 
         texts: name -> text; tasks: name -> records as `dejavu.quality.tasks.read_items` reads them from a JSONL file.
         """
-        found = evaluate(
+        return evaluate(
             self.model,
             self.tokenizer,
             self.layers(adapter=adapter, dense=dense),
@@ -200,4 +200,3 @@ class OfflineMethods:
             strict=strict,
             progress=progress,
         )
-        return cast(Evaluation, found)

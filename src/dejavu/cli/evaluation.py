@@ -32,6 +32,7 @@ from dejavu.cli.runs import PARTS, open_run, write_sections
 
 if TYPE_CHECKING:
     from dejavu.config import Progress
+    from dejavu.figures import HeadAgreement, Quality
     from dejavu.language_model import LanguageModel
 
 MAX_SCREEN_TOKENS = 2048
@@ -96,7 +97,7 @@ def evaluation(
     with resumable(hint), progress_bars() as progress:
         result = NOTHING | {}
         if texts or items:
-            result = evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
+            result |= evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
         if harness:
             result["harness"] = _harness(lm, harness, limit, progress)
         if screened_head:
@@ -127,7 +128,7 @@ def _harness_table(found: dict[str, Any]) -> Any:
     return table
 
 
-def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | None) -> dict[str, Any]:
+def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | None) -> HeadAgreement:
     """The screened head against the full one, with the adapter, on the start of every text, the same share of MAX_SCREEN_TOKENS each."""
     from dejavu.model.texts import document_ids
     from dejavu.quality.head_agreement import head_agreement
@@ -177,7 +178,7 @@ def show(out: Output, result: dict[str, Any]) -> None:
         out.show(f"perplexity, sparse against dense: [bold]{result['rise']:+.2%}[/bold]{error}")
 
 
-def _text_table(dense: dict[str, Any], sparse: dict[str, Any] | None) -> Any:
+def _text_table(dense: Quality, sparse: Quality | None) -> Any:
     columns = ("text", "tokens", "dense ppl", "±", "bits/byte")
     table = new_table("Perplexity", *columns, *(() if sparse is None else ("sparse ppl", "rise", "MLP density", "head density")))
     for name, entry in dense["texts"].items():
@@ -190,12 +191,14 @@ def _text_table(dense: dict[str, Any], sparse: dict[str, Any] | None) -> Any:
     if len(dense["texts"]) > 1:
         total = sum(entry["tokens"] for entry in dense["texts"].values())
         row = ["all", f"{total:,}", number(dense["ppl"]), number(dense["stderr"], ".2f"), ""]
-        row += [] if sparse is None else [number(sparse["ppl"]), f"{sparse['ppl'] / dense['ppl'] - 1:+.2%}", "", ""]
+        if sparse is not None:
+            assert sparse["ppl"] is not None and dense["ppl"] is not None, "there are texts"
+            row += [number(sparse["ppl"]), f"{sparse['ppl'] / dense['ppl'] - 1:+.2%}", "", ""]
         table.add_row(*row, style="bold")
     return table
 
 
-def _task_table(dense: dict[str, Any], sparse: dict[str, Any] | None) -> Any:
+def _task_table(dense: Quality, sparse: Quality | None) -> Any:
     columns = ("task", "items", "dense acc", "±", "acc_norm")
     table = new_table("Tasks", *columns, *(() if sparse is None else ("sparse acc", "acc_norm", "difference", "MLP density")))
     for name, entry in dense["tasks"].items():

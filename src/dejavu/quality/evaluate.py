@@ -1,15 +1,6 @@
 """Quality of one model, dense and sparse: perplexity of texts and accuracy of tasks, from the same model object.
 
-In: model, tokenizer, the adapter's layers (None: dense only), texts and task records. Out: one plain dict, ready for JSON:
-
-    dense, sparse   each: mode ("dense", or the method that selects), ppl (over all texts: exp(sum NLL / sum tokens)), stderr,
-                    texts  name -> ppl, bits_per_byte, stderr, tokens, windows
-                    tasks  name -> acc, acc_norm, stderr, stderr_norm, n (LAMBADA: and ppl, ppl_stderr)
-                    mlp_density, head_density, and both per layer; tokens scored, and tokens_sparse scored sparse.
-                    Texts and tasks of `sparse` carry their own densities. `sparse` is None without an adapter.
-    rise            relative rise of perplexity sparse / dense - 1, and rise_stderr, paired by window
-    mlp_density, head_density   those of the sparse run (of the dense run, 1.0, without an adapter)
-    context, stride, bos        how the texts were cut; bos says in words where a BOS stands
+In: model, tokenizer, the adapter's layers (None: dense only), texts and task records. Out: a `figures.Evaluation`, ready for JSON.
 
 Perplexity masks every token. With stride < context the densities count a token once per window that reads it.
 
@@ -25,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dejavu.config import Progress, require
+from dejavu.figures import Evaluation, Quality, TextScore
 from dejavu.files import text_hash
 from dejavu.model.counts import DensityCounter
 from dejavu.model.predictor import LayerAdapter
@@ -85,8 +77,8 @@ def evaluate(
     batch_tokens: int = 4096,
     store: PartStore | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure dense and, with an adapter's layers, sparse quality; the keys are in the file's docstring.
+) -> Evaluation:
+    """Measure dense and, with an adapter's layers, sparse quality.
 
     texts: name -> text, of which the first max_tokens tokens are scored; tasks: name -> records, of which the first
     `limit` are used. context: tokens of a window (default: the model's context); stride defaults to it. progress counts
@@ -138,63 +130,72 @@ def evaluate(
     for name, records in tasks.items():
         task_parts[name] = store.get(f"task {name} {text_hash(str(records))}", lambda n=name, r=records: measure_task(n, r))
     methods = sorted({method for layer in layers or () for method in layer.methods})
-    return _joined(text_parts, task_parts, mode="+".join(methods), num_layers=num_layers) | {
-        "context": context,
-        "stride": context if stride is None else stride,
-        "bos": BOS_ONCE if tokenizer.adds_bos else BOS_NEVER,
-    }
+    dense, sparse = _dense_side(text_parts, task_parts, num_layers), None
+    rise = rise_stderr = None
+    if methods:
+        sparse = _sparse_side(text_parts, task_parts, num_layers, mode="+".join(methods))
+        if text_parts:
+            paired = paired_rise(*(pooled([_windows(part[side]) for part in text_parts.values()]) for side in ("dense", "sparse")))
+            rise, rise_stderr = paired.rise, paired.stderr
+    shown = sparse or dense
+    return Evaluation(
+        dense=dense, sparse=sparse, rise=rise, rise_stderr=rise_stderr,
+        mlp_density=shown["mlp_density"], head_density=shown["head_density"],
+        context=context, stride=context if stride is None else stride, bos=BOS_ONCE if tokenizer.adds_bos else BOS_NEVER,
+    )  # fmt: skip
 
 
-def _joined(texts: Mapping[str, Any], tasks: Mapping[str, Any], *, mode: str, num_layers: int) -> dict[str, Any]:
-    """The result from the parts of texts and tasks, without how the texts were cut. mode: of the sparse side; empty without one."""
-    tokens = sum(sum(part["dense"]["window_tokens"]) for part in texts.values()) + sum(part["tokens"] for part in tasks.values())
+def _dense_side(texts: Mapping[str, Any], tasks: Mapping[str, Any], num_layers: int) -> Quality:
+    ppl, stderr = _perplexity(texts, "dense")
     ones = [1.0] * num_layers
-    dense_side = _side("dense", texts, tasks) | {"mlp_density": 1.0, "head_density": 1.0}
-    dense_side |= {"mlp_density_per_layer": ones, "head_density_per_layer": ones, "tokens": tokens, "tokens_sparse": 0}
-    result = {"dense": dense_side, "sparse": None, "rise": None, "rise_stderr": None, "mlp_density": 1.0, "head_density": 1.0}
-    if not mode:
-        return result
+    return Quality(
+        mode="dense", ppl=ppl, stderr=stderr, texts={name: _score(part, "dense") for name, part in texts.items()},
+        tasks={name: part["dense"] for name, part in tasks.items()}, mlp_density=1.0, head_density=1.0, mlp_density_per_layer=ones,
+        head_density_per_layer=ones, tokens=_tokens(texts, tasks), tokens_sparse=0,
+    )  # fmt: skip
+
+
+def _sparse_side(texts: Mapping[str, Any], tasks: Mapping[str, Any], num_layers: int, *, mode: str) -> Quality:
     total = _counted(num_layers, [part["selected"] for part in (*texts.values(), *tasks.values())])
     require(
         total.tokens > 0,
         "a sparse evaluation was asked for, but no token was scored sparse: the context of a task runs dense and every "
         "continuation has one token; use --strict, or add a --text",
     )
+    mlp_density, head_density = total.mlp_density(), total.head_density()
+    assert mlp_density is not None and head_density is not None, "tokens were counted"
+    ppl, stderr = _perplexity(texts, "sparse")
+    scores: dict[str, TextScore] = {}
+    for name, part in texts.items():
+        counter = _counted(num_layers, [part["selected"]])
+        scores[name] = {**_score(part, "sparse"), "mlp_density": counter.mlp_density(), "head_density": counter.head_density()}
     tokens_sparse = sum(sum(part["sparse"]["window_tokens"]) for part in texts.values())
     tokens_sparse += sum(part["tokens_sparse"] for part in tasks.values())
-    sparse_side = _side("sparse", texts, tasks) | {"mode": mode, "mlp_density": total.mlp_density(), "head_density": total.head_density()}
-    sparse_side |= {"mlp_density_per_layer": total.mlp_per_layer(), "head_density_per_layer": total.heads_per_layer()}
-    sparse_side |= {"tokens": tokens, "tokens_sparse": tokens_sparse}
-    result |= {"sparse": sparse_side, "mlp_density": sparse_side["mlp_density"], "head_density": sparse_side["head_density"]}
-    if texts:
-        rise = paired_rise(*(pooled([_windows(part[side]) for part in texts.values()]) for side in ("dense", "sparse")))
-        result |= {"rise": rise.rise, "rise_stderr": rise.stderr}
-    return result
+    return Quality(
+        mode=mode, ppl=ppl, stderr=stderr, texts=scores, tasks={name: part["sparse"] for name, part in tasks.items()},
+        mlp_density=mlp_density, head_density=head_density, mlp_density_per_layer=total.mlp_per_layer(),
+        head_density_per_layer=total.heads_per_layer(), tokens=_tokens(texts, tasks), tokens_sparse=tokens_sparse,
+    )  # fmt: skip
 
 
-def _side(side: str, texts: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """Perplexities and summaries of one side ("dense" or "sparse") of the parts."""
-    results = {name: _windows(part[side]) for name, part in texts.items()}
-    whole = pooled(list(results.values())) if results else None
-    entries: dict[str, dict[str, Any]] = {}
-    for name, result in results.items():
-        entries[name] = {
-            "ppl": result.ppl,
-            "bits_per_byte": result.bits_per_byte(texts[name]["bytes"]),
-            "stderr": result.stderr,
-            "tokens": result.tokens,
-            "windows": result.windows,
-        }
-        if side == "sparse":
-            selected = texts[name]["selected"]
-            counter = _counted(selected["num_layers"], [selected])
-            entries[name] |= {"mlp_density": counter.mlp_density(), "head_density": counter.head_density()}
+def _tokens(texts: Mapping[str, Any], tasks: Mapping[str, Any]) -> int:
+    return sum(sum(part["dense"]["window_tokens"]) for part in texts.values()) + sum(part["tokens"] for part in tasks.values())
+
+
+def _perplexity(texts: Mapping[str, Any], side: str) -> tuple[float | None, float | None]:
+    """Over all texts, with its standard error."""
+    whole = pooled([_windows(part[side]) for part in texts.values()]) if texts else None
+    return (None, None) if whole is None else (whole.ppl, whole.stderr)
+
+
+def _score(part: Mapping[str, Any], side: str) -> TextScore:
+    found = _windows(part[side])
     return {
-        "mode": side,
-        "ppl": None if whole is None else whole.ppl,
-        "stderr": None if whole is None else whole.stderr,
-        "texts": entries,
-        "tasks": {name: part[side] for name, part in tasks.items()},
+        "ppl": found.ppl,
+        "bits_per_byte": found.bits_per_byte(part["bytes"]),
+        "stderr": found.stderr,
+        "tokens": found.tokens,
+        "windows": found.windows,
     }
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import require
+from dejavu.figures import TaskScore
 from dejavu.files import read_text
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
@@ -243,7 +244,7 @@ def _first_best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def summarize(items: Sequence[Item], scores: Sequence[Sequence[Score]]) -> dict[str, Any]:
+def summarize(items: Sequence[Item], scores: Sequence[Sequence[Score]]) -> TaskScore:
     """acc, acc_norm, stderr, stderr_norm, n of items (all of one form) from the scores of their pairs; LAMBADA: and ppl,
     ppl_stderr."""
     hits, hits_norm = [], []
@@ -257,14 +258,14 @@ def summarize(items: Sequence[Item], scores: Sequence[Sequence[Score]]) -> dict[
         hits_norm.append(hit)
     acc, stderr = _proportion(hits)
     acc_norm, stderr_norm = _proportion(hits_norm)
-    result = {"acc": acc, "acc_norm": acc_norm, "stderr": stderr, "stderr_norm": stderr_norm, "n": len(items)}
+    result: TaskScore = {"acc": acc, "acc_norm": acc_norm, "stderr": stderr, "stderr_norm": stderr_norm, "n": len(items)}
     if items[0].form == "target":
         nll = [-row[0].log_prob for row in scores]
         mean = math.fsum(nll) / len(nll)
         spread = math.sqrt(math.fsum((x - mean) ** 2 for x in nll) / (len(nll) - 1) / len(nll)) if len(nll) > 1 else None
         # A mean beyond 700 nats has no exponential in float64: such a model's perplexity is not a number worth printing.
         ppl = math.exp(mean) if mean < 700 else None
-        result |= {"ppl": ppl, "ppl_stderr": None if ppl is None or spread is None else ppl * spread}
+        result["ppl"], result["ppl_stderr"] = ppl, None if ppl is None or spread is None else ppl * spread
     return result
 
 
@@ -272,8 +273,8 @@ def summarize(items: Sequence[Item], scores: Sequence[Sequence[Score]]) -> dict[
 class TaskResult:
     """Summaries of one task, and how many tokens were scored in all and on an output that was computed sparse."""
 
-    dense: dict[str, Any]
-    sparse: dict[str, Any] | None
+    dense: TaskScore
+    sparse: TaskScore | None
     tokens: int
     tokens_sparse: int
 
@@ -313,7 +314,8 @@ def evaluate_task(
         counter = masked.counter
         tokens_sparse = tokens if strict else tokens - len(requests)
         result_sparse = summarize(items, grouped(sparse))
-        result_sparse |= {"mlp_density": counter.mlp_density(), "head_density": counter.head_density(), "tokens_sparse": tokens_sparse}
+        result_sparse["mlp_density"], result_sparse["head_density"] = counter.mlp_density(), counter.head_density()
+        result_sparse["tokens_sparse"] = tokens_sparse
         if counter.tokens == 0:
             result_sparse["note"] = NOTHING_SPARSE
     return TaskResult(dense=summarize(items, grouped(dense)), sparse=result_sparse, tokens=tokens, tokens_sparse=tokens_sparse)

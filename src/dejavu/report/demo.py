@@ -190,6 +190,7 @@ def run_demo(
                 batch_tokens=model.config.max_positions,
                 progress=progress,
             )
+        assert quality["sparse"] is not None, "its layers select"
         tell(f"perplexity: {quality['dense']['ppl']:.3f} dense, {quality['sparse']['ppl']:.3f} sparse")
         with clock.step("curves"):
             curves = perplexity_curves(model, layers, unseen[: sizes.curve_tokens], bos=bos, progress=progress)
