@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import dejavu
+from dejavu.figures import CurvePoint
 from dejavu.report import plots
 from dejavu.report.activation_map import MARGIN, WIDTH, columns_width
 from dejavu.report.report import SECTIONS, compare, read_results, render, write_report
@@ -353,7 +354,7 @@ def test_words_lead_to_their_meaning(results: dict[str, Any]) -> None:
 
 def test_a_logarithmic_axis_says_so(results: dict[str, Any]) -> None:
     def figure(*ppls: float) -> str:
-        points = [{"kind": "predicted", "density": 0.6 + 0.1 * index, "ppl": ppl} for index, ppl in enumerate(ppls)]
+        points: list[CurvePoint] = [{"kind": "predicted", "density": 0.6 + 0.1 * index, "ppl": ppl} for index, ppl in enumerate(ppls)]
         return plots.perplexity_curves("p", points, 20.0, x="head density")
 
     steep, flat = figure(90, 60, 30, 21), figure(23, 22, 21, 20)

@@ -45,6 +45,23 @@ class Profile(TypedDict):
     oracle_tokens: int
 
 
+class CurvePoint(TypedDict):
+    """Perplexity at a density, of a selection by predictors or by an oracle."""
+
+    kind: Literal["predicted", "oracle"]
+    density: float
+    ppl: float
+
+
+class Curves(TypedDict):
+    """Perplexity against the density of neurons and of heads, beside the dense model's."""
+
+    mlp: list[CurvePoint]
+    heads: list[CurvePoint]
+    ppl_dense: float
+    tokens: NotRequired[int]
+
+
 class PartTraining(TypedDict):
     """A predictor on held-out text."""
 

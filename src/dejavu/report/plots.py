@@ -21,6 +21,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
+from dejavu.figures import CurvePoint, LayerProfile
+
 WIDTH, HEIGHT, DPI = 5.4, 3.5, 72  # inches; SVG has 72 units an inch
 INK, MUTED, GRID = "#1f2328", "#5f6872", "#d5dae0"
 SPARSE, ORACLE, IDLE, PAGE = "#0072b2", "#c85200", "#c6ccd3", "#fefefe"
@@ -139,7 +141,7 @@ def _rows_height(count: int) -> float:
     return 1.25 + 0.3 * min(count, 24)
 
 
-def mlp_density(layers: Sequence[dict[str, Any]], selected: Sequence[float] | None) -> str:
+def mlp_density(layers: Sequence[LayerProfile], selected: Sequence[float] | None) -> str:
     """Dead, contextual and always-on neurons of each layer as one bar; natural and selected density as marks on it."""
     count = len(layers)
     widths = {key: [layer[key] for layer in layers] for key in ("always_on", "contextual", "dead")}
@@ -180,7 +182,7 @@ def _key_above(axes: Axes, *, columns: int) -> None:
 
 def layer_curves(
     name: str,
-    curves: Sequence[Sequence[tuple[float, float]] | None],
+    curves: Sequence[Sequence[Sequence[float]] | None],
     *,
     x: str,
     y: str,
@@ -194,7 +196,7 @@ def layer_curves(
         for layer, curve in enumerate(curves):
             if not curve:
                 continue
-            points = sorted(curve)
+            points = sorted((share, value) for share, value in curve)
             axes.plot([p[0] for p in points], [p[1] for p in points], color=layer_colour(layer, count), label=f"{layer}")
             lowest = min(lowest, points[0][1])
         for layer, point in enumerate(chosen or ()):
@@ -222,14 +224,14 @@ def layer_curves(
     return _svg(name, f"{y} against {x}, one line for each of {count} layers", draw)
 
 
-def _saturation(curves: Sequence[Sequence[tuple[float, float]]]) -> float:
+def _saturation(curves: Sequence[Sequence[Sequence[float]]]) -> float:
     """Where the last of the curves reaches 99.5 %: beyond, there is nothing to see."""
     reached = [min([x for x, y in curve if y >= 0.995] or [x for x, _ in curve[-1:]]) for curve in curves]
     return max(reached)
 
 
 def perplexity_curves(
-    name: str, points: Sequence[dict[str, Any]], ppl_dense: float, *, x: str, chosen: float | None = None, join: bool = False
+    name: str, points: Sequence[CurvePoint], ppl_dense: float, *, x: str, chosen: float | None = None, join: bool = False
 ) -> str:
     """Perplexity against density, selected by predictors and by an oracle, beside the dense model's.
 

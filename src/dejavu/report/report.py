@@ -23,14 +23,15 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dejavu.config import require
+from dejavu.figures import CurvePoint, Curves, Evaluation, LayerTraining, PartTraining, Profile
 from dejavu.files import absolute, read_json
 from dejavu.report.activation_map import MARGIN, NATURAL_RGB, SELECTED_RGB, columns_width, firing_svgs
 from dejavu.version import __version__
@@ -40,6 +41,51 @@ TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = ("generation", "evaluation", "profile", "train", "curves", "recall", "firing", "rows")
 DETAILS = ("model", "environment", "seconds")
 MISSING = "\u2013"  # en dash
+
+
+class GenerationSide(TypedDict):
+    tok_s: float
+    text: str
+    tok_s_runs: list[float]
+
+
+class GenerationSection(TypedDict):
+    """read_share: None, or not there in older runs, where it is not known."""
+
+    prompt: str
+    new_tokens: int
+    runs: int
+    dense: GenerationSide
+    sparse: GenerationSide
+    speedup: float
+    mlp_density: float
+    head_density: float
+    read_share: NotRequired[float | None]
+
+
+class TrainSection(TypedDict):
+    """What the predictors are. source: where they come from. method: not there in runs of before there were several."""
+
+    source: str
+    method: NotRequired[str]
+    budget: float
+    layers: list[LayerTraining]
+
+
+class Sections(TypedDict):
+    """What a report is made of; None: not measured in this run."""
+
+    model: dict[str, Any] | None
+    environment: dict[str, Any] | None
+    generation: GenerationSection | None
+    evaluation: Evaluation | None
+    profile: Profile | None
+    train: TrainSection | None
+    curves: Curves | None
+    recall: Sequence[Mapping[str, list[list[float]] | None]] | None
+    firing: dict[str, Any] | None
+    rows: list[dict[str, Any]] | None
+    seconds: dict[str, float] | None
 
 
 def read_results(runs: Sequence[Path]) -> dict[str, Any]:
@@ -92,7 +138,7 @@ def render(results: dict[str, Any]) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "share": share, "number": number, "signed": signed, "tokens": whole}
-    sections = {name: results.get(name) for name in (*SECTIONS, *DETAILS)}
+    sections = cast(Sections, {name: results.get(name) for name in (*SECTIONS, *DETAILS)})  # read from files of earlier versions too
     generation = sections["generation"]
     return environment.get_template("report.html.j2").render(
         **sections,
@@ -158,20 +204,20 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _weights_read(sections: dict[str, Any]) -> bool:
+def _weights_read(sections: Sections) -> bool:
     """Whether densities are shares of weights, as where inputs are selected, and not of neurons and heads."""
     train = sections["train"]
     return train is not None and train.get("method") == "input"
 
 
-def _tiles(sections: dict[str, Any]) -> list[dict[str, str]]:
+def _tiles(sections: Sections) -> list[dict[str, str]]:
     """Headline numbers: what it is, its value, what it stands on, and the note that says how it was measured."""
     tiles = []
 
     def tile(name: str, value: str, detail: str, note: str) -> None:
         tiles.append({"name": name, "value": value, "detail": detail, "note": note})
 
-    generation, evaluation, train, profile = (sections[name] for name in ("generation", "evaluation", "train", "profile"))
+    generation, evaluation, train, profile = sections["generation"], sections["evaluation"], sections["train"], sections["profile"]
     if generation is not None:
         speeds = [number(generation[side]["tok_s"], 1) for side in ("sparse", "dense")]
         detail = f"sparse {speeds[0]}, dense {speeds[1]} tokens per second"
@@ -196,13 +242,13 @@ def _tiles(sections: dict[str, Any]) -> list[dict[str, str]]:
         tile("Read: all bytes", share(generation["read_share"]), detail, "density")
     predicted = [] if train is None else [layer for layer in train["layers"] if layer["lookahead"] is not None]
     if predicted:
-        mass = _mean([layer["mass"] for layer in predicted])
+        mass = _mean([layer["mass"] or 0.0 for layer in predicted])
         detail = f"of the active neurons; with them {percent(mass)} of what neurons add up to (mass)"
-        tile("Found: recall", percent(_mean([layer["recall"] for layer in predicted])), detail, "recall")
+        tile("Found: recall", percent(_mean([layer["recall"] or 0.0 for layer in predicted])), detail, "recall")
     return tiles
 
 
-def _selected(sections: dict[str, Any]) -> list[float] | None:
+def _selected(sections: Sections) -> list[float] | None:
     """MLP density per layer as it was used: in the evaluation, else as calibration measured it."""
     evaluation, train = sections["evaluation"], sections["train"]
     if evaluation is not None and evaluation["sparse"] is not None:
@@ -212,9 +258,9 @@ def _selected(sections: dict[str, Any]) -> list[float] | None:
     return None
 
 
-def _layer_rows(sections: dict[str, Any]) -> list[dict[str, Any]]:
+def _layer_rows(sections: Sections) -> list[dict[str, Any]]:
     """One row a layer for the tables: profile, what was selected, and the predictors' quality."""
-    profile, train, evaluation = (sections[name] for name in ("profile", "train", "evaluation"))
+    profile, train, evaluation = sections["profile"], sections["train"], sections["evaluation"]
     selected = _selected(sections)
     profiled = [] if profile is None else profile["layers"]
     trained = [] if train is None else train["layers"]
@@ -235,12 +281,12 @@ def _layer_rows(sections: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _figures(sections: dict[str, Any]) -> dict[str, str | tuple[str, str]]:
+def _figures(sections: Sections) -> dict[str, str | tuple[str, str]]:
     """Every figure that the results allow, by name; a map is two, the second of which scrolls."""
     from dejavu.report import plots
 
     figures: dict[str, str | tuple[str, str]] = {}
-    profile, train, curves, recall, firing = (sections[name] for name in ("profile", "train", "curves", "recall", "firing"))
+    profile, train, recall, firing = sections["profile"], sections["train"], sections["recall"], sections["firing"]
     if profile is not None:
         layers = profile["layers"]
         figures["density"] = plots.mlp_density(layers, _selected(sections))
@@ -255,31 +301,34 @@ def _figures(sections: dict[str, Any]) -> dict[str, str | tuple[str, str]]:
         recall = [{"mlp": layer["curve"], "heads": None} for layer in train["layers"]]
     for part, what in (("mlp", "neurons"), ("heads", "heads")):
         if recall is not None and any(layer[part] for layer in recall):
-            found = [[(density, value) for density, value, _ in layer[part]] if layer[part] else None for layer in recall]
+            found = [[(density, value) for density, value, _ in points] if (points := layer[part]) else None for layer in recall]
             chosen = None if train is None else [_chosen(layer if part == "mlp" else layer.get("heads")) for layer in train["layers"]]
             figures[f"recall_{part}"] = plots.layer_curves(
                 f"recall-{part}", found, x=f"share of {what} selected", y=f"{what} found (recall)", chosen=chosen
             )
-    figures |= _perplexity_figures(sections, curves, profile)
+    figures |= _perplexity_figures(sections)
     if firing is not None:
         figures["firing_neurons"] = firing_svgs(firing, "neurons")
         figures["firing_heads"] = firing_svgs(firing, "heads")
     return figures
 
 
-def _chosen(part: dict[str, Any] | None) -> tuple[float, float] | None:
-    dense = part is None or part["recall"] is None or (part["lookahead"] is None and part["density"] >= 1)
-    return None if dense or part is None else (part["density"], part["recall"])
+def _chosen(part: LayerTraining | PartTraining | None) -> tuple[float, float] | None:
+    if part is None or part["recall"] is None or (part["lookahead"] is None and part["density"] >= 1):
+        return None
+    return part["density"], part["recall"]
 
 
-def _perplexity_figures(sections: dict[str, Any], curves: dict[str, Any] | None, profile: dict[str, Any] | None) -> dict[str, str]:
+def _perplexity_figures(sections: Sections) -> dict[str, str]:
     """Perplexity against density; the oracle alone, from the profile, where no predictor was measured."""
     from dejavu.report import plots
 
+    curves, profile = sections["curves"], sections["profile"]
     if curves is None and profile is not None and profile["oracle"]:
-        points = [{**point, "kind": "oracle"} for point in profile["oracle"]]
-        curves = {"ppl_dense": profile["ppl_dense"]}
-        curves |= {part: [point for point in points if point["part"] == part] for part in ("mlp", "heads")}
+        points: dict[str, list[CurvePoint]] = {"mlp": [], "heads": []}
+        for point in profile["oracle"]:
+            points[point["part"]].append({"kind": "oracle", "density": point["density"], "ppl": point["ppl"]})
+        curves = Curves(mlp=points["mlp"], heads=points["heads"], ppl_dense=profile["ppl_dense"])
     if curves is None:
         return {}
     evaluation = sections["evaluation"]
@@ -296,7 +345,7 @@ def _perplexity_figures(sections: dict[str, Any], curves: dict[str, Any] | None,
     return figures
 
 
-def _notes(sections: dict[str, Any]) -> dict[str, int]:
+def _notes(sections: Sections) -> dict[str, int]:
     """The footnotes that apply, numbered in the order of the page."""
     has = {name for name, value in sections.items() if value}
     needs = {
