@@ -16,7 +16,7 @@ import math
 import torch
 
 import dejavu
-from dejavu.model.predictor import MaskedSelection
+from dejavu.model.masked import MaskedSelection
 from dejavu.model.texts import named_texts
 from dejavu.offline.adapt.finish import moved
 from dejavu.offline.collect import pack_windows
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     lm = dejavu.load(options.model, backend="torch", adapter=options.adapter)
     layers = lm.layers()
-    assert layers is not None and all(layer.mlp is not None for layer in layers), "the adapter predicts the neurons of every layer"
+    assert layers is not None and all(layer.neurons.lookahead is not None for layer in layers), "neurons of every layer are predicted"
     parts = []
     for text in named_texts(options.text).values():
         windows = pack_windows([lm.tokenizer.encode_plain(text)], context=options.length, bos=lm.tokenizer.document_bos)

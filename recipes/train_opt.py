@@ -37,7 +37,9 @@ from dejavu.config import SamplingConfig
 from dejavu.files import read_json, read_text, write_json
 from dejavu.model.bundle import write_bundle
 from dejavu.model.layers import SeparateQueryKeyValue
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor, mlp_predictor_input
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.predictor import Predictor, mlp_predictor_input
+from dejavu.model.selectors import LayerAdapter, PredictedNeurons
 from dejavu.model.tokenizer import load_tokenizer
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 from dejavu.offline.collect import group_norms
@@ -304,7 +306,7 @@ class DensityThresholds(Selection):
         free = Predictor(A_RD=companion.A[layer], B_OR=companion.B[layer], bias_O=companion.bias[layer], threshold=0.0, lookahead=lookahead)
         scores = free.scores(mlp_predictor_input(inputs, lookahead))
         threshold = scores.flatten().kthvalue(max(1, int(scores.numel() * (1 - self.density)))).values.item()
-        self.layers.append(LayerAdapter(mlp=dataclasses.replace(free, threshold=threshold)))
+        self.layers.append(LayerAdapter(neurons=PredictedNeurons(dataclasses.replace(free, threshold=threshold))))
         contribution = act_BTF * self.trainer.model.blocks[layer].down.weight.norm(dim=1)
         self.mass_L.append(float((contribution * (scores > threshold)).sum() / contribution.sum()))
         return act_BTF

@@ -19,9 +19,9 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.lora import adapted_model, linear_shapes, merged_block
+from dejavu.model.masked import MaskedSelection
 from dejavu.model.peft import write_peft
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.selectors import GateThreshold
+from dejavu.model.selectors import GateThreshold, LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt.corpus import Mixture, Windows, pieces, tokenized
@@ -35,6 +35,7 @@ from dejavu.offline.adapt.student import Student, choose_lookaheads, residual_co
 from dejavu.offline.adapt.training import AdaptConfig, Trainer
 from dejavu.quality.perplexity import MaskedSelections
 from dejavu.quality.tasks import Request, score_requests
+from helpers.adapters import mlp_of, predicted
 from helpers.texts import LONG_TEXT
 
 CONFIG = AdaptConfig(
@@ -67,7 +68,7 @@ def shaken(model: Transformer, lookahead_L: tuple[int, ...], activation: str | N
 def layers_of(student: Student, model: Transformer) -> tuple[LayerAdapter, ...]:
     """The student as layers to run the base with, not rounded."""
     blocks = (merged_block(block, lora, 2.0) for block, lora in zip(model.blocks, student.lora(), strict=True))
-    return tuple(LayerAdapter(mlp=p.predictor(), block=block) for p, block in zip(student.trained, blocks, strict=True))
+    return tuple(predicted(mlp=p.predictor(), block=block) for p, block in zip(student.trained, blocks, strict=True))
 
 
 def ids_of(rows: int = 2, length: int = 12) -> Tensor:
@@ -85,8 +86,7 @@ def test_thresholds_move_together_to_a_density(checkpoint: Checkpoint) -> None:
         return found
 
     before = density(0.0)
-    predictor = moved(layers, 0.25)[1].mlp
-    assert predictor is not None and predictor.threshold == 0.25
+    assert mlp_of(moved(layers, 0.25)[1]).threshold == 0.25
     for wanted in (before - 0.02, before + 0.02):
         assert density(shift_to(checkpoint.model, layers, ids, wanted)) == pytest.approx(wanted, abs=0.003)
 
@@ -121,7 +121,7 @@ def test_a_student_with_an_activation_is_masked_by_its_zeros(tiny: Tiny, family:
     assert not student.trained
     hidden, soft_L, hard_L = student(ids, torch.zeros(ids.shape, dtype=torch.bool))
     blocks = (merged_block(block, lora, 2.0, activation="relu2") for block, lora in zip(model.blocks, student.lora(), strict=True))
-    selection = MaskedSelection(tuple(LayerAdapter(gate=GateThreshold(threshold=0.0), block=block) for block in blocks))
+    selection = MaskedSelection(tuple(LayerAdapter(neurons=GateThreshold(threshold=0.0), block=block) for block in blocks))
     torch.testing.assert_close(hidden, model.hidden(ids, selection).flatten(0, 1), atol=1e-5, rtol=1e-5)
     assert hard_L.tolist() == pytest.approx(selection.counter.mlp_per_layer(), abs=1e-6)
     assert not torch.equal(soft_L, hard_L) and (hidden - student.taught(ids)).abs().max() > 1e-2

@@ -21,12 +21,12 @@ from dejavu.config import ModelConfig
 from dejavu.files import write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.model.adapter import Adapter
-from dejavu.model.adapter_config import AdapterConfig, InputsConfig, LayerConfig, part_config
+from dejavu.model.adapter_config import AdapterConfig, LayerConfig
 from dejavu.model.bundle import bundled_folder
 from dejavu.model.checkpoint import read_config
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.predictor import LayerAdapter
-from helpers.adapters import predictor, varied_adapter, without_predictors
+from dejavu.model.selectors import InputsConfig, LayerAdapter, part_config
+from helpers.adapters import predicted, predictor, predictors_of, varied_adapter, without_predictors
 
 LAYERS = 12
 
@@ -65,12 +65,11 @@ def test_round_trip_is_bit_exact(case: Case) -> None:
     loaded = case.load()
     assert loaded.config == case.adapter.config
     for index, (ours, theirs) in enumerate(zip(case.adapter.layers, loaded.layers, strict=True)):
-        for before, after in ((ours.mlp, theirs.mlp), (ours.heads, theirs.heads)):
-            assert (before is None) == (after is None)
-            if before is not None and after is not None:
-                assert torch.equal(before.A_RD, after.A_RD) and torch.equal(before.B_OR, after.B_OR)
-                assert (before.threshold, before.lookahead) == (after.threshold, after.lookahead)
-                assert set(after.bias_O.tolist()) == {float(index)}, "layer 1 is not one of layers 10 to 19"
+        assert ours.stored.keys() == theirs.stored.keys()
+        for before, after in zip(predictors_of(ours), predictors_of(theirs), strict=True):
+            assert torch.equal(before.A_RD, after.A_RD) and torch.equal(before.B_OR, after.B_OR)
+            assert (before.threshold, before.lookahead) == (after.threshold, after.lookahead)
+            assert set(after.bias_O.tolist()) == {float(index)}, "layer 1 is not one of layers 10 to 19"
 
 
 def test_the_card_and_the_file_say_what_is_inside(case: Case) -> None:
@@ -179,14 +178,14 @@ def test_bad_configs(case: Case, edit: Callable[[dict[str, Any]], object], messa
 
 def test_what_was_measured_is_what_is_stored(case: Case) -> None:
     raw = dataclasses.replace(predictor(64, layer=1), A_RD=torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
-    layers = (LayerAdapter(mlp=raw), *case.adapter.layers[1:])
-    entry = LayerConfig(layer=0, mlp=part_config(raw, density=0.1, recall=0.9, mass=0.9))
+    layers = (predicted(mlp=raw), *case.adapter.layers[1:])
+    entry = LayerConfig(layer=0, entries={"mlp": part_config(raw, density=0.1, recall=0.9, mass=0.9)})
     adapter = Adapter(layers=layers, config=dataclasses.replace(case.adapter.config, layers=(entry, *case.adapter.config.layers[1:])))
     before = (case.folder / "config.json").read_text()
     with pytest.raises(AssertionError, match=r"layers\.0\.mlp\.A is not quantized"):
         adapter.save(case.folder)
     assert (case.folder / "config.json").read_text() == before, "the old folder is whole"
-    with pytest.raises(AssertionError, match="config and predictors differ"):
+    with pytest.raises(AssertionError, match="config and selectors differ"):
         Adapter(layers=(LayerAdapter(), *case.adapter.layers[1:]), config=case.adapter.config)
 
 
@@ -274,7 +273,7 @@ def test_exact_is_a_threshold_of_zero_on_a_gate_with_zeros(tiny: Tiny, tmp_path:
         dataclasses.replace(without_predictors("gate", model.config, "h").config, method="exact")
     with pytest.raises(ValueError, match="inputs without a threshold; name one of attention, output, mlp, down"):
         InputsConfig()
-    with pytest.raises(AssertionError, match="layer 1: config and thresholds differ"):
+    with pytest.raises(AssertionError, match="layer 1: config and selectors differ"):
         Adapter(layers=(LayerAdapter(),) * LAYERS, config=adapter.config)
 
 

@@ -23,7 +23,7 @@ from dejavu.model.checkpoint import resolve_model
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.hub import PACKAGED
 from dejavu.model.tokenizer import Tokenizer
-from helpers.adapters import varied_adapter
+from helpers.adapters import mlp_of, varied_adapter
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19, 23, 29]])
 FAMILIES = [
@@ -149,6 +149,6 @@ def test_the_bundled_adapter_of_smollm2_is_whole() -> None:
     values = json.loads((folder / "config.json").read_text())
     adapter = Adapter.load(folder, model=shape_of("smollm2-135m"), base_hash=values["base_hashes"][0])
     assert adapter.config.base_id in PACKAGED and adapter.config.mlp_density < 0.2
-    thresholds = {layer.mlp.threshold for layer in adapter.layers if layer.mlp is not None}
-    assert adapter.lora is not None and all(layer.mlp is not None for layer in adapter.layers) and len(thresholds) == 1  # moved together
+    thresholds = {mlp_of(layer).threshold for layer in adapter.layers}
+    assert adapter.lora is not None and len(thresholds) == 1  # moved together
     assert sum(file.stat().st_size for file in folder.iterdir()) < 16e6 and "smollm2-sparse" in bundled_adapters()

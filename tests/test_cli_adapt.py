@@ -16,7 +16,7 @@ from dejavu.cli.main import run
 from dejavu.language_model import LanguageModel
 from dejavu.loading import load
 from dejavu.model.bundle import export
-from dejavu.model.predictor import MaskedSelection
+from dejavu.model.masked import MaskedSelection
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.adapt.training import Trainer
 from helpers.native import needs_library

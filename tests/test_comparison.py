@@ -16,11 +16,11 @@ from dejavu.bench import comparison
 from dejavu.bench.comparison import Passage, own_quality, peer_quality
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import AllNeurons, PredictedNeurons
 from dejavu.model.transformer import Transformer
 from dejavu.quality import perplexity
 from dejavu.quality.perplexity import half_windows
-from helpers.adapters import varied_adapter
+from helpers.adapters import mlp_of, predicted, varied_adapter
 
 VOCAB, BOS, CONTEXT = 23, 2, 12
 ABOUT = {"name": "tiny", "backend": "torch", "dtype": "fp32", "cache_dtype": "fp32", "adapter": "0123"}
@@ -62,10 +62,10 @@ def test_sparse_masks_and_says_so(tiny: Tiny, passage: Passage) -> None:
     model = tiny("opt", vocab_size=VOCAB, max_positions=16)
     size, neurons = model.config.hidden_size, model.config.intermediate_size
     none = random_predictor(size, neurons, torch.Generator().manual_seed(0), threshold=math.inf)
-    row = own_quality(model, (LayerAdapter(mlp=none),) * model.config.num_layers, passage, **ABOUT)
+    row = own_quality(model, (predicted(mlp=none),) * model.config.num_layers, passage, **ABOUT)
     assert (row.mode, row.adapter, row.mlp_density, row.sparse, row.sparse_heads) == ("sparse", "0123", 0.0, True, False)
     heads = random_predictor(size, model.config.num_heads, torch.Generator().manual_seed(0), threshold=-math.inf)
-    assert own_quality(model, (LayerAdapter(heads=heads),) * model.config.num_layers, passage, **ABOUT).sparse_heads
+    assert own_quality(model, (predicted(heads=heads),) * model.config.num_layers, passage, **ABOUT).sparse_heads
     assert row.ppl != pytest.approx(own_quality(model, None, passage, **ABOUT).ppl, rel=1e-3)
 
 
@@ -104,12 +104,11 @@ def test_a_digest_names_what_an_adapter_does(tiny: Tiny, tmp_path: Path) -> None
     assert len(adapter.digest) == 16 and adapter.with_base("other").digest == adapter.digest
     adapter.save(tmp_path / "adapter")
     assert Adapter.load(tmp_path / "adapter", model=model.config, base_hash="hash").digest == adapter.digest
-    changed = dataclasses.replace(adapter.layers[0], mlp=None) if adapter.layers[0].mlp else adapter.layers[0]
+    changed = dataclasses.replace(adapter.layers[0], neurons=AllNeurons())
     config: AdapterConfig = adapter.config
-    entries = (dataclasses.replace(config.layers[0], mlp=None), *config.layers[1:])
+    entries = (dataclasses.replace(config.layers[0], entries={}), *config.layers[1:])
     other = dataclasses.replace(adapter, layers=(changed, *adapter.layers[1:]), config=dataclasses.replace(config, layers=entries))
     assert isinstance(entries[0], LayerConfig) and other.digest != adapter.digest
-    predictor = adapter.layers[0].mlp
-    assert predictor is not None
-    moved = dataclasses.replace(adapter.layers[0], mlp=dataclasses.replace(predictor, bias_O=predictor.bias_O + 1))
+    predictor = mlp_of(adapter.layers[0])
+    moved = dataclasses.replace(adapter.layers[0], neurons=PredictedNeurons(dataclasses.replace(predictor, bias_O=predictor.bias_O + 1)))
     assert dataclasses.replace(adapter, layers=(moved, *adapter.layers[1:])).digest != adapter.digest

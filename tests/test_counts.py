@@ -17,7 +17,7 @@ def counts(rows: int, *, inputs: bool) -> Counts:
     """Of two layers, all numbers different."""
     numbers = torch.arange(1, 12 * rows + 1)
     kept = numbers[4 * rows :].view(rows, 2, 4) if inputs else None
-    return Counts(neurons=numbers[: 2 * rows].view(rows, 2), heads=numbers[2 * rows : 4 * rows].view(rows, 2), inputs=kept)
+    return Counts(neurons=numbers[: 2 * rows].view(rows, 2), heads=numbers[2 * rows : 4 * rows].view(rows, 2), kept_inputs=kept)
 
 
 def sizes(*, inputs: bool) -> Sizes:
@@ -28,7 +28,7 @@ def sizes(*, inputs: bool) -> Sizes:
 def test_what_is_taken_apart_and_put_together_is_the_same(inputs: bool) -> None:
     whole = counts(3, inputs=inputs)
     assert Counts.stack([whole[row] for row in range(3)]) == whole == Counts.cat([whole[:1], whole[1:]])
-    assert whole != whole.mean()[None] and whole[0] != whole[1] and (whole[0].inputs is not None) == inputs
+    assert whole != whole.mean()[None] and whole[0] != whole[1] and (whole[0].kept_inputs is not None) == inputs
     assert torch.equal(whole.mean().neurons, whole.neurons.double().mean(0)) and whole.mean().heads.dtype == torch.float64
     assert whole != counts(3, inputs=not inputs) and whole.cpu() == whole and whole != "another thing"
 
@@ -46,7 +46,7 @@ def test_densities_of_rows_are_means_over_layers(inputs: bool) -> None:
 
 def test_kept_inputs_are_weighed_by_what_reads_them() -> None:
     """All neurons and heads; of the inputs half at attention, a quarter at output, all at the MLP's, none at down."""
-    found = Counts(neurons=torch.tensor([16]), heads=torch.tensor([8]), inputs=torch.tensor([[2, 2, 4, 0]]))
+    found = Counts(neurons=torch.tensor([16]), heads=torch.tensor([8]), kept_inputs=torch.tensor([[2, 2, 4, 0]]))
     mlp, attention = found.densities(sizes(inputs=True))
     assert mlp.tolist() == [0.5] and attention.tolist() == [0.75 / 2 + 0.25 / 4]
 

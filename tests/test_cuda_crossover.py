@@ -1,7 +1,5 @@
 """Several rows on the GPU: what is measured to be slower sparse runs dense, and is then what a dense layer is."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from dejavu.engine.cuda import batch_step as cuda_batch
 from dejavu.engine.cuda.batch_step import BatchStep
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import AllHeads, AllNeurons, LayerAdapter
 from helpers.cuda import DEVICES, on, prefilled
 from helpers.engines import ids_of, random_layers
 
@@ -30,7 +28,7 @@ def test_what_runs_dense(tiny: Tiny, device: str, layers: tuple[int, ...], heads
     model = tiny("llama", activation="relu", num_layers=2)
     sparse = random_layers(model, mlp=1, heads=1)
     left = [
-        LayerAdapter(mlp=None if index in layers else layer.mlp, heads=None if heads else layer.heads)
+        LayerAdapter(neurons=AllNeurons() if index in layers else layer.neurons, heads=AllHeads() if heads else layer.heads)
         for index, layer in enumerate(sparse)
     ]  # fmt: skip
     reference = TorchEngine(model, left, num_slots=2)
@@ -63,7 +61,7 @@ def test_heads_are_timed_both_ways(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, 
 
 def test_without_predictors_there_is_nothing_to_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = on(tiny("opt"), "cpu")
-    engine = CudaEngine(model, [dataclasses.replace(layer, mlp=None) for layer in random_layers(model, mlp=1, heads=1)], num_slots=2)
+    engine = CudaEngine(model, random_layers(model, mlp=None, heads=1), num_slots=2)
     monkeypatch.setattr(cuda_batch, "_milliseconds", lambda _: pytest.fail("timed"))
     assert batch_step(engine).slower_sparse() == frozenset()
     dense = batch_step(CudaEngine(model, num_slots=2))

@@ -20,7 +20,7 @@ from dejavu.generation.generation import GeneratedText, Piece, generate_tokens
 from dejavu.language_model import LanguageModel
 from dejavu.loading import load
 from dejavu.model.bundle import export
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from helpers.cuda import DEVICES, on

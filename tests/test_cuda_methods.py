@@ -16,8 +16,7 @@ from conftest import Tiny
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import LayerSelection, StepResult
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds
+from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Selection, Transformer
 from helpers.cuda import DEVICES, Recorded, on
 from helpers.engines import decode, ids_of, random_layers
@@ -138,9 +137,9 @@ def test_a_point_without_a_threshold_keeps_everything(tiny: Tiny, point: str, de
     )
     for want, step in zip(wanted, steps, strict=True):
         check_same(want, step)
-        assert step.counts.inputs is not None and step.selections is not None
+        assert step.counts.kept_inputs is not None and step.selections is not None
         at = POINTS.index(point)
-        assert step.counts.inputs[0, 0, at] == InputPoints.of(model.config).sizes[at]
+        assert step.counts.kept_inputs[0, 0, at] == InputPoints.of(model.config).sizes[at]
         inputs_P = step.selections[0][0].inputs_P
         assert inputs_P is not None and inputs_P[at] is None
 
@@ -151,7 +150,7 @@ def test_a_point_without_a_threshold_keeps_everything(tiny: Tiny, point: str, de
 def test_what_a_threshold_of_zero_leaves_out_is_nothing(tiny: Tiny, name: str, rows: int, device: str) -> None:
     """The method exact: the dense engine's logits, from the neurons that fire."""
     model = on(made(tiny, name), device)
-    layers = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * model.config.num_layers
+    layers = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * model.config.num_layers
     slots, tokens = list(range(rows)), ids_of(7, rows)
     dense, exact = (CudaEngine(model, chosen, num_slots=rows).step(tokens, slots) for chosen in (None, layers))
     torch.testing.assert_close(exact.logits_BV, dense.logits_BV, rtol=0, atol=1e-5)
@@ -165,7 +164,7 @@ THRESHOLDS = (1e9, 0.3, -1.0, 0.1)  # nothing, some, everything, more
 def set_threshold(engine: CudaEngine, threshold: float) -> None:
     """In the memory that the engine's graphs read."""
     for own, inputs in zip(engine._predictors, engine._model.inputs, strict=True):
-        selectors = [own.gate] if own.gate is not None else []
+        selectors = [own.gate_neurons] if own.gate_neurons is not None else []
         for selector in selectors + ([] if inputs is None else list(inputs.points.values())):
             selector.threshold.fill_(threshold)
 
@@ -174,9 +173,9 @@ def with_threshold(layers: Sequence[LayerAdapter], threshold: float) -> tuple[La
     """What cannot be (below 0) keeps everything here too, so the checks of a user's values are gone around."""
     found = []
     for layer in copy.deepcopy(tuple(layers)):
-        if layer.gate is not None:
-            object.__setattr__(layer.gate, "threshold", threshold)
-        if layer.inputs is not None:
+        if layer.neurons.selects:
+            object.__setattr__(layer.neurons, "threshold", threshold)
+        if layer.inputs.selects:
             for point in POINTS:
                 object.__setattr__(layer.inputs, point, threshold)
         found.append(layer)
@@ -201,7 +200,7 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, method: str, rows: int
         tokens, slots = ids_of(50 + index, rows), list(range(rows))
         want, found = torch_engine.step(tokens, slots), cuda_engine.step(tokens, slots)
         check_numbers(want, found)
-        seen |= set((want.counts.neurons if want.counts.inputs is None else want.counts.inputs[..., 3]).flatten().tolist())
+        seen |= set((want.counts.neurons if want.counts.kept_inputs is None else want.counts.kept_inputs[..., 3]).flatten().tolist())
     assert {0, 70} < seen, "the test must select nothing, some and everything"
 
 
@@ -232,7 +231,7 @@ def test_decoded_tokens_have_the_counts_of_their_steps(tiny: Tiny, method: str, 
         tokens = step.logits_BV.argmax(-1).tolist()
         assert found.token_NB[index].tolist() == tokens
         assert found.counts[index] == step.counts
-        assert (step.counts.inputs is None) == (method == "gate")
+        assert (step.counts.kept_inputs is None) == (method == "gate")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -242,15 +241,19 @@ def test_what_a_step_read(tiny: Tiny, device: str) -> None:
     sizes = InputPoints.of(model.config).sizes
     engine = CudaEngine(on(model, device), input_layers(model, 0.4), num_slots=3)
     result, profile = engine.profiled_step([5], [0])
-    assert result.counts.inputs is not None and profile.counts.inputs is not None
-    assert torch.equal(profile.counts.inputs, result.counts.inputs[0])
-    assert all(0 < int(kept) < size for kept, size in zip(profile.counts.inputs[0], sizes, strict=True))
+    assert result.counts.kept_inputs is not None and profile.counts.kept_inputs is not None
+    assert torch.equal(profile.counts.kept_inputs, result.counts.kept_inputs[0])
+    assert all(0 < int(kept) < size for kept, size in zip(profile.counts.kept_inputs[0], sizes, strict=True))
     result, profile = engine.profiled_step([6, 7], [1, 2])
-    assert result.counts.inputs is not None and profile.counts.inputs is not None and profile.counts.inputs.tolist() == [list(sizes)]
-    assert (result.counts.inputs < torch.tensor(sizes, device=device)).all()
+    assert (
+        result.counts.kept_inputs is not None
+        and profile.counts.kept_inputs is not None
+        and profile.counts.kept_inputs.tolist() == [list(sizes)]
+    )
+    assert (result.counts.kept_inputs < torch.tensor(sizes, device=device)).all()
     engine = CudaEngine(on(model, device), gate_layers(model, 0.4), num_slots=2, crossover=False)
     result, profile = engine.profiled_step([6, 7], [0, 1])
-    assert profile.counts.inputs is None and result.counts.neurons.amax() < profile.counts.neurons[0] <= result.counts.neurons.sum()
+    assert profile.counts.kept_inputs is None and result.counts.neurons.amax() < profile.counts.neurons[0] <= result.counts.neurons.sum()
 
 
 class RecordedInputs(Selection):

@@ -21,7 +21,7 @@ from dejavu.bench.models.random import random_ids, shape_of
 from dejavu.config import ModelConfig
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Transformer
 from helpers.cuda import Recorded, on
 from helpers.engines import ids_of, random_layers
@@ -33,17 +33,15 @@ THRESHOLDS = (1e9, 0.0, -1e9, 0.3)  # nothing (of heads: the best group), some, 
 def with_threshold(layers: Sequence[LayerAdapter], threshold: float) -> tuple[LayerAdapter, ...]:
     found = []
     for layer in layers:
-        parts = {name: getattr(layer, name) for name in ("mlp", "heads")}
-        found.append(
-            LayerAdapter(**{k: None if part is None else dataclasses.replace(part, threshold=threshold) for k, part in parts.items()})
-        )
+        parts = (each for each in layer.selectors if isinstance(each, PredictedNeurons | PredictedHeads))
+        found.append(LayerAdapter.of(each.at_threshold(threshold) for each in parts))
     return tuple(found)
 
 
 def set_threshold(engine: CudaEngine, threshold: float) -> None:
     """In the memory that the engine's graphs read."""
     for own in engine._predictors:
-        for scores in (own.neurons, own.heads):
+        for scores in (own.neurons, own.group_scores):
             if scores is not None:
                 scores.threshold.fill_(threshold)
 

@@ -22,7 +22,7 @@ from dejavu.offline.train_config import TrainConfig
 from dejavu.report.activation_map import binned, firing
 from dejavu.report.demo import DATA, PROMPT, DemoSizes, demo_texts, run_demo, stated_quality
 from dejavu.report.report import read_results, render
-from helpers.adapters import varied_adapter, without_predictors
+from helpers.adapters import mlp_of, varied_adapter, without_predictors
 
 SMALL = DemoSizes(
     profile_tokens=300,
@@ -85,7 +85,7 @@ def test_the_summary_is_what_was_measured(finished: tuple[dict[str, Any], Path, 
     assert summary["speedup"] == pytest.approx(summary["sparse"]["tok_s"] / summary["dense"]["tok_s"])
     assert 0 < summary["mlp_density"] < 1 and summary["mlp_density"] == results["evaluation"]["mlp_density"]
     assert 0 < summary["head_density"] < 1
-    assert summary["lookahead"] == [layer.mlp.lookahead for layer in adapter.layers if layer.mlp is not None] == [0, 1]
+    assert summary["lookahead"] == [mlp_of(layer).lookahead for layer in adapter.layers] == [0, 1]
     assert summary["dense"]["ppl"] != summary["sparse"]["ppl"]
     json.dumps(summary, allow_nan=False)
     assert any("tokens per second" in line for line in said) and any("perplexity" in line for line in said)

@@ -10,9 +10,10 @@ import torch
 from conftest import Tiny
 from dejavu.bench.models.density import rethresholded
 from dejavu.bench.variants import variants_at, variants_of
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.selectors import GateThreshold, InputThresholds
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import GateThreshold, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Transformer
+from helpers.adapters import heads_of, mlp_of
 from helpers.engines import ids_of, random_layers
 
 IDS = ids_of(3, 60)
@@ -45,8 +46,8 @@ def test_what_is_not_asked_for_stays(tiny: Tiny) -> None:
     model = tiny("opt")
     layers = random_layers(model, mlp=0, heads=0)
     changed = rethresholded(model, layers, IDS, head_density=0.5)
-    assert [layer.mlp for layer in changed] == [layer.mlp for layer in layers]
-    assert all(math.isfinite(layer.heads.threshold) for layer in changed if layer.heads is not None)
+    assert [mlp_of(layer) is mlp_of(other) for layer, other in zip(changed, layers, strict=True)] == [True, True]
+    assert all(math.isfinite(heads_of(layer).threshold) for layer in changed)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_variants(tiny: Tiny) -> None:
 
 def test_gates_and_inputs_have_the_wanted_density(tiny: Tiny) -> None:
     model = tiny("llama")
-    gate = (LayerAdapter(gate=GateThreshold(threshold=9.0)),) * 2
+    gate = (LayerAdapter(neurons=GateThreshold(threshold=9.0)),) * 2
     counter = measured(model, rethresholded(model, gate, IDS, mlp_density=0.3)).counter
     assert counter.mlp_density() == pytest.approx(0.3, abs=0.02) and counter.head_density() == 1
     inputs = (LayerAdapter(inputs=InputThresholds(attention=9.0)),) * 2

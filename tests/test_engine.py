@@ -10,8 +10,11 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.engine.backends import backends, make_engine, pick_backend
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
+from helpers.adapters import predicted
 from helpers.engines import MODELS, TOKENS, decode, ids_of, masked_forward, predictor, random_layers
 
 
@@ -54,11 +57,11 @@ def test_decode_equals_masked_forward(model: Transformer, mlp: int | None, heads
         assert step.selections is not None
         for layer, selected in enumerate(step.selections[0]):
             neurons_F, heads_H = recorder.neurons_LTF[layer][position], recorder.heads_LTH[layer][position]
-            if layers[layer].mlp is None:
+            if not layers[layer].neurons.selects:
                 assert selected.neurons_A is None and neurons_F.all()
             else:
                 assert selected.neurons_A is not None and selected.neurons_A.tolist() == neurons_F.nonzero()[:, 0].tolist()
-            if layers[layer].heads is None:
+            if not layers[layer].heads.selects:
                 assert selected.heads_A is None and heads_H.all()
             else:
                 assert selected.heads_A is not None and selected.heads_A.tolist() == heads_H.nonzero()[:, 0].tolist()
@@ -152,7 +155,7 @@ def test_random_head_masks_leave_no_holes(model: Transformer, density: float) ->
     mask_LTG[0, 3] = mask_LTG[1, 9] = False
     with torch.inference_mode():
         expected = model(torch.tensor([ids]), HeadMasks(mask_LTG))[0]
-    layers = tuple(LayerAdapter(heads=scripted(model, mask_TG)) for mask_TG in mask_LTG)
+    layers = tuple(predicted(heads=scripted(model, mask_TG)) for mask_TG in mask_LTG)
     logits, steps = decode(TorchEngine(model, layers, page_size=4), ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     counts = torch.cat([step.counts.heads for step in steps])
@@ -216,7 +219,7 @@ def test_a_neighbour_that_selects_everything_changes_nothing(tiny: Tiny) -> None
     model = tiny("opt")
     hostile, mine = 7, [11, 30, 52, 3]
     layers = tuple(
-        LayerAdapter(
+        predicted(
             mlp=Predictor(
                 A_RD=torch.eye(32)[:1],
                 B_OR=torch.cat([torch.full((60, 1), 1.0), torch.zeros(4, 1)]),
@@ -286,7 +289,7 @@ def test_rows_left_out_are_not_read(model: Transformer) -> None:
             A_RD=torch.zeros(1, config.hidden_size), B_OR=torch.zeros(outputs, 1), bias_O=mask_O.float(), threshold=0.5, lookahead=0
         )
 
-    layers = tuple(LayerAdapter(mlp=constant(neurons), heads=constant(groups)) for _ in range(config.num_layers))
+    layers = tuple(predicted(mlp=constant(neurons), heads=constant(groups)) for _ in range(config.num_layers))
     expected, _ = decode(TorchEngine(model, layers), ids)
     queries = groups.repeat_interleave(config.heads_per_group * config.head_dim)
     with torch.no_grad():
@@ -353,11 +356,11 @@ def test_predictors_of_another_model_are_refused(tiny: Tiny) -> None:
         TorchEngine(model, random_layers(other, mlp=0, heads=0))
     with pytest.raises(ValueError, match="layer 0's MLP maps 32 to 48 values, the model 32 to 64"):
         TorchEngine(model, random_layers(other, mlp=0, heads=0)[:2])
-    late = (LayerAdapter(mlp=predictor(1, model, 64, 2)), LayerAdapter())
+    late = (predicted(mlp=predictor(1, model, 64, 2)), LayerAdapter())
     with pytest.raises(ValueError, match="layer 0 has no layer before it"):
         TorchEngine(model, late)
     with pytest.raises(ValueError, match="lookahead of layer 1's heads must be one of"):
-        TorchEngine(model, (LayerAdapter(), LayerAdapter(heads=predictor(1, model, 4, 3))))
+        TorchEngine(model, (LayerAdapter(), predicted(heads=predictor(1, model, 4, 3))))
 
 
 def test_info_says_what_the_engine_is(tiny: Tiny) -> None:

@@ -10,11 +10,12 @@ from tokenizers import pre_tokenizers
 
 from conftest import random_predictor
 from dejavu.figures import Evaluation, Quality
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 from dejavu.model.transformer import Transformer
 from dejavu.quality.evaluate import BOS_NEVER, BOS_ONCE, evaluate, scored_part
 from dejavu.quality.perplexity import perplexity
+from helpers.adapters import predicted
 
 
 def tokenizer_of(*, bos: bool = True) -> Tokenizer:
@@ -35,7 +36,7 @@ def layers_of(model: Transformer, threshold: float) -> tuple[LayerAdapter, ...]:
     config = model.config
     generator = torch.Generator().manual_seed(1)
     predictor = random_predictor(config.hidden_size, config.intermediate_size, generator, threshold=threshold)
-    return LayerAdapter(mlp=predictor), LayerAdapter(), LayerAdapter(mlp=predictor)
+    return predicted(mlp=predictor), LayerAdapter(), predicted(mlp=predictor)
 
 
 def words(count: int, seed: int) -> str:
@@ -110,7 +111,7 @@ def test_tasks_alone_have_no_perplexity(model):
 def test_nothing_kept_is_seen_in_every_number(model):
     """ParsedRequest sparsity must reach the scores: density 0 is reported and equals a model whose down weights are zero."""
     tokenizer = tokenizer_of()
-    layers = tuple(LayerAdapter(mlp=layers_of(model, math.inf)[0].mlp) for _ in range(3))
+    layers = tuple(LayerAdapter(neurons=layers_of(model, math.inf)[0].neurons) for _ in range(3))
     result = evaluate(model, tokenizer, layers, texts=TEXTS, tasks=TASKS, strict=True)
     with torch.no_grad():
         for block in model.blocks:

@@ -18,8 +18,10 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.generation.generation import GeneratedText, Generation, Piece, generate_tokens
 from dejavu.generation.text import StopStrings, TextStream
 from dejavu.model.counts import Counts
-from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
+from helpers.adapters import predicted
 
 VOCAB = 300
 
@@ -415,7 +417,7 @@ def test_what_a_closed_generation_had_written_can_be_asked_for() -> None:
 
 
 def test_counts_are_means_over_the_steps(tiny: Tiny, tokenizer: Tokenizer) -> None:
-    layers = (LayerAdapter(mlp=random_predictor(32, 64, torch.Generator().manual_seed(3)), heads=None), LayerAdapter())
+    layers = (predicted(mlp=random_predictor(32, 64, torch.Generator().manual_seed(3)), heads=None), LayerAdapter())
     engine = TorchEngine(tiny("opt"), layers)
     result = generate_tokens(engine, tokenizer, [2, 5, 6], max_new_tokens=5, ignore_eos=True)
     steps = [token for piece in result for token in piece.tokens][1:]
@@ -551,7 +553,7 @@ def start(tiny: Tiny, tokenizer: Tokenizer) -> Callable[..., Generation]:
     def predictor(outputs: int) -> Predictor:
         return random_predictor(32, outputs, generator, threshold=0.5)
 
-    layers = (LayerAdapter(mlp=predictor(64), heads=predictor(4)), LayerAdapter(mlp=predictor(64)))
+    layers = (predicted(mlp=predictor(64), heads=predictor(4)), predicted(mlp=predictor(64)))
 
     def build(prompt: str, *, dense: bool = False, record: bool = False, count: int = 20, **sampling: float) -> Generation:
         engine = TorchEngine(model, None if dense else layers, record=record)

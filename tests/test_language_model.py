@@ -29,7 +29,7 @@ from dejavu.model.texts import SEPARATOR, document_ids, documents, named_texts, 
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.quality.evaluate import evaluate
 from dejavu.quality.resume import PartStore
-from helpers.adapters import changing_weights, make_adapter
+from helpers.adapters import changing_weights, make_adapter, mlp_of
 from helpers.texts import PROMPT, TEXT
 
 
@@ -430,7 +430,7 @@ def test_no_engine_of_old_weights_is_used_again(folder: Path, change: str) -> No
         return lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True).logprobs
 
     before = logprobs(lm)
-    assert lm.adapter is not None and lm.adapter.layers[0].mlp is not None
+    assert lm.adapter is not None
     running = lm.start(PROMPT, max_new_tokens=6, ignore_eos=True)
     next(running)
     embed = lm.model.embed
@@ -443,8 +443,7 @@ def test_no_engine_of_old_weights_is_used_again(folder: Path, change: str) -> No
             lm.adapter = make_adapter(lm.config, lm.base_hash, threshold=0.7)
         else:
             for layer in lm.adapter.layers:
-                assert layer.mlp is not None
-                layer.mlp.bias_O.add_(0.7)
+                mlp_of(layer).bias_O.add_(0.7)
     if change != "adapter":
         running.close()  # its engine is of the old weights, and comes back after they have changed
     fresh = LanguageModel(lm.checkpoint, backend=lm.backend, adapter=lm.adapter)

@@ -17,8 +17,8 @@ from dejavu.engine.interface import StepResult
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.generation.generation import generate_tokens
 from dejavu.model.bundle import export
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, column_norms
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter, column_norms
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from helpers.adapters import without_predictors
@@ -66,7 +66,7 @@ def test_decode_by_the_gate_equals_the_masked_forward(name: str, density: float,
     assert mlp == pytest.approx(selection.counter.mlp_density()) and heads == pytest.approx(selection.counter.head_density())
     assert 0.1 < mlp < 0.9, "the test must select some"
     for step in steps:
-        assert step.selections is not None and step.counts.inputs is None
+        assert step.selections is not None and step.counts.kept_inputs is None
         for layer, chosen in enumerate(step.selections[0]):
             assert chosen.neurons_A is not None and len(chosen.neurons_A) == step.counts.neurons[0, layer]
             assert chosen.inputs_P is None
@@ -87,12 +87,12 @@ def test_decode_by_inputs_equals_the_masked_forward(name: str, density: float, w
     points = engine.info.input_points
     assert points is not None
     for step in steps:
-        assert step.counts.inputs is not None and step.selections is not None
+        assert step.counts.kept_inputs is not None and step.selections is not None
         assert (step.counts.neurons == model.config.intermediate_size).all() and (step.counts.heads == model.config.num_heads).all()
         for layer, chosen in enumerate(step.selections[0]):
             assert chosen.inputs_P is not None and chosen.neurons_A is None
             for at, point in enumerate(POINTS):
-                indices, count = chosen.inputs_P[at], int(step.counts.inputs[0, layer, at])
+                indices, count = chosen.inputs_P[at], int(step.counts.kept_inputs[0, layer, at])
                 assert (indices is None) == (point == without)
                 assert count == (points.sizes[at] if indices is None else len(indices))
 
@@ -101,7 +101,7 @@ def test_decode_by_inputs_equals_the_masked_forward(name: str, density: float, w
 def test_what_a_threshold_of_zero_leaves_out_is_nothing(name: str, tiny: Tiny) -> None:
     """The method exact: the dense logits, from the neurons that fire."""
     model, ids = model_of(name, tiny), ids_of(2)
-    layers = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * model.config.num_layers
+    layers = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * model.config.num_layers
     engine = TorchEngine(model, layers)
     logits, steps = decode(engine, ids)
     dense, _ = decode(TorchEngine(model), ids)
@@ -112,12 +112,12 @@ def test_what_a_threshold_of_zero_leaves_out_is_nothing(name: str, tiny: Tiny) -
 def test_a_threshold_above_all_leaves_the_biases(tiny: Tiny) -> None:
     model, ids = tiny("opt"), ids_of(3)
     nothing = InputThresholds(attention=1e9, output=1e9, mlp=1e9, down=1e9)
-    for chosen in (LayerAdapter(gate=GateThreshold(threshold=1e9)), LayerAdapter(inputs=nothing)):
+    for chosen in (LayerAdapter(neurons=GateThreshold(threshold=1e9)), LayerAdapter(inputs=nothing)):
         layers = (chosen,) * model.config.num_layers
         engine = TorchEngine(model, layers)
         logits, steps = decode(engine, ids)
         torch.testing.assert_close(logits, masked_forward(model, layers, ids)[0], rtol=0, atol=1e-5)
-        assert counted(steps, engine) == (0.0, 1.0 if chosen.gate is not None else 0.0)
+        assert counted(steps, engine) == (0.0, 1.0 if chosen.neurons.selects else 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -139,7 +139,7 @@ def test_a_row_is_bit_identical_whatever_its_batch_mates(family: str, way: Any, 
             step = alone.step([continuations[row][t]], [0])
             assert torch.equal(steps[t].logits_BV[place], step.logits_BV[0])
             assert torch.equal(steps[t].counts.neurons[place], step.counts.neurons[0])
-            mine, other = steps[t].counts.inputs, step.counts.inputs
+            mine, other = steps[t].counts.kept_inputs, step.counts.kept_inputs
             assert (mine is None) == (other is None) == (way is gate_layers)
             assert mine is None or other is None or torch.equal(mine[place], other[0])
 

@@ -5,6 +5,7 @@ Skipped only where the library is absent and could not have been built: with a C
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from typing import Any
 
@@ -16,8 +17,10 @@ from dejavu.engine.backends import make_engine
 from dejavu.engine.native.weights import NATIVE_DTYPES, packed_model
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.adapter import quantized
-from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter, PredictedNeurons
 from dejavu.model.transformer import Transformer
+from helpers.adapters import mlp_of, predicted
 from helpers.engines import decode, ids_of, random_layers
 from helpers.native import ISAS, MISSING, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
 
@@ -45,9 +48,7 @@ def constant_layers(model: Transformer, *, every: int) -> tuple[LayerAdapter, ..
         A_RD, B_OR = torch.zeros(1, config.hidden_size), torch.zeros(outputs, 1)
         return Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=bias_O, threshold=0.5, lookahead=0)
 
-    return tuple(
-        LayerAdapter(mlp=constant(config.intermediate_size), heads=constant(config.num_kv_heads)) for _ in range(config.num_layers)
-    )
+    return tuple(predicted(mlp=constant(config.intermediate_size), heads=constant(config.num_kv_heads)) for _ in range(config.num_layers))
 
 
 # Against the torch engine
@@ -80,7 +81,7 @@ def test_native_equals_torch(model: Transformer, mlp: int | None, heads: int | N
 def test_200_greedy_tokens_are_equal(tiny: Tiny, family: str) -> None:
     model = tiny(family, max_positions=210)
     layers = random_layers(model, mlp=1, heads=0)
-    layers = tuple(LayerAdapter(mlp=None if layer.mlp is None else quantized(layer.mlp), heads=layer.heads) for layer in layers)
+    layers = tuple(dataclasses.replace(layer, neurons=PredictedNeurons(quantized(mlp_of(layer)))) for layer in layers)
     generated = []
     for engine in (TorchEngine(model, layers), engine_of(model, layers)):
         token, tokens = int(engine.prefill(0, ids_of(3, 8)).argmax()), []
@@ -136,7 +137,7 @@ def test_rounded_weights_are_the_same_engine(tiny: Tiny, dtype: str) -> None:
 @needs_library
 def test_int8_predictors_select_as_fp32_ones_do_nearly_always(tiny: Tiny) -> None:
     model = tiny("opt", hidden_size=64, head_dim=16, intermediate_size=512)
-    layers = tuple(LayerAdapter(mlp=quantized(layer.mlp)) for layer in random_layers(model, mlp=1, heads=None) if layer.mlp is not None)
+    layers = tuple(predicted(mlp=quantized(mlp_of(layer))) for layer in random_layers(model, mlp=1, heads=None))
     fp32, int8 = (engine_of(rounded(model), layers, record=True, dtype=dtype) for dtype in ("fp32", "int8"))
     same = total = 0
     for token_id in ids_of(7):

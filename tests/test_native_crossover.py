@@ -7,7 +7,7 @@ import torch
 
 from conftest import Tiny
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from helpers.engines import decode, ids_of, random_layers
 from helpers.native import ISAS, engine_of, needs_library

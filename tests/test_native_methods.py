@@ -14,12 +14,11 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine.interface import LayerSelection, StepResult
-from dejavu.engine.native import engine as native_engine
 from dejavu.engine.native.weights import NATIVE_DTYPES
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels import native
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, column_norms
+from dejavu.model.selectors import POINTS, AllHeads, GateThreshold, InputThresholds, LayerAdapter, column_norms
+from dejavu.model.selectors import inputs as selectors_of_inputs
 from dejavu.model.transformer import Block, Transformer
 from helpers.engines import decode, ids_of, masked_forward, random_layers
 from helpers.native import ISAS, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
@@ -57,7 +56,7 @@ def same_selections(step: StepResult, other: StepResult) -> bool:
 
 
 def counts_of(step: StepResult, row: int = 0) -> list[list[int]]:
-    return [part[row].flatten().tolist() for part in (step.counts.neurons, step.counts.heads, step.counts.inputs) if part is not None]
+    return [part[row].flatten().tolist() for part in (step.counts.neurons, step.counts.heads, step.counts.kept_inputs) if part is not None]
 
 
 # Against the torch engine and the definition
@@ -116,7 +115,7 @@ def test_exact_is_dense_bit_for_bit(tiny: Tiny, name: str, dtype: str) -> None:
     """A threshold of 0 leaves out true zeros: the same sums, of fewer rows."""
     family, overrides = METHOD_MODELS[name]
     model, ids = tiny(family, **overrides), ids_of(2)
-    layers = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * model.config.num_layers
+    layers = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * model.config.num_layers
     dense, _ = decode(engine_of(model, dtype=dtype), ids)
     exact, steps = decode(engine_of(model, layers, dtype=dtype), ids)
     assert torch.equal(exact, dense)
@@ -191,7 +190,7 @@ def test_rows_of_neurons_left_out_are_not_read(tiny: Tiny) -> None:
     for block in model.blocks:
         assert block.gate is not None
         block.gate.weight[gone], block.gate.bias[gone] = 0.0, 0.0  # silu(0) = 0
-    layers = (LayerAdapter(gate=GateThreshold(threshold=0.01)),) * model.config.num_layers
+    layers = (LayerAdapter(neurons=GateThreshold(threshold=0.01)),) * model.config.num_layers
     expected, steps = decode(engine_of(model, layers), ids)
     assert 0.1 < float(torch.stack([step.counts.neurons for step in steps]).double().mean()) / len(gone) <= 0.5
     for block in model.blocks:
@@ -213,7 +212,7 @@ def test_weights_of_inputs_left_out_are_not_read(model: Transformer, monkeypatch
     """NaN in the columns (of o and down: rows) of what a step left out changes no bit; a dense one says that it read them."""
     layers = input_layers(model, 0.15)  # below the crossover, above which rows of down are read in order
     norms = {block: column_norms(block) for block in model.blocks}
-    monkeypatch.setattr(native_engine, "column_norms", norms.__getitem__)  # of the weights before they are spoilt
+    monkeypatch.setattr(selectors_of_inputs, "column_norms", norms.__getitem__)  # of the weights before they are spoilt
     step = engine_of(model, layers, record=True).step([7], [0])
     assert step.selections is not None
     for block, chosen in zip(model.blocks, step.selections[0], strict=True):
@@ -234,7 +233,7 @@ def test_a_profile_counts_unions(tiny: Tiny, method: str, family: str) -> None:
     profiled, plain = (engine_of(model, layers, num_slots=3, record=True) for _ in range(2))
     result, profile = profiled.profiled_step(tokens, range(3))
     assert torch.equal(result.logits_BV, plain.step(tokens, range(3)).logits_BV)
-    assert result.selections is not None and (profile.counts.inputs is None) == (method == "gate")
+    assert result.selections is not None and (profile.counts.kept_inputs is None) == (method == "gate")
 
     def union(found: Sequence[Tensor | None], total: int) -> int:
         return total if found[0] is None else len({value for each in found if each is not None for value in each.tolist()})
@@ -243,13 +242,13 @@ def test_a_profile_counts_unions(tiny: Tiny, method: str, family: str) -> None:
         rows = [row[index] for row in result.selections]
         assert profile.counts.neurons[index] == union([row.neurons_A for row in rows], config.intermediate_size)
         assert profile.counts.heads[index] == union([row.heads_A for row in rows], config.num_heads)
-        if profile.counts.inputs is None:
+        if profile.counts.kept_inputs is None:
             assert 0 < profile.fired_L[index] <= profile.counts.neurons[index]
             continue
         points = profiled.info.input_points
         assert points is not None
         kept = [union([row.inputs_P[at] for row in rows if row.inputs_P], size) for at, size in enumerate(points.sizes)]
-        assert profile.counts.inputs[index].tolist() == kept and profile.fired_L[index] == kept[POINTS.index("down")]
+        assert profile.counts.kept_inputs[index].tolist() == kept and profile.fired_L[index] == kept[POINTS.index("down")]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -306,5 +305,5 @@ def test_each_layout_is_packed_once(tiny: Tiny) -> None:
     model = tiny("llama")
     dense, first, second = (engine_of(model, layers)._model for layers in (None, gate_layers(model, 0.3), gate_layers(model, 0.6)))
     assert first is second and first is not dense
-    mixed = tuple(dataclasses.replace(layer, heads=None) for layer in random_layers(model, mlp=0, heads=0))
+    mixed = tuple(dataclasses.replace(layer, heads=AllHeads()) for layer in random_layers(model, mlp=0, heads=0))
     assert engine_of(model, mixed)._model is dense

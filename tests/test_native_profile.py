@@ -11,7 +11,8 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.kernels import native
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import LayerInputs
 from helpers.engines import ids_of, random_layers
 from helpers.native import ISAS, engine_of, needs_library

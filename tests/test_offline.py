@@ -19,7 +19,9 @@ from conftest import Tiny
 from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.budget import DenseRuns, fit
@@ -35,6 +37,7 @@ from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
 from dejavu.offline.train import train_adapter
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_predicted import choose_head_lookahead, held_out_tokens
+from helpers.adapters import mlp_of, predicted
 from helpers.offline import random_ids, skewed
 
 
@@ -302,7 +305,7 @@ def test_divergence_is_that_of_the_whole_masked_model(tiny: Tiny) -> None:
     ids = torch.tensor([random_ids(40)])
     data = data_of(model, ids)[1]
     predictor = dataclasses.replace(start_mlp(data, model.blocks[1], 2, 1, 40), threshold=1.0)
-    option = LayerAdapter(mlp=predictor)
+    option = predicted(mlp=predictor)
     found = divergences(model, ids, [[], [option], []])
     dense = model(ids).log_softmax(-1)
     masked = model(ids, MaskedSelection((LayerAdapter(), option, LayerAdapter()))).log_softmax(-1)
@@ -355,7 +358,7 @@ def test_training_refuses_what_has_no_zeros(checkpoint: Checkpoint, tiny: Tiny) 
 
 def test_predictors_are_rounded_before_they_are_calibrated(checkpoint: Checkpoint) -> None:
     adapter, _ = train_adapter(checkpoint, [random_ids(2000)], TrainConfig(budget=0.05, rank=8, epochs=1), text_hash="x")
-    predictor = next(layer.mlp for layer in adapter.layers if layer.mlp is not None)
+    predictor = next(mlp_of(layer) for layer in adapter.layers if layer.neurons.selects)
     assert torch.equal(quantized(predictor).B_OR, predictor.B_OR)
 
 
@@ -432,7 +435,7 @@ def test_curves_reach_dense_and_mark_their_kind(checkpoint: Checkpoint) -> None:
         assert all(0 < row["density"] <= 1 and row["ppl"] > 1 for row in curves[part_name])
     rows = recall_curves(checkpoint.model, adapter.layers, ids, bos=2)
     for row, layer in zip(rows, adapter.layers, strict=True):
-        assert (row["mlp"] is None) == (layer.mlp is None)
+        assert (row["mlp"] is None) == (not layer.neurons.selects)
         if row["mlp"] is not None:
             masses = [mass for _, _, mass in row["mlp"]]
             assert masses == sorted(masses)

@@ -18,7 +18,7 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.families import config_from_hf, config_to_hf
-from dejavu.model.predictor import MaskedSelection
+from dejavu.model.masked import MaskedSelection
 from helpers.engines import random_layers
 from helpers.transformers_models import IDS, SIZES, reference_of, saved
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import random_predictor
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import DENSE, Transformer
 from dejavu.quality.perplexity import (
     MaskedSelections,
@@ -18,6 +18,7 @@ from dejavu.quality.perplexity import (
     rolling_windows,
     score_targets,
 )
+from helpers.adapters import predicted
 
 VOCAB, BOS = 11, 2
 
@@ -32,7 +33,7 @@ def constant_predictors(model: Transformer, threshold: float) -> tuple[LayerAdap
     config = model.config
     generator = torch.Generator().manual_seed(0)
     predictor = random_predictor(config.hidden_size, config.intermediate_size, generator, threshold=threshold)
-    return (LayerAdapter(mlp=predictor),) * config.num_layers
+    return (predicted(mlp=predictor),) * config.num_layers
 
 
 def brute_nll(model: Transformer, ids: list[int], *, context: int, stride: int, bos: int | None = BOS) -> float:

@@ -28,8 +28,9 @@ from dejavu.bench.models.random import SHAPES, planted_layers, random_ids, shape
 from dejavu.config import ModelConfig
 from dejavu.model.adapter import quantized
 from dejavu.model.families import parameter_shapes
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import LayerInputs, Selection
+from helpers.adapters import heads_of, mlp_of, predicted, predictors_of
 
 KINDS = {"gated": "llama-2-7b-relu", "ungated": "opt-125m"}
 SIZES = {"vocab_size": 500, "hidden_size": 96, "intermediate_size": 400, "num_heads": 6, "num_kv_heads": 6, "head_dim": 16}
@@ -56,7 +57,7 @@ def made_of(kind: str) -> PlantedModel:
 def thresholded(kind: str, share: float, head_density: float | None = None) -> tuple[LayerAdapter, ...]:
     """Predictors that select `share` times what fires."""
     made = made_of(kind)
-    layers = made.layers if head_density is not None else [LayerAdapter(mlp=layer.mlp) for layer in made.layers]
+    layers = made.layers if head_density is not None else [LayerAdapter(neurons=layer.neurons) for layer in made.layers]
     return rethresholded(made.model, layers, random_ids(made.config, 256), mlp_density=share * made.density, head_density=head_density)
 
 
@@ -66,7 +67,7 @@ def other_ids(made: PlantedModel) -> list[int]:
 
 
 def tensors_of(made: PlantedModel) -> list[Tensor]:
-    parts = [part for layer in made.layers for part in (layer.mlp, layer.heads) if part is not None]
+    parts = [part for layer in made.layers for part in predictors_of(layer)]
     return [*made.model.parameters(), *(tensor for part in parts for tensor in (part.A_RD, part.B_OR, part.bias_O))]
 
 
@@ -160,9 +161,8 @@ def test_a_predictor_of_higher_rank_finds_more(kind: str) -> None:
     made, wide = made_of(kind), make(kind, rank=32)
     cut = []
     for layer in wide.layers:
-        assert layer.mlp is not None
-        part = dataclasses.replace(layer.mlp, A_RD=layer.mlp.A_RD[:8], B_OR=layer.mlp.B_OR[:, :8])
-        cut.append(LayerAdapter(mlp=quantized(part)))
+        part = dataclasses.replace(mlp_of(layer), A_RD=mlp_of(layer).A_RD[:8], B_OR=mlp_of(layer).B_OR[:, :8])
+        cut.append(predicted(mlp=quantized(part)))
     recalls = []
     for layers in (wide.layers, cut):
         layers = rethresholded(wide.model, layers, random_ids(made.config, 256), mlp_density=0.1)
@@ -186,10 +186,7 @@ def test_sparse_logits_are_nearer_than_with_a_random_selection(kind: str) -> Non
 def test_everything_selected_is_the_dense_model(kind: str) -> None:
     made = made_of(kind)
     layers = tuple(
-        LayerAdapter(
-            mlp=dataclasses.replace(layer.mlp, threshold=-1e9) if layer.mlp else None,
-            heads=dataclasses.replace(layer.heads, threshold=-1e9) if layer.heads else None,
-        )
+        predicted(mlp=dataclasses.replace(mlp_of(layer), threshold=-1e9), heads=dataclasses.replace(heads_of(layer), threshold=-1e9))
         for layer in made.layers
     )
     quality = planted_quality(made, layers, other_ids(made))
@@ -200,8 +197,8 @@ def test_everything_selected_is_the_dense_model(kind: str) -> None:
 @kinds
 def test_heads_are_selected_token_by_token_and_cost_more(kind: str) -> None:
     made = made_of(kind)
-    assert [layer.heads.lookahead for layer in made.layers if layer.heads] == [0, 1, 1]
-    assert [layer.mlp.lookahead for layer in made.layers if layer.mlp] == [1, 1, 1]
+    assert [heads_of(layer).lookahead for layer in made.layers] == [0, 1, 1]
+    assert [mlp_of(layer).lookahead for layer in made.layers] == [1, 1, 1]
     quality = planted_quality(made, thresholded(kind, 1.5, 0.5), other_ids(made))
     alone = planted_quality(made, thresholded(kind, 1.5), other_ids(made))
     assert quality.head_density == pytest.approx(0.5, abs=0.06) and quality.recall == pytest.approx(alone.recall, abs=0.03)
@@ -217,7 +214,7 @@ def test_a_slice_is_the_first_layers_of_the_whole(kind: str) -> None:
     assert part.label == f"{kind}[2 of 3 layers]" and made.label == kind
     whole = dict(made.model.named_parameters())
     assert all(torch.equal(value, whole[key]) for key, value in part.model.named_parameters())
-    mlps = [(a.mlp, b.mlp) for a, b in zip(part.layers, made.layers[:2], strict=True)]
+    mlps = [(mlp_of(a), mlp_of(b)) for a, b in zip(part.layers, made.layers[:2], strict=True)]
     assert all(a and b and torch.equal(a.B_OR, b.B_OR) for a, b in mlps)
 
 

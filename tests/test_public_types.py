@@ -23,7 +23,7 @@ from dejavu.model.bundle import export
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.train_config import TrainConfig
 from dejavu.quality.tasks import read_items
-from helpers.adapters import make_adapter
+from helpers.adapters import make_adapter, mlp_of
 from helpers.texts import TEXT
 
 
@@ -86,7 +86,7 @@ def test_results_are_of_their_types(lm: LanguageModel, tmp_path: Path) -> None:
 def test_no_repr_is_a_page_of_numbers(lm: LanguageModel) -> None:
     adapter = make_adapter(lm.config, lm.base_hash)
     assert repr(adapter) == "Adapter('predicted' of 'tiny', 2 layers, mlp_density=0.500, head_density=0.750, budget=0.005)"
-    assert repr(adapter.layers[0].mlp) == "Predictor(32 -> 4 -> 64, threshold=0, lookahead=0)"
+    assert repr(mlp_of(adapter.layers[0])) == "Predictor(32 -> 4 -> 64, threshold=0, lookahead=0)"
     for thing in (lm, adapter, *adapter.layers, lm.checkpoint, lm.tokenizer):
         assert len(repr(thing)) < 400 and "tensor" not in repr(thing) and "\n" not in repr(thing)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dejavu.bench.bytes_read import predictor_bytes
+from dejavu.bench.bytes_read import scoring_bytes
 from dejavu.bench.decode import bench
 from dejavu.bench.memory import available_bytes, sequential_buffer
 from dejavu.bench.models import random as synthetic
@@ -24,6 +24,7 @@ from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.model.families import parameter_shapes
+from helpers.adapters import mlp_of
 from helpers.native import needs_library
 
 MILLIONS = {
@@ -76,7 +77,7 @@ def test_each_selection_is_of_its_kind(name: str, selection: str) -> None:
     made = synthetic_model(name, backend="native", dtype="int8")
     ids = random_ids(made.config, 80)
     layers = planted_layers(made.config, selection=selection, density=density, heads=False)
-    assert [layer.mlp.lookahead for layer in layers if layer.mlp is not None] == [0, 1, 1, 1]
+    assert [mlp_of(layer).lookahead for layer in layers] == [0, 1, 1, 1]
     layers = rethresholded(made.model, layers, ids, mlp_density=density)
     steps = selected(NativeEngine(made.model, layers, record=True, dtype="int8", threads=2), ids, 20)
     neurons = made.config.intermediate_size
@@ -146,10 +147,11 @@ def test_planted_relu_neurons_all_fire_and_predictors_are_int8(name: str) -> Non
         _, profile = engine.profiled_step([token], [0])
         assert torch.equal(profile.fired_L, profile.counts.neurons) and int(profile.counts.neurons.min()) > 0
     for layer in layers:
-        for predictor in (layer.mlp, layer.heads):
-            assert predictor is not None
-            values = predictor.A_RD.numel() + predictor.B_OR.numel()
-            assert predictor_bytes(predictor, may_be_int8=True) < 2 * values + 8 * predictor.bias_O.numel() + 4 * 64
+        assert layer.neurons.selects and layer.heads.selects
+        for selector in layer.stored.values():
+            scoring = selector.scoring(made.config)
+            values = sum(matrix.numel() for matrix in scoring.matrices)
+            assert scoring_bytes(scoring, may_be_int8=True) < 2 * values + 8 * scoring.values + 4 * 64
 
 
 @needs_library

@@ -9,7 +9,9 @@ import torch
 from tokenizers import pre_tokenizers
 
 from conftest import random_predictor
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.quality.perplexity import MaskedSelections
@@ -25,6 +27,7 @@ from dejavu.quality.tasks import (
     score_requests,
     summarize,
 )
+from helpers.adapters import predicted
 
 ALPHABET = ["<s>", "</s>", "a", "b", "c", "d", "Ġ", ".", "ab", "Ġa", "Ġb", "Ġc", "Ċ"]
 IDS = {token: index for index, token in enumerate(ALPHABET)}
@@ -49,9 +52,7 @@ def adapter(model: Transformer, *, threshold: float) -> tuple[LayerAdapter, ...]
     def predictor(outputs: int) -> Predictor:
         return random_predictor(config.hidden_size, outputs, generator, threshold=threshold)
 
-    return tuple(
-        LayerAdapter(mlp=predictor(config.intermediate_size), heads=predictor(config.num_kv_heads)) for _ in range(config.num_layers)
-    )
+    return tuple(predicted(mlp=predictor(config.intermediate_size), heads=predictor(config.num_kv_heads)) for _ in range(config.num_layers))
 
 
 def brute_score(model: Transformer, context: list[int], continuation: list[int], selection: Selection = DENSE) -> float:

@@ -14,8 +14,8 @@ from dejavu.bench.bytes_read import (
     Formats,
     dense_reads,
     formats_of,
-    predictor_bytes,
     read_share,
+    scoring_bytes,
     step_bytes,
     text_read_share,
     weight_bytes,
@@ -24,9 +24,10 @@ from dejavu.engine.backends import make_engine
 from dejavu.generation.generation import GeneratedText, StepCounts
 from dejavu.model.adapter import quantized
 from dejavu.model.counts import Counts
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds, LayerAdapter, Scoring
 from dejavu.model.transformer import Transformer
+from helpers.adapters import predicted
 from helpers.native import NATIVE_MODELS, needs_library
 
 FP32 = Formats(weights="fp32", cache="fp32", vectors="fp32", int8_predictors=False)
@@ -45,6 +46,11 @@ def read_by_one_token(model: Transformer, *, int8: bool) -> int:
         if name.startswith("embed") and model.head is None:  # the head reads all of it, and the token's row was read before
             total += columns + 4 if int8 else 4 * columns
     return total
+
+
+def bytes_of_predictor(predictor: Predictor, *, may_be_int8: bool) -> float:
+    values = predictor.bias_O.numel()
+    return scoring_bytes(Scoring(matrices=(predictor.A_RD, predictor.B_OR), values=values), may_be_int8=may_be_int8)
 
 
 @pytest.mark.parametrize("name", NATIVE_MODELS)
@@ -93,7 +99,7 @@ def test_a_gate_is_read_for_all_neurons_and_inputs_are_columns(tiny: Tiny, famil
     layers, size, row, biases = config.num_layers, config.hidden_size, config.hidden_size + 4, 4 * config.mlp_bias
     dense = dense_reads(config)
     half = [config.intermediate_size // 2] * layers
-    gate = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * layers
+    gate = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * layers
     full = step_bytes(config, INT8, dense)
     counts = dataclasses.replace(dense.counts, neurons=torch.tensor(half))
     found = step_bytes(config, INT8, dataclasses.replace(dense, counts=counts, fired_L=half), gate)
@@ -102,7 +108,7 @@ def test_a_gate_is_read_for_all_neurons_and_inputs_are_columns(tiny: Tiny, famil
     assert found["attention"] == full["attention"] and found["predictor"] == 0
     points = InputPoints.of(config).sizes
     kept = torch.tensor([[count - 1 for count in points]] * layers)
-    one_less = dataclasses.replace(dense, counts=dataclasses.replace(dense.counts, inputs=kept))
+    one_less = dataclasses.replace(dense, counts=dataclasses.replace(dense.counts, kept_inputs=kept))
     inputs = (LayerAdapter(inputs=InputThresholds(attention=1.0, output=1.0, mlp=1.0)),) * layers
     found = step_bytes(config, INT8, one_less, inputs)
     outputs = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -115,8 +121,8 @@ def test_predictors_count_as_they_are_stored() -> None:
     predictor = random_predictor(32, 64, torch.Generator().manual_seed(0), rank=5)
     rounded = quantized(predictor)
     wide = (5 * 32 + 64 * 5 + 64) * 4
-    assert predictor_bytes(predictor, may_be_int8=True) == predictor_bytes(rounded, may_be_int8=False) == wide
-    assert predictor_bytes(rounded, may_be_int8=True) == 5 * 32 + 64 * 5 + 4 * (5 + 64) + 4 * 64
+    assert bytes_of_predictor(predictor, may_be_int8=True) == bytes_of_predictor(rounded, may_be_int8=False) == wide
+    assert bytes_of_predictor(rounded, may_be_int8=True) == 5 * 32 + 64 * 5 + 4 * (5 + 64) + 4 * 64
 
 
 def test_rows_of_the_small_formats() -> None:
@@ -134,9 +140,9 @@ def test_formats_are_those_of_the_engine(tiny: Tiny) -> None:
 def test_predictors_of_every_layer_are_added(tiny: Tiny) -> None:
     config = tiny("opt").config
     predictor = random_predictor(config.hidden_size, config.intermediate_size, torch.Generator().manual_seed(1))
-    layers = (LayerAdapter(mlp=predictor), LayerAdapter())
+    layers = (predicted(mlp=predictor), LayerAdapter())
     found = step_bytes(config, FP32, dense_reads(config), layers)["predictor"]
-    assert found == predictor_bytes(predictor, may_be_int8=False)
+    assert found == bytes_of_predictor(predictor, may_be_int8=False)
 
 
 def test_the_share_that_is_read_counts_predictors_and_head(tiny: Tiny) -> None:
@@ -148,7 +154,7 @@ def test_the_share_that_is_read_counts_predictors_and_head(tiny: Tiny) -> None:
         dense, counts=Counts(neurons=torch.zeros(config.num_layers), heads=dense.counts.heads), fired_L=[0.0] * config.num_layers
     )
     generator = torch.Generator().manual_seed(0)
-    layers = (LayerAdapter(mlp=random_predictor(config.hidden_size, config.intermediate_size, generator)),) * config.num_layers
+    layers = (predicted(mlp=random_predictor(config.hidden_size, config.intermediate_size, generator)),) * config.num_layers
     bare, with_predictors = (read_share(config, FP32, none, chosen) for chosen in (None, layers))
     whole, mlp = sum(step_bytes(config, FP32, dense).values()), step_bytes(config, FP32, none)["mlp"]
     assert bare == pytest.approx(1 - (step_bytes(config, FP32, dense)["mlp"] - mlp) / whole) and bare < with_predictors
@@ -173,8 +179,8 @@ def test_a_share_is_of_the_same_step_dense(tiny: Tiny) -> None:
     saved = 2 * (2 * 2 * head_dim * row + 2 * 20.5 * head_dim * 4)  # of q and o two heads, of the cache one group of two heads
     assert share(64, 2) == pytest.approx(1 - saved / dense)
     predictor = random_predictor(config.hidden_size, 64, torch.Generator().manual_seed(2))
-    assert share(64, 4, (LayerAdapter(mlp=predictor), LayerAdapter())) == pytest.approx(
-        1 + predictor_bytes(predictor, may_be_int8=False) / dense
+    assert share(64, 4, (predicted(mlp=predictor), LayerAdapter())) == pytest.approx(
+        1 + bytes_of_predictor(predictor, may_be_int8=False) / dense
     )
     text.counts = None
     assert text_read_share(config, text, None) is None

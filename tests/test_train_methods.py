@@ -21,13 +21,16 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter
+from dejavu.model.selectors.dense import head_reads, mlp_reads
+from dejavu.model.selectors.gate import gate_reads
+from dejavu.model.selectors.inputs import input_reads
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline import train
 from dejavu.offline.budget import Fitted
-from dejavu.offline.calibrate import gate_reads, head_reads, input_reads, mlp_reads, token_reads
+from dejavu.offline.calibrate import token_reads
 from dejavu.offline.collect import pack_windows
 from dejavu.offline.fidelity import token_nll
 from dejavu.offline.split import LONGEST, split_windows, training_context
@@ -95,16 +98,16 @@ def test_an_adapter_keeps_its_budget_on_disk_and_where_it_decodes(
     nothing_lost, result = trained(checkpoint, method, budget=0.0, work_folder=tmp_path / "work")
     assert result["rise"] == 0
     for layer in nothing_lost.layers:  # dense, or without what is exactly zero
-        zeros = LayerAdapter(gate=GateThreshold(threshold=0.0)) if method == "gate" else LayerAdapter(inputs=InputThresholds(down=0.0))
+        zeros = LayerAdapter(neurons=GateThreshold(threshold=0.0)) if method == "gate" else LayerAdapter(inputs=InputThresholds(down=0.0))
         assert layer == (zeros if kind == "relu" else LayerAdapter())
 
 
 def test_exact_loses_nothing(relu: Checkpoint, silu: Checkpoint) -> None:
     adapter, result = trained(relu, "exact", budget=0.0)
     assert (result["rise"], result["rise_stderr"]) == (0.0, 0.0) and result["within_budget"]
-    assert all(layer.gate is not None and layer.gate.threshold == 0 for layer in adapter.layers)
+    assert all(layer.neurons == GateThreshold(threshold=0.0) for layer in adapter.layers)
     assert 0 < result["mlp_density"] < 0.9 and result["head_density"] == 1
-    measured = [entry.gate.density for entry in adapter.config.layers if entry.gate is not None]
+    measured = [entry.entries["gate"].density for entry in adapter.config.layers]
     assert sum(measured) / 3 == pytest.approx(result["mlp_density"])
     with pytest.raises(ValueError, match=r"method exact needs a gate with exact zeros \(relu, relu2, fatrelu\), and this model has silu"):
         trained(silu, "exact")
@@ -220,7 +223,7 @@ def test_auto_takes_no_method_that_went_over_the_budget(
 def test_what_cannot_be_timed_says_why(relu: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = relu.model, DOCUMENTS[0]
     engine = {"name": "tiny", "backend": "torch"}
-    layers = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * 3
+    layers = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * 3
     timed = speeds(model, layers, ids, **engine)
     assert timed["tok_s"] > 0 and timed["speedup"] == timed["tok_s"] / timed["tok_s_dense"]
     assert speeds(model, (LayerAdapter(),) * 3, ids, **engine)["speed_note"] == "no layer selects"

@@ -15,8 +15,7 @@ from dejavu.cli import trial as command
 from dejavu.cli.main import run
 from dejavu.loading import bundled_adapter_of, bundled_adapters
 from dejavu.model.bundle import MODELS_FOLDER, export
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import GateThreshold
+from dejavu.model.selectors import GateThreshold, LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from helpers.offline import random_ids
 from helpers.texts import TEXT
@@ -41,7 +40,7 @@ def test_every_way_is_timed_and_measured(tiny: Tiny) -> None:
 
 def test_true_zeros_cost_nothing_and_an_adapter_has_a_row(tiny: Tiny) -> None:
     model = tiny("opt", num_layers=2)
-    own = (LayerAdapter(gate=GateThreshold(threshold=0.01)),) * 2
+    own = (LayerAdapter(neurons=GateThreshold(threshold=0.01)),) * 2
     assert [way.way for way in ways(model, random_ids(100), own)] == ["its adapter", "exact"]
     found = trial(model, own=own, threshold_ids=random_ids(200), measured_ids=random_ids(300, 1), **ENGINE)
     exact = found.rows[-1]
@@ -54,7 +53,7 @@ def test_what_an_engine_does_not_compute_is_said(tiny: Tiny, monkeypatch: pytest
     checked = module.check_mode
 
     def refuse(model: object, layers: tuple[LayerAdapter, ...], *arguments: object, **options: object) -> None:
-        if layers[0].inputs is not None:
+        if layers[0].inputs.selects:
             raise ValueError("inputs are not available in int4")
         checked(model, layers, *arguments, **options)  # pyrefly: ignore
 

@@ -10,9 +10,10 @@ import torch
 from conftest import Tiny
 from dejavu.engine.interface import Engine, StepResult
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.selectors import GateThreshold
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import GateThreshold, LayerAdapter
 from dejavu.model.transformer import Transformer
+from helpers.adapters import predicted
 from helpers.engines import ids_of, random_layers
 from helpers.native import engine_of, needs_library
 
@@ -67,7 +68,7 @@ def test_the_union_is_that_of_the_rows_selections(tiny: Tiny, kind: str, thresho
 @pytest.mark.parametrize("threads", [1, 3])
 def test_native_counts_the_union_of_gates(tiny: Tiny, threads: int) -> None:
     model = model_of(tiny, "llama")
-    layers = (LayerAdapter(gate=GateThreshold(threshold=0.4)), LayerAdapter(), LayerAdapter(gate=GateThreshold(threshold=0.0)))
+    layers = (LayerAdapter(neurons=GateThreshold(threshold=0.4)), LayerAdapter(), LayerAdapter(neurons=GateThreshold(threshold=0.0)))
     result = counted(engine_of(model, layers, num_slots=3, record=True, threads=threads), 3)
     assert result.union_L is not None and result.union_L.tolist() == union_of(result)
     assert 0 < result.union_L[0] < NEURONS and result.union_L[2] == NEURONS, "SiLU is never exactly zero"
@@ -92,7 +93,7 @@ def test_native_counts_the_layers_that_it_reads_in_order(tiny: Tiny, family: str
     for eighths in (0, 5, 6, 7, 8):
         A_RD, B_OR = torch.zeros(1, model.config.hidden_size), torch.zeros(128, 1)
         bias_O = (torch.arange(128) % 8 < eighths).float()
-        constant = LayerAdapter(mlp=Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=bias_O, threshold=0.5, lookahead=0))
+        constant = predicted(mlp=Predictor(A_RD=A_RD, B_OR=B_OR, bias_O=bias_O, threshold=0.5, lookahead=0))
         engine = engine_of(model, (constant, LayerAdapter(), constant), num_slots=rows, dtype=dtype)
         result = counted(engine, rows)
         assert result.fallback_layers == (0 if least is None or eighths < least else 2)

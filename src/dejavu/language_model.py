@@ -23,7 +23,8 @@ from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.native import default_threads
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.template import Messages, chat_ids
 from dejavu.model.transformer import DENSE
 from dejavu.offline_methods import OfflineMethods

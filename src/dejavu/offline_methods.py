@@ -18,7 +18,7 @@ from dejavu.figures import Evaluation, Profile, Training
 from dejavu.generation.engine_cache import IdleEngines
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer, on_cpu

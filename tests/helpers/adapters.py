@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from conftest import random_predictor
 from dejavu.config import ModelConfig
-from dejavu.model.adapter import Adapter, quantized
-from dejavu.model.adapter_config import AdapterConfig, GateConfig, InputConfig, InputsConfig, LayerConfig, PartConfig, part_config
+from dejavu.model.adapter import Adapter, quantized, read_layer
+from dejavu.model.adapter_config import AdapterConfig, LayerConfig
 from dejavu.model.lora import LayerLora, LoraConfig, linear_shapes
-from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.selectors import POINTS, GateThreshold
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import (
+    POINTS,
+    AllHeads,
+    AllNeurons,
+    GateConfig,
+    InputConfig,
+    InputsConfig,
+    LayerAdapter,
+    PredictedHeads,
+    PredictedNeurons,
+)
+from dejavu.model.transformer import Block
 
 
 def make_adapter(config: ModelConfig, base_hash: str, *, threshold: float = 0.0) -> Adapter:
@@ -25,18 +37,13 @@ def make_adapter(config: ModelConfig, base_hash: str, *, threshold: float = 0.0)
 
     count = config.num_layers
     heads = {count - 1: predictor(config.num_kv_heads, 100)}
-    layers = tuple(LayerAdapter(mlp=predictor(config.intermediate_size, i), heads=heads.get(i)) for i in range(count))
-
-    def entry(index: int, layer: LayerAdapter) -> LayerConfig:
-        mlp, heads = (None if part is None else part_config(part, density=0.5, recall=0.9, mass=0.9) for part in (layer.mlp, layer.heads))
-        return LayerConfig(layer=index, mlp=mlp, heads=heads)
-
+    layers = tuple(predicted(mlp=predictor(config.intermediate_size, i), heads=heads.get(i)) for i in range(count))
     return Adapter(
         layers=layers,
         config=AdapterConfig(
             base_id="tiny", base_hashes=(base_hash,), method="predicted", budget=0.005, calibration_text_hash="c" * 64,
             quality={"ppl_dense": 20.0}, mlp_density=0.5, head_density=0.75, seed=0,
-            layers=tuple(entry(i, layer) for i, layer in enumerate(layers)),
+            layers=tuple(LayerConfig.of(i, layer, density=0.5, recall=0.9, mass=0.9) for i, layer in enumerate(layers)),
         ),
     )  # fmt: skip
 
@@ -57,6 +64,28 @@ def changing_weights(adapter: Adapter, config: ModelConfig) -> Adapter:
     return dataclasses.replace(adapter, config=changed, lora=tuple(change() for _ in range(config.num_layers)))
 
 
+def predicted(*, mlp: Predictor | None = None, heads: Predictor | None = None, block: Block | None = None) -> LayerAdapter:
+    """A layer with these predictors, dense where there is none."""
+    neurons = AllNeurons() if mlp is None else PredictedNeurons(mlp)
+    return LayerAdapter(neurons=neurons, heads=AllHeads() if heads is None else PredictedHeads(heads), block=block)
+
+
+def mlp_of(layer: LayerAdapter) -> Predictor:
+    """The predictor of its neurons."""
+    assert isinstance(layer.neurons, PredictedNeurons)
+    return layer.neurons.predictor
+
+
+def heads_of(layer: LayerAdapter) -> Predictor:
+    assert isinstance(layer.heads, PredictedHeads)
+    return layer.heads.predictor
+
+
+def predictors_of(layer: LayerAdapter) -> list[Predictor]:
+    """Of neurons and of heads, those that there are."""
+    return [each.predictor for each in layer.selectors if isinstance(each, PredictedNeurons | PredictedHeads)]
+
+
 def predictor(outputs: int, *, layer: int, lookahead: int = 0, rank: int = 5) -> Predictor:
     """Random, quantized; its biases are the layer's index."""
     generator = torch.Generator().manual_seed(layer)
@@ -68,15 +97,12 @@ def predictor(outputs: int, *, layer: int, lookahead: int = 0, rank: int = 5) ->
 def varied_adapter(model: ModelConfig, base_hash: str) -> Adapter:
     """Layer 3 has a dense MLP, heads are predicted in odd layers; MLP predictors look ahead from layer 1 on."""
     layers = tuple(
-        LayerAdapter(
+        predicted(
             mlp=None if i == 3 else predictor(model.intermediate_size, layer=i, lookahead=min(i, 2)),
             heads=predictor(model.num_kv_heads, layer=i, lookahead=1, rank=3) if i % 2 else None,
         )
         for i in range(model.num_layers)
     )
-
-    def part(held: Predictor | None) -> PartConfig | None:
-        return None if held is None else part_config(held, density=0.125, recall=0.9, mass=0.99)
 
     config = AdapterConfig(
         base_id="tiny-opt",
@@ -89,7 +115,7 @@ def varied_adapter(model: ModelConfig, base_hash: str) -> Adapter:
         mlp_density=0.2,
         head_density=0.75,
         seed=7,
-        layers=tuple(LayerConfig(layer=i, mlp=part(layer.mlp), heads=part(layer.heads)) for i, layer in enumerate(layers)),
+        layers=tuple(LayerConfig.of(i, layer, density=0.125, recall=0.9, mass=0.99) for i, layer in enumerate(layers)),
     )
     return Adapter(layers=layers, config=config)
 
@@ -102,16 +128,11 @@ def without_predictors(method: str, model: ModelConfig, base_hash: str) -> Adapt
             return LayerConfig(layer=0)
         if method == "input":
             points = {point: InputConfig(threshold=0.1 * index + 1e-9, density=0.5) for at, point in enumerate(POINTS) if at != index % 8}
-            return LayerConfig(layer=index, inputs=InputsConfig(**points))
-        return LayerConfig(layer=index, gate=GateConfig(threshold=0.0 if method == "exact" else 0.1 * index, density=0.25, mass=0.99))
+            return LayerConfig(layer=index, entries={"inputs": InputsConfig(**points)})
+        gate = GateConfig(threshold=0.0 if method == "exact" else 0.1 * index, density=0.25, mass=0.99)
+        return LayerConfig(layer=index, entries={"gate": gate})
 
     entries = tuple(layer(index) for index in range(model.num_layers))
-    layers = tuple(
-        LayerAdapter(
-            gate=None if entry.gate is None else GateThreshold(threshold=entry.gate.threshold),
-            inputs=None if entry.inputs is None else entry.inputs.thresholds(),
-        )
-        for entry in entries
-    )
+    layers = tuple(read_layer(entry, {}, model, Path()) for entry in entries)
     config = dataclasses.replace(varied_adapter(model, base_hash).config, method=method, layers=entries)
     return Adapter(layers=layers, config=config)

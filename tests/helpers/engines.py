@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from dejavu.engine.interface import Engine, StepResult
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
+from helpers.adapters import predicted
 
 TOKENS = 20
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +48,7 @@ def random_layers(model: Transformer, *, mlp: int | None, heads: int | None, thr
         mlp_look = None if mlp is None else min(mlp, 1) if index == 0 else mlp
         head_look = None if heads is None else 0 if index == 0 else heads
         layers.append(
-            LayerAdapter(
+            predicted(
                 mlp=None if mlp_look is None else predictor(10 + index, model, config.intermediate_size, mlp_look, threshold),
                 heads=None if head_look is None else predictor(20 + index, model, config.num_kv_heads, head_look, threshold),
             )

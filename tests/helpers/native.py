@@ -9,7 +9,7 @@ import pytest
 
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.kernels import native
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from helpers.engines import MODELS
 

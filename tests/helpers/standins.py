@@ -14,7 +14,7 @@ from dejavu.engine import backends
 from dejavu.engine.interface import StepProfile, StepResult
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.counts import Counts
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 GPU_NAME = "NVIDIA Test 80GB"

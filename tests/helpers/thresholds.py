@@ -7,8 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, column_norms
+from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, LayerAdapter, column_norms
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
 from helpers.engines import ids_of, random_layers
 
@@ -40,7 +39,7 @@ def seen(model: Transformer) -> Seen:
 def gate_layers(model: Transformer, density: float) -> tuple[LayerAdapter, ...]:
     """Thresholds that about this share of the activated gates exceed; the last layer also predicts heads."""
     gates = seen(model).gate
-    chosen = [LayerAdapter(gate=GateThreshold(threshold=float(gates[i].abs().quantile(1 - density)))) for i in sorted(gates)]
+    chosen = [LayerAdapter(neurons=GateThreshold(threshold=float(gates[i].abs().quantile(1 - density)))) for i in sorted(gates)]
     return (*chosen[:-1], dataclasses.replace(chosen[-1], heads=random_layers(model, mlp=None, heads=0)[-1].heads))
 
 

@@ -35,8 +35,7 @@ from dejavu.generation.generation import GeneratedText
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.kernels.screen import screen_rank
 from dejavu.model.counts import Counts
-from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.selectors import POINTS, InputPoints
+from dejavu.model.selectors import InputPoints, LayerAdapter, Scoring
 
 OPS = ("predictor", "attention", "mlp", "head", "other")
 
@@ -113,9 +112,9 @@ def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequ
     matrix, vector, cache = STORED[formats.weights], STORED[formats.vectors].value, STORED[formats.cache]
     size, head_dim, groups, embed = config.hidden_size, config.head_dim, config.num_kv_heads, config.embed_width
     row = matrix.row(size)
-    attention = mlp = norms_of_inputs = 0.0
+    attention = mlp = predictor = 0.0
     sizes, chosen_L = InputPoints.of(config).sizes, layers or (LayerAdapter(),) * config.num_layers
-    kept_LP = [sizes] * config.num_layers if reads.counts.inputs is None else reads.counts.inputs.tolist()
+    kept_LP = [sizes] * config.num_layers if reads.counts.kept_inputs is None else reads.counts.kept_inputs.tolist()
     neurons_L, heads_L = reads.counts.neurons.tolist(), reads.counts.heads.tolist()
     by_layer = zip(neurons_L, reads.fired_L, heads_L, reads.cached_L, chosen_L, kept_LP, strict=True)
     for neurons, fired, heads, cached, chosen, kept in by_layer:
@@ -124,20 +123,16 @@ def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequ
         attention += outputs * head_dim * matrix.part(size, at_attention) + heads * head_dim * at_output / sizes[1] * row
         attention += 2 * cached * cache.row(head_dim)
         attention += config.qkv_bias * outputs * head_dim * vector + config.out_bias * size * vector
-        first = config.intermediate_size if chosen.gate is not None else neurons  # of gate, or of up where that is the gate
-        rows_in = first + config.gated * neurons
+        rows_in = chosen.neurons.rows_in(config, neurons)
         mlp += rows_in * (matrix.part(size, at_mlp) + config.mlp_bias * vector) + config.mlp_bias * size * vector
-        mlp += fired * row if chosen.inputs is None else at_down * row
-        if chosen.inputs is not None:
-            norms_of_inputs += (
-                sum(count for point, count in zip(POINTS, sizes, strict=True) if chosen.inputs.of(point) is not None) * STORED["fp32"].value
-            )
+        mlp += chosen.inputs.rows_down(fired, at_down) * row
+        scorings = [selector.scoring(config) for selector in chosen.selectors]
+        predictor += sum(scoring_bytes(each, may_be_int8=formats.int8_predictors) for each in scorings)
     norms = (2 * config.num_layers + config.final_norm) * size * vector * (1 + (config.norm == "layernorm")) * config.norm_affine
     narrow = embed != size
     positions = (config.positions == "learned") * size * vector
-    predictors = [predictor for layer in layers or () for predictor in (layer.mlp, layer.heads) if predictor is not None]
     return {
-        "predictor": sum(predictor_bytes(each, may_be_int8=formats.int8_predictors) for each in predictors) + norms_of_inputs,
+        "predictor": predictor,
         "attention": attention,
         "mlp": mlp,
         "head": _head_rows(config, formats) + narrow * embed * row,
@@ -158,10 +153,10 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> float:
     return sum(step_bytes(config, formats, dense_reads(config)).values())
 
 
-def predictor_bytes(predictor: Predictor, *, may_be_int8: bool) -> float:
-    """A and B, int8 with scales where that is what their values are and else fp32, and the bias fp32."""
-    total = predictor.bias_O.numel() * STORED["fp32"].value
-    for matrix in (predictor.A_RD, predictor.B_OR):
+def scoring_bytes(scoring: Scoring, *, may_be_int8: bool) -> float:
+    """Matrices int8 with scales where that is what their values are and else fp32, and values fp32."""
+    total = scoring.values * STORED["fp32"].value
+    for matrix in scoring.matrices:
         stored = "int8" if may_be_int8 and torch.equal(dequantize_rows(*quantize_rows(matrix)), matrix.float()) else "fp32"
         total += matrix.shape[0] * STORED[stored].row(matrix.shape[1])
     return total

@@ -15,7 +15,7 @@ import torch
 
 from dejavu.bench.rows import QualityRow, device_facts
 from dejavu.bench.variants import Peer, selects_heads
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import (
     HALF_CONTEXT,

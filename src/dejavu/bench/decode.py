@@ -156,7 +156,7 @@ def _unions(result: StepResult, info: EngineInfo) -> Counts:
         return Counts(neurons=neurons_L, heads=heads_L)
     sizes = list(enumerate(info.input_points.sizes))
     inputs_LP = [[union([row.inputs_P[at] if row.inputs_P else None for row in rows], size) for at, size in sizes] for rows in layers]
-    return Counts(neurons=neurons_L, heads=heads_L, inputs=torch.tensor(inputs_LP))
+    return Counts(neurons=neurons_L, heads=heads_L, kept_inputs=torch.tensor(inputs_LP))
 
 
 def bench(
@@ -293,7 +293,7 @@ class _Run:
         """Note which modes ran layers dense that select neurons: an engine may, where that is faster."""
         for decoder in self.decoders:
             ran = [float(neurons) == self.info.num_neurons for neurons in decoder.steps.mean_reads(self.batch).counts.neurons]
-            selects = [layer.mlp is not None or layer.gate is not None for layer in decoder.variant.layers or ()]
+            selects = [layer.neurons.selects for layer in decoder.variant.layers or ()]
             dense = sum(all_read and selected for all_read, selected in zip(ran, selects, strict=False))
             if dense:
                 where = f"at batch {self.batch}, context {self.context}"

@@ -16,7 +16,7 @@ from dejavu.bench.decode import SKIPPED, TURN, bench
 from dejavu.bench.timing import MIN_REPEATS
 from dejavu.bench.variants import DENSE_VARIANT, Variant
 from dejavu.config import Progress
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.train import Trained
 

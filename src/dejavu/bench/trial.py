@@ -19,8 +19,7 @@ from dejavu.bench.models.density import rethresholded
 from dejavu.bench.variants import DENSE_VARIANT, Layers, Variant, check_mode
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, Config, ModelConfig, Progress, require
 from dejavu.model.families import parameter_shapes
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds
+from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, dense_selection, paired_rise, perplexity
 
@@ -90,8 +89,8 @@ def ways(model: Transformer, ids: Sequence[int], own: Layers | None) -> list[_Wa
     """What can be tried; thresholds are set on the ids."""
     layers, found = model.config.num_layers, [] if own is None else [_Way(way="its adapter", layers=own)]
     if model.config.activation in EXACT_ZERO_ACTIVATIONS:
-        return [*found, _Way(way="exact", layers=(LayerAdapter(gate=GateThreshold(threshold=0.0)),) * layers)]
-    gates = (LayerAdapter(gate=GateThreshold(threshold=0.0)),) * layers
+        return [*found, _Way(way="exact", layers=(LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * layers)]
+    gates = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * layers
     inputs = (LayerAdapter(inputs=InputThresholds(**dict.fromkeys(POINTS, 0.0))),) * layers
     for density in DENSITIES:
         found.append(_Way(way="gate", keeps=density, layers=rethresholded(model, gates, ids, mlp_density=density)))

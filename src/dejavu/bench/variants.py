@@ -19,7 +19,8 @@ from torch import Tensor
 from dejavu.bench.models.density import rethresholded
 from dejavu.config import require
 from dejavu.engine.backends import make_engine
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import AllHeads, LayerAdapter
 from dejavu.model.transformer import DENSE, Transformer
 
 Layers = tuple[LayerAdapter, ...]
@@ -82,13 +83,13 @@ DENSE_VARIANT = Variant(mode="dense")
 
 def selects_heads(layers: Layers | None) -> bool:
     """Whether attention heads are selected, by predictors of their own."""
-    return any(layer.heads is not None for layer in layers or ())
+    return any(layer.heads.selects for layer in layers or ())
 
 
 def variants_of(layers: Layers | None, *, selection: str | None = None) -> list[Variant]:
     """The sparse variants that an adapter offers."""
     found = []
-    without_heads = tuple(dataclasses.replace(layer, heads=None) for layer in layers or ())
+    without_heads = tuple(dataclasses.replace(layer, heads=AllHeads()) for layer in layers or ())
     if any(layer.sparse for layer in without_heads):
         found.append(Variant(mode="sparse", layers=without_heads, selection=selection))
     if selects_heads(layers):
@@ -124,7 +125,7 @@ def variants_at(
                 else:
                     chosen = layers
                 # The MLP alone does not depend on the head density, which is of attention where inputs are selected: once is enough.
-                again = index == 0 or any(layer.inputs is not None for layer in chosen or ())
+                again = index == 0 or any(layer.inputs.selects for layer in chosen or ())
                 found += [variant for variant in variants_of(chosen, selection=selection) if again or variant.mode != "sparse"]
     return found
 
@@ -161,7 +162,7 @@ def _by_value(layers: Layers | None) -> bool:
 
     Seen at half of SmolLM2's gates: 0.035 in fp32, 0.105 in fp16. What is computed wrong is off by 1 and more.
     """
-    return any(layer.inputs is not None or (layer.gate is not None and layer.gate.threshold > 0) for layer in layers or ())
+    return any(selector.by_value for layer in layers or () for selector in layer.selectors)
 
 
 def check_mode(

@@ -194,13 +194,13 @@ def _planted(
     from dejavu.bench.models.planted import planted_model
     from dejavu.bench.models.random import random_ids
     from dejavu.bench.rows import Shape
-    from dejavu.model.predictor import LayerAdapter
+    from dejavu.model.selectors import LayerAdapter
 
     made = planted_model(
         name, device="cuda", dtype=common["dtype"], density=PLANTED_SHARE * min(densities or [DEFAULT_DENSITY]),
         rank=PLANTED_RANK if rank is None else rank, num_layers=num_layers, seed=seed,
     )  # fmt: skip
-    layers = made.layers if heads else tuple(LayerAdapter(mlp=layer.mlp) for layer in made.layers)
+    layers = made.layers if heads else tuple(LayerAdapter(neurons=layer.neurons) for layer in made.layers)
     return Subject(
         name=made.label,
         model=made.model,

@@ -116,8 +116,8 @@ def _predictors(adapter: Adapter, measured: dict[str, Any]) -> Any:
     table = new_table("Predictors on held-out text", *columns)
     for index, (layer, entry) in enumerate(zip(measured["layers"], adapter.config.layers, strict=True)):
         heads = layer["heads"]
-        row = ["dense", "", "", "", ""] if layer["lookahead"] is None else [*_part(layer), str(entry.mlp.rank if entry.mlp else "")]
-        row += ["dense", "", ""] if heads is None else [number(heads["density"]), percent(heads["mass"]), str(heads["lookahead"])]
+        row = ["dense", "", "", "", ""] if layer["lookahead"] is None else [*_part(layer), str(entry.entries["mlp"].rank)]
+        row += ["dense", "", ""] if not heads else [number(heads["density"]), percent(heads["mass"]), str(heads["lookahead"])]
         table.add_row(str(index), *row)
     return table
 
@@ -125,8 +125,8 @@ def _predictors(adapter: Adapter, measured: dict[str, Any]) -> Any:
 def _gates(adapter: Adapter, measured: dict[str, Any]) -> Any:
     table = new_table("Gates on held-out text", "layer", "MLP density", "mass", "threshold")
     for index, (layer, entry) in enumerate(zip(measured["layers"], adapter.config.layers, strict=True)):
-        gate = entry.gate
-        chosen = ["dense", "", ""] if gate is None else [number(layer["density"]), percent(layer["mass"]), number(gate.threshold, ".4g")]
+        chosen = [[number(layer["density"]), percent(layer["mass"]), number(gate.threshold, ".4g")] for gate in entry.entries.values()]
+        chosen = chosen[0] if chosen else ["dense", "", ""]
         table.add_row(str(index), *chosen)
     return table
 

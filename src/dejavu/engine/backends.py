@@ -16,7 +16,7 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.native import missing_reason
 from dejavu.model.lora import adapted_model
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 BACKEND_DTYPES = {"native": NATIVE_DTYPES, "cuda": ("fp32", "fp16", "bf16"), "torch": ("fp32", "fp16", "bf16", "fp64")}

@@ -15,12 +15,14 @@ K head_dim  A selected groups or neurons  V vocabulary  L layers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig, require
+from dejavu.config import require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
 from dejavu.engine.paged import PagedEngine
@@ -30,15 +32,8 @@ from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.sparse_linear import linear_columns, linear_rows
 from dejavu.kernels.sparse_mlp import MlpWeights, activated, activated_gate, dense_mlp, gate_mlp, sparse_mlp
 from dejavu.model.counts import Counts
-from dejavu.model.predictor import (
-    HEAD_LOOKAHEADS,
-    MLP_LOOKAHEADS,
-    LayerAdapter,
-    Predictor,
-    head_predictor_input,
-    mlp_predictor_input,
-)
-from dejavu.model.selectors import POINTS, InputPoints, InputThresholds, column_norms, input_mask
+from dejavu.model.predictor import mlp_predictor_input
+from dejavu.model.selectors import POINTS, AllNeurons, GateThreshold, InputPoints, InputSelector, LayerAdapter, NeuronSelector, check_layers
 from dejavu.model.transformer import Block, LayerInputs, Transformer
 
 
@@ -79,11 +74,10 @@ class TorchEngine(PagedEngine):
         )
         self._record = record
         self._blocks = model.blocks
-        self._mlps = tuple(_mlp_weights(block) for block in self._blocks)
-        self._norms = tuple(
-            {} if layer.inputs is None else column_norms(block) for layer, block in zip(self.layers, self._blocks, strict=True)
-        )
-        selects_inputs = any(layer.inputs is not None for layer in self.layers)
+        pairs = list(zip(self.layers, self._blocks, strict=True))
+        self._mlps = tuple(_lowered_mlp(layer, _mlp_weights(block)) for layer, block in pairs)
+        self._norms = tuple(layer.inputs.norms(block) for layer, block in pairs)
+        selects_inputs = any(layer.inputs.selects for layer in self.layers)
         self._all_groups = torch.arange(config.num_kv_heads, device=weight.device)
         info = EngineInfo(
             backend="torch",
@@ -131,7 +125,9 @@ class TorchEngine(PagedEngine):
             counts=Counts(
                 neurons=torch.tensor([[_count(layer.neurons_A, neurons) for layer in row] for row in selections]),
                 heads=torch.tensor([[_count(layer.heads_A, heads) for layer in row] for row in selections]),
-                inputs=None if points is None else torch.tensor([[_input_counts(layer, points) for layer in row] for row in selections]),
+                kept_inputs=None
+                if points is None
+                else torch.tensor([[_input_counts(layer, points) for layer in row] for row in selections]),
             ),
             selections=tuple(tuple(layer.cpu() for layer in row) for row in selections) if self._record else None,
             union_L=torch.tensor([_union(of_layer, neurons) for of_layer in zip(*selections, strict=True)]),
@@ -152,35 +148,15 @@ class TorchEngine(PagedEngine):
         selections = []
         for index, block in enumerate(self._blocks):
             attention_D = block.attention_input(x_D)
-            inputs = LayerInputs(attention_D, None, previous_mlp)
-            groups_A = self._selected_groups(index, inputs)
+            groups_A = _indices(self.layers[index].heads.mask(LayerInputs(attention_D, None, previous_mlp)))
             kept = _KeptInputs(self.layers[index].inputs, self._norms[index])
             y_D = self._attention(index, attention_D, position_T, slot, page_N, groups_A, kept)
             x_D, mlp_D = block.after_attention(x_D, y_D)
-            y_D, neurons_A = self._mlp(index, LayerInputs(attention_D, mlp_D, previous_mlp), kept)
+            y_D, neurons_A = self._mlps[index](LayerInputs(attention_D, mlp_D, previous_mlp), kept)
             x_D, previous_mlp = block.after_mlp(x_D, y_D), mlp_D
             selections.append(LayerSelection(neurons_A=neurons_A, heads_A=self._heads_of(groups_A), inputs_P=kept.found))
         self._cache.advance(slot, 1)
         return self.model.logits(self._normed(x_D)), tuple(selections)
-
-    def _selected_groups(self, index: int, inputs: LayerInputs) -> Tensor | None:
-        predictor = self.layers[index].heads
-        if predictor is None:
-            return None
-        return predictor.group_mask(head_predictor_input(inputs, predictor.lookahead)).nonzero().squeeze(1)
-
-    def _mlp(self, index: int, inputs: LayerInputs, kept: _KeptInputs) -> tuple[Tensor, Tensor | None]:
-        """What the MLP adds, and the neurons that it computed; None for all."""
-        layer, weights, x_D = self.layers[index], self._mlps[index], inputs.mlp
-        assert x_D is not None
-        if layer.mlp is not None:
-            neurons_A = layer.mlp.neuron_mask(mlp_predictor_input(inputs, layer.mlp.lookahead)).nonzero().squeeze(1)
-            return sparse_mlp(x_D, weights, neurons_A), neurons_A
-        if layer.gate is not None:
-            gate_F = activated_gate(x_D, weights)
-            neurons_A = layer.gate.mask(gate_F).nonzero().squeeze(1)
-            return gate_mlp(x_D, gate_F, weights, neurons_A), neurons_A
-        return dense_mlp(x_D, weights) if layer.inputs is None else _mlp_of_inputs(x_D, weights, kept), None
 
     def _attention(
         self, index: int, x_D: Tensor, position_T: Tensor, slot: int, page_N: Tensor, groups_A: Tensor | None, kept: _KeptInputs
@@ -218,24 +194,58 @@ class TorchEngine(PagedEngine):
         return (groups_A[:, None] * per_group + torch.arange(per_group, device=groups_A.device)).flatten()
 
 
-class _KeptInputs:
-    """Which inputs one layer keeps for one token, point by point as they come to be. found: their indices; None without thresholds."""
+def _indices(mask: Tensor | None) -> Tensor | None:
+    """int64 [A] of what a mask keeps; None for all."""
+    return None if mask is None else mask.nonzero().squeeze(1)
 
-    def __init__(self, thresholds: InputThresholds | None, norms: Mapping[str, Tensor]) -> None:
-        self._thresholds, self._norms = thresholds, norms
-        self._kept: dict[str, Tensor] = {}
+
+class _KeptInputs:
+    """Which inputs one layer keeps for one token, point by point as they come to be. found: their indices; None where it selects none."""
+
+    def __init__(self, selector: InputSelector, norms: Mapping[str, Tensor]) -> None:
+        self._selector, self._norms = selector, norms
+        self._kept: dict[str, Tensor | None] = {}
 
     def at(self, point: str, x_I: Tensor) -> Tensor | None:
         """Indices int64 [A] of the kept inputs; None for all."""
-        threshold = None if self._thresholds is None else self._thresholds.of(point)
-        if threshold is None:
-            return None
-        self._kept[point] = input_mask(x_I, self._norms[point], threshold).nonzero().squeeze(1)
+        self._kept[point] = _indices(self._selector.mask(point, x_I, self._norms))
         return self._kept[point]
 
     @property
     def found(self) -> tuple[Tensor | None, ...] | None:
-        return None if self._thresholds is None else tuple(self._kept.get(point) for point in POINTS)
+        return tuple(self._kept.get(point) for point in POINTS) if self._selector.selects else None
+
+
+Mlp = Callable[[LayerInputs, _KeptInputs], tuple[Tensor, Tensor | None]]
+"""What an MLP adds, and the neurons that it computed; None for all."""
+
+
+def _lowered_mlp(layer: LayerAdapter, weights: MlpWeights) -> Mlp:
+    """How the MLP of a layer that selects so runs. Nothing else in this engine asks by which method."""
+    match layer.neurons:
+        case AllNeurons() if layer.inputs.selects:
+            return lambda inputs, kept: (_mlp_of_inputs(mlp_predictor_input(inputs, 0), weights, kept), None)
+        case AllNeurons():
+            return lambda inputs, kept: (dense_mlp(mlp_predictor_input(inputs, 0), weights), None)
+        case GateThreshold():
+            return functools.partial(_mlp_by_gate, layer.neurons, weights)
+        case _:  # what can be told before the MLP
+            return functools.partial(_mlp_of_list, layer.neurons, weights)
+
+
+def _mlp_of_list(selector: NeuronSelector, weights: MlpWeights, inputs: LayerInputs, kept: _KeptInputs) -> tuple[Tensor, Tensor | None]:
+    neurons_A = _indices(selector.mask(inputs))
+    assert neurons_A is not None, f"{selector} keeps all neurons"
+    return sparse_mlp(mlp_predictor_input(inputs, 0), weights, neurons_A), neurons_A
+
+
+def _mlp_by_gate(selector: NeuronSelector, weights: MlpWeights, inputs: LayerInputs, kept: _KeptInputs) -> tuple[Tensor, Tensor | None]:
+    """Selected by the activated gate of every neuron, which is computed first."""
+    x_D = mlp_predictor_input(inputs, 0)
+    gate_F = activated_gate(x_D, weights)
+    neurons_A = _indices(selector.mask(dataclasses.replace(inputs, gate=gate_F)))
+    assert neurons_A is not None, f"{selector} keeps all neurons"
+    return gate_mlp(x_D, gate_F, weights, neurons_A), neurons_A
 
 
 def _mlp_of_inputs(x_D: Tensor, weights: MlpWeights, kept: _KeptInputs) -> Tensor:
@@ -248,39 +258,17 @@ def _mlp_of_inputs(x_D: Tensor, weights: MlpWeights, kept: _KeptInputs) -> Tenso
 
 
 def _mlp_weights(block: Block) -> MlpWeights:
-    gate = block.gate
     return MlpWeights(
         up_FD=block.up.weight,
         down_FD=block.down.weight,
-        gate_FD=None if gate is None else gate.weight,
+        gate_FD=getattr(block.gate, "weight", None),
         up_bias_F=block.up.bias,
-        gate_bias_F=None if gate is None else gate.bias,
+        gate_bias_F=getattr(block.gate, "bias", None),
         down_bias_D=block.down.bias,
         activation=block.config.activation,
         activation_threshold=block.config.activation_threshold,
         up_activation=block.config.up_activation,
     )
-
-
-def check_layers(layers: tuple[LayerAdapter, ...], config: ModelConfig) -> None:
-    """Raise ValueError where the layers cannot be those of an adapter for this model."""
-    require(len(layers) == config.num_layers, f"the adapter has {len(layers)} layers and the model {config.num_layers}")
-    for index, layer in enumerate(layers):
-        _check_predictor(f"layer {index}'s MLP", layer.mlp, config.hidden_size, config.intermediate_size, MLP_LOOKAHEADS)
-        _check_predictor(f"layer {index}'s heads", layer.heads, config.hidden_size, config.num_kv_heads, HEAD_LOOKAHEADS)
-        chosen = layer.inputs is None or any(layer.inputs.of(point) is not None for point in POINTS)
-        require(chosen, f"layer {index} selects inputs and has a threshold at none of its points; leave its inputs out, it is dense")
-    first = layers[0]
-    require(first.mlp is None or first.mlp.lookahead < 2, "layer 0 has no layer before it: its MLP's lookahead must be 0 or 1")
-    require(first.heads is None or first.heads.lookahead < 1, "layer 0 has no layer before it: its heads' lookahead must be 0")
-
-
-def _check_predictor(name: str, predictor: Predictor | None, inputs: int, outputs: int, lookaheads: tuple[int, ...]) -> None:
-    if predictor is None:
-        return
-    found = (predictor.A_RD.shape[1], predictor.B_OR.shape[0])
-    require(found == (inputs, outputs), f"the predictor of {name} maps {found[0]} to {found[1]} values, the model {inputs} to {outputs}")
-    require(predictor.lookahead in lookaheads, f"the lookahead of {name} must be one of {lookaheads}, not {predictor.lookahead}")
 
 
 def _input_counts(selected: LayerSelection, points: InputPoints) -> list[int]:

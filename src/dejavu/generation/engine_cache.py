@@ -19,7 +19,7 @@ from torch import Tensor
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine
 from dejavu.model.adapter import Adapter
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 KEPT = 2  # dense and sparse
@@ -128,6 +128,5 @@ def _tensors(adapter: Adapter | None) -> Iterator[Tensor]:
         yield from (factor for factors in lora.factors.values() for factor in factors)
         yield from lora.norms.values()
     for layer in () if adapter is None else adapter.layers:
-        for predictor in (layer.mlp, layer.heads):
-            if predictor is not None:
-                yield from (predictor.A_RD, predictor.B_OR, predictor.bias_O)
+        for selector in layer.selectors:
+            yield from selector.tensors

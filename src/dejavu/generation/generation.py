@@ -68,7 +68,7 @@ class StepCounts:
 
     @property
     def inputs_LP(self) -> tuple[tuple[float, ...], ...] | None:  # noqa: N802
-        return None if self.mean.inputs is None else tuple(map(tuple, self.mean.inputs.tolist()))
+        return None if self.mean.kept_inputs is None else tuple(map(tuple, self.mean.kept_inputs.tolist()))
 
 
 class GeneratedText(str):

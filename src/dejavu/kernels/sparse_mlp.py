@@ -39,13 +39,13 @@ class MlpWeights:
     up_activation: str | None = None
 
 
-def activated(up: Tensor, gate: Tensor | None, weights: MlpWeights) -> Tensor:
+def activated(up: Tensor, gate_product: Tensor | None, weights: MlpWeights) -> Tensor:
     """Activations from the products with up and gate (None where not gated), of any shape."""
-    if gate is None:
+    if gate_product is None:
         return activate(up, weights.activation, weights.activation_threshold)
     if weights.up_activation is not None:
         up = activate(up, weights.up_activation)
-    return activate(gate, weights.activation, weights.activation_threshold) * up
+    return activate(gate_product, weights.activation, weights.activation_threshold) * up
 
 
 def _rows(weight_FD: Tensor, bias_F: Tensor | None, x_D: Tensor) -> Tensor:

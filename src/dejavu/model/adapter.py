@@ -1,13 +1,11 @@
 """An adapter: predictors, thresholds and provenance for one checkpoint; in memory and as a folder.
 
 On disk: `config.json` (AdapterConfig), `adapter.safetensors`, `README.md`, a card rendered from the config, and perhaps
-`generation_config.json`, how text is to be drawn. The tensors
-of layer 7's MLP predictor are `layers.7.mlp.A` int8 [R, D] with `layers.7.mlp.A.scale` fp32 [R], `layers.7.mlp.B` int8 [O, R]
-with `layers.7.mlp.B.scale` fp32 [O], and `layers.7.mlp.bias` fp32 [O]; of its heads `layers.7.heads.*`; of changed weights see
-lora.py. Names are exact. Selection without predictors has thresholds in `config.json` and no tensors.
+`generation_config.json`, how text is to be drawn. The tensors of predictors are told in selectors/predicted.py, those of changed weights
+in lora.py. Names are exact. Selection without predictors has thresholds in `config.json` and no tensors.
 In memory the predictors are the dequantised fp32 values, so that what calibration measured is what every engine runs.
 
-Letters: D model  R predictor rank  O outputs (neurons F, or head groups G)
+Letters: D model
 """
 
 from __future__ import annotations
@@ -17,22 +15,20 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, SamplingConfig, require
 from dejavu.files import new_folder, read_json, read_safetensors, write_json
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
-from dejavu.model.adapter_config import AdapterConfig, LayerConfig, PartConfig
+from dejavu.model.adapter_config import AdapterConfig, LayerConfig
 from dejavu.model.card import card
 from dejavu.model.fingerprint import tensor_digest
 from dejavu.model.generation_config import GENERATION_FILE, generation_values, read_generation_config
 from dejavu.model.lora import LayerLora, lora_tensors, merged_block, read_lora
-from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.selectors import GateThreshold
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import SELECTORS, LayerAdapter
 from dejavu.model.transformer import Transformer
 
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "config.json", "adapter.safetensors", "README.md"
@@ -57,13 +53,11 @@ class Adapter:
         assert self.lora is None or len(self.lora) == len(self.layers), "changes of other layers"
         assert [entry.layer for entry in self.config.layers] == list(range(len(self.layers))), "config and layers differ in their layers"
         for entry, layer in zip(self.config.layers, self.layers, strict=True):
-            assert _selectors(entry) == {"gate": layer.gate, "inputs": layer.inputs}, f"layer {entry.layer}: config and thresholds differ"
-            for config, predictor in ((entry.mlp, layer.mlp), (entry.heads, layer.heads)):
-                assert (config is None) == (predictor is None), f"layer {entry.layer}: config and predictors differ"
-                if config is not None and predictor is not None:
-                    stated = (config.rank, config.lookahead, config.threshold)
-                    held = (predictor.A_RD.shape[0], predictor.lookahead, predictor.threshold)
-                    assert stated == held, f"layer {entry.layer}: config says {stated}, predictor {held}"
+            held = layer.stored
+            assert entry.entries.keys() == held.keys(), f"layer {entry.layer}: config and selectors differ"
+            for key, selector in held.items():
+                difference = selector.difference(entry.entries[key])
+                assert difference is None, f"layer {entry.layer}: {difference}"
 
     @property
     def digest(self) -> str:
@@ -72,9 +66,8 @@ class Adapter:
         changes = None if self.config.lora is None else self.config.lora.to_dict()
         found = hashlib.sha256(json.dumps([self.config.method, entries, changes], sort_keys=True).encode())
         for layer in self.layers:
-            for predictor in (layer.mlp, layer.heads):
-                tensors = () if predictor is None else (predictor.A_RD, predictor.B_OR, predictor.bias_O)
-                found.update(b"".join(tensor_digest(values.float()) for values in tensors))
+            for selector in layer.selectors:
+                found.update(b"".join(tensor_digest(values.float()) for values in selector.tensors))
         for index, lora in enumerate(self.lora or ()):
             tensors = lora_tensors(index, lora)
             found.update(b"".join(name.encode() + tensor_digest(tensors[name].float()) for name in sorted(tensors)))
@@ -137,7 +130,7 @@ class Adapter:
         require(len(config.layers) == count, f"{folder / CONFIG_FILE} lists {len(config.layers)} layers, the model has {count}")
         config = dataclasses.replace(config, layers=tuple(entries[layer] for layer in range(count)))
         tensors = read_safetensors(folder / TENSOR_FILE)
-        layers = tuple(_read_layer(entry, tensors, model, folder / TENSOR_FILE) for entry in config.layers)
+        layers = tuple(read_layer(entry, tensors, model, folder / TENSOR_FILE) for entry in config.layers)
         lora = None if config.lora is None else tuple(read_lora(i, config.lora, tensors, model, folder / TENSOR_FILE) for i in range(count))
         require(not tensors, f"{folder / TENSOR_FILE} has tensors that its {CONFIG_FILE} does not list: {', '.join(sorted(tensors)[:5])}")
         generation = read_generation_config(folder, of=" of the adapter")
@@ -161,17 +154,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write the files of an adapter into an existing folder: for one that is itself being put together."""
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(adapter.layers):
-        for part, predictor in (("mlp", layer.mlp), ("heads", layer.heads)):
-            if predictor is None:
-                continue
-            name = f"layers.{index}.{part}"
-            for letter, matrix in (("A", predictor.A_RD), ("B", predictor.B_OR)):
-                q, scale = quantize_rows(matrix.cpu())
-                assert torch.equal(dequantize_rows(q, scale), matrix.cpu()), (
-                    f"{name}.{letter} is not quantized: calibrate quantized(predictor)"
-                )
-                tensors[f"{name}.{letter}"], tensors[f"{name}.{letter}.scale"] = q, scale
-            tensors[f"{name}.bias"] = predictor.bias_O.float().cpu().contiguous()
+        for key, selector in layer.stored.items():
+            tensors |= selector.file_tensors(f"layers.{index}.{key}")
     for index, lora in enumerate(adapter.lora or ()):
         tensors |= lora_tensors(index, lora)
     save_file(tensors, folder / TENSOR_FILE)
@@ -190,48 +174,6 @@ def _read_config(folder: Path) -> AdapterConfig:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
 
 
-def _read_layer(entry: LayerConfig, tensors: dict[str, Tensor], model: ModelConfig, path: Path) -> LayerAdapter:
-    outputs = {"mlp": model.intermediate_size, "heads": model.num_kv_heads}
-    predictors = {
-        part: _read_predictor(f"layers.{entry.layer}.{part}", entry.layer, config, outputs[part], model.hidden_size, tensors, path)
-        for part, config in entry.parts()
-    }
-    return LayerAdapter(mlp=predictors.get("mlp"), heads=predictors.get("heads"), **_selectors(entry))
-
-
-def _selectors(entry: LayerConfig) -> dict[str, Any]:
-    """The gate and inputs of a LayerAdapter."""
-    return {
-        "gate": None if entry.gate is None else GateThreshold(threshold=entry.gate.threshold),
-        "inputs": None if entry.inputs is None else entry.inputs.thresholds(),
-    }
-
-
-def _read_predictor(
-    name: str, layer: int, config: PartConfig, outputs: int, size: int, tensors: dict[str, Tensor], path: Path
-) -> Predictor:
-    """Take the tensors of one predictor out of `tensors`, checked for presence, type, shape and finite values."""
-    expected = {
-        "A": ((config.rank, size), torch.int8),
-        "A.scale": ((config.rank,), torch.float32),
-        "B": ((outputs, config.rank), torch.int8),
-        "B.scale": ((outputs,), torch.float32),
-        "bias": ((outputs,), torch.float32),
-    }
-    held: dict[str, Tensor] = {}
-    for suffix, (shape, dtype) in expected.items():
-        key = f"{name}.{suffix}"
-        require(key in tensors, f"predictor for layer {layer} not found: {key} in {path}")
-        tensor = tensors.pop(key)
-        found = (tuple(tensor.shape), tensor.dtype)
-        require(found == (shape, dtype), f"{key} in {path} is {found[1]} {list(found[0])}; this model needs {dtype} {list(shape)}")
-        bad = int((~torch.isfinite(tensor)).sum())
-        require(bad == 0, f"{key} in {path} has {bad} NaN or infinite values; train the adapter again")
-        held[suffix] = tensor
-    return Predictor(
-        A_RD=dequantize_rows(held["A"], held["A.scale"]),
-        B_OR=dequantize_rows(held["B"], held["B.scale"]),
-        bias_O=held["bias"],
-        threshold=config.threshold,
-        lookahead=config.lookahead,
-    )
+def read_layer(entry: LayerConfig, tensors: dict[str, Tensor], model: ModelConfig, path: Path) -> LayerAdapter:
+    """The selectors of a layer; takes their tensors, of the file `path`, out of `tensors`."""
+    return LayerAdapter.of(SELECTORS[key].read(each, entry.layer, tensors, model, path) for key, each in entry.entries.items())

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dejavu.model.adapter_config import AdapterConfig, LayerConfig
+from dejavu.model.selectors import SELECTORS, PredictedNeurons
 
-from dejavu.model.selectors import POINTS
-
-if TYPE_CHECKING:
-    from dejavu.model.adapter_config import AdapterConfig, LayerConfig, PartConfig
-
-PREDICTORS = """Predictors that tell, token by token, which MLP neurons and attention heads of `{base}` are needed
-(Deja Vu, arXiv 2310.17157)."""
-ABOUT = {
-    "predicted": PREDICTORS,
-    "adapted": PREDICTORS,
+ABOUT = {kind.method: kind.about for kind in SELECTORS.values()} | {
+    "adapted": PredictedNeurons.about,
     "activation": "Changes of weights that make `{base}` sparse by zeros of its own: its MLPs get {activation}, and rows of up and down\n"
     "of neurons whose gate is zero are not read.",
     "exact": "The MLP of `{base}` from the neurons whose gate is not zero: nothing else is read, nothing is lost.",
-    "gate": "Thresholds on the activated gate of every MLP of `{base}`: rows of up and down are read where it exceeds them\n"
-    "(CATS, arXiv 2404.08763).",
-    "input": "Thresholds on the inputs of every linear map of `{base}`, times the norms of their columns: columns of the others are\n"
-    "not read (TEAL, arXiv 2408.14690; WINA, arXiv 2505.19427). Densities are of weights.",
 }
 
 
@@ -28,9 +17,8 @@ def card(config: AdapterConfig) -> str:
     """Markdown, with the front matter that the hub reads."""
     budget = "none" if config.budget is None else f"{config.budget:.2%} of perplexity"
     measured = "\n".join(f"| {name} | {value:.5g} |" for name, value in config.quality.items())
-    inputs = config.method == "input"
-    columns = POINTS if inputs else ("MLP", "heads")
-    rows = "\n".join(_row(entry.layer, _input_cells(entry) if inputs else _cells(entry)) for entry in config.layers)
+    columns = next(kind.columns for kind in SELECTORS.values() if kind.method == config.selects)
+    rows = "\n".join(_row(entry, columns) for entry in config.layers)
     hashes = "\n".join(f"* `{value}`" for value in config.base_hashes)
     lora = config.lora
     activation = None if lora is None else lora.activation
@@ -64,22 +52,6 @@ Calibration text (SHA-256): `{config.calibration_text_hash}`. Accepted forms of 
 """
 
 
-def _row(layer: int, cells: tuple[str, ...]) -> str:
-    return f"| {layer} | {' | '.join(cells)} |"
-
-
-def _cells(entry: LayerConfig) -> tuple[str, ...]:
-    def predicted(part: PartConfig | None) -> str:
-        if part is None:
-            return "dense"
-        return f"density {part.density:.3f}, recall {part.recall:.3f}, mass {part.mass:.3f}, rank {part.rank}, lookahead {part.lookahead}"
-
-    gate = entry.gate
-    if gate is not None:
-        return f"density {gate.density:.3f}, mass {gate.mass:.3f}, threshold {gate.threshold:.4g}", "dense"
-    return predicted(entry.mlp), predicted(entry.heads)
-
-
-def _input_cells(entry: LayerConfig) -> tuple[str, ...]:
-    points = [None if entry.inputs is None else entry.inputs.of(point) for point in POINTS]
-    return tuple("dense" if point is None else f"density {point.density:.3f}, threshold {point.threshold:.4g}" for point in points)
+def _row(entry: LayerConfig, columns: tuple[str, ...]) -> str:
+    cells = {column: cell for key, each in entry.entries.items() for column, cell in SELECTORS[key].cells(each).items()}
+    return f"| {entry.layer} | {' | '.join(cells.get(column, 'dense') for column in columns)} |"

@@ -35,20 +35,20 @@ class Sizes(Protocol):
 class Counts:
     """What was selected, by layer: neurons and query heads [.., L], and inputs kept at each point [.., L, P].
 
-    The leading axes are those of what was counted: rows, tokens, both or none. Counts are int64, means fp64. inputs: all of them where
+    The leading axes are those of what was counted: rows, tokens, both or none. Counts are int64, means fp64. kept_inputs: all of them where
     a layer does not select there; None where no layer selects inputs.
     """
 
     neurons: Tensor
     heads: Tensor
-    inputs: Tensor | None = None
+    kept_inputs: Tensor | None = None
 
     def __getitem__(self, index: Any) -> Self:
         """Of some rows or tokens: an index of the leading axes."""
         return self._each(lambda part: part[index])
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Counts) or (self.inputs is None) != (other.inputs is None):
+        if not isinstance(other, Counts) or (self.kept_inputs is None) != (other.kept_inputs is None):
             return False
         return all(torch.equal(mine, theirs) for mine, theirs in zip(self._parts(), other._parts(), strict=True))
 
@@ -77,12 +77,14 @@ class Counts:
         Of neurons and of heads, times the share of the weights that the kept inputs have them read.
         """
         mlp, attention = self.neurons.double() / sizes.num_neurons, self.heads.double() / sizes.num_heads
-        if self.inputs is None:
+        if self.kept_inputs is None:
             return mlp, attention
         points = sizes.input_points
         assert points is not None, "inputs are counted where layers select them"
-        size_P, share_P = (torch.tensor(values, dtype=torch.float64, device=self.inputs.device) for values in (points.sizes, points.shares))
-        read = self.inputs / size_P * share_P
+        size_P, share_P = (
+            torch.tensor(values, dtype=torch.float64, device=self.kept_inputs.device) for values in (points.sizes, points.shares)
+        )
+        read = self.kept_inputs / size_P * share_P
         return mlp * read[..., 2:].sum(-1), attention * read[..., :2].sum(-1)
 
     def mean_densities(self, sizes: Sizes) -> list[tuple[float, float]]:
@@ -90,7 +92,7 @@ class Counts:
 
         A few numbers, so they are added up here: every tensor operation lets another thread take over, and waits for its turn again.
         """
-        if self.inputs is None:
+        if self.kept_inputs is None:
             neurons, heads = sizes.num_layers * sizes.num_neurons, sizes.num_layers * sizes.num_heads
             counts = zip(self.neurons.tolist(), self.heads.tolist(), strict=True)
             return [(sum(neurons_L) / neurons, sum(heads_L) / heads) for neurons_L, heads_L in counts]
@@ -98,21 +100,20 @@ class Counts:
         return list(zip(mlp_B, heads_B, strict=True))
 
     def _parts(self) -> list[Tensor]:
-        return [part for part in (self.neurons, self.heads, self.inputs) if part is not None]
+        return [part for part in (self.neurons, self.heads, self.kept_inputs) if part is not None]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(
-            neurons=change(self.neurons), heads=change(self.heads), inputs=None if self.inputs is None else change(self.inputs)
-        )
+        kept = None if self.kept_inputs is None else change(self.kept_inputs)
+        return type(self)(neurons=change(self.neurons), heads=change(self.heads), kept_inputs=kept)
 
     @classmethod
     def _merged(cls, parts: Sequence[Counts], merge: Callable[[list[Tensor]], Tensor]) -> Self:
-        inputs = [part.inputs for part in parts if part.inputs is not None]
+        inputs = [part.kept_inputs for part in parts if part.kept_inputs is not None]
         assert len(inputs) in (0, len(parts)), "inputs are counted in all parts or in none"
         return cls(
             neurons=merge([part.neurons for part in parts]),
             heads=merge([part.heads for part in parts]),
-            inputs=merge(inputs) if inputs else None,
+            kept_inputs=merge(inputs) if inputs else None,
         )
 
 

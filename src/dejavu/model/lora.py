@@ -30,7 +30,7 @@ from dejavu.config import Config, ModelConfig, require
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows, rounded
 from dejavu.model.families import empty_model
 from dejavu.model.layers import InputMajorLinear
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Block, Transformer
 
 GIVEN_ACTIVATIONS = ("relu", "relu2")  # without a threshold of their own

@@ -175,17 +175,19 @@ class Block(nn.Module):
         """Keys or values [.., K] as the cache holds them."""
         return vectors if self.cache_dtype is None else rounded_vectors(vectors, self.cache_dtype)
 
+    @property
+    def activated(self) -> nn.Linear:
+        """The map whose outputs pass the activation: gate, or up where the MLP is not gated."""
+        return self.gate or self.up
+
     def gated(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Activated gate act(gate x) and activation act(gate x) * up x of every neuron [.., T, F]; act(up x) twice where not gated."""
         config = self.config
+        gate = activate(self.activated(x_TD), config.activation, config.activation_threshold)
+        if not config.gated:
+            return gate, gate
         up = self.up(x_TD)
-        if self.gate is None:
-            act = activate(up, config.activation, config.activation_threshold)
-            return act, act
-        if config.up_activation is not None:
-            up = activate(up, config.up_activation)
-        gate = activate(self.gate(x_TD), config.activation, config.activation_threshold)
-        return gate, gate * up
+        return gate, gate * (up if config.up_activation is None else activate(up, config.up_activation))
 
     def activations(self, x_TD: Tensor) -> Tensor:
         """Activation of every neuron [.., T, F]."""

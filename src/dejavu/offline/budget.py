@@ -15,7 +15,8 @@ from torch import Tensor
 from dejavu.config import Progress
 from dejavu.model.adapter_config import LayerConfig
 from dejavu.model.counts import DensityCounter
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import Candidate, Part, meet_budget
 from dejavu.offline.fidelity import Comparison, compare_runs, token_nll

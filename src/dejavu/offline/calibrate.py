@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dejavu.config import ModelConfig
-from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.selectors import POINTS, InputPoints
+from dejavu.model.selectors import LayerAdapter
 from dejavu.offline.thresholds import Quality
 
 WORTH_SELECTING = 0.9  # of a part's reads: finding and gathering what is selected costs more time than a smaller saving gives back
@@ -55,60 +54,15 @@ class Part:
         return chosen
 
 
-def mlp_reads(config: ModelConfig, density: float, rank: int | None) -> float:
-    """Weights that a token reads in an MLP at this density, the predictor's included (none when rank is None)."""
-    matrices = 3 if config.gated else 2
-    predictor = 0 if rank is None else rank * (config.hidden_size + config.intermediate_size)
-    return density * matrices * config.hidden_size * config.intermediate_size + predictor
-
-
-def head_reads(config: ModelConfig, density: float, rank: int | None, cached_tokens: int) -> float:
-    """Weights (rows of q, columns of o) and cache entries that a token reads for its heads; k and v are always computed."""
-    weights = 2 * config.num_heads * config.head_dim * config.hidden_size
-    cache = 2 * config.num_kv_heads * config.head_dim * cached_tokens
-    predictor = 0 if rank is None else rank * (config.hidden_size + config.num_kv_heads)
-    return density * (weights + cache) + predictor
-
-
-def gate_reads(config: ModelConfig, density: float) -> float:
-    """Weights that a token reads in an MLP whose gate is computed for every neuron (of an ungated one: up)."""
-    size, matrices = config.hidden_size * config.intermediate_size, 3 if config.gated else 2
-    return size + density * (matrices - 1) * size
-
-
-def input_reads(config: ModelConfig, point: str, density: float | None) -> float:
-    """Weights that a token reads at a point (selectors.POINTS), and the norms of its columns; None: all, without norms."""
-    heads, groups, size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size
-    inputs, outputs = {
-        "attention": (size, heads + 2 * groups),
-        "output": (heads, size),
-        "mlp": (size, config.intermediate_size * (2 if config.gated else 1)),
-        "down": (config.intermediate_size, size),
-    }[point]
-    return inputs * outputs if density is None else density * inputs * outputs + inputs
-
-
 def token_reads(
     config: ModelConfig, layers: Sequence[LayerAdapter], mlp_L: Sequence[float], heads_L: Sequence[float], cached_tokens: int
 ) -> float:
     """What a token reads in all layers, weights and cache entries, at these densities (as DensityCounter has them)."""
-    key_value = 2 * config.num_kv_heads * config.head_dim
     total = 0.0
     for layer, mlp, heads in zip(layers, mlp_L, heads_L, strict=True):
-        if layer.inputs is not None:
-            weights = sum(input_reads(config, point, None) for point in ("attention", "output"))
-            norms = sum(
-                size for point, size in zip(POINTS, InputPoints.of(config).sizes, strict=True) if layer.inputs.of(point) is not None
-            )
-            total += mlp_reads(config, mlp, None) + heads * weights + key_value * cached_tokens + norms
-            continue
-        total += gate_reads(config, mlp) if layer.gate is not None else mlp_reads(config, mlp, _rank(layer.mlp))
-        total += key_value * config.hidden_size + head_reads(config, heads, _rank(layer.heads), cached_tokens)
+        total += layer.neurons.reads(config, mlp, cached_tokens)
+        total += layer.inputs.attention_reads(config, layer.heads, heads, cached_tokens)
     return total
-
-
-def _rank(predictor: Predictor | None) -> int | None:
-    return None if predictor is None else predictor.A_RD.shape[0]
 
 
 def interpolate_divergence(masses: Sequence[float], divergences: Sequence[float], mass: float) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Progress, require
+from dejavu.model.predictor import mlp_predictor_input
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
 BLOCK = 256  # tokens that are shuffled together
@@ -125,8 +126,7 @@ class _Recorder(Selection):
         return mixed_BTHK
 
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
-        assert inputs.mlp is not None
-        self.attention, self.mlp = inputs.attention, inputs.mlp
+        self.attention, self.mlp = inputs.attention, mlp_predictor_input(inputs, 0)
         self.active = ActiveNeurons.of(act_BTF.flatten(0, 1))
         return act_BTF
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dejavu.config import Progress, require
 from dejavu.model.lora import adapted_model
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter, PredictedHeads, PredictedNeurons, Selector
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.collect import LayerData, pack_windows, sweep_layers
 from dejavu.offline.fidelity import token_nll
@@ -50,9 +52,13 @@ def recall_curves(model: Transformer, layers: tuple[LayerAdapter, ...], ids: Seq
     rows: list[dict[str, Any]] = []
     for data in sweep_layers(model, windows):
         layer, tokens = layers[data.layer], slice(0, SCORED_TOKENS)
-        mlp = None if layer.mlp is None else _points(score_mlp(layer.mlp, data, model.blocks[data.layer], tokens))
-        heads = None if layer.heads is None else _points(score_heads(layer.heads, data, tokens))
-        rows.append({"mlp": mlp, "heads": heads})
+        mlp, heads = _predictor(layer.neurons), _predictor(layer.heads)
+        rows.append(
+            {
+                "mlp": mlp and _points(score_mlp(mlp, data, model.blocks[data.layer], tokens)),
+                "heads": heads and _points(score_heads(heads, data, tokens)),
+            }
+        )
     return rows
 
 
@@ -65,16 +71,22 @@ def _fit(
     head_scores: list[Scored] = []
     generator = torch.Generator().manual_seed(0)
     for data in sweep_layers(model, windows):
-        predictor = layers[data.layer].mlp
+        predictor = _predictor(layers[data.layer].neurons)
         mlp.append(None if predictor is None else score_mlp(predictor, data, model.blocks[data.layer], slice(0, SCORED_TOKENS)))
         heads.append(_head_predictor(layers[data.layer], data, model, generator))
         head_scores.append(score_heads(heads[-1], data, slice(0, len(data.group_norms_NG))))
     return mlp, heads, head_scores
 
 
+def _predictor(selector: Selector) -> Predictor | None:
+    """Of a part that is predicted: other methods have no curve."""
+    return selector.predictor if isinstance(selector, PredictedNeurons | PredictedHeads) else None
+
+
 def _head_predictor(layer: LayerAdapter, data: LayerData, model: Transformer, generator: torch.Generator) -> Predictor:
-    if layer.heads is not None:
-        return layer.heads
+    predictor = _predictor(layer.heads)
+    if predictor is not None:
+        return predictor
     lookahead = 0 if data.previous_mlp_ND is None else 1
     return train_heads(data, model.config.num_kv_heads, lookahead, tokens=len(data.group_norms_NG), steps=100, generator=generator)
 
@@ -94,7 +106,7 @@ def perplexity_curves(
     mlp_scores, heads, head_scores = _fit(model, layers, fit)
     num_heads = model.config.num_heads
     counts = sorted({max(1, round(density * num_heads)) for density in HEAD_DENSITIES})
-    predicted = FACTORS if any(layer.mlp is not None for layer in layers) else ()  # other methods have no curve
+    predicted = FACTORS if any(_predictor(layer.neurons) for layer in layers) else ()
     total, done = len(predicted) + len(ORACLE_MASSES) + len(HEAD_DENSITIES) + len(counts), 0
     curves: dict[str, Any] = {"mlp": [], "heads": [], "tokens": test.numel()}
 
@@ -109,12 +121,13 @@ def perplexity_curves(
     for factor in predicted:
         scaled = []
         for layer, scored in zip(layers, mlp_scores, strict=True):
-            if layer.mlp is None or scored is None:
+            predictor = _predictor(layer.neurons)
+            if predictor is None or scored is None:
                 scaled.append(LayerAdapter())
                 continue
-            density = min(1.0, factor * scored.quality(layer.mlp.threshold).density)
-            threshold = layer.mlp.threshold if factor == 1.0 else scored.threshold_for_density(density)
-            scaled.append(LayerAdapter(mlp=dataclasses.replace(layer.mlp, threshold=threshold)))
+            density = min(1.0, factor * scored.quality(predictor.threshold).density)
+            threshold = predictor.threshold if factor == 1.0 else scored.threshold_for_density(density)
+            scaled.append(LayerAdapter(neurons=PredictedNeurons(dataclasses.replace(predictor, threshold=threshold))))
         selection = MaskedSelection(tuple(scaled))
         ppl = measure(selection)
         curves["mlp"].append({"kind": "predicted", "density": selection.counter.mlp_density(), "ppl": ppl})
@@ -124,7 +137,7 @@ def perplexity_curves(
         curves["mlp"].append({"kind": "oracle", "density": oracle.counter.mlp_density(), "ppl": ppl})
     for density in HEAD_DENSITIES:
         tuned = (
-            LayerAdapter(heads=dataclasses.replace(predictor, threshold=scored.threshold_for_density(density)))
+            LayerAdapter(heads=PredictedHeads(dataclasses.replace(predictor, threshold=scored.threshold_for_density(density))))
             for predictor, scored in zip(heads, head_scores, strict=True)
         )
         selection = MaskedSelection(tuple(tuned))

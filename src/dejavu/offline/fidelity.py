@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.config import Progress
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import DENSE, Selection, Transformer
 
 

@@ -80,7 +80,7 @@ class _Scorer(nn.Module):
 
 def start_mlp(data: LayerData, block: Block, rank: int, lookahead: int, tokens: int) -> Predictor:
     """The closed-form MLP predictor of a layer, from its first `tokens` tokens; scores are in units of a logit."""
-    matrix = block.up if block.gate is None else block.gate
+    matrix = block.activated
     bias = torch.zeros(matrix.out_features) if matrix.bias is None else matrix.bias.float()
     x_ND, m_ND = data.mlp_input(lookahead)[:tokens], data.mlp_ND[:tokens]
     A_RD, B_OR, bias_O = regression_start(x_ND, m_ND, matrix.weight, bias, down_norms(block).clamp_min(1e-6), rank)

@@ -20,7 +20,7 @@ from dejavu.files import text_hash
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import AdapterConfig
 from dejavu.model.checkpoint import Checkpoint
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import DenseRuns, Offer, fit
 from dejavu.offline.calibrate import token_reads

@@ -24,13 +24,15 @@ from torch import Tensor
 
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, Progress, require
 from dejavu.files import make_folder, read_json, write_json
-from dejavu.model.adapter_config import GateConfig, InputConfig, InputsConfig, LayerConfig
+from dejavu.model.adapter_config import LayerConfig
 from dejavu.model.counts import DensityCounter
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, column_norms
+from dejavu.model.selectors import POINTS, GateThreshold, InputConfig, InputsConfig, InputThresholds, LayerAdapter, column_norms
+from dejavu.model.selectors.dense import mlp_reads
+from dejavu.model.selectors.gate import gate_of, gate_reads
+from dejavu.model.selectors.inputs import input_reads
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
 from dejavu.offline.budget import Choice
-from dejavu.offline.calibrate import Candidate, Part, gate_reads, input_reads, interpolate_divergence, mlp_reads
+from dejavu.offline.calibrate import Candidate, Part, interpolate_divergence
 from dejavu.offline.collect import down_norms
 from dejavu.offline.fidelity import divergences
 from dejavu.offline.split import Split
@@ -72,10 +74,9 @@ class _Seen(Selection):
 
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
         if self.method == "gate":
-            assert inputs.gate is not None
             act_NF = act_BTF.float().flatten(0, 1)
             contribution_NF = act_NF.abs() * down_norms(self.model.blocks[layer])
-            scored = Scored(inputs.gate.float().abs().flatten(0, 1), contribution_NF, act_NF != 0, at_least_one=False)
+            scored = Scored(gate_of(inputs).float().abs().flatten(0, 1), contribution_NF, act_NF != 0, at_least_one=False)
             self.options[layer, "gate"] = _options(scored, [scored.threshold_for_mass(mass) for mass in MASS_LEVELS])
         return act_BTF
 
@@ -97,7 +98,7 @@ def _first_tokens(ids_WT: Tensor, tokens: int) -> Tensor:
 
 def _adapter(kind: str, threshold: float) -> LayerAdapter:
     if kind == "gate":
-        return LayerAdapter(gate=GateThreshold(threshold=threshold))
+        return LayerAdapter(neurons=GateThreshold(threshold=threshold))
     return LayerAdapter(inputs=InputThresholds(**{kind: threshold}))
 
 
@@ -195,11 +196,11 @@ class GateOffer:
 
     def configs(self, choice: Choice, counter: DensityCounter) -> tuple[LayerConfig, ...]:
         density_L = counter.mlp_per_layer()
-        gates = (
-            None if found is None else GateConfig(threshold=found.threshold, density=density_L[layer], mass=found.quality.mass)
-            for layer, found in enumerate(self._chosen(choice))
+        quality_L = [DENSE if found is None else found.quality for found in self._chosen(choice)]
+        return tuple(
+            LayerConfig.of(layer, own, density=density_L[layer], recall=quality_L[layer].recall, mass=quality_L[layer].mass)
+            for layer, own in enumerate(self.layers(choice))
         )
-        return tuple(LayerConfig(layer=layer, gate=gate) for layer, gate in enumerate(gates))
 
     def rows(self, choice: Choice, counter: DensityCounter) -> list[dict[str, Any]]:
         density_L = counter.mlp_per_layer()
@@ -239,7 +240,10 @@ class InputOffer:
             {point: InputConfig(threshold=candidate.threshold, density=candidate.quality.density) for point, candidate in points.items()}
             for points in self._chosen(choice)
         )
-        return tuple(LayerConfig(layer=layer, inputs=InputsConfig(**points) if points else None) for layer, points in enumerate(entries))
+        return tuple(
+            LayerConfig(layer=layer, entries={InputThresholds.key: InputsConfig(**points)} if points else {})
+            for layer, points in enumerate(entries)
+        )
 
     def rows(self, choice: Choice, counter: DensityCounter) -> list[dict[str, Any]]:
         densities = zip(counter.mlp_per_layer(), counter.heads_per_layer(), self._chosen(choice), strict=True)

@@ -15,12 +15,14 @@ from torch import Tensor
 from dejavu.config import ModelConfig, Progress
 from dejavu.files import make_folder, read_json, read_safetensors, write_json
 from dejavu.model.adapter import quantized
-from dejavu.model.adapter_config import LayerConfig, PartConfig, part_config
+from dejavu.model.adapter_config import LayerConfig
 from dejavu.model.counts import DensityCounter
-from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter, PartConfig, PredictedHeads, PredictedNeurons
+from dejavu.model.selectors.dense import ALL_HEADS, ALL_NEURONS
 from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import Choice
-from dejavu.offline.calibrate import Candidate, Part, head_reads, interpolate_divergence, mlp_reads
+from dejavu.offline.calibrate import Candidate, Part, interpolate_divergence
 from dejavu.offline.collect import LayerData, mean_input, sweep_layers
 from dejavu.offline.fidelity import divergences
 from dejavu.offline.predictors import start_mlp, train_heads, train_mlp
@@ -131,9 +133,9 @@ def _load_layer(folder: Path, layer: int, key: str) -> TrainedLayer | None:
     return TrainedLayer(predictors, options)
 
 
-def _with_threshold(trained: TrainedLayer, kind: str, threshold: float) -> LayerAdapter:
+def _selector(trained: TrainedLayer, kind: str, threshold: float) -> PredictedNeurons | PredictedHeads:
     predictor = dataclasses.replace(trained.predictors[kind], threshold=threshold)
-    return LayerAdapter(mlp=predictor) if kind == "mlp" else LayerAdapter(heads=predictor)
+    return PredictedNeurons(predictor) if kind == PredictedNeurons.key else PredictedHeads(predictor)
 
 
 def priced_parts(
@@ -146,7 +148,11 @@ def priced_parts(
         for kind, options in trained.options.items()
     }
     variants = [
-        [_with_threshold(trained, kind, options[i][0]) for kind, options in trained.options.items() for i in measured[layer, kind]]
+        [
+            LayerAdapter.of([_selector(trained, kind, options[i][0])])
+            for kind, options in trained.options.items()
+            for i in measured[layer, kind]
+        ]
         for layer, trained in enumerate(layers)
     ]
     costs = divergences(model, ids_WT, variants, progress)
@@ -157,17 +163,14 @@ def priced_parts(
             points = measured[layer, kind]
             divergence = costs[layer][first : first + len(points)]
             first += len(points)
-            rank = trained.predictors[kind].A_RD.shape[0]
+            selector = _selector(trained, kind, 0.0)
             masses = [options[i][1].mass for i in points]
             candidates = []
             for threshold, quality in options:
-                if kind == "mlp":
-                    reads = mlp_reads(model.config, quality.density, rank)
-                else:
-                    reads = head_reads(model.config, quality.density, rank, config.cached_tokens)
+                reads = selector.reads(model.config, quality.density, config.cached_tokens)
                 cost = interpolate_divergence(masses, divergence, quality.mass)
                 candidates.append(Candidate(threshold=threshold, quality=quality, reads=reads, divergence=cost))
-            dense = mlp_reads(model.config, 1.0, None) if kind == "mlp" else head_reads(model.config, 1.0, None, config.cached_tokens)
+            dense = (ALL_NEURONS if kind == PredictedNeurons.key else ALL_HEADS).reads(model.config, 1.0, config.cached_tokens)
             parts.append(Part(layer=layer, kind=kind, dense_reads=dense, candidates=tuple(candidates)))
     return parts
 
@@ -199,22 +202,20 @@ def offer_predicted(
 
 
 def _layer_adapters(parts: Sequence[Part], choice: Choice, layers: Sequence[TrainedLayer]) -> tuple[LayerAdapter, ...]:
-    chosen: list[dict[str, Predictor]] = [{} for _ in layers]
+    chosen: list[list[PredictedNeurons | PredictedHeads]] = [[] for _ in layers]
     for part, candidate in zip(parts, choice, strict=True):
         if candidate is not None:
-            predictor = layers[part.layer].predictors[part.kind]
-            chosen[part.layer][part.kind] = dataclasses.replace(predictor, threshold=candidate.threshold)
-    return tuple(LayerAdapter(mlp=kinds.get("mlp"), heads=kinds.get("heads")) for kinds in chosen)
+            chosen[part.layer].append(_selector(layers[part.layer], part.kind, candidate.threshold))
+    return tuple(map(LayerAdapter.of, chosen))
 
 
 def _layer_configs(parts: Sequence[Part], choice: Choice, layers: Sequence[TrainedLayer]) -> tuple[LayerConfig, ...]:
     chosen: list[dict[str, PartConfig]] = [{} for _ in layers]
     for part, candidate in zip(parts, choice, strict=True):
         if candidate is not None:
-            predictor = layers[part.layer].predictors[part.kind]
-            predictor = dataclasses.replace(predictor, threshold=candidate.threshold)
-            chosen[part.layer][part.kind] = part_config(predictor, **dataclasses.asdict(candidate.quality))
-    return tuple(LayerConfig(layer=layer, mlp=kinds.get("mlp"), heads=kinds.get("heads")) for layer, kinds in enumerate(chosen))
+            selector = _selector(layers[part.layer], part.kind, candidate.threshold)
+            chosen[part.layer][part.kind] = selector.entry(**dataclasses.asdict(candidate.quality))
+    return tuple(LayerConfig(layer=layer, entries=entries) for layer, entries in enumerate(chosen))
 
 
 def _trained_layers(

@@ -19,7 +19,7 @@ from dejavu.config import Progress, require
 from dejavu.figures import Evaluation, Quality, TextScore
 from dejavu.files import text_hash
 from dejavu.model.counts import DensityCounter
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, paired_rise, perplexity, pooled

@@ -13,7 +13,7 @@ from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.figures import HeadAgreement
 from dejavu.kernels.screen import screen_rank
-from dejavu.model.predictor import LayerAdapter
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 MAX_TOKENS = 512

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dejavu.config import require
 from dejavu.model.counts import DensityCounter
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import DENSE, Selection, Transformer
 
 SelectionFactory = Callable[[Tensor | None], Selection]

@@ -27,7 +27,8 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.engine.interface import LayerSelection
 from dejavu.generation.generation import GeneratedText
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import LayerInputs, Transformer
 

@@ -30,10 +30,9 @@ from dejavu.engine.interface import Engine
 from dejavu.files import absolute, new_folder, read_text, text_hash, write_json
 from dejavu.generation.generation import GeneratedText, generate_tokens
 from dejavu.model.adapter import Adapter
-from dejavu.model.adapter_config import LayerConfig, PartConfig
+from dejavu.model.adapter_config import LayerConfig
 from dejavu.model.checkpoint import Checkpoint
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import POINTS, InputPoints
+from dejavu.model.selectors import SELECTORS, STATED_DENSE, LayerAdapter
 from dejavu.model.texts import DATA, documents
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.curves import perplexity_curves, recall_curves
@@ -267,20 +266,11 @@ def _side(runs: Sequence[GeneratedText]) -> dict[str, Any]:
 def stated_quality(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
     """What an adapter's own config says of what it selects in that model, in the shape of train_adapter's report."""
 
-    def part(config: PartConfig | None) -> dict[str, Any]:
-        if config is None:
-            return {"recall": 1.0, "mass": 1.0, "density": 1.0, "lookahead": None}
-        return {"recall": config.recall, "mass": config.mass, "density": config.density, "lookahead": config.lookahead}
-
     def layer(config: LayerConfig) -> dict[str, Any]:
-        if config.gate is not None:
-            return {**part(None), "recall": None, "density": config.gate.density, "mass": config.gate.mass, "heads": None}
-        if config.inputs is not None:
-            points = {point: 1.0 if (at := config.inputs.of(point)) is None else at.density for point in POINTS}
-            shares = dict(zip(POINTS, InputPoints.of(model).shares, strict=True))
-            attention, mlp = (sum(shares[point] * points[point] for point in half) for half in (POINTS[:2], POINTS[2:]))
-            return {**part(None), "recall": None, "density": mlp, "mass": None, "heads": None, "attention": attention, "inputs": points}
-        return {**part(config.mlp), "heads": None if config.heads is None else part(config.heads)}
+        stated = dict(STATED_DENSE)
+        for key, entry in config.entries.items():
+            stated |= SELECTORS[key].stated(entry, model)
+        return stated
 
     config = adapter.config
     return {
@@ -307,6 +297,6 @@ def _summary(results: dict[str, Any], adapter: Adapter, report: Path) -> dict[st
         "read_share": generation["read_share"],
         "backend": results["environment"]["backend"],
         "dtype": results["environment"]["dtype"],
-        "lookahead": [None if layer.mlp is None else layer.mlp.lookahead for layer in adapter.layers],
+        "lookahead": [layer.neurons.lookahead for layer in adapter.layers],
         "report": str(report),
     }

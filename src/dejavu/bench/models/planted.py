@@ -40,7 +40,9 @@ from dejavu.config import ModelConfig, require
 from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.adapter import quantized
 from dejavu.model.families import empty_model, parameter_shapes
-from dejavu.model.predictor import LayerAdapter, MaskedSelection, Predictor
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
 PLANTED_DTYPES = ("fp32", "fp16", "bf16")
@@ -147,7 +149,8 @@ def plant(
         maker = _Maker(device, TORCH_DTYPES[dtype], seed, index + 1)
         _fill_attention(block, maker, full)
         mlp = _fill_mlp(block, maker, full, density=density, rank=rank)
-        layers.append(LayerAdapter(mlp=mlp, heads=_head_predictor(config, maker, lookahead=min(index, 1))))
+        heads = _head_predictor(config, maker, lookahead=min(index, 1))
+        layers.append(LayerAdapter(neurons=PredictedNeurons(mlp), heads=PredictedHeads(heads)))
     model.fill_frequencies(device)
     return PlantedModel(
         name=name,
@@ -301,19 +304,19 @@ def _fill_mlp(block: Block, maker: _Maker, full: int, *, density: float, rank: i
     """Parameters of the MLP; the predictor of what fires in it."""
     size, neurons = block.config.hidden_size, block.config.intermediate_size
     z, mean, square = relu_moments(density)
-    firing = block.up if block.gate is None else block.gate
+    firing, gated = block.activated, block.config.gated
     firing.weight, norm_F, A_RD, B_FR = maker.planted(firing.weight, rank)
     bias_F = -z * norm_F
     firing.bias = maker.parameter(bias_F)
-    if block.gate is not None:
+    if gated:
         assert block.up.bias is not None
         block.up.weight = maker.matrix(block.up.weight, size**-0.5)
         block.up.bias = maker.constant(block.up.bias, 0.0)
     # What varies: relu(a) less its mean; or relu(a) times a value of variance 1 and mean 0.
-    varies = square - (mean * mean if block.gate is None else 0.0)
+    varies = square - (0.0 if gated else mean * mean)
     block.down.weight = maker.matrix(block.down.weight, math.sqrt(MLP_SHARE / full / neurons / varies))
     always_D = torch.zeros(size, device=maker.device)
-    if block.gate is None:
+    if not gated:
         for part in chunks(neurons, size):
             always_D -= (mean * norm_F[part]) @ block.down.weight[part].float()
     block.down.bias = maker.parameter(always_D)
@@ -358,8 +361,8 @@ def planted_quality(made: PlantedModel, layers: Sequence[LayerAdapter], ids: Seq
     model, count = made.model, made.config.num_layers
     assert len(layers) == count, f"{len(layers)} predictors for {count} layers"
     ids_BT = torch.tensor([list(ids[: min(MAX_TOKENS, made.config.max_positions)])], device=model.embed.weight.device)
-    fired, alone, whole = _Fired(), _Recalled([LayerAdapter(mlp=layer.mlp) for layer in layers]), _Recalled(layers)
-    has_heads = any(layer.heads is not None for layer in layers)
+    fired, alone, whole = _Fired(), _Recalled([LayerAdapter(neurons=layer.neurons) for layer in layers]), _Recalled(layers)
+    has_heads = any(layer.heads.selects for layer in layers)
     dense = model(ids_BT, fired).log_softmax(-1)
     mlp = _agreement(dense, model(ids_BT, alone))
     mlp_and_heads = _agreement(dense, model(ids_BT, whole)) if has_heads else None

@@ -37,7 +37,8 @@ from dejavu.kernels.quantize import rounded
 from dejavu.model.adapter import quantized
 from dejavu.model.bundle import bundled_folder
 from dejavu.model.families import config_from_hf, empty_model, parameter_shapes
-from dejavu.model.predictor import LayerAdapter, Predictor
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import AllHeads, LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Transformer
 
 SELECTIONS = ("uniform", "clustered", "hot-set")
@@ -259,8 +260,8 @@ def planted_layers(
     hot = round(HOT_SHARE * density * neurons) if selection == "hot-set" else 0
     return tuple(
         LayerAdapter(
-            mlp=predictor(neurons, layer, run, hot),
-            heads=predictor(config.num_kv_heads, layer, 1, 0) if heads else None,
+            neurons=PredictedNeurons(predictor(neurons, layer, run, hot)),
+            heads=PredictedHeads(predictor(config.num_kv_heads, layer, 1, 0)) if heads else AllHeads(),
         )
         for layer in range(config.num_layers)
     )

@@ -95,7 +95,7 @@ class BatchStep:
             for index, layer in enumerate(model.inputs if record else ())
             for point, kept in ({} if layer is None else layer.points).items()
         }
-        self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.neurons is None and own.gate is None)
+        self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.selector is None)
         self.dense_heads = False
         self._gates = [self._gate_of(index, own) for index, own in enumerate(model.predictors)]
         self._halves = [self._rows_of(index, own, rows) for index, own in enumerate(model.predictors)]
@@ -140,11 +140,11 @@ class BatchStep:
         self, index: int, own: LayerPredictors, rows: int
     ) -> tuple[Side | None, GroupScores | None, Side | None, UnionScores | None]:
         """One layer's predictors with room for several rows: the halves of the heads' and of the neurons'."""
-        heads_first = neurons_first = heads = neurons = None
-        if own.heads is not None and own.heads_first is not None:
+        heads_first = neurons_first = groups = neurons = None
+        if own.group_scores is not None and own.heads_first is not None:
             heads_first = _for_rows(own.heads_first, rows)
-            heads = dataclasses.replace(
-                own.heads, h=heads_first.out, groups=self._groups_LBG[index], count=self._row_counts[1, :, index : index + 1]
+            groups = dataclasses.replace(
+                own.group_scores, h=heads_first.out, groups=self._groups_LBG[index], count=self._row_counts[1, :, index : index + 1]
             )
         if own.neurons is not None and own.neurons_first is not None:
             neurons_first = _for_rows(own.neurons_first, rows)
@@ -155,13 +155,13 @@ class BatchStep:
                 count=self._union_counts[index : index + 1],
                 row_count=self._row_counts[0, :, index : index + 1],
             )
-        return heads_first, heads, neurons_first, neurons
+        return heads_first, groups, neurons_first, neurons
 
     def _gate_of(self, index: int, own: LayerPredictors) -> GateRows | None:
-        if own.gate is None:
+        if own.gate_neurons is None:
             return None
         count, row_count = self._union_counts[index : index + 1], self._row_counts[0, :, index : index + 1]
-        return GateRows(threshold=own.gate.threshold, word_F=self._word_F, union=self._union_F, count=count, row_count=row_count)
+        return GateRows(threshold=own.gate_neurons.threshold, word_F=self._word_F, union=self._union_F, count=count, row_count=row_count)
 
     def _start(self) -> None:
         """What the counts are before a step: nothing where it selects, everything where it does not."""
@@ -170,7 +170,7 @@ class BatchStep:
         for index, own in enumerate(self.predictors):
             if index in self.dense_layers:
                 self._first_counts[0, :, index] = self._first_unions[index] = config.intermediate_size
-            if own.heads is None or self.dense_heads:
+            if own.group_scores is None or self.dense_heads:
                 self._first_counts[1, :, index] = config.num_kv_heads
         for index, layer in enumerate(self.model.inputs):
             if layer is None:
@@ -180,31 +180,31 @@ class BatchStep:
     def _layer(self, index: int, delta: Tensor, watch: Callable[[int, Tensor], object] | None) -> Tensor:
         """One layer; what it adds to the residual stream last, which the next norm takes in."""
         layer, own, x_BD = self.weights[index], self.predictors[index], self._x_BD
-        heads_first, heads, neurons_first, neurons = self._halves[index]
-        gate, product_BF = self._gates[index], None
+        heads_first, groups, neurons_first, neurons = self._halves[index]
+        gate_rows, product_BF = self._gates[index], None
         if index in self.dense_layers:
             neurons_first = neurons = None
         if self.dense_heads:
-            heads_first = heads = None
+            heads_first = groups = None
         norm_rows(self._y_BD, delta, layer.norm1, x_BD)
-        if heads is not None and heads_first is not None:
+        if groups is not None and heads_first is not None:
             if not own.heads_before:
                 project_rows(heads_first, x_BD)
-            group_rows(heads)
+            group_rows(groups)
         if neurons_first is not None and own.neurons_lookahead == 1:
             project_rows(neurons_first, x_BD)
         qkv_BW = F.linear(self._masked(index, "attention", x_BD), layer.qkv, layer.qkv_bias)
-        self._attend(index, qkv_BW, heads)
+        self._attend(index, qkv_BW, groups)
         mixed_BQ = self._masked(index, "output", self._mixed_BHK.flatten(1))
         added = mixed_BQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_BQ, layer.o)
-        norm_rows(self._y_BD, added, layer.norm2, x_BD, None if neurons is None and gate is None else self._delta_BD)
+        norm_rows(self._y_BD, added, layer.norm2, x_BD, None if neurons is None and gate_rows is None else self._delta_BD)
         if neurons is not None and neurons_first is not None:
             if own.neurons_lookahead == 0:
                 project_rows(neurons_first, x_BD)
             select_rows(neurons, self.inputs[1], self.padding)
-        elif gate is not None:
+        elif gate_rows is not None:
             product_BF = gate_products(x_BD, layer.mlp)
-            select_gate_rows(product_BF, gate, layer.mlp.activation, layer.mlp.activation_threshold, self.inputs[1], self.padding)
+            select_gate_rows(product_BF, gate_rows, layer.mlp.activation, layer.mlp.activation_threshold, self.inputs[1], self.padding)
         if watch is not None and index not in self.dense_layers:
             watch(index, self._word_F)
         self._run_before(index + 1)
@@ -223,9 +223,9 @@ class BatchStep:
         mask_rows(x_BI, kept.norm, kept.threshold, out_BI, self._row_counts[2 + POINTS.index(point), :, index : index + 1])
         return out_BI
 
-    def _attend(self, index: int, qkv_BW: Tensor, heads: GroupScores | None) -> None:
+    def _attend(self, index: int, qkv_BW: Tensor, scores: GroupScores | None) -> None:
         """Store the rows' keys and values and put their heads together in `_mixed_BHK`."""
-        chosen = (None, None) if heads is None else (heads.groups, heads.count)
+        chosen = (None, None) if scores is None else (scores.groups, scores.count)
         attend(
             qkv_BW, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=self.config.num_heads,
             groups_BG=chosen[0], count_B=chosen[1],
@@ -281,7 +281,7 @@ class BatchStep:
     def slower_heads(self) -> bool:
         """Whether attention over the rows' selected heads, with their selection, is slower than over all: of one layer, at the
         positions of the last step, whose keys and values there are overwritten: the step must run again."""
-        index = next((at for at, own in enumerate(self.predictors) if own.heads is not None), None)
+        index = next((at for at, own in enumerate(self.predictors) if own.group_scores is not None), None)
         if index is None or self.dense_heads:
             return False
         first, scores, _, _ = self._halves[index]

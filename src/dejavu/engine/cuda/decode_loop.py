@@ -73,7 +73,7 @@ class DecodeRows:
             counts=Counts(
                 neurons=ring.counts_NMBL[:tokens, 0, :rows].long(),
                 heads=ring.counts_NMBL[:tokens, 1, :rows].long() * heads_per_group,
-                inputs=None if counts == 2 else ring.counts_NMBL[:tokens, 2:, :rows].long().permute(0, 2, 3, 1),
+                kept_inputs=None if counts == 2 else ring.counts_NMBL[:tokens, 2:, :rows].long().permute(0, 2, 3, 1),
             ),
             union_NL=union_NL[:tokens].long(),
             fallback_layers=fallback_layers,

@@ -27,14 +27,12 @@ from dejavu.engine.cuda.weights import check_model, layer_predictors, step_model
 from dejavu.engine.interface import Decoded, EngineInfo, StepProfile, StepResult
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill, prefill_logits
-from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels.cuda.attention import SHORT
 from dejavu.kernels.cuda.common import INTERPRETED
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.model.counts import Counts
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import InputPoints
+from dejavu.model.selectors import InputPoints, LayerAdapter, check_layers
 from dejavu.model.transformer import Transformer
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -119,7 +117,7 @@ class CudaEngine(PagedEngine):
             num_slots=num_slots,
             page_size=page_size,
             num_pages=num_pages,
-            input_points=InputPoints.of(config) if any(layer.inputs is not None for layer in self.layers) else None,
+            input_points=InputPoints.of(config) if any(layer.inputs.selects for layer in self.layers) else None,
         )
         super().__init__(info, cache)
         if device.type == "cuda":
@@ -199,13 +197,13 @@ class CudaEngine(PagedEngine):
         assert neurons_L is not None, "one graph ran"
         heads_L = result.counts.heads.amax(0)  # of q and O; each row reads its own cache
         points, inputs_LP = self.info.input_points, None
-        if result.counts.inputs is not None and points is not None:  # several rows read the matrices whole
+        if result.counts.kept_inputs is not None and points is not None:  # several rows read the matrices whole
             inputs_LP = (
-                result.counts.inputs[0]
+                result.counts.kept_inputs[0]
                 if len(slots_B) == 1
                 else torch.tensor(points.sizes, device=heads_L.device).expand(self.info.num_layers, -1)
             )
-        return result, StepProfile(seconds={}, counts=Counts(neurons=neurons_L, heads=heads_L, inputs=inputs_LP), fired_L=neurons_L)
+        return result, StepProfile(seconds={}, counts=Counts(neurons=neurons_L, heads=heads_L, kept_inputs=inputs_LP), fired_L=neurons_L)
 
     def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
         assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
@@ -251,7 +249,7 @@ class CudaEngine(PagedEngine):
             counts=Counts(
                 neurons=counts_MBL[0],
                 heads=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
-                inputs=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
+                kept_inputs=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
             ),
             selections=tuple(selections(step, row, self._words_LF) for row in range(rows)) if self._record else None,
             union_L=counts_MBL[0, 0] if alone else step.unions.long(),

@@ -25,8 +25,7 @@ def selections(step: TokenStep | BatchStep, row: int, words_LF: Tensor) -> tuple
 
 
 def _neurons(step: TokenStep | BatchStep, row: int, index: int, words_LF: Tensor) -> Tensor | None:
-    own = step.predictors[index]
-    selector = own.neurons or own.gate
+    selector = step.predictors[index].selector
     if selector is None:
         return None
     if isinstance(step, TokenStep):
@@ -35,10 +34,10 @@ def _neurons(step: TokenStep | BatchStep, row: int, index: int, words_LF: Tensor
 
 
 def _heads(step: TokenStep | BatchStep, row: int, index: int) -> Tensor | None:
-    heads, per = step.predictors[index].heads, step.config.heads_per_group
-    if heads is None:
+    scores, per = step.predictors[index].group_scores, step.config.heads_per_group
+    if scores is None:
         return None
-    groups_A = heads.groups[: int(heads.count)].long() if isinstance(step, TokenStep) else step.groups(index, row)
+    groups_A = scores.groups[: int(scores.count)].long() if isinstance(step, TokenStep) else step.groups(index, row)
     return (groups_A[:, None] * per + torch.arange(per, device=groups_A.device)).flatten()
 
 

@@ -87,23 +87,23 @@ class TokenStep:
         model = self.model
         first = self._y0[None], self._delta_mlp[None]
         embed_rows(self.inputs[0], self.inputs[2], model.embed, model.positions, self.config.position_offset, *first)
-        for index, inputs in enumerate(model.inputs):
-            if inputs is None:
+        for index, by_inputs in enumerate(model.inputs):
+            if by_inputs is None:
                 self._attention(index)
                 self._mlp(index)
             else:
-                self._layer_of_inputs(index, inputs)
+                self._layer_of_inputs(index, by_inputs)
         project_token(self._y0, self._delta_mlp, model.final_norm, model.head, None, self.logits[0], programmatic=self._chained)
 
     def _attention(self, index: int) -> None:
         """A layer but for its MLP, with the selection of the neurons that can be selected beside it."""
         layer, own, config, chained = self.weights[index], self.predictors[index], self.config, self._chained
-        heads, selector = own.heads, own.neurons or own.gate
+        groups, selector = own.group_scores, own.selector
         if own.own_heads is not None:
             self._first_half(index, self._y0, self._delta_mlp, layer.norm1, own.own_heads)
         project_token(
             self._y0, self._delta_mlp, layer.norm1, layer.qkv, layer.qkv_bias, self._qkv[0],
-            queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=heads, side=own.beside,
+            queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=groups, side=own.beside,
             y_out_D=self._y1, cleared_D=self._delta_attention, counter=None if selector is None else selector.count,
             programmatic=chained,
         )  # fmt: skip
@@ -114,12 +114,13 @@ class TokenStep:
                 select_token(early)
         attend(
             self._qkv, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
-            groups_BG=None if heads is None else heads.groups[None], count_B=None if heads is None else heads.count,
+            groups_BG=None if groups is None else groups.groups[None], count_B=None if groups is None else groups.count,
             select=early if self.ahead == "beside" else None, cleared=self._delta_mlp, programmatic=chained,
         )  # fmt: skip
         output_token(
             self._partials, layer.o, layer.o_bias, self._head_sums if self.deterministic else self._delta_attention,
-            num_groups=config.num_kv_heads, groups_G=None if heads is None else heads.groups, count=None if heads is None else heads.count,
+            num_groups=config.num_kv_heads, groups_G=None if groups is None else groups.groups,
+            count=None if groups is None else groups.count,
             partial=self.deterministic, programmatic=chained,
         )  # fmt: skip
         if self.deterministic:
@@ -128,8 +129,8 @@ class TokenStep:
     def _mlp(self, index: int) -> None:
         layer, own = self.weights[index], self.predictors[index]
         side = self._before(index + 1)
-        if own.gate is not None:
-            self._gate_mlp(index, own.gate, side)
+        if own.gate_neurons is not None:
+            self._gate_mlp(index, own.gate_neurons, side)
             return
         listed_early = self._selected_late(index, self._early(own))
         neurons = own.neurons

@@ -29,8 +29,8 @@ from dejavu.kernels.cuda.select import NeuronScores
 from dejavu.kernels.quantize import dequantize_rows, quantize_rows
 from dejavu.kernels.sparse_mlp import MlpWeights
 from dejavu.model.layers import Norm
-from dejavu.model.predictor import LayerAdapter, Predictor
-from dejavu.model.selectors import POINTS, InputPoints, column_norms
+from dejavu.model.predictor import Predictor
+from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Block, Transformer
 
 KEEP_ALL = -1.0  # a threshold that every input exceeds
@@ -51,20 +51,25 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPredictors:
-    """The two halves of one layer's predictors, by where the first one runs; None where there is none. gate: what selects the neurons
-    in the place of one."""
+    """The two halves of one layer's predictors, by where the first one runs; None where there is none. gate_neurons: what selects the
+    neurons in the place of one."""
 
     before: Side | None = None
     beside: Side | None = None
     own_heads: Side | None = None
     own_mlp: Side | None = None
-    heads: GroupScores | None = None
+    group_scores: GroupScores | None = None
     neurons: NeuronScores | None = None
-    gate: GateNeurons | None = None
+    gate_neurons: GateNeurons | None = None
     heads_first: Side | None = None
     neurons_first: Side | None = None
     heads_before: bool = False
     neurons_lookahead: int = 0
+
+    @property
+    def selector(self) -> NeuronScores | GateNeurons | None:
+        """What lists the neurons; None where the MLP runs dense."""
+        return self.neurons or self.gate_neurons
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +110,9 @@ def layer_weights(block: Block) -> LayerWeights:
     mlp = MlpWeights(
         up_FD=block.up.weight.detach(),
         down_FD=block.down.weight.detach(),
-        gate_FD=None if block.gate is None else block.gate.weight.detach(),
+        gate_FD=_detached(getattr(block.gate, "weight", None)),
         up_bias_F=_detached(block.up.bias),
-        gate_bias_F=None if block.gate is None else _detached(block.gate.bias),
+        gate_bias_F=_detached(getattr(block.gate, "bias", None)),
         down_bias_D=_detached(block.down.bias),
         activation=block.config.activation,
         activation_threshold=block.config.activation_threshold,
@@ -138,10 +143,12 @@ def layer_predictors(layers: Sequence[LayerAdapter], config: ModelConfig, device
     """How every layer selects neurons and heads, packed, with room for what it selects; and the counts of it, int32 [M, L]: neurons and
     groups, and where some layer selects inputs those of each point. What a layer selects is counted in an element of that; a part
     that selects nothing counts all it has."""
-    every = all_counts(config, inputs=any(layer.inputs is not None for layer in layers))
+    every = all_counts(config, inputs=any(layer.inputs.selects for layer in layers))
     counts_ML = torch.tensor(every, dtype=torch.int32, device=device)[:, None].repeat(1, len(layers))
     # Of one layer at a time: products with a gate and their activations.
-    products_2F = torch.zeros(2, config.intermediate_size if any(layer.gate for layer in layers) else 0, device=device)
+    products_2F = torch.zeros(
+        2, config.intermediate_size if any(isinstance(layer.neurons, GateThreshold) for layer in layers) else 0, device=device
+    )
     found = [_layer(layer, config, device, counts_ML[:, index : index + 1], products_2F) for index, layer in enumerate(layers)]
     return found, counts_ML
 
@@ -176,12 +183,13 @@ def _input_layers(
     values = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]  # of one layer at a time
     found: list[InputLayer | None] = []
     for index, (block, layer, own) in enumerate(zip(model.blocks, layers, weights, strict=True)):
-        if layer.inputs is None:
+        selector = layer.inputs
+        if not isinstance(selector, InputThresholds):
             found.append(None)
             continue
-        norms, points = column_norms(block), {}
+        norms, points = selector.norms(block), {}
         for at, point in enumerate(POINTS):
-            threshold = layer.inputs.of(point)
+            threshold = selector.of(point)
             points[point] = KeptInputs(
                 norm=norms[point],
                 threshold=torch.tensor([KEEP_ALL if threshold is None else threshold], device=device),
@@ -195,7 +203,7 @@ def _input_layers(
         found.append(
             InputLayer(
                 points=points,
-                selects=tuple(layer.inputs.of(point) is not None for point in POINTS),
+                selects=tuple(selector.of(point) is not None for point in POINTS),
                 qkv=own.qkv.t().contiguous(),
                 up=torch.cat(matrices).t().contiguous(),
                 up_bias=torch.cat(biases) if biases else None,
@@ -204,9 +212,37 @@ def _input_layers(
     return found
 
 
+@dataclass(slots=True)
+class _Selectors:
+    """What a layer's selectors are here: the one place of this engine that asks by which method a layer selects."""
+
+    group_predictor: Predictor | None = None
+    neuron_predictor: Predictor | None = None
+    gate_threshold: float | None = None
+
+    @classmethod
+    def of(cls, layer: LayerAdapter) -> _Selectors:
+        found = cls()
+        for selector in layer.stored.values():
+            match selector:
+                case PredictedHeads():
+                    found.group_predictor = selector.predictor
+                case PredictedNeurons():
+                    found.neuron_predictor = selector.predictor
+                case GateThreshold():
+                    found.gate_threshold = selector.threshold
+                case InputThresholds():  # see _input_layers
+                    pass
+                case _:
+                    raise ValueError(f"a layer selects by method {selector.method}: backend 'cuda' does not; use --backend torch")
+        return found
+
+
 def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_M1: Tensor, products_2F: Tensor) -> LayerPredictors:
-    heads, mlp = layer.heads, layer.mlp
-    before = [predictor for predictor in (heads, mlp) if predictor is not None and _runs_before(predictor, heads=predictor is heads)]
+    selectors = _Selectors.of(layer)
+    of_groups, of_neurons = selectors.group_predictor, selectors.neuron_predictor
+    both = (of_groups, of_neurons)
+    before = [predictor for predictor in both if predictor is not None and _runs_before(predictor, heads=predictor is of_groups)]
     side = None if not before else _side([predictor.A_RD for predictor in before], device)
     places: dict[int, Side] = {}
     if side is not None:
@@ -215,36 +251,38 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
             rows = slice(first, first + predictor.A_RD.shape[0])
             places[id(predictor)] = Side(matrix=side.matrix[rows], scale=side.scale[rows], out=side.out[rows])
             first = rows.stop
-    own_heads = _side([heads.A_RD], device) if heads is not None and id(heads) not in places else None
+    own_heads = _side([of_groups.A_RD], device) if of_groups is not None and id(of_groups) not in places else None
     own_mlp = beside = None
-    if mlp is not None and id(mlp) not in places:
-        made = _side([mlp.A_RD], device)
-        own_mlp, beside = (made, None) if mlp.lookahead == 0 else (None, made)
-    if heads is not None and own_heads is not None:
-        places[id(heads)] = own_heads
+    if of_neurons is not None and id(of_neurons) not in places:
+        made = _side([of_neurons.A_RD], device)
+        own_mlp, beside = (made, None) if of_neurons.lookahead == 0 else (None, made)
+    if of_groups is not None and own_heads is not None:
+        places[id(of_groups)] = own_heads
     made = own_mlp or beside
-    if mlp is not None and made is not None:
-        places[id(mlp)] = made
-    gate = None
-    if layer.gate is not None:
-        threshold, neurons = torch.tensor([layer.gate.threshold], device=device), _room(config.intermediate_size, device)
-        gate = GateNeurons(threshold=threshold, product=products_2F[0], value=products_2F[1], neurons=neurons, count=count_M1[0])
+    if of_neurons is not None and made is not None:
+        places[id(of_neurons)] = made
+    gate_neurons = None
+    if selectors.gate_threshold is not None:
+        threshold, neurons = torch.tensor([selectors.gate_threshold], device=device), _room(config.intermediate_size, device)
+        gate_neurons = GateNeurons(threshold=threshold, product=products_2F[0], value=products_2F[1], neurons=neurons, count=count_M1[0])
     return LayerPredictors(
         before=side,
         beside=beside,
         own_heads=own_heads,
         own_mlp=own_mlp,
-        heads=None
-        if heads is None
-        else GroupScores(**_scores(heads, places[id(heads)].out), groups=_room(config.num_kv_heads, device), count=count_M1[1]),
+        group_scores=None
+        if of_groups is None
+        else GroupScores(**_scores(of_groups, places[id(of_groups)].out), groups=_room(config.num_kv_heads, device), count=count_M1[1]),
         neurons=None
-        if mlp is None
-        else NeuronScores(**_scores(mlp, places[id(mlp)].out), neurons=_room(config.intermediate_size, device), count=count_M1[0]),
-        gate=gate,
-        heads_first=None if heads is None else places[id(heads)],
-        neurons_first=None if mlp is None else places[id(mlp)],
-        heads_before=heads is not None and heads.lookahead == 1,
-        neurons_lookahead=0 if mlp is None else mlp.lookahead,
+        if of_neurons is None
+        else NeuronScores(
+            **_scores(of_neurons, places[id(of_neurons)].out), neurons=_room(config.intermediate_size, device), count=count_M1[0]
+        ),
+        gate_neurons=gate_neurons,
+        heads_first=None if of_groups is None else places[id(of_groups)],
+        neurons_first=None if of_neurons is None else places[id(of_neurons)],
+        heads_before=of_groups is not None and of_groups.lookahead == 1,
+        neurons_lookahead=0 if of_neurons is None else of_neurons.lookahead,
     )
 
 

@@ -20,14 +20,13 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
-from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, default_cache_dtype, packed_model, predictor_view
+from dejavu.engine.native.selectors import kept_inputs, layout_of, set_selectors
+from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, default_cache_dtype, packed_model
 from dejavu.engine.paged import PagedEngine
-from dejavu.engine.torch_engine import check_layers
 from dejavu.kernels import native
 from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.counts import Counts
-from dejavu.model.predictor import LayerAdapter
-from dejavu.model.selectors import POINTS, InputPoints, InputThresholds, column_norms
+from dejavu.model.selectors import InputPoints, LayerAdapter, check_layers
 from dejavu.model.transformer import Transformer
 
 
@@ -35,18 +34,6 @@ def check_shortlist(count: int, vocab_size: int) -> None:
     """Raise ValueError where a screened head cannot give `count` tokens exact logits."""
     message = f"a screened head takes 1 to {vocab_size - 1} tokens of the vocabulary, or 0 for all, not {count}"
     require(0 <= count < vocab_size, message)
-
-
-def layout_of(layers: Sequence[LayerAdapter]) -> str:
-    """How the weights of a model that selects in this way lie in memory."""
-    if any(layer.inputs is not None for layer in layers):
-        others = [index for index, layer in enumerate(layers) if layer.sparse and layer.inputs is None]
-        require(
-            not others,
-            f"layers {others} select by other methods than input: backend 'native' takes no other beside it; use --backend torch",
-        )
-        return "input-major"
-    return "gate-apart" if any(layer.gate is not None for layer in layers) else "by-neuron"
 
 
 class _Counted(NamedTuple):
@@ -61,7 +48,7 @@ class _Counted(NamedTuple):
         blocks = -(-rows // native.MAX_ROWS)
         neurons_BL, heads_BL = torch.empty(2, rows, layers, dtype=torch.int64).unbind(0)
         union_NL, in_order_NL = torch.empty(2, blocks, layers, dtype=torch.int64).unbind(0)
-        return cls(Counts(neurons=neurons_BL, heads=heads_BL, inputs=inputs_BLP), union_NL, in_order_NL)
+        return cls(Counts(neurons=neurons_BL, heads=heads_BL, kept_inputs=inputs_BLP), union_NL, in_order_NL)
 
     def block(self, first: int) -> _Counted:
         """Of the block that begins with row `first`."""
@@ -111,7 +98,7 @@ class NativeEngine(PagedEngine):
         wanted = None if instruction_set is None else instruction_set.encode()
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
-        self._set_selectors(model)
+        set_selectors(self._library, self._handle, self.layers, model)
         check_shortlist(screened_head, config.vocab_size)
         if screened_head > 0:
             A, B = self._model.screen(model)
@@ -145,7 +132,7 @@ class NativeEngine(PagedEngine):
             page_size=page_size,
             num_pages=num_pages,
             screened_head=screened_head,
-            input_points=InputPoints.of(config) if any(layer.inputs is not None for layer in self.layers) else None,
+            input_points=InputPoints.of(config) if any(layer.inputs.selects for layer in self.layers) else None,
         )
         super().__init__(info, cache)
 
@@ -186,7 +173,7 @@ class NativeEngine(PagedEngine):
         result = self._step(token_ids_B, slots_B, profile)
         seconds = dict(zip(native.OPS, profile.seconds, strict=True))
         assert result.union_L is not None
-        read = Counts(neurons=result.union_L, heads=groups_L * self.config.heads_per_group, inputs=inputs_LP)
+        read = Counts(neurons=result.union_L, heads=groups_L * self.config.heads_per_group, kept_inputs=inputs_LP)
         return result, StepProfile(seconds=seconds, counts=read, fired_L=fired_L)
 
     def read(self, values: Tensor) -> float:
@@ -276,7 +263,7 @@ class NativeEngine(PagedEngine):
             heads=counts.rows.heads.data_ptr(),
             neuron_mask=_address(neuron_mask_BLF),
             group_mask=_address(group_mask_BLG),
-            inputs=_address(counts.rows.inputs),
+            inputs=_address(counts.rows.kept_inputs),
             input_mask=_address(input_mask_BLI),
             unions=counts.union_NL.data_ptr(),
             in_order=counts.in_order_NL.data_ptr(),
@@ -294,35 +281,12 @@ class NativeEngine(PagedEngine):
         heads_LH = groups_LG.repeat_interleave(self.config.heads_per_group, 1)
         return tuple(
             LayerSelection(
-                neurons_A=None if layer.mlp is None and layer.gate is None else neurons_LF[index].nonzero().squeeze(1),
-                heads_A=None if layer.heads is None else heads_LH[index].nonzero().squeeze(1),
-                inputs_P=None if layer.inputs is None or inputs_LI is None else self._kept_inputs(layer.inputs, inputs_LI[index]),
+                neurons_A=neurons_LF[index].nonzero().squeeze(1) if layer.neurons.selects else None,
+                heads_A=heads_LH[index].nonzero().squeeze(1) if layer.heads.selects else None,
+                inputs_P=None if inputs_LI is None else kept_inputs(layer.inputs, inputs_LI[index], self.info.input_points),
             )
             for index, layer in enumerate(self.layers)
         )
-
-    def _kept_inputs(self, thresholds: InputThresholds, mask_I: Tensor) -> tuple[Tensor | None, ...]:
-        assert self.info.input_points is not None
-        masks = zip(POINTS, mask_I.split(self.info.input_points.sizes), strict=True)
-        return tuple(None if thresholds.of(point) is None else mask.nonzero().squeeze(1) for point, mask in masks)
-
-    def _set_selectors(self, model: Transformer) -> None:
-        for index, (layer, block) in enumerate(zip(self.layers, model.blocks, strict=True)):
-            if layer.gate is not None:
-                native.check(self._library.dejavu_engine_gate(self._handle, index, layer.gate.threshold))
-            norms = {} if layer.inputs is None else column_norms(block)
-            for point, norm_I in norms.items():
-                threshold = None if layer.inputs is None else layer.inputs.of(point)
-                if threshold is not None:
-                    arguments = POINTS.index(point), norm_I.data_ptr(), norm_I.numel(), threshold
-                    native.check(self._library.dejavu_engine_inputs(self._handle, index, *arguments))
-            for kind, predictor in ((native.MLP, layer.mlp), (native.HEADS, layer.heads)):
-                if predictor is None:
-                    continue
-                A, B = predictor_view(predictor.A_RD), predictor_view(predictor.B_OR, predictor.bias_O.float().cpu())
-                threshold, lookahead = predictor.threshold, predictor.lookahead
-                status = self._library.dejavu_engine_predictor(self._handle, index, kind, A.matrix, B.matrix, threshold, lookahead)
-                native.check(status)
 
 
 def _address(tensor: Tensor | None) -> int | None:

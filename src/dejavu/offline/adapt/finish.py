@@ -20,11 +20,11 @@ from torch import Tensor
 
 from dejavu.config import Progress
 from dejavu.model.adapter import Adapter, quantized
-from dejavu.model.adapter_config import SCHEMA_VERSIONS, AdapterConfig, GateConfig, LayerConfig, part_config
+from dejavu.model.adapter_config import SCHEMA_VERSIONS, AdapterConfig, LayerConfig
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.lora import LoraConfig, adapted_model, quantized_lora
-from dejavu.model.predictor import LayerAdapter, MaskedSelection
-from dejavu.model.selectors import GateThreshold
+from dejavu.model.masked import MaskedSelection
+from dejavu.model.selectors import GateThreshold, LayerAdapter, PredictedNeurons
 from dejavu.model.transformer import DENSE, LayerInputs, Transformer
 from dejavu.offline.adapt.student import Student
 from dejavu.offline.adapt.training import LORA_SCALE, AdaptConfig
@@ -44,7 +44,7 @@ class _Measured(MaskedSelection):
         self.active_L, self.recalled_L, self.mass_L, self.kept_L = ([0.0] * len(layers) for _ in range(4))
 
     def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
-        mask_BTF = self.neuron_mask(layer, inputs)
+        mask_BTF = self.layers[layer].neurons.mask(inputs)
         assert mask_BTF is not None
         contribution_BTF = act_BTF.abs() * self.norms_LF[layer]
         active_BTF = act_BTF != 0
@@ -58,18 +58,13 @@ class _Measured(MaskedSelection):
 def rounded_layers(student: Student) -> tuple[LayerAdapter, ...]:
     """How the student selects: with its predictors as an adapter stores them, or by the zeros of its activation."""
     if student.activation is not None:
-        return tuple(LayerAdapter(gate=GateThreshold(threshold=0.0)) for _ in student.blocks)
-    return tuple(LayerAdapter(mlp=quantized(trained.predictor())) for trained in student.trained)
+        return tuple(LayerAdapter(neurons=GateThreshold(threshold=0.0)) for _ in student.blocks)
+    return tuple(LayerAdapter(neurons=PredictedNeurons(quantized(trained.predictor()))) for trained in student.trained)
 
 
 def moved(layers: tuple[LayerAdapter, ...], shift: float) -> tuple[LayerAdapter, ...]:
     """The layers with the thresholds of all predictors of neurons moved."""
-
-    def one(layer: LayerAdapter) -> LayerAdapter:
-        mlp = layer.mlp
-        return layer if mlp is None else dataclasses.replace(layer, mlp=dataclasses.replace(mlp, threshold=mlp.threshold + shift))
-
-    return tuple(map(one, layers))
+    return tuple(dataclasses.replace(layer, neurons=layer.neurons.shifted(shift)) for layer in layers)
 
 
 @torch.inference_mode()
@@ -144,7 +139,6 @@ def make_adapter(
     """
     model, layers = checkpoint.model, rounded_layers(student)
     lora = tuple(quantized_lora(change) for change in student.lora())
-    entries = tuple(_entry(i, layer) for i, layer in enumerate(layers))
     described = AdapterConfig(
         schema_version=SCHEMA_VERSIONS["adapted"],
         base_id=checkpoint.name,
@@ -156,7 +150,7 @@ def make_adapter(
         mlp_density=1.0,
         head_density=1.0,
         seed=config.seed,
-        layers=entries,
+        layers=_unmeasured(layers),
         lora=LoraConfig(rank=config.lora_rank, scale=LORA_SCALE, activation=config.activation),
     )
     adapter = Adapter(layers=layers, config=described, lora=lora)
@@ -165,7 +159,7 @@ def make_adapter(
         if student.activation is None:
             shift = shift_to(model, adapter.attached(model), trained_WT, config.density, progress=progress)
             layers = moved(layers, shift)
-            described = dataclasses.replace(described, layers=tuple(_entry(i, layer) for i, layer in enumerate(layers)))
+            described = dataclasses.replace(described, layers=_unmeasured(layers))
             adapter = dataclasses.replace(adapter, layers=layers, config=described)
         quality, selection = measured(model, adapter.attached(model), held_out_WT, progress=progress)
     finally:
@@ -175,12 +169,11 @@ def make_adapter(
     assert mlp_density is not None
     rows = []
     for index, layer in enumerate(layers):
-        lookahead = None if layer.mlp is None else layer.mlp.lookahead
-        row = {"density": density_L[index], "lookahead": lookahead, "cosine": cosine_L[index]}
+        row = {"density": density_L[index], "lookahead": layer.neurons.lookahead, "cosine": cosine_L[index]}
         row["recall"] = selection.recalled_L[index] / max(selection.active_L[index], 1.0)
         row["mass"] = selection.kept_L[index] / max(selection.mass_L[index], 1e-30)
         rows.append(row)
-    entries = tuple(_entry(i, layer, **_measures(row)) for i, (layer, row) in enumerate(zip(layers, rows, strict=True)))
+    entries = tuple(LayerConfig.of(i, layer, **_measures(row)) for i, (layer, row) in enumerate(zip(layers, rows, strict=True)))
     described = dataclasses.replace(described, quality=quality, mlp_density=mlp_density, layers=entries)
     result = {"layers": rows, **quality, "mlp_density": mlp_density, "head_density": 1.0, "held_out_tokens": held_out_WT.numel()}
     return dataclasses.replace(adapter, config=described), result
@@ -190,9 +183,6 @@ def _measures(row: dict[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in ("density", "recall", "mass")}
 
 
-def _entry(index: int, layer: LayerAdapter, *, density: float = 1.0, recall: float = 1.0, mass: float = 1.0) -> LayerConfig:
-    """What the config says of a layer."""
-    if layer.gate is not None:
-        return LayerConfig(layer=index, gate=GateConfig(threshold=layer.gate.threshold, density=density, mass=mass))
-    assert layer.mlp is not None
-    return LayerConfig(layer=index, mlp=part_config(layer.mlp, density=density, recall=recall, mass=mass))
+def _unmeasured(layers: tuple[LayerAdapter, ...]) -> tuple[LayerConfig, ...]:
+    """What the config says of layers of which nothing is known yet."""
+    return tuple(LayerConfig.of(index, layer, density=1.0, recall=1.0, mass=1.0) for index, layer in enumerate(layers))

@@ -63,7 +63,7 @@ class TrainedPredictor(nn.Module):
 
     def __init__(self, block: Block, rank: int, lookahead: int, device: str = "cpu") -> None:
         super().__init__()
-        matrix = block.up if block.gate is None else block.gate
+        matrix = block.activated
         # On the device: beside a GPU, a processor that many processes share takes seconds for each layer.
         left, singular, right = torch.linalg.svd(matrix.weight.detach().to(device, torch.float32), full_matrices=False)
         rank = min(rank, len(singular))
@@ -114,9 +114,9 @@ def zeroed_layer(block: Block, x_BTD: Tensor, position_T: Tensor, inv_freq: Tens
     config = block.config
     mixed_BTHK = block.attend(block.attention_input(x_BTD), position_T, inv_freq)
     x_BTD, mlp_in = block.after_attention(x_BTD, block.o(mixed_BTHK.flatten(-2)))
-    gate_BTF = (block.up if block.gate is None else block.gate)(mlp_in)
+    gate_BTF = block.activated(mlp_in)
     act_BTF = activate(gate_BTF, config.activation, config.activation_threshold)
-    if block.gate is not None:
+    if config.gated:
         up_BTF = block.up(mlp_in)
         act_BTF = act_BTF * (up_BTF if config.up_activation is None else activate(up_BTF, config.up_activation))
     x_BTD = block.after_mlp(x_BTD, block.down(act_BTF))
