@@ -128,9 +128,10 @@ def detach(net: Any) -> Any:
 def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = None, **given: Any) -> Any:
     """What stands in for net.generate."""
     held: Attached = getattr(net, NAME)
-    ids = given.get("input_ids") if inputs is None else inputs
+    prompt = inputs  # or by the name that a tokenizer gives it
+    ids = given.get("input_ids") if prompt is None else prompt
     given |= _default_length(net, ids, generation_config, given)
-    call = _request(net, inputs, generation_config, given)
+    call = _request(net, prompt, generation_config, given)
     if isinstance(call, str):
         kind = re.sub(r"\d+", "", call)
         if kind not in held.reasons:
@@ -191,13 +192,13 @@ def _context(net: Any) -> int:
     return min(net.config.max_position_embeddings, getattr(net, NAME).model.config.max_positions)
 
 
-def _request(net: Any, inputs: Tensor | None, generation_config: Any, given: Mapping[str, Any]) -> GenerateCall | str:
+def _request(net: Any, prompt: Tensor | None, generation_config: Any, given: Mapping[str, Any]) -> GenerateCall | str:
     """What is asked for, or why we cannot serve it."""
     settings = _settings(net, generation_config, given)
     if isinstance(settings, str):
         return settings
     extra = {key: value for key, value in given.items() if key not in settings and value is not None}
-    ids, mask = inputs if inputs is not None else extra.pop("input_ids", None), extra.pop("attention_mask", None)
+    ids, mask = prompt if prompt is not None else extra.pop("input_ids", None), extra.pop("attention_mask", None)
     streamer = extra.get("streamer")
     if callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None)):
         del extra["streamer"]
