@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import nox
 
 nox.options.sessions = ["tests"]
@@ -28,6 +30,15 @@ def slow(session: nox.Session) -> None:
     """What takes minutes under Triton's interpreter and `make test` leaves out: before the cuda engine or its kernels change hands."""
     session.install("-c", "constraints.txt", "-e", ".[serve,dev]")
     session.run("pytest", "-q", "-n", "2", "-m", "slow and not gpu", "tests/", *session.posargs)
+
+
+@nox.session(python="3.11")
+def page(session: nox.Session) -> None:
+    """The server's page in a browser: a Chromium of the machine, or else the one that playwright fetches."""
+    session.install("-c", "constraints.txt", "-e", ".[serve,dev]", "playwright>=1.50")
+    if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        session.run("playwright", "install", "chromium")
+    session.run("pytest", "-q", "tests/test_page.py", *session.posargs)
 
 
 @nox.session(name="serve-client", python="3.11")

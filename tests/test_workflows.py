@@ -1,17 +1,20 @@
-"""The workflows: actions are pinned by commit, permissions are least, and what is published has the version of its tag."""
+"""The workflows: actions are pinned by commit, permissions are least, what a push leaves out runs by night, a release has its version."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-FOLDER = Path(__file__).parent.parent / ".github" / "workflows"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / ".github" / "workflows"
 if not FOLDER.exists():
     pytest.skip("not a checkout of the repository", allow_module_level=True)
 FILES = sorted(FOLDER.glob("*.yml"))
@@ -62,6 +65,48 @@ def test_a_checkout_leaves_no_token_behind() -> None:
 
 def test_no_value_from_outside_is_pasted_into_a_command() -> None:
     assert [step["run"] for _, _, settings in JOBS for step in settings.get("steps", []) if "${{" in step.get("run", "")] == []
+
+
+def commands(name: str) -> list[str]:
+    """What a workflow runs, with each value of `matrix.session` in the place of $SESSION."""
+    found = []
+    for settings in WORKFLOWS[name]["jobs"].values():
+        sessions = settings.get("strategy", {}).get("matrix", {}).get("session", [""])
+        runs = [step["run"] for step in settings["steps"] if "run" in step]
+        found += [run.replace('"$SESSION"', session) for run in runs for session in (sessions if "$SESSION" in run else [""])]
+    return found
+
+
+def session_names(source: str) -> dict[str, tuple[str, ...]]:
+    """The sessions of a noxfile, as `nox -s` names them, and the Pythons of those that have several."""
+    found = {}
+    for node in (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)):
+        for made in node.decorator_list:
+            if ast.unparse(made).startswith("nox.session"):
+                options = {key.arg: ast.literal_eval(key.value) for key in made.keywords} if isinstance(made, ast.Call) else {}
+                pythons = options.get("python", ())
+                found[options.get("name", node.name)] = () if isinstance(pythons, str) else tuple(pythons)
+    return found
+
+
+def test_by_night_every_session_and_every_native_driver_runs() -> None:
+    """Nothing that the repository can check is left to memory: each session of nox, with each Python, and each `make native-...`."""
+    assert set(WORKFLOWS["nightly.yml"][True]) == {"schedule", "workflow_dispatch"}  # `on` is a boolean in YAML
+    sessions = session_names((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    wanted = {
+        f"nox -s {name}-{python}" if python else f"nox -s {name}" for name, pythons in sessions.items() for python in pythons or ("",)
+    }
+    wanted |= {f"make {target}" for target in re.findall(r"^(native-[\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)}
+    assert wanted == {run for run in commands("nightly.yml") if run.startswith(("nox -s", "make"))}
+    assert {"nox -s slow", "nox -s page", "nox -s tests-3.12", "make native-sanitize"} < wanted
+
+
+def test_what_a_plain_run_of_pytest_leaves_out_is_known() -> None:
+    """A marker that keeps a test out of `make test` has a session that runs it, or needs a GPU, which no runner has."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    left_out = set(re.findall(r"not (\w+)", options["addopts"][options["addopts"].index("-m") + 1]))
+    assert left_out == {marker.partition(":")[0] for marker in options["markers"]} == {"gpu", "slow"}
+    assert '"-m", "slow and not gpu"' in (ROOT / "noxfile.py").read_text(encoding="utf-8")
 
 
 GOOD = (
