@@ -111,7 +111,7 @@ def test_prefill_is_dense_and_decode_sparse(model: Transformer) -> None:
     torch.testing.assert_close(logits, expected[12:], rtol=0, atol=1e-5)
 
 
-# C30: heads left out
+# Heads left out
 
 
 class ScriptedHeads(Predictor):
@@ -188,7 +188,7 @@ def test_a_dense_run_in_the_slot_of_a_sparse_one_is_a_fresh_one(tiny: Tiny) -> N
     assert torch.equal(engine.prefill(0, ids), fresh.prefill(0, ids))
 
 
-# C02: batch mates
+# Batch mates
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -242,7 +242,7 @@ def test_a_neighbour_that_selects_everything_changes_nothing(tiny: Tiny) -> None
         assert torch.equal(pair.logits_BV[1], single.logits_BV[0])
 
 
-# C01: the ends of the threshold
+# The ends of the threshold
 
 
 def test_threshold_plus_infinity_leaves_exactly_the_down_bias(tiny: Tiny) -> None:

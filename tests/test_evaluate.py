@@ -1,4 +1,4 @@
-"""The whole evaluation: its keys, dense beside sparse, what it refuses (C01), how texts are cut (C09, C22)."""
+"""The whole evaluation: its keys, dense beside sparse, what it refuses, how texts are cut."""
 
 import json
 import math

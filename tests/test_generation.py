@@ -158,7 +158,7 @@ def joined(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-# C04: stop strings
+# Stop strings
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_cache_takes_its_dtype(tiny: Tiny) -> None:
     assert engine_of(model, cache_dtype="int8").prefill(0, [1, 2]).isfinite().all()
 
 
-# Bit for bit (C02, C31)
+# Bit for bit
 
 
 @needs_library
@@ -240,7 +240,7 @@ def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: st
     assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 
-# Ends of the threshold, cache without holes, rows left out (C01, C30)
+# Ends of the threshold, cache without holes, rows left out
 
 
 @needs_library

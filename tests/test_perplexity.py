@@ -1,4 +1,4 @@
-"""Perplexity: each token once (C09), equal to brute force, whatever the batch; masked runs really mask (C01)."""
+"""Perplexity: each token once, equal to brute force, whatever the batch; masked runs really mask."""
 
 import math
 import random

@@ -195,7 +195,7 @@ def test_a_simulation_that_leaks_a_page_is_found() -> None:
         simulation.drain()
 
 
-# Limits (C18)
+# Limits
 
 
 @pytest.mark.parametrize("prompt", [1, 23, 24, 25, 31, 32, 33])

@@ -1,4 +1,4 @@
-"""A reader that goes away ends its text: at once, whether it was written in chunks or whole, and for every choice (C14)."""
+"""A reader that goes away ends its text: at once, whether it was written in chunks or whole, and for every choice."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_a_model_may_be_served_by_another_name() -> None:
     ],
 )
 def test_stop_strings(answer: str, max_tokens: int, stop: Any, text: str, reason: str, tokens: int) -> None:
-    """Nothing that is sent is taken back, and the first to complete wins (C04). The prompt is not searched."""
+    """Nothing that is sent is taken back, and the first to complete wins. The prompt is not searched."""
     with site_of(StubModel(answer)) as site:
         asked = {"prompt": "DEFGHIJ aab two", "max_tokens": max_tokens, "stop": stop, "temperature": 0}
         (choice,) = site.choices(**asked)
@@ -208,7 +208,7 @@ def site(lm: LanguageModel, tokenizer: Tokenizer) -> Iterator[Site]:
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_echoed_logprobs_are_those_of_the_model(site: Site, lm: LanguageModel, brute: Brute, max_tokens: int, as_ids: bool) -> None:
-    """Of the prompt, by a forward pass over it; of what follows too, dense (C03)."""
+    """Of the prompt, by a forward pass over it; of what follows too, dense."""
     ids = lm.tokenizer.encode(PROMPT)
     asked = {"model": f"{site.name}:dense", "prompt": ids[1:] if as_ids else PROMPT, "echo": True, "logprobs": 2, "max_tokens": max_tokens}
     (choice,) = site.choices(**asked, temperature=0, ignore_eos=True)
@@ -255,7 +255,7 @@ def test_a_greedy_text_is_that_of_generate(site: Site, lm: LanguageModel, dense:
 
 
 def test_a_seed_gives_the_same_text_whatever_else_runs(site: Site) -> None:
-    """Alone, again, beside others, as the first of three choices; and torch's own generator is not touched (C15)."""
+    """Alone, again, beside others, as the first of three choices; and torch's own generator is not touched."""
     asked = {"prompt": PROMPT, "max_tokens": 10, "temperature": 1.5, "seed": 7, "ignore_eos": True}
     state = torch.get_rng_state()
     alone = site.choices(**asked)[0]["text"]
@@ -275,7 +275,7 @@ def test_a_seed_gives_the_same_text_whatever_else_runs(site: Site) -> None:
 
 @pytest.mark.parametrize("limits", [{"max_model_len": 32}, {"cache_tokens": 48, "slots": 1}])
 def test_limits(lm: LanguageModel, limits: dict[str, Any]) -> None:
-    """By the length of a sequence or by the cache: what cannot fit is refused at once, and then a small one is answered (C18)."""
+    """By the length of a sequence or by the cache: what cannot fit is refused at once, and then a small one is answered."""
     limit = min(limits.get("max_model_len", 64), limits.get("cache_tokens", 64))
     with site_of(lm, **limits) as site:
         for prompt in (limit - 1, limit, limit + 1):
@@ -294,12 +294,12 @@ def test_a_chat_may_fill_the_context(site: Site, lm: LanguageModel) -> None:
     message = {"role": "user", "content": PROMPT}
     answer = site.post(messages=[message], ignore_eos=True, temperature=0).json()
     assert answer["usage"]["total_tokens"] == 64 and answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"]["prompt_tokens"] == len(lm.tokenizer.encode(PROMPT)), "one BOS, that of the template (C22)"
+    assert answer["usage"]["prompt_tokens"] == len(lm.tokenizer.encode(PROMPT)), "one BOS, that of the template"
     assert answer["choices"][0]["message"]["content"] == lm.generate(PROMPT, max_new_tokens=99, ignore_eos=True)
 
 
 def test_a_prefix_is_shared_within_a_mode_alone(lm: LanguageModel, tokenizer: Tokenizer) -> None:
-    """The second request finds the pages of the first; the dense model has seen none of it, and answers as a fresh server (C30)."""
+    """The second request finds the pages of the first; the dense model has seen none of it, and answers as a fresh server."""
     prompt = [5, 6, 7, 8] * 10
     asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     with site_of(lm) as site:
@@ -317,7 +317,7 @@ def test_a_prefix_is_shared_within_a_mode_alone(lm: LanguageModel, tokenizer: To
 
 
 def test_rows_of_a_batch_do_not_matter_to_each_other(site: Site) -> None:
-    """Twelve prompts at once over three slots: each is what it is alone (C02)."""
+    """Twelve prompts at once over three slots: each is what it is alone."""
     prompts = [f"{word} {PROMPT}"[: 8 + 2 * place] for place, word in enumerate(["the", "cat", "and", "hat"] * 3)]
     asked = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
     together = [choice["text"] for choice in site.choices(prompt=prompts, **asked)]

@@ -89,7 +89,7 @@ def test_a_stream_is_the_answer_in_pieces(site: Site, path: str) -> None:
 
 
 def test_choices_keep_their_indices(site: Site) -> None:
-    """Choice j of prompt i is i n + j, in every chunk (C36)."""
+    """Choice j of prompt i is i n + j, in every chunk."""
     site.worker.script = lambda job: spoken(f"{len(job.prompt_ids)}", f"/{job.index}")
     body = {"model": "tiny", "prompt": [[4], [4, 5, 6]], "n": 2}
     once = [choice["text"] for choice in site.client.post("/v1/completions", json=body).json()["choices"]]
@@ -175,7 +175,7 @@ def test_too_many_are_told_when_to_come_back(site: Site) -> None:
     ("prompt", "max_tokens", "fits"), [(23, 1, True), (24, 0, True), (24, 1, False), (25, 0, False), (25, None, False)]
 )
 def test_what_does_not_fit_is_refused_at_once(site: Site, prompt: int, max_tokens: int | None, fits: bool) -> None:
-    """With the limit, the prompt and what was asked in the message (C18); and the next request is answered."""
+    """With the limit, the prompt and what was asked in the message; and the next request is answered."""
     site.worker.limit = 24
     response = site.client.post("/v1/completions", json={"model": "tiny", "prompt": [5] * prompt, "max_tokens": max_tokens})
     assert response.status_code == (200 if fits else 400)
@@ -200,7 +200,7 @@ def test_a_chat_fills_the_context_and_no_more(site: Site) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("error", [EngineFailed("cannot read /srv/models/x.bin"), RuntimeError("no /srv/models/x.bin")])
 def test_a_failure_is_an_error_and_no_end(site: Site, path: str, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    """Whole: 500. In a stream: an error in place of the end, and neither a finish_reason nor [DONE] (C36). The others are cancelled."""
+    """Whole: 500. In a stream: an error in place of the end, and neither a finish_reason nor [DONE]. The others are cancelled."""
     site.worker.script = lambda job: [Event(text="Hel"), error] if job.index == 0 else [Event(text="Hel")] * 1000
     response = site.client.post(path, json=PATHS[path] | {"n": 2})
     assert response.status_code == 500 and error_of(response)["type"] == "server_error"

@@ -283,7 +283,7 @@ def test_what_is_asked_reaches_the_jobs(chatty: Tokenizer) -> None:
 
 
 def test_choices_of_a_prompt_differ_and_prompts_do_not_matter_to_each_other(chatty: Tokenizer) -> None:
-    """Choice j of a prompt draws what it draws alone (C15): its index is within its prompt."""
+    """Choice j of a prompt draws what it draws alone: its index is within its prompt."""
     asked = completed(chatty, prompt=["the", "cat"], n=2, seed=1)
     assert [(job.prompt_ids, job.index) for job in asked.sequences] == [
         (tuple(chatty.encode(text)), index) for text in ("the", "cat") for index in (0, 1)
@@ -298,7 +298,7 @@ def test_a_model_with_an_adapter_has_two_names(tokenizer: Tokenizer) -> None:
 
 
 def test_bos_comes_once(chatty: Tokenizer, tokenizer: Tokenizer) -> None:
-    """Raw text: the tokenizer's own, once; a chat: what the template spells; token ids: as they are (C22)."""
+    """Raw text: the tokenizer's own, once; a chat: what the template spells; token ids: as they are."""
     bosless = dataclasses.replace(tokenizer, adds_bos=False)
 
     def count(asked: ParsedRequest) -> int:

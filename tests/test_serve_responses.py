@@ -83,7 +83,7 @@ def token(token_id: int, logprob: float | None = -1.0, *top: tuple[int, float], 
 
 
 def test_echo_with_logprobs_has_an_entry_for_every_token(facts: Served, tokenizer: Tokenizer) -> None:
-    """P tokens of the prompt and G new ones: four lists of P + G, null for the first (C03)."""
+    """P tokens of the prompt and G new ones: four lists of P + G, null for the first."""
     ids = tokenizer.encode("the cat")
     prompt = (token(ids[0], None), *(token(token_id, -float(place), (7, -0.25)) for place, token_id in enumerate(ids[1:], 1)))
     new = tokenizer.encode_plain(" sat")[0]
@@ -162,7 +162,7 @@ def test_a_chat_tells_logprobs_in_its_own_form(facts: Served) -> None:
 
 @pytest.mark.parametrize("kind", [completion, chat])
 def test_a_stream_has_its_parts_in_order(facts: Served, kind: Any) -> None:
-    """Roles first; one finish_reason for each choice, in its last chunk; usage only where it was asked for, last (C36)."""
+    """Roles first; one finish_reason for each choice, in its last chunk; usage only where it was asked for, last."""
     streams = [spoken("Hel", "lo", prompt=5), spoken("", "Bye", "", finish="length", prompt=5)]
     asked = kind(facts, n=2, stream=True)
     found = chunks(asked, facts, *streams)

@@ -1,4 +1,4 @@
-"""Tasks: tokenisation at the join (C08), scores equal to brute force whatever the batch, what runs sparse (C01)."""
+"""Tasks: tokenisation at the join, scores equal to brute force whatever the batch, what runs sparse."""
 
 import json
 import math

@@ -20,7 +20,7 @@ from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import VOCAB, DrawingEngine, StubEngine, StubModel
 from helpers.worker_jobs import failing, is_idle, job, outcomes, serving, text_of, until
 
-# Cancelling (C14)
+# Cancelling
 
 
 @pytest.mark.parametrize("seen", [0, 1, 5])

@@ -1,7 +1,7 @@
 """Chat templates: from messages to the text and the token ids of a prompt.
 
 In: a tokenizer with a Jinja template (as `chat_template` of a checkpoint or GGUF file) and messages {"role", "content"}. Out: the rendered
-text, whose special tokens the template itself spells, so that none is added when it is tokenised (case C22).
+text, whose special tokens the template itself spells, so that none is added when it is tokenised.
 Templates come with models, so they run in a sandbox that changes nothing.
 """
 
