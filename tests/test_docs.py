@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ MAX_WIDTH = 139
 MARKDOWN = sorted([*ROOT.glob("*.md"), *(page for folder in ("docs", "recipes", "src") for page in (ROOT / folder).rglob("*.md"))])
 
 
+@cache
 def commands() -> dict[str, Any]:
     return dict(typer.main.get_command(app).commands)  # pyrefly: ignore[missing-attribute]  # the app is a group
 
