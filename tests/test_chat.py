@@ -19,7 +19,8 @@ from dejavu.cli.chat import Session
 from dejavu.cli.main import run
 from dejavu.cli.output import Output
 from dejavu.conversation import MOST_TOKENS, MOST_TOKENS_OF_TEXT, ROOM, Conversation
-from dejavu.generation.generation import Generation, Piece
+from dejavu.generation.generation import Generation
+from dejavu.generation.pieces import Piece
 from dejavu.language_model import LanguageModel
 from dejavu.loading import load
 from dejavu.model.bundle import export

@@ -16,7 +16,8 @@ from conftest import Tiny
 from dejavu.config import SamplingConfig
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import DecodesTokens, EngineInfo, StepResult
-from dejavu.generation.generation import GeneratedText, Piece, generate_tokens
+from dejavu.generation.generation import GeneratedText, generate_tokens
+from dejavu.generation.pieces import Piece
 from dejavu.language_model import LanguageModel
 from dejavu.loading import load
 from dejavu.model.bundle import export

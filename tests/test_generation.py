@@ -15,7 +15,8 @@ from conftest import Tiny, random_predictor
 from dejavu.config import SamplingConfig
 from dejavu.engine.interface import Decoded, EngineInfo, StepResult
 from dejavu.engine.torch_engine import TorchEngine
-from dejavu.generation.generation import GeneratedText, Generation, Piece, generate_tokens
+from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
+from dejavu.generation.pieces import Piece
 from dejavu.generation.text import StopStrings, TextStream
 from dejavu.model.counts import Counts
 from dejavu.model.predictor import Predictor

@@ -111,7 +111,7 @@ def test_what_is_odd_or_not_computed_is_a_note_and_the_model_loads(
 def drawn(lm: LanguageModel, **options: Any) -> SamplingConfig:
     running = lm.start("the cat", max_new_tokens=1, **options)
     running.close()
-    return running._sampler.config
+    return running._row.sampler.config
 
 
 def test_a_text_is_drawn_as_the_adapter_says_else_the_model_and_as_asked(folder: Path) -> None:

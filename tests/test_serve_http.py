@@ -15,10 +15,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import dejavu
+from dejavu.generation.pieces import Token
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.app import create_app
 from dejavu.serve.api.assets import FOLDER
-from dejavu.serve.core.interface import EngineFailed, EngineState, Event, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, EngineState, Event
 from helpers.clients import TEMPLATE, error_of
 from helpers.fake_worker import FakeWorker, eventually, served, serving, spoken, summary
 
@@ -264,7 +265,7 @@ def values(site: Site) -> dict[tuple[str, ...], float]:
 
 
 def test_metrics_tell_what_happened(site: Site, tokenizer: Tokenizer) -> None:
-    tokens = (TokenInfo(token_id=10), TokenInfo(token_id=11, mlp_density=0.125, head_density=0.5))
+    tokens = (Token(token_id=10), Token(token_id=11, mlp_density=0.125, head_density=0.5))
     end = summary(3, 3, time_to_first_token_s=0.25, decode_s=0.5, union_density=0.375)
     well = [Event(text="a", tokens=tokens), Event(tokens=tokens[1:], finish_reason="stop", summary=end)]
     badly = [Event(text="Hel"), EngineFailed("no")]

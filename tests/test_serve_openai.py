@@ -9,9 +9,10 @@ from typing import Any
 import openai
 import pytest
 
+from dejavu.generation.pieces import Token
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.app import create_app
-from dejavu.serve.core.interface import EngineFailed, Event, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, Event
 from helpers.clients import TEMPLATE
 from helpers.fake_worker import FakeWorker, served, serving, spoken
 
@@ -111,7 +112,7 @@ def test_openai_client_errors_are_the_clients_own(client: openai.OpenAI, worker:
     with pytest.raises(openai.RateLimitError) as busy:
         client.completions.create(model="tiny", prompt="x")
     assert busy.value.response.headers["retry-after"] == "7"
-    worker.waiting, worker.script = None, lambda job: [Event(text="-", tokens=(TokenInfo(token_id=10),)), EngineFailed("broken")]
+    worker.waiting, worker.script = None, lambda job: [Event(text="-", tokens=(Token(token_id=10),)), EngineFailed("broken")]
     with pytest.raises(openai.InternalServerError):
         client.completions.create(model="tiny", prompt="x")
     stream = client.completions.create(model="tiny", prompt="x", stream=True)

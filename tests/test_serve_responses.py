@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from dejavu.engine.interface import LayerSelection
+from dejavu.generation.pieces import Token
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.chat import CHAT
@@ -23,7 +26,7 @@ from dejavu.serve.api.endpoint import TextEndpoint
 from dejavu.serve.api.requests import ParsedRequest, Served
 from dejavu.serve.api.responses import to_bytes
 from dejavu.serve.api.vocabulary import Vocabulary
-from dejavu.serve.core.interface import Event, StepTrace, TokenInfo
+from dejavu.serve.core.interface import Event
 from helpers.fake_worker import served, spoken, summary
 from helpers.stub_engine import byte_tokenizer
 
@@ -78,8 +81,8 @@ def joined(found: list[dict[str, Any]], index: int) -> str:
     return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in said)
 
 
-def token(token_id: int, logprob: float | None = -1.0, *top: tuple[int, float], **more: Any) -> TokenInfo:
-    return TokenInfo(token_id=token_id, logprob=logprob, top=top, **more)
+def token(token_id: int, logprob: float | None = -1.0, *top: tuple[int, float], **more: Any) -> Token:
+    return Token(token_id=token_id, logprob=logprob, top=top, **more)
 
 
 def test_echo_with_logprobs_has_an_entry_for_every_token(facts: Served, tokenizer: Tokenizer) -> None:
@@ -239,12 +242,14 @@ def test_usage_counts_prompts_once_and_says_what_was_cached(facts: Served) -> No
 
 @pytest.mark.parametrize("kind", [completion, chat])
 def test_a_trace_comes_with_the_chunks(facts: Served, kind: Any) -> None:
-    bins = tuple(bytes([layer]) * 64 for layer in (1, 255))
-    fired = StepTrace(neurons=bins, heads=(b"\x01\x00\x00\x01", b"\x01\x01\x01\x01"))
+    fired = (
+        LayerSelection(neurons_A=torch.tensor([0, 63]), heads_A=torch.tensor([0, 3])),
+        LayerSelection(neurons_A=None, heads_A=None),
+    )
     events = [
         Event(text="a", tokens=(token(10),)),
-        Event(text="", tokens=(token(11, mlp_density=0.25, head_density=0.75, trace=fired),)),
-        Event(text="b", tokens=(token(12, mlp_density=0.5, head_density=1.0, trace=fired),), finish_reason="stop", summary=summary(3, 3)),
+        Event(text="", tokens=(token(11, mlp_density=0.25, head_density=0.75, selections=fired),)),
+        Event(text="b", tokens=(token(12, mlp_density=0.5, head_density=1.0),), finish_reason="stop", summary=summary(3, 3)),
     ]
     found = chunks(kind(facts, stream=True, dejavu={"trace": True}), facts, events)
     assert found[0]["dejavu"]["shape"] == {"layers": 2, "bins": 64, "heads": 4, "neurons": 64}
@@ -252,7 +257,9 @@ def test_a_trace_comes_with_the_chunks(facts: Served, kind: Any) -> None:
     first, second, third = [entry for chunk in found for entry in chunk["dejavu"]["trace"]]
     assert first == {"mlp_density": None, "head_density": None, "neurons": None, "heads": None}
     assert (second["mlp_density"], second["head_density"], third["mlp_density"]) == (0.25, 0.75, 0.5)
-    assert base64.b64decode(second["neurons"]) == b"".join(bins) and base64.b64decode(second["heads"]) == b"".join(fired.heads)
+    assert base64.b64decode(second["neurons"]) == b"\xff" + bytes(62) + b"\xff" * 65, "of 64 neurons each has a bin of its own"
+    assert base64.b64decode(second["heads"]) == b"\x01\x00\x00\x01" + b"\x01" * 4
+    assert base64.b64decode(third["neurons"]) == b"\xff" * 128 and base64.b64decode(third["heads"]) == b"\x01" * 8, "all of it ran"
     assert found[-1]["dejavu"]["mode"] == "sparse" and found[-1]["dejavu"]["mlp_density"] == 0.25
 
 

@@ -7,8 +7,9 @@ import contextlib
 
 import pytest
 
+from dejavu.generation.pieces import Token
 from dejavu.serve.api.merged_streams import Running
-from dejavu.serve.core.interface import EngineFailed, Event, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, Event
 from dejavu.serve.core.stream import Stream
 
 
@@ -16,7 +17,7 @@ def filled(*texts: str, end: bool = True) -> Stream:
     stream = Stream(lambda: None)
     for at, text in enumerate(texts):
         last = end and at == len(texts) - 1
-        stream.put(Event(text=text, tokens=(TokenInfo(token_id=at),), finish_reason="stop" if last else None))
+        stream.put(Event(text=text, tokens=(Token(token_id=at),), finish_reason="stop" if last else None))
     return stream
 
 

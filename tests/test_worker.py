@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from dejavu.config import SamplingConfig
 from dejavu.engine.interface import LayerSelection
 from dejavu.generation.generation import generate_tokens
+from dejavu.serve.api.trace import BINS, step_trace
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.core.interface import BINS, EngineFailed, QueueFull, SequenceRequest, TooLong
+from dejavu.serve.core.interface import EngineFailed, QueueFull, SequenceRequest, TooLong
 from dejavu.serve.core.stream import Stream
-from dejavu.serve.core.trace import step_trace
 from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import CERTAIN, EOS, LAYERS, NEURONS, VOCAB, DrawingEngine, StubEngine, StubModel
 from helpers.worker_jobs import is_idle, job, run, serving, summary_of, text_of, tokens_of, until
@@ -32,7 +32,7 @@ def test_a_job_is_answered_token_by_token() -> None:
         assert [[info.token_id for info in event.tokens] for event in events] == [[byte] for byte in b" upon a"] + [[EOS]]
         assert (events[-1].finish_reason, events[-1].prompt_tokens) == ("stop", ())
         first, *later = tokens_of(events)
-        assert (first.mlp_density, first.head_density, first.trace) == (None, None, None), "it comes from the prefill"
+        assert (first.mlp_density, first.head_density, first.selections) == (None, None, None), "it comes from the prefill"
         assert {(info.mlp_density, info.head_density) for info in later} == {((0.25 + 1) / 2, (0.5 + 1) / 2)}
         assert {info.logprob for info in tokens_of(events)} == {None}, "none was asked for"
         summary = summary_of(events)
@@ -198,15 +198,16 @@ def test_the_recording_engine_is_made_when_a_trace_is_asked_for() -> None:
         (events,) = run(worker, job(trace=True))
         assert [engine.records for engine in model.engines] == [False, False, True]
         first, second, *_ = tokens_of(events)
-        assert first.trace is None and second.trace is not None
+        assert first.mlp_density is None and first.selections is None and second.selections is not None
+        trace = step_trace(model.engines[2].info, second.selections)
         neurons = {(index + ord("a")) % NEURONS for index in range(NEURONS // 4)}
         shares = [sum(2 * bin_ + at in neurons for at in range(2)) / 2 for bin_ in range(BINS)]
-        assert second.trace.neurons[0] == bytes(round(255 * share) for share in shares)
-        assert second.trace.heads == (bytes([1, 0, 1, 0]), bytes([1, 1, 1, 1]))
-        assert second.trace.neurons[1] == b"\xff" * BINS and len(second.trace.neurons) == LAYERS
+        assert trace.neurons[0] == bytes(round(255 * share) for share in shares)
+        assert trace.heads == (bytes([1, 0, 1, 0]), bytes([1, 1, 1, 1]))
+        assert trace.neurons[1] == b"\xff" * BINS and len(trace.neurons) == LAYERS
         (dense,) = run(worker, job(dense=True, trace=True))
-        trace = tokens_of(dense)[1].trace
-        assert trace is not None and trace.neurons == (b"\xff" * BINS,) * LAYERS and trace.heads == (b"\x01" * 4,) * LAYERS
+        trace = step_trace(model.engines[0].info, tokens_of(dense)[1].selections)
+        assert trace.neurons == (b"\xff" * BINS,) * LAYERS and trace.heads == (b"\x01" * 4,) * LAYERS
 
 
 @pytest.mark.parametrize("neurons", [1, 63, 64, 100, 3072])
@@ -294,10 +295,10 @@ def test_a_text_alone_is_drawn_a_few_tokens_at_a_time(new: int, stop: tuple[str,
         assert text_of(events) == text
         engine, state = model.engines[1], worker.state()
         assert isinstance(engine, DrawingEngine)
-        steps, tokens = {10: (9, 10), 3: (2, 3)}.get(new, (8, 8) if stop else (16, 14))
-        assert sum(count for count, _ in engine.asked) == steps and max(count for count, _ in engine.asked) == min(4, steps)
+        calls, tokens = {10: ([1, 2, 4, 2], 10), 3: ([1, 1], 3)}.get(new, ([1, 2, 4], 8) if stop else ([1, 2, 4, 4, 4], 14))
+        assert engine.asked == [(count, 1) for count in calls]
         assert state.tokens == tokens == summary_of(events).completion_tokens
-        assert state.steps == state.fallback_layers == steps and state.running == 0 and state.pages_free == state.pages_total
+        assert state.steps == state.fallback_layers == sum(calls) and state.running == 0 and state.pages_free == state.pages_total
         assert state.last_error is None and len(model.engines) == 2
 
 
@@ -310,19 +311,20 @@ def test_where_others_run_or_wait_a_turn_is_one_token(beside: str) -> None:
         assert isinstance(engine, DrawingEngine)
         engine.hold()
         first = worker.submit(job(new=40))
-        until(engine.waiting.is_set)  # in its first call, of four
+        engine.allow(3)
+        until(lambda: len(engine.asked) == 3 and engine.waiting.is_set())  # in its third call, of four
         model.engines[0].hold()
         prompt = [*range(200)] if beside == "a prompt" else [66]
         other = worker.submit(job(prompt, new=1 if beside == "a prompt" else 20, dense=beside == "the other engine"))
         engine.allow(4)
-        until(lambda: (len(engine.asked) >= 2 and engine.waiting.is_set()) or model.engines[0].waiting.is_set())
+        until(lambda: (len(engine.asked) >= 4 and engine.waiting.is_set()) or model.engines[0].waiting.is_set())
         for each in model.engines:
             each.release()
         for stream in (first, other):
             list(stream.events())
-        ones = {"a neighbour": 19, "one that waits": 35, "a prompt": 35, "the other engine": 15}[beside]
-        calls = engine.asked[1 : 1 + ones]
-        assert engine.asked[0] == (4, 1) and {count for count, _ in calls} == {1}, engine.asked
+        ones = {"a neighbour": 19, "one that waits": 32, "a prompt": 32, "the other engine": 15}[beside]
+        calls = engine.asked[3 : 3 + ones]
+        assert engine.asked[:3] == [(1, 1), (2, 1), (4, 1)] and {count for count, _ in calls} == {1}, engine.asked
         assert worker.state().last_error is None
 
 
@@ -330,7 +332,8 @@ def test_a_trace_of_a_dense_text_has_every_token() -> None:
     model = StubModel("abcdef", engine=DrawingEngine)
     with serving(model) as worker:
         (events,) = run(worker, job(dense=True, trace=True))
-        assert [info.trace is None for info in tokens_of(events)] == [True] + [False] * 6
+        assert [info.mlp_density for info in tokens_of(events)] == [None] + [1.0] * 6
+        assert model.engines[0].steps == 6, "a token at a time"
 
 
 # Limits

@@ -11,7 +11,8 @@ import torch
 import dejavu
 from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
-from dejavu.serve.core.interface import BINS, Event, SequenceRequest
+from dejavu.serve.api.trace import BINS, step_trace
+from dejavu.serve.core.interface import Event, SequenceRequest
 from helpers.worker_jobs import job, run, serving, summary_of, text_of, tokens_of
 
 
@@ -41,9 +42,8 @@ def test_a_batch_gives_what_a_generation_gives(lm: LanguageModel, dense: bool) -
         neighbours = worker.submit_all(
             [sampled(lm, HOSTILE, 400, seed=None, ignore_eos=True, dense=dense), sampled(lm, PROMPT, 400, seed=3, dense=dense)]
         )
-        reader = neighbours[0].events()
-        for _ in range(3):
-            next(reader)
+        for neighbour in neighbours:
+            next(neighbour.events())  # both have read their prompts
         for attempt in range(2):
             (events,) = run(worker, sampled(lm, PROMPT, top_logprobs=attempt or None, dense=dense))
             logprobs = alone.logprobs if attempt else [None] * 12
@@ -85,7 +85,8 @@ def test_a_trace_is_of_the_same_tokens(lm: LanguageModel) -> None:
     with serving(lm) as worker:
         (plain,), (traced,) = run(worker, sampled(lm, PROMPT)), run(worker, sampled(lm, PROMPT, trace=True))
         assert facts(plain) == facts(traced)
+        shape = lm.generate(PROMPT, max_new_tokens=1).engine
         for info in tokens_of(traced)[1:]:
-            assert info.trace is not None and info.mlp_density is not None
-            shares = [sum(layer) / 255 / BINS for layer in info.trace.neurons]
+            assert info.selections is not None and info.mlp_density is not None
+            shares = [sum(layer) / 255 / BINS for layer in step_trace(shape, info.selections).neurons]
             assert sum(shares) / len(shares) == pytest.approx(info.mlp_density, abs=0.002)

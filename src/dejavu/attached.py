@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +29,7 @@ from dejavu.engine.interface import Engine
 from dejavu.engine.native.weights import NATIVE_DTYPES
 from dejavu.engine.sampling import Sampler
 from dejavu.generation.engine_cache import IdleEngines
+from dejavu.generation.rows import Row, advance, draw, tokens_at_once
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import assembled
@@ -164,18 +165,30 @@ def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = N
 @torch.inference_mode()
 def decode(engine: Engine, call: GenerateCall, streamer: Streamer | None = None) -> list[list[int]]:
     """The new tokens of each prompt, what ended it included. streamer: gets them step by step, padding for a row that has ended."""
-    samplers = [Sampler(call.sampling, index=row) for row in range(len(call.prompts))]
-    running = list(range(len(samplers)))
-    new = [[samplers[row].draw(engine.prefill(row, call.prompts[row])).token_id] for row in running]
-    while True:
-        if streamer is not None:
-            streamer.put(torch.tensor([tokens[-1] if row in running else call.pad_id for row, tokens in enumerate(new)]))
-        running = [row for row in running if new[row][-1] not in call.stop_ids and len(new[row]) < call.max_new_tokens]
-        if not running:
-            return new
-        step = engine.step([new[row][-1] for row in running], running)
-        for at, row in enumerate(running):
-            new[row].append(samplers[row].draw(step.logits_BV[at]).token_id)
+    rows = [Row(slot=slot, sampler=Sampler(call.sampling, index=slot)) for slot in range(len(call.prompts))]
+    new = [[draw(row, engine.prefill(row.slot, prompt)).token_id] for row, prompt in zip(rows, call.prompts, strict=True)]
+    running = _running(rows, new, call, streamer)
+    while running:
+        tokens = len(new[running[0].slot])
+        asked = running
+        for step in advance(engine, asked, tokens_at_once(tokens - 1, call.max_new_tokens - tokens)):
+            for row, found in zip(asked, step.tokens_B, strict=True):
+                if row in running:
+                    if isinstance(found, ValueError):
+                        raise found
+                    new[row.slot].append(found.token_id)
+            running = _running(running, new, call, streamer)
+            if not running:
+                break
+    return new
+
+
+def _running(rows: Sequence[Row], new: Sequence[Sequence[int]], call: GenerateCall, streamer: Streamer | None) -> list[Row]:
+    """Which of these rows go on after their last token, which the streamer gets."""
+    if streamer is not None:
+        last = {row.slot: new[row.slot][-1] for row in rows}
+        streamer.put(torch.tensor([last.get(slot, call.pad_id) for slot in range(len(new))]))
+    return [row for row in rows if new[row.slot][-1] not in call.stop_ids and len(new[row.slot]) < call.max_new_tokens]
 
 
 def _default_length(net: Any, ids: Any, generation_config: Any, given: Mapping[str, Any]) -> dict[str, int]:

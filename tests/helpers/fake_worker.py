@@ -18,11 +18,12 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from dejavu.generation.pieces import Token
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.requests import Served
 from dejavu.serve.api.server import bound_socket, new_server, url_of
 from dejavu.serve.api.vocabulary import Vocabulary
-from dejavu.serve.core.interface import Event, NotRunning, QueueFull, SequenceRequest, Summary, TokenInfo, TooLong, WorkerState
+from dejavu.serve.core.interface import Event, NotRunning, QueueFull, SequenceRequest, Summary, TooLong, WorkerState
 
 DEADLINE_S = 20
 Script = Callable[[SequenceRequest], Iterable[Event | Exception]]
@@ -139,7 +140,7 @@ def summary(prompt: int = 3, completion: int = 2, **changes: Any) -> Summary:
 
 def spoken(*texts: str, prompt: int = 3, finish: Any = "stop", **changes: Any) -> list[Event]:
     """An event for each text, a token of id 10 and up each, and the end with the last."""
-    events = [Event(text=text, tokens=(TokenInfo(token_id=10 + place, logprob=-0.5 - place),)) for place, text in enumerate(texts)]
+    events = [Event(text=text, tokens=(Token(token_id=10 + place, logprob=-0.5 - place),)) for place, text in enumerate(texts)]
     last = events.pop() if events else Event()
     end = summary(prompt, len(texts), **changes)
     return [*events, Event(text=last.text, tokens=last.tokens, finish_reason=finish, summary=end)]

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from dejavu.config import SamplingConfig
+from dejavu.generation.pieces import Token
 from dejavu.language_model import LanguageModel
 from dejavu.serve.config import ServeConfig
-from dejavu.serve.core.interface import EngineFailed, Event, SequenceRequest, Summary, TokenInfo
+from dejavu.serve.core.interface import EngineFailed, Event, SequenceRequest, Summary
 from dejavu.serve.core.stream import Stream
 from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import StubModel
@@ -41,7 +42,7 @@ def text_of(events: Sequence[Event]) -> str:
     return "".join(event.text for event in events)
 
 
-def tokens_of(events: Sequence[Event]) -> list[TokenInfo]:
+def tokens_of(events: Sequence[Event]) -> list[Token]:
     return [info for event in events for info in event.tokens]
 
 

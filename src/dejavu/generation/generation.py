@@ -1,9 +1,9 @@
 """The loop that writes text: prefill the prompt, then draw, decode, draw.
 
 In: an engine, a tokenizer, prompt ids and how to sample and stop. Out: pieces of text while it runs, and at the end the
-whole text with counts, speeds and densities. The first token is drawn from the prefill's logits, each later one from a
-decode step: n tokens take n - 1 steps. An engine that decodes by itself is asked for a few tokens at a time, which are then handed out
-one by one; those behind the end of a text are dropped and count nowhere, though their time does.
+whole text with counts, speeds and densities. The first token is drawn from the prefill's logits, each later one comes of a
+decode step (rows.py): n tokens take n - 1 steps. Where an engine gives a few tokens at a time they are handed out one by one; those behind
+the end of a text are dropped and count nowhere, though their time does.
 """
 
 from __future__ import annotations
@@ -16,39 +16,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dejavu.config import SamplingConfig
-from dejavu.engine.interface import DecodesTokens, Engine, EngineInfo, LayerSelection
-from dejavu.engine.sampling import NOT_NUMBERS, Sampler
+from dejavu.engine.interface import Engine, EngineInfo, LayerSelection
+from dejavu.engine.sampling import Sampler
+from dejavu.generation.pieces import Piece, Token
+from dejavu.generation.rows import Row, advance, draw, draws, tokens_at_once
 from dejavu.generation.text import Detokenizer, FinishReason, Writing, stop_ids_of
 from dejavu.model.counts import Counts, DensityCounter
-
-CHUNK = 8  # tokens that an engine which decodes by itself is asked for at a time, after 1, 2 and 4 so that the first come early
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
-    """A generated token: id, log-probability, and what the step that led to it computed, by layer.
-
-    counts: [L], on the CPU; None for the first token (it comes from the dense prefill). selections: their indices, kept when the engine
-    records.
-    """
-
-    token_id: int
-    logprob: float
-    counts: Counts | None = None
-    selections: tuple[LayerSelection, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """New text and the tokens since the last piece. Only the last piece has a finish_reason; its text may be empty."""
-
-    text: str
-    tokens: tuple[Token, ...]
-    finish_reason: FinishReason | None = None
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return tuple(token.token_id for token in self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +86,8 @@ class Generation(Iterator[Piece]):
         on_end: Callable[[], object] | None = None,
         reuse_prefix: bool = False,
     ) -> None:
-        self._engine, self._slot, self._sampler, self._writing = engine, slot, sampler, writing
+        self._engine, self._slot, self._writing = engine, slot, writing
+        self._row, self._draws = Row(slot=slot, sampler=sampler, scored=True), draws(engine)
         self._prompt_ids = list(prompt_ids)
         self._max_new_tokens = max_new_tokens
         self._tokens: list[Token] = []
@@ -121,10 +95,7 @@ class Generation(Iterator[Piece]):
         self._sent = 0  # tokens, in pieces
         self._finished = False  # whether the last piece was given
         self._prefill_s = self._decode_s = 0.0
-        self._counter = DensityCounter(engine.info.num_layers)
-        self._decoder = engine if isinstance(engine, DecodesTokens) and not engine.records else None
-        self._chunk = 1
-        self._ready: deque[Token] = deque()  # decoded, not yet handed out
+        self._ready: deque[Token | ValueError] = deque()  # decoded, not yet handed out
         self._on_end = on_end
         self._begun = self._ended = False
         self._reuse_prefix, self._reused = reuse_prefix, 0
@@ -190,12 +161,10 @@ class Generation(Iterator[Piece]):
         text.new_tokens = len(self._tokens)
         text.finish_reason = self._writing.finish_reason
         text.token_ids = tuple(token.token_id for token in self._tokens)
-        text.logprobs = tuple(token.logprob for token in self._tokens)
-        text.tok_s = self._counter.tokens / self._decode_s if self._counter.tokens else None
+        text.logprobs = tuple(token.logprob for token in self._tokens if token.logprob is not None)
+        text.tok_s = (len(self._tokens) - 1) / self._decode_s if len(self._tokens) > 1 else None
         text.prefill_tok_s = (len(self._prompt_ids) - self._reused) / self._prefill_s if self._prefill_s else None
-        text.mlp_density = self._counter.mlp_density()
-        text.head_density = self._counter.head_density()
-        text.counts = _mean_counts(self._tokens, prompt_tokens=len(self._prompt_ids))
+        self._add_counts(text)
         text.engine = self._engine.info
         selections = tuple(token.selections for token in self._tokens)
         text.trace = selections if any(layers is not None for layers in selections) else None
@@ -220,14 +189,16 @@ class Generation(Iterator[Piece]):
         start = time.perf_counter()
         if not self._tokens:
             assert self._engine.length(self._slot) == 0, f"slot {self._slot} was taken since this generation was made"
-            sampled = self._sampler.draw(self._prefilled())
+            token = draw(self._row, self._prefilled())
             self._prefill_s += time.perf_counter() - start
-            return Token(token_id=sampled.token_id, logprob=sampled.logprob)
+            return token
         if not self._ready:
-            last = self._tokens[-1].token_id
-            self._ready.extend([self._stepped(last)] if self._decoder is None else self._decoded(self._decoder, last))
+            self._ready.extend(step.tokens_B[0] for step in advance(self._engine, [self._row], self._at_once()))
             self._decode_s += time.perf_counter() - start
-        return self._counted(self._ready.popleft())
+        token = self._ready.popleft()
+        if isinstance(token, ValueError):
+            raise token
+        return token
 
     def _prefilled(self) -> Tensor:
         """Logits [V] after the prompt."""
@@ -239,51 +210,27 @@ class Generation(Iterator[Piece]):
         engine.publish(slot, prompt_ids)
         return logits_V
 
-    def _stepped(self, last: int) -> Token:
-        """The token after the last one, by a step of the engine and the host's draw."""
-        step = self._engine.step([last], [self._slot])
-        sampled = self._sampler.draw(step.logits_BV[0])
-        return Token(
-            token_id=sampled.token_id,
-            logprob=sampled.logprob,
-            counts=step.counts[0].cpu(),
-            selections=None if step.selections is None else step.selections[0],
-        )
-
-    def _decoded(self, decoder: DecodesTokens, last: int) -> list[Token]:
-        """The next tokens after the last one, drawn by the engine."""
-        wanted = min(self._chunk, self._max_new_tokens - len(self._tokens), self._room())
-        self._chunk = min(2 * self._chunk, CHUNK)
-        sampling, choice = self._sampler.config, self._sampler.index
-        found = decoder.decode([last], [self._slot], max(1, wanted), [sampling], [choice]).cpu()  # 1 where the cache is full: it says so
-        drawn = zip(found.token_NB[:, 0].tolist(), found.logprob_NB[:, 0].tolist(), strict=True)
-        return [Token(token_id=token_id, logprob=logprob, counts=found.counts[at, 0]) for at, (token_id, logprob) in enumerate(drawn)]
-
-    def _room(self) -> int:
-        """How many tokens more the context and the cache hold."""
-        info = self._engine.info
+    def _at_once(self) -> int:
+        """How many tokens to ask the engine for: as many as limit, context and cache have room for, at most."""
+        if not self._draws:
+            return 1
+        info, tokens = self._engine.info, len(self._tokens)
         pages = self._engine.free_pages * info.page_size + -self._engine.length(self._slot) % info.page_size
-        return min(info.max_tokens - len(self._prompt_ids) - len(self._tokens), pages)
+        return tokens_at_once(tokens - 1, min(self._max_new_tokens - tokens, info.max_tokens - len(self._prompt_ids) - tokens, pages))
 
-    def _counted(self, token: Token) -> Token:
-        """The token, counted in the densities. Raises ValueError where its logits were not numbers."""
-        if token.token_id < 0:
-            raise ValueError(NOT_NUMBERS)
-        assert token.counts is not None
-        mlp_L, heads_L = token.counts.densities(self._engine.info)
-        self._counter.add(mlp_L.tolist(), heads_L.tolist())
-        return token
-
-
-def _mean_counts(tokens: Sequence[Token], *, prompt_tokens: int) -> StepCounts | None:
-    """Of every token but the first, which comes from the prefill; None where there is no other."""
-    steps = [token.counts for token in tokens if token.counts is not None]
-    if not steps:
-        return None
-    return StepCounts(
-        mean=Counts.stack(steps).mean(),
-        tokens=prompt_tokens + (len(steps) + 1) / 2,  # the n-th step attends to the prompt and n tokens
-    )
+    def _add_counts(self, text: GeneratedText) -> None:
+        """What the decode steps selected: of every token but the first, which comes from the prefill; None where there is no other."""
+        steps = [token.counts for token in self._tokens if token.counts is not None]
+        text.mlp_density = text.head_density = text.counts = None
+        if not steps:
+            return
+        info, counts_TL = self._engine.info, Counts.stack(steps)
+        counter = DensityCounter(info.num_layers)
+        for mlp_L, heads_L in zip(*(density_TL.tolist() for density_TL in counts_TL.densities(info)), strict=True):
+            counter.add(mlp_L, heads_L)
+        text.mlp_density, text.head_density = counter.mlp_density(), counter.head_density()
+        # The n-th step attends to the prompt and n tokens.
+        text.counts = StepCounts(mean=counts_TL.mean(), tokens=len(self._prompt_ids) + (len(steps) + 1) / 2)
 
 
 def generate_tokens(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dejavu.generation.pieces import Token
 from dejavu.model.template import rendered
 from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
@@ -13,7 +14,7 @@ from dejavu.serve.api.errors import TOO_LONG, invalid
 from dejavu.serve.api.request_schemas import ChatBody, text_of
 from dejavu.serve.api.requests import ParsedRequest, Served, check_characters, check_ids, choices_of, sequences_of, streaming_of
 from dejavu.serve.api.responses import Answer
-from dejavu.serve.core.interface import Event, TokenInfo
+from dejavu.serve.core.interface import Event
 
 NO_TEMPLATE = "the model has no chat template: start the server with --chat-template FILE, or use /v1/completions"
 
@@ -52,7 +53,7 @@ class ChatAnswer(Answer[schemas.ChatLogprobs]):
 
     prefix = "chatcmpl"
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenInfo]) -> schemas.ChatLogprobs:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> schemas.ChatLogprobs:
         return logprobs.of_chat(tokens, self._served.vocabulary)
 
     def whole(self) -> schemas.Schema:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dejavu.generation.pieces import Token
 from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.endpoint import TextEndpoint
 from dejavu.serve.api.request_schemas import DEFAULT_MAX_TOKENS, CompletionBody
 from dejavu.serve.api.requests import ParsedRequest, Served, check_characters, check_ids, choices_of, sequences_of, streaming_of
 from dejavu.serve.api.responses import Answer
-from dejavu.serve.core.interface import Event, TokenInfo
+from dejavu.serve.core.interface import Event
 
 
 def parse_completion(body: CompletionBody, served: Served) -> ParsedRequest:
@@ -54,7 +55,7 @@ class CompletionAnswer(Answer[schemas.CompletionLogprobs]):
         super().__init__(request, served)
         self._offsets = [served.vocabulary.offsets(first=request.echo) for _ in request.sequences]
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenInfo]) -> schemas.CompletionLogprobs:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> schemas.CompletionLogprobs:
         return logprobs.of_completion(tokens, self._served.vocabulary, self._offsets[index])
 
     def whole(self) -> schemas.Schema:

@@ -1,4 +1,4 @@
-"""Log-probabilities and traces of tokens as they are sent. In: TokenInfos and a vocabulary. Out: objects of schemas.py."""
+"""Log-probabilities and traces of tokens as they are sent. In: Tokens and a vocabulary. Out: objects of schemas.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dejavu.generation.pieces import Token
 from dejavu.serve.api import response_schemas as schemas
+from dejavu.serve.api.requests import Served
+from dejavu.serve.api.trace import step_trace
 from dejavu.serve.api.vocabulary import Offsets, Vocabulary
-from dejavu.serve.core.interface import TokenInfo
 
 LOWEST = -9999.0  # for minus infinity, which JSON has no word for; OpenAI's number
 
@@ -18,10 +20,10 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LOWEST
 
 
-def of_completion(tokens: Sequence[TokenInfo], vocabulary: Vocabulary, offsets: Offsets) -> schemas.CompletionLogprobs:
+def of_completion(tokens: Sequence[Token], vocabulary: Vocabulary, offsets: Offsets) -> schemas.CompletionLogprobs:
     """Of a text completion. offsets counts on from the tokens before these."""
 
-    def top(token: TokenInfo) -> dict[str, float] | None:
+    def top(token: Token) -> dict[str, float] | None:
         """The likeliest tokens and the token itself, by their strings; of two with one string the likelier."""
         if token.logprob is None:
             return None
@@ -38,7 +40,7 @@ def of_completion(tokens: Sequence[TokenInfo], vocabulary: Vocabulary, offsets: 
     )
 
 
-def of_chat(tokens: Sequence[TokenInfo], vocabulary: Vocabulary) -> schemas.ChatLogprobs:
+def of_chat(tokens: Sequence[Token], vocabulary: Vocabulary) -> schemas.ChatLogprobs:
     """Of a chat completion."""
 
     def told(token_id: int, logprob: float | None) -> dict[str, Any]:
@@ -53,9 +55,9 @@ def of_chat(tokens: Sequence[TokenInfo], vocabulary: Vocabulary) -> schemas.Chat
     )
 
 
-def of_trace(token: TokenInfo) -> schemas.TokenTrace:
-    """What fired for a token."""
-    found = token.trace
+def of_trace(token: Token, served: Served) -> schemas.TokenTrace:
+    """What fired for a token; nothing is told of the first, which no step led to. One that nothing recorded ran dense."""
+    found = None if token.mlp_density is None else step_trace(served, token.selections)
     return schemas.TokenTrace(
         mlp_density=token.mlp_density,
         head_density=token.head_density,

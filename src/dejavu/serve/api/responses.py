@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from dejavu.generation.pieces import Token
 from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.requests import ParsedRequest, Served
-from dejavu.serve.core.interface import BINS, Event, Summary, TokenInfo
+from dejavu.serve.api.trace import BINS
+from dejavu.serve.core.interface import Event, Summary
 
 L = TypeVar("L")
 DONE = b"data: [DONE]\n\n"
@@ -75,7 +77,7 @@ class Answer(Generic[L]):
             text=text,
             logprobs=self._logprobs(index, tokens) if wanted else None,
             scored=len(tokens) if wanted else 0,
-            trace=[logprobs.of_trace(token) for token in event.tokens] if request.trace else [],
+            trace=[logprobs.of_trace(token, self._served) for token in event.tokens] if request.trace else [],
             finish_reason=event.finish_reason,
         )
         if event.finish_reason is not None:
@@ -86,7 +88,7 @@ class Answer(Generic[L]):
         self._begun.add(index)
         return delta
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenInfo]) -> L:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> L:
         """The log-probabilities of a choice's next tokens."""
         raise NotImplementedError
 

@@ -1,16 +1,15 @@
 """One engine at work: carries out what its scheduler decides, and keeps a failure to those whom it concerns.
 
-In: sequences that the worker queues. Out: the events of their streams. A step of the loop: prompts go on, and every row that can decodes a
-token, or a few where it is alone. A call that refuses its input (ValueError: the slots are then as they were) ends the sequence that it was
-for; a step of several rows is done again row by row, so that only those at fault end. After any other error all rows of that call end; the
-engine goes on, and one of which step after step fails, or which cannot even free a slot, is made anew.
+In: sequences that the worker queues. Out: the events of their streams. A step of the loop: prompts go on, and every sequence that can
+decodes a token, or a few where it is alone. A call that refuses its input (ValueError: the slots are then as they were) ends the sequence
+that it was for; a step of several rows is done again row by row, so that only those at fault end. After any other error all rows of that
+call end; the engine goes on, and one of which step after step fails, or which cannot even free a slot, is made anew.
 
-Letters: B rows of a step  V vocabulary  L layers  T tokens  P points that read inputs
+Letters: V vocabulary  L layers  T tokens
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 from collections import Counter
@@ -18,20 +17,16 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from dejavu.engine.interface import DecodesTokens, Engine
-from dejavu.engine.sampling import NOT_NUMBERS
-from dejavu.serve.core.interface import EngineFailed, EngineState, TokenInfo
+from dejavu.engine.interface import Engine
+from dejavu.generation.pieces import Token
+from dejavu.generation.rows import advance, draw, draws, tokens_at_once
+from dejavu.serve.core.interface import EngineFailed, EngineState
 from dejavu.serve.core.scheduler import PrefillChunk, Scheduler, SchedulerOutput
 from dejavu.serve.core.sequence import TextSequence
-from dejavu.serve.core.trace import step_trace
 
 COUNTED = ("steps", "tokens", "prompt_tokens", "cached_tokens", "finished", "failed", "cancelled", "fallback_layers")  # of LoadStats
 PATIENCE = 2  # steps in which an engine fails at the same thing, for no stated reason and without doing it once, before it is made anew
-
-ALONE = 4  # tokens of a step where one text runs and none waits, of an engine that draws: each wait for a device costs a part of a token
-
-Made = tuple[list[TokenInfo | ValueError], float | None]
-"""What a step made of each of its rows, a token or why there is none, and the density of what it read for all of them."""
+ALONE = 4  # tokens at once of a text that runs alone: fewer than where nobody else can come, as who comes meanwhile waits for them
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +52,7 @@ class EngineLoop:
     ) -> None:
         self.mode, self.scheduler = mode, scheduler(self)
         self._make, self._pages, self._publishes, self._lock, self._report = make, pages, publishes, lock, report
-        self._use(engine)
+        self._engine = engine
         self.broken = False  # it was needed and could not be made
         self._counts: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()  # of "prefill", "draw" and "step": steps in which it failed, since it last worked
@@ -82,10 +77,6 @@ class EngineLoop:
 
     def free(self, slot: int) -> None:
         self.engine.free(slot)
-
-    def _use(self, engine: Engine | None) -> None:
-        self._engine = engine
-        self._decoder = engine if isinstance(engine, DecodesTokens) and not engine.records else None
 
     # For any thread
 
@@ -132,13 +123,11 @@ class EngineLoop:
             scheduled: SchedulerOutput[TextSequence] = self.scheduler.schedule()
         for part in scheduled.prefill:
             self._prefill(part)
-        decoder = self._decoder
-        drawn = [row for row in scheduled.decode if decoder is not None and row.plain]
-        stepped = [row for row in scheduled.decode if decoder is None or not row.plain]
-        if decoder is not None:
-            count = self._count(scheduled) if alone else 1
-            self._decode(drawn, lambda rows: self._drawn(decoder, rows, count), "draw")
-        self._decode(stepped, self._stepped, "step")
+        drawing = draws(self._engine)
+        drawn = [sequence for sequence in scheduled.decode if drawing and sequence.row.plain]
+        stepped = [sequence for sequence in scheduled.decode if not drawing or not sequence.row.plain]
+        self._decode(drawn, "draw", self._at_once(scheduled) if alone else 1)
+        self._decode(stepped, "step")
         self._judge()
         return self._computed
 
@@ -158,7 +147,7 @@ class EngineLoop:
         forget_frames(error)
         with self._lock:
             ended = self.scheduler.reset(self)
-            self._use(None)
+            self._engine = None
         self._failures.clear()
         self._failed.clear()
         for sequence in ended:
@@ -176,7 +165,7 @@ class EngineLoop:
 
     def _engine_made(self) -> bool:
         try:
-            self._use(self._make())
+            self._engine = self._make()
         except Exception as error:
             log.exception("the %s engine cannot be made", self.mode)
             self.broken = True
@@ -190,7 +179,7 @@ class EngineLoop:
         if sequence.over or sequence.cancelled:
             return
         try:
-            info = self._read(part)
+            token = self._read(part)
         except Exception as error:
             self._fail([sequence], error, "prefill")
             return
@@ -202,12 +191,12 @@ class EngineLoop:
         with self._lock:
             self.scheduler.advance(sequence, tokens)
         if sequence.unread == 0:
-            self._deliver(sequence, info)
+            self._deliver(sequence, token)
 
-    def _read(self, part: PrefillChunk[TextSequence]) -> TokenInfo | None:
+    def _read(self, part: PrefillChunk[TextSequence]) -> Token | None:
         """Prefill a range of a prompt; behind its end the first new token, where one is wanted."""
         sequence, engine = part.sequence, self.engine
-        slot, ids = slot_of(sequence), sequence.prompt_ids[part.start : part.stop]
+        slot, ids = sequence.row.slot, sequence.prompt_ids[part.start : part.stop]
         if sequence.request.prompt_logprobs:
             logits_TV = engine.prefill_logits(slot, ids).cpu()
             sequence.score_prompt(part.start, logits_TV)
@@ -216,91 +205,61 @@ class EngineLoop:
             logits_V = engine.prefill(slot, ids)
         if part.stop < len(sequence.prompt_ids):
             return None
-        info = sequence.drawn(logits_V) if sequence.new_tokens > 0 else None
+        token = draw(sequence.row, logits_V) if sequence.new_tokens > 0 else None
         if self._publishes:
             engine.publish(slot, sequence.prompt_ids)
-        return info
+        return token
 
-    def _count(self, scheduled: SchedulerOutput[TextSequence]) -> int:
-        """How many tokens of each row a step decodes. What a text's end leaves over is dropped."""
+    def _at_once(self, scheduled: SchedulerOutput[TextSequence]) -> int:
+        """How many tokens of each sequence a step decodes: one, unless a text is alone. What its end leaves over is dropped."""
         with self._lock:
-            if scheduled.prefill or len(scheduled.decode) > 1 or self.scheduler.waiting:
+            if scheduled.prefill or len(scheduled.decode) != 1 or self.scheduler.waiting:
                 return 1
-        return max(1, min([ALONE, *(row.total - row.done - 1 for row in scheduled.decode)]))
+        (sequence,) = scheduled.decode
+        return tokens_at_once(sequence.done - len(sequence.prompt_ids), sequence.total - sequence.done - 1, most=ALONE)
 
-    def _decode(self, rows: Sequence[TextSequence], call: Callable[[Sequence[TextSequence]], list[Made]], what: str) -> None:
-        """A token or a few of each row by one call, or by one for each row where the rows together are refused."""
-        rows = [row for row in rows if not row.over and not row.cancelled]
-        if not rows:
+    def _decode(self, sequences: Sequence[TextSequence], what: str, count: int = 1) -> None:
+        """A token or a few of each sequence by one call, or by one for each where they are refused together."""
+        sequences = [sequence for sequence in sequences if not sequence.over and not sequence.cancelled]
+        if not sequences:
             return
         try:
-            steps = call(rows)
+            steps = advance(self.engine, [sequence.row for sequence in sequences], count)
         except ValueError as error:
-            if len(rows) > 1 and all(self.engine.length(slot_of(row)) == row.done for row in rows):
-                for row in rows:
-                    self._decode([row], call, what)
+            if len(sequences) > 1 and all(self.engine.length(sequence.row.slot) == sequence.done for sequence in sequences):
+                for sequence in sequences:
+                    self._decode([sequence], what, count)
             else:
-                self._fail(rows, error, what)
+                self._fail(sequences, error, what)
             return
         except Exception as error:
-            self._fail(rows, error, what)
+            self._fail(sequences, error, what)
             return
         self._worked.add(what)
-        self._computed += len(rows) * len(steps)
+        self._computed += len(sequences) * len(steps)
         self._counts["steps"] += len(steps)
+        self._counts["fallback_layers"] += sum(step.fallback_layers for step in steps)
         with self._lock:
-            for row in rows:
-                self.scheduler.advance(row, len(steps))
-        for made, union in steps:
-            for row, found in zip(rows, made, strict=True):
-                if row.over:
+            for sequence in sequences:
+                self.scheduler.advance(sequence, len(steps))
+        for step in steps:
+            union = self._union(step.union_L)
+            for sequence, found in zip(sequences, step.tokens_B, strict=True):
+                if sequence.over:
                     continue
                 if isinstance(found, ValueError):
-                    self._fail([row], found, what)
+                    self._fail([sequence], found, what)
                 else:
-                    self._deliver(row, found, union)
-
-    def _stepped(self, rows: Sequence[TextSequence]) -> list[Made]:
-        """A token of each row, drawn here, and the density of what all of them together read."""
-        info = self.engine.info
-        result = self.engine.step([last_of(row) for row in rows], [slot_of(row) for row in rows])
-        logits_BV = result.logits_BV.cpu()
-        density_B = result.counts.mean_densities(info)
-        made: list[TokenInfo | ValueError] = []
-        for at, (row, (mlp, heads)) in enumerate(zip(rows, density_B, strict=True)):
-            try:
-                found = row.drawn(logits_BV[at])
-            except ValueError as error:
-                made.append(error)
-                continue
-            trace = step_trace(info, None if result.selections is None else result.selections[at]) if row.request.trace else None
-            made.append(dataclasses.replace(found, mlp_density=mlp, head_density=heads, trace=trace))
-        self._counts["fallback_layers"] += result.fallback_layers or 0
-        return [(made, self._union(result.union_L))]
-
-    def _drawn(self, decoder: DecodesTokens, rows: Sequence[TextSequence], count: int) -> list[Made]:
-        """So many tokens of each row, drawn by the engine."""
-        settings = [row.request.sampling for row in rows], [row.request.index for row in rows]
-        found = decoder.decode([last_of(row) for row in rows], [slot_of(row) for row in rows], count, *settings).cpu()
-        self._counts["fallback_layers"] += count * (found.fallback_layers or 0)
-        steps: list[Made] = []
-        for at, token_B in enumerate(found.token_NB.tolist()):
-            density_B = found.counts[at].mean_densities(self.engine.info)
-            made = [
-                ValueError(NOT_NUMBERS) if token_id < 0 else TokenInfo(token_id=token_id, mlp_density=mlp, head_density=heads)
-                for token_id, (mlp, heads) in zip(token_B, density_B, strict=True)
-            ]
-            steps.append((made, self._union(None if found.union_NL is None else found.union_NL[at])))
-        return steps
+                    self._deliver(sequence, found, union)
 
     def _union(self, union_L: Tensor | None) -> float | None:
         """The density of what rows read together, mean over the layers."""
         return None if union_L is None else sum(union_L.tolist()) / (self.engine.info.num_layers * self.engine.info.num_neurons)
 
-    def _deliver(self, sequence: TextSequence, info: TokenInfo | None, union: float | None = None) -> None:
+    def _deliver(self, sequence: TextSequence, token: Token | None, union: float | None = None) -> None:
         """Send what is new, and end the sequence where this is its end: its slot is free before its reader hears of it."""
-        event = sequence.event() if info is None else sequence.push(info, union=union)
-        self._counts["tokens"] += info is not None
+        event = sequence.event() if token is None else sequence.push(token, union=union)
+        self._counts["tokens"] += token is not None
         if event is None:
             return
         if event.finish_reason is not None:
@@ -350,13 +309,3 @@ def forget_frames(error: BaseException) -> None:
             seen.add(id(each))
             each.__traceback__ = None
             found += [each.__cause__, each.__context__]
-
-
-def slot_of(sequence: TextSequence) -> int:
-    assert sequence.slot is not None, "what runs has a slot"
-    return sequence.slot
-
-
-def last_of(sequence: TextSequence) -> int:
-    assert sequence.last is not None, "what decodes has a token"
-    return sequence.last

@@ -2,19 +2,15 @@
 
 In: a SequenceRequest, one text of what a client asks for, checked by whoever made it. Out: the Events of its stream, in order, of which the
 last has the finish_reason and the Summary; or one of the exceptions here.
-
-Letters: L layers  H query heads
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from dejavu.config import SamplingConfig
-
-BINS = 64  # into which a trace divides the neurons of a layer
+from dejavu.generation.pieces import Piece, Token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,36 +36,6 @@ class SequenceRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTrace:
-    """What fired in the step that led to a token, by layer.
-
-    neurons: BINS bytes for each of L layers, the share of each bin that was selected, 0 to 255; heads: H bytes of 0 or 1 for each. A
-    layer that ran dense is all 255, and all 1.
-    """
-
-    neurons: tuple[bytes, ...]
-    heads: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenInfo:
-    """A token, generated or of the prompt.
-
-    logprob: natural logarithm, of the full softmax before bias, temperature, top_k and top_p; None for the first token of a prompt, and
-    for generated ones where no log-probabilities were asked for. top: the likeliest (id, logprob), likeliest first. mlp_density,
-    head_density: of the step that led to it, mean over layers; None for the first generated token, which comes from the prefill,
-    and for those of the prompt.
-    """
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    mlp_density: float | None = None
-    head_density: float | None = None
-    trace: StepTrace | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """A whole stream. Tokens are counts; cached_tokens: of the prompt, what a shared prefix saved.
 
@@ -89,17 +55,11 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """A piece of a stream. text: new, already cut at stop strings, never taken back; tokens: those since the last event.
+class Event(Piece):
+    """A piece of a stream. prompt_tokens: with prompt_logprobs, once, in the first event. summary: only in the last event of a stream that
+    ends well."""
 
-    prompt_tokens: with prompt_logprobs, once, in the first event. finish_reason and summary: only in the last event of a stream that
-    ends well.
-    """
-
-    text: str = ""
-    tokens: tuple[TokenInfo, ...] = ()
-    prompt_tokens: tuple[TokenInfo, ...] = ()
-    finish_reason: Literal["stop", "length"] | None = None
+    prompt_tokens: tuple[Token, ...] = ()
     summary: Summary | None = None
 
 

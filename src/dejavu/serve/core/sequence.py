@@ -1,19 +1,22 @@
 """A sequence under way: its slot and pages, how it draws, its text so far, and its sums.
 
-In: logits of its prompt and of its steps. Out: TokenInfos and the Events of its stream.
+In: logits of its prompt, and tokens. Out: the Events of its stream.
 
 Letters: V vocabulary  T tokens
 """
 
 from __future__ import annotations
 
+import functools
 import time
 
 from torch import Tensor
 
 from dejavu.engine.sampling import Distribution, Sampler
+from dejavu.generation.pieces import Token
+from dejavu.generation.rows import Row
 from dejavu.generation.text import Detokenizer, Writing, stop_ids_of
-from dejavu.serve.core.interface import Event, SequenceRequest, Summary, TokenInfo
+from dejavu.serve.core.interface import Event, SequenceRequest, Summary
 from dejavu.serve.core.scheduler import ScheduledSequence
 from dejavu.serve.core.stream import Stream
 
@@ -25,14 +28,12 @@ class TextSequence(ScheduledSequence):
         # Where the prompt's log-probabilities are wanted all of it has to be computed.
         super().__init__(prompt_ids=request.prompt_ids, new_tokens=request.max_new_tokens, share=share and not request.prompt_logprobs)
         self.request, self.stream = request, stream
-        self.sampler = Sampler(request.sampling, index=request.index)
         self.writing = Writing(
             tokenizer, request.prompt_ids, stop=request.stop, max_tokens=request.max_new_tokens,
             stop_ids=stop_ids_of(tokenizer, ignore_eos=request.ignore_eos),
         )  # fmt: skip
-        self.last: int | None = None  # the token that the next step appends
-        self._prompt: list[TokenInfo] = []
-        self._unsent: list[TokenInfo] = []
+        self._prompt: list[Token] = []
+        self._unsent: list[Token] = []
         self._densities: list[tuple[float, float]] = []
         self._unions: list[float] = []
         self._submitted = time.perf_counter()
@@ -43,42 +44,34 @@ class TextSequence(ScheduledSequence):
         """Whether it ends where it begins: no token is wanted, and nothing about its prompt."""
         return self.new_tokens == 0 and not self.request.prompt_logprobs
 
-    @property
-    def plain(self) -> bool:
-        """Whether an engine may draw its tokens: it wants nothing but them."""
-        return self.request.top_logprobs is None and not self.request.logit_bias and not self.request.trace
-
-    def drawn(self, logits_V: Tensor) -> TokenInfo:
-        """The next token by these logits. Raises ValueError where they are not numbers."""
-        found = Distribution(logits_V)
-        token_id = self.sampler.choose(found, self.request.logit_bias)
-        wanted = self.request.top_logprobs
-        return (
-            TokenInfo(token_id=token_id)
-            if wanted is None
-            else TokenInfo(token_id=token_id, logprob=found.logprob(token_id), top=found.top(wanted))
-        )
+    @functools.cached_property
+    def row(self) -> Row:
+        """How it decodes, once it has a slot."""
+        assert self.slot is not None, "what runs has a slot"
+        request = self.request
+        sampler = Sampler(request.sampling, index=request.index)
+        return Row(slot=self.slot, sampler=sampler, top=request.top_logprobs, bias=request.logit_bias, trace=request.trace)
 
     def score_prompt(self, start: int, logits_TV: Tensor) -> None:
         """Log-probabilities of the prompt's tokens behind those from `start` on. Raises ValueError where logits are not numbers."""
         ids, top = self.request.prompt_ids, self.request.top_logprobs or 0
         if start == 0:
-            self._prompt = [TokenInfo(token_id=ids[0])]
+            self._prompt = [Token(token_id=ids[0])]
         for token_id, logits_V in zip(ids[start + 1 : start + 1 + len(logits_TV)], logits_TV, strict=False):
             found = Distribution(logits_V)
-            self._prompt.append(TokenInfo(token_id=token_id, logprob=found.logprob(token_id), top=found.top(top)))
+            self._prompt.append(Token(token_id=token_id, logprob=found.logprob(token_id), top=found.top(top)))
 
-    def push(self, info: TokenInfo, *, union: float | None = None) -> Event | None:
+    def push(self, token: Token, *, union: float | None = None) -> Event | None:
         """What the stream gets after one more token: nothing while its text is not certain. union: density of what its step read."""
         now = time.perf_counter()
-        self._first_s = now if self.last is None else self._first_s
-        self._last_s, self.last = now, info.token_id
-        self._unsent.append(info)
-        if info.mlp_density is not None and info.head_density is not None:
-            self._densities.append((info.mlp_density, info.head_density))
+        self._first_s = now if self.writing.tokens == 0 else self._first_s
+        self._last_s = now
+        self._unsent.append(token)
+        if token.mlp_density is not None and token.head_density is not None:
+            self._densities.append((token.mlp_density, token.head_density))
         if union is not None:
             self._unions.append(union)
-        text = self.writing.push(info.token_id)
+        text = self.writing.push(token.token_id)
         return self.event(text) if text or self.writing.finish_reason is not None else None
 
     def event(self, text: str = "") -> Event:

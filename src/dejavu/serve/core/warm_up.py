@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dejavu.engine.interface import CapturesSteps, DecodesTokens, Engine
+from dejavu.engine.interface import CapturesSteps, Engine
 from dejavu.files import read_text
+from dejavu.generation.rows import draws
 from dejavu.model.texts import DATA
 from dejavu.model.tokenizer import Tokenizer
 
@@ -52,5 +53,5 @@ def warm_up(engine: Engine, tokenizer: Tokenizer, *, longest: int) -> None:
 def _decode(engine: Engine, slots: Sequence[int], token_ids: Sequence[int]) -> None:
     """A step, and one that the engine draws from, where it does: each is captured for itself."""
     engine.step(token_ids, slots)
-    if isinstance(engine, DecodesTokens) and not engine.records:
+    if draws(engine):
         engine.decode(token_ids, slots, 1).cpu()

@@ -1,26 +1,41 @@
 """What fired in a step, small enough to send with every token. In: the selections of a row. Out: a StepTrace, by layer in BINS bins.
 
-Letters: F neurons  N bins
+Letters: F neurons  N bins  L layers  H query heads
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dejavu.engine.interface import EngineInfo, LayerSelection
-from dejavu.serve.core.interface import BINS, StepTrace
+from dejavu.serve.api.requests import Served
+
+BINS = 64  # into which a trace divides the neurons of a layer
 
 
-def step_trace(info: EngineInfo, layers: Sequence[LayerSelection] | None) -> StepTrace:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """What fired in the step that led to a token, by layer.
+
+    neurons: BINS bytes for each of L layers, the share of each bin that was selected, 0 to 255; heads: H bytes of 0 or 1 for each. A
+    layer that ran dense is all 255, and all 1.
+    """
+
+    neurons: tuple[bytes, ...]
+    heads: tuple[bytes, ...]
+
+
+def step_trace(model: EngineInfo | Served, layers: Sequence[LayerSelection] | None) -> StepTrace:
     """The trace of a row: neuron n of N lies in bin n * BINS // N. layers: None where all of them ran dense."""
-    chosen = [LayerSelection(neurons_A=None, heads_A=None)] * info.num_layers if layers is None else layers
+    chosen = [LayerSelection(neurons_A=None, heads_A=None)] * model.num_layers if layers is None else layers
     return StepTrace(
-        neurons=tuple(_binned(info.num_neurons, layer) for layer in chosen),
-        heads=tuple(_heads(info.num_heads, layer) for layer in chosen),
+        neurons=tuple(_binned(model.num_neurons, layer) for layer in chosen),
+        heads=tuple(_heads(model.num_heads, layer) for layer in chosen),
     )
 
 
