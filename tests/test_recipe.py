@@ -25,12 +25,15 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "train_opt.py"
 WORDS = "the keeper of a lighthouse saw one ship go by and wrote it down in his book before night came over".split()
 
 
+def arguments(folder: Path, *options: str) -> list[str]:
+    given = [str(RECIPE), "--size", "nano", "--device", "cpu", "--log-interval", "4", "-o", str(folder / "run")]
+    return [*given, "--text", str(folder / "*.txt"), "--valid", str(folder / "valid.md"), *options]
+
+
 def run(folder: Path, *options: str) -> list[dict[str, Any]]:
-    arguments = [sys.executable, str(RECIPE), "--size", "nano", "--device", "cpu", "--log-interval", "4", "-o", str(folder / "run")]
-    arguments += ["--text", str(folder / "*.txt"), "--valid", str(folder / "valid.md"), *options]
     # one thread, for tests run side by side
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dejavu.__file__).parents[1])}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run([sys.executable, *arguments(folder, *options)], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -44,7 +47,14 @@ def text(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_recipe_trains_resumes_and_bundles(text: Path) -> None:
+@pytest.fixture
+def train_opt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The recipe as a module."""
+    monkeypatch.syspath_prepend(str(RECIPE.parent))
+    return importlib.import_module("train_opt")
+
+
+def test_recipe_trains_resumes_and_bundles(text: Path, train_opt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = ("--steps", "24", "--control-interval", "2")
     stopped = run(text, *steps, "--max-minutes", "0.00001")
     assert stopped[-1]["step"] != 24 and not (text / "run" / "model").exists()
@@ -63,18 +73,14 @@ def test_recipe_trains_resumes_and_bundles(text: Path) -> None:
     assert checkpoint.tokenizer.encode("the keeper")[0] == 0
     assert torch.isfinite(checkpoint.model(torch.tensor([checkpoint.tokenizer.encode("the keeper")]))).all()
 
-    with pytest.raises(AssertionError, match="another recipe"):
-        run(text, "--steps", "25")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # it would last for other tests
+    monkeypatch.setattr(sys, "argv", arguments(text, "--steps", "25"))
+    with pytest.raises(ValueError, match="another recipe"):
+        train_opt.main()
     (text / "b.txt").write_text("one more text")
-    with pytest.raises(AssertionError, match="tokens.json names another text"):
-        run(text, *steps)
-
-
-@pytest.fixture
-def train_opt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The recipe as a module."""
-    monkeypatch.syspath_prepend(str(RECIPE.parent))
-    return importlib.import_module("train_opt")
+    monkeypatch.setattr(sys, "argv", arguments(text, *steps))
+    with pytest.raises(ValueError, match="tokens.json names another text"):
+        train_opt.main()
 
 
 def test_tokens_are_used_again_only_for_the_same_text(text: Path, train_opt: ModuleType) -> None:
