@@ -19,7 +19,7 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Selection, Transformer
 from helpers.cuda import DEVICES, Recorded, on
-from helpers.engines import decode, ids_of, random_layers
+from helpers.engines import decode, ids_of, random_layers, reselect
 from helpers.kernel_memory import check_rule
 from helpers.thresholds import gate_layers, input_layers
 
@@ -195,7 +195,7 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, method: str, rows: int
     seen = set()
     for index in range(steps):
         threshold = THRESHOLDS[index % len(THRESHOLDS)]
-        torch_engine.layers = with_threshold(layers, threshold)
+        reselect(torch_engine, with_threshold(layers, threshold))
         set_threshold(cuda_engine, threshold)
         tokens, slots = ids_of(50 + index, rows), list(range(rows))
         want, found = torch_engine.step(tokens, slots), cuda_engine.step(tokens, slots)

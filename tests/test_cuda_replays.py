@@ -24,7 +24,7 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Transformer
 from helpers.cuda import Recorded, on
-from helpers.engines import ids_of, random_layers
+from helpers.engines import ids_of, random_layers, reselect
 from helpers.kernel_memory import check_rule
 
 THRESHOLDS = (1e9, 0.0, -1e9, 0.3)  # nothing (of heads: the best group), some, everything, fewer
@@ -65,7 +65,7 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, device: str, steps: in
     neurons = set()
     for index in range(steps):
         threshold = THRESHOLDS[index % len(THRESHOLDS)]
-        torch_engine.layers = with_threshold(layers, threshold)
+        reselect(torch_engine, with_threshold(layers, threshold))
         set_threshold(cuda_engine, threshold)
         tokens, slots = ids_of(50 + index, rows), list(range(rows))
         want, found = torch_engine.step(tokens, slots), cuda_engine.step(tokens, slots)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dejavu.engine.interface import Engine, StepResult
+from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import LayerAdapter
@@ -66,3 +67,9 @@ def decode(engine: Engine, ids: Sequence[int], slot: int = 0) -> tuple[Tensor, l
 def masked_forward(model: Transformer, layers: tuple[LayerAdapter, ...], ids: Sequence[int]) -> tuple[Tensor, MaskedSelection]:
     selection = MaskedSelection(layers)
     return model(torch.tensor([list(ids)]), selection)[0], selection
+
+
+def reselect(engine: TorchEngine, layers: Sequence[LayerAdapter]) -> None:
+    """From now on the engine selects so, over the cache that it has."""
+    other = TorchEngine(engine.model, layers)
+    engine.layers, engine._mlps, engine._norms = other.layers, other._mlps, other._norms
