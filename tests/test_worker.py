@@ -303,7 +303,7 @@ def test_a_text_alone_is_drawn_a_few_tokens_at_a_time(new: int, stop: tuple[str,
 
 
 @pytest.mark.parametrize("beside", ["a neighbour", "one that waits", "a prompt", "the other engine"])
-def test_where_others_run_or_wait_a_turn_is_one_token(beside: str) -> None:
+def test_where_others_run_or_wait_a_step_is_one_token(beside: str) -> None:
     model = StubModel("ab" * 40, engine=DrawingEngine)
     slots = 1 if beside == "one that waits" else 2
     with serving(model, slots=slots, prefill_chunk=4) as worker:

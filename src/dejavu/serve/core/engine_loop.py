@@ -126,7 +126,8 @@ class EngineLoop:
         drawing = draws(self._engine)
         drawn = [sequence for sequence in scheduled.decode if drawing and sequence.row.plain]
         stepped = [sequence for sequence in scheduled.decode if not drawing or not sequence.row.plain]
-        self._decode(drawn, "draw", self._at_once(scheduled) if alone else 1)
+        if drawn:
+            self._decode(drawn, "draw", self._at_once(scheduled) if alone else 1)
         self._decode(stepped, "step")
         self._judge()
         return self._computed
