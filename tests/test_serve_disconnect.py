@@ -19,8 +19,8 @@ WORDS = ("one ", "two ", "three ", "four ", "five")
 
 @pytest.fixture(scope="module")
 def worker() -> FakeWorker:
-    """Five words that begin with the job's own; nothing comes without a step."""
-    return FakeWorker(lambda job: spoken(str(len(job.prompt_ids)), *WORDS), by_hand=True)
+    """Five words that begin with the request's own; nothing comes without a step."""
+    return FakeWorker(lambda request: spoken(str(len(request.prompt_ids)), *WORDS), by_hand=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def url(tokenizer: Tokenizer, worker: FakeWorker) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def idle(worker: FakeWorker) -> Iterator[None]:
-    worker.jobs.clear()
+    worker.requests.clear()
     worker.streams.clear()
     worker.steps = 0
     yield
@@ -94,7 +94,7 @@ def test_one_who_leaves_while_asking_is_no_error(url: str, worker: FakeWorker, c
     caller.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
     caller.leave()
     eventually(lambda: ended(url, "cancelled") == cancelled + 1)
-    assert worker.jobs == [] and caplog.records == []
+    assert worker.requests == [] and caplog.records == []
 
 
 def test_those_who_stay_do_not_notice(url: str, worker: FakeWorker) -> None:
@@ -126,7 +126,7 @@ def test_those_who_stay_do_not_notice(url: str, worker: FakeWorker) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_server_that_ends_tells_its_readers(tokenizer: Tokenizer, stream: bool, caplog, capsys) -> None:
-    worker = FakeWorker(lambda job: spoken(*WORDS), by_hand=True)
+    worker = FakeWorker(lambda request: spoken(*WORDS), by_hand=True)
     with serving(create_app(served(tokenizer), worker)) as url:
         caller = Caller(url)
         caller.ask(stream=stream)

@@ -45,7 +45,7 @@ def whole_site(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
     (page / "style.css").write_text("p {}")
     (page / "icon.svg").write_text("<svg/>")
     (page / "notes.txt").write_text("not for the public")
-    worker = FakeWorker(lambda job: [])
+    worker = FakeWorker(lambda request: [])
     app = create_app(served(dataclasses.replace(tokenizer, chat_template=TEMPLATE)), worker, page=page)
     with serving(app) as url, httpx.Client(base_url=url) as client:
         yield Site(client=client, worker=worker, page=page)
@@ -55,15 +55,21 @@ def whole_site(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
 def site(whole_site: Site) -> Site:
     """The server as new; it answers "Hello"."""
     worker = whole_site.worker
-    worker.script, worker.waiting, worker.limit, worker.alive, worker.last_error = (lambda job: spoken("Hel", "lo")), None, 64, True, None
-    for held in (worker.jobs, worker.streams, worker.live):
+    worker.script, worker.waiting, worker.limit, worker.alive, worker.last_error = (
+        (lambda request: spoken("Hel", "lo")),
+        None,
+        64,
+        True,
+        None,
+    )
+    for held in (worker.requests, worker.streams, worker.live):
         held.clear()
     return whole_site
 
 
 @pytest.fixture
 def locked(tokenizer: Tokenizer) -> Iterator[Site]:
-    worker = FakeWorker(lambda job: spoken("Hel", "lo"))
+    worker = FakeWorker(lambda request: spoken("Hel", "lo"))
     app = create_app(served(tokenizer), worker, api_key=KEY)
     with serving(app) as url, httpx.Client(base_url=url) as client:
         yield Site(client=client, worker=worker)
@@ -91,7 +97,7 @@ def test_a_stream_is_the_answer_in_pieces(site: Site, path: str) -> None:
 
 def test_choices_keep_their_indices(site: Site) -> None:
     """Choice j of prompt i is i n + j, in every chunk."""
-    site.worker.script = lambda job: spoken(f"{len(job.prompt_ids)}", f"/{job.index}")
+    site.worker.script = lambda request: spoken(f"{len(request.prompt_ids)}", f"/{request.index}")
     body = {"model": "tiny", "prompt": [[4], [4, 5, 6]], "n": 2}
     once = [choice["text"] for choice in site.client.post("/v1/completions", json=body).json()["choices"]]
     assert once == ["1/0", "1/1", "3/0", "3/1"]
@@ -109,7 +115,7 @@ def test_without_the_key_nothing_is_answered(locked: Site, header: str | None) -
         response = locked.client.request(method, path, json=body, headers=headers)
         assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer" and KEY not in response.text
-    assert locked.worker.jobs == []
+    assert locked.worker.requests == []
     assert locked.client.get("/health").status_code == locked.client.get("/metrics").status_code == 200
 
 
@@ -191,8 +197,8 @@ def test_what_does_not_fit_is_refused_at_once(site: Site, prompt: int, max_token
 
 def test_a_chat_fills_the_context_and_no_more(site: Site) -> None:
     site.client.post("/v1/chat/completions", json=CHAT)
-    job = site.worker.jobs[-1]
-    assert len(job.prompt_ids) + job.max_new_tokens == 64
+    request = site.worker.requests[-1]
+    assert len(request.prompt_ids) + request.max_new_tokens == 64
     longer = {"model": "tiny", "messages": [{"role": "user", "content": "0" * 64}]}
     error = error_of(site.client.post("/v1/chat/completions", json=longer))
     assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
@@ -202,7 +208,7 @@ def test_a_chat_fills_the_context_and_no_more(site: Site) -> None:
 @pytest.mark.parametrize("error", [EngineFailed("cannot read /srv/models/x.bin"), RuntimeError("no /srv/models/x.bin")])
 def test_a_failure_is_an_error_and_no_end(site: Site, path: str, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     """Whole: 500. In a stream: an error in place of the end, and neither a finish_reason nor [DONE]. The others are cancelled."""
-    site.worker.script = lambda job: [Event(text="Hel"), error] if job.index == 0 else [Event(text="Hel")] * 1000
+    site.worker.script = lambda request: [Event(text="Hel"), error] if request.index == 0 else [Event(text="Hel")] * 1000
     response = site.client.post(path, json=PATHS[path] | {"n": 2})
     assert response.status_code == 500 and error_of(response)["type"] == "server_error"
     stream = site.client.post(path, json=PATHS[path] | {"n": 2, "stream": True})
@@ -212,7 +218,7 @@ def test_a_failure_is_an_error_and_no_end(site: Site, path: str, error: Exceptio
     assert ("cannot read [path]" in response.text and "[path]" in stream.text) == isinstance(error, EngineFailed)
     assert "/srv" not in response.text + stream.text and "/srv/models/x.bin" in caplog.text
     assert not site.worker.live and [stream.cancels for stream in site.worker.streams] == [0, 1, 0, 1]
-    site.worker.script = lambda job: spoken("Hel", "lo")
+    site.worker.script = lambda request: spoken("Hel", "lo")
     assert site.client.post(path, json=PATHS[path]).status_code == 200
 
 
@@ -274,13 +280,13 @@ def test_metrics_tell_what_happened(site: Site, tokenizer: Tokenizer) -> None:
     assert sys.platform != "linux" or before["process_resident_memory_bytes",] > 1e6
     assert ("dejavu_requests_total", "chat", "cancelled") in before
 
-    site.worker.script = lambda job: well
+    site.worker.script = lambda request: well
     site.client.post("/v1/completions", json=SAID)
     site.client.post("/v1/completions", json=SAID | {"model": "tiny:dense", "stream": True})
     site.client.post("/v1/completions", json=SAID | {"n": 0})
     site.worker.waiting = 1
     site.client.post("/v1/chat/completions", json=CHAT)
-    site.worker.waiting, site.worker.script = None, lambda job: badly
+    site.worker.waiting, site.worker.script = None, lambda request: badly
     site.client.post("/v1/chat/completions", json=CHAT)
     site.client.post("/v1/chat/completions", json=CHAT | {"stream": True})
 

@@ -22,7 +22,7 @@ USER: Any = {"role": "user", "content": "the cat"}
 
 @pytest.fixture(scope="module")
 def worker() -> FakeWorker:
-    return FakeWorker(lambda job: [])
+    return FakeWorker(lambda request: [])
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def url(tokenizer: Tokenizer, worker: FakeWorker) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str, worker: FakeWorker) -> Iterator[openai.OpenAI]:
-    worker.script, worker.waiting = (lambda job: spoken("-", f".{job.index}")), None
-    worker.jobs.clear()
+    worker.script, worker.waiting = (lambda request: spoken("-", f".{request.index}")), None
+    worker.requests.clear()
     with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
         yield client
 
@@ -48,7 +48,7 @@ def test_openai_client_completions(client: openai.OpenAI, worker: FakeWorker) ->
     ]
     logprobs = whole.choices[0].logprobs
     assert logprobs is not None and logprobs.tokens == ["-", "."] and logprobs.token_logprobs == [-0.5, -1.5]
-    assert whole.usage is not None and whole.usage.total_tokens == 6 + 8 and worker.jobs[0].sampling.seed == 3
+    assert whole.usage is not None and whole.usage.total_tokens == 6 + 8 and worker.requests[0].sampling.seed == 3
     assert whole.model_extra is not None and whole.model_extra["dejavu"]["mlp_density"] == 0.25
 
     texts: dict[int, str] = {}
@@ -65,7 +65,7 @@ def test_openai_client_chat(client: openai.OpenAI, worker: FakeWorker) -> None:
     assert choice.message.content == "-.0" and choice.message.role == "assistant" and choice.finish_reason == "stop"
     assert choice.logprobs is not None and choice.logprobs.content is not None
     assert [(token.token, token.bytes) for token in choice.logprobs.content] == [("-", [45]), (".", [46])]
-    assert worker.jobs[0].dense and worker.jobs[0].max_new_tokens == 5
+    assert worker.requests[0].dense and worker.requests[0].max_new_tokens == 5
 
     deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
     assert deltas[0].delta.role == "assistant" and "".join(choice.delta.content or "" for choice in deltas) == "-.0"
@@ -85,7 +85,7 @@ def test_openai_client_the_streaming_helper(client: openai.OpenAI) -> None:
 def test_openai_client_own_fields_pass(client: openai.OpenAI, worker: FakeWorker) -> None:
     extra = {"top_k": 3, "ignore_eos": True, "dejavu": {"trace": True}}
     chunks = list(client.completions.create(model="tiny", prompt="the cat", stream=True, extra_body=extra))
-    assert worker.jobs[0].sampling.top_k == 3 and worker.jobs[0].ignore_eos and worker.jobs[0].trace
+    assert worker.requests[0].sampling.top_k == 3 and worker.requests[0].ignore_eos and worker.requests[0].trace
     assert chunks[0].model_extra is not None and chunks[0].model_extra["dejavu"]["shape"]["layers"] == 2
 
 
@@ -112,7 +112,7 @@ def test_openai_client_errors_are_the_clients_own(client: openai.OpenAI, worker:
     with pytest.raises(openai.RateLimitError) as busy:
         client.completions.create(model="tiny", prompt="x")
     assert busy.value.response.headers["retry-after"] == "7"
-    worker.waiting, worker.script = None, lambda job: [Event(text="-", tokens=(Token(token_id=10),)), EngineFailed("broken")]
+    worker.waiting, worker.script = None, lambda request: [Event(text="-", tokens=(Token(token_id=10),)), EngineFailed("broken")]
     with pytest.raises(openai.InternalServerError):
         client.completions.create(model="tiny", prompt="x")
     stream = client.completions.create(model="tiny", prompt="x", stream=True)

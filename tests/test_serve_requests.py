@@ -37,7 +37,7 @@ def chatty(tokenizer: Tokenizer) -> Tokenizer:
 @pytest.fixture(scope="module")
 def client(chatty: Tokenizer) -> Iterator[httpx.Client]:
     """A client of a server whose model answers everything with "Hello"; 64 tokens of context, 96 of vocabulary."""
-    app = create_app(served(chatty, max_choices=8), FakeWorker(lambda job: spoken("Hel", "lo")))
+    app = create_app(served(chatty, max_choices=8), FakeWorker(lambda request: spoken("Hel", "lo")))
     with serving(app) as url, httpx.Client(base_url=url) as client:
         yield client
 
@@ -243,11 +243,11 @@ def chatted(tokenizer: Tokenizer, *messages: Any, **fields: Any) -> ParsedReques
 
 
 def test_defaults_are_those_of_openai(chatty: Tokenizer) -> None:
-    (job,) = completed(chatty).sequences
-    assert job.max_new_tokens == 16 and job.sampling == SamplingConfig(temperature=1.0) and job.top_logprobs is None
-    assert not (job.stop or job.ignore_eos or job.logit_bias or job.prompt_logprobs or job.dense or job.trace)
-    (job,) = chatted(chatty, USER).sequences
-    assert job.max_new_tokens == 64 - len(job.prompt_ids)
+    (request,) = completed(chatty).sequences
+    assert request.max_new_tokens == 16 and request.sampling == SamplingConfig(temperature=1.0) and request.top_logprobs is None
+    assert not (request.stop or request.ignore_eos or request.logit_bias or request.prompt_logprobs or request.dense or request.trace)
+    (request,) = chatted(chatty, USER).sequences
+    assert request.max_new_tokens == 64 - len(request.prompt_ids)
 
 
 def test_what_a_request_does_not_say_of_drawing_is_the_models_own(chatty: Tokenizer) -> None:
@@ -262,19 +262,30 @@ def test_what_a_request_does_not_say_of_drawing_is_the_models_own(chatty: Tokeni
     assert sampling(top_k=0, top_p=0.5) == SamplingConfig(temperature=0.6, top_p=0.5)
     assert sampling(temperature=0).temperature == 0
     engine = EngineState(mode="dense", made=True, **{field.name: 1 for field in dataclasses.fields(LoadStats)})
-    state = dataclasses.replace(FakeWorker(lambda job: spoken("x")).state(), engines=(engine,))
+    state = dataclasses.replace(FakeWorker(lambda request: spoken("x")).state(), engines=(engine,))
     told = served_by(chatty, state, queue=1, threads=1, sampling=own, dense_sampling=SamplingConfig())
     assert told.sampling == own and told.dense_sampling == SamplingConfig(temperature=1.0), "a greedy model leaves OpenAI's default"
 
 
-def test_what_is_asked_reaches_the_jobs(chatty: Tokenizer) -> None:
+def test_what_is_asked_reaches_the_requests(chatty: Tokenizer) -> None:
     fields = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "stop": "x", "logit_bias": {"5": -2}, "ignore_eos": True}
     asked = completed(chatty, **fields, model="tiny:dense", max_tokens=3, logprobs=2, echo=True, stream=True, dejavu={"trace": True})
-    (job,) = asked.sequences
-    assert job.sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9, seed=7) and job.stop == ("x",) and job.max_new_tokens == 3
-    assert job.logit_bias == {5: -2.0} and job.ignore_eos and job.dense and job.trace and job.prompt_logprobs and job.top_logprobs == 2
-    (job,) = chatted(chatty, USER, max_completion_tokens=0, max_tokens=7, logprobs=True, top_logprobs=5).sequences
-    assert (job.max_new_tokens, job.top_logprobs) == (0, 5)
+    (request,) = asked.sequences
+    assert (
+        request.sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9, seed=7)
+        and request.stop == ("x",)
+        and request.max_new_tokens == 3
+    )
+    assert (
+        request.logit_bias == {5: -2.0}
+        and request.ignore_eos
+        and request.dense
+        and request.trace
+        and request.prompt_logprobs
+        and request.top_logprobs == 2
+    )
+    (request,) = chatted(chatty, USER, max_completion_tokens=0, max_tokens=7, logprobs=True, top_logprobs=5).sequences
+    assert (request.max_new_tokens, request.top_logprobs) == (0, 5)
     assert (
         chatted(chatty, USER, logprobs=True).sequences[0].top_logprobs == 0
         and chatted(chatty, USER, logprobs=False).sequences[0].top_logprobs is None
@@ -285,7 +296,7 @@ def test_what_is_asked_reaches_the_jobs(chatty: Tokenizer) -> None:
 def test_choices_of_a_prompt_differ_and_prompts_do_not_matter_to_each_other(chatty: Tokenizer) -> None:
     """Choice j of a prompt draws what it draws alone: its index is within its prompt."""
     asked = completed(chatty, prompt=["the", "cat"], n=2, seed=1)
-    assert [(job.prompt_ids, job.index) for job in asked.sequences] == [
+    assert [(request.prompt_ids, request.index) for request in asked.sequences] == [
         (tuple(chatty.encode(text)), index) for text in ("the", "cat") for index in (0, 1)
     ]
 

@@ -6,7 +6,7 @@ import pytest
 
 from dejavu.serve.core.warm_up import LONG, PROMPT, warm_up
 from helpers.stub_engine import DrawingEngine, StubEngine, StubModel, byte_tokenizer
-from helpers.worker_jobs import failing, job, outcomes, run, serving, text_of
+from helpers.worker_requests import failing, outcomes, request, run, serving, text_of
 
 
 class CapturingEngine(DrawingEngine):
@@ -75,16 +75,16 @@ def test_a_failure_leaves_nothing_behind_and_is_told() -> None:
     assert engine.free_pages == engine.info.num_pages and engine.live_sequences == 0
 
 
-def test_a_worker_warms_its_engines_before_it_takes_jobs() -> None:
+def test_a_worker_warms_its_engines_before_it_takes_requests() -> None:
     """Also the one that is made anew after a failure, and the one that records."""
     model = StubModel(engine=CapturingEngine, max_positions=2048)
     with serving(model, slots=4) as worker:
         dense, sparse = model.engines
         assert sizes(dense) == sizes(sparse) == [1, 1, 2, 2, 4, 4] * 2
         sparse.before = failing(RuntimeError("sticky"), "prefill")
-        assert [outcomes([worker.submit(job())])[0][:6] for _ in range(2)] == ["failed"] * 2
+        assert [outcomes([worker.submit(request())])[0][:6] for _ in range(2)] == ["failed"] * 2
         sparse.before = lambda what, slots: None
-        assert [text_of(events) for events in run(worker, job(), job(trace=True))] == [" and so on"] * 2
+        assert [text_of(events) for events in run(worker, request(), request(trace=True))] == [" and so on"] * 2
         _, _, again, recording = sorted(model.engines, key=lambda engine: engine.records)
         assert sizes(again)[:12] == [1, 1, 2, 2, 4, 4] * 2
         assert sizes(recording)[:4] == [1, 2] * 2, "what it records is not drawn by it"

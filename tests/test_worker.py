@@ -20,14 +20,14 @@ from dejavu.serve.core.interface import EngineFailed, QueueFull, SequenceRequest
 from dejavu.serve.core.stream import Stream
 from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import CERTAIN, EOS, LAYERS, NEURONS, VOCAB, DrawingEngine, StubEngine, StubModel
-from helpers.worker_jobs import is_idle, job, run, serving, summary_of, text_of, tokens_of, until
+from helpers.worker_requests import is_idle, request, run, serving, summary_of, text_of, tokens_of, until
 
 # Events
 
 
-def test_a_job_is_answered_token_by_token() -> None:
+def test_a_request_is_answered_token_by_token() -> None:
     with serving(StubModel(" upon a")) as worker:
-        (events,) = run(worker, job())
+        (events,) = run(worker, request())
         assert [event.text for event in events] == [*" upon a", ""]
         assert [[info.token_id for info in event.tokens] for event in events] == [[byte] for byte in b" upon a"] + [[EOS]]
         assert (events[-1].finish_reason, events[-1].prompt_tokens) == ("stop", ())
@@ -53,7 +53,7 @@ def test_the_events_are_the_pieces_of_a_generation(answer: str, stop: list[str],
     """Stop strings, unfinished characters, EOS, limits: all as `generate` has them."""
     model = StubModel(answer.encode())
     with serving(model) as worker:
-        (events,) = run(worker, job(new=new, stop=tuple(stop), ignore_eos=ignore_eos))
+        (events,) = run(worker, request(new=new, stop=tuple(stop), ignore_eos=ignore_eos))
     alone = model.engine(num_slots=1, cache_tokens=64)
     pieces = generate_tokens(
         alone, model.tokenizer, list(b"Once"), max_new_tokens=new, stop=stop, ignore_eos=ignore_eos
@@ -64,14 +64,14 @@ def test_the_events_are_the_pieces_of_a_generation(answer: str, stop: list[str],
 
 def test_a_stop_string_over_several_tokens_is_never_sent() -> None:
     with serving(StubModel(b"xxDEFGHIJ and on")) as worker:
-        (events,) = run(worker, job(stop=("DEFGHIJ",)))
+        (events,) = run(worker, request(stop=("DEFGHIJ",)))
         assert (text_of(events), events[-1].finish_reason, summary_of(events).completion_tokens) == ("xx", "stop", 9)
 
 
 def test_no_token_wanted_takes_no_step_and_no_slot() -> None:
     model = StubModel()
     with serving(model, slots=1) as worker:
-        (events,) = run(worker, job(new=0))
+        (events,) = run(worker, request(new=0))
         assert [(event.text, event.tokens, event.finish_reason) for event in events] == [("", (), "length")]
         assert summary_of(events).completion_tokens == 0
         assert [engine.calls for engine in model.engines] == [[], []]
@@ -80,7 +80,7 @@ def test_no_token_wanted_takes_no_step_and_no_slot() -> None:
 def test_log_probabilities_are_those_before_bias_and_temperature() -> None:
     with serving(StubModel("abc")) as worker:
         bias = {ord("z"): 100.0}
-        (events,) = run(worker, job(new=2, top_logprobs=3, logit_bias=bias, sampling=SamplingConfig(temperature=3.0, seed=1)))
+        (events,) = run(worker, request(new=2, top_logprobs=3, logit_bias=bias, sampling=SamplingConfig(temperature=3.0, seed=1)))
         logits_V = torch.arange(VOCAB).double() / -VOCAB
         logits_V[ord("a")] = CERTAIN
         logprob_V = logits_V.log_softmax(0)
@@ -89,7 +89,7 @@ def test_log_probabilities_are_those_before_bias_and_temperature() -> None:
         assert info.logprob == pytest.approx(float(logprob_V[ord("z")]), abs=1e-5)
         assert [token_id for token_id, _ in info.top] == [ord("a"), 0, 1]
         assert [value for _, value in info.top] == pytest.approx([float(logprob_V[i]) for i in (ord("a"), 0, 1)], abs=1e-5)
-        (plain,) = run(worker, job(new=2))
+        (plain,) = run(worker, request(new=2))
         assert tokens_of(plain)[0].top == ()
 
 
@@ -98,8 +98,8 @@ def test_prompt_log_probabilities_come_once_in_the_first_event(new: int) -> None
     """Of every token of the prompt but the first, whatever the chunks, and whatever of it is cached."""
     with serving(StubModel("abc"), prefill_chunk=7) as worker:
         prompt = [*range(40, 75)]
-        run(worker, job(prompt))
-        (events,) = run(worker, job(prompt, new=new, prompt_logprobs=True, top_logprobs=2))
+        run(worker, request(prompt))
+        (events,) = run(worker, request(prompt, new=new, prompt_logprobs=True, top_logprobs=2))
         assert [info.token_id for info in events[0].prompt_tokens] == prompt
         assert (events[0].prompt_tokens[0].logprob, events[0].prompt_tokens[0].top) == (None, ())
         logits_V = torch.arange(VOCAB).double() / -VOCAB
@@ -109,7 +109,7 @@ def test_prompt_log_probabilities_come_once_in_the_first_event(new: int) -> None
         assert all([token_id for token_id, _ in info.top] == [ord("a"), 0] for info in events[0].prompt_tokens[1:])
         assert all(event.prompt_tokens == () for event in events[1:])
         assert (summary_of(events).completion_tokens, summary_of(events).cached_tokens) == (new, 0)
-        (later,) = run(worker, job(prompt, new=1))
+        (later,) = run(worker, request(prompt, new=1))
         assert summary_of(later).cached_tokens == 32, "what an echo computed may be shared"
 
 
@@ -120,7 +120,7 @@ def test_events_reach_an_asyncio_loop() -> None:
             return "".join([event.text async for event in stream])
 
         async def read_all() -> list[str]:
-            return await asyncio.gather(*(read(worker.submit(job(new=count))) for count in (3, 5, 8)))
+            return await asyncio.gather(*(read(worker.submit(request(new=count))) for count in (3, 5, 8)))
 
         assert asyncio.run(read_all()) == ["abc", "abcde", "abcdefgh"]
 
@@ -129,7 +129,7 @@ def test_a_loop_that_is_gone_harms_nobody() -> None:
     model = StubModel("abcdefgh")
     with serving(model) as worker:
         model.engines[1].hold()
-        stream = worker.submit(job())
+        stream = worker.submit(request())
 
         async def leave() -> None:
             async def read() -> None:
@@ -144,13 +144,13 @@ def test_a_loop_that_is_gone_harms_nobody() -> None:
         asyncio.run(leave())
         model.engines[1].release()
         until(lambda: is_idle(model))
-        assert text_of(run(worker, job(new=3))[0]) == "abc"
+        assert text_of(run(worker, request(new=3))[0]) == "abc"
 
 
 # Engines and what they share
 
 
-def test_dense_and_sparse_jobs_take_turns() -> None:
+def test_dense_and_sparse_requests_take_turns() -> None:
     order: list[str] = []
     model = StubModel("abcdefghijkl")
     with serving(model) as worker:
@@ -159,7 +159,7 @@ def test_dense_and_sparse_jobs_take_turns() -> None:
         sparse.before = lambda what, slots: order.append("sparse") if what == "step" else None
         dense.hold()
         sparse.hold()
-        streams = worker.submit_all([job(new=6), job(new=6, dense=True)])
+        streams = worker.submit_all([request(new=6), request(new=6, dense=True)])
         until(lambda: dense.waiting.is_set() or sparse.waiting.is_set())
         for engine in model.engines:
             engine.release()
@@ -173,19 +173,19 @@ def test_the_union_is_of_the_rows_of_a_step() -> None:
     """One row reads a quarter of layer 0, two whose tokens are 16 apart read half as much again."""
     model = StubModel(lambda prompt: [10] * 9 if prompt[:1] == (1,) else [26] * 9)
     with serving(model) as worker:
-        (alone,) = run(worker, job([1, 1], new=9))
+        (alone,) = run(worker, request([1, 1], new=9))
         assert summary_of(alone).union_density == (0.25 + 1) / 2
-        for events in run(worker, job([1, 1], new=9), job([2, 2], new=9)):
+        for events in run(worker, request([1, 1], new=9), request([2, 2], new=9)):
             assert summary_of(events).union_density == (0.375 + 1) / 2
             assert summary_of(events).mlp_density == 0.625
-        (dense,) = run(worker, job([1, 1], new=9, dense=True))
+        (dense,) = run(worker, request([1, 1], new=9, dense=True))
         assert summary_of(dense).union_density == 1.0
 
 
-def test_without_an_adapter_every_job_is_dense() -> None:
+def test_without_an_adapter_every_request_is_dense() -> None:
     model = StubModel("ab", sparse=False)
     with serving(model) as worker:
-        (events,) = run(worker, job(trace=True))
+        (events,) = run(worker, request(trace=True))
         assert summary_of(events).mlp_density == 1.0
         assert len(model.engines) == 1 and not worker.state().sparse
 
@@ -193,9 +193,9 @@ def test_without_an_adapter_every_job_is_dense() -> None:
 def test_the_recording_engine_is_made_when_a_trace_is_asked_for() -> None:
     model = StubModel("abc")
     with serving(model) as worker:
-        run(worker, job(), job(dense=True, trace=True))
+        run(worker, request(), request(dense=True, trace=True))
         assert [engine.records for engine in model.engines] == [False, False], "nothing of a dense step needs recording"
-        (events,) = run(worker, job(trace=True))
+        (events,) = run(worker, request(trace=True))
         assert [engine.records for engine in model.engines] == [False, False, True]
         first, second, *_ = tokens_of(events)
         assert first.mlp_density is None and first.selections is None and second.selections is not None
@@ -205,7 +205,7 @@ def test_the_recording_engine_is_made_when_a_trace_is_asked_for() -> None:
         assert trace.neurons[0] == bytes(round(255 * share) for share in shares)
         assert trace.heads == (bytes([1, 0, 1, 0]), bytes([1, 1, 1, 1]))
         assert trace.neurons[1] == b"\xff" * BINS and len(trace.neurons) == LAYERS
-        (dense,) = run(worker, job(dense=True, trace=True))
+        (dense,) = run(worker, request(dense=True, trace=True))
         trace = step_trace(model.engines[0].info, tokens_of(dense)[1].selections)
         assert trace.neurons == (b"\xff" * BINS,) * LAYERS and trace.heads == (b"\x01" * 4,) * LAYERS
 
@@ -224,19 +224,19 @@ def test_choices_read_their_prompt_once() -> None:
     model = StubModel("abc")
     with serving(model) as worker:
         prompt = [7] * 50
-        found = run(worker, *(job(prompt, index=index) for index in range(3)))
+        found = run(worker, *(request(prompt, index=index) for index in range(3)))
         assert [summary_of(events).cached_tokens for events in found] == [0, 48, 48]
         assert model.count("prefill") == {50: 1, 2: 2}
         assert worker.state().cached_tokens == 96 and worker.state().prompt_tokens == 54
         assert [text_of(events) for events in found] == ["abc"] * 3
-        assert summary_of(run(worker, job(prompt, dense=True))[0]).cached_tokens == 0, "nothing is shared between modes"
+        assert summary_of(run(worker, request(prompt, dense=True))[0]).cached_tokens == 0, "nothing is shared between modes"
 
 
 def test_what_was_cached_is_counted_once() -> None:
     with serving(StubModel("abc"), prefill_chunk=10) as worker:
         prompt = [7] * 20
-        run(worker, job(prompt))
-        run(worker, job([*prompt, *range(50)]))
+        run(worker, request(prompt))
+        run(worker, request([*prompt, *range(50)]))
         assert worker.state().cached_tokens == 16
 
 
@@ -244,7 +244,7 @@ def test_prefix_reuse_can_be_left_out() -> None:
     model = StubModel("abc")
     with serving(model, prefix_reuse=False) as worker:
         prompt = [7] * 50
-        found = run(worker, job(prompt), job(prompt))
+        found = run(worker, request(prompt), request(prompt))
         assert [summary_of(events).cached_tokens for events in found] == [0, 0] and model.count("prefill") == {50: 2}
 
 
@@ -253,9 +253,9 @@ def test_prompts_are_read_in_chunks_beside_rows_that_decode() -> None:
     with serving(model, slots=2, prefill_chunk=20, cache_tokens=1024) as worker:
         engine = model.engines[1]
         engine.hold()
-        row = worker.submit(job(new=40))
+        row = worker.submit(request(new=40))
         until(engine.waiting.is_set)
-        long = worker.submit(job([*range(100)] * 2, new=1))
+        long = worker.submit(request([*range(100)] * 2, new=1))
         engine.release()
         assert text_of(list(row.events())) == "a" * 40
         list(long.events())
@@ -268,7 +268,7 @@ def test_an_engine_draws_for_rows_that_want_nothing_else() -> None:
     model = StubModel("abc", engine=DrawingEngine)
     with serving(model) as worker:
         sampling = SamplingConfig(seed=3)
-        plain, scored = run(worker, job(new=3, sampling=sampling, index=2), job("Twice", new=3, top_logprobs=1))
+        plain, scored = run(worker, request(new=3, sampling=sampling, index=2), request("Twice", new=3, top_logprobs=1))
         assert text_of(plain) == text_of(scored) == "abc"
         assert [info.mlp_density for info in tokens_of(plain)] == [None, 0.625, 0.625]
         assert summary_of(plain).union_density == (0.25 + 1) / 2 and worker.state().fallback_layers == 2, "of its own two steps"
@@ -276,7 +276,7 @@ def test_an_engine_draws_for_rows_that_want_nothing_else() -> None:
         engine = model.engines[1]
         assert isinstance(engine, DrawingEngine) and engine.drawn == [((3, 2),)] * 2, "one row, and not the one that wants more"
         engine.damaged = ord("a")
-        for stream, text in zip(worker.submit_all([job(), job("Twice", top_logprobs=0)]), (None, "abc"), strict=True):
+        for stream, text in zip(worker.submit_all([request(), request("Twice", top_logprobs=0)]), (None, "abc"), strict=True):
             if text is None:
                 with pytest.raises(EngineFailed, match="not numbers"):
                     list(stream.events())
@@ -291,7 +291,7 @@ def test_a_text_alone_is_drawn_a_few_tokens_at_a_time(new: int, stop: tuple[str,
     """What lies behind its end is dropped, counts as steps alone, and no token is asked for beyond what it may have."""
     model = StubModel("abcdefghijklm", engine=DrawingEngine)
     with serving(model) as worker:
-        (events,) = run(worker, job(new=new, stop=stop))
+        (events,) = run(worker, request(new=new, stop=stop))
         assert text_of(events) == text
         engine, state = model.engines[1], worker.state()
         assert isinstance(engine, DrawingEngine)
@@ -310,12 +310,12 @@ def test_where_others_run_or_wait_a_step_is_one_token(beside: str) -> None:
         engine = model.engines[1]
         assert isinstance(engine, DrawingEngine)
         engine.hold()
-        first = worker.submit(job(new=40))
+        first = worker.submit(request(new=40))
         engine.allow(3)
         until(lambda: len(engine.asked) == 3 and engine.waiting.is_set())  # in its third call, of four
         model.engines[0].hold()
         prompt = [*range(200)] if beside == "a prompt" else [66]
-        other = worker.submit(job(prompt, new=1 if beside == "a prompt" else 20, dense=beside == "the other engine"))
+        other = worker.submit(request(prompt, new=1 if beside == "a prompt" else 20, dense=beside == "the other engine"))
         engine.allow(4)
         until(lambda: (len(engine.asked) >= 4 and engine.waiting.is_set()) or model.engines[0].waiting.is_set())
         for each in model.engines:
@@ -331,7 +331,7 @@ def test_where_others_run_or_wait_a_step_is_one_token(beside: str) -> None:
 def test_a_trace_of_a_dense_text_has_every_token() -> None:
     model = StubModel("abcdef", engine=DrawingEngine)
     with serving(model) as worker:
-        (events,) = run(worker, job(dense=True, trace=True))
+        (events,) = run(worker, request(dense=True, trace=True))
         assert [info.mlp_density for info in tokens_of(events)] == [None] + [1.0] * 6
         assert model.engines[0].steps == 6, "a token at a time"
 
@@ -348,31 +348,31 @@ def test_what_can_never_fit_is_refused_at_once_and_nothing_hangs(prompt: int, ne
     with serving(StubModel("abc" * 20, max_positions=32, page_size=8), slots=2, **config) as worker:
         if prompt + new > limit:
             with pytest.raises(TooLong, match=f"prompt has {prompt} tokens and {new} more were requested.*limit is {limit}"):
-                worker.submit_all([job(new=2), job([5] * prompt, new=new)])
+                worker.submit_all([request(new=2), request([5] * prompt, new=new)])
             assert worker.state().queued == 0, "all or none"
         else:
-            (events,) = run(worker, job([5] * prompt, new=new, prompt_logprobs=True))
+            (events,) = run(worker, request([5] * prompt, new=new, prompt_logprobs=True))
             assert (events[-1].finish_reason, summary_of(events).completion_tokens) == ("length", new)
-        assert text_of(run(worker, job("ab", new=3))[0]) == "abc"
+        assert text_of(run(worker, request("ab", new=3))[0]) == "abc"
         assert worker.state().max_model_len == limit
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (job([], new=1), "no tokens"),
-        (job(new=-1), "max_new_tokens must be 0 or more, not -1"),
-        (job([5, VOCAB]), f"token id {VOCAB} is outside the model's vocabulary of {VOCAB}"),
-        (job([-1, 5]), "token id -1 is outside"),
-        (job(logit_bias={VOCAB + 1: 1.0}), f"token id {VOCAB + 1} is outside"),
-        (job(stop=("x", "")), "must not be empty"),
+        (request([], new=1), "no tokens"),
+        (request(new=-1), "max_new_tokens must be 0 or more, not -1"),
+        (request([5, VOCAB]), f"token id {VOCAB} is outside the model's vocabulary of {VOCAB}"),
+        (request([-1, 5]), "token id -1 is outside"),
+        (request(logit_bias={VOCAB + 1: 1.0}), f"token id {VOCAB + 1} is outside"),
+        (request(stop=("x", "")), "must not be empty"),
     ],
 )
-def test_a_job_that_makes_no_sense_is_refused_at_once(bad: SequenceRequest, message: str) -> None:
+def test_a_request_that_makes_no_sense_is_refused_at_once(bad: SequenceRequest, message: str) -> None:
     model = StubModel()
     with serving(model) as worker:
         with pytest.raises(ValueError, match=message):
-            worker.submit_all([job(), bad])
+            worker.submit_all([request(), bad])
         assert worker.state().queued == 0
 
 
@@ -407,18 +407,18 @@ def test_a_full_queue_refuses_all_or_none() -> None:
     model = StubModel("abc" * 9)
     with serving(model, slots=1, queue=2) as worker:
         model.engines[1].hold()
-        running, *waiting = worker.submit_all([job(new=4)] * 3)
+        running, *waiting = worker.submit_all([request(new=4)] * 3)
         for count in (1, 2):
             with pytest.raises(QueueFull) as caught:
-                worker.submit_all([job(new=4)] * count)
+                worker.submit_all([request(new=4)] * count)
             assert caught.value.retry_after_s >= 1
         until(model.engines[1].waiting.is_set)
         assert (worker.state().queued, worker.state().running) == (2, 1)
         waiting[0].cancel()
         with pytest.raises(QueueFull):
-            worker.submit_all([job(new=4)] * 2)
-        late = worker.submit(job(new=4))
-        assert worker.submit(job(new=0)) is not None, "what needs no slot needs no place"
+            worker.submit_all([request(new=4)] * 2)
+        late = worker.submit(request(new=4))
+        assert worker.submit(request(new=0)) is not None, "what needs no slot needs no place"
         model.engines[1].release()
         assert [text_of(list(stream.events())) for stream in (running, *waiting, late)] == ["abca", "", "abca", "abca"]
 
@@ -427,9 +427,9 @@ def test_all_or_none_is_over_all_engines() -> None:
     model = StubModel("abc" * 9)
     with serving(model, slots=1, queue=0) as worker:
         model.engines[0].hold()
-        dense = worker.submit(job(new=4, dense=True))
+        dense = worker.submit(request(new=4, dense=True))
         until(model.engines[0].waiting.is_set)
         with pytest.raises(QueueFull):
-            worker.submit_all([job(new=4), job(new=4, dense=True)])
+            worker.submit_all([request(new=4), request(new=4, dense=True)])
         model.engines[0].release()
         assert text_of(list(dense.events())) == "abca" and model.engines[1].prefills == 0

@@ -13,7 +13,7 @@ from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
 from dejavu.serve.api.trace import BINS, step_trace
 from dejavu.serve.core.interface import Event, SequenceRequest
-from helpers.worker_jobs import job, run, serving, summary_of, text_of, tokens_of
+from helpers.worker_requests import request, run, serving, summary_of, text_of, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def lm() -> LanguageModel:
 
 
 def sampled(lm: LanguageModel, prompt: str, new: int = 12, *, seed: int | None = 7, **options: Any) -> SequenceRequest:
-    return job(lm.tokenizer.encode(prompt), new, sampling=SamplingConfig(temperature=1.0, seed=seed), **options)
+    return request(lm.tokenizer.encode(prompt), new, sampling=SamplingConfig(temperature=1.0, seed=seed), **options)
 
 
 def facts(events: Sequence[Event]) -> list[tuple[Any, ...]]:
@@ -71,7 +71,7 @@ def test_prompt_log_probabilities_are_those_of_the_model(lm: LanguageModel) -> N
     ids = lm.tokenizer.encode(PROMPT)
     expected_TV = lm.logits(ids, dense=True).double().log_softmax(-1)
     with serving(lm, prefill_chunk=6) as worker:
-        (events,) = run(worker, job(ids, 1, prompt_logprobs=True, top_logprobs=2))
+        (events,) = run(worker, request(ids, 1, prompt_logprobs=True, top_logprobs=2))
         assert [info.token_id for info in events[0].prompt_tokens] == ids
         for place, info in enumerate(events[0].prompt_tokens[1:]):
             assert info.logprob == pytest.approx(float(expected_TV[place, ids[place + 1]]), abs=1e-4)

@@ -18,7 +18,7 @@ from dejavu.serve.core.engine_loop import EngineLoop
 from dejavu.serve.core.interface import EngineFailed
 from dejavu.serve.core.worker import Worker
 from helpers.stub_engine import VOCAB, DrawingEngine, StubEngine, StubModel
-from helpers.worker_jobs import failing, is_idle, job, outcomes, serving, text_of, until
+from helpers.worker_requests import failing, is_idle, outcomes, request, serving, text_of, until
 
 # Cancelling
 
@@ -28,7 +28,7 @@ def test_a_cancelled_stream_frees_its_slot_within_a_step(seen: int) -> None:
     model = StubModel("a" * 200)
     with serving(model) as worker:
         engine = model.engines[1]
-        stream = worker.submit(job(new=200))
+        stream = worker.submit(request(new=200))
         events = stream.events()
         for _ in range(seen):
             next(events)
@@ -49,19 +49,19 @@ def test_a_cancelled_prompt_is_not_read_to_its_end() -> None:
     model = StubModel("abc", max_positions=2048)
     with serving(model, prefill_chunk=1) as worker:
         engine = model.engines[1]
-        stream = worker.submit(job([5] * 2000, new=3))
+        stream = worker.submit(request([5] * 2000, new=3))
         until(lambda: engine.prefills > 3)
         stream.cancel()
         until(lambda: is_idle(model))
         assert engine.prefills < 2000
 
 
-def test_a_waiting_job_is_cancelled_without_a_step() -> None:
+def test_a_waiting_request_is_cancelled_without_a_step() -> None:
     model = StubModel("abc" * 9)
     with serving(model, slots=1) as worker:
         engine = model.engines[1]
         engine.hold()
-        first, second = worker.submit_all([job(new=4), job("Twice", new=4)])
+        first, second = worker.submit_all([request(new=4), request("Twice", new=4)])
         until(engine.waiting.is_set)
         second.cancel()
         assert worker.state().queued == 0
@@ -77,7 +77,7 @@ def test_who_leaves_during_a_turn_is_left_out_of_the_rest_of_it(at: str) -> None
     with serving(model, slots=2) as worker:
         engine = model.engines[1]
         engine.hold()
-        first, second = worker.submit_all([job("One", new=6), job("Two", new=6, top_logprobs=0)])
+        first, second = worker.submit_all([request("One", new=6), request("Two", new=6, top_logprobs=0)])
 
         def before(what: str, slots: Sequence[int]) -> None:
             if what == at and 0 in slots:
@@ -96,7 +96,7 @@ def test_who_leaves_in_the_step_of_its_last_token_has_left() -> None:
     with serving(model) as worker:
         engine = model.engines[1]
         engine.hold()
-        stream = worker.submit(job(new=2))
+        stream = worker.submit(request(new=2))
         until(engine.waiting.is_set)
         engine.before = lambda what, slots: stream.cancel()
         engine.release()
@@ -106,7 +106,7 @@ def test_who_leaves_in_the_step_of_its_last_token_has_left() -> None:
 
 def test_cancelling_what_has_ended_changes_nothing() -> None:
     with serving(StubModel("abc")) as worker:
-        stream = worker.submit(job())
+        stream = worker.submit(request())
         until(lambda: worker.state().finished == 1)
         stream.cancel()
         assert text_of(list(stream.events())) == "abc"
@@ -118,8 +118,8 @@ def test_survivors_do_not_notice_who_leaves() -> None:
     model = StubModel(lambda prompt: answers.get(prompt[-1], b""), page_size=4)
     chance = random.Random(4)
     with serving(model, slots=6, queue=100, cache_tokens=400, prefill_chunk=16) as worker:
-        jobs = [job([200] * chance.randrange(30) + [n], new=30) for n in range(70)]
-        streams = worker.submit_all(jobs)
+        requests = [request([200] * chance.randrange(30) + [n], new=30) for n in range(70)]
+        streams = worker.submit_all(requests)
         leaving = chance.sample(range(70), 50)
         for n in leaving:
             reader = streams[n].events()
@@ -140,11 +140,11 @@ def test_a_refused_step_ends_only_the_row_at_fault() -> None:
     model = StubModel("abcdef")
     with serving(model, slots=3) as worker:
         model.engines[1].before = failing(ValueError("logits are not finite"), "step", when=lambda slots: 1 in slots)
-        found = outcomes(worker.submit_all([job("One"), job("Two"), job("Three")]))
+        found = outcomes(worker.submit_all([request("One"), request("Two"), request("Three")]))
         assert found == ["abcdef", "failed: logits are not finite", "abcdef"]
         assert len(model.engines) == 2 and worker.state().failed == 1 and worker.state().last_error == "ValueError: logits are not finite"
         model.engines[1].before = lambda what, slots: None
-        assert outcomes(worker.submit_all([job()] * 3)) == ["abcdef"] * 3
+        assert outcomes(worker.submit_all([request()] * 3)) == ["abcdef"] * 3
         assert is_idle(model)
 
 
@@ -161,14 +161,14 @@ class HalfDoneEngine(StubEngine):
 def test_a_step_that_was_done_is_not_done_again() -> None:
     model = StubModel("abcdef", engine=HalfDoneEngine)
     with serving(model) as worker:
-        assert outcomes(worker.submit_all([job("One"), job("Two")])) == ["failed: too late"] * 2
-        assert outcomes([worker.submit(job())]) == ["abcdef"] and is_idle(model)
+        assert outcomes(worker.submit_all([request("One"), request("Two")])) == ["failed: too late"] * 2
+        assert outcomes([worker.submit(request())]) == ["abcdef"] and is_idle(model)
 
 
 def test_logits_that_are_no_numbers_end_only_their_row() -> None:
     model = StubModel("abcdef", engine=DamagedEngine)
     with serving(model) as worker:
-        found = outcomes(worker.submit_all([job("One"), job([VOCAB - 2, 66]), job("Three")]))
+        found = outcomes(worker.submit_all([request("One"), request([VOCAB - 2, 66]), request("Three")]))
         assert found == ["abcdef", f"failed: {NOT_NUMBERS}", "abcdef"]
         assert is_idle(model)
 
@@ -185,7 +185,7 @@ def test_a_refused_prompt_ends_alone() -> None:
     model = StubModel("abc")
     with serving(model, prefill_chunk=40) as worker:
         model.engines[1].before = failing(ValueError("refused"), "prefill", when=lambda slots: 0 in slots)
-        assert outcomes(worker.submit_all([job("One"), job("Two")])) == ["failed: refused", "abc"]
+        assert outcomes(worker.submit_all([request("One"), request("Two")])) == ["failed: refused", "abc"]
         assert is_idle(model) and len(model.engines) == 2
 
 
@@ -194,13 +194,13 @@ def test_an_error_without_a_reason_ends_the_rows_of_its_call_and_names_no_detail
     model = StubModel("abcdef")
     with serving(model, slots=2) as worker:
         model.engines[1].before = failing(RuntimeError("at /srv/secret.py"), what, when=lambda slots: 0 in slots)
-        first, second, third = outcomes(worker.submit_all([job("One"), job("Two"), job("Three", new=1)]))
+        first, second, third = outcomes(worker.submit_all([request("One"), request("Two"), request("Three", new=1)]))
         assert first == "failed: the engine failed (RuntimeError)"
         assert second == (first if what == "step" else "abcdef"), "a step is of both"
         assert worker.state().last_error == "RuntimeError: at /srv/secret.py" and worker.state().alive
         assert third in ("a", first)
         model.engines[-1].before = lambda what, slots: None
-        assert outcomes([worker.submit(job())]) == ["abcdef"]
+        assert outcomes([worker.submit(request())]) == ["abcdef"]
         assert is_idle(model)
 
 
@@ -209,7 +209,7 @@ def test_an_engine_that_fails_again_and_again_is_made_anew() -> None:
     with serving(model, slots=1) as worker:
         broken = model.engines[1]
         broken.before = failing(RuntimeError("sticky"), "prefill")
-        found = outcomes(worker.submit_all([job()] * 4))
+        found = outcomes(worker.submit_all([request()] * 4))
         assert found == ["failed: the engine failed (RuntimeError)"] * 2 + ["abcdef"] * 2
         assert len(model.engines) == 3 and broken.prefills == 2
 
@@ -218,7 +218,7 @@ def test_an_engine_whose_steps_fail_again_and_again_is_made_anew_though_it_reads
     model = StubModel("abcdef")
     with serving(model, slots=1) as worker:
         model.engines[1].before = failing(RuntimeError("sticky"), "step")
-        found = [outcomes([worker.submit(job())])[0] for _ in range(4)]
+        found = [outcomes([worker.submit(request())])[0] for _ in range(4)]
         assert found == ["failed: the engine failed (RuntimeError)"] * 2 + ["abcdef"] * 2 and len(model.engines) == 3
 
 
@@ -227,16 +227,16 @@ def test_prompts_that_fail_do_not_cost_those_that_are_written() -> None:
     with serving(model, slots=3) as worker:
         engine = model.engines[1]
         engine.hold()
-        writes = worker.submit(job(new=60))
+        writes = worker.submit(request(new=60))
         until(engine.waiting.is_set)
         engine.before = failing(RuntimeError("CUDA out of memory"), "prefill")
         for _ in range(3):
-            fails = worker.submit(job("Two"))
+            fails = worker.submit(request("Two"))
             engine.allow(3)
             assert outcomes([fails]) == ["failed: the engine failed (RuntimeError)"]
         engine.release()
         assert outcomes([writes]) == ["a" * 60] and len(model.engines) == 2
-        assert outcomes([worker.submit(job("Three")) for _ in range(1)]) == ["failed: the engine failed (RuntimeError)"]
+        assert outcomes([worker.submit(request("Three")) for _ in range(1)]) == ["failed: the engine failed (RuntimeError)"]
 
 
 def test_an_engine_that_cannot_draw_is_made_anew_though_it_steps() -> None:
@@ -246,7 +246,7 @@ def test_an_engine_that_cannot_draw_is_made_anew_though_it_steps() -> None:
 
     model = StubModel("abc", engine=Blind)
     with serving(model) as worker:
-        found = [outcomes([worker.submit(job(top_logprobs=scored))])[0] for scored in (None, 0, None, 0)]
+        found = [outcomes([worker.submit(request(top_logprobs=scored))])[0] for scored in (None, 0, None, 0)]
         assert found == ["failed: the engine failed (RuntimeError)", "abc"] * 2 and len(model.engines) == 3
 
 
@@ -274,12 +274,12 @@ def test_the_memory_of_an_engine_is_free_when_the_next_is_made(chained: bool, ca
             return make(**settings)
 
         model.engine = engine
-        streams = worker.submit_all([job()] * 4)
+        streams = worker.submit_all([request()] * 4)
         assert outcomes(streams) == ["failed: the engine failed (RuntimeError)"] * 2 + ["abc"] * 2
         assert there == [False]
 
 
-def test_each_job_fails_once_also_where_its_slot_cannot_be_freed() -> None:
+def test_each_request_fails_once_also_where_its_slot_cannot_be_freed() -> None:
     model = StubModel("abcdef")
     with serving(model, slots=4) as worker:
 
@@ -288,7 +288,10 @@ def test_each_job_fails_once_also_where_its_slot_cannot_be_freed() -> None:
                 raise RuntimeError("lost")
 
         model.engines[1].before = before
-        assert outcomes(worker.submit_all([job("One"), job("Two"), job("Three")])) == ["failed: the engine failed (RuntimeError)"] * 3
+        assert (
+            outcomes(worker.submit_all([request("One"), request("Two"), request("Three")]))
+            == ["failed: the engine failed (RuntimeError)"] * 3
+        )
         until(lambda: worker.state().running == 0)
         assert worker.state().failed == 3 and worker.state().last_error == "RuntimeError: lost"
 
@@ -298,7 +301,7 @@ def test_who_hears_of_a_failure_finds_the_slot_free() -> None:
     with serving(model, slots=1) as worker:
         engine = model.engines[1]
         engine.hold()
-        stream = worker.submit(job())
+        stream = worker.submit(request())
         until(engine.waiting.is_set)
 
         def before(what: str, slots: Sequence[int]) -> None:
@@ -321,7 +324,7 @@ def test_logits_that_are_no_numbers_in_the_middle_of_a_turn_of_several_tokens(ba
         engine = model.engines[1]
         assert isinstance(engine, DrawingEngine)
         engine.damaged = ord("abcdefgh"[bad - 1])
-        stream = worker.submit(job())
+        stream = worker.submit(request())
         events, reader = [], stream.events()
         with pytest.raises(EngineFailed, match="not numbers"):
             events.extend(iter(lambda: next(reader), None))
@@ -334,7 +337,7 @@ def test_a_failure_now_and_then_does_not_cost_the_engine() -> None:
     with serving(model, slots=1) as worker:
         engine, turn = model.engines[1], iter(range(100))
         engine.before = failing(RuntimeError("now and then"), "prefill", when=lambda slots: next(turn) % 2 == 0)
-        assert outcomes(worker.submit_all([job()] * 6)) == ["failed: the engine failed (RuntimeError)", "abcdef"] * 3
+        assert outcomes(worker.submit_all([request()] * 6)) == ["failed: the engine failed (RuntimeError)", "abcdef"] * 3
         assert len(model.engines) == 2
 
 
@@ -346,7 +349,9 @@ def test_an_engine_that_cannot_keep_its_books_is_made_anew(what: str) -> None:
         model.engines[1].before = failing(RuntimeError("lost"), what)
         prompt = [5] * 20
         found = outcomes(
-            worker.submit_all([job(prompt, new=1), job([6, *prompt], new=5), job([7, *prompt], new=5), job([8, *prompt], new=5)])
+            worker.submit_all(
+                [request(prompt, new=1), request([6, *prompt], new=5), request([7, *prompt], new=5), request([8, *prompt], new=5)]
+            )
         )
         ended = "failed: the engine failed (RuntimeError)"
         assert found == (["a", ended, "abcde", "abcde"] if what == "free" else [ended, "abcde", "abcde", "abcde"])
@@ -358,15 +363,17 @@ def is_idle_but(model: StubModel, abandoned: int) -> bool:
     return all(engine.live_sequences == 0 for index, engine in enumerate(model.engines) if index != abandoned)
 
 
-def test_an_engine_that_cannot_be_made_fails_its_jobs_and_is_tried_again() -> None:
+def test_an_engine_that_cannot_be_made_fails_its_requests_and_is_tried_again() -> None:
     model = StubModel("abc")
     with serving(model, slots=1) as worker:
         model.engines[1].before = failing(RuntimeError("lost"), "free")
         model.fail = 1
-        assert outcomes(worker.submit_all([job(new=1), job(), job()])) == ["a"] + ["failed: the engine failed (RuntimeError)"] * 2
+        assert (
+            outcomes(worker.submit_all([request(new=1), request(), request()])) == ["a"] + ["failed: the engine failed (RuntimeError)"] * 2
+        )
         assert not worker.state().alive and worker.state().last_error == "RuntimeError: the engine cannot be made"
-        assert outcomes([worker.submit(job(dense=True))]) == ["abc"], "the other engine is there"
-        assert outcomes([worker.submit(job())]) == ["abc"]
+        assert outcomes([worker.submit(request(dense=True))]) == ["abc"], "the other engine is there"
+        assert outcomes([worker.submit(request())]) == ["abc"]
         assert worker.state().alive
 
 
@@ -379,8 +386,8 @@ def test_a_mistake_of_ours_does_not_end_the_thread(monkeypatch: pytest.MonkeyPat
 
     with serving(model) as worker:
         monkeypatch.setattr(EngineLoop, "_deliver", broken)
-        assert outcomes(worker.submit_all([job("One"), job("Two")])) == ["failed: the engine failed (ZeroDivisionError)"] * 2
-        assert outcomes([worker.submit(job())]) == ["abc"] and len(model.engines) == 3
+        assert outcomes(worker.submit_all([request("One"), request("Two")])) == ["failed: the engine failed (ZeroDivisionError)"] * 2
+        assert outcomes([worker.submit(request())]) == ["abc"] and len(model.engines) == 3
 
 
 def test_closing_ends_everything() -> None:
@@ -388,20 +395,20 @@ def test_closing_ends_everything() -> None:
     worker = Worker(model, ServeConfig(slots=1))
     with pytest.raises(EngineFailed, match="shutting down"):
         with serving(model, slots=1) as worker:
-            running, waiting = worker.submit_all([job()] * 2)
+            running, waiting = worker.submit_all([request()] * 2)
             model.engines[-1].hold()
             until(model.engines[-1].waiting.is_set)
         assert outcomes([waiting]) == ["failed: the server is shutting down"]
         assert not worker.state().alive
         worker.close()
         with pytest.raises(EngineFailed, match="shutting down"):
-            worker.submit(job())
+            worker.submit(request())
         list(running.events())
 
 
-def test_jobs_wait_for_the_start() -> None:
+def test_requests_wait_for_the_start() -> None:
     worker = Worker(StubModel("abc"), ServeConfig())
-    stream = worker.submit(job())
+    stream = worker.submit(request())
     assert (worker.state().queued, worker.state().alive) == (1, False)
     worker.start()
     assert outcomes([stream]) == ["abc"]

@@ -1,6 +1,6 @@
 """A worker whose streams follow a script, and the real server in front of it.
 
-    worker = FakeWorker(lambda job: spoken("Hel", "lo"))
+    worker = FakeWorker(lambda request: spoken("Hel", "lo"))
     with serving(create_app(served(tokenizer), worker)) as url:
         httpx.post(f"{url}/v1/completions", json=...)
 
@@ -30,10 +30,10 @@ Script = Callable[[SequenceRequest], Iterable[Event | Exception]]
 
 
 class FakeStream:
-    """One job's events. cancels: how often it was cancelled."""
+    """One request's events. cancels: how often it was cancelled."""
 
-    def __init__(self, worker: FakeWorker, job: SequenceRequest) -> None:
-        self.job, self._worker, self._events = job, worker, iter(worker.script(job))
+    def __init__(self, worker: FakeWorker, request: SequenceRequest) -> None:
+        self.request, self._worker, self._events = request, worker, iter(worker.script(request))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._permits: asyncio.Queue[None] = asyncio.Queue()
         self.ended, self.cancels = False, 0
@@ -73,9 +73,9 @@ class FakeStream:
 
 
 class FakeWorker:
-    """script: the events of a job. waiting: None, or how many jobs wait already, all that may. limit: of prompt and answer, in tokens.
+    """script: the events of a request. waiting: None, or how many requests wait already, all that may. limit: tokens of both.
 
-    jobs: all that were submitted; streams: theirs; live: those that have not ended; steps: how often `step` was called.
+    requests: all that were submitted; streams: theirs; live: those that have not ended; steps: how often `step` was called.
     """
 
     def __init__(self, script: Script, *, by_hand: bool = False, limit: int = 64) -> None:
@@ -84,21 +84,21 @@ class FakeWorker:
         self.alive = True
         self.last_error: str | None = None
         self.lock = threading.Lock()
-        self.jobs: list[SequenceRequest] = []
+        self.requests: list[SequenceRequest] = []
         self.streams: list[FakeStream] = []
         self.live: list[FakeStream] = []
         self.steps = 0
 
-    def submit_all(self, jobs: Sequence[SequenceRequest]) -> list[FakeStream]:
-        for job in jobs:
-            if len(job.prompt_ids) + job.max_new_tokens > self.limit:
-                raise TooLong(prompt=len(job.prompt_ids), requested=job.max_new_tokens, limit=self.limit)
+    def submit_all(self, requests: Sequence[SequenceRequest]) -> list[FakeStream]:
+        for request in requests:
+            if len(request.prompt_ids) + request.max_new_tokens > self.limit:
+                raise TooLong(prompt=len(request.prompt_ids), requested=request.max_new_tokens, limit=self.limit)
         if not self.alive:
             raise NotRunning("the worker has ended")
         if self.waiting is not None:
             raise QueueFull(waiting=self.waiting, retry_after_s=7)
-        made = [FakeStream(self, job) for job in jobs]
-        self.jobs += jobs
+        made = [FakeStream(self, request) for request in requests]
+        self.requests += requests
         self.streams += made
         self.live += made
         return made

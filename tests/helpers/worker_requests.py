@@ -1,4 +1,4 @@
-"""A worker in a test: run jobs, and read their events."""
+"""A worker in a test: run requests, and read their events."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def serving(model: StubModel | LanguageModel, **config: Any) -> Generator[Worker
         worker.close()
 
 
-def job(prompt: str | Sequence[int] = "Once", new: int = 40, **options: Any) -> SequenceRequest:
+def request(prompt: str | Sequence[int] = "Once", new: int = 40, **options: Any) -> SequenceRequest:
     ids = prompt.encode() if isinstance(prompt, str) else prompt
     settings: dict[str, Any] = {"sampling": GREEDY, **options}
     return SequenceRequest(prompt_ids=tuple(ids), max_new_tokens=new, **settings)
@@ -46,9 +46,9 @@ def tokens_of(events: Sequence[Event]) -> list[Token]:
     return [info for event in events for info in event.tokens]
 
 
-def run(worker: Worker, *jobs: SequenceRequest) -> list[list[Event]]:
-    """The events of jobs that are submitted together."""
-    return [list(stream.events()) for stream in worker.submit_all(jobs)]
+def run(worker: Worker, *requests: SequenceRequest) -> list[list[Event]]:
+    """The events of requests that are submitted together."""
+    return [list(stream.events()) for stream in worker.submit_all(requests)]
 
 
 def summary_of(events: Sequence[Event]) -> Summary:
