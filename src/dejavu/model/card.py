@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig
-from dejavu.model.selectors import SELECTORS, PredictedNeurons
+from dejavu.model.selectors import SELECTORS
 
-ABOUT = {kind.method: kind.about for kind in SELECTORS.values()} | {
-    "adapted": PredictedNeurons.about,
+ABOUT = {  # where it is not what the selectors tell
     "activation": "Changes of weights that make `{base}` sparse by zeros of its own: its MLPs get {activation}, and rows of up and down\n"
     "of neurons whose gate is zero are not read.",
     "exact": "The MLP of `{base}` from the neurons whose gate is not zero: nothing else is read, nothing is lost.",
@@ -17,12 +16,14 @@ def card(config: AdapterConfig) -> str:
     """Markdown, with the front matter that the hub reads."""
     budget = "none" if config.budget is None else f"{config.budget:.2%} of perplexity"
     measured = "\n".join(f"| {name} | {value:.5g} |" for name, value in config.quality.items())
-    columns = next(kind.columns for kind in SELECTORS.values() if kind.method == config.selects)
+    selector = next(kind for kind in SELECTORS.values() if kind.method == config.selects)
+    columns = selector.columns
     rows = "\n".join(_row(entry, columns) for entry in config.layers)
     hashes = "\n".join(f"* `{value}`" for value in config.base_hashes)
     lora = config.lora
     activation = None if lora is None else lora.activation
-    about = ABOUT[config.method if activation is None else "activation"].format(base=config.base_id, activation=activation)
+    about = ABOUT.get(config.method if activation is None else "activation", selector.about)
+    about = about.format(base=config.base_id, activation=activation)
     changed = (
         "" if lora is None else f"\nWeights change too, while it runs sparse: W + {lora.scale:g} B A of rank {lora.rank}, and the norms."
     )
