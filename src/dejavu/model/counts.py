@@ -48,9 +48,10 @@ class Counts:
         return self._each(lambda part: part[index])
 
     def __eq__(self, other: object) -> bool:
+        """The same numbers, on whatever devices they are."""
         if not isinstance(other, Counts) or (self.kept_inputs is None) != (other.kept_inputs is None):
             return False
-        return all(torch.equal(mine, theirs) for mine, theirs in zip(self._parts(), other._parts(), strict=True))
+        return all(torch.equal(mine, theirs) for mine, theirs in zip(self.cpu()._parts(), other.cpu()._parts(), strict=True))
 
     __hash__ = None  # pyrefly: ignore[bad-override]
 
