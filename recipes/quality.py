@@ -16,7 +16,8 @@ from dejavu.bench.comparison import Passage, own_quality, peer_quality
 from dejavu.bench.rows import QualityRow, append_rows
 from dejavu.cli.against import opened_peers, peer_names
 from dejavu.cli.output import Output
-from dejavu.cli.subjects import EngineOptions, Subject, loaded
+from dejavu.cli.subjects import Subject, loaded
+from dejavu.engine.options import EngineOptions
 from dejavu.language_model import LanguageModel
 from dejavu.model.texts import named_texts
 from dejavu.quality.evaluate import scored_part
@@ -27,13 +28,12 @@ OUT = Output(as_json=False)
 
 def opened(options: argparse.Namespace, dtype: str) -> Subject:
     """The model in one dtype."""
-    engine = EngineOptions(
-        backend=options.backend, dtype=dtype, cache_dtype=options.cache_dtype, screened_head=0, threads=None, seed=0
-    )  # fmt: skip
+    engine = EngineOptions(backend=options.backend, dtype=dtype, cache_dtype=options.cache_dtype)
     return loaded(
         options.model,
         OUT,
         engine,
+        seed=0,
         texts=None,
         adapter=options.adapter,
         dense=False,

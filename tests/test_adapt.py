@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from conftest import Tiny
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
@@ -253,7 +254,7 @@ def test_the_whole_road(checkpoint: Checkpoint, tmp_path: Path) -> None:
     ids = ids_of(1, 14)
     selection = MaskedSelection(layers)
     masked = model(ids, selection)[0]
-    engine = TorchEngine(adapted_model(model, layers), layers, record=True)
+    engine = TorchEngine(adapted_model(model, layers), layers, EngineOptions(record=True))
     slot, row = 0, ids[0].tolist()
     sparse_BT = torch.arange(len(row))[None] >= 4
     expected = model(ids, MaskedSelection(layers, sparse_BT))[0]

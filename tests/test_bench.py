@@ -15,6 +15,7 @@ from dejavu.bench.memory import buffer_bytes
 from dejavu.bench.rows import Row
 from dejavu.bench.variants import DENSE_VARIANT, Peer, Variant, export_name
 from dejavu.engine.native.engine import NativeEngine
+from dejavu.engine.options import EngineOptions
 from dejavu.model.counts import Counts
 from dejavu.model.transformer import Transformer
 from helpers.engines import ids_of, random_layers
@@ -23,7 +24,7 @@ from helpers.peers import FakeClock, FakePeer
 from helpers.standins import GPU_NAME, CudaStandIn
 
 IDS = ids_of(7, 60)
-SIZES: dict[str, Any] = {"name": "tiny", "backend": "torch", "context": 9, "steps": 7}
+SIZES: dict[str, Any] = {"name": "tiny", "options": EngineOptions(backend="torch"), "context": 9, "steps": 7}
 
 
 def variants(model: Transformer) -> list[Variant]:
@@ -128,9 +129,9 @@ def test_useful_bytes_are_those_of_what_the_timed_steps_selected(tiny: Tiny, bat
     chosen = random_layers(model, mlp=1, heads=1)
     found = bench(
         model, [DENSE_VARIANT, Variant(mode="sparse+heads", layers=chosen)], IDS,
-        name="tiny", backend="native", threads=2, batch=batch, context=5, steps=6,
+        EngineOptions(backend="native", threads=2), name="tiny", batch=batch, context=5, steps=6,
     )  # fmt: skip
-    engine = NativeEngine(model, chosen, num_slots=batch, record=True, threads=2)
+    engine = NativeEngine(model, chosen, EngineOptions(num_slots=batch, record=True, threads=2))
     needed = 5 + 2 * TURN
     rows = [[IDS[(row * 5 + t) % len(IDS)] for t in range(needed)] for row in range(batch)]
     for slot, ids in enumerate(rows):
@@ -204,12 +205,10 @@ def test_the_cuda_backend(tiny: Tiny, cuda: type[CudaStandIn], batch: int) -> No
     peer = FakePeer(model)
     peer.device = "cuda:0"
     found = bench(
-        model, [DENSE_VARIANT, Variant(mode="sparse+heads", layers=chosen)], IDS, **(SIZES | {"backend": "cuda", "batch": batch}),
-        ahead="in-line", peers=[peer],
+        model, [DENSE_VARIANT, Variant(mode="sparse+heads", layers=chosen)], IDS, peers=[peer],
+        **(SIZES | {"options": EngineOptions(backend="cuda", ahead="in-line"), "batch": batch}),
     )  # fmt: skip
-    assert (
-        all(options["ahead"] == "in-line" for options in cuda.made) and [options.get("record") for options in cuda.made[2:]] == [False] * 2
-    )
+    assert all(options.ahead == "in-line" for options in cuda.made) and [options.record for options in cuda.made[2:]] == [False] * 2
     assert {row.device for row in found.rows} == {GPU_NAME} and {row.op for row in found.rows} == {"prefill", "read", "decode"}
     own = {row.mode: row for row in found.decodes}
     facts = {(row.mode, row.sparse, row.sparse_heads, row.ahead) for row in own.values()}
@@ -230,7 +229,7 @@ def test_the_device_is_waited_for_around_every_run(tiny: Tiny, cuda: type[CudaSt
     waits: list[int] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     model = tiny("opt")
-    bench(model, [DENSE_VARIANT], IDS, **(SIZES | {"backend": "cuda"}), peers=[FakePeer(model)])
+    bench(model, [DENSE_VARIANT], IDS, **(SIZES | {"options": EngineOptions(backend="cuda")}), peers=[FakePeer(model)])
     # Prefills of two; steps of two to warm up; turns of two steps each of two and of the read: before and after each.
     assert len(waits) == 2 * (6 * 2 + 3 * TURN * 2 + 3 * TURN // 2 * 3)
 
@@ -258,7 +257,7 @@ def test_layers_that_read_everything_are_named(tiny: Tiny, backend: str) -> None
     model = tiny("opt", max_positions=64)
     modes = {"all": random_layers(model, mlp=1, heads=None, threshold=-1e9), "some": random_layers(model, mlp=1, heads=None)}
     variants = [DENSE_VARIANT, *(Variant(mode=mode, layers=layers) for mode, layers in modes.items())]
-    notes = bench(model, variants, IDS, **(SIZES | {"backend": backend})).notes
+    notes = bench(model, variants, IDS, **(SIZES | {"options": EngineOptions(backend=backend)})).notes
     assert [note for note in notes if "read every neuron" in note] == [
         "all at batch 1, context 9 read every neuron of 2 layers that select"
     ]

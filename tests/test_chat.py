@@ -19,6 +19,7 @@ from dejavu.cli.chat import Session
 from dejavu.cli.main import run
 from dejavu.cli.output import Output
 from dejavu.conversation import MOST_TOKENS, MOST_TOKENS_OF_TEXT, ROOM, Conversation
+from dejavu.engine.options import EngineOptions
 from dejavu.generation.generation import Generation
 from dejavu.generation.pieces import Piece
 from dejavu.language_model import LanguageModel
@@ -147,7 +148,7 @@ def test_a_model_without_a_template_continues_a_text(plain: LanguageModel, promp
 
 def plain_without_bos(lm: LanguageModel) -> LanguageModel:
     checkpoint = dataclasses.replace(lm.checkpoint, tokenizer=dataclasses.replace(lm.tokenizer, adds_bos=False))
-    return LanguageModel(checkpoint, backend="torch")
+    return LanguageModel(checkpoint, EngineOptions(backend="torch"))
 
 
 def test_a_text_that_fills_the_context_leaves_its_last_part_to_go_on_from(plain: LanguageModel, prompts: list[Any]) -> None:

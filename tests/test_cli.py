@@ -110,7 +110,7 @@ def test_eval_measures_a_screened_head(call, work: Path) -> None:
 def test_eval_measures_a_screened_head_on_every_text(call, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
 
-    def agreement(model: Any, layers: Any, ids: list[int], **options: Any) -> dict[str, Any]:
+    def agreement(model: Any, layers: Any, ids: list[int], options: Any, **_: Any) -> dict[str, Any]:
         seen.append(list(ids))
         return {"screened_head": 30, "rank": 1, "tokens": len(ids), "agreement": 1.0}
 

@@ -173,7 +173,7 @@ def test_a_planted_model_on_the_gpu(call, planted_here: list[dict[str, Any]], cu
     ran = {(row["model"], row["layers"], row["synthetic"], row["shape"], row["shape_layers"]) for row in result["rows"]}
     assert ran == {("opt-small[2 of 3 layers]", 2, True, "opt-small", 3)}
     assert [row["mlp_density"] for row in decodes[1:5]] == pytest.approx([0.3, 0.3, 0.2, 0.2], rel=0.2)
-    assert all(options["ahead"] == "in-line" for options in cuda.made if "dtype" in options)
+    assert all(options.ahead == "in-line" for options in cuda.made if options.dtype != "auto")
     assert "llama.cpp would run on the CPU and our engine on the GPU: not timed" in result["notes"]
     qualities = result["planted"]["modes"]
     assert [each["mode"] for each in qualities] == ["sparse", "sparse+heads"] * 2 and result["planted"]["rank"] == 128

@@ -9,6 +9,7 @@ from conftest import Tiny
 from dejavu.engine.cuda import batch_step as cuda_batch
 from dejavu.engine.cuda.batch_step import BatchStep
 from dejavu.engine.cuda.engine import CudaEngine
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import AllHeads, AllNeurons, LayerAdapter
 from helpers.cuda import DEVICES, on, prefilled
@@ -31,8 +32,8 @@ def test_what_runs_dense(tiny: Tiny, device: str, layers: tuple[int, ...], heads
         LayerAdapter(neurons=AllNeurons() if index in layers else layer.neurons, heads=AllHeads() if heads else layer.heads)
         for index, layer in enumerate(sparse)
     ]  # fmt: skip
-    reference = TorchEngine(model, left, num_slots=2)
-    engine = CudaEngine(on(model, device), sparse, num_slots=2, crossover=False)
+    reference = TorchEngine(model, left, EngineOptions(num_slots=2))
+    engine = CudaEngine(on(model, device), sparse, EngineOptions(num_slots=2), crossover=False)
     batch_step(engine).run_dense(frozenset(layers), heads=heads)
     for slot in range(2):
         for each in (reference, engine):
@@ -47,7 +48,7 @@ def test_what_runs_dense(tiny: Tiny, device: str, layers: tuple[int, ...], heads
 @pytest.mark.parametrize("slower", [False, True])
 def test_heads_are_timed_both_ways(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, slower: bool) -> None:
     model = on(tiny("opt"), "cpu")
-    engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), num_slots=2))
+    engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(num_slots=2)))
     engine.step([5, 6], [0, 1])
     step, times = batch_step(engine), iter((2.0, 1.0) if slower else (1.0, 2.0))
 
@@ -61,10 +62,10 @@ def test_heads_are_timed_both_ways(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, 
 
 def test_without_predictors_there_is_nothing_to_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = on(tiny("opt"), "cpu")
-    engine = CudaEngine(model, random_layers(model, mlp=None, heads=1), num_slots=2)
+    engine = CudaEngine(model, random_layers(model, mlp=None, heads=1), EngineOptions(num_slots=2))
     monkeypatch.setattr(cuda_batch, "_milliseconds", lambda _: pytest.fail("timed"))
     assert batch_step(engine).slower_sparse() == frozenset()
-    dense = batch_step(CudaEngine(model, num_slots=2))
+    dense = batch_step(CudaEngine(model, None, EngineOptions(num_slots=2)))
     assert dense.slower_sparse() == frozenset() and not dense.slower_heads()
 
 
@@ -72,7 +73,7 @@ def test_without_predictors_there_is_nothing_to_time(tiny: Tiny, monkeypatch: py
 def test_a_step_chooses_before_it_is_captured(tiny: Tiny) -> None:
     """Whatever is chosen, steps, decode and a longer text go on with it."""
     model = on(tiny("opt"), "cuda")
-    engine = prefilled(CudaEngine(model, random_layers(tiny("opt"), mlp=1, heads=1), num_slots=2))
+    engine = prefilled(CudaEngine(model, random_layers(tiny("opt"), mlp=1, heads=1), EngineOptions(num_slots=2)))
     engine.step([5, 6], [0, 1])
     key = engine._key(2, 5)
     chosen = engine._dense_layers[2], engine._dense_heads[key]
@@ -86,7 +87,7 @@ def test_a_step_chooses_before_it_is_captured(tiny: Tiny) -> None:
 def test_a_choice_made_again_keeps_the_memory_that_a_graph_reads(tiny: Tiny) -> None:
     """A step has two graphs, one of steps and one of decode; the second capture applies the same choice of dense layers."""
     model = on(tiny("opt"), "cpu")
-    engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), num_slots=2))
+    engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(num_slots=2)))
     engine.step([5, 6], [0, 1])
     (step,) = engine._steps.values()
     assert isinstance(step, BatchStep)

@@ -9,9 +9,10 @@ pytest.importorskip("triton")
 
 from conftest import Tiny
 from dejavu.engine.cuda.engine import CudaEngine
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.transformer import Transformer
-from helpers.cuda import DEVICES, on
+from helpers.cuda import DEVICES, cuda_engine_of, on
 from helpers.engines import decode, ids_of, masked_forward, random_layers
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,8 +49,8 @@ def test_decode_equals_the_torch_engine(
     """The same selections, logits to 2e-5, after a prefill of a few pages and with steps that begin new ones."""
     model = made(tiny, name)
     layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1, 10 + STEPS)
-    torch_engine = TorchEngine(model, layers, record=True, page_size=3)
-    cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, **options)
+    torch_engine = TorchEngine(model, layers, EngineOptions(record=True, page_size=3))
+    cuda_engine = cuda_engine_of(on(model, device), layers, record=True, page_size=3, **options)
     for engine in (torch_engine, cuda_engine):
         engine.prefill(0, ids[:10])
     (expected, wanted), (found, steps) = decode(torch_engine, ids[10:]), decode(cuda_engine, ids[10:])
@@ -102,7 +103,7 @@ def test_an_architecture_without_kernels_is_refused(tiny: Tiny, overrides: dict[
 
 def test_an_unknown_way_of_looking_ahead_is_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="beside, branch, in-line"):
-        CudaEngine(tiny("opt"), ahead="sideways")
+        CudaEngine(tiny("opt"), None, EngineOptions(ahead="sideways"))
 
 
 @pytest.mark.slow
@@ -125,8 +126,8 @@ def test_rows_of_a_batch_equal_the_torch_engine(
     model = made(tiny, name)
     layers = random_layers(model, mlp=mlp, heads=heads)
     prompts = [ids_of(seed, length) for seed, length in ((3, 4), (4, 9), (5, 1))]
-    torch_engine = TorchEngine(model, layers, record=True, page_size=3, num_slots=3)
-    cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, num_slots=3, crossover=False, **options)
+    torch_engine = TorchEngine(model, layers, EngineOptions(record=True, page_size=3, num_slots=3))
+    cuda_engine = cuda_engine_of(on(model, device), layers, record=True, page_size=3, num_slots=3, crossover=False, **options)
     for engine in (torch_engine, cuda_engine):
         for slot, prompt in enumerate(prompts):
             engine.prefill(slot, prompt)
@@ -146,7 +147,7 @@ def test_rows_of_a_batch_equal_the_torch_engine(
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_that_fill_a_bucket_write_nowhere_that_matters(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt"), device)
-    engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), num_slots=4, page_size=3, crossover=False)
+    engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(num_slots=4, page_size=3), crossover=False)
     for slot in range(4):
         engine.prefill(slot, ids_of(slot, 5))
     k_LPGSK = engine._cache.k_LPGSK

@@ -16,6 +16,7 @@ from conftest import Tiny
 from dejavu.config import SamplingConfig
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import DecodesTokens, EngineInfo, StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.generation.generation import GeneratedText, generate_tokens
 from dejavu.generation.pieces import Piece
 from dejavu.language_model import LanguageModel
@@ -102,7 +103,7 @@ def check_same(engine: CudaEngine, prompt: list[int], **options: Any) -> Generat
 def test_greedy_text_is_that_of_single_steps(tiny: Tiny, device: str) -> None:
     """One engine writes one text after the other, each ending in another way in the middle of a chunk. A group has two query heads."""
     model = on(tiny("llama", max_positions=12, num_layers=1), device)
-    engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), page_size=4)
+    engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(page_size=4))
     prompt = ids_of(6, 4)
     whole = check_same(engine, prompt, max_new_tokens=7)
     assert len(set(whole.token_ids)) > 5 and whole.finish_reason == "length"
@@ -119,7 +120,7 @@ def test_greedy_text_is_that_of_single_steps(tiny: Tiny, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_full_cache_ends_both_at_the_same_token(tiny: Tiny, device: str) -> None:
     """Another sequence holds 3 of 6 pages: of the text's 12 tokens 5 are the prompt."""
-    engine = CudaEngine(on(tiny("opt", num_layers=1), device), num_slots=2, page_size=4, cache_tokens=24)
+    engine = CudaEngine(on(tiny("opt", num_layers=1), device), None, EngineOptions(num_slots=2, page_size=4, cache_tokens=24))
     engine.prefill(1, ids_of(9, 9))
     found = []
     for each in (engine, Stepped(engine)):
@@ -137,7 +138,7 @@ def test_a_full_cache_ends_both_at_the_same_token(tiny: Tiny, device: str) -> No
 def test_a_seed_repeats_a_drawn_text(tiny: Tiny, device: str) -> None:
     """On an engine that has written before and on a new one, in any slot; choices of one request differ, as do other seeds."""
     model = on(tiny("opt", num_layers=1), device)
-    engine = CudaEngine(model, num_slots=2)
+    engine = CudaEngine(model, None, EngineOptions(num_slots=2))
     sampling = SamplingConfig(temperature=1.5, top_p=0.95, seed=3)
     options = {"max_new_tokens": 5, "sampling": sampling}
     _, first = written(engine, ids_of(8, 4), **options)
@@ -173,7 +174,7 @@ def test_logits_that_are_not_numbers_end_a_text_as_a_step_does(tiny: Tiny, devic
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_engine_that_records_is_stepped(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt", num_layers=1), device)
-    engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), record=True)
+    engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(record=True))
     _, text = written(engine, ids_of(8, 4), max_new_tokens=3)
     assert text.trace is not None and text.trace[1] is not None and not engine._decode_rows
 
@@ -186,12 +187,12 @@ def test_a_model_writes_one_text_after_the_other_on_one_engine(
     export(tiny("opt", num_layers=1), tokenizer, tmp_path)
     plain, options = load(tmp_path, backend="torch"), {"max_new_tokens": 5, "ignore_eos": True}
     expected = {prompt: plain.generate(prompt, **options) for prompt in ("the cat", "a dog")}  # pyrefly: ignore[no-matching-overload]
-    lm = LanguageModel(load(tmp_path, backend="torch").checkpoint, backend="cuda")
+    lm = LanguageModel(load(tmp_path, backend="torch").checkpoint, EngineOptions(backend="cuda"))
     lm.model.to(device)
     engines = []
 
-    def make(model: Transformer, layers: Sequence[LayerAdapter] | None, *, cache_tokens: int, **_: Any) -> CudaEngine:
-        engines.append(CudaEngine(model, layers, cache_tokens=cache_tokens))
+    def make(model: Transformer, layers: Sequence[LayerAdapter] | None, options: EngineOptions) -> CudaEngine:
+        engines.append(CudaEngine(model, layers, options))
         return engines[-1]
 
     monkeypatch.setattr("dejavu.generation.engine_cache.make_engine", make)

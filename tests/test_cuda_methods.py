@@ -15,10 +15,11 @@ pytest.importorskip("triton")
 from conftest import Tiny
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import LayerSelection, StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Selection, Transformer
-from helpers.cuda import DEVICES, Recorded, on
+from helpers.cuda import DEVICES, Recorded, cuda_engine_of, on
 from helpers.engines import decode, ids_of, random_layers, reselect
 from helpers.kernel_memory import check_rule
 from helpers.thresholds import gate_layers, input_layers
@@ -82,8 +83,8 @@ def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, method: str, opti
     """After a prefill of a few pages and with steps that begin new ones."""
     model, ids = made(tiny, name), ids_of(1, 11 + STEPS)
     layers = METHODS[method](model, 0.4)
-    torch_engine = TorchEngine(model, layers, record=True, page_size=3)
-    cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, **options)
+    torch_engine = TorchEngine(model, layers, EngineOptions(record=True, page_size=3))
+    cuda_engine = cuda_engine_of(on(model, device), layers, record=True, page_size=3, **options)
     assert cuda_engine.info.sparse and cuda_engine.info.input_points == torch_engine.info.input_points
     for engine in (torch_engine, cuda_engine):
         engine.prefill(0, ids[:11])
@@ -105,8 +106,8 @@ def test_rows_of_a_batch_equal_the_torch_engine(tiny: Tiny, name: str, method: s
     """Three sequences of different lengths in a bucket of four: each row selects and gives what it does alone."""
     model = made(tiny, name)
     layers, prompts = METHODS[method](model, 0.4), [ids_of(seed, length) for seed, length in ((3, 4), (4, 9), (5, 1))]
-    torch_engine = TorchEngine(model, layers, record=True, page_size=3, num_slots=3)
-    cuda_engine = CudaEngine(on(model, device), layers, record=True, page_size=3, num_slots=3, crossover=False, **options)
+    torch_engine = TorchEngine(model, layers, EngineOptions(record=True, page_size=3, num_slots=3))
+    cuda_engine = cuda_engine_of(on(model, device), layers, record=True, page_size=3, num_slots=3, crossover=False, **options)
     for engine in (torch_engine, cuda_engine):
         for slot, prompt in enumerate(prompts):
             engine.prefill(slot, prompt)
@@ -120,8 +121,8 @@ def test_rows_of_a_batch_equal_the_torch_engine(tiny: Tiny, name: str, method: s
 def test_layers_of_different_methods(tiny: Tiny, rows: int, device: str) -> None:
     model = tiny("llama", num_layers=4)
     layers = mixed_layers(model, 0.4)
-    torch_engine = TorchEngine(model, layers, record=True, num_slots=rows)
-    cuda_engine = CudaEngine(on(model, device), layers, record=True, num_slots=rows, crossover=False)
+    torch_engine = TorchEngine(model, layers, EngineOptions(record=True, num_slots=rows))
+    cuda_engine = CudaEngine(on(model, device), layers, EngineOptions(record=True, num_slots=rows), crossover=False)
     for index in range(2):
         tokens, slots = ids_of(index, rows), list(range(rows))
         check_same(torch_engine.step(tokens, slots), cuda_engine.step(tokens, slots))
@@ -133,7 +134,11 @@ def test_a_point_without_a_threshold_keeps_everything(tiny: Tiny, point: str, de
     model, ids = tiny("llama", num_layers=1), ids_of(6, 2)
     layers = input_layers(model, 0.5, without=point)
     (_, wanted), (_, steps) = (
-        decode(engine, ids) for engine in (TorchEngine(model, layers, record=True), CudaEngine(on(model, device), layers, record=True))
+        decode(engine, ids)
+        for engine in (
+            TorchEngine(model, layers, EngineOptions(record=True)),
+            CudaEngine(on(model, device), layers, EngineOptions(record=True)),
+        )
     )
     for want, step in zip(wanted, steps, strict=True):
         check_same(want, step)
@@ -152,7 +157,7 @@ def test_what_a_threshold_of_zero_leaves_out_is_nothing(tiny: Tiny, name: str, r
     model = on(made(tiny, name), device)
     layers = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * model.config.num_layers
     slots, tokens = list(range(rows)), ids_of(7, rows)
-    dense, exact = (CudaEngine(model, chosen, num_slots=rows).step(tokens, slots) for chosen in (None, layers))
+    dense, exact = (CudaEngine(model, chosen, EngineOptions(num_slots=rows)).step(tokens, slots) for chosen in (None, layers))
     torch.testing.assert_close(exact.logits_BV, dense.logits_BV, rtol=0, atol=1e-5)
     share = exact.counts.neurons.double().mean() / model.config.intermediate_size
     assert 0.1 < share < 0.9, "the test must leave some out"
@@ -190,8 +195,8 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, method: str, rows: int
     """Nothing, some and everything selected in turn, over the same memory."""
     model = tiny("llama", activation="relu", intermediate_size=70, num_layers=1)
     layers = METHODS[method](model, 0.5)
-    torch_engine = TorchEngine(model, layers, num_slots=rows)
-    cuda_engine = CudaEngine(on(model, device), layers, num_slots=rows, crossover=False, **options)
+    torch_engine = TorchEngine(model, layers, EngineOptions(num_slots=rows))
+    cuda_engine = cuda_engine_of(on(model, device), layers, num_slots=rows, crossover=False, **options)
     seen = set()
     for index in range(steps):
         threshold = THRESHOLDS[index % len(THRESHOLDS)]
@@ -211,7 +216,7 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, method: str, rows: int
 def test_a_deterministic_engine_repeats_bit_for_bit(tiny: Tiny, method: str, rows: int, device: str) -> None:
     model = tiny("llama", num_layers=1)
     layers = METHODS[method](model, 0.5)
-    engines = [CudaEngine(on(model, device), layers, num_slots=rows, deterministic=True) for _ in range(2)]
+    engines = [CudaEngine(on(model, device), layers, EngineOptions(num_slots=rows), deterministic=True) for _ in range(2)]
     for index in range(2 if device == "cpu" else 20):
         tokens = ids_of(60 + index, rows)
         one, other = (engine.step(tokens, list(range(rows))).logits_BV for engine in engines)
@@ -224,8 +229,8 @@ def test_a_deterministic_engine_repeats_bit_for_bit(tiny: Tiny, method: str, row
 def test_decoded_tokens_have_the_counts_of_their_steps(tiny: Tiny, method: str, rows: int, device: str) -> None:
     model = tiny("llama", num_layers=1)
     layers, slots, tokens = METHODS[method](model, 0.5), list(range(rows)), ids_of(8, rows)
-    reference = TorchEngine(model, layers, num_slots=rows)
-    found = CudaEngine(on(model, device), layers, num_slots=rows, crossover=False).decode(tokens, slots, 2).cpu()
+    reference = TorchEngine(model, layers, EngineOptions(num_slots=rows))
+    found = CudaEngine(on(model, device), layers, EngineOptions(num_slots=rows), crossover=False).decode(tokens, slots, 2).cpu()
     for index in range(2):
         step = reference.step(tokens, slots)
         tokens = step.logits_BV.argmax(-1).tolist()
@@ -239,7 +244,7 @@ def test_what_a_step_read(tiny: Tiny, device: str) -> None:
     """One row reads what it keeps; of several rows' inputs the matrices are read whole, and of neurons the union."""
     model = tiny("opt", num_layers=1)
     sizes = InputPoints.of(model.config).sizes
-    engine = CudaEngine(on(model, device), input_layers(model, 0.4), num_slots=3)
+    engine = CudaEngine(on(model, device), input_layers(model, 0.4), EngineOptions(num_slots=3))
     result, profile = engine.profiled_step([5], [0])
     assert result.counts.kept_inputs is not None and profile.counts.kept_inputs is not None
     assert torch.equal(profile.counts.kept_inputs, result.counts.kept_inputs[0])
@@ -251,7 +256,7 @@ def test_what_a_step_read(tiny: Tiny, device: str) -> None:
         and profile.counts.kept_inputs.tolist() == [list(sizes)]
     )
     assert (result.counts.kept_inputs < torch.tensor(sizes, device=device)).all()
-    engine = CudaEngine(on(model, device), gate_layers(model, 0.4), num_slots=2, crossover=False)
+    engine = CudaEngine(on(model, device), gate_layers(model, 0.4), EngineOptions(num_slots=2), crossover=False)
     result, profile = engine.profiled_step([6, 7], [0, 1])
     assert profile.counts.kept_inputs is None and result.counts.neurons.amax() < profile.counts.neurons[0] <= result.counts.neurons.sum()
 
@@ -284,7 +289,7 @@ def test_low_precision_is_as_good_as_the_plain_one(tiny: Tiny, name: str, dtype:
     layers = METHODS[method](model, 0.5)
     low = on(model, device, dtype)
     wide = copy.deepcopy(low).double()
-    engine = CudaEngine(low, layers, num_slots=rows, record=True, crossover=False)
+    engine = CudaEngine(low, layers, EngineOptions(num_slots=rows, record=True), crossover=False)
     ids_BT = [ids_of(70 + row, 3) for row in range(rows)]
     steps = [engine.step(list(tokens), list(range(rows))) for tokens in zip(*ids_BT, strict=True)]
     for row, ids in enumerate(ids_BT):
@@ -305,7 +310,7 @@ def test_a_number_that_is_none_reaches_the_logits(tiny: Tiny, method: str, devic
         gate = model.blocks[0].gate
         assert gate is not None
         gate.weight[5] = torch.nan
-    result = CudaEngine(on(model, device), layers, num_slots=2).step([1, 2], [0, 1])
+    result = CudaEngine(on(model, device), layers, EngineOptions(num_slots=2)).step([1, 2], [0, 1])
     assert result.logits_BV.isnan().all()
     assert CudaEngine(on(model, device), layers).step([1], [0]).logits_BV.isnan().all()
 

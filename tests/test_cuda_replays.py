@@ -20,10 +20,11 @@ from dejavu.bench.models.planted import plant, planted_model
 from dejavu.bench.models.random import random_ids, shape_of
 from dejavu.config import ModelConfig
 from dejavu.engine.cuda.engine import CudaEngine
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Transformer
-from helpers.cuda import Recorded, on
+from helpers.cuda import Recorded, cuda_engine_of, on
 from helpers.engines import ids_of, random_layers, reselect
 from helpers.kernel_memory import check_rule
 
@@ -55,8 +56,8 @@ def test_counts_that_change_from_step_to_step(tiny: Tiny, device: str, steps: in
     """Nothing, some and everything selected in turn, over the same memory: the torch engine's logits and counts each time."""
     model = tiny("llama", activation="relu", intermediate_size=70)
     layers = random_layers(model, mlp=1, heads=1)
-    torch_engine = TorchEngine(model, layers, num_slots=rows)
-    cuda_engine = CudaEngine(on(model, device), layers, num_slots=rows, crossover=False, **options)
+    torch_engine = TorchEngine(model, layers, EngineOptions(num_slots=rows))
+    cuda_engine = cuda_engine_of(on(model, device), layers, num_slots=rows, crossover=False, **options)
     if device == "cpu":
         steps = steps if (rows, options) == (1, {}) else len(THRESHOLDS)  # an interpreted step takes its time
     for engine in (torch_engine, cuda_engine):
@@ -142,7 +143,7 @@ def test_a_tiny_planted_model_against_fp64(kind: str, rows: int) -> None:
     config = ModelConfig.from_dict(shape_of(kind).to_dict() | SIZES | {"num_layers": 3, "max_positions": 32})
     made = plant(config, name=kind, device="cpu", dtype="fp16", density=0.2, rank=8, num_layers=2)
     layers = rethresholded(made.model, made.layers, random_ids(config, 32, seed=1), mlp_density=0.3, head_density=0.5)
-    engine = CudaEngine(made.model, layers, record=True, num_slots=rows, crossover=False)
+    engine = CudaEngine(made.model, layers, EngineOptions(record=True, num_slots=rows), crossover=False)
     ids_BT = [random_ids(config, 3, seed=2 + row) for row in range(rows)]
     check_engine(engine, ids_BT, copy.deepcopy(made.model).double())
 
@@ -155,7 +156,7 @@ def test_every_size_against_fp64(name: str, rows: int) -> None:
     """Two layers of that shape in fp16."""
     made = planted_model(name, device="cuda", dtype="fp16", density=0.1, num_layers=2)
     layers = rethresholded(made.model, made.layers, random_ids(made.config, 256, seed=1), mlp_density=0.15, head_density=0.5)
-    engine = CudaEngine(made.model, layers, record=True, num_slots=rows, cache_tokens=256, crossover=False)
+    engine = CudaEngine(made.model, layers, EngineOptions(record=True, num_slots=rows, cache_tokens=256), crossover=False)
     ids_BT = [random_ids(made.config, 20, seed=2 + row) for row in range(rows)]
     check_engine(engine, ids_BT, copy.deepcopy(made.model).double())
 
@@ -164,7 +165,7 @@ def test_the_check_sees_a_wrong_engine(tiny: Tiny) -> None:
     """A neuron's row of down, other than the one that the forward passes read."""
     model = tiny("opt").half()
     layers, wide = random_layers(model, mlp=1, heads=None), copy.deepcopy(model).double()
-    engine = CudaEngine(copy.deepcopy(model), layers, record=True)
+    engine = CudaEngine(copy.deepcopy(model), layers, EngineOptions(record=True))
     down_FD = engine._model.weights[1].mlp.down_FD
     engine._model.weights[1] = dataclasses.replace(
         engine._model.weights[1], mlp=dataclasses.replace(engine._model.weights[1].mlp, down_FD=down_FD.roll(1, 0).contiguous())

@@ -14,6 +14,7 @@ from dejavu.config import SamplingConfig
 from dejavu.engine.cuda.decode_loop import DecodeRows, joined, packed_settings
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import Decoded
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.sampling import Sampler
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels.cuda.sample import (
@@ -257,8 +258,8 @@ def test_decode_equals_greedy_steps(
     monkeypatch.setattr(cuda_engine, "RING", 2)
     model = tiny(family)
     layers, slots, tokens = random_layers(model, mlp=1, heads=1), [2, 0, 1][:rows], [10, 23, 33][:rows]
-    reference = prefilled(TorchEngine(model, layers, num_slots=4, page_size=3))
-    engine = prefilled(CudaEngine(on(model, device), layers, num_slots=4, page_size=3, crossover=False))
+    reference = prefilled(TorchEngine(model, layers, EngineOptions(num_slots=4, page_size=3)))
+    engine = prefilled(CudaEngine(on(model, device), layers, EngineOptions(num_slots=4, page_size=3), crossover=False))
     expected, steps = [tokens], []
     for _ in range(4):
         steps.append(reference.step(expected[-1], slots))
@@ -290,14 +291,14 @@ def test_decode_equals_greedy_steps(
 def test_seeds_repeat_in_any_batch_and_in_any_number_of_calls(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt", num_layers=1), device)
     drawn, cut = SamplingConfig(temperature=1.5, seed=3), SamplingConfig(temperature=1.0, top_k=20, top_p=0.9, seed=4)
-    whole = prefilled(CudaEngine(model, num_slots=2)).decode([5, 6], [0, 1], 3, [drawn, cut]).token_NB
+    whole = prefilled(CudaEngine(model, None, EngineOptions(num_slots=2))).decode([5, 6], [0, 1], 3, [drawn, cut]).token_NB
     for row, config in enumerate((drawn, cut)):
-        engine = prefilled(CudaEngine(model, num_slots=2))
+        engine = prefilled(CudaEngine(model, None, EngineOptions(num_slots=2)))
         first = engine.decode([5 + row], [row], 1, [config]).token_NB
         rest = engine.decode(first[-1].tolist(), [row], 2, [config]).token_NB
         assert torch.cat([first, rest])[:, 0].tolist() == whole[:, row].tolist()
-    other = prefilled(CudaEngine(model, num_slots=2)).decode([5], [0], 3, [dataclasses.replace(drawn, seed=8)])
-    choice = prefilled(CudaEngine(model, num_slots=2)).decode([5], [0], 3, [drawn], [1])
+    other = prefilled(CudaEngine(model, None, EngineOptions(num_slots=2))).decode([5], [0], 3, [dataclasses.replace(drawn, seed=8)])
+    choice = prefilled(CudaEngine(model, None, EngineOptions(num_slots=2))).decode([5], [0], 3, [drawn], [1])
     for different in (other, choice):
         assert different.token_NB[:, 0].tolist() != whole[:, 0].tolist()
 
@@ -305,7 +306,7 @@ def test_seeds_repeat_in_any_batch_and_in_any_number_of_calls(tiny: Tiny, device
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_cannot_be_decoded_is_refused_before_anything_runs(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt"), device)
-    engine = CudaEngine(model, num_slots=2, page_size=4, cache_tokens=16)
+    engine = CudaEngine(model, None, EngineOptions(num_slots=2, page_size=4, cache_tokens=16))
     engine.prefill(0, [1, 2, 3])
     with pytest.raises(ValueError, match="at least 1 token"):
         engine.decode([1], [0], 0)

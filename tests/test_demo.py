@@ -13,6 +13,7 @@ import torch
 
 from conftest import Tiny, open_fp32
 from dejavu.engine.backends import make_engine
+from dejavu.engine.options import EngineOptions
 from dejavu.generation.generation import generate_tokens
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import write_bundle
@@ -50,7 +51,9 @@ def adapter(checkpoint: Checkpoint) -> Adapter:
 
 
 def demo(checkpoint: Checkpoint, adapter: Adapter | None, output: Path, **options: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"retrain": False, "backend": "torch", "threads": 1, "seed": 0, "sizes": SMALL, **options}
+    names = [name for name in ("backend", "threads", "dtype") if name in options]
+    engine: dict[str, Any] = {"backend": "torch", "threads": 1} | {name: options.pop(name) for name in names}
+    settings: dict[str, Any] = {"retrain": False, "options": EngineOptions(**engine), "seed": 0, "sizes": SMALL, **options}
     return run_demo(checkpoint, adapter, output=output, **settings)
 
 
@@ -161,7 +164,7 @@ def test_stated_quality_has_the_shape_of_a_training_report(adapter: Adapter, tin
 
 
 def test_the_picture_is_the_engines_record(checkpoint: Checkpoint, adapter: Adapter) -> None:
-    engine = make_engine(checkpoint.model, adapter.layers, backend="torch", record=True)
+    engine = make_engine(checkpoint.model, adapter.layers, EngineOptions(backend="torch", record=True))
     prompt_ids = checkpoint.tokenizer.encode("the cat")
     text = generate_tokens(engine, checkpoint.tokenizer, prompt_ids, max_new_tokens=9, ignore_eos=True).result()
     data = firing(checkpoint.model, checkpoint.tokenizer, adapter.layers, prompt_ids, text)
@@ -186,7 +189,7 @@ def test_the_picture_is_the_engines_record(checkpoint: Checkpoint, adapter: Adap
 
 def test_a_dense_layer_shows_what_fired(checkpoint: Checkpoint) -> None:
     layers = tuple(type(layer)() for layer in varied_adapter(checkpoint.config, checkpoint.base_hash).layers)
-    engine = make_engine(checkpoint.model, layers, backend="torch", record=True)
+    engine = make_engine(checkpoint.model, layers, EngineOptions(backend="torch", record=True))
     text = generate_tokens(engine, checkpoint.tokenizer, [5, 6, 7], max_new_tokens=6, ignore_eos=True).result()
     data = firing(checkpoint.model, checkpoint.tokenizer, layers, [5, 6, 7], text)
     assert all(not layer["predicted"] and 0.1 < layer["density"] < 0.9 and layer["head_density"] == 1 for layer in data["layers"])

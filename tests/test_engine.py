@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conftest import Tiny
 from dejavu.engine.backends import backends, make_engine, pick_backend
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.predictor import Predictor
@@ -50,7 +51,7 @@ def test_decode_equals_masked_forward(model: Transformer, mlp: int | None, heads
     recorder = MaskRecorder(selection := MaskedSelection(layers))
     with torch.inference_mode():
         expected = model(torch.tensor([ids]), recorder)[0]
-    logits, steps = decode(TorchEngine(model, layers, record=True, page_size=3), ids)
+    logits, steps = decode(TorchEngine(model, layers, EngineOptions(record=True, page_size=3)), ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     neurons = heads_total = 0
     for position, step in enumerate(steps):
@@ -82,7 +83,7 @@ def test_dense_prefill_and_steps_equal_the_model(model: Transformer, chunk: int)
     """Prefill in pieces, on top of what the slot holds, then steps: every way to the same logits."""
     ids = ids_of(2)
     expected = model(torch.tensor([ids]))[0]
-    engine = TorchEngine(model, page_size=4)
+    engine = TorchEngine(model, None, EngineOptions(page_size=4))
     prefilled = [engine.prefill(0, ids[start : min(start + chunk, 10)]) for start in range(0, 10, chunk)]
     torch.testing.assert_close(prefilled[-1], expected[9], rtol=0, atol=1e-5)
     logits, _ = decode(engine, ids[10:15])
@@ -156,7 +157,7 @@ def test_random_head_masks_leave_no_holes(model: Transformer, density: float) ->
     with torch.inference_mode():
         expected = model(torch.tensor([ids]), HeadMasks(mask_LTG))[0]
     layers = tuple(predicted(heads=scripted(model, mask_TG)) for mask_TG in mask_LTG)
-    logits, steps = decode(TorchEngine(model, layers, page_size=4), ids)
+    logits, steps = decode(TorchEngine(model, layers, EngineOptions(page_size=4)), ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     counts = torch.cat([step.counts.heads for step in steps])
     assert torch.equal(counts, mask_LTG.sum(-1).t() * config.heads_per_group)
@@ -199,12 +200,12 @@ def test_a_row_is_bit_identical_whatever_its_batch_mates(tiny: Tiny, family: str
     model = tiny(family).to(dtype)
     layers = random_layers(model, mlp=1, heads=0, threshold=0.2)
     prompts, continuations = [ids_of(seed, 4 + 3 * seed) for seed in range(3)], [ids_of(9 + seed, 6) for seed in range(3)]
-    together = TorchEngine(model, layers, num_slots=3, page_size=4, record=True)
+    together = TorchEngine(model, layers, EngineOptions(num_slots=3, page_size=4, record=True))
     for row in order:
         together.prefill(row, prompts[row])
     steps = [together.step([continuations[row][t] for row in order], order) for t in range(6)]
     for place, row in enumerate(order):
-        alone = TorchEngine(model, layers, page_size=4, record=True)
+        alone = TorchEngine(model, layers, EngineOptions(page_size=4, record=True))
         alone.prefill(0, prompts[row])
         for t in range(6):
             step = alone.step([continuations[row][t]], [0])
@@ -234,7 +235,7 @@ def test_a_neighbour_that_selects_everything_changes_nothing(tiny: Tiny) -> None
         for block in model.blocks:  # the first coordinate of the MLP's input grows with that of the residual stream
             block.norm2 = torch.nn.Identity()  # pyrefly: ignore[bad-assignment]
         model.embed.weight[hostile, 0] = 1e4
-    engine = TorchEngine(model, layers, num_slots=2)
+    engine = TorchEngine(model, layers, EngineOptions(num_slots=2))
     alone = TorchEngine(model, layers)
     for token_id in mine:
         pair, single = engine.step([hostile, token_id], [1, 0]), alone.step([token_id], [0])
@@ -335,7 +336,7 @@ def test_token_outside_the_vocabulary(tiny: Tiny, token_id: int) -> None:
 
 
 def test_full_cache_refuses_and_recovers(tiny: Tiny) -> None:
-    engine = TorchEngine(tiny("opt"), num_slots=2, cache_tokens=12, page_size=4)
+    engine = TorchEngine(tiny("opt"), None, EngineOptions(num_slots=2, cache_tokens=12, page_size=4))
     assert (engine.info.num_pages, engine.info.max_tokens) == (3, 12)
     engine.prefill(0, ids_of(1, 8))
     with pytest.raises(ValueError, match="cache is full"):
@@ -365,7 +366,7 @@ def test_predictors_of_another_model_are_refused(tiny: Tiny) -> None:
 
 def test_info_says_what_the_engine_is(tiny: Tiny) -> None:
     model = tiny("llama").to(torch.bfloat16)
-    info = TorchEngine(model, random_layers(model, mlp=None, heads=0), num_slots=3).info
+    info = TorchEngine(model, random_layers(model, mlp=None, heads=0), EngineOptions(num_slots=3)).info
     assert (info.backend, info.dtype, info.device, info.sparse) == ("torch", "bf16", "cpu", True)
     assert (info.num_neurons, info.num_heads, info.max_positions, info.num_slots) == (64, 4, 64, 3)
     assert not TorchEngine(model).info.sparse

@@ -14,6 +14,7 @@ from torch import Tensor
 from conftest import Tiny, random_predictor
 from dejavu.config import SamplingConfig
 from dejavu.engine.interface import Decoded, EngineInfo, StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
 from dejavu.generation.pieces import Piece
@@ -557,7 +558,7 @@ def start(tiny: Tiny, tokenizer: Tokenizer) -> Callable[..., Generation]:
     layers = (predicted(mlp=predictor(64), heads=predictor(4)), predicted(mlp=predictor(64)))
 
     def build(prompt: str, *, dense: bool = False, record: bool = False, count: int = 20, **sampling: float) -> Generation:
-        engine = TorchEngine(model, None if dense else layers, record=record)
+        engine = TorchEngine(model, None if dense else layers, EngineOptions(record=record))
         return generate_tokens(
             engine,
             tokenizer,

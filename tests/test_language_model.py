@@ -19,6 +19,7 @@ import dejavu
 from conftest import Tiny
 from dejavu.engine.backends import make_engine, pick_backend
 from dejavu.engine.interface import Engine
+from dejavu.engine.options import EngineOptions
 from dejavu.generation.engine_cache import KEPT, weights_state
 from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
@@ -302,7 +303,7 @@ def test_generations_one_after_the_other_share_an_engine(folder: Path, made: Any
             assert ids(lm, prompt, dense=dense) == expected
             assert "".join(lm.generate(prompt, max_new_tokens=6, ignore_eos=True, dense=dense, stream=True))
     assert made.total == 2
-    lm.threads = 1
+    lm.options = dataclasses.replace(lm.options, threads=1)
     assert ids(lm) == fresh[PROMPT, False] and made.total == 3, "another option, another engine"
 
 
@@ -446,7 +447,7 @@ def test_no_engine_of_old_weights_is_used_again(folder: Path, change: str) -> No
                 mlp_of(layer).bias_O.add_(0.7)
     if change != "adapter":
         running.close()  # its engine is of the old weights, and comes back after they have changed
-    fresh = LanguageModel(lm.checkpoint, backend=lm.backend, adapter=lm.adapter)
+    fresh = LanguageModel(lm.checkpoint, EngineOptions(backend=lm.backend), adapter=lm.adapter)
     assert logprobs(lm) == pytest.approx(logprobs(fresh), abs=1e-5) != before
 
 
@@ -468,7 +469,7 @@ def test_changed_weights_are_merged_anew(folder: Path, change: str) -> None:
             adapter.lora[0].factors["up"][1].neg_()
         elif change == "a norm in place":
             adapter.lora[1].norms["norm1"].mul_(0.5)
-    fresh = LanguageModel(lm.checkpoint, backend=lm.backend, adapter=lm.adapter)
+    fresh = LanguageModel(lm.checkpoint, EngineOptions(backend=lm.backend), adapter=lm.adapter)
     assert torch.equal(lm.logits([5, 6, 7]), fresh.logits([5, 6, 7]))
     assert torch.equal(lm.logits([5, 6, 7]), before) == (lm.layers() is layers) == (change == "nothing")
 

@@ -14,6 +14,7 @@ from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine.backends import pick_backend
 from dejavu.engine.interface import StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.generation.generation import generate_tokens
 from dejavu.model.bundle import export
@@ -58,7 +59,7 @@ def test_decode_by_the_gate_equals_the_masked_forward(name: str, density: float,
     model = model_of(name, tiny)
     layers, ids = gate_layers(model, density), ids_of(1)
     expected, selection = masked_forward(model, layers, ids)
-    engine = TorchEngine(model, layers, record=True, page_size=3)
+    engine = TorchEngine(model, layers, EngineOptions(record=True, page_size=3))
     logits, steps = decode(engine, ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert engine.info.sparse and engine.info.input_points is None
@@ -78,7 +79,7 @@ def test_decode_by_inputs_equals_the_masked_forward(name: str, density: float, w
     model = model_of(name, tiny)
     layers, ids = input_layers(model, density, without=without), ids_of(1)
     expected, selection = masked_forward(model, layers, ids)
-    engine = TorchEngine(model, layers, record=True, page_size=3)
+    engine = TorchEngine(model, layers, EngineOptions(record=True, page_size=3))
     logits, steps = decode(engine, ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     mlp, attention = counted(steps, engine)
@@ -128,12 +129,12 @@ def test_a_row_is_bit_identical_whatever_its_batch_mates(family: str, way: Any, 
     layers = way(model, 0.5)
     model = model.to(dtype)
     prompts, continuations = [ids_of(seed, 4 + 3 * seed) for seed in range(3)], [ids_of(9 + seed, 4) for seed in range(3)]
-    together = TorchEngine(model, layers, num_slots=3, page_size=4)
+    together = TorchEngine(model, layers, EngineOptions(num_slots=3, page_size=4))
     for row in range(3):
         together.prefill(row, prompts[row])
     steps = [together.step([continuations[row][t] for row in (2, 0, 1)], (2, 0, 1)) for t in range(4)]
     for place, row in enumerate((2, 0, 1)):
-        alone = TorchEngine(model, layers, page_size=4)
+        alone = TorchEngine(model, layers, EngineOptions(page_size=4))
         alone.prefill(0, prompts[row])
         for t in range(4):
             step = alone.step([continuations[row][t]], [0])
@@ -151,7 +152,7 @@ def test_prefill_is_dense_and_rows_and_columns_left_out_are_not_read(tiny: Tiny)
     for layers in (gate_layers(model, 0.4), input_layers(model, 0.4)):
         with torch.inference_mode():
             expected = model(torch.tensor([ids]), MaskedSelection(layers, sparse_BT))[0]
-        engine = TorchEngine(model, layers, record=True)
+        engine = TorchEngine(model, layers, EngineOptions(record=True))
         torch.testing.assert_close(engine.prefill(0, ids[:12]), expected[11], rtol=0, atol=1e-5)
         logits, steps = decode(engine, ids[12:])
         torch.testing.assert_close(logits, expected[12:], rtol=0, atol=1e-5)

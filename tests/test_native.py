@@ -14,7 +14,9 @@ import torch
 
 from conftest import Tiny
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native.weights import NATIVE_DTYPES, packed_model
+from dejavu.engine.native.capabilities import NATIVE
+from dejavu.engine.native.weights import packed_model
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.adapter import quantized
 from dejavu.model.predictor import Predictor
@@ -60,7 +62,7 @@ def constant_layers(model: Transformer, *, every: int) -> tuple[LayerAdapter, ..
 def test_native_equals_torch(model: Transformer, mlp: int | None, heads: int | None, isa: str) -> None:
     """Dense prefill, then sparse steps: logits to 1e-4 and the same selections, on every instruction set."""
     layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1)
-    torch_engine = TorchEngine(model, layers, record=True)
+    torch_engine = TorchEngine(model, layers, EngineOptions(record=True))
     engine = engine_of(model, layers, record=True, instruction_set=isa)
     prompt = ids_of(9, 13)
     torch.testing.assert_close(engine.prefill(0, prompt), torch_engine.prefill(0, prompt), rtol=0, atol=1e-4)
@@ -185,7 +187,7 @@ def test_a_cache_takes_its_dtype(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="cache dtype 'int4' is not available on backend 'native'; choose one of fp32, fp16, int8"):
         engine_of(model, cache_dtype="int4")
     with pytest.raises(ValueError, match="cache dtype 'int8' is not available on backend 'torch' in fp32; choose one of auto, fp32"):
-        make_engine(model, backend="torch", cache_dtype="int8")
+        make_engine(model, None, EngineOptions(backend="torch", cache_dtype="int8"))
     model.blocks[0].v.weight.fill_(1e6)
     with pytest.raises(ValueError, match="not finite: .*an fp16 cache: keys or values beyond 65504"):
         engine_of(model, cache_dtype="fp16").prefill(0, [1, 2])
@@ -197,7 +199,7 @@ def test_a_cache_takes_its_dtype(tiny: Tiny) -> None:
 
 @needs_library
 @pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE.dtypes)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_a_batch_of_three_is_three_singles(model: Transformer, order: tuple[int, ...], dtype: str, cache_dtype: str) -> None:
     layers = random_layers(model, mlp=1, heads=0, threshold=0.2)
@@ -231,7 +233,7 @@ def test_a_batch_of_any_size(tiny: Tiny, batch: int) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE.dtypes)
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: str) -> None:
     model = tiny(family, intermediate_size=300)
@@ -244,7 +246,7 @@ def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: st
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE.dtypes)
 def test_none_and_all_selected(model: Transformer, dtype: str) -> None:
     ids = ids_of(13)
     dense, _ = decode(engine_of(model, dtype=dtype), ids)
@@ -338,7 +340,7 @@ def test_full_cache_refuses_and_recovers(tiny: Tiny) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE.dtypes)
 def test_values_that_are_not_finite_are_an_error(tiny: Tiny, dtype: str) -> None:
     model = tiny("opt")
     model.blocks[1].norm1.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
@@ -388,7 +390,7 @@ def test_a_changed_weight_is_packed_anew(tiny: Tiny) -> None:
 def test_make_engine_picks_what_can_run_the_model(tiny: Tiny) -> None:
     assert make_engine(tiny("opt")).info.backend == "native"
     assert make_engine(tiny("opt").to(torch.bfloat16)).info.backend == "torch"
-    info = make_engine(tiny("opt"), dtype="int8", threads=1).info
+    info = make_engine(tiny("opt"), None, EngineOptions(dtype="int8", threads=1)).info
     assert (info.backend, info.dtype, info.device, info.sparse) == ("native", "int8", "cpu", False)
 
 

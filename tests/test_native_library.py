@@ -17,6 +17,7 @@ from conftest import Tiny
 from dejavu.cli.main import run as cli
 from dejavu.engine.backends import make_engine
 from dejavu.engine.native.weights import MatrixView, NativeModel
+from dejavu.engine.options import EngineOptions
 from dejavu.kernels import native
 from dejavu.kernels.quantize import GROUP
 from helpers.native import needs_library
@@ -61,7 +62,7 @@ def test_an_absent_library_is_said_and_nothing_else_breaks(monkeypatch: pytest.M
         assert "was not built" in (native.missing_reason() or "")
         assert make_engine(tiny("opt")).info.backend == "torch"
         with pytest.raises(ValueError, match="'native' is not available: its library was not built"):
-            make_engine(tiny("opt"), backend="native")
+            make_engine(tiny("opt"), None, EngineOptions(backend="native"))
         (tmp_path / native.FILE_NAME).write_text("no library", encoding="ascii")
         native._load.cache_clear()
         assert "cannot be loaded" in (native.missing_reason() or "")

@@ -14,7 +14,8 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine.interface import LayerSelection, StepResult
-from dejavu.engine.native.weights import NATIVE_DTYPES
+from dejavu.engine.native.capabilities import NATIVE
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels import native
 from dejavu.model.selectors import POINTS, AllHeads, GateThreshold, InputThresholds, LayerAdapter, column_norms
@@ -33,8 +34,8 @@ METHOD_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 Layers = tuple[LayerAdapter, ...]
 METHODS: dict[str, Callable[[Transformer, float], Layers]] = {"gate": gate_layers, "input": input_layers}
-INPUT_DTYPES = tuple(dtype for dtype in NATIVE_DTYPES if dtype != "int4")
-CASES = [("gate", dtype) for dtype in NATIVE_DTYPES] + [("input", dtype) for dtype in INPUT_DTYPES]
+INPUT_DTYPES = tuple(dtype for dtype in NATIVE.dtypes if dtype != "int4")
+CASES = [("gate", dtype) for dtype in NATIVE.dtypes] + [("input", dtype) for dtype in INPUT_DTYPES]
 
 pytestmark = needs_library
 
@@ -68,7 +69,7 @@ def counts_of(step: StepResult, row: int = 0) -> list[list[int]]:
 def test_native_equals_torch(model: Transformer, method: str, density: float, isa: str) -> None:
     """Dense prefill, then sparse steps: logits to 1e-4, the same selections and counts, on every instruction set."""
     layers, ids, prompt = METHODS[method](model, density), ids_of(1), ids_of(9, 13)
-    torch_engine = TorchEngine(model, layers, record=True)
+    torch_engine = TorchEngine(model, layers, EngineOptions(record=True))
     engine = engine_of(model, layers, record=True, instruction_set=isa)
     torch.testing.assert_close(engine.prefill(0, prompt), torch_engine.prefill(0, prompt), rtol=0, atol=1e-4)
     assert engine.info.sparse and engine.info.input_points == torch_engine.info.input_points
@@ -83,7 +84,7 @@ def test_a_point_without_a_threshold_keeps_all(tiny: Tiny, without: str) -> None
     model = tiny("llama")
     layers, ids = input_layers(model, 0.5, without=without), ids_of(3)
     layers = (layers[0], LayerAdapter())  # and so does a layer
-    expected, torch_steps = decode(TorchEngine(model, layers, record=True), ids)
+    expected, torch_steps = decode(TorchEngine(model, layers, EngineOptions(record=True)), ids)
     logits, steps = decode(engine_of(model, layers, record=True), ids)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert all(same_selections(step, other) and counts_of(step) == counts_of(other) for step, other in zip(steps, torch_steps, strict=True))
@@ -109,7 +110,7 @@ def test_every_dtype_equals_its_masked_evaluation(tiny: Tiny, name: str, method:
         assert float(kept) == pytest.approx(selection.counter.mlp_density(), abs=0.01)
 
 
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE.dtypes)
 @pytest.mark.parametrize("name", ["opt", "opt-post-norm", "llama-relu-wide-heads", "llama-odd", "llama-fatrelu"])
 def test_exact_is_dense_bit_for_bit(tiny: Tiny, name: str, dtype: str) -> None:
     """A threshold of 0 leaves out true zeros: the same sums, of fewer rows."""

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dejavu
 from conftest import open_fp32
-from dejavu.engine.backends import make_engine, pick_backend
+from dejavu.engine.backends import CAPABILITIES, make_engine, pick_backend
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.checkpoint import Checkpoint
@@ -127,7 +128,7 @@ def test_decode_equals_the_masked_forward_pass(opened: dict[str, Any], name: str
     """Dense prefill of a few tokens, then steps with predictors of neurons and heads."""
     model = opened[name][1].model
     layers = random_layers(model, mlp=1, heads=1)
-    engine = TorchEngine(model, layers, page_size=3)
+    engine = TorchEngine(model, layers, EngineOptions(page_size=3))
     found = [engine.prefill(0, IDS[0, :3].tolist())] + [engine.step([token], [0]).logits_BV[0] for token in IDS[0, 3:].tolist()]
     sparse = torch.arange(IDS.shape[1])[None] >= 3
     with torch.inference_mode():
@@ -163,16 +164,17 @@ def test_a_bundle_of_it_is_loaded(opened: dict[str, Any], name: str, tmp_path: P
 @pytest.mark.parametrize("name", NAMES)
 def test_a_backend_computes_it_or_says_what_it_does_not(opened: dict[str, Any], name: str) -> None:
     model = opened[name][1].model
-    beyond = model.config.beyond("native")
+    beyond = CAPABILITIES["native"].beyond(model.config)
+    assert all(model.config.beyond(name) == each.beyond(model.config) for name, each in CAPABILITIES.items() if name != "torch")
     if pick_backend() != "native":
         pytest.skip("the native engine is not here")
     assert make_engine(model).info.backend == ("torch" if beyond else "native")
     if beyond:
         with pytest.raises(ValueError, match=f"does not compute .*{beyond[0]}.*use --backend torch"):
-            make_engine(model, backend="native")
+            make_engine(model, None, EngineOptions(backend="native"))
         return
     layers = random_layers(model, mlp=1, heads=1)
-    engines = [make_engine(model, layers, backend=backend, num_slots=2) for backend in ("torch", "native")]
+    engines = [make_engine(model, layers, EngineOptions(backend=backend, num_slots=2)) for backend in ("torch", "native")]
     for slot in range(2):
         logits = [engine.prefill(slot, IDS[slot, : 3 + slot].tolist()) for engine in engines]
         torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-4)

@@ -17,6 +17,7 @@ from dejavu.bench.peers import cpu as module
 from dejavu.bench.peers.cpu import CTranslate2Peer, TransformersPeer, open_peers
 from dejavu.bench.peers.llama_cpp import LlamaCppPeer
 from dejavu.bench.variants import Peer, check_peer
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.loading import load
 from dejavu.model.bundle import export
@@ -64,7 +65,7 @@ def test_transformers_decodes_our_logits_and_tokens(
             found = torch.stack([peer.step(token) for token in IDS[prompt : prompt + steps]])
             torch.testing.assert_close(found, forward(model, IDS[: prompt + steps])[prompt:], rtol=0, atol=1e-4)
         torch.testing.assert_close(peer.logits(IDS), forward(model, IDS), rtol=0, atol=1e-4)
-        engine = TorchEngine(model, None, num_slots=1, cache_tokens=128)
+        engine = TorchEngine(model, None, EngineOptions(num_slots=1, cache_tokens=128))
         tokens = [int(engine.prefill(0, IDS[:9]).argmax())]
         while len(tokens) < 40:
             tokens.append(int(engine.step([tokens[-1]], [0]).logits_BV[0].argmax()))

@@ -14,6 +14,7 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.engine.cache import PagedCache
 from dejavu.engine.interface import Engine
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.prefixes import PagePool
 from dejavu.engine.torch_engine import TorchEngine
 from helpers.engines import ids_of, random_layers
@@ -252,7 +253,7 @@ def check_reuse(alone: Engine, sharing: Engine, *, chunks: tuple[int, ...], atol
 def test_torch_goes_on_behind_a_reused_prefix(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     layers = random_layers(model, mlp=1, heads=1)
-    engines = [TorchEngine(model, layers, num_slots=2, page_size=4) for _ in range(2)]
+    engines = [TorchEngine(model, layers, EngineOptions(num_slots=2, page_size=4)) for _ in range(2)]
     check_reuse(*engines, chunks=(16, 3), atol=1e-5)
 
 
@@ -316,5 +317,5 @@ def check_cuda(tiny: Tiny, device: str) -> None:
 
     model = tiny("opt", num_layers=1)
     layers = random_layers(model, mlp=1, heads=None)
-    sharing = CudaEngine(tiny("opt", num_layers=1).to(device), layers, num_slots=2, page_size=4)
-    check_reuse(TorchEngine(model, layers, num_slots=2, page_size=4), sharing, chunks=(16, 3), atol=2e-5)
+    sharing = CudaEngine(tiny("opt", num_layers=1).to(device), layers, EngineOptions(num_slots=2, page_size=4))
+    check_reuse(TorchEngine(model, layers, EngineOptions(num_slots=2, page_size=4)), sharing, chunks=(16, 3), atol=2e-5)

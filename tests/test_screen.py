@@ -8,7 +8,9 @@ import torch
 from conftest import Tiny
 from dejavu.bench.bytes_read import formats_of, weight_bytes
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native.weights import NATIVE_DTYPES, packed_model
+from dejavu.engine.native.capabilities import NATIVE
+from dejavu.engine.native.weights import packed_model
+from dejavu.engine.options import EngineOptions
 from dejavu.kernels.quantize import rounded as rounded_matrix
 from dejavu.kernels.screen import low_rank, screen_rank, screened_logits
 from dejavu.model.transformer import Transformer
@@ -47,7 +49,7 @@ def test_the_definition_keeps_the_largest_scores_and_of_equal_ones_the_first() -
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE.dtypes)
 def test_a_shortlist_has_the_exact_logits_of_the_best_scores(model: Transformer, dtype: str) -> None:
     """Bit for bit those of the full head; and no token left out scores higher than one kept, but for how scores are rounded."""
     ids, layers = ids_of(3, 9), random_layers(model, mlp=0, heads=0)
@@ -69,7 +71,7 @@ def test_a_shortlist_has_the_exact_logits_of_the_best_scores(model: Transformer,
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE.dtypes)
 @pytest.mark.parametrize("count", [1, 5, 95])
 def test_threads_and_batch_mates_change_no_bit(tiny: Tiny, dtype: str, count: int, isa: str) -> None:
     model = tiny("llama")
@@ -109,7 +111,7 @@ def test_bad_screens_are_refused(tiny: Tiny) -> None:
         with pytest.raises(ValueError, match=f"a screened head takes 1 to 95 tokens of the vocabulary, or 0 for all, not {count}"):
             engine_of(model, screened_head=count)
     with pytest.raises(ValueError, match="a screened head is not available on backend 'torch'"):
-        make_engine(model, backend="torch", screened_head=5)
+        make_engine(model, None, EngineOptions(backend="torch", screened_head=5))
     model.blocks[1].norm1.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
     with pytest.raises(ValueError, match="logits are not finite"):
         engine_of(model, screened_head=5).prefill(0, [1])
@@ -122,7 +124,7 @@ def test_agreement_is_the_share_of_equal_choices(tiny: Tiny) -> None:
     ids = ids_of(17, 70)
     shares = []
     for count in (1, 4, 95):
-        found = head_agreement(model, None, ids, screened_head=count, backend="native", dtype="int8", max_tokens=60)
+        found = head_agreement(model, None, ids, EngineOptions(screened_head=count, backend="native", dtype="int8"), max_tokens=60)
         assert (found["screened_head"], found["rank"], found["tokens"]) == (count, 64, 58), "two windows, each from its second token on"
         shares.append(found["agreement"])
     full, screened = engine_of(model, dtype="int8", page_size=16), engine_of(model, dtype="int8", page_size=16, screened_head=1)
@@ -134,7 +136,7 @@ def test_agreement_is_the_share_of_equal_choices(tiny: Tiny) -> None:
         same += int((choices[0] == choices[1]).sum())
     assert shares[0] == same / 58 and 0.1 < shares[0] < shares[1] < 1 and shares[2] > 0.95
     with pytest.raises(ValueError, match="at least 2 tokens, not 1"):
-        head_agreement(model, None, ids[:1], screened_head=4, backend="native")
+        head_agreement(model, None, ids[:1], EngineOptions(screened_head=4, backend="native"))
 
 
 @needs_library

@@ -23,6 +23,7 @@ from dejavu.bench.variants import DENSE_VARIANT, Variant, variants_at
 from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine
 from dejavu.engine.native.engine import NativeEngine
+from dejavu.engine.options import EngineOptions
 from dejavu.model.families import parameter_shapes
 from helpers.adapters import mlp_of
 from helpers.native import needs_library
@@ -79,7 +80,7 @@ def test_each_selection_is_of_its_kind(name: str, selection: str) -> None:
     layers = planted_layers(made.config, selection=selection, density=density, heads=False)
     assert [mlp_of(layer).lookahead for layer in layers] == [0, 1, 1, 1]
     layers = rethresholded(made.model, layers, ids, mlp_density=density)
-    steps = selected(NativeEngine(made.model, layers, record=True, dtype="int8", threads=2), ids, 20)
+    steps = selected(NativeEngine(made.model, layers, EngineOptions(record=True, dtype="int8", threads=2)), ids, 20)
     neurons = made.config.intermediate_size
     for layer in range(made.config.num_layers):
         chosen = [step[layer] for step in steps]
@@ -108,10 +109,8 @@ def test_rows_of_a_synthetic_benchmark(name: str) -> None:
         made.model,
         variants,
         ids,
+        EngineOptions(backend="native", dtype="int8", threads=2),
         name=name,
-        backend="native",
-        dtype="int8",
-        threads=2,
         batch=4,
         context=16,
         steps=12,
@@ -142,7 +141,7 @@ def test_planted_relu_neurons_all_fire_and_predictors_are_int8(name: str) -> Non
     made = synthetic_model(name, backend="native", dtype="int8")
     layers = planted_layers(made.config, density=0.2, heads=True)
     layers = rethresholded(made.model, layers, random_ids(made.config, 64), mlp_density=0.2, head_density=0.5)
-    engine = NativeEngine(made.model, layers, dtype="int8", threads=1)
+    engine = NativeEngine(made.model, layers, EngineOptions(dtype="int8", threads=1))
     for token in random_ids(made.config, 10, seed=1):
         _, profile = engine.profiled_step([token], [0])
         assert torch.equal(profile.fired_L, profile.counts.neurons) and int(profile.counts.neurons.min()) > 0
@@ -161,13 +160,13 @@ def test_layers_that_share_memory_are_packed_as_if_they_did_not(dtype: str) -> N
     pointers = {block.up.weight.data_ptr() for block in made.model.blocks}
     assert len(pointers) == 1
     ids = random_ids(made.config, 12)
-    logits = [make_engine(made.model, backend="native", dtype=dtype, threads=1).prefill(0, ids)]
+    logits = [make_engine(made.model, None, EngineOptions(backend="native", dtype=dtype, threads=1)).prefill(0, ids)]
     for block in made.model.blocks:
         for key, parameter in list(block.named_parameters()):
             owner, _, last = key.rpartition(".")
             setattr(block.get_submodule(owner), last, nn.Parameter(parameter.clone(), requires_grad=False))
     assert len({block.up.weight.data_ptr() for block in made.model.blocks}) == 4
-    logits.append(make_engine(made.model, backend="native", dtype=dtype, threads=1).prefill(0, ids))
+    logits.append(make_engine(made.model, None, EngineOptions(backend="native", dtype=dtype, threads=1)).prefill(0, ids))
     assert torch.equal(*logits)
 
 
@@ -186,7 +185,7 @@ def test_a_wrong_mlp_of_a_synthetic_model_is_found(monkeypatch: pytest.MonkeyPat
     variants = [DENSE_VARIANT, Variant(mode="sparse", layers=layers)]
     options: dict[str, Any] = {
         "name": "opt-small",
-        "backend": "torch",
+        "options": EngineOptions(backend="torch"),
         "context": 8,
         "steps": 5,
         "shape": Shape(name="opt-small", layers=3),

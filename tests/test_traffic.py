@@ -21,6 +21,7 @@ from dejavu.bench.bytes_read import (
     weight_bytes,
 )
 from dejavu.engine.backends import make_engine
+from dejavu.engine.options import EngineOptions
 from dejavu.generation.generation import GeneratedText, StepCounts
 from dejavu.model.adapter import quantized
 from dejavu.model.counts import Counts
@@ -132,9 +133,11 @@ def test_rows_of_the_small_formats() -> None:
 @needs_library
 def test_formats_are_those_of_the_engine(tiny: Tiny) -> None:
     model = tiny("opt")
-    assert formats_of(make_engine(model, backend="native", dtype="int8", cache_dtype="fp32").info) == INT8
-    assert formats_of(make_engine(model, backend="native", dtype="int8").info) == dataclasses.replace(INT8, cache="fp16")
-    assert formats_of(make_engine(model, backend="torch").info) == FP32
+    assert formats_of(make_engine(model, None, EngineOptions(backend="native", dtype="int8", cache_dtype="fp32")).info) == INT8
+    assert formats_of(make_engine(model, None, EngineOptions(backend="native", dtype="int8")).info) == dataclasses.replace(
+        INT8, cache="fp16"
+    )
+    assert formats_of(make_engine(model, None, EngineOptions(backend="torch")).info) == FP32
 
 
 def test_predictors_of_every_layer_are_added(tiny: Tiny) -> None:
@@ -164,7 +167,7 @@ def test_a_share_is_of_the_same_step_dense(tiny: Tiny) -> None:
     """Dense it is 1, also where every layer leaves heads out; predictors that select everything cost what they weigh."""
     config = tiny("llama").config
     text = GeneratedText("the cat")
-    text.engine = make_engine(tiny("llama"), backend="torch").info
+    text.engine = make_engine(tiny("llama"), None, EngineOptions(backend="torch")).info
 
     def share(neurons: float, heads: float, layers: tuple[LayerAdapter, ...] | None = None) -> float:
         text.counts = StepCounts(mean=Counts(neurons=torch.tensor([neurons] * 2), heads=torch.tensor([heads] * 2)), tokens=20.5)

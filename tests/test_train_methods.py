@@ -16,6 +16,7 @@ from conftest import Tiny
 from dejavu.bench import fastest
 from dejavu.bench.fastest import chosen, speeds
 from dejavu.cli.main import run
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export
@@ -222,13 +223,13 @@ def test_auto_takes_no_method_that_went_over_the_budget(
 
 def test_what_cannot_be_timed_says_why(relu: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = relu.model, DOCUMENTS[0]
-    engine = {"name": "tiny", "backend": "torch"}
+    engine = {"options": EngineOptions(backend="torch"), "name": "tiny"}
     layers = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * 3
     timed = speeds(model, layers, ids, **engine)
     assert timed["tok_s"] > 0 and timed["speedup"] == timed["tok_s"] / timed["tok_s_dense"]
     assert speeds(model, (LayerAdapter(),) * 3, ids, **engine)["speed_note"] == "no layer selects"
     assert "too short" in speeds(model, layers, ids[:9], **engine)["speed_note"]
-    assert "not available" in speeds(model, layers, ids, name="tiny", backend="torch", dtype="int8")["speed_note"]
+    assert "not available" in speeds(model, layers, ids, EngineOptions(backend="torch", dtype="int8"), name="tiny")["speed_note"]
 
     def full(*_: object, **__: object) -> None:
         raise MemoryError("8 GB are not free")

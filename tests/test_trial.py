@@ -13,6 +13,7 @@ from conftest import Tiny
 from dejavu.bench.trial import DENSITIES, TrialRow, advise, memory_needed, trial, ways, weights_of
 from dejavu.cli import trial as command
 from dejavu.cli.main import run
+from dejavu.engine.options import EngineOptions
 from dejavu.loading import bundled_adapter_of, bundled_adapters
 from dejavu.model.bundle import MODELS_FOLDER, export
 from dejavu.model.selectors import GateThreshold, LayerAdapter
@@ -20,7 +21,7 @@ from dejavu.model.tokenizer import Tokenizer
 from helpers.offline import random_ids
 from helpers.texts import TEXT
 
-ENGINE = {"name": "tiny", "called": "tiny", "chatted": "tiny", "backend": "torch", "dtype": "fp32", "bos": None}
+ENGINE = {"name": "tiny", "called": "tiny", "chatted": "tiny", "options": EngineOptions(backend="torch", dtype="fp32"), "bos": None}
 
 
 def test_every_way_is_timed_and_measured(tiny: Tiny) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from conftest import Tiny
 from dejavu.engine.interface import Engine, StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import GateThreshold, LayerAdapter
@@ -51,8 +50,8 @@ def counted(engine: Engine, rows: int, seed: int = 3) -> StepResult:
 def test_the_union_is_that_of_the_rows_selections(tiny: Tiny, kind: str, threshold: float, rows: int) -> None:
     model = model_of(tiny)
     layers = some_layers(model, threshold)
-    options: dict[str, Any] = {"num_slots": rows, "record": True}
-    engine = TorchEngine(model, layers, **options) if kind == "torch" else engine_of(model, layers, **options)
+    torch_engine = TorchEngine(model, layers, EngineOptions(num_slots=rows, record=True))
+    engine = torch_engine if kind == "torch" else engine_of(model, layers, num_slots=rows, record=True)
     result = counted(engine, rows)
     assert result.union_L is not None and result.union_L.dtype == torch.int64
     assert result.union_L.tolist() == union_of(result) and result.union_L[1] == NEURONS
@@ -107,7 +106,9 @@ def test_more_rows_than_are_computed_together_have_no_union(tiny: Tiny) -> None:
     engine = engine_of(model, some_layers(model, MANY), num_slots=35, cache_tokens=35 * 6)
     result = counted(engine, 35)
     assert result.union_L is None and result.fallback_layers == 2 and result.counts.neurons.shape == (35, 3)
-    assert torch.equal(result.counts.neurons, counted(TorchEngine(model, some_layers(model, MANY), num_slots=35), 35).counts.neurons)
+    assert torch.equal(
+        result.counts.neurons, counted(TorchEngine(model, some_layers(model, MANY), EngineOptions(num_slots=35)), 35).counts.neurons
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -118,8 +119,8 @@ def test_cuda_counts_what_its_kernels_read(tiny: Tiny, device: str, rows: int) -
 
     model = tiny("opt", num_layers=2)
     layers = (random_layers(model, mlp=1, heads=None, threshold=0.6)[0], LayerAdapter())
-    result = counted(CudaEngine(tiny("opt", num_layers=2).to(device), layers, num_slots=rows, crossover=False), rows)
-    expected = counted(TorchEngine(model, layers, num_slots=rows), rows)
+    result = counted(CudaEngine(tiny("opt", num_layers=2).to(device), layers, EngineOptions(num_slots=rows), crossover=False), rows)
+    expected = counted(TorchEngine(model, layers, EngineOptions(num_slots=rows)), rows)
     assert result.union_L is not None and expected.union_L is not None
     assert result.union_L.tolist() == expected.union_L.tolist() and result.fallback_layers == expected.fallback_layers == 0
 
@@ -131,7 +132,7 @@ def test_a_batch_that_runs_dense_on_cuda_is_a_fallback(tiny: Tiny) -> None:
     from dejavu.engine.cuda.engine import CudaEngine
 
     model = tiny("opt", num_layers=2)
-    engine = CudaEngine(model, (random_layers(model, mlp=1, heads=None)[0], LayerAdapter()), num_slots=2)
+    engine = CudaEngine(model, (random_layers(model, mlp=1, heads=None)[0], LayerAdapter()), EngineOptions(num_slots=2))
     step = engine._step_of((2, engine._key(2, 3)[1]))
     assert isinstance(step, BatchStep)
     step.run_dense(frozenset({0}))

@@ -16,6 +16,7 @@ import re
 import types
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor
 
 from dejavu.config import MAX_NEW_TOKENS, SamplingConfig, require
-from dejavu.engine.backends import backends, make_engine, pick_backend
+from dejavu.engine.backends import CAPABILITIES, backends, make_engine, pick_backend
 from dejavu.engine.cache import PAGE_SIZE
 from dejavu.engine.interface import Engine
-from dejavu.engine.native.weights import NATIVE_DTYPES
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.sampling import Sampler
 from dejavu.generation.engine_cache import IdleEngines
 from dejavu.generation.rows import Row, advance, draw, tokens_at_once
@@ -57,8 +58,7 @@ class Attached(NamedTuple):
 
     model: Transformer
     adapter: Adapter | None
-    backend: str
-    dtype: str | None
+    options: EngineOptions
     reasons: set[str]
     engines: IdleEngines
 
@@ -99,12 +99,12 @@ def attach(
         require(isinstance(adapter, Adapter), f"an adapter is an Adapter, a folder or a hub id, not {adapter!r}")
         known = adapter.config.base_hashes
         require(base_hash in known, f"the adapter's base has the hash {', '.join(known)}, this model {base_hash}; use its own adapter")
-    lacking = model.config.beyond(picked)
+    lacking = CAPABILITIES[picked].beyond(model.config)
     require(backend == "auto" or not lacking, f"backend {picked!r} does not compute {', '.join(lacking)}; use backend='torch'")
     picked = "torch" if lacking else picked
     own = DTYPE_NAMES[kind]
     require(picked != "native" or not on_gpu, "backend 'native' is for models on the CPU, and this one is on a GPU")
-    offered_dtypes = NATIVE_DTYPES if picked == "native" else (own,)
+    offered_dtypes = CAPABILITIES[picked].dtypes if CAPABILITIES[picked].packs else (own,)
     require(dtype is None or dtype in offered_dtypes, f"dtype {dtype!r} is not one of backend {picked!r} here: {', '.join(offered_dtypes)}")
     if dtype not in (None, own):
         model.round_matrices(str(dtype))
@@ -112,8 +112,8 @@ def attach(
     note = rounding_note(base_hash, dtype or own, stored_dtype=own, adapter=digest)
     if note is not None:
         warnings.warn(f"dejavu: {note}", stacklevel=2)
-    packed = dtype if picked == "native" else None
-    setattr(net, NAME, Attached(model, adapter, picked, packed, set(), IdleEngines()))
+    options = EngineOptions(backend=picked, dtype=dtype or "auto")
+    setattr(net, NAME, Attached(model, adapter, options, set(), IdleEngines()))
     net.generate = types.MethodType(_generate, net)
     return net
 
@@ -146,14 +146,14 @@ def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = N
     rows = len(call.prompts)
     tokens = max(len(prompt) for prompt in call.prompts) + call.max_new_tokens
     if rows == 1:
-        engine, give_back = held.engines.take(held.model, held.adapter, tokens=tokens, backend=held.backend, dtype=held.dtype)
+        engine, give_back = held.engines.take(held.model, held.adapter, held.options, tokens=tokens)
         new = decode(engine, call, streamer)
         engine.free(0)
         give_back()
     else:
         room = rows * -(-tokens // PAGE_SIZE) * PAGE_SIZE
-        layers = None if held.adapter is None else held.engines.layers(held.model, held.adapter, dtype=held.dtype)
-        engine = make_engine(held.model, layers, backend=held.backend, num_slots=rows, cache_tokens=room, dtype=held.dtype)
+        layers = None if held.adapter is None else held.engines.layers(held.model, held.adapter, dtype=held.options.dtype)
+        engine = make_engine(held.model, layers, replace(held.options, num_slots=rows, cache_tokens=room))
         new = decode(engine, call, streamer)
     if streamer is not None:
         streamer.end()

@@ -188,27 +188,33 @@ class ModelConfig(Config):
     def heads_per_group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
-    def beyond(self, backend: str) -> tuple[str, ...]:
-        """What this architecture has that the kernels of a backend do not compute, in words; nothing is beyond torch."""
+    @property
+    def special(self) -> dict[str, str]:
+        """What this architecture has that not every engine computes, in words by name."""
         rope = self.rope
-        parts = (  # whether it is there, in words, and who else computes it
-            (not self.pre_norm, "norms after the blocks", ("native",)),
-            (not self.final_norm, "no final norm", ("native",)),
-            (self.embed_width != self.hidden_size, "an embedding narrower than the model", ("native",)),
-            (self.head_dim % 2 == 1, f"an odd head size, {self.head_dim}", ("native",)),
-            (rope is not None and rope.partial < 1, "heads rotated in part", ("native",)),
-            (rope is not None and rope.attention_factor != 1, "a scale of rotary positions", ("native",)),
-            (self.local_rope is not None, "rotary positions by layer", ()),
-            (self.qk_norm, "norms of queries and keys", ("native",)),
-            (self.block_norms, "norms of what blocks add", ()),
-            (self.parallel, "parallel blocks", ()),
-            (self.up_activation is not None, "an activation of the up projection", ()),
-            (self.window is not None, "sliding windows", ()),
-            (self.attention_scale is not None, "a scale of attention", ("native",)),
-            (self.attention_cap > 0 or self.logit_cap > 0, "capped scores or logits", ()),
-            (self.embed_scale != 1 or self.residual_scale != 1 or self.logit_scale != 1, "scaled embeddings, blocks or logits", ()),
+        parts = (
+            ("post_norm", not self.pre_norm, "norms after the blocks"),
+            ("no_final_norm", not self.final_norm, "no final norm"),
+            ("narrow_embedding", self.embed_width != self.hidden_size, "an embedding narrower than the model"),
+            ("odd_head", self.head_dim % 2 == 1, f"an odd head size, {self.head_dim}"),
+            ("partial_rotary", rope is not None and rope.partial < 1, "heads rotated in part"),
+            ("rotary_scale", rope is not None and rope.attention_factor != 1, "a scale of rotary positions"),
+            ("local_rope", self.local_rope is not None, "rotary positions by layer"),
+            ("qk_norm", self.qk_norm, "norms of queries and keys"),
+            ("block_norms", self.block_norms, "norms of what blocks add"),
+            ("parallel", self.parallel, "parallel blocks"),
+            ("up_activation", self.up_activation is not None, "an activation of the up projection"),
+            ("window", self.window is not None, "sliding windows"),
+            ("attention_scale", self.attention_scale is not None, "a scale of attention"),
+            ("caps", self.attention_cap > 0 or self.logit_cap > 0, "capped scores or logits"),
+            ("scales", {self.embed_scale, self.residual_scale, self.logit_scale} != {1}, "scaled embeddings, blocks or logits"),
         )
-        return tuple(text for there, text, computed in parts if there and backend not in ("torch", *computed))
+        return {name: words for name, there, words in parts if there}
+
+    def beyond(self, backend: str) -> tuple[str, ...]:
+        """`Capabilities.beyond` of a backend, for the tables of the documentation alone."""
+        native = "post_norm no_final_norm narrow_embedding odd_head partial_rotary rotary_scale qk_norm attention_scale".split()
+        return tuple(words for name, words in self.special.items() if backend != "native" or name not in native)
 
     @property
     def has_exact_zeros(self) -> bool:

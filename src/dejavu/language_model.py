@@ -9,14 +9,16 @@ Letters: T tokens  V vocabulary
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from dejavu.config import MAX_NEW_TOKENS, SamplingConfig, require
-from dejavu.engine.backends import check_screen, make_engine, pick_cache_dtype
+from dejavu.engine.backends import CAPABILITIES, make_engine
 from dejavu.engine.interface import Engine
+from dejavu.engine.options import EngineOptions
 from dejavu.generation.engine_cache import IdleEngines
 from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
 from dejavu.kernels.dtypes import DTYPE_NAMES
@@ -33,31 +35,47 @@ from dejavu.offline_methods import OfflineMethods
 class LanguageModel(OfflineMethods):
     """A model with its tokenizer, its backend and, perhaps, the adapter that makes it sparse. Made by `load`.
 
-    config, tokenizer, name, base_hash: of the checkpoint. backend, dtype, cache_dtype, screened_head: what was picked. adapter:
-    used by everything below unless told otherwise; may be set; None runs dense. notes: lines about the checkpoint and the adapter
-    that came with it that a user should see.
+    config, tokenizer, name, base_hash: of the checkpoint. options: of its engines, of which backend, dtype, cache_dtype, screened_head and
+    threads are what was picked. adapter: used by everything below unless told otherwise; may be set; None runs dense. notes: lines about
+    the checkpoint and the adapter that came with it that a user should see.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint, *, backend: str, adapter: Adapter | None = None, dtype: str | None = None,
-        cache_dtype: str = "auto", screened_head: int = 0, threads: int | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions, *, adapter: Adapter | None = None) -> None:
+        """options: with a backend by name; dtype and cache_dtype may be auto."""
         self.checkpoint = checkpoint
         self.model, self.tokenizer, self.config = checkpoint.model, checkpoint.tokenizer, checkpoint.config
         self.name, self.base_hash, self.notes = checkpoint.name, checkpoint.base_hash, checkpoint.notes
-        self.backend = backend
-        self.dtype = dtype or DTYPE_NAMES[checkpoint.model.embed.weight.dtype]
-        self.cache_dtype = pick_cache_dtype(cache_dtype, backend=backend, dtype=self.dtype)
-        check_screen(screened_head, backend=backend, vocab_size=self.config.vocab_size)
-        self.screened_head = screened_head
-        self.threads = threads
+        capabilities = CAPABILITIES[options.backend]
+        dtype = DTYPE_NAMES[checkpoint.model.embed.weight.dtype] if options.dtype == "auto" else options.dtype
+        cache_dtype = capabilities.cache_dtype(options.cache_dtype, dtype=dtype)
+        capabilities.check_screened_head(options.screened_head, vocab_size=self.config.vocab_size)
+        self.options = replace(options, dtype=dtype, cache_dtype=cache_dtype)
         self.adapter = adapter
         self._engines = IdleEngines()
 
     def __repr__(self) -> str:
         state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"
         return f"LanguageModel({self.name!r}, backend={self.backend!r}, dtype={self.dtype!r}, {state}, {self.sampling.words})"
+
+    @property
+    def backend(self) -> str:
+        return self.options.backend
+
+    @property
+    def dtype(self) -> str:
+        return self.options.dtype
+
+    @property
+    def cache_dtype(self) -> str:
+        return self.options.cache_dtype
+
+    @property
+    def screened_head(self) -> int:
+        return self.options.screened_head
+
+    @property
+    def threads(self) -> int | None:
+        return self.options.threads
 
     @property
     def num_threads(self) -> int:
@@ -195,9 +213,8 @@ class LanguageModel(OfflineMethods):
         own = self.sampling_of(adapter=adapter, dense=dense)
         sampling = own.asked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         engine, give_back = self._engines.take(
-            self.model, self._chosen(adapter, dense=dense), tokens=room, backend=self.backend, record=record, dtype=self.dtype,
-            cache_dtype=self.cache_dtype, screened_head=self.screened_head, threads=self.threads,
-        )  # fmt: skip
+            self.model, self._chosen(adapter, dense=dense), replace(self.options, record=record), tokens=room
+        )
         try:
             return generate_tokens(
                 engine, self.tokenizer, prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, ignore_eos=ignore_eos,
@@ -215,10 +232,8 @@ class LanguageModel(OfflineMethods):
         It decodes as `generate` does. record: keep what every step selected. Raises ValueError for an adapter of another model.
         """
         with torch.inference_mode(False), torch.no_grad():
-            return make_engine(
-                self.model, self.layers(adapter=adapter, dense=dense), backend=self.backend, num_slots=num_slots, cache_tokens=cache_tokens,
-                record=record, dtype=self.dtype, cache_dtype=self.cache_dtype, screened_head=self.screened_head, threads=self.threads,
-            )  # fmt: skip
+            options = replace(self.options, num_slots=num_slots, cache_tokens=cache_tokens, record=record)
+            return make_engine(self.model, self.layers(adapter=adapter, dense=dense), options)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], *, adapter: Adapter | None = None, dense: bool = False) -> Tensor:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from dejavu.config import DTYPES, ModelConfig, require
-from dejavu.engine.backends import BACKEND_DTYPES, pick_backend
+from dejavu.engine.backends import CAPABILITIES, pick_backend
+from dejavu.engine.options import EngineOptions
 from dejavu.files import read_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.language_model import LanguageModel
@@ -61,7 +62,7 @@ def load(
 
     def settle(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
         """The backend, and what keeps it from being the one asked for. What is wrong is said here, before weights."""
-        lacking = config.beyond(asked)
+        lacking = CAPABILITIES[asked].beyond(config)
         require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
         settled = "torch" if lacking else asked
         _torch_dtype(dtype, settled)
@@ -89,14 +90,18 @@ def load(
         adapter = named or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
         adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
-    if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in BACKEND_DTYPES[backend]:
+    if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in CAPABILITIES[backend].dtypes:
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
     elif backend == "native" and dtype not in ("auto", "fp32"):
         checkpoint.model.round_matrices(dtype)
-    packed = dtype if backend == "native" and dtype != "auto" else None
-    lm = LanguageModel(
-        checkpoint, backend=backend, adapter=adapter, dtype=packed, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads
+    options = EngineOptions(
+        backend=backend,
+        dtype=dtype if CAPABILITIES[backend].packs else "auto",
+        cache_dtype=cache_dtype,
+        screened_head=screened_head,
+        threads=threads,
     )
+    lm = LanguageModel(checkpoint, options, adapter=adapter)
     if backend == "native":
         lm.model.round_cache(lm.cache_dtype)
     if lm.adapter is not None:
@@ -133,6 +138,6 @@ def _torch_dtype(dtype: str, backend: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float32
     require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
-    offered = [name for name in BACKEND_DTYPES[backend] if name in DTYPES]
+    offered = [name for name in CAPABILITIES[backend].dtypes if name in DTYPES]
     require(dtype in offered, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(offered)}")
-    return torch.float32 if backend == "native" else TORCH_DTYPES[dtype]  # native packs its own from fp32
+    return torch.float32 if CAPABILITIES[backend].packs else TORCH_DTYPES[dtype]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from dejavu.config import ModelConfig, Progress
+from dejavu.engine.options import EngineOptions
 from dejavu.figures import Evaluation, Profile, Training
 from dejavu.generation.engine_cache import IdleEngines
 from dejavu.model.adapter import Adapter
@@ -33,11 +34,7 @@ class OfflineMethods:
     tokenizer: Tokenizer
     config: ModelConfig
     name: str
-    backend: str
-    dtype: str
-    cache_dtype: str
-    threads: int | None
-    screened_head: int
+    options: EngineOptions
     _engines: IdleEngines
 
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
@@ -136,11 +133,9 @@ class OfflineMethods:
                 progress=progress,
             )
         ids = [token for window in windows for token in window]
-        engine = {"backend": self.backend, "dtype": self.dtype, "cache_dtype": self.cache_dtype, "threads": self.threads}
-        engine |= {"screened_head": self.screened_head}
         for adapter, result in found:
-            layers = adapter.attached(self.model, dtype=self.dtype)
-            result |= speeds(self.model, layers, ids, name=self.name, progress=progress, **engine)
+            layers = adapter.attached(self.model, dtype=self.options.dtype)
+            result |= speeds(self.model, layers, ids, self.options, name=self.name, progress=progress)
         taken, measured = chosen(found) if method == "auto" else (found[0], found[0][1])
         if taken is None:
             return None, cast(Training, measured)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig
 from dejavu.engine.interface import LayerSelection
+from dejavu.engine.options import EngineOptions
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
 from helpers.engines import ids_of
 
@@ -20,6 +22,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 def on(model: Transformer, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
     return copy.deepcopy(model).to(device, dtype)
+
+
+def cuda_engine_of(model: Transformer, layers: Sequence[LayerAdapter] | None, **values: Any) -> Any:
+    """values: of EngineOptions, and the engine's own."""
+    from dejavu.engine.cuda.engine import CudaEngine  # needs triton
+
+    own = {name: values.pop(name) for name in ("deterministic", "crossover") if name in values}
+    return CudaEngine(model, layers, EngineOptions(**values), **own)
 
 
 def prefilled(engine: Any) -> Any:

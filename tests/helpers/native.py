@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dejavu.engine.native.engine import NativeEngine
+from dejavu.engine.options import EngineOptions
 from dejavu.kernels import native
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
@@ -32,8 +33,10 @@ needs_library = pytest.mark.skipif(MISSING is not None, reason=f"the native libr
 
 
 def engine_of(model: Transformer, layers: Sequence[LayerAdapter] | None = None, **options: Any) -> NativeEngine:
+    """options: of EngineOptions, and the instruction set."""
+    isa = options.pop("instruction_set", None)
     values: dict[str, Any] = {"threads": 2, "page_size": 3, **options}
-    return NativeEngine(model, layers, **values)
+    return NativeEngine(model, layers, EngineOptions(**values), instruction_set=isa)
 
 
 def rounded(model: Transformer, dtype: str = "int8") -> Transformer:

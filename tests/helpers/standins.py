@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dejavu.engine import backends
 from dejavu.engine.interface import StepProfile, StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.counts import Counts
 from dejavu.model.selectors import LayerAdapter
@@ -23,11 +24,11 @@ GPU_NAME = "NVIDIA Test 80GB"
 class CudaStandIn(TorchEngine):
     """Offers what the cuda engine does besides decoding. made: how each was built; buffers: what each was asked to read, in bytes."""
 
-    made: list[dict[str, Any]]
+    made: list[EngineOptions]
     buffers: list[int]
 
-    def __init__(self, model: Transformer, layers: Sequence[LayerAdapter] | None, device: str, **options: Any) -> None:
-        super().__init__(model, layers, **options | {"record": True})
+    def __init__(self, model: Transformer, layers: Sequence[LayerAdapter] | None, device: str, options: EngineOptions) -> None:
+        super().__init__(model, layers, dataclasses.replace(options, record=True))
         self._info = dataclasses.replace(self._info, backend="cuda", device=device)
 
     def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
@@ -60,16 +61,14 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[CudaStandIn]:
     make_engine = backends.make_engine
     CudaStandIn.made, CudaStandIn.buffers = [], []
 
-    def make(model: Transformer, layers: Any = None, *, backend: str = "auto", **options: Any) -> Any:
-        if backend != "cuda":
-            return make_engine(model, layers, backend=backend, **options)
+    def make(model: Transformer, layers: Any = None, options: EngineOptions = EngineOptions()) -> Any:
+        if options.backend != "cuda":
+            return make_engine(model, layers, options)
         CudaStandIn.made.append(options)
-        known = {key: options[key] for key in ("num_slots", "cache_tokens") if key in options}
-        return CudaStandIn(model, layers, "cuda:0", **known)
+        return CudaStandIn(model, layers, "cuda:0", EngineOptions(num_slots=options.num_slots, cache_tokens=options.cache_tokens))
 
     for module in ("engine.backends", "bench.decode", "bench.variants"):
         monkeypatch.setattr(f"dejavu.{module}.make_engine", make)
-    monkeypatch.setitem(backends.BACKEND_DTYPES, "cuda", ("fp32", "fp16", "bf16"))
     offered = backends.BackendStatus(name="cuda")
     monkeypatch.setattr(backends, "backends", lambda: (offered, backends.BackendStatus(name="torch")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

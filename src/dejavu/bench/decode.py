@@ -39,6 +39,7 @@ from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_sa
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.model.counts import Counts
 from dejavu.model.transformer import Transformer
 
@@ -163,14 +164,9 @@ def bench(
     model: Transformer,
     variants: Sequence[Variant],
     ids: Sequence[int],
+    options: EngineOptions,
     *,
     name: str,
-    backend: str,
-    dtype: str | None = None,
-    cache_dtype: str | None = None,
-    screened_head: int = 0,
-    threads: int | None = None,
-    ahead: str | None = None,
     adapter: str | None = None,
     batch: int = 1,
     context: int = 128,
@@ -184,9 +180,9 @@ def bench(
 
     ids: a text with room for context and steps, of which row b of the batch reads its own stretch. steps: decode steps that
     count, rounded up to whole turns. For the rows: adapter, the digest of the one that the variants come from; shape, that of a made-up
-    model. dtype, cache_dtype, screened_head, threads, ahead: of the engines, see make_engine. peers: decode one sequence, so they are
-    left out, with a note, where batch is not 1. Raises ValueError for a count that is not positive, too few steps, a context that leaves
-    no room for the steps, and a decoder that fails its check.
+    model. options: of the engines, which have slots and cache as the batch needs them. peers: decode one sequence, so they are left out,
+    with a note, where batch is not 1. Raises ValueError for a count that is not positive, too few steps, a context that leaves no room
+    for the steps, and a decoder that fails its check.
     """
     limit, needed = model.config.max_positions, context + -(-steps // (TURN - SKIPPED)) * TURN
     for what, value in (("batch", batch), ("context", context)):
@@ -197,22 +193,20 @@ def bench(
     assert variants and variants[0].layers is None, "the first variant is dense: the others are compared with it"
     notes = [f"{peer.mode} decodes one sequence: not timed at batch {batch}" for peer in peers if batch != 1]
     peers = peers if batch == 1 else ()
-    options: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "screened_head": screened_head, "threads": threads}
-    options |= {} if ahead is None else {"ahead": ahead}
-    if ahead not in (None, USUAL_AHEAD):
-        variants = [each if each.layers is None else dataclasses.replace(each, mode=f"{each.mode} {ahead}") for each in variants]
+    if options.ahead not in (None, USUAL_AHEAD):
+        variants = [each if each.layers is None else dataclasses.replace(each, mode=f"{each.mode} {options.ahead}") for each in variants]
     for variant in variants:
-        check_mode(model, variant.layers, ids, backend, **options)
+        check_mode(model, variant.layers, ids, options)
     notes += _check_peers(peers, model, ids, name)
     rows_BT = [[ids[(row * context + t) % len(ids)] for t in range(needed)] for row in range(batch)]
 
     def decoder_of(variant: Variant) -> _Decoder:
         # torch keeps its lists anyway, so that recording them costs nothing; the others tell unions in their profile.
-        record, tokens = backend not in ("native", "cuda"), batch * (needed + 64)
-        engine = make_engine(model, variant.layers, backend=backend, num_slots=batch, cache_tokens=tokens, record=record, **options)
+        record, tokens = options.backend not in ("native", "cuda"), batch * (needed + 64)
+        engine = make_engine(model, variant.layers, dataclasses.replace(options, num_slots=batch, cache_tokens=tokens, record=record))
         return _Decoder(engine, variant, rows_BT, context, model.config.num_kv_heads)
 
-    run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, shape=shape, adapter=adapter, ahead=ahead)
+    run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, shape=shape, adapter=adapter, ahead=options.ahead)
     run.time(clock, progress)
     run.say_dense()
     rows = run.rows()

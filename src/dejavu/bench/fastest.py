@@ -16,6 +16,7 @@ from dejavu.bench.decode import SKIPPED, TURN, bench
 from dejavu.bench.timing import MIN_REPEATS
 from dejavu.bench.variants import DENSE_VARIANT, Variant
 from dejavu.config import Progress
+from dejavu.engine.options import EngineOptions
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.train import Trained
@@ -36,12 +37,15 @@ def room(max_positions: int, tokens: int) -> tuple[int, int] | None:
 
 
 def speeds(
-    model: Transformer, layers: tuple[LayerAdapter, ...], ids: Sequence[int], *, name: str, progress: Progress | None = None, **options: Any
+    model: Transformer,
+    layers: tuple[LayerAdapter, ...],
+    ids: Sequence[int],
+    options: EngineOptions,
+    *,
+    name: str,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """SPEEDS of decoding one sequence, sparse in turns with dense; each None, with a `speed_note`, where it cannot be timed.
-
-    options: of `bench`: backend, dtype, cache_dtype, screened_head, threads.
-    """
+    """SPEEDS of decoding one sequence, sparse in turns with dense; each None, with a `speed_note`, where it cannot be timed."""
     unknown: dict[str, Any] = dict.fromkeys(SPEEDS)
     if not any(layer.sparse for layer in layers):
         return unknown | {"speed_note": "no layer selects"}
@@ -51,7 +55,7 @@ def speeds(
     variants, passes = [DENSE_VARIANT, Variant(mode="sparse", layers=layers)], []
     try:
         for _ in range(PASSES):
-            found = bench(model, variants, ids, name=name, context=fits[0], steps=fits[1], progress=progress, **options)
+            found = bench(model, variants, ids, options, name=name, context=fits[0], steps=fits[1], progress=progress)
             passes.append([row.speed for row in found.decodes])
     except (ValueError, MemoryError, torch.OutOfMemoryError) as error:  # an engine that does not compute this method, too little memory
         return unknown | {"speed_note": " ".join(str(error).split()) or type(error).__name__}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dejavu.bench.bytes_read import STORED
 from dejavu.bench.decode import bench
@@ -18,6 +17,7 @@ from dejavu.bench.fastest import room
 from dejavu.bench.models.density import rethresholded
 from dejavu.bench.variants import DENSE_VARIANT, Layers, Variant, check_mode
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, Config, ModelConfig, Progress, require
+from dejavu.engine.options import EngineOptions
 from dejavu.model.families import parameter_shapes
 from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Transformer
@@ -110,13 +110,11 @@ def trial(
     threshold_ids: Sequence[int],
     measured_ids: Sequence[int],
     bos: int | None,
-    backend: str,
-    dtype: str,
+    options: EngineOptions,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Trial:
     """Try every way. called, chatted: the model and options for a command to run next, of training and of a chat. own: the layers of
-    the model's adapter. options: of the engine, see `bench`.
+    the model's adapter. options: with a dtype by name.
 
     Raises ValueError for a text or a context too short to time a step on.
     """
@@ -126,14 +124,12 @@ def trial(
     tried, notes = [], {}
     for way in ways(model, threshold_ids, own):
         try:
-            check_mode(model, way.layers, measured_ids, backend, dtype=dtype, **options)
+            check_mode(model, way.layers, measured_ids, options)
             tried.append(way)
         except ValueError as error:  # an engine that does not compute this way, in this dtype
             notes[id(way)] = TrialRow(way=way.way, keeps=way.keeps, note=str(error))
     variants = [DENSE_VARIANT, *(Variant(mode=way.way, layers=way.layers) for way in tried)]
-    run = bench(
-        model, variants, measured_ids, name=name, backend=backend, dtype=dtype, context=fits[0], steps=fits[1], progress=progress, **options
-    )
+    run = bench(model, variants, measured_ids, options, name=name, context=fits[0], steps=fits[1], progress=progress)
     timed_dense, *timed = run.decodes
     context = min(CONTEXT, model.config.max_positions)
     scored = list(measured_ids[:TOKENS])
@@ -158,7 +154,7 @@ def trial(
         )  # fmt: skip
     rows += notes.values()
     advice, command = advise(rows, called, chatted, zeros=model.config.activation in EXACT_ZERO_ACTIVATIONS)
-    return Trial(rows=tuple(rows), advice=advice, command=command, weight_bytes=weights_of(model.config, dtype))
+    return Trial(rows=tuple(rows), advice=advice, command=command, weight_bytes=weights_of(model.config, options.dtype))
 
 
 def advise(rows: Sequence[TrialRow], called: str, chatted: str, *, zeros: bool) -> tuple[str, str]:

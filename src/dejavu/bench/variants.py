@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from dejavu.bench.models.density import rethresholded
 from dejavu.config import require
 from dejavu.engine.backends import make_engine
+from dejavu.engine.options import EngineOptions
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import AllHeads, LayerAdapter
 from dejavu.model.transformer import DENSE, Transformer
@@ -165,22 +166,20 @@ def _by_value(layers: Layers | None) -> bool:
     return any(selector.by_value for layer in layers or () for selector in layer.selectors)
 
 
-def check_mode(
-    model: Transformer, layers: Layers | None, ids: Sequence[int], backend: str, *, screened_head: int = 0, **options: Any
-) -> None:
-    """Decode a few tokens and compare with the (masked) forward pass. Raises ValueError where they are not the same model.
-
-    screened_head, options: of the engine, see make_engine.
-    """
+def check_mode(model: Transformer, layers: Layers | None, ids: Sequence[int], options: EngineOptions) -> None:
+    """Decode a few tokens and compare with the (masked) forward pass. Raises ValueError where they are not the same model."""
     count, prompt = _count(model)
-    engine = make_engine(model, layers, backend=backend, cache_tokens=count, screened_head=screened_head, **options)
+    engine, screened_head = make_engine(model, layers, replace(options, cache_tokens=count)), options.screened_head
     engine.prefill(0, ids[:prompt])
     found = torch.stack([engine.step([token], [0]).logits_BV[0] for token in ids[prompt:count]]).cpu()
     shown = (found != -torch.inf).sum(1)
     assert (shown == (screened_head or found.shape[1])).all(), f"{screened_head=} {shown=}"
     error = _error(found, _forward(model, layers, ids))
     limit = VALUE_LIMIT if _by_value(layers) else FP32_LIMIT if engine.info.dtype == "fp32" else LIMIT
-    require(error < limit, f"backend {backend!r} decodes other logits than the forward pass (error {error:.3g}, limit {limit}): not timed")
+    require(
+        error < limit,
+        f"backend {options.backend!r} decodes other logits than the forward pass (error {error:.3g}, limit {limit}): not timed",
+    )
 
 
 def check_peer(peer: Peer, model: Transformer, ids: Sequence[int], name: str) -> str:

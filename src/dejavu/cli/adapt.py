@@ -14,6 +14,7 @@ import typer
 
 from dejavu.cli.options import AsJson, Download, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, plain, progress_bars, resumable
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.offline.adapt.training import StepReport
@@ -88,7 +89,8 @@ def adapt(
         out = Output(as_json) if place == 0 else _Silent()
         texts = list(named_texts(text).values())
         lm = open_model(
-            model, out, backend="torch", dtype="fp32", threads=threads, seed=seed, needs_adapter=False, download=download, offline=offline
+            model, out, EngineOptions(backend="torch", dtype="fp32", threads=threads), seed=seed, needs_adapter=False,
+            download=download, offline=offline,
         )  # fmt: skip
         config = AdaptConfig.from_dict({**options, "length": length or min(1024, lm.config.max_positions)})
         if place == 0:

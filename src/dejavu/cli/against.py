@@ -35,10 +35,10 @@ def opened_peers(names: Sequence[str], subject: Subject, gguf: Path | None, note
     from dejavu.bench.peers.cuda import VIEW_PEERS
 
     on_views: list[str] = []
-    if subject.backend == "cuda" or (subject.backend == "torch" and subject.synthetic):
+    if subject.options.backend == "cuda" or (subject.options.backend == "torch" and subject.synthetic):
         on_views = [name for name in names if name in VIEW_PEERS]
     others = [name for name in names if name not in on_views]
-    if subject.backend == "cuda":
+    if subject.options.backend == "cuda":
         notes += [f"{name} would run on the CPU and our engine on the GPU: not timed" for name in others]
         others = []
     with TemporaryDirectory(prefix="dejavu-bench-") as temporary:
@@ -84,7 +84,7 @@ def _on_an_export(names: Sequence[str], subject: Subject, gguf: Path | None, tem
     if lm is not None:
         threads = lm.num_threads
     else:  # as many as ours
-        threads = subject.threads or default_threads() if subject.backend == "native" else torch.get_num_threads()
+        threads = subject.options.threads or default_threads() if subject.options.backend == "native" else torch.get_num_threads()
     opened, said = open_peers(names, export_folder=folder, gguf=gguf, threads=threads)
     notes += said
     return opened

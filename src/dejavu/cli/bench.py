@@ -27,7 +27,8 @@ from dejavu.cli.options import (
 from dejavu.cli.output import Output, progress_bars
 from dejavu.cli.runs import open_run, write_sections
 from dejavu.cli.speed import Plan, measure, show
-from dejavu.cli.subjects import EngineOptions, Subject, loaded, made_up
+from dejavu.cli.subjects import Subject, loaded, made_up
+from dejavu.engine.options import EngineOptions
 
 BELONGS_TO_MODEL = "belongs to a MODEL, not to --synthetic (--results keeps rows of both)"
 NEEDS_SYNTHETIC = "says what is made up; it needs --synthetic NAME instead of MODEL"
@@ -95,32 +96,31 @@ def bench(
     _require_sense(dense=dense, thinned=thinned, gguf=gguf, names=names)
     folder = None if output is None else open_run(output)
     options = EngineOptions(
-        backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed, ahead=ahead
+        backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, ahead=ahead
     )
     if synthetic is not None:
         of_model = {"--text": text, "--adapter": adapter, "--accept-base": accept_base, "-o": output, "--download": download}
         _require_none(of_model, BELONGS_TO_MODEL)
         subject = made_up(
-            synthetic, out, options, rank=rank, num_layers=layers, dense=dense, densities=density or [], heads=bool(head_density),
-            selections=selection or [], ops=ops,
+            synthetic, out, options, seed=seed, rank=rank, num_layers=layers, dense=dense, densities=density or [],
+            heads=bool(head_density), selections=selection or [], ops=ops,
         )  # fmt: skip
     else:
         _require_none({"--selection": None if ops else selection, "--rank": rank, "--layers": layers}, NEEDS_SYNTHETIC)
         subject = loaded(
-            model or "", out, options, texts=text, adapter=adapter, dense=dense, accept_base=accept_base, densities=density or [],
-            download=download, offline=offline,
+            model or "", out, options, seed=seed, texts=text, adapter=adapter, dense=dense, accept_base=accept_base,
+            densities=density or [], download=download, offline=offline,
         )  # fmt: skip
     plan = Plan(
         dense=dense, head_densities=head_density or [], batches=batch or [], contexts=context or [], steps=steps, ops=ops,
-        op_selections=selection or [],
+        op_selections=selection or [], seed=seed,
     )  # fmt: skip
-    _run(out, subject, options, plan, names, gguf=gguf, results=results, folder=folder, as_calibrated=not (thinned or dense))
+    _run(out, subject, plan, names, gguf=gguf, results=results, folder=folder, as_calibrated=not (thinned or dense))
 
 
 def _run(
     out: Output,
     subject: Subject,
-    options: EngineOptions,
     plan: Plan,
     names: Sequence[str],
     *,
@@ -133,11 +133,14 @@ def _run(
     from dejavu.bench.rows import append_rows, completed
     from dejavu.config import require
 
-    require(not plan.ops or subject.backend == "cuda", f"--ops times kernels of the cuda backend, not of {subject.backend!r}; leave it out")
+    require(
+        not plan.ops or subject.options.backend == "cuda",
+        f"--ops times kernels of the cuda backend, not of {subject.options.backend!r}; leave it out",
+    )
     notes = list(subject.notes)
     with opened_peers(names, subject, gguf, notes) as peers, progress_bars() as progress:
         others = [{key: getattr(peer, key) for key in ("mode", "version", "dtype", "model", "threads")} for peer in peers]
-        found = measure(subject, options, plan, peers, out, progress)
+        found = measure(subject, plan, peers, out, progress)
     for _, measured in found.runs:
         notes += [note for note in measured.notes if note not in notes]
     rows = completed(found.rows) if results is None else append_rows(results, found.rows)
@@ -154,8 +157,8 @@ def _run(
             "ratios": [each for _, measured in found.runs for each in measured.ratios],
             "peers": others,
             "model": subject.name,
-            "cache_dtype": subject.cache_dtype,
-            "screened_head": options.screened_head,
+            "cache_dtype": subject.options.cache_dtype,
+            "screened_head": subject.options.screened_head,
             "notes": notes,
             **({} if found.screen is None else {"screen": found.screen}),
             **({} if subject.planted is None else {"planted": {"rank": subject.planted.rank, "modes": found.planted}}),

@@ -31,6 +31,7 @@ from dejavu.cli.options import (
 )
 from dejavu.cli.output import Output, number, speed
 from dejavu.cli.sampling import Temperature, TopK, TopP, sampling_values, sampling_words
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.conversation import Conversation, Turn
@@ -80,8 +81,9 @@ def chat(
     require(max_new_tokens is None or max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {max_new_tokens}")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     SamplingConfig().asked(**given)  # an impossible value is said before a model is loaded
+    options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
+        model, out, options, seed=seed,
         adapter=adapter, dense=dense, download=download, offline=offline, drawing=lambda lm: sampling_words(lm, **given),
     )  # fmt: skip
     conversation = Conversation(lm, system=system, max_new_tokens=max_new_tokens, seed=seed, **given)

@@ -9,6 +9,7 @@ import typer
 
 from dejavu.cli.options import AdapterFolder, AsJson, Backend, CacheDtype, Download, Dtype, Offline, Seed, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
+from dejavu.engine.options import EngineOptions
 
 MODEL = "opt-mini"
 
@@ -33,8 +34,9 @@ def demo(
 
     out = Output(as_json)
     require(not (retrain and adapter is not None), "--retrain trains an adapter, --adapter names one; give one of the two")
+    options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads)
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads, seed=seed,
+        model, out, options, seed=seed,
         adapter=adapter, needs_adapter=not retrain, download=download, offline=offline,
     )  # fmt: skip
     require(retrain or lm.adapter is not None, f"{lm.name} has no adapter; train one with --retrain, or name one with --adapter DIR")
@@ -44,10 +46,7 @@ def demo(
             lm.adapter,
             retrain=retrain,
             output=output,
-            backend=lm.backend,
-            dtype=lm.dtype,
-            cache_dtype=lm.cache_dtype,
-            threads=threads,
+            options=lm.options,
             seed=seed,
             progress=progress,
             say=out.say,

@@ -29,6 +29,7 @@ from dejavu.cli.options import (
 )
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable, screen_line
 from dejavu.cli.runs import PARTS, open_run, write_sections
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.config import Progress
@@ -79,8 +80,9 @@ def evaluation(
     require(not screened_head or bool(text), "--screened-head is measured on a text; give one (--text)")
     texts = named_texts(text or [])
     items = {Path(name).with_suffix("").as_posix(): read_items(path) for name, path in named_files(tasks or []).items()}
+    options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
+        model, out, options, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text, download=download, offline=offline,
     )  # fmt: skip
     notes = list(lm.notes)
@@ -88,16 +90,16 @@ def evaluation(
     if separated:
         notes.append(f"scored as stored, as one document, {SEPARATOR} lines included: {', '.join(separated)}")
         out.warn(notes[-1])
-    options: dict[str, Any] = {"max_tokens": max_tokens, "limit": limit, "stride": stride, "strict": strict}
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "limit": limit, "stride": stride, "strict": strict}
     folder = None if output is None else open_run(output)
-    store = PartStore({**options, **_identity(lm)}, None if folder is None else folder / PARTS)
+    store = PartStore({**settings, **_identity(lm)}, None if folder is None else folder / PARTS)
     hint = (
         "nothing was kept; with -o DIR a run resumes" if folder is None else f"finished texts and tasks are kept in {folder}; run it again"
     )
     with resumable(hint), progress_bars() as progress:
         result = NOTHING | {}
         if texts or items:
-            result |= evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **options)
+            result |= evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **settings)
         if harness:
             result["harness"] = _harness(lm, harness, limit, progress)
         if screened_head:
@@ -139,11 +141,7 @@ def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | No
         lm.model,
         lm.layers(),
         ids,
-        screened_head=lm.screened_head,
-        backend=lm.backend,
-        dtype=lm.dtype,
-        cache_dtype=lm.cache_dtype,
-        threads=lm.threads,
+        lm.options,
         max_tokens=MAX_SCREEN_TOKENS,
         progress=progress,
     )

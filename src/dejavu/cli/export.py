@@ -9,6 +9,7 @@ import typer
 
 from dejavu.cli.options import AdapterFolder, AsJson, Dense, Download, Model, Offline, open_model
 from dejavu.cli.output import Output
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.language_model import LanguageModel
@@ -41,7 +42,7 @@ def export(
     out = Output(as_json)
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
     lm = open_model(
-        model, out, backend="auto", dtype="fp32", threads=None, seed=0, adapter=adapter, dense=dense, download=download, offline=offline
+        model, out, EngineOptions(dtype="fp32"), seed=0, adapter=adapter, dense=dense, download=download, offline=offline
     )  # fmt: skip
     if peft is not None and lm.adapter is None:
         raise ValueError("--peft writes an adapter's changes of weights, and there is no adapter; give one with --adapter DIR")

@@ -26,6 +26,7 @@ from dejavu.cli.options import (
 from dejavu.cli.output import Output, number, percent, speed
 from dejavu.cli.sampling import Temperature, TopK, TopP, sampling_values, sampling_words
 from dejavu.config import MAX_NEW_TOKENS
+from dejavu.engine.options import EngineOptions
 
 
 def generate(
@@ -63,8 +64,9 @@ def generate(
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     SamplingConfig().asked(**asked)  # an impossible value is said before a model is loaded
     StopStrings(stop or ())
+    options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=seed,
+        model, out, options, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text, download=download, offline=offline,
         drawing=lambda lm: sampling_words(lm, **asked),
     )  # fmt: skip

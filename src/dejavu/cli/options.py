@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from dejavu.cli.output import Output
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.language_model import LanguageModel
@@ -46,12 +47,8 @@ BaseTexts = Annotated[
 def open_model(
     model: str,
     out: Output,
+    options: EngineOptions,
     *,
-    backend: str,
-    dtype: str,
-    cache_dtype: str = "auto",
-    screened_head: int = 0,
-    threads: int | None,
     seed: int,
     adapter: Path | None = None,
     dense: bool = False,
@@ -84,8 +81,8 @@ def open_model(
     allowed = consent(out, download=download, offline=offline)
     with interruptible():
         lm = load(
-            model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, adapter=chosen,
-            before_weights=before_weights, download=allowed,
+            model, backend=options.backend, dtype=options.dtype, cache_dtype=options.cache_dtype, screened_head=options.screened_head,
+            threads=options.threads, adapter=chosen, before_weights=before_weights, download=allowed,
         )  # fmt: skip
     if accept_base and adapter is not None:
         lm.adapter = accept(lm, adapter, texts or [], out)

@@ -10,6 +10,7 @@ import typer
 from dejavu.cli.options import AsJson, Backend, Download, Dtype, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
 from dejavu.cli.runs import open_run, write_sections
+from dejavu.engine.options import EngineOptions
 
 
 def profile(
@@ -34,7 +35,8 @@ def profile(
     texts = named_texts(text)
     folder = None if output is None else open_run(output)
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False, download=download, offline=offline
+        model, out, EngineOptions(backend=backend, dtype=dtype, threads=threads), seed=seed, needs_adapter=False,
+        download=download, offline=offline,
     )  # fmt: skip
     with resumable("a profile is short and keeps nothing: run it again"), progress_bars() as progress:
         result: dict[str, Any] = {**lm.profile(texts, max_tokens=max_tokens, progress=progress)}

@@ -25,6 +25,7 @@ from dejavu.cli.options import (
     open_model,
 )
 from dejavu.cli.output import Output
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.model.tokenizer import Tokenizer
@@ -84,9 +85,10 @@ def serve(
     )  # fmt: skip
     require(api_key is None or api_key.strip() == api_key != "", "--api-key must be a word without spaces around it; give one, or none")
     template = None if chat_template is None else read_text(chat_template, kind="a file with a Jinja template")
+    options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     with bound_socket(host, port) as bound:  # before the model is loaded, which may take minutes
         lm = open_model(
-            model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads, seed=0,
+            model, out, options, seed=0,
             adapter=adapter, dense=dense, download=download, offline=offline,
         )  # fmt: skip
         tokenizer = lm.tokenizer if template is None else with_template(lm.tokenizer, template, str(chat_template))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from dejavu.cli.output import Output, new_table, number, ratio, screen_line
-from dejavu.cli.subjects import EngineOptions, Subject, planted_qualities, quality_line
+from dejavu.cli.subjects import Subject, planted_qualities, quality_line
 from dejavu.config import Progress
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ DEFAULT_CONTEXT = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """At what to measure. contexts: none for the usual one. ops: single ops too, at these selections."""
+    """At what to measure. contexts: none for the usual one. ops: single ops too, at these selections. seed: of their data."""
 
     dense: bool
     head_densities: Sequence[float]
@@ -32,6 +32,7 @@ class Plan:
     steps: int
     ops: bool = False
     op_selections: Sequence[str] = ()
+    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class Found:
         return [row for _, measured in self.runs for row in measured.rows] + self.op_rows
 
 
-def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequence[Peer], out: Output, progress: Progress | None) -> Found:
+def measure(subject: Subject, plan: Plan, peers: Sequence[Peer], out: Output, progress: Progress | None) -> Found:
     """Every run. Planted predictors say what they miss before any speed is measured."""
     from dejavu.bench.decode import bench
     from dejavu.bench.variants import variants_at
@@ -66,26 +67,18 @@ def measure(subject: Subject, options: EngineOptions, plan: Plan, peers: Sequenc
     for mode, quality in planted_qualities(subject, variants):
         out.say(quality_line(mode, quality))
         found.planted.append({"mode": mode, **asdict(quality)})
-    common: dict[str, Any] = {
-        "backend": subject.backend,
-        "dtype": subject.dtype,
-        "cache_dtype": subject.cache_dtype,
-        "screened_head": options.screened_head,
-        "threads": subject.threads,
-        "progress": progress,
-    }
     held = None if subject.lm is None or subject.densities or plan.head_densities else subject.lm.adapter
     for length in plan.contexts or [min(DEFAULT_CONTEXT, subject.model.config.max_positions // 2)]:
         for size in plan.batches or [1]:
             measured = bench(
-                subject.model, variants, subject.ids, name=subject.name, shape=subject.shape, batch=size, context=length,
-                steps=plan.steps, peers=peers, ahead=options.ahead, adapter=None if held is None else held.digest, **common,
+                subject.model, variants, subject.ids, subject.options, name=subject.name, shape=subject.shape, batch=size, context=length,
+                steps=plan.steps, peers=peers, adapter=None if held is None else held.digest, progress=progress,
             )  # fmt: skip
             found.runs.append((f"batch {size}, context {length}", measured))
             if plan.ops:
-                found.op_rows += _op_rows(subject, plan, measured, options.seed, progress)
-    if options.screened_head:  # in the last of the variants: with the predictors, where there are any
-        found.screen = head_agreement(subject.model, variants[-1].layers, subject.ids, **common)
+                found.op_rows += _op_rows(subject, plan, measured, plan.seed, progress)
+    if subject.options.screened_head:  # in the last of the variants: with the predictors, where there are any
+        found.screen = head_agreement(subject.model, variants[-1].layers, subject.ids, subject.options, progress=progress)
     return found
 
 

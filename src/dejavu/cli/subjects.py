@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from dejavu.cli.options import open_model
 from dejavu.cli.output import Output, number, percent
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.bench.models.planted import PlantedModel, PlantedQuality
@@ -25,33 +26,18 @@ PLANTED_SHARE = 0.5  # of the smallest density asked for, the neurons that fire:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """The options of a command that say what engine to build; dtype and backend may be auto. See make_engine."""
-
-    backend: str
-    dtype: str
-    cache_dtype: str
-    screened_head: int
-    threads: int | None
-    seed: int
-    ahead: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """What is timed: a loaded model (lm), or a made-up one, of which `planted` runs on the device it was made on.
 
-    layers_for(selection, density): predictors, see variants_at. densities, selections: those to time. shape: of what is made up.
+    layers_for(selection, density): predictors, see variants_at. options: of its engines. densities, selections: those to time. shape: of
+    what is made up.
     """
 
     name: str
     model: Transformer
     layers_for: Callable[[str | None, float | None], Layers | None]
     ids: list[int]
-    backend: str
-    dtype: str | None
-    cache_dtype: str
-    threads: int | None
+    options: EngineOptions
     notes: list[str]
     densities: Sequence[float]
     selections: Sequence[str] = ()
@@ -69,6 +55,7 @@ def loaded(
     out: Output,
     options: EngineOptions,
     *,
+    seed: int,
     texts: list[str] | None,
     adapter: Path | None,
     dense: bool,
@@ -82,9 +69,8 @@ def loaded(
 
     named = named_texts(texts or [str(DATA / "evaluation.txt")])
     lm = open_model(
-        model, out, texts=texts, backend=options.backend, dtype=options.dtype, cache_dtype=options.cache_dtype,
-        screened_head=options.screened_head, threads=options.threads, seed=options.seed, adapter=adapter, dense=dense,
-        accept_base=accept_base, download=download, offline=offline,
+        model, out, options, texts=texts, seed=seed, adapter=adapter, dense=dense, accept_base=accept_base, download=download,
+        offline=offline,
     )  # fmt: skip
     _check_ahead(options, lm.backend)
     layers = lm.layers()
@@ -93,10 +79,7 @@ def loaded(
         model=lm.model,
         layers_for=lambda selection, density: layers,
         ids=lm.tokenizer.encode("\n".join(part for whole in named.values() for part in documents(whole))),
-        backend=lm.backend,
-        dtype=lm.dtype,
-        cache_dtype=lm.cache_dtype,
-        threads=lm.threads,
+        options=replace(lm.options, ahead=options.ahead),
         notes=list(lm.notes),
         densities=densities,
         lm=lm,
@@ -108,6 +91,7 @@ def made_up(
     out: Output,
     options: EngineOptions,
     *,
+    seed: int,
     rank: int | None,
     num_layers: int | None,
     dense: bool,
@@ -122,13 +106,14 @@ def made_up(
     """
     from dejavu.bench.models.random import shape_of
     from dejavu.config import require
-    from dejavu.engine.backends import BACKEND_DTYPES, check_screen, pick_backend, pick_cache_dtype
+    from dejavu.engine.backends import CAPABILITIES, pick_backend
     from dejavu.loading import set_threads
 
     picked = pick_backend(options.backend, dtype="int8" if options.dtype == "auto" else options.dtype)
-    usual = "fp16" if picked == "cuda" else "int8" if "int8" in BACKEND_DTYPES[picked] else "fp32"
+    capabilities = CAPABILITIES[picked]
+    usual = "fp16" if picked == "cuda" else "int8" if "int8" in capabilities.dtypes else "fp32"
     dtype = usual if options.dtype == "auto" else options.dtype
-    offered = [each for each in BACKEND_DTYPES[picked] if picked != "torch" or each in ("fp32", "bf16")]
+    offered = [each for each in capabilities.dtypes if picked != "torch" or each in ("fp32", "bf16")]
     require(
         dtype in offered,
         f"dtype {dtype!r} is not available for a synthetic model on backend {picked!r}; choose one of {', '.join(offered)}",
@@ -136,19 +121,19 @@ def made_up(
     _check_ahead(options, picked)
     if options.threads is not None:
         set_threads(options.threads)
-    cached = pick_cache_dtype(options.cache_dtype, backend=picked, dtype=dtype)
-    check_screen(options.screened_head, backend=picked, vocab_size=shape_of(name).vocab_size)
+    cached = capabilities.cache_dtype(options.cache_dtype, dtype=dtype)
+    capabilities.check_screened_head(options.screened_head, vocab_size=shape_of(name).vocab_size)
+    settled = replace(options, backend=picked, dtype=dtype, cache_dtype=cached)
     wanted = [] if dense else list(densities) or [DEFAULT_DENSITY]
-    common: dict[str, Any] = {"backend": picked, "dtype": dtype, "cache_dtype": cached, "threads": options.threads, "notes": []}
     if picked == "cuda":
         require(
             not selections or ops, "--selection on the cuda backend is of --ops: a planted model selects what its tokens need; add --ops"
         )
-        subject = _planted(name, common, rank=rank, num_layers=num_layers, densities=wanted, heads=heads, seed=options.seed)
+        subject = _planted(name, settled, rank=rank, num_layers=num_layers, densities=wanted, heads=heads, seed=seed)
     else:
         require(num_layers is None, f"--layers takes a slice of a model planted on the GPU; backend {picked!r} has none, leave it out")
         chosen = [] if dense else selections or ["uniform"]
-        subject = _random(name, common, rank=rank, densities=wanted, heads=heads, selections=chosen, seed=options.seed)
+        subject = _random(name, settled, rank=rank, densities=wanted, heads=heads, selections=chosen, seed=seed)
     size = sum(parameter.numel() for parameter in subject.model.parameters())
     head = f" · screened head {options.screened_head:,}" if options.screened_head else ""
     about = f"(synthetic) · {size / 1e6:,.1f} M parameters · backend {picked} · {dtype} · cache {cached}{head}"
@@ -163,15 +148,15 @@ def _check_ahead(options: EngineOptions, backend: str) -> None:
 
 
 def _random(
-    name: str, common: dict[str, Any], *, rank: int | None, densities: list[float], heads: bool, selections: Sequence[str], seed: int
+    name: str, options: EngineOptions, *, rank: int | None, densities: list[float], heads: bool, selections: Sequence[str], seed: int
 ) -> Subject:
     """Random weights, and predictors that select by themselves."""
     from dejavu.bench.models.random import RANK, planted_layers, random_ids, synthetic_model
     from dejavu.bench.rows import Shape
 
-    made = synthetic_model(name, backend=common["backend"], dtype=common["dtype"], seed=seed)
-    if common["backend"] == "native":
-        made.model.round_cache(common["cache_dtype"])
+    made = synthetic_model(name, backend=options.backend, dtype=options.dtype, seed=seed)
+    if options.backend == "native":
+        made.model.round_cache(options.cache_dtype)
 
     def layers_for(selection: str | None, density: float | None) -> Layers | None:
         if selection is None or density is None:
@@ -181,14 +166,21 @@ def _random(
         )
 
     ids = random_ids(made.config, 2 * made.config.max_positions, seed=seed)
-    shape = Shape(name=name, layers=made.config.num_layers)
     return Subject(
-        name=name, model=made.model, layers_for=layers_for, ids=ids, densities=densities, selections=selections, shape=shape, **common
+        name=name,
+        model=made.model,
+        layers_for=layers_for,
+        ids=ids,
+        options=options,
+        notes=[],
+        densities=densities,
+        selections=selections,
+        shape=Shape(name=name, layers=made.config.num_layers),
     )
 
 
 def _planted(
-    name: str, common: dict[str, Any], *, rank: int | None, num_layers: int | None, densities: list[float], heads: bool, seed: int
+    name: str, options: EngineOptions, *, rank: int | None, num_layers: int | None, densities: list[float], heads: bool, seed: int
 ) -> Subject:
     """Sparsity that predictors predict, made on the GPU. A slice of the shape says so in its name."""
     from dejavu.bench.models.planted import planted_model
@@ -197,7 +189,7 @@ def _planted(
     from dejavu.model.selectors import LayerAdapter
 
     made = planted_model(
-        name, device="cuda", dtype=common["dtype"], density=PLANTED_SHARE * min(densities or [DEFAULT_DENSITY]),
+        name, device="cuda", dtype=options.dtype, density=PLANTED_SHARE * min(densities or [DEFAULT_DENSITY]),
         rank=PLANTED_RANK if rank is None else rank, num_layers=num_layers, seed=seed,
     )  # fmt: skip
     layers = made.layers if heads else tuple(LayerAdapter(neurons=layer.neurons) for layer in made.layers)
@@ -209,7 +201,8 @@ def _planted(
         densities=densities,
         planted=made,
         shape=Shape(name=name, layers=made.layers_of_full),
-        **common,
+        options=options,
+        notes=[],
     )
 
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from dejavu.cli.options import AsJson, Backend, Download, Dtype, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars, resumable
 from dejavu.cli.runs import write_sections
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.model.adapter import Adapter
@@ -59,7 +60,8 @@ def train(
     check_replaceable(work)
     texts = named_texts(text)
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, threads=threads, seed=seed, needs_adapter=False, download=download, offline=offline
+        model, out, EngineOptions(backend=backend, dtype=dtype, threads=threads), seed=seed, needs_adapter=False,
+        download=download, offline=offline,
     )  # fmt: skip
     with resumable(f"what is finished is kept in {work}; run the same command again to go on"), progress_bars() as progress:
         adapter, found = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)

@@ -24,6 +24,7 @@ from dejavu.cli.options import (
     open_model,
 )
 from dejavu.cli.output import Output, new_table, number, percent, progress_bars
+from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.bench.trial import Trial
@@ -50,8 +51,9 @@ def trial(
     from dejavu.quality.evaluate import scored_part
 
     out = Output(as_json)
+    options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads)
     lm = open_model(
-        model, out, backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads, seed=seed, adapter=adapter,
+        model, out, options, seed=seed, adapter=adapter,
         download=download, offline=offline,
         before_weights=lambda config, picked, held: check_fits(model, config, picked, held),
     )  # fmt: skip
@@ -70,10 +72,7 @@ def trial(
             threshold_ids=lm.tokenizer.encode_plain(set_on[:20_000]),
             measured_ids=part.ids,
             bos=part.bos,
-            backend=lm.backend,
-            dtype=lm.dtype,
-            cache_dtype=lm.cache_dtype,
-            threads=lm.threads,
+            options=lm.options,
             progress=progress,
         )
     known = None if lm.adapter is not None else bundled_adapter_of(lm.base_hash)

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from dejavu.config import BACKENDS, require
+from dejavu.config import BACKENDS
+from dejavu.engine.cuda.capabilities import CUDA
 from dejavu.engine.interface import Engine
-from dejavu.engine.native.engine import NativeEngine, check_shortlist
-from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, NATIVE_DTYPES, default_cache_dtype
-from dejavu.engine.torch_engine import TorchEngine
+from dejavu.engine.native.capabilities import NATIVE
+from dejavu.engine.native.engine import NativeEngine
+from dejavu.engine.options import EngineOptions
+from dejavu.engine.torch_engine import TORCH, TorchEngine
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.native import missing_reason
 from dejavu.model.lora import adapted_model
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 
-BACKEND_DTYPES = {"native": NATIVE_DTYPES, "cuda": ("fp32", "fp16", "bf16"), "torch": ("fp32", "fp16", "bf16", "fp64")}
+CAPABILITIES = {each.backend: each for each in (CUDA, NATIVE, TORCH)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ def pick_backend(name: str = "auto", *, dtype: str = "fp32") -> str:
     statuses = {status.name: status for status in backends()}
     available = [status.name for status in statuses.values() if status.available]
     if name == "auto":
-        fitting = [each for each in available if dtype in BACKEND_DTYPES[each]]
+        fitting = [each for each in available if dtype in CAPABILITIES[each].dtypes]
         return fitting[0] if fitting else available[0]
     if name not in statuses:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
@@ -68,84 +70,34 @@ def pick_backend(name: str = "auto", *, dtype: str = "fp32") -> str:
     return name
 
 
-def pick_cache_dtype(name: str = "auto", *, backend: str, dtype: str) -> str:
-    """The dtype of the key/value cache for a value of --cache-dtype, beside weights of `dtype`.
-
-    auto: native takes fp32 beside fp32 weights, else fp16; torch has one dtype for all. Raises ValueError naming what is offered.
-    """
-    offered = NATIVE_CACHE_DTYPES if backend == "native" else (dtype,)
-    if name == "auto":
-        return default_cache_dtype(dtype) if backend == "native" else dtype
-    require(
-        name in offered,
-        f"cache dtype {name!r} is not available on backend {backend!r} in {dtype}; choose one of auto, {', '.join(offered)}",
-    )
-    return name
-
-
-def check_screen(count: int, *, backend: str, vocab_size: int) -> None:
-    """Raise ValueError for a value of --screened-head that the backend or the vocabulary cannot have."""
-    require(
-        count == 0 or backend == "native", f"a screened head is not available on backend {backend!r}; leave --screened-head {count} out"
-    )
-    check_shortlist(count, vocab_size)
-
-
-def make_engine(
-    model: Transformer,
-    layers: Sequence[LayerAdapter] | None = None,
-    *,
-    backend: str = "auto",
-    num_slots: int = 1,
-    cache_tokens: int | None = None,
-    record: bool = False,
-    dtype: str | None = None,
-    cache_dtype: str | None = None,
-    screened_head: int = 0,
-    threads: int | None = None,
-    ahead: str | None = None,
-) -> Engine:
-    """An engine over the model, dense without `layers`; see TorchEngine for the arguments. Its `info.backend` says which it is.
-
-    backend: auto takes torch for an architecture that the kernels do not compute (ModelConfig.beyond).
-
-    dtype: what to compute in, where the engine packs its own weights (native: fp32, bf16, int8, int4); None takes the model's.
-    cache_dtype: see `pick_cache_dtype`. screened_head: see NativeEngine. threads: of the native engine (None: every processor
-    that this process may use); torch has one number for the whole process. ahead: of the cuda engine, see CudaEngine.
-    """
-    model = model if layers is None else adapted_model(model, layers)
+def backend_for(model: Transformer, options: EngineOptions) -> str:
+    """The backend for a model where it is, in the dtype that it is loaded in. auto takes torch for an architecture that the first choice
+    does not compute. Raises ValueError as `pick_backend` does."""
     weight = model.embed.weight
     stored = DTYPE_NAMES[weight.dtype]
-    picked = pick_backend(backend, dtype=dtype or stored)
-    if backend == "auto" and weight.device.type == "cuda":  # the model is where it is
+    dtype = stored if options.dtype == "auto" else options.dtype
+    picked = pick_backend(options.backend, dtype=dtype)
+    if options.backend != "auto":
+        return picked
+    if weight.device.type == "cuda":  # the model is where it is
         picked = pick_backend("cuda") if _no_cuda() is None else "torch"
-    elif backend == "auto":  # what native packs is fp32 on the CPU
-        native = stored == "fp32" and missing_reason() is None and (dtype or stored) in NATIVE_DTYPES
-        picked = "native" if native else "torch"
-    if backend == "auto" and model.config.beyond(picked):
-        picked = "torch"
-    require(ahead is None or picked == "cuda", f"a way of looking ahead is of backend 'cuda', not {picked!r}; leave --ahead out")
+    else:  # what native packs is fp32 on the CPU
+        picked = "native" if stored == "fp32" and missing_reason() is None and dtype in NATIVE.dtypes else "torch"
+    return "torch" if CAPABILITIES[picked].beyond(model.config) else picked
+
+
+def make_engine(model: Transformer, layers: Sequence[LayerAdapter] | None = None, options: EngineOptions = EngineOptions()) -> Engine:
+    """An engine over the model, dense without `layers`. Its `info.backend` says which it is.
+
+    Raises ValueError for a backend that is not there, and for what it does not compute or obey.
+    """
+    model = model if layers is None else adapted_model(model, layers)
+    picked = backend_for(model, options)
     if picked == "native":
-        return NativeEngine(
-            model,
-            layers,
-            num_slots=num_slots,
-            cache_tokens=cache_tokens,
-            record=record,
-            dtype=dtype or stored,
-            cache_dtype=cache_dtype,
-            screened_head=screened_head,
-            threads=threads,
-        )
-    require(
-        dtype in (None, stored),
-        f"dtype {dtype!r} is not available on backend {picked!r} for a model loaded as {stored}; load it as {dtype}",
-    )
-    pick_cache_dtype(cache_dtype or "auto", backend=picked, dtype=stored)
-    check_screen(screened_head, backend=picked, vocab_size=model.config.vocab_size)
+        return NativeEngine(model, layers, options)
     if picked == "cuda":
         from dejavu.engine.cuda.engine import CudaEngine  # needs triton
 
-        return CudaEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record, ahead=ahead or "beside")
+        return CudaEngine(model, layers, options)
     assert picked == "torch", f"{picked=} has no engine"
-    return TorchEngine(model, layers, num_slots=num_slots, cache_tokens=cache_tokens, record=record)
+    return TorchEngine(model, layers, options)

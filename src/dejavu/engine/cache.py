@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dejavu.engine.options import PAGE_SIZE
 from dejavu.engine.prefixes import PagePool
-
-PAGE_SIZE = 16
 
 
 class PagedCache:

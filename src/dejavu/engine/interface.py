@@ -13,14 +13,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from dejavu.config import SamplingConfig
+from dejavu.config import ModelConfig, SamplingConfig
+from dejavu.engine.options import EngineOptions
 from dejavu.model.counts import Counts
-from dejavu.model.selectors import InputPoints
+from dejavu.model.selectors import InputPoints, LayerAdapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,41 @@ class EngineInfo:
     num_pages: int
     screened_head: int = 0
     input_points: InputPoints | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        layers: Sequence[LayerAdapter],
+        options: EngineOptions,
+        *,
+        backend: str,
+        dtype: str,
+        cache_dtype: str,
+        device: str,
+        threads: int,
+    ) -> Self:
+        """What an engine of this model is, with the formats that it settled on and the pages that the options ask for."""
+        size = options.page_size
+        pages_per_slot = -(-config.max_positions // size)
+        return cls(
+            backend=backend,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            device=device,
+            threads=threads,
+            sparse=any(layer.sparse for layer in layers),
+            vocab_size=config.vocab_size,
+            num_layers=config.num_layers,
+            num_neurons=config.intermediate_size,
+            num_heads=config.num_heads,
+            max_positions=config.max_positions,
+            num_slots=options.num_slots,
+            page_size=size,
+            num_pages=options.num_slots * pages_per_slot if options.cache_tokens is None else -(-options.cache_tokens // size),
+            screened_head=options.screened_head,
+            input_points=InputPoints.of(config) if any(layer.inputs.selects for layer in layers) else None,
+        )
 
     @property
     def cache_tokens(self) -> int:

@@ -1,22 +1,77 @@
-"""What every engine over a paged cache shares: its description, its slots, and what it checks before anything is computed.
+"""What every engine over a paged cache shares: its description, its slots and pages, what it checks before anything is computed.
 
-In: slots and token ids. Out: lengths, free pages, or a ValueError that names the token or the limit.
+In: a model, its layers, options; then slots and token ids. Out: lengths, free pages, what a subclass computes, or a ValueError that names
+the token or the limit. A subclass has `_prefill` and `_step`, which get slots that have the pages.
+
+Letters: B rows  T tokens  V vocabulary
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from dejavu.config import require
 from dejavu.engine.cache import PagedCache
-from dejavu.engine.interface import EngineInfo
+from dejavu.engine.capabilities import Capabilities
+from dejavu.engine.interface import EngineInfo, StepResult
+from dejavu.engine.options import EngineOptions
+from dejavu.kernels.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from dejavu.model.selectors import LayerAdapter, check_layers
+from dejavu.model.transformer import Transformer
 
 
 class PagedEngine:
-    """The part of `dejavu.engine.interface.Engine` that does not depend on how a token is computed."""
+    """The part of `dejavu.engine.interface.Engine` that does not depend on how a token is computed.
 
-    def __init__(self, info: EngineInfo, cache: PagedCache) -> None:
-        self._info, self._cache = info, cache
+    layers: the predictors of each layer, or None for a dense engine. threads: of the engine, torch's by default. head_dim: values of a head
+    in the cache, the model's by default. spare: slots, and pages as many, that the cache has beyond those that the options ask for.
+    Raises ValueError for layers of another model and for options that the engine does not obey, MemoryError where the cache does not fit.
+    """
+
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(
+        self,
+        model: Transformer,
+        layers: Sequence[LayerAdapter] | None,
+        options: EngineOptions,
+        *,
+        threads: int | None = None,
+        head_dim: int | None = None,
+        spare: int = 0,
+    ) -> None:
+        config, weight = model.config, model.embed.weight
+        stored = DTYPE_NAMES[weight.dtype]
+        self.config = config
+        self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
+        check_layers(self.layers, config)
+        self.capabilities.check(options, config, stored=stored)
+        dtype = stored if options.dtype == "auto" else options.dtype
+        self._record = options.record
+        self._info = EngineInfo.of(
+            config,
+            self.layers,
+            options,
+            backend=self.capabilities.backend,
+            dtype=dtype,
+            cache_dtype=self.capabilities.cache_dtype(options.cache_dtype, dtype=dtype),
+            device=str(weight.device),
+            threads=torch.get_num_threads() if threads is None else threads,
+        )
+        self._cache = PagedCache(
+            num_layers=config.num_layers,
+            num_groups=config.num_kv_heads,
+            head_dim=config.head_dim if head_dim is None else head_dim,
+            num_slots=self._info.num_slots + spare,
+            num_pages=self._info.num_pages + spare,
+            page_size=self._info.page_size,
+            dtype=TORCH_DTYPES[self._info.cache_dtype],
+            device=weight.device,
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -42,6 +97,35 @@ class PagedEngine:
         """Let others reuse the whole pages of the slot's first tokens, which came from these ids by `prefill`."""
         self._cache.publish(slot, token_ids)
 
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """Append tokens to the slot densely, in chunks; logits fp32 [V] after the last one."""
+        self._admit(slot, token_ids)
+        return self._prefill(slot, token_ids, every=False)
+
+    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """As `prefill`; logits fp32 [T, V] after each of the tokens."""
+        self._admit(slot, token_ids)
+        return self._prefill(slot, token_ids, every=True)
+
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        """Append one token to each of B different slots."""
+        self._admit_rows(token_ids_B, slots_B)
+        return self._step(token_ids_B, slots_B)
+
+    def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
+        """Compute the tokens, for which there are pages, and count them: logits [V] after the last one, or [T, V] after every one."""
+        raise NotImplementedError
+
+    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        """Compute a token of each slot, for which there is a page, and count it."""
+        raise NotImplementedError
+
+    def _admit_rows(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> None:
+        """`_admit` for a token of each row of a step."""
+        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
+        for token_id, slot in zip(token_ids_B, slots_B, strict=True):
+            self._admit(slot, (token_id,))
+
     def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
         """Check ids, context and cache, and reserve pages, before anything is computed."""
         require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
@@ -56,3 +140,8 @@ class PagedEngine:
             require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
         total = self._cache.lengths[slot] + count
         require(total <= context, f"{total} tokens exceed the model's context of {context}; shorten the text")
+
+    def _count_rows(self, slots_B: Sequence[int], count: int = 1) -> None:
+        """So many tokens more are in each slot, once every layer has stored them."""
+        for slot in slots_B:
+            self._cache.advance(slot, count)

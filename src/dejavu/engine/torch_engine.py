@@ -22,101 +22,48 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dejavu.config import require
-from dejavu.engine.cache import PAGE_SIZE, PagedCache
-from dejavu.engine.interface import EngineInfo, LayerSelection, StepResult
+from dejavu.engine.capabilities import Capabilities
+from dejavu.engine.interface import LayerSelection, StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill, prefill_logits
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
-from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.sparse_linear import linear_columns, linear_rows
 from dejavu.kernels.sparse_mlp import MlpWeights, activated, activated_gate, dense_mlp, gate_mlp, sparse_mlp
 from dejavu.model.counts import Counts
 from dejavu.model.predictor import mlp_predictor_input
-from dejavu.model.selectors import POINTS, AllNeurons, GateThreshold, InputPoints, InputSelector, LayerAdapter, NeuronSelector, check_layers
+from dejavu.model.selectors import POINTS, AllNeurons, GateThreshold, InputPoints, InputSelector, LayerAdapter, NeuronSelector
 from dejavu.model.transformer import Block, LayerInputs, Transformer
+
+TORCH = Capabilities(backend="torch", dtypes=("fp32", "fp16", "bf16", "fp64"), parts=None)
 
 
 class TorchEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`. Reads the weights of `model` in place: no copy is made.
 
-    layers: the predictors of each layer, or None for a dense engine. cache_tokens: room of the key/value pool over all
-    slots (default: the whole context for each slot). record: keep the selections of every step.
+    layers: the predictors of each layer, or None for a dense engine.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        layers: Sequence[LayerAdapter] | None = None,
-        *,
-        num_slots: int = 1,
-        cache_tokens: int | None = None,
-        page_size: int = PAGE_SIZE,
-        record: bool = False,
-    ) -> None:
-        config = model.config
+    capabilities = TORCH
+
+    def __init__(self, model: Transformer, layers: Sequence[LayerAdapter] | None = None, options: EngineOptions = EngineOptions()) -> None:
+        super().__init__(model, layers, options)
         self.model = model
-        self.config = config
-        self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
-        check_layers(self.layers, config)
-        weight = model.embed.weight
-        require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
-        tokens = num_slots * _round_up(config.max_positions, page_size) if cache_tokens is None else cache_tokens
-        cache = PagedCache(
-            num_layers=config.num_layers,
-            num_groups=config.num_kv_heads,
-            head_dim=config.head_dim,
-            num_slots=num_slots,
-            num_pages=_round_up(tokens, page_size) // page_size,
-            page_size=page_size,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-        self._record = record
         self._blocks = model.blocks
         pairs = list(zip(self.layers, self._blocks, strict=True))
         self._mlps = tuple(_lowered_mlp(layer, _mlp_weights(block)) for layer, block in pairs)
         self._norms = tuple(layer.inputs.norms(block) for layer, block in pairs)
-        selects_inputs = any(layer.inputs.selects for layer in self.layers)
-        self._all_groups = torch.arange(config.num_kv_heads, device=weight.device)
-        info = EngineInfo(
-            backend="torch",
-            dtype=DTYPE_NAMES[weight.dtype],
-            cache_dtype=DTYPE_NAMES[weight.dtype],
-            device=str(weight.device),
-            threads=torch.get_num_threads(),
-            sparse=any(layer.sparse for layer in self.layers),
-            vocab_size=config.vocab_size,
-            num_layers=config.num_layers,
-            num_neurons=config.intermediate_size,
-            num_heads=config.num_heads,
-            max_positions=config.max_positions,
-            num_slots=num_slots,
-            page_size=page_size,
-            num_pages=cache.num_pages,
-            input_points=InputPoints.of(config) if selects_inputs else None,
-        )
-        super().__init__(info, cache)
+        self._all_groups = torch.arange(self.config.num_kv_heads, device=model.embed.weight.device)
 
     @torch.inference_mode()
-    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """Append tokens to the slot densely, in chunks; logits fp32 [V] after the last one."""
-        self._admit(slot, token_ids)
-        return prefill(self.model, self._cache, slot, token_ids)
+    def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
+        return (prefill_logits if every else prefill)(self.model, self._cache, slot, token_ids)
 
     @torch.inference_mode()
-    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """As `prefill`; logits fp32 [T, V] after each of the tokens."""
-        self._admit(slot, token_ids)
-        return prefill_logits(self.model, self._cache, slot, token_ids)
-
-    @torch.inference_mode()
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        """Append one token to each of B different slots, row after row."""
-        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
-        for token_id, slot in zip(token_ids_B, slots_B, strict=True):
-            self._admit(slot, (token_id,))
+    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        """Row after row."""
         rows = [self._row(token_id, slot) for token_id, slot in zip(token_ids_B, slots_B, strict=True)]
+        self._count_rows(slots_B)
         neurons, heads = self.config.intermediate_size, self.config.num_heads
         selections = tuple(selected for _, selected in rows)
         points = self.info.input_points
@@ -155,7 +102,6 @@ class TorchEngine(PagedEngine):
             y_D, neurons_A = self._mlps[index](LayerInputs(attention_D, mlp_D, previous_mlp), kept)
             x_D, previous_mlp = block.after_mlp(x_D, y_D), mlp_D
             selections.append(LayerSelection(neurons_A=neurons_A, heads_A=self._heads_of(groups_A), inputs_P=kept.found))
-        self._cache.advance(slot, 1)
         return self.model.logits(self._normed(x_D)), tuple(selections)
 
     def _attention(
@@ -284,7 +230,3 @@ def _union(rows: Sequence[LayerSelection], total: int) -> int:
     """Neurons of one layer that some row selected."""
     chosen = [row.neurons_A for row in rows if row.neurons_A is not None]
     return torch.cat(chosen).unique().shape[0] if chosen else total
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -1,6 +1,6 @@
 """Engines between two generations: making one takes time (on a GPU kernels are compiled and graphs captured), so the next takes it over.
 
-In: a model, an adapter and the options of `make_engine`. Out: an engine of one slot that nobody else has, and what gives it back. An
+In: a model, an adapter and EngineOptions. Out: an engine of one slot that nobody else has, and what gives it back. An
 engine in use is not in here: a second text at the same time gets one of its own, and one that is never given back is simply gone.
 The layers of the adapter that was used last are kept, too: merging changed weights takes time and memory.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine
+from dejavu.engine.options import EngineOptions
 from dejavu.model.adapter import Adapter
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
@@ -58,12 +58,14 @@ class IdleEngines:
         self._idle: dict[Hashable, _Idle] = {}
         self._layers: _Layers | None = None
 
-    def take(self, model: Transformer, adapter: Adapter | None, *, tokens: int, **options: Any) -> tuple[Engine, Callable[[], None]]:
+    def take(
+        self, model: Transformer, adapter: Adapter | None, options: EngineOptions, *, tokens: int
+    ) -> tuple[Engine, Callable[[], None]]:
         """An empty engine whose cache holds `tokens`, dense without an adapter, and a function that gives it back, empty again.
 
-        The cache of a new one is larger, a power of two, so that longer and longer texts need few engines. options: of `make_engine`.
+        The cache of a new one is larger, a power of two, so that longer and longer texts need few engines. options: but for the cache.
         """
-        key = (id(adapter), *options.items())
+        key = (id(adapter), options)
         with self._lock:
             self._drop_stale(model)
             found = self._idle.pop(key, None)
@@ -73,8 +75,8 @@ class IdleEngines:
             found = None  # its memory goes before another takes some
             room = min(max(SMALLEST, 1 << (tokens - 1).bit_length()), model.config.max_positions)
             with torch.inference_mode(False), torch.no_grad():  # also for a caller outside of the mode that this one may be in
-                layers = None if adapter is None else self.layers(model, adapter, dtype=options.get("dtype"))
-                engine = make_engine(model, layers, cache_tokens=room, **options)
+                layers = None if adapter is None else self.layers(model, adapter, dtype=options.dtype)
+                engine = make_engine(model, layers, replace(options, cache_tokens=room))
             state = weights_state(model, adapter)  # an engine may lay the weights out anew
 
         # What is collected together with the text that it wrote has let its memory go before that text ends.

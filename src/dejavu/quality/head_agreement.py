@@ -8,9 +8,11 @@ logits, this is the share of tokens whose best next token is on the shortlist.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
+from dejavu.engine.options import EngineOptions
 from dejavu.figures import HeadAgreement
 from dejavu.kernels.screen import screen_rank
 from dejavu.model.selectors import LayerAdapter
@@ -23,28 +25,20 @@ def head_agreement(
     model: Transformer,
     layers: Sequence[LayerAdapter] | None,
     ids: Sequence[int],
+    options: EngineOptions,
     *,
-    screened_head: int,
-    backend: str,
-    dtype: str | None = None,
-    cache_dtype: str | None = None,
-    threads: int | None = None,
     max_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> HeadAgreement:
     """Of the two heads, on a text.
 
-    ids: a text, of which the first max_tokens are decoded, in windows as long as the context. The other arguments: see make_engine.
+    ids: a text, of which the first max_tokens are decoded, in windows as long as the context. options: with a screened head.
     Raises ValueError for a text of fewer than 2 tokens.
     """
     require(len(ids) >= 2, f"a screened head is measured on a text of at least 2 tokens, not {len(ids)}; give a longer one (--text)")
     count, context = min(len(ids), max_tokens), min(model.config.max_positions, max_tokens)
-    engines = [
-        make_engine(
-            model, layers, backend=backend, cache_tokens=context, dtype=dtype, cache_dtype=cache_dtype, screened_head=size, threads=threads
-        )
-        for size in (0, screened_head)
-    ]
+    screened_head = options.screened_head
+    engines = [make_engine(model, layers, replace(options, cache_tokens=context, screened_head=size)) for size in (0, screened_head)]
     same = compared = 0
     for start in range(0, count, context):
         window = ids[start : min(start + context, count)]

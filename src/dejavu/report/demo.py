@@ -15,8 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dejavu.bench.rows import about
 from dejavu.config import Config, ModelConfig, Progress, SamplingConfig, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine
+from dejavu.engine.options import EngineOptions
 from dejavu.files import absolute, new_folder, read_text, text_hash, write_json
 from dejavu.generation.generation import GeneratedText, generate_tokens
 from dejavu.model.adapter import Adapter
@@ -110,11 +110,8 @@ def run_demo(
     *,
     retrain: bool,
     output: Path,
-    backend: str,
-    threads: int | None,
+    options: EngineOptions,
     seed: int,
-    dtype: str | None = None,
-    cache_dtype: str | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
     sizes: DemoSizes = DemoSizes(),
@@ -126,7 +123,7 @@ def run_demo(
     (of the sparse text), backend, dtype (of the engine), lookahead (per layer the MLP predictor's, None where the MLP runs
     dense), report (path of the page).
 
-    dtype: of the engines (None: the model's); cache_dtype: of their caches, see make_engine. training: how `retrain` trains,
+    options: of the engines; threads of torch, too. training: how `retrain` trains,
     instead of with the defaults and `seed`.
 
     Raises ValueError without an adapter and `retrain`, for an unavailable backend, or an output folder in use; all before
@@ -136,16 +133,15 @@ def run_demo(
         adapter is not None or retrain, f"{checkpoint.name} comes without an adapter; train one with --retrain, or name one with --adapter"
     )
     tell: Say = say if say is not None else lambda text: None
-    if threads is not None:
-        require(threads >= 1, f"threads must be at least 1, not {threads}")
-        torch.set_num_threads(threads)
+    if options.threads is not None:
+        require(options.threads >= 1, f"threads must be at least 1, not {options.threads}")
+        torch.set_num_threads(options.threads)
     model, tokenizer, clock = checkpoint.model, checkpoint.tokenizer, _Clock()
     bos = tokenizer.document_bos
     calibration = {name: tokenizer.encode_plain(text) for name, text in demo_texts("calibration").items()}
     evaluation_texts = demo_texts("evaluation")
     unseen = tokenizer.encode_plain(next(iter(evaluation_texts.values())))
-    engine = partial(make_engine, model, backend=backend, dtype=dtype, cache_dtype=cache_dtype, threads=threads)
-    dense_engine = engine()
+    dense_engine = make_engine(model, None, options)
     ran = dense_engine.info
     output = absolute(output)
     with new_folder(output) as folder:
@@ -173,9 +169,9 @@ def run_demo(
         else:
             assert adapter is not None
             predictors = stated_quality(adapter, model.config)
-        layers = adapter.attached(model, dtype=dtype)
+        layers = adapter.attached(model, dtype=options.dtype)
         with clock.step("generate"):
-            generation, recorded = _generate(model, tokenizer, engine, layers, sizes, seed, progress)
+            generation, recorded = _generate(model, tokenizer, options, layers, sizes, seed, progress)
         speeds = [generation[name]["tok_s"] for name in ("dense", "sparse")]
         tell(f"speed: {speeds[0]:.1f} tokens per second dense, {speeds[1]:.1f} sparse")
         with clock.step("evaluate"):
@@ -216,14 +212,14 @@ def run_demo(
 def _generate(
     model: Any,
     tokenizer: Tokenizer,
-    make: Callable[..., Engine],
+    options: EngineOptions,
     layers: tuple[LayerAdapter, ...],
     sizes: DemoSizes,
     seed: int,
     progress: Progress | None,
 ) -> tuple[dict[str, Any], GeneratedText]:
     """The `generation` section of the results, and the sparse text once more with its record of what ran."""
-    engines = {"dense": make(), "sparse": make(layers)}
+    engines = {"dense": make_engine(model, None, options), "sparse": make_engine(model, layers, options)}
     prompt_ids = tokenizer.encode(PROMPT)
     room = model.config.max_positions - len(prompt_ids)
     require(room >= 2, f"the demo's prompt has {len(prompt_ids)} tokens: a context of {model.config.max_positions} has no room for a text")
@@ -255,7 +251,7 @@ def _generate(
         "head_density": sparse.head_density,
         "read_share": text_read_share(model.config, sparse, layers),
     }
-    return generation, run(make(layers, record=True), count)
+    return generation, run(make_engine(model, layers, replace(options, record=True)), count)
 
 
 def _side(runs: Sequence[GeneratedText]) -> dict[str, Any]:

@@ -18,81 +18,66 @@ import torch
 from torch import Tensor
 
 from dejavu.config import SamplingConfig, require
-from dejavu.engine.cache import PAGE_SIZE, PagedCache
 from dejavu.engine.cuda.batch_step import BatchStep
+from dejavu.engine.cuda.capabilities import CUDA
 from dejavu.engine.cuda.decode_loop import RING, SETTING_ROWS, DecodeRows, joined, packed_settings
 from dejavu.engine.cuda.readback import selections
-from dejavu.engine.cuda.token_step import AHEAD, TokenStep
-from dejavu.engine.cuda.weights import check_model, layer_predictors, step_model
-from dejavu.engine.interface import Decoded, EngineInfo, StepProfile, StepResult
+from dejavu.engine.cuda.token_step import TokenStep
+from dejavu.engine.cuda.weights import layer_predictors, step_model
+from dejavu.engine.interface import Decoded, StepProfile, StepResult
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill, prefill_logits
 from dejavu.kernels.cuda.attention import SHORT
 from dejavu.kernels.cuda.common import INTERPRETED
 from dejavu.kernels.cuda.read import read_buffer
-from dejavu.kernels.dtypes import DTYPE_NAMES
+from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.counts import Counts
-from dejavu.model.selectors import InputPoints, LayerAdapter, check_layers
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 STAGING_ROWS = 256
+COMPUTED = {TORCH_DTYPES[name] for name in CUDA.dtypes}
 
 
 class CudaEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place.
 
-    ahead, deterministic: see TokenStep. crossover: for several rows let those layers run dense whose
+    deterministic: see TokenStep. crossover: for several rows let those layers run dense whose
     union, at the first step of a bucket, is measured to be slower, and heads likewise; what runs dense selects nothing and counts as dense.
     Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture that the kernels do not compute.
     """
+
+    capabilities = CUDA
 
     def __init__(
         self,
         model: Transformer,
         layers: Sequence[LayerAdapter] | None = None,
+        options: EngineOptions = EngineOptions(),
         *,
-        num_slots: int = 1,
-        cache_tokens: int | None = None,
-        page_size: int = PAGE_SIZE,
-        record: bool = False,
-        ahead: str = "beside",
         deterministic: bool = False,
         crossover: bool = True,
     ) -> None:
         config, weight = model.config, model.embed.weight
         device = weight.device
         require(device.type == "cuda" or INTERPRETED, f"backend 'cuda' needs a model on a GPU, and this one is on {device}")
-        require(weight.dtype in (torch.float32, torch.float16, torch.bfloat16), f"backend 'cuda' does not compute in {weight.dtype}")
-        require(ahead in AHEAD, f"unknown value {ahead!r} for ahead; choose one of {', '.join(AHEAD)}")
-        check_model(config)
-        self.model, self.config = model, config
-        self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
-        check_layers(self.layers, config)
-        require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
-        for what, value in (("slots", num_slots), ("tokens", 1 if cache_tokens is None else cache_tokens)):
-            require(value >= 1, f"the key/value cache needs at least 1 of its {what}, not {value}")
-        pages_per_slot = -(-config.max_positions // page_size)
-        num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
+        require(weight.dtype in COMPUTED, f"backend 'cuda' does not compute in {weight.dtype}")
+        ahead = CUDA.ahead[0] if options.ahead is None else options.ahead
+        require(ahead in CUDA.ahead, f"unknown value {ahead!r} for ahead; choose one of {', '.join(CUDA.ahead)}")
+        CUDA.check_architecture(config)
         # One slot and one page more than the user's: where the rows that fill a bucket write.
-        cache = PagedCache(
-            num_layers=config.num_layers,
-            num_groups=config.num_kv_heads,
-            head_dim=config.head_dim,
-            num_slots=num_slots + 1,
-            num_pages=num_pages + 1,
-            page_size=page_size,
-            dtype=weight.dtype,
-            device=device,
-        )
-        cache.reserve(num_slots, 1)
+        super().__init__(model, layers, options, spare=1)
+        self._cache.reserve(self.info.num_slots, 1)
+        self.model = model
         self._predictors, self._counts_ML = layer_predictors(self.layers, config, device)
         self._model = step_model(model, self.layers, self._predictors, self._counts_ML)
-        self._ahead, self._deterministic, self._record = ahead, deterministic, record
+        self._ahead, self._deterministic = ahead, deterministic
         self._crossover = crossover and not deterministic
         self._dense_layers: dict[int, frozenset[int]] = {}  # by bucket: what was measured to be faster dense
         self._dense_heads: dict[tuple[int, int], bool] = {}  # by bucket and length
-        words = config.num_layers if record else 0
+        words = config.num_layers if self._record else 0
         self._words_LF = torch.zeros(words, config.intermediate_size, dtype=torch.int32, device=device)
         self._steps: dict[tuple[int, int], TokenStep | BatchStep] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -102,24 +87,6 @@ class CudaEngine(PagedEngine):
         self._sums: Tensor | None = None
         self._staging = torch.zeros(STAGING_ROWS, (3 + SETTING_ROWS) * BUCKETS[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staging_numbers, self._staging_row = self._staging.numpy(), 0
-        info = EngineInfo(
-            backend="cuda",
-            dtype=DTYPE_NAMES[weight.dtype],
-            cache_dtype=DTYPE_NAMES[weight.dtype],
-            device=str(device),
-            threads=torch.get_num_threads(),
-            sparse=any(layer.sparse for layer in self.layers),
-            vocab_size=config.vocab_size,
-            num_layers=config.num_layers,
-            num_neurons=config.intermediate_size,
-            num_heads=config.num_heads,
-            max_positions=config.max_positions,
-            num_slots=num_slots,
-            page_size=page_size,
-            num_pages=num_pages,
-            input_points=InputPoints.of(config) if any(layer.inputs.selects for layer in self.layers) else None,
-        )
-        super().__init__(info, cache)
         if device.type == "cuda":
             self._prepare()
 
@@ -139,21 +106,8 @@ class CudaEngine(PagedEngine):
         return self._record
 
     @torch.inference_mode()
-    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """Append tokens to the slot densely, in chunks; logits fp32 [V] after the last one."""
-        self._admit(slot, token_ids)
-        return prefill(self.model, self._cache, slot, token_ids)
-
-    @torch.inference_mode()
-    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """As `prefill`; logits fp32 [T, V] after each of the tokens."""
-        self._admit(slot, token_ids)
-        return prefill_logits(self.model, self._cache, slot, token_ids)
-
-    @torch.inference_mode()
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        """Append one token to each of B different slots. Logits and counts are on the device; nothing waits for them."""
-        return self._step(token_ids_B, slots_B)
+    def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
+        return (prefill_logits if every else prefill)(self.model, self._cache, slot, token_ids)
 
     @torch.inference_mode()
     def decode(
@@ -184,15 +138,13 @@ class CudaEngine(PagedEngine):
         for first in range(0, len(slots_B), largest):
             part = slice(first, first + largest)
             found.append(self._decode_bucket(token_ids_B[part], slots_B[part], count, wanted[part], chosen[part]))
-        for slot in slots_B:
-            self._cache.advance(slot, count)
+        self._count_rows(slots_B, count)
         return joined(found, dim=1)
 
-    @torch.inference_mode()
     def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
         """As `step`, with what its rows together made it read, at most BUCKETS[-1] of them; it tells no times of parts."""
         require(len(slots_B) <= BUCKETS[-1], f"a profiled step has at most {BUCKETS[-1]} rows, not {len(slots_B)}")
-        result = self._step(token_ids_B, slots_B)
+        result = self.step(token_ids_B, slots_B)
         neurons_L = result.union_L
         assert neurons_L is not None, "one graph ran"
         heads_L = result.counts.heads.amax(0)  # of q and O; each row reads its own cache
@@ -205,16 +157,14 @@ class CudaEngine(PagedEngine):
             )
         return result, StepProfile(seconds={}, counts=Counts(neurons=neurons_L, heads=heads_L, kept_inputs=inputs_LP), fired_L=neurons_L)
 
+    @torch.inference_mode()
     def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
-        for token_id, slot in zip(token_ids_B, slots_B, strict=True):
-            self._admit(slot, (token_id,))
+        """Logits and counts are on the device; nothing waits for them."""
         largest = BUCKETS[-1]
         results = [
             self._rows(token_ids_B[first : first + largest], slots_B[first : first + largest]) for first in range(0, len(slots_B), largest)
         ]
-        for slot in slots_B:
-            self._cache.advance(slot, 1)
+        self._count_rows(slots_B)
         if len(results) == 1:
             return results[0]
         return StepResult(

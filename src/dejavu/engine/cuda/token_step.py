@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
+from dejavu.engine.cuda.capabilities import CUDA
 from dejavu.engine.cuda.token_inputs import InputSums
 from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
@@ -30,8 +31,6 @@ from dejavu.kernels.cuda.inputs import keep_heads, keep_normed
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
 from dejavu.kernels.cuda.project import project_token
 from dejavu.kernels.cuda.select import NeuronScores, order_list, select_token
-
-AHEAD = ("beside", "branch", "in-line")
 
 
 class TokenStep:
@@ -51,7 +50,7 @@ class TokenStep:
         deterministic: bool,
         inputs: Tensor,
     ) -> None:
-        assert ahead in AHEAD and inputs.shape == (3, 1)
+        assert ahead in CUDA.ahead and inputs.shape == (3, 1)
         config, device = model.config, model.head.device
         self.model, self.cache = model, cache
         self.config, self.weights, self.predictors = config, model.weights, model.predictors

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig, require
+from dejavu.config import ModelConfig
 from dejavu.kernels.cuda.common import NormWeights, Side
 from dejavu.kernels.cuda.gate import GateNeurons
 from dejavu.kernels.cuda.inputs import KeptInputs
@@ -99,12 +99,6 @@ class StepModel:
     inv_freq: Tensor | None
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raise ValueError for an architecture that the kernels do not compute."""
-    unsupported = config.beyond("cuda")
-    require(not unsupported, f"backend 'cuda' does not compute {', '.join(unsupported)}; use --backend torch")
-
-
 def layer_weights(block: Block) -> LayerWeights:
     """The layer's weights in place."""
     mlp = MlpWeights(
@@ -117,7 +111,7 @@ def layer_weights(block: Block) -> LayerWeights:
         activation=block.config.activation,
         activation_threshold=block.config.activation_threshold,
     )
-    assert block.norm2 is not None, "see check_model"
+    assert block.norm2 is not None, "see Capabilities.check_architecture"
     norms = [norm_weights(norm) for norm in (block.norm1, block.norm2)]
     return LayerWeights(
         qkv=block.qkv.weight.detach(),

@@ -18,22 +18,16 @@ import torch
 from torch import Tensor
 
 from dejavu.config import require
-from dejavu.engine.cache import PAGE_SIZE, PagedCache
-from dejavu.engine.interface import EngineInfo, LayerSelection, StepProfile, StepResult
+from dejavu.engine.interface import LayerSelection, StepProfile, StepResult
+from dejavu.engine.native.capabilities import NATIVE
 from dejavu.engine.native.selectors import kept_inputs, layout_of, set_selectors
-from dejavu.engine.native.weights import NATIVE_CACHE_DTYPES, default_cache_dtype, packed_model
+from dejavu.engine.native.weights import packed_model
+from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
 from dejavu.kernels import native
-from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.counts import Counts
-from dejavu.model.selectors import InputPoints, LayerAdapter, check_layers
+from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
-
-
-def check_shortlist(count: int, vocab_size: int) -> None:
-    """Raise ValueError where a screened head cannot give `count` tokens exact logits."""
-    message = f"a screened head takes 1 to {vocab_size - 1} tokens of the vocabulary, or 0 for all, not {count}"
-    require(0 <= count < vocab_size, message)
 
 
 class _Counted(NamedTuple):
@@ -59,95 +53,44 @@ class _Counted(NamedTuple):
 class NativeEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine.
 
-    dtype: of the matrices: fp32, bf16, int8 per row, int4 per group. cache_dtype: of keys and values: fp32, fp16, int8 with a
-    scale for each head and position; None takes fp32 beside fp32 weights, else fp16. screened_head: tokens that get
-    exact logits, see kernels/screen.py (0: all; others have -inf). threads: None takes `default_threads()`. instruction_set:
-    None takes the best. Raises ValueError where the library is missing or cannot run the model, MemoryError where the memory is
-    not there, and ValueError from `prefill` and `step` where logits are not finite (the slots are then as they were before).
+    dtype: of the matrices: fp32, bf16, int8 per row, int4 per group. cache_dtype: of keys and values: fp32, fp16, int8 with a scale for
+    each head and position. instruction_set: None takes the best. Raises ValueError where the library is missing or cannot run the model,
+    MemoryError where the memory is not there, and ValueError from `prefill` and `step` where logits are not finite (the slots are then as
+    they were before).
     """
+
+    capabilities = NATIVE
 
     def __init__(
         self,
         model: Transformer,
         layers: Sequence[LayerAdapter] | None = None,
+        options: EngineOptions = EngineOptions(),
         *,
-        num_slots: int = 1,
-        cache_tokens: int | None = None,
-        page_size: int = PAGE_SIZE,
-        record: bool = False,
-        dtype: str = "fp32",
-        cache_dtype: str | None = None,
-        screened_head: int = 0,
-        threads: int | None = None,
         instruction_set: str | None = None,
     ) -> None:
-        config = model.config
-        self.config = config
-        self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
-        check_layers(self.layers, config)
-        require(page_size >= 1, f"a page of the key/value cache holds at least 1 token, not {page_size}")
-        cache_dtype = default_cache_dtype(dtype) if cache_dtype is None else cache_dtype
         require(
-            cache_dtype in NATIVE_CACHE_DTYPES,
-            f"cache dtype {cache_dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE_CACHE_DTYPES)}",
+            options.cache_dtype in ("auto", *NATIVE.cache_dtypes),
+            f"cache dtype {options.cache_dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE.cache_dtypes)}",
         )
-        self.threads = native.default_threads() if threads is None else threads
+        self.threads = native.default_threads() if options.threads is None else options.threads
+        head_dim = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
+        super().__init__(model, layers, options, threads=self.threads, head_dim=head_dim)
         self._library = native.library()
-        self._model = packed_model(model, dtype, layout_of(self.layers))
+        self._model = packed_model(model, self.info.dtype, layout_of(self.layers))
         self._handle = ctypes.c_void_p()
         wanted = None if instruction_set is None else instruction_set.encode()
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
         set_selectors(self._library, self._handle, self.layers, model)
-        check_shortlist(screened_head, config.vocab_size)
-        if screened_head > 0:
+        if options.screened_head > 0:
             A, B = self._model.screen(model)
-            native.check(self._library.dejavu_engine_screen(self._handle, A.matrix, B.matrix, screened_head))
-        pages_per_slot = -(-config.max_positions // page_size)
-        num_pages = num_slots * pages_per_slot if cache_tokens is None else -(-cache_tokens // page_size)
-        cache = PagedCache(
-            num_layers=config.num_layers,
-            num_groups=config.num_kv_heads,
-            head_dim=self._model.head_stride,
-            num_slots=num_slots,
-            num_pages=num_pages,
-            page_size=page_size,
-            dtype=TORCH_DTYPES[cache_dtype],
-            device=torch.device("cpu"),
-        )
-        self._record = record
-        info = EngineInfo(
-            backend="native",
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            device="cpu",
-            threads=self.threads,
-            sparse=any(layer.sparse for layer in self.layers),
-            vocab_size=config.vocab_size,
-            num_layers=config.num_layers,
-            num_neurons=config.intermediate_size,
-            num_heads=config.num_heads,
-            max_positions=config.max_positions,
-            num_slots=num_slots,
-            page_size=page_size,
-            num_pages=num_pages,
-            screened_head=screened_head,
-            input_points=InputPoints.of(config) if any(layer.inputs.selects for layer in self.layers) else None,
-        )
-        super().__init__(info, cache)
+            native.check(self._library.dejavu_engine_screen(self._handle, A.matrix, B.matrix, options.screened_head))
 
-    def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """Append tokens to the slot densely, in blocks; logits fp32 [V] after the last one."""
-        return self._prefill(slot, token_ids, 1)[0]
-
-    def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """As `prefill`; logits fp32 [T, V] after each of the tokens."""
-        return self._prefill(slot, token_ids, len(token_ids))
-
-    def _prefill(self, slot: int, token_ids: Sequence[int], wanted: int) -> Tensor:
-        """Logits [T, V] after the last `wanted` of the tokens."""
-        self._admit(slot, token_ids)
+    def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
+        """In blocks."""
         start, count = self._cache.lengths[slot], len(token_ids)
+        wanted = count if every else 1
         logits_TV = torch.empty(wanted, self.config.vocab_size)
         for first in range(0, count, native.MAX_ROWS):
             ids = token_ids[first : first + native.MAX_ROWS]
@@ -157,11 +100,7 @@ class NativeEngine(PagedEngine):
             counts = _Counted.room(len(ids), self.config.num_layers)
             self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=unwanted, sparse=False)
         self._cache.advance(slot, count)
-        return logits_TV
-
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        """Append one token to each of B different slots, in one call for each MAX_ROWS of them."""
-        return self._step(token_ids_B, slots_B)
+        return logits_TV if every else logits_TV[0]
 
     def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
         """As `step`, of at most MAX_ROWS rows, with what it took and read."""
@@ -170,6 +109,7 @@ class NativeEngine(PagedEngine):
         inputs_LP = self._input_counts()
         addresses = {"fired": fired_L, "groups": groups_L, "inputs": inputs_LP}
         profile = native.Profile(**{name: _address(counts) for name, counts in addresses.items()})
+        self._admit_rows(token_ids_B, slots_B)
         result = self._step(token_ids_B, slots_B, profile)
         seconds = dict(zip(native.OPS, profile.seconds, strict=True))
         assert result.union_L is not None
@@ -184,10 +124,8 @@ class NativeEngine(PagedEngine):
         return total.value
 
     def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], profile: native.Profile | None = None) -> StepResult:
+        """In one call of the library for each MAX_ROWS rows."""
         batch = len(token_ids_B)
-        assert batch == len(slots_B) == len(set(slots_B)) > 0, f"{token_ids_B=} {slots_B=}"
-        for token_id, slot in zip(token_ids_B, slots_B, strict=True):
-            self._admit(slot, (token_id,))
         logits_BV = torch.empty(batch, self.config.vocab_size)
         counts = _Counted.room(batch, self.config.num_layers, self._input_counts(batch))
         selections: list[tuple[LayerSelection, ...]] = []
@@ -204,8 +142,7 @@ class NativeEngine(PagedEngine):
                 sparse=True,
                 profile=profile,
             )
-        for slot in slots_B:
-            self._cache.advance(slot, 1)
+        self._count_rows(slots_B)
         # Few numbers: Python adds them up in less time than a tensor's operation takes, and a token of a small model takes 0.4 ms.
         in_order_NL: list[list[int]] = counts.in_order_NL.tolist()
         in_order_L = [sum(of_layer) for of_layer in zip(*in_order_NL, strict=True)]
@@ -248,7 +185,7 @@ class NativeEngine(PagedEngine):
             first_logits=first_logits,
             num_pages=self._cache.num_pages,
             page_size=self._cache.page_size,
-            head_stride=self._model.head_stride,
+            head_stride=self._cache.k_LPGSK.shape[-1],
             token=ctypes.addressof(numbers[0]),
             position=ctypes.addressof(numbers[1]),
             table=ctypes.addressof(tables),

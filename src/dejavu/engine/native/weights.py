@@ -16,20 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, require
+from dejavu.engine.native.capabilities import NATIVE
 from dejavu.kernels import native
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.quantize import dequantize_rows, quantize_groups, quantize_rows, rounded
 from dejavu.kernels.screen import low_rank, screen_rank
 from dejavu.model.layers import InputMajorLinear, Norm, Rows
 from dejavu.model.transformer import Transformer
-
-NATIVE_DTYPES = ("fp32", "bf16", "int8", "int4")
-NATIVE_CACHE_DTYPES = ("fp32", "fp16", "int8")
-
-
-def default_cache_dtype(dtype: str) -> str:
-    """Of the key/value cache beside weights of that dtype: fp32 as they are, else fp16, whose rounding is small beside theirs."""
-    return "fp32" if dtype == "fp32" else "fp16"
 
 
 class MatrixView:
@@ -69,17 +62,15 @@ class NativeModel:
     """A packed model. Freed with the last engine that uses it."""
 
     def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron") -> None:
-        require(dtype in NATIVE_DTYPES, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE_DTYPES)}")
+        require(dtype in NATIVE.dtypes, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE.dtypes)}")
         weight = model.embed.weight
         require(
             weight.dtype == torch.float32 and weight.device.type == "cpu",
             f"the native engine needs a model loaded as fp32 on the cpu, not {weight.dtype} on {weight.device}",
         )
-        beyond = model.config.beyond("native")
-        require(not beyond, f"backend 'native' does not compute {', '.join(beyond)}; use --backend torch")
+        NATIVE.check_architecture(model.config)
         self.dtype = dtype
         self.handle = ctypes.c_void_p()
-        self.head_stride = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
         self._library = native.library()
         native.check(self._library.dejavu_model_new(native_config(model.config, dtype, layout), ctypes.byref(self.handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
@@ -154,7 +145,7 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
         yield native.FINAL_NORM, -1, _norm(model.final_norm, size)
     for index, block in enumerate(model.blocks):
         yield native.NORM1, index, _norm(block.norm1, size)
-        assert block.norm2 is not None, "see ModelConfig.beyond"
+        assert block.norm2 is not None, "see Capabilities.check_architecture"
         yield native.NORM2, index, _norm(block.norm2, size)
         for part, norm in ((native.QUERY_NORM, block.q_norm), (native.KEY_NORM, block.k_norm)):
             if norm is not None:
