@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import Tiny
-from dejavu.engine.cuda import batch_step as cuda_batch
+from dejavu.engine.cuda import crossover
 from dejavu.engine.cuda.batch_step import BatchStep
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.options import EngineOptions
@@ -17,7 +17,7 @@ from helpers.engines import ids_of, random_layers
 
 
 def batch_step(engine: CudaEngine) -> BatchStep:
-    step = engine._step_of(engine._key(2, 5))
+    step = engine._bucket(2).step(5)
     assert isinstance(step, BatchStep)
     return step
 
@@ -56,17 +56,17 @@ def test_heads_are_timed_both_ways(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, 
         work()
         return next(times)
 
-    monkeypatch.setattr(cuda_batch, "_milliseconds", timed)
-    assert step.slower_heads() is slower and list(times) == []
+    monkeypatch.setattr(crossover, "_milliseconds", timed)
+    assert crossover.slower_heads(step) is slower and list(times) == []
 
 
 def test_without_predictors_there_is_nothing_to_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = on(tiny("opt"), "cpu")
     engine = CudaEngine(model, random_layers(model, mlp=None, heads=1), EngineOptions(num_slots=2))
-    monkeypatch.setattr(cuda_batch, "_milliseconds", lambda _: pytest.fail("timed"))
-    assert batch_step(engine).slower_sparse() == frozenset()
+    monkeypatch.setattr(crossover, "_milliseconds", lambda _: pytest.fail("timed"))
+    assert crossover.slower_layers(batch_step(engine)) == frozenset()
     dense = batch_step(CudaEngine(model, None, EngineOptions(num_slots=2)))
-    assert dense.slower_sparse() == frozenset() and not dense.slower_heads()
+    assert crossover.slower_layers(dense) == frozenset() and not crossover.slower_heads(dense)
 
 
 @pytest.mark.gpu
@@ -75,10 +75,11 @@ def test_a_step_chooses_before_it_is_captured(tiny: Tiny) -> None:
     model = on(tiny("opt"), "cuda")
     engine = prefilled(CudaEngine(model, random_layers(tiny("opt"), mlp=1, heads=1), EngineOptions(num_slots=2)))
     engine.step([5, 6], [0, 1])
-    key = engine._key(2, 5)
-    chosen = engine._dense_layers[2], engine._dense_heads[key]
+    measured = engine._bucket(2).crossover
+    assert measured is not None
+    chosen = measured.layers, measured.heads[batch_step(engine).tokens]
     found = engine.decode([7, 8], [0, 1], 4)
-    assert found.token_NB.shape == (4, 2) and (engine._dense_layers[2], engine._dense_heads[key]) == chosen
+    assert found.token_NB.shape == (4, 2) and (measured.layers, measured.heads[batch_step(engine).tokens]) == chosen
     step = engine.step([5, 6], [0, 1])
     for heads in (step.counts.heads, found.counts.heads):
         assert (heads == model.config.num_heads).all() or not chosen[1]
@@ -89,8 +90,7 @@ def test_a_choice_made_again_keeps_the_memory_that_a_graph_reads(tiny: Tiny) -> 
     model = on(tiny("opt"), "cpu")
     engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(num_slots=2)))
     engine.step([5, 6], [0, 1])
-    (step,) = engine._steps.values()
-    assert isinstance(step, BatchStep)
+    step = batch_step(engine)
     step.run_dense(frozenset({0}))
     counts, unions = step._first_counts, step._first_unions
     step.run_dense(frozenset({0}))

@@ -176,7 +176,7 @@ def test_an_engine_that_records_is_stepped(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt", num_layers=1), device)
     engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(record=True))
     _, text = written(engine, ids_of(8, 4), max_new_tokens=3)
-    assert text.trace is not None and text.trace[1] is not None and not engine._decode_rows
+    assert text.trace is not None and text.trace[1] is not None and engine._bucket(1).decode_rows is None
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -203,7 +203,7 @@ def test_a_model_writes_one_text_after_the_other_on_one_engine(
 
     for prompt in (*expected, "the cat"):
         assert same(prompt)
-    assert len(engines) == 1 and engines[0]._decode_rows, "its own loop was used"
+    assert len(engines) == 1 and engines[0]._bucket(1).decode_rows is not None, "its own loop was used"
     with lm._on_cpu():
         pass
     assert same("the cat") and len(engines) == 2

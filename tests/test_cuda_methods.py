@@ -168,7 +168,7 @@ THRESHOLDS = (1e9, 0.3, -1.0, 0.1)  # nothing, some, everything, more
 
 def set_threshold(engine: CudaEngine, threshold: float) -> None:
     """In the memory that the engine's graphs read."""
-    for own, inputs in zip(engine._predictors, engine._model.inputs, strict=True):
+    for own, inputs in zip(engine._model.predictors, engine._model.inputs, strict=True):
         selectors = [own.gate_neurons] if own.gate_neurons is not None else []
         for selector in selectors + ([] if inputs is None else list(inputs.points.values())):
             selector.threshold.fill_(threshold)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import dejavu.engine.cuda.engine as cuda_engine
 from conftest import Tiny
 from dejavu.config import SamplingConfig
+from dejavu.engine.cuda import bucket
 from dejavu.engine.cuda.decode_loop import DecodeRows, joined, packed_settings
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.interface import Decoded
@@ -254,8 +254,8 @@ def test_decode_equals_greedy_steps(
 ) -> None:
     """Over several pages, from the short step into the long one on the way, a ring that fills up; then on with a step. Tokens,
     log-probabilities, counts and unions are those of the torch engine."""
-    monkeypatch.setattr(cuda_engine, "SHORT", crossing)
-    monkeypatch.setattr(cuda_engine, "RING", 2)
+    monkeypatch.setattr(bucket, "SHORT", crossing)
+    monkeypatch.setattr(bucket, "RING", 2)
     model = tiny(family)
     layers, slots, tokens = random_layers(model, mlp=1, heads=1), [2, 0, 1][:rows], [10, 23, 33][:rows]
     reference = prefilled(TorchEngine(model, layers, EngineOptions(num_slots=4, page_size=3)))
@@ -280,8 +280,8 @@ def test_decode_equals_greedy_steps(
     assert found.fallback_layers == 0
     assert [engine.length(slot) for slot in range(4)] == [4 + slot + 3 * (slot in slots) for slot in range(4)]
     if rows == 3:
-        assert engine._inputs[4][:, 3].tolist() == [0, 4, 0]  # the row that fills the bucket stays where it is
-    assert {key[1] for key in engine._steps} == {crossing, engine.info.max_positions}
+        assert engine._bucket(4).inputs[:, 3].tolist() == [0, 4, 0]  # the row that fills the bucket stays where it is
+    assert set(engine._bucket(rows)._steps) == {crossing, engine.info.max_positions}
     assert engine.step(expected[3], slots).logits_BV.argmax(-1).tolist() == expected[4]
     assert torch.equal(engine._cache.k_LPGSK[:, pages], before)  # a sequence that was not decoded
 

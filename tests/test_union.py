@@ -133,7 +133,7 @@ def test_a_batch_that_runs_dense_on_cuda_is_a_fallback(tiny: Tiny) -> None:
 
     model = tiny("opt", num_layers=2)
     engine = CudaEngine(model, (random_layers(model, mlp=1, heads=None)[0], LayerAdapter()), EngineOptions(num_slots=2))
-    step = engine._step_of((2, engine._key(2, 3)[1]))
+    step = engine._bucket(2).step(3)
     assert isinstance(step, BatchStep)
     step.run_dense(frozenset({0}))
     result = counted(engine, 2)

@@ -12,7 +12,7 @@ from helpers.worker_requests import failing, outcomes, request, run, serving, te
 class CapturingEngine(DrawingEngine):
     """One that has something to prepare."""
 
-    def nodes(self, rows: int) -> int | None:
+    def graph(self, rows: int) -> None:
         return None
 
 

@@ -48,8 +48,8 @@ class CudaStandIn(TorchEngine):
         profile = StepProfile(seconds={}, counts=Counts(neurons=neurons_L, heads=heads_L), fired_L=neurons_L // 2)
         return dataclasses.replace(result, selections=None), profile
 
-    def nodes(self, rows: int) -> int:
-        return 100 + rows
+    def graph(self, rows: int) -> Any:
+        return rows
 
     def read(self, buffer: Tensor) -> None:
         self.buffers.append(buffer.nbytes)
@@ -73,6 +73,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[CudaStandIn]:
     monkeypatch.setattr(backends, "backends", lambda: (offered, backends.BackendStatus(name="torch")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU_NAME)
+    monkeypatch.setattr("dejavu.bench.decode.node_count", lambda rows: 100 + rows)
     monkeypatch.setattr("dejavu.bench.decode.free_gpu_bytes", lambda device: 4096 if device == "cuda:0" else None)
     monkeypatch.setattr("dejavu.bench.decode.sequential_buffer", lambda count, device: torch.ones(count))
     return CudaStandIn

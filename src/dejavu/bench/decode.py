@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from dejavu.bench.bytes_read import Reads, formats_of, read_share, step_bytes, weight_bytes
+from dejavu.bench.graphs import node_count
 from dejavu.bench.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
 from dejavu.bench.rows import Row, Shape, device_facts
 from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, take_turns
@@ -341,7 +342,8 @@ class _Run:
             "head_density": float(np.mean(held.heads)),
             "union_density": float(np.mean(held.union)) if self.batch > 1 else None,
         }
-        nodes = decoder.engine.nodes(self.batch) if isinstance(decoder.engine, CapturesSteps) else None
+        graph = decoder.engine.graph(self.batch) if isinstance(decoder.engine, CapturesSteps) else None
+        nodes = None if graph is None else node_count(graph)
         whole = self._row("decode", self.decode[decoder], tokens=self.batch, useful=sum(useful.values()), nodes=nodes, **values)
         # An op that reads nothing (a dense model's predictor) is none.
         return [whole, *(self._row(op, held.seconds[op], useful=useful[op], **values) for op in held.seconds if useful[op] > 0)]

@@ -271,6 +271,6 @@ class ReadsBuffers(Protocol):
 class CapturesSteps(Protocol):
     """An engine that replays a captured graph."""
 
-    def nodes(self, rows: int, /) -> int | None:
-        """Nodes of the graph of a step of so many rows; None where that cannot be told."""
+    def graph(self, rows: int, /) -> torch.cuda.CUDAGraph | None:
+        """Of a step of so many rows; None before the first one."""
         ...

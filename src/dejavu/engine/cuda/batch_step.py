@@ -4,9 +4,7 @@ For each layer: norm, q, k, v (the vendor's product), attention and O by row wit
 of what the rows select, each row masked to its own, or dense where that is measured to be faster. Predictors run row by row in
 fp32. The residual stream y_BD is fp32. A layer that runs dense selects nothing: its rows count as dense, as they do in any dense layer.
 
-Whether a layer's MLP runs over the union depends on the union's size and on the device: `crossover` times both ways at several
-sizes, and the first step of a bucket counts the union of each layer. `dense_layers` holds the outcome. q, k, v and O are read whole
-whatever heads the rows select, so selecting them saves reading the cache alone: `slower_heads` times attention both ways.
+Whether a layer's MLP runs over the union depends on the union's size and on the device: crossover.py times both ways, for heads too.
 
 Where each row's own gate selects, the products with the gate are the vendor's, and up and down are read over the union. Where inputs are
 selected, each row's are masked and the matrices read whole: the union of a few rows would be nearly all of them. Neither is timed.
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
+from dejavu.engine.cuda.crossover import Crossover
 from dejavu.engine.cuda.weights import LayerPredictors, StepModel, all_counts
 from dejavu.kernels.cuda.attention import Partials, Places, attend, splits_for
 from dejavu.kernels.cuda.common import Scores, Side
@@ -45,16 +44,13 @@ from dejavu.kernels.cuda.project import GroupScores
 from dejavu.kernels.cuda.rows import UnionScores, combine_rows, group_rows, norm_rows, project_rows, select_rows
 from dejavu.model.selectors import POINTS
 
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # sizes of a union at which it is timed
-REPEATS = 5
-
 
 class BatchStep:
     """The kernels of a step of several rows, over memory that stays where it is: a graph of them can be replayed.
 
     inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int32 [M, B, L] of each row, in
     place, as `layer_predictors` has them of one, and unions int32 [L], the neurons that were read; valid after `run`. record: keep what
-    the rows keep of inputs.
+    the rows select. crossover: what its bucket's steps were measured to run faster dense; None: nothing does.
     """
 
     def __init__(
@@ -67,11 +63,13 @@ class BatchStep:
         inputs: Tensor,
         padding: int,
         record: bool = False,
+        crossover: Crossover | None = None,
     ) -> None:
         config, device, dtype, rows = model.config, model.head.device, model.head.dtype, inputs.shape[1]
         self.model, self.cache = model, cache
         self.config, self.weights, self.predictors = config, model.weights, model.predictors
         self.inputs, self.padding, self.deterministic = inputs, padding, deterministic
+        self.tokens, self.crossover = tokens, crossover
         size, neurons, layers = config.hidden_size, config.intermediate_size, config.num_layers
         splits = splits_for(rows, config.num_heads, device, tokens=tokens)
         self._y_BD, self._delta_BD = torch.zeros(2, rows, size, device=device).unbind(0)
@@ -86,8 +84,7 @@ class BatchStep:
         self._word_F, self._union_F = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         shares = shares_of(size, DownShape(), device) if deterministic else 0
         self._sums = torch.zeros(shares, rows, size, device=device)
-        every = all_counts(config, inputs=any(layer is not None for layer in model.inputs))
-        self._row_counts = torch.zeros(len(every), rows, layers, dtype=torch.int32, device=device)
+        self._row_counts = torch.zeros(model.counts.shape[0], rows, layers, dtype=torch.int32, device=device)
         self._union_counts = torch.zeros(layers, dtype=torch.int32, device=device)
         self._groups_LBG = torch.zeros(layers, rows, config.num_kv_heads, dtype=torch.int32, device=device)
         self._kept = {
@@ -95,6 +92,7 @@ class BatchStep:
             for index, layer in enumerate(model.inputs if record else ())
             for point, kept in ({} if layer is None else layer.points).items()
         }
+        self._words_LF = torch.zeros(layers, neurons, dtype=torch.int32, device=device) if record else None
         self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.selector is None)
         self.dense_heads = False
         self._gates = [self._gate_of(index, own) for index, own in enumerate(model.predictors)]
@@ -115,16 +113,27 @@ class BatchStep:
         """How many of the layers that select neurons run dense, as that was measured to be faster."""
         return sum(self.predictors[index].neurons is not None for index in self.dense_layers)
 
-    def groups(self, index: int, row: int) -> Tensor:
-        """The groups that a row selected in a layer, int64."""
+    def neurons_of(self, index: int, row: int) -> Tensor | None:
+        """See Step; where they are recorded."""
+        assert self._words_LF is not None
+        return None if index in self.dense_layers else ((self._words_LF[index] >> row) & 1).nonzero().squeeze(1)
+
+    def groups_of(self, index: int, row: int) -> Tensor | None:
+        if self.predictors[index].group_scores is None:
+            return None
         return self._groups_LBG[index, row, : int(self._row_counts[1, row, index])].long()
 
-    def kept_inputs(self, index: int, point: str, row: int) -> Tensor:
-        """The inputs that a row kept at a point of a layer, int64, where they are recorded: zero ones never are."""
+    def inputs_of(self, index: int, point: str, row: int) -> Tensor:
+        """See Step; where they are recorded: zero ones never are."""
         return self._kept[index, point][row].nonzero().squeeze(1)
 
-    def run(self, watch: Callable[[int, Tensor], object] | None = None) -> None:
-        """Start every kernel on the current stream. watch(layer, words int32 [F]) is called where a layer has selected."""
+    def settle(self) -> None:
+        if self.crossover is not None:
+            self.run()  # and nothing behind it: what is measured then writes where this step does
+            self.crossover.settle(self)
+
+    def run(self) -> None:
+        """Start every kernel on the current stream."""
         config = self.config
         model = self.model
         self._row_counts.copy_(self._first_counts)
@@ -132,7 +141,7 @@ class BatchStep:
         delta: Tensor = self._delta_BD
         embed_rows(self.inputs[0], self.inputs[2], model.embed, model.positions, config.position_offset, self._y_BD, self._delta_BD)
         for index in range(config.num_layers):
-            delta = self._layer(index, delta, watch)
+            delta = self._layer(index, delta)
         norm_rows(self._y_BD, delta, model.final_norm, self._x_BD)
         self.logits.copy_(F.linear(self._x_BD, model.head))
 
@@ -177,7 +186,7 @@ class BatchStep:
                 for at, size in enumerate(all_counts(config, inputs=True)[2 : len(self._first_counts)], start=2):
                     self._first_counts[at, :, index] = size
 
-    def _layer(self, index: int, delta: Tensor, watch: Callable[[int, Tensor], object] | None) -> Tensor:
+    def _layer(self, index: int, delta: Tensor) -> Tensor:
         """One layer; what it adds to the residual stream last, which the next norm takes in."""
         layer, own, x_BD = self.weights[index], self.predictors[index], self._x_BD
         heads_first, groups, neurons_first, neurons = self._halves[index]
@@ -205,8 +214,8 @@ class BatchStep:
         elif gate_rows is not None:
             product_BF = gate_products(x_BD, layer.mlp)
             select_gate_rows(product_BF, gate_rows, layer.mlp.activation, layer.mlp.activation_threshold, self.inputs[1], self.padding)
-        if watch is not None and index not in self.dense_layers:
-            watch(index, self._word_F)
+        if self._words_LF is not None and index not in self.dense_layers:
+            self._words_LF[index].copy_(self._word_F)
         self._run_before(index + 1)
         if index in self.dense_layers:
             act_BF = dense_up_rows(self._masked(index, "mlp", x_BD), layer.mlp)
@@ -268,89 +277,39 @@ class BatchStep:
             self.dense_heads |= heads
             self._start()
 
-    def slower_sparse(self) -> frozenset[int]:
-        """The layers whose union, as the last step left it, is slower than dense on this device."""
-        timed = [index for index, own in enumerate(self.predictors) if own.neurons is not None and index not in self.dense_layers]
-        if not timed:
-            return frozenset()
-        table = self.crossover()
-        unions = self._union_counts.tolist()
-        neurons = self.config.intermediate_size
-        return frozenset(index for index in timed if _between(table, unions[index] / neurons) > table[0][1])
+    # For timing (crossover.py): work of one layer, whose selection and results are then not those of the rows.
 
-    def slower_heads(self) -> bool:
-        """Whether attention over the rows' selected heads, with their selection, is slower than over all: of one layer, at the
-        positions of the last step, whose keys and values there are overwritten: the step must run again."""
-        index = next((at for at, own in enumerate(self.predictors) if own.group_scores is not None), None)
-        if index is None or self.dense_heads:
-            return False
+    def attention_ways(self, index: int) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Attention at the positions of the last run, over selected heads, with their selection, and over all."""
         first, scores, _, _ = self._halves[index]
         assert first is not None and scores is not None
         qkv_BW = F.linear(self._x_BD, self.weights[index].qkv, self.weights[index].qkv_bias)
 
-        def sparse() -> None:
+        def selected() -> None:
             project_rows(first, self._x_BD)
             group_rows(scores)
             self._attend(index, qkv_BW, scores)
 
-        return _milliseconds(sparse) > _milliseconds(lambda: self._attend(index, qkv_BW, None))
+        return selected, lambda: self._attend(index, qkv_BW, None)
 
-    def crossover(self) -> list[tuple[float, float]]:
-        """(share of the neurons, milliseconds) of a layer's MLP over a union of that size with its selection; first (0, dense)."""
-        index = next((at for at, own in enumerate(self.predictors) if own.neurons is not None), None)
-        assert index is not None, "a model without predictors of neurons is dense"
-        layer, neurons = self.weights[index].mlp, self.config.intermediate_size
+    def union_mlp(self, index: int, count: int) -> Callable[[], None]:
+        """The MLP over a union of so many neurons, anywhere, with its selection. Counts of the step are lost."""
         _, _, first, scores = self._halves[index]
         assert first is not None and scores is not None
-        kept = self._union_counts.clone(), self._row_counts.clone()
-        found = [(0.0, _milliseconds(lambda: dense_mlp_rows(self._x_BD, layer)))]
+        self._union_F.copy_(torch.randperm(self.config.intermediate_size, device=self._union_F.device))
 
-        def sparse() -> None:
+        def work() -> None:
             project_rows(first, self._x_BD)
             self._union_counts[index].zero_()
             select_rows(scores, self.inputs[1], self.padding)
-            self._union_counts[index].fill_(wanted)
+            self._union_counts[index].fill_(count)
             self._union_mlp(index)
 
-        for fraction in FRACTIONS:
-            wanted = round(fraction * neurons)
-            self._union_F.copy_(torch.randperm(neurons, device=self._union_F.device))
-            found.append((fraction, _milliseconds(sparse)))
-        self._union_counts.copy_(kept[0])
-        self._row_counts.copy_(kept[1])
-        return found
+        return work
+
+    def dense_mlp(self, index: int) -> Callable[[], object]:
+        return lambda: dense_mlp_rows(self._x_BD, self.weights[index].mlp)
 
 
 def _for_rows(side: Side, rows: int) -> Side:
     return dataclasses.replace(side, out=torch.zeros(rows, side.matrix.shape[0], device=side.out.device))
-
-
-def _between(table: list[tuple[float, float]], share: float) -> float:
-    """Time at a share of the neurons, between those that were measured; the first entry is dense."""
-    (left, left_time), *rest = table[1:]
-    if share <= left:
-        return left_time
-    for right, right_time in rest:
-        if share <= right:
-            return left_time + (right_time - left_time) * (share - left) / (right - left)
-        left, left_time = right, right_time
-    return left_time
-
-
-def _milliseconds(work: Callable[[], object]) -> float:
-    """Median time on the device, without launches: of a graph's replays."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(REPEATS):
-            work()
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / REPEATS)
-    return sorted(times)[REPEATS // 2]

@@ -2,33 +2,29 @@
 
 In: token ids and slots. Out: logits and counts, as tensors on the device: a step does not wait for it. What changes from step to
 step (tokens, slots, positions) is copied into memory that the graph reads; what is selected never leaves the device. There is a
-graph for each number of rows in BUCKETS and for short and long sequences; rows that fill a bucket up write to a page that no
-sequence has. `decode` samples on the device too and feeds the tokens back: another graph for each of these, replayed once a token.
-Off the GPU (under Triton's interpreter) the same kernels run without a graph.
+Bucket of steps for each number of rows in BUCKETS; rows that fill one up write to a page that no sequence has. `decode` samples on the
+device too and feeds the tokens back.
 
-Letters: B rows of a step  V vocabulary  L layers  F neurons  G key/value heads
+Letters: B rows of a step  V vocabulary  L layers
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dejavu.config import SamplingConfig, require
-from dejavu.engine.cuda.batch_step import BatchStep
+from dejavu.engine.cuda.bucket import Bucket
 from dejavu.engine.cuda.capabilities import CUDA
-from dejavu.engine.cuda.decode_loop import RING, SETTING_ROWS, DecodeRows, joined, packed_settings
+from dejavu.engine.cuda.decode_loop import SETTING_ROWS, joined, packed_settings
 from dejavu.engine.cuda.readback import selections
-from dejavu.engine.cuda.token_step import TokenStep
 from dejavu.engine.cuda.weights import layer_predictors, step_model
 from dejavu.engine.interface import Decoded, StepProfile, StepResult
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill, prefill_logits
-from dejavu.kernels.cuda.attention import SHORT
 from dejavu.kernels.cuda.common import INTERPRETED
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.dtypes import TORCH_DTYPES
@@ -44,9 +40,9 @@ COMPUTED = {TORCH_DTYPES[name] for name in CUDA.dtypes}
 class CudaEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place.
 
-    deterministic: see TokenStep. crossover: for several rows let those layers run dense whose
-    union, at the first step of a bucket, is measured to be slower, and heads likewise; what runs dense selects nothing and counts as dense.
-    Raises ValueError for a model that is not on a GPU, or has a dtype or an architecture that the kernels do not compute.
+    deterministic: see TokenStep. crossover: for several rows let those layers run dense whose union, at the first step of a bucket, is
+    measured to be slower, and heads likewise; what runs dense selects nothing and counts as dense. Raises ValueError for a model that is
+    not on a GPU, or has a dtype or an architecture that the kernels do not compute.
     """
 
     capabilities = CUDA
@@ -71,19 +67,11 @@ class CudaEngine(PagedEngine):
         super().__init__(model, layers, options, spare=1)
         self._cache.reserve(self.info.num_slots, 1)
         self.model = model
-        self._predictors, self._counts_ML = layer_predictors(self.layers, config, device)
-        self._model = step_model(model, self.layers, self._predictors, self._counts_ML)
+        predictors, counts_ML = layer_predictors(self.layers, config, device)
+        self._model = step_model(model, self.layers, predictors, counts_ML)
         self._ahead, self._deterministic = ahead, deterministic
         self._crossover = crossover and not deterministic
-        self._dense_layers: dict[int, frozenset[int]] = {}  # by bucket: what was measured to be faster dense
-        self._dense_heads: dict[tuple[int, int], bool] = {}  # by bucket and length
-        words = config.num_layers if self._record else 0
-        self._words_LF = torch.zeros(words, config.intermediate_size, dtype=torch.int32, device=device)
-        self._steps: dict[tuple[int, int], TokenStep | BatchStep] = {}
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._decode_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._inputs: dict[int, Tensor] = {}  # by bucket: its short and its long step read the same
-        self._decode_rows: dict[int, DecodeRows] = {}
+        self._buckets: dict[int, Bucket] = {}
         self._sums: Tensor | None = None
         self._staging = torch.zeros(STAGING_ROWS, (3 + SETTING_ROWS) * BUCKETS[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staging_numbers, self._staging_row = self._staging.numpy(), 0
@@ -94,10 +82,7 @@ class CudaEngine(PagedEngine):
     def _prepare(self) -> None:
         """Compile and capture a step of one row, as if it filled a bucket, alone and in `decode`, which does not record: the first
         real one is then as fast as the others."""
-        key = 1, SHORT
-        step = self._step_of(key)
-        step.inputs[1].fill_(self.info.num_slots)
-        self._graphs[key] = self._captured(key, lambda: self._run(step))
+        self._bucket(1).prepare()
         if not self._record:
             self._decode_bucket((0,), (self.info.num_slots,), 1, (SamplingConfig(),), (0,))
 
@@ -174,26 +159,22 @@ class CudaEngine(PagedEngine):
             fallback_layers=max(result.fallback_layers or 0 for result in results),
         )
 
-    def nodes(self, rows: int = 1) -> int | None:
-        """Nodes of the graph of a step of so many rows, of those used so far; None before the first step."""
-        graphs = [graph for (size, _), graph in self._graphs.items() if size == rows]
-        return _node_count(graphs[-1]) if graphs else None
+    def graph(self, rows: int) -> torch.cuda.CUDAGraph | None:
+        """Of a step of so many rows, of those used so far; None before the first step."""
+        bucket = self._buckets.get(rows)
+        return None if bucket is None else bucket.graph
 
     def read(self, buffer: Tensor) -> None:
         """Read a device buffer once, as fast as the device can."""
         self._sums = read_buffer(buffer, self._sums)
 
     def _rows(self, token_ids: Sequence[int], slots: Sequence[int]) -> StepResult:
-        """The results of one graph's rows."""
-        rows = len(slots)
-        bucket, longest, numbers = self._padded(token_ids, slots)
-        key = self._key(bucket, longest)
-        step = self._step_of(key)
-        step.inputs.copy_(self._staged(numbers).view(3, bucket), non_blocking=True)
-        self._start(key, self._graphs, lambda: self._run(step))
+        """The results of one bucket's rows."""
+        rows, bucket = len(slots), self._bucket(len(slots))
+        longest, numbers = self._padded(token_ids, slots, bucket.rows)
+        step = bucket.run(self._staged(numbers), longest)
         per = self.config.heads_per_group
-        counts_MBL = self._counts_of(step)[:, :rows].long()
-        alone = isinstance(step, TokenStep)
+        counts_MBL = step.counts[:, :rows].long()
         return StepResult(
             logits_BV=step.logits[:rows].clone(),
             counts=Counts(
@@ -201,110 +182,41 @@ class CudaEngine(PagedEngine):
                 heads=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
                 kept_inputs=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
             ),
-            selections=tuple(selections(step, row, self._words_LF) for row in range(rows)) if self._record else None,
-            union_L=counts_MBL[0, 0] if alone else step.unions.long(),
-            fallback_layers=0 if alone else step.fallback_layers,
+            selections=tuple(selections(step, row) for row in range(rows)) if self._record else None,
+            union_L=counts_MBL[0, 0] if step.unions is None else step.unions.long(),
+            fallback_layers=step.fallback_layers,
         )
-
-    def _run(self, step: TokenStep | BatchStep) -> None:
-        if isinstance(step, TokenStep) or not self._record:
-            step.run()
-        else:
-            step.run(lambda index, word_F: self._words_LF[index].copy_(word_F))
-
-    def _counts_of(self, step: TokenStep | BatchStep) -> Tensor:
-        """What the last run selected, int32 [M, B, L] in place: see `layer_predictors`."""
-        return self._counts_ML[:, None] if isinstance(step, TokenStep) else step.counts
 
     def _decode_bucket(
         self, token_ids: Sequence[int], slots: Sequence[int], count: int, sampling: Sequence[SamplingConfig], choices: Sequence[int]
     ) -> Decoded:
         """`decode` for the rows of one bucket."""
-        bucket, longest, numbers = self._padded(token_ids, slots)
-        if bucket not in self._decode_rows:
-            vocab, layers, device = self.info.vocab_size, self.info.num_layers, self._model.head.device
-            counts = self._counts_ML.shape[0]
-            self._decode_rows[bucket] = DecodeRows(bucket, vocab, layers, self.info.num_slots, device, counts=counts)
-        rows = self._decode_rows[bucket]
-        keys = [self._key(bucket, longest + index) for index in range(count)]
-        inputs = self._step_of(keys[0]).inputs
-        settings = packed_settings(sampling, [self._cache.lengths[slot] for slot in slots], bucket, choices)
-        staged = self._staged(numbers + settings.flatten().tolist()).view(3 + SETTING_ROWS, bucket)
+        bucket = self._bucket(len(slots))
+        longest, numbers = self._padded(token_ids, slots, bucket.rows)
+        settings = packed_settings(sampling, [self._cache.lengths[slot] for slot in slots], bucket.rows, choices)
+        return bucket.decode(self._staged(numbers + settings.flatten().tolist()), longest, count, len(slots))
 
-        def begin() -> None:
-            inputs.copy_(staged[:3], non_blocking=True)
-            rows.words.copy_(staged[3:], non_blocking=True)
-            rows.made.zero_()
-
-        def work(key: tuple[int, int]) -> Callable[[], None]:
-            step = self._step_of(key)
-
-            def both() -> None:
-                self._run(step)
-                rows.run(step.logits, self._counts_of(step), inputs, None if isinstance(step, TokenStep) else step.unions)
-
-            return both
-
-        if inputs.device.type == "cuda":
-            for key in sorted(set(keys) - set(self._decode_graphs)):
-                begin()  # a capture runs the kernels once before it, at the place where the first token will be
-                self._decode_graphs[key] = self._captured(key, work(key))
-        begin()
-        found = []
-        for index, key in enumerate(keys):
-            self._start(key, self._decode_graphs, work(key))
-            done = index % RING + 1
-            if done == RING or index == count - 1:
-                step = self._step_of(key)
-                alone, fallback = (True, 0) if isinstance(step, TokenStep) else (False, step.fallback_layers)
-                found.append(rows.taken(done, len(slots), self.config.heads_per_group, alone=alone, fallback_layers=fallback))
-        return joined(found, dim=0)
-
-    def _padded(self, token_ids: Sequence[int], slots: Sequence[int]) -> tuple[int, int, list[int]]:
-        """The bucket of so many rows, the longest row's length, and the bucket's tokens, slots and positions, one after the other."""
-        bucket = next(size for size in BUCKETS if size >= len(slots))
+    def _padded(self, token_ids: Sequence[int], slots: Sequence[int], rows: int) -> tuple[int, list[int]]:
+        """The longest row's length, and tokens, slots and positions of a bucket of so many rows, one after the other."""
         positions = [self._cache.lengths[slot] for slot in slots]
-        spare = bucket - len(slots)
-        return bucket, max(positions), [*token_ids, *[0] * spare, *slots, *[self.info.num_slots] * spare, *positions, *[0] * spare]
+        spare = rows - len(slots)
+        return max(positions), [*token_ids, *[0] * spare, *slots, *[self.info.num_slots] * spare, *positions, *[0] * spare]
 
-    def _key(self, bucket: int, longest: int) -> tuple[int, int]:
-        """Which step runs for a longest row of so many tokens."""
-        return bucket, SHORT if longest < SHORT else self.info.max_positions
-
-    def _start(self, key: tuple[int, int], graphs: dict[tuple[int, int], torch.cuda.CUDAGraph], work: Callable[[], None]) -> None:
-        """Replay the key's graph, captured when it is first wanted; off the GPU do its work."""
-        if self._step_of(key).inputs.device.type != "cuda":
-            work()
-            return
-        if key not in graphs:
-            graphs[key] = self._captured(key, work)
-        graphs[key].replay()
-
-    def _captured(self, key: tuple[int, int], work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """A graph of the work. It is done once before: what is compiled, allocated or chosen by measurement then is not captured."""
-        step, stream = self._step_of(key), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            if isinstance(step, BatchStep) and self._crossover:
-                self._run(step)  # and nothing behind it: what is measured then writes where this step does
-                self._choose(key, step)
-            work()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, stream=stream):
-            work()
-        graph.instantiate()
-        return graph
-
-    def _choose(self, key: tuple[int, int], step: BatchStep) -> None:
-        """What runs dense: layers by bucket, heads by bucket and length; measured once each, and the same from then on."""
-        rows, _ = key
-        if rows not in self._dense_layers:
-            self._dense_layers[rows] = step.slower_sparse()
-        if key not in self._dense_heads:
-            self._dense_heads[key] = step.slower_heads()
-        step.run_dense(self._dense_layers[rows], heads=self._dense_heads[key])
+    def _bucket(self, count: int) -> Bucket:
+        """Of so many rows, and those that fill it up."""
+        rows = next(size for size in BUCKETS if size >= count)
+        if rows not in self._buckets:
+            self._buckets[rows] = Bucket(
+                rows,
+                self._model,
+                self._cache,
+                ahead=self._ahead,
+                deterministic=self._deterministic,
+                crossover=self._crossover,
+                record=self._record,
+                padding=self.info.num_slots,
+            )
+        return self._buckets[rows]
 
     def _staged(self, numbers: Sequence[int]) -> Tensor:
         """A step's numbers in memory that the device copies from when it comes to it. No row is written again before it has."""
@@ -315,30 +227,3 @@ class CudaEngine(PagedEngine):
         self._staging_numbers[at, : len(numbers)] = numbers
         self._staging_row += self._staging.is_pinned()
         return self._staging[at, : len(numbers)]
-
-    def _step_of(self, key: tuple[int, int]) -> TokenStep | BatchStep:
-        if key not in self._steps:
-            self._steps[key] = self._new_step(*key)
-        return self._steps[key]
-
-    def _new_step(self, rows: int, tokens: int) -> TokenStep | BatchStep:
-        if rows not in self._inputs:
-            self._inputs[rows] = torch.zeros(3, rows, dtype=torch.int32, device=self._model.head.device)
-        inputs = self._inputs[rows]
-        if rows == 1:
-            return TokenStep(self._model, self._cache, tokens=tokens, ahead=self._ahead, deterministic=self._deterministic, inputs=inputs)
-        padding, deterministic = self.info.num_slots, self._deterministic
-        return BatchStep(
-            self._model, self._cache, tokens=tokens, deterministic=deterministic, inputs=inputs, padding=padding, record=self._record
-        )
-
-
-def _node_count(graph: torch.cuda.CUDAGraph) -> int | None:
-    """cudaGraphGetNodes, through the runtime library that torch has loaded; None where it is not found."""
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
-        paths = [line.split()[-1] for line in maps if "libcudart" in line]
-    if not paths:
-        return None
-    count = ctypes.c_size_t()
-    status = ctypes.CDLL(paths[0]).cudaGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
-    return count.value if status == 0 else None

@@ -12,22 +12,24 @@ Where the gate selects neurons, the MLP is three kernels: products with the gate
 Where inputs are selected, each of q, k, v, of O, of gate and up, and of down is two: keep its inputs, and sum their rows.
 
 Letters: B rows (1)  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  W = (H + 2G) K
+I inputs of a map  O outputs of a map  S shares of a list
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
 from dejavu.engine.cuda.capabilities import CUDA
-from dejavu.engine.cuda.token_inputs import InputSums
 from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
 from dejavu.kernels.cuda.common import NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate import GateNeurons, given_shape, mlp_given_token, select_gate
-from dejavu.kernels.cuda.inputs import keep_heads, keep_normed
+from dejavu.kernels.cuda.inputs import KeptInputs, keep_activated, keep_heads, keep_normed, sum_inputs, sum_shares
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
 from dejavu.kernels.cuda.project import project_token
 from dejavu.kernels.cuda.select import NeuronScores, order_list, select_token
@@ -80,6 +82,34 @@ class TokenStep:
             self._marks, self._ordered = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         self.logits = torch.zeros(1, config.vocab_size, device=device)
         self._branch = torch.cuda.Stream(device) if ahead == "branch" and device.type == "cuda" else None
+
+    @property
+    def counts(self) -> Tensor:
+        return self.model.counts[:, None]
+
+    @property
+    def unions(self) -> None:
+        return None
+
+    @property
+    def fallback_layers(self) -> int:
+        return 0
+
+    def settle(self) -> None:
+        """Nothing is chosen by measurement."""
+
+    def neurons_of(self, index: int, row: int) -> Tensor | None:
+        selector = self.predictors[index].selector
+        return None if selector is None else _listed(selector.neurons, selector.count)
+
+    def groups_of(self, index: int, row: int) -> Tensor | None:
+        heads = self.predictors[index].group_scores
+        return None if heads is None else heads.groups[: int(heads.count)].long()
+
+    def inputs_of(self, index: int, point: str, row: int) -> Tensor:
+        layer = self.model.inputs[index]
+        assert layer is not None
+        return _listed(layer.points[point].inputs, layer.points[point].count)
 
     def run(self) -> None:
         """Start every kernel on the current stream. Afterwards `logits` and the predictors' counts are the step's."""
@@ -209,3 +239,44 @@ class TokenStep:
             self._first_half(index, self._y1, self._delta_attention, layer.norm2, own.own_mlp)
         select_token(own.neurons, programmatic=self._chained)
         return False
+
+
+class InputSums:
+    """Layers that select inputs: products of what their points keep, with the memory that they take.
+
+    deterministic: their sums in a fixed order, for more kernels.
+    """
+
+    def __init__(self, widths: Sequence[int], up_width: int, largest: int, device: torch.device, *, deterministic: bool) -> None:
+        """widths: outputs of the maps; up_width: those of gate and up together; largest: inputs of a point."""
+        self._deterministic = deterministic
+        self._up = torch.zeros(sum_shares(up_width, device), up_width, device=device)
+        room = max(sum_shares(width, device) * width for width in widths) if deterministic else 0
+        self._parts = torch.zeros(room, device=device)
+        self._marks, self._ordered = torch.zeros(2, largest if deterministic else 0, dtype=torch.int32, device=device).unbind(0)
+
+    def add(self, kept: KeptInputs, weight_IO: Tensor, bias_O: Tensor | None, out_O: Tensor, *, in_order: bool = False) -> None:
+        """out_O, which holds zeros, becomes the product. in_order: the list is."""
+        if not self._deterministic:
+            sum_inputs(kept, kept.inputs, weight_IO, bias_O, out_O)
+            return
+        size = weight_IO.shape[1]
+        shares = sum_shares(size, weight_IO.device)
+        parts_SO = self._parts[: shares * size].view(shares, size)
+        listed = kept.inputs
+        if not in_order:
+            order_list(kept.inputs, kept.count, self._marks[: kept.inputs.shape[0]], self._ordered)
+            listed = self._ordered
+        sum_inputs(kept, listed, weight_IO, bias_O, parts_SO, partial=True)
+        torch.sum(parts_SO, 0, out=out_O)
+
+    def activated(self, layer: InputLayer, activation: str, activation_threshold: float) -> None:
+        """From the inputs kept at the MLP to those kept at down: products, by share so that nothing needs to be zero before, then the
+        activation of their sums."""
+        sum_inputs(layer.points["mlp"], layer.points["mlp"].inputs, layer.up, layer.up_bias, self._up, partial=True)
+        gated = layer.up.shape[1] == 2 * layer.points["down"].x.shape[0]
+        keep_activated(self._up, layer.points["down"], activation, activation_threshold, gated=gated)
+
+
+def _listed(listed: Tensor, count: Tensor) -> Tensor:
+    return listed[: int(count)].long().sort().values

@@ -86,12 +86,14 @@ class InputLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepModel:
-    """What the steps of an engine read: layers and how they select, embedding and position table, head, final norm, rotary frequencies."""
+    """What the steps of an engine read: layers and how they select, embedding and position table, head, final norm, rotary frequencies.
+    counts: int32 [M, L], see `layer_predictors`: of a step of one row, in place."""
 
     config: ModelConfig
     weights: list[LayerWeights]
     predictors: Sequence[LayerPredictors]
     inputs: Sequence[InputLayer | None]
+    counts: Tensor
     embed: Tensor
     positions: Tensor | None
     head: Tensor
@@ -159,6 +161,7 @@ def step_model(model: Transformer, layers: Sequence[LayerAdapter], predictors: S
         config=model.config,
         weights=weights,
         predictors=predictors,
+        counts=counts_ML,
         inputs=_input_layers(model, weights, layers, counts_ML[2:]),
         embed=model.embed.weight.detach(),
         positions=None if model.position is None else model.position.weight.detach(),
