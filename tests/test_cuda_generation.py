@@ -55,6 +55,9 @@ class Stepped:
     def free(self, slot: int) -> None:
         self._engine.free(slot)
 
+    def prefill_batch(self, slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]]) -> Tensor:
+        return self._engine.prefill_batch(slots_B, token_ids_B)
+
     def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         return self._engine.prefill_logits(slot, token_ids)
 

@@ -71,6 +71,9 @@ class ScriptedEngine:
     def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         raise AssertionError("writing a text asks for the last logits alone")
 
+    def prefill_batch(self, slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]]) -> Tensor:
+        raise AssertionError("one text at a time")
+
     def reuse(self, slot: int, token_ids: Sequence[int]) -> int:
         raise AssertionError("one text at a time shares no pages")
 

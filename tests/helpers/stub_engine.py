@@ -170,6 +170,9 @@ class StubEngine:
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         return self.prefill_logits(slot, token_ids)[-1]
 
+    def prefill_batch(self, slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]]) -> Tensor:
+        return torch.stack([self.prefill(slot, token_ids) for slot, token_ids in zip(slots_B, token_ids_B, strict=True)])
+
     def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         """After each token of the prompt the logits are those of the answer's first."""
         if not token_ids:

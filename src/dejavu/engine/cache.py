@@ -66,14 +66,19 @@ class PagedCache:
 
     def reserve(self, slot: int, tokens: int) -> None:
         """Give the slot the pages for that many more tokens. Raises ValueError, changing nothing, when the pool has too few."""
-        needed = self.missing(slot, tokens)
-        if needed > self.free_pages:
+        self.reserve_all((slot,), (tokens,))
+
+    def reserve_all(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """As `reserve` for each of different slots, for all of them or none."""
+        missing = [self.missing(slot, count) for slot, count in zip(slots, tokens, strict=True)]
+        if sum(missing) > self.free_pages:
             raise ValueError(
-                f"the key/value cache is full: {tokens} more tokens need {needed} pages of {self.page_size} tokens and "
+                f"the key/value cache is full: {sum(tokens)} more tokens need {sum(missing)} pages of {self.page_size} tokens and "
                 f"{self.free_pages} of {self.num_pages} are free; shorten the text, free a sequence or give the cache more tokens"
             )
-        for _ in range(needed):
-            self._set(slot, len(self._tables[slot]), self._pool.take())
+        for slot, needed in zip(slots, missing, strict=True):
+            for _ in range(needed):
+                self._set(slot, len(self._tables[slot]), self._pool.take())
 
     def _set(self, slot: int, index: int, page: int) -> None:
         self._tables[slot][index : index + 1] = [page]

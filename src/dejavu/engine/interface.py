@@ -194,6 +194,10 @@ class Engine(Protocol):
         """
         ...
 
+    def prefill_batch(self, slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]]) -> Tensor:
+        """As `prefill` for each of B different slots, logits fp32 [B, V]. A ValueError leaves every slot as it was."""
+        ...
+
     def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         """As `prefill`; logits fp32 [T, V] after each of the T tokens, so give it few at a time."""
         ...

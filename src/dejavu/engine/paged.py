@@ -102,6 +102,21 @@ class PagedEngine:
         self._admit(slot, token_ids)
         return self._prefill(slot, token_ids, every=False)
 
+    def prefill_batch(self, slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]]) -> Tensor:
+        """As `prefill` for each of B different slots, one after the other; logits fp32 [B, V]."""
+        assert len(slots_B) == len(token_ids_B) == len(set(slots_B)) > 0, f"{slots_B=}"
+        before = [self._cache.lengths[slot] for slot in slots_B]
+        for slot, token_ids in zip(slots_B, token_ids_B, strict=True):
+            require(len(token_ids) > 0, "there are no tokens to prefill; give at least one")
+            self._check(slot, token_ids, len(token_ids))
+        self._cache.reserve_all(slots_B, [len(token_ids) for token_ids in token_ids_B])
+        try:
+            return torch.stack([self._prefill(slot, token_ids, every=False) for slot, token_ids in zip(slots_B, token_ids_B, strict=True)])
+        except ValueError:  # of one of them: what the others have stored does not count
+            for slot, length in zip(slots_B, before, strict=True):
+                self._cache.lengths[slot] = length
+            raise
+
     def prefill_logits(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         """As `prefill`; logits fp32 [T, V] after each of the tokens."""
         self._admit(slot, token_ids)
