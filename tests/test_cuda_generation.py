@@ -49,8 +49,8 @@ class Stepped:
     def prefill(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         return self._engine.prefill(slot, token_ids)
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        return self._engine.step(token_ids_B, slots_B)
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], **options: Any) -> StepResult:
+        return self._engine.step(token_ids_B, slots_B, **options)
 
     def free(self, slot: int) -> None:
         self._engine.free(slot)

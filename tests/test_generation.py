@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ class ScriptedEngine:
     def publish(self, slot: int, token_ids: Sequence[int]) -> None:
         raise AssertionError("one text at a time shares no pages")
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], **options: Any) -> StepResult:
         assert list(token_ids_B) == [self.script[self.steps]], "the last token is fed back"
         self.steps += 1
         self.lengths[slots_B[0]] += 1
@@ -106,6 +107,8 @@ class DecodingEngine(ScriptedEngine):
         count: int,
         sampling: Sequence[SamplingConfig] | None = None,
         choices: Sequence[int] | None = None,
+        *,
+        sparse: bool = True,
     ) -> Decoded:
         self.asked.append(count)
         steps: list[StepResult] = []
@@ -357,9 +360,9 @@ def test_speeds_count_steps_and_leave_out_the_prompt_and_the_reader(monkeypatch:
             now[0] += 10
             return super().prefill(slot, token_ids)
 
-        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], **options: Any) -> StepResult:
             now[0] += 2
-            return super().step(token_ids_B, slots_B)
+            return super().step(token_ids_B, slots_B, **options)
 
     generation = generate_tokens(SlowEngine([0, 0, 0, 0, 0]), WordTokenizer(["a"]), [0] * 30, max_new_tokens=5)
     for _ in generation:
@@ -402,7 +405,7 @@ def test_the_slot_is_freed_when_the_reader_leaves() -> None:
 
 def test_the_slot_is_freed_after_an_error() -> None:
     class Failing(ScriptedEngine):
-        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], **options: Any) -> StepResult:
             raise ValueError("full")
 
     engine = Failing([0, 0])
@@ -523,9 +526,9 @@ def test_the_time_of_dropped_tokens_counts_and_they_do_not(monkeypatch: pytest.M
     monkeypatch.setattr("dejavu.generation.generation.time.perf_counter", lambda: now[0])
 
     class SlowEngine(DecodingEngine):
-        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], **options: Any) -> StepResult:
             now[0] += 2
-            return super().step(token_ids_B, slots_B)
+            return super().step(token_ids_B, slots_B, **options)
 
     engine = SlowEngine([0, 0, 0, 0, 1, *[0] * 20])
     result = generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=20).result()

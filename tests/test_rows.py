@@ -88,8 +88,8 @@ def test_selections_and_likeliest_tokens_come_where_they_are_wanted() -> None:
 class Torn(StubEngine):
     """The logits of slot 1 are not numbers."""
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        found = super().step(token_ids_B, slots_B)
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], **options: Any) -> StepResult:
+        found = super().step(token_ids_B, slots_B, **options)
         found.logits_BV[list(slots_B).index(1)] = torch.nan
         return found
 

@@ -151,8 +151,8 @@ def test_a_refused_step_ends_only_the_row_at_fault() -> None:
 class HalfDoneEngine(StubEngine):
     """Refuses a step of several rows when it has done it: not what engines may do."""
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        result = super().step(token_ids_B, slots_B)
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], **options: Any) -> StepResult:
+        result = super().step(token_ids_B, slots_B, **options)
         if len(slots_B) > 1:
             raise ValueError("too late")
         return result

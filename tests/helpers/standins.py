@@ -31,8 +31,8 @@ class CudaStandIn(TorchEngine):
         super().__init__(model, layers, dataclasses.replace(options, record=True))
         self._info = dataclasses.replace(self._info, backend="cuda", device=device)
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        return dataclasses.replace(super().step(token_ids_B, slots_B), selections=None)
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], **options: Any) -> StepResult:
+        return dataclasses.replace(super().step(token_ids_B, slots_B, **options), selections=None)
 
     def profiled_step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> tuple[StepResult, StepProfile]:
         result = super().step(token_ids_B, slots_B)

@@ -184,7 +184,7 @@ class StubEngine:
         self._prompts[slot] = self.length(slot)
         return torch.stack([self._logits(slot)] * len(token_ids))
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool = True, record: bool | None = None) -> StepResult:
         assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0
         permits = self._permits
         if permits is not None:
@@ -197,15 +197,15 @@ class StubEngine:
         for token_id, slot in zip(token_ids_B, slots_B, strict=True):
             assert self.length(slot) > 0, "a step goes on with a sequence"
             self._append(slot, [token_id])
-        rows = len(slots_B)
-        selections = tuple(self._selected(token_id) for token_id in token_ids_B)
+        rows, sparse = len(slots_B), sparse and self._sparse
+        selections = tuple(self._selected(token_id, sparse=sparse) for token_id in token_ids_B)
         return StepResult(
             logits_BV=torch.stack([self._logits(slot) for slot in slots_B]),
             counts=Counts(
-                neurons=torch.tensor([[NEURONS // 4 if self._sparse else NEURONS, NEURONS]] * rows),
-                heads=torch.tensor([[HEADS // 2 if self._sparse else HEADS, HEADS]] * rows),
+                neurons=torch.tensor([[NEURONS // 4 if sparse else NEURONS, NEURONS]] * rows),
+                heads=torch.tensor([[HEADS // 2 if sparse else HEADS, HEADS]] * rows),
             ),
-            selections=selections if self.records else None,
+            selections=selections if (self.records if record is None else record) else None,
             union_L=torch.tensor([self._union([row[layer] for row in selections]) for layer in range(LAYERS)]),
             fallback_layers=0,
         )
@@ -245,8 +245,8 @@ class StubEngine:
         logits_V[answer[place] if place < len(answer) else EOS] = CERTAIN
         return logits_V
 
-    def _selected(self, token_id: int) -> tuple[LayerSelection, ...]:
-        if not self._sparse:
+    def _selected(self, token_id: int, *, sparse: bool) -> tuple[LayerSelection, ...]:
+        if not sparse:
             return (LayerSelection(neurons_A=None, heads_A=None),) * LAYERS
         first = LayerSelection(neurons_A=(torch.arange(NEURONS // 4) + token_id).remainder(NEURONS).sort()[0], heads_A=torch.tensor([0, 2]))
         return first, LayerSelection(neurons_A=None, heads_A=None)
@@ -269,13 +269,15 @@ class DrawingEngine(StubEngine):
         count: int,
         sampling: Sequence[SamplingConfig] | None = None,
         choices: Sequence[int] | None = None,
+        *,
+        sparse: bool = True,
     ) -> Decoded:
         sampling, choices = sampling or [SamplingConfig()] * len(slots_B), choices or [0] * len(slots_B)
         self.drawn.append(tuple(zip((config.seed for config in sampling), choices, strict=True)))
         self.asked.append((count, len(slots_B)))
         found, last_B = [], list(token_ids_B)
         for _ in range(count):
-            step = self.step([max(0, token_id) for token_id in last_B], slots_B)
+            step = self.step([max(0, token_id) for token_id in last_B], slots_B, sparse=sparse)
             best_B = step.logits_BV.argmax(-1).tolist()
             last_B = [-1 if token_id == self.damaged else best for token_id, best in zip(last_B, best_B, strict=True)]
             found.append((torch.tensor(last_B), step.logits_BV.log_softmax(-1).amax(-1), step.counts, step.union_L))

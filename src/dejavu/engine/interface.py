@@ -1,8 +1,8 @@
 """What every decoding engine answers, whatever computes it.
 
 A slot holds one sequence. `prefill` runs tokens through the model densely and fills the slot's cache; `step` decodes one
-token for each of several slots, sparse where the engine has predictors; `free` empties a slot. A row's result depends on
-that row alone, never on the rows beside it.
+token for each of several slots, sparse where the engine has predictors, unless the call says otherwise; `free` empties a slot. A row's
+result depends on that row alone, never on the rows beside it.
 
 Letters: B rows of a step  V vocabulary  L layers  A selected  N tokens decoded  T tokens
 P points that read inputs (selectors.POINTS)
@@ -202,8 +202,12 @@ class Engine(Protocol):
         """As `prefill`; logits fp32 [T, V] after each of the T tokens, so give it few at a time."""
         ...
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
-        """Append one token to each of B different slots. Raises ValueError as `prefill` does, before any row is computed."""
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool = True, record: bool | None = None) -> StepResult:
+        """Append one token to each of B different slots. Raises ValueError as `prefill` does, before any row is computed.
+
+        sparse: False computes as an engine without predictors does, with the weights that this one has. record: keep the selections;
+        None: as the engine was made.
+        """
         ...
 
     def free(self, slot: int) -> None:
@@ -244,11 +248,14 @@ class DecodesTokens(Protocol):
         sampling: Sequence[SamplingConfig] | None = None,
         choices: Sequence[int] | None = None,
         /,
+        *,
+        sparse: bool = True,
     ) -> Decoded:
         """Append `count` tokens to each of B different slots: the given ones first, then what is sampled; all sampled ones are returned.
 
-        sampling: one for each row; greedy without. choices: which choice of a request each row is, see `Sampler`; 0 without. The
-        last tokens sampled are not yet appended: they begin the next call. Raises ValueError as `step` does, before any row is computed.
+        sampling: one for each row; greedy without. choices: which choice of a request each row is, see `Sampler`; 0 without. sparse: see
+        `Engine.step`. The last tokens sampled are not yet appended: they begin the next call. Raises ValueError as `step` does, before
+        any row is computed.
         """
         ...
 

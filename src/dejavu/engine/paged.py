@@ -122,18 +122,22 @@ class PagedEngine:
         self._admit(slot, token_ids)
         return self._prefill(slot, token_ids, every=True)
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool = True, record: bool | None = None) -> StepResult:
         """Append one token to each of B different slots."""
         self._admit_rows(token_ids_B, slots_B)
-        return self._step(token_ids_B, slots_B)
+        return self._step(token_ids_B, slots_B, sparse=sparse, record=self._record if record is None else record)
 
     def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
         """Compute the tokens, for which there are pages, and count them: logits [V] after the last one, or [T, V] after every one."""
         raise NotImplementedError
 
-    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool) -> StepResult:
         """Compute a token of each slot, for which there is a page, and count it."""
         raise NotImplementedError
+
+    def _layers_for(self, sparse: bool) -> tuple[LayerAdapter, ...]:
+        """How the layers select in a call."""
+        return self.layers if sparse else (LayerAdapter(),) * self.config.num_layers
 
     def _admit_rows(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> None:
         """`_admit` for a token of each row of a step."""

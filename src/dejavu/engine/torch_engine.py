@@ -50,9 +50,12 @@ class TorchEngine(PagedEngine):
         super().__init__(model, layers, options)
         self.model = model
         self._blocks = model.blocks
-        pairs = list(zip(self.layers, self._blocks, strict=True))
-        self._mlps = tuple(_lowered_mlp(layer, _mlp_weights(block)) for layer, block in pairs)
-        self._norms = tuple(layer.inputs.norms(block) for layer, block in pairs)
+        weights = [_mlp_weights(block) for block in self._blocks]
+        self._mlps = {
+            sparse: [_lowered_mlp(layer, own) for layer, own in zip(self._layers_for(sparse), weights, strict=True)]
+            for sparse in (True, False)
+        }
+        self._norms = tuple(layer.inputs.norms(block) for layer, block in zip(self.layers, self._blocks, strict=True))
         self._all_groups = torch.arange(self.config.num_kv_heads, device=model.embed.weight.device)
 
     @torch.inference_mode()
@@ -60,9 +63,9 @@ class TorchEngine(PagedEngine):
         return (prefill_logits if every else prefill)(self.model, self._cache, slot, token_ids)
 
     @torch.inference_mode()
-    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool) -> StepResult:
         """Row after row."""
-        rows = [self._row(token_id, slot) for token_id, slot in zip(token_ids_B, slots_B, strict=True)]
+        rows = [self._row(token_id, slot, sparse=sparse) for token_id, slot in zip(token_ids_B, slots_B, strict=True)]
         self._count_rows(slots_B)
         neurons, heads = self.config.intermediate_size, self.config.num_heads
         selections = tuple(selected for _, selected in rows)
@@ -76,7 +79,7 @@ class TorchEngine(PagedEngine):
                 if points is None
                 else torch.tensor([[_input_counts(layer, points) for layer in row] for row in selections]),
             ),
-            selections=tuple(tuple(layer.cpu() for layer in row) for row in selections) if self._record else None,
+            selections=tuple(tuple(layer.cpu() for layer in row) for row in selections) if record else None,
             union_L=torch.tensor([_union(of_layer, neurons) for of_layer in zip(*selections, strict=True)]),
             fallback_layers=0,
         )
@@ -84,7 +87,7 @@ class TorchEngine(PagedEngine):
     def _normed(self, x_D: Tensor) -> Tensor:
         return x_D if self.model.final_norm is None else self.model.final_norm(x_D)
 
-    def _row(self, token_id: int, slot: int) -> tuple[Tensor, tuple[LayerSelection, ...]]:
+    def _row(self, token_id: int, slot: int, *, sparse: bool) -> tuple[Tensor, tuple[LayerSelection, ...]]:
         """One token of one slot through every layer: logits fp32 [V] and what each layer computed."""
         position = self._cache.lengths[slot]
         device = self._all_groups.device
@@ -93,13 +96,13 @@ class TorchEngine(PagedEngine):
         page_N = self._cache.pages(slot, position + 1)
         previous_mlp: Tensor | None = None
         selections = []
-        for index, block in enumerate(self._blocks):
+        for index, (block, layer, mlp) in enumerate(zip(self._blocks, self._layers_for(sparse), self._mlps[sparse], strict=True)):
             attention_D = block.attention_input(x_D)
-            groups_A = _indices(self.layers[index].heads.mask(LayerInputs(attention_D, None, previous_mlp)))
-            kept = _KeptInputs(self.layers[index].inputs, self._norms[index])
+            groups_A = _indices(layer.heads.mask(LayerInputs(attention_D, None, previous_mlp)))
+            kept = _KeptInputs(layer.inputs, self._norms[index])
             y_D = self._attention(index, attention_D, position_T, slot, page_N, groups_A, kept)
             x_D, mlp_D = block.after_attention(x_D, y_D)
-            y_D, neurons_A = self._mlps[index](LayerInputs(attention_D, mlp_D, previous_mlp), kept)
+            y_D, neurons_A = mlp(LayerInputs(attention_D, mlp_D, previous_mlp), kept)
             x_D, previous_mlp = block.after_mlp(x_D, y_D), mlp_D
             selections.append(LayerSelection(neurons_A=neurons_A, heads_A=self._heads_of(groups_A), inputs_P=kept.found))
         return self.model.logits(self._normed(x_D)), tuple(selections)

@@ -20,7 +20,7 @@ from dejavu.engine.cuda.bucket import Bucket
 from dejavu.engine.cuda.capabilities import CUDA
 from dejavu.engine.cuda.decode_loop import SETTING_ROWS, joined, packed_settings
 from dejavu.engine.cuda.readback import selections
-from dejavu.engine.cuda.weights import layer_predictors, step_model
+from dejavu.engine.cuda.weights import dense_model, layer_predictors, step_model
 from dejavu.engine.interface import Decoded, StepProfile, StepResult
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
@@ -69,9 +69,10 @@ class CudaEngine(PagedEngine):
         self.model = model
         predictors, counts_ML = layer_predictors(self.layers, config, device)
         self._model = step_model(model, self.layers, predictors, counts_ML)
+        self._dense_model = dense_model(self._model) if self.info.sparse else self._model
         self._ahead, self._deterministic = ahead, deterministic
         self._crossover = crossover and not deterministic
-        self._buckets: dict[int, Bucket] = {}
+        self._buckets: dict[tuple[int, bool, bool], Bucket] = {}  # by rows, whether sparse, and whether it records
         self._sums: Tensor | None = None
         self._staging = torch.zeros(STAGING_ROWS, (3 + SETTING_ROWS) * BUCKETS[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staging_numbers, self._staging_row = self._staging.numpy(), 0
@@ -84,7 +85,7 @@ class CudaEngine(PagedEngine):
         real one is then as fast as the others."""
         self._bucket(1).prepare()
         if not self._record:
-            self._decode_bucket((0,), (self.info.num_slots,), 1, (SamplingConfig(),), (0,))
+            self._decode_bucket((0,), (self.info.num_slots,), 1, (SamplingConfig(),), (0,), sparse=True)
 
     @property
     def records(self) -> bool:
@@ -102,6 +103,8 @@ class CudaEngine(PagedEngine):
         count: int,
         sampling: Sequence[SamplingConfig] | None = None,
         choices: Sequence[int] | None = None,
+        *,
+        sparse: bool = True,
     ) -> Decoded:
         """See DecodesTokens. Nothing waits for the device, and nothing ends early: who reads the tokens cuts them where a text ends."""
         require(count >= 1, f"decode makes at least 1 token of each row, not {count}")
@@ -122,7 +125,7 @@ class CudaEngine(PagedEngine):
         found = []
         for first in range(0, len(slots_B), largest):
             part = slice(first, first + largest)
-            found.append(self._decode_bucket(token_ids_B[part], slots_B[part], count, wanted[part], chosen[part]))
+            found.append(self._decode_bucket(token_ids_B[part], slots_B[part], count, wanted[part], chosen[part], sparse=sparse))
         self._count_rows(slots_B, count)
         return joined(found, dim=1)
 
@@ -143,34 +146,33 @@ class CudaEngine(PagedEngine):
         return result, StepProfile(seconds={}, counts=Counts(neurons=neurons_L, heads=heads_L, kept_inputs=inputs_LP), fired_L=neurons_L)
 
     @torch.inference_mode()
-    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool) -> StepResult:
         """Logits and counts are on the device; nothing waits for them."""
         largest = BUCKETS[-1]
-        results = [
-            self._rows(token_ids_B[first : first + largest], slots_B[first : first + largest]) for first in range(0, len(slots_B), largest)
-        ]
+        parts = [slice(first, first + largest) for first in range(0, len(slots_B), largest)]
+        results = [self._rows(token_ids_B[part], slots_B[part], sparse=sparse, record=record) for part in parts]
         self._count_rows(slots_B)
         if len(results) == 1:
             return results[0]
         return StepResult(
             logits_BV=torch.cat([result.logits_BV for result in results]),
             counts=Counts.cat([result.counts for result in results]),
-            selections=tuple(row for result in results for row in result.selections or ()) if self._record else None,
+            selections=tuple(row for result in results for row in result.selections or ()) if record else None,
             fallback_layers=max(result.fallback_layers or 0 for result in results),
         )
 
     def graph(self, rows: int) -> torch.cuda.CUDAGraph | None:
-        """Of a step of so many rows, of those used so far; None before the first step."""
-        bucket = self._buckets.get(rows)
+        """Of a step of so many rows as the engine was made, of those used so far; None before the first step."""
+        bucket = self._buckets.get(self._key(rows, sparse=True, record=self._record))
         return None if bucket is None else bucket.graph
 
     def read(self, buffer: Tensor) -> None:
         """Read a device buffer once, as fast as the device can."""
         self._sums = read_buffer(buffer, self._sums)
 
-    def _rows(self, token_ids: Sequence[int], slots: Sequence[int]) -> StepResult:
+    def _rows(self, token_ids: Sequence[int], slots: Sequence[int], *, sparse: bool, record: bool) -> StepResult:
         """The results of one bucket's rows."""
-        rows, bucket = len(slots), self._bucket(len(slots))
+        rows, bucket = len(slots), self._bucket(len(slots), sparse=sparse, record=record)
         longest, numbers = self._padded(token_ids, slots, bucket.rows)
         step = bucket.run(self._staged(numbers), longest)
         per = self.config.heads_per_group
@@ -182,16 +184,23 @@ class CudaEngine(PagedEngine):
                 heads=counts_MBL[1] if per == 1 else counts_MBL[1] * per,
                 kept_inputs=None if self.info.input_points is None else counts_MBL[2:].permute(1, 2, 0),
             ),
-            selections=tuple(selections(step, row) for row in range(rows)) if self._record else None,
+            selections=tuple(selections(step, row) for row in range(rows)) if record else None,
             union_L=counts_MBL[0, 0] if step.unions is None else step.unions.long(),
             fallback_layers=step.fallback_layers,
         )
 
     def _decode_bucket(
-        self, token_ids: Sequence[int], slots: Sequence[int], count: int, sampling: Sequence[SamplingConfig], choices: Sequence[int]
+        self,
+        token_ids: Sequence[int],
+        slots: Sequence[int],
+        count: int,
+        sampling: Sequence[SamplingConfig],
+        choices: Sequence[int],
+        *,
+        sparse: bool,
     ) -> Decoded:
         """`decode` for the rows of one bucket."""
-        bucket = self._bucket(len(slots))
+        bucket = self._bucket(len(slots), sparse=sparse)
         longest, numbers = self._padded(token_ids, slots, bucket.rows)
         settings = packed_settings(sampling, [self._cache.lengths[slot] for slot in slots], bucket.rows, choices)
         return bucket.decode(self._staged(numbers + settings.flatten().tolist()), longest, count, len(slots))
@@ -202,21 +211,27 @@ class CudaEngine(PagedEngine):
         spare = rows - len(slots)
         return max(positions), [*token_ids, *[0] * spare, *slots, *[self.info.num_slots] * spare, *positions, *[0] * spare]
 
-    def _bucket(self, count: int) -> Bucket:
+    def _bucket(self, count: int, *, sparse: bool = True, record: bool = False) -> Bucket:
         """Of so many rows, and those that fill it up."""
-        rows = next(size for size in BUCKETS if size >= count)
-        if rows not in self._buckets:
-            self._buckets[rows] = Bucket(
+        key = self._key(count, sparse=sparse, record=record)
+        if key not in self._buckets:
+            rows, sparse, record = key
+            self._buckets[key] = Bucket(
                 rows,
-                self._model,
+                self._model if sparse else self._dense_model,
                 self._cache,
                 ahead=self._ahead,
                 deterministic=self._deterministic,
                 crossover=self._crossover,
-                record=self._record,
+                record=record,
                 padding=self.info.num_slots,
             )
-        return self._buckets[rows]
+        return self._buckets[key]
+
+    def _key(self, count: int, *, sparse: bool, record: bool) -> tuple[int, bool, bool]:
+        """A dense engine has one model for both; what a step of one row selected can be told whether it records or not."""
+        rows = next(size for size in BUCKETS if size >= count)
+        return rows, sparse or not self.info.sparse, record and rows > 1
 
     def _staged(self, numbers: Sequence[int]) -> Tensor:
         """A step's numbers in memory that the device copies from when it comes to it. No row is written again before it has."""

@@ -14,6 +14,7 @@ Letters: D model  F neurons  Q = H K, rows of queries  N = 2 G K, rows of keys a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -168,6 +169,18 @@ def step_model(model: Transformer, layers: Sequence[LayerAdapter], predictors: S
         head=head_weight(model),
         final_norm=norm_weights(model.final_norm),
         inv_freq=None if model.inv_freq is None else model.inv_freq.float(),
+    )
+
+
+def dense_model(model: StepModel) -> StepModel:
+    """The same weights without predictors, with counts of its own: of all that there is."""
+    config, (rows, layers) = model.config, model.counts.shape
+    every = all_counts(config, inputs=rows > 2)
+    return dataclasses.replace(
+        model,
+        predictors=[LayerPredictors()] * layers,
+        inputs=[None] * layers,
+        counts=torch.tensor(every, dtype=torch.int32, device=model.counts.device)[:, None].repeat(1, layers),
     )
 
 

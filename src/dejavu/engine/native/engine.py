@@ -98,7 +98,7 @@ class NativeEngine(PagedEngine):
             unwanted = min(len(ids), max(0, count - wanted - first))
             rows_TV = logits_TV[max(0, first - count + wanted) :]
             counts = _Counted.room(len(ids), self.config.num_layers)
-            self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=unwanted, sparse=False)
+            self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=unwanted, sparse=False, record=False)
         self._cache.advance(slot, count)
         return logits_TV if every else logits_TV[0]
 
@@ -110,7 +110,7 @@ class NativeEngine(PagedEngine):
         addresses = {"fired": fired_L, "groups": groups_L, "inputs": inputs_LP}
         profile = native.Profile(**{name: _address(counts) for name, counts in addresses.items()})
         self._admit_rows(token_ids_B, slots_B)
-        result = self._step(token_ids_B, slots_B, profile)
+        result = self._step(token_ids_B, slots_B, sparse=True, record=self._record, profile=profile)
         seconds = dict(zip(native.OPS, profile.seconds, strict=True))
         assert result.union_L is not None
         read = Counts(neurons=result.union_L, heads=groups_L * self.config.heads_per_group, kept_inputs=inputs_LP)
@@ -123,7 +123,9 @@ class NativeEngine(PagedEngine):
         native.check(self._library.dejavu_engine_read(self._handle, values.data_ptr(), values.numel(), total))
         return total.value
 
-    def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], profile: native.Profile | None = None) -> StepResult:
+    def _step(
+        self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool, profile: native.Profile | None = None
+    ) -> StepResult:
         """In one call of the library for each MAX_ROWS rows."""
         batch = len(token_ids_B)
         logits_BV = torch.empty(batch, self.config.vocab_size)
@@ -139,7 +141,8 @@ class NativeEngine(PagedEngine):
                 positions,
                 logits_BV[rows],
                 counts.block(first),
-                sparse=True,
+                sparse=sparse,
+                record=record,
                 profile=profile,
             )
         self._count_rows(slots_B)
@@ -149,7 +152,7 @@ class NativeEngine(PagedEngine):
         return StepResult(
             logits_BV=logits_BV,
             counts=counts.rows,
-            selections=tuple(selections) if self._record else None,
+            selections=tuple(selections) if record else None,
             union_L=counts.union_NL[0] if batch <= native.MAX_ROWS else None,
             fallback_layers=sum(2 * rows > batch * self.config.intermediate_size for rows in in_order_L),
         )
@@ -168,6 +171,7 @@ class NativeEngine(PagedEngine):
         counts: _Counted,
         *,
         sparse: bool,
+        record: bool,
         first_logits: int = 0,
         profile: native.Profile | None = None,
     ) -> list[tuple[LayerSelection, ...]]:
@@ -175,7 +179,6 @@ class NativeEngine(PagedEngine):
         config, rows = self.config, len(token_ids)
         numbers = (ctypes.c_int64 * rows)(*token_ids), (ctypes.c_int64 * rows)(*positions)
         tables = (ctypes.c_void_p * rows)(*(self._cache.table_address(slot) for slot in slots))
-        record = self._record and sparse
         neuron_mask_BLF = torch.empty(rows, config.num_layers, config.intermediate_size, dtype=torch.uint8) if record else None
         points = self.info.input_points
         input_mask_BLI = torch.empty(rows, config.num_layers, sum(points.sizes), dtype=torch.uint8) if record and points else None
@@ -212,9 +215,12 @@ class NativeEngine(PagedEngine):
         if neuron_mask_BLF is None or group_mask_BLG is None:
             return []
         inputs_BLI = [None] * rows if input_mask_BLI is None else input_mask_BLI
-        return [self._selections(*masks) for masks in zip(neuron_mask_BLF, group_mask_BLG, inputs_BLI, strict=True)]
+        layers = self._layers_for(sparse)
+        return [self._selections(layers, *masks) for masks in zip(neuron_mask_BLF, group_mask_BLG, inputs_BLI, strict=True)]
 
-    def _selections(self, neurons_LF: Tensor, groups_LG: Tensor, inputs_LI: Tensor | None) -> tuple[LayerSelection, ...]:
+    def _selections(
+        self, layers: Sequence[LayerAdapter], neurons_LF: Tensor, groups_LG: Tensor, inputs_LI: Tensor | None
+    ) -> tuple[LayerSelection, ...]:
         heads_LH = groups_LG.repeat_interleave(self.config.heads_per_group, 1)
         return tuple(
             LayerSelection(
@@ -222,7 +228,7 @@ class NativeEngine(PagedEngine):
                 heads_A=heads_LH[index].nonzero().squeeze(1) if layer.heads.selects else None,
                 inputs_P=None if inputs_LI is None else kept_inputs(layer.inputs, inputs_LI[index], self.info.input_points),
             )
-            for index, layer in enumerate(self.layers)
+            for index, layer in enumerate(layers)
         )
 
 
