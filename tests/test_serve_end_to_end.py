@@ -298,8 +298,8 @@ def test_a_chat_may_fill_the_context(site: Site, lm: LanguageModel) -> None:
     assert answer["choices"][0]["message"]["content"] == lm.generate(PROMPT, max_new_tokens=99, ignore_eos=True)
 
 
-def test_a_prefix_is_shared_within_a_mode_alone(lm: LanguageModel, tokenizer: Tokenizer) -> None:
-    """The second request finds the pages of the first; the dense model has seen none of it, and answers as a fresh server."""
+def test_a_prefix_is_shared_by_both_names(lm: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Later requests find the pages of the first one's prompt; the dense model finds none of its answer, and answers as a fresh server."""
     prompt = [5, 6, 7, 8] * 10
     asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     with site_of(lm) as site:
@@ -308,7 +308,8 @@ def test_a_prefix_is_shared_within_a_mode_alone(lm: LanguageModel, tokenizer: To
             answer = site.post(**asked, model=model).json()
             texts.append(answer["choices"][0]["text"])
             cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-        assert cached[0] == cached[2] == 0 and cached[1] == cached[3] > 0
+        assert cached[0] == 0 and cached[1] == cached[2] == cached[3] > 0
+        assert [engine.mode for engine in site.worker.state().engines] == ["sparse", "recording"]
         assert texts[0] == texts[1] and texts[2] == texts[3]
     with site_of(lm, prefix_reuse=False) as site:
         for _ in range(2):

@@ -31,6 +31,12 @@ def test_every_size_runs_on_short_and_on_long_text(slots: int, expected: list[in
     assert engine.free_pages == engine.info.num_pages and engine.live_sequences == 0
 
 
+def test_where_dense_calls_come_too_both_are_prepared() -> None:
+    engine = CapturingEngine(num_slots=2, cache_tokens=1024)
+    warm_up(engine, byte_tokenizer(), longest=64, both=True)
+    assert sizes(engine) == [size for size in (1, 2) for _ in range(4)] and len(engine.drawn) == 4
+
+
 def test_a_long_text_is_longer_than_what_the_cuda_engine_calls_short() -> None:
     pytest.importorskip("triton")
     from dejavu.kernels.cuda.attention import SHORT

@@ -182,6 +182,23 @@ def test_the_union_is_of_the_rows_of_a_step() -> None:
         assert summary_of(dense).union_density == 1.0
 
 
+@pytest.mark.parametrize("engine", [StubEngine, DrawingEngine])
+def test_where_an_adapter_changes_no_weights_both_share_an_engine(engine: type[StubEngine]) -> None:
+    """Its slots, its pages and the prefixes in them; each row is as it is on an engine of its own."""
+    model, prompt = StubModel("abcdef", engine=engine, changes_weights=False), "sixteen letters, and a few more"
+    with serving(model, slots=2) as worker:
+        sparse, dense = run(worker, request(prompt), request(prompt, dense=True))
+        assert text_of(sparse) == text_of(dense) == "abcdef" and len(model.engines) == 1
+        assert (summary_of(sparse).mlp_density, summary_of(dense).mlp_density) == (0.625, 1.0)
+        assert (summary_of(sparse).union_density, summary_of(dense).union_density) == (0.625, 1.0)
+        assert (summary_of(sparse).cached_tokens, summary_of(dense).cached_tokens) == (0, 16)
+        state = worker.state()
+        assert [engine.mode for engine in state.engines] == ["sparse", "recording"] and state.slots == 4 and state.sparse
+        (traced,) = run(worker, request(prompt, dense=True, trace=True))
+        trace = step_trace(model.engines[0].info, tokens_of(traced)[1].selections)
+        assert trace.neurons == (b"\xff" * BINS,) * LAYERS and len(model.engines) == 1
+
+
 def test_without_an_adapter_every_request_is_dense() -> None:
     model = StubModel("ab", sparse=False)
     with serving(model) as worker:

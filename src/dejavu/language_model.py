@@ -78,6 +78,11 @@ class LanguageModel(OfflineMethods):
         return self.options.threads
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether `adapter` changes weights, besides selecting."""
+        return self.adapter is not None and self.adapter.lora is not None
+
+    @property
     def num_threads(self) -> int:
         """Threads that decoding runs on."""
         if self.backend != "native":

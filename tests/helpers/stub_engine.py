@@ -294,7 +294,8 @@ class DrawingEngine(StubEngine):
 class StubModel:
     """What a worker needs of a LanguageModel. engines: those made so far, in order; options go to each (page_size, say).
 
-    adapter: None where there is no sparse engine. fail: how many of the next engines cannot be made. engine: the class of the engines.
+    adapter: None where there is no sparse engine. changes_weights: whether dense texts need another. fail: how many of the next engines
+    cannot be made. engine: the class of the engines.
     """
 
     def __init__(
@@ -305,11 +306,13 @@ class StubModel:
         max_positions: int = 256,
         tokenizer: Tokenizer | None = None,
         engine: type[StubEngine] = StubEngine,
+        changes_weights: bool = True,
         **options: Any,
     ) -> None:
         self.name, self.backend, self.dtype = "stub", "stub", "fp32"
         self.tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
         self.adapter: Any = object() if sparse else None
+        self.changes_weights = changes_weights
         self.config = ModelConfig(
             family="opt",
             vocab_size=VOCAB,

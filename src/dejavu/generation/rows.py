@@ -27,7 +27,7 @@ class Row:
     """A sequence that decodes. last: the token that its next step appends; -1 before the first is drawn.
 
     scored: log-probabilities of its tokens are wanted. top: None, or how many of the likeliest tokens are wanted beside each. bias: token
-    id -> what is added to its logit before sampling. trace: it is wanted what its steps select.
+    id -> what is added to its logit before sampling. trace: it is wanted what its steps select. sparse: False runs its steps dense.
     """
 
     slot: int
@@ -37,6 +37,7 @@ class Row:
     top: int | None = None
     bias: Mapping[int, float] = field(default_factory=dict)
     trace: bool = False
+    sparse: bool = True
 
     @property
     def plain(self) -> bool:
@@ -71,10 +72,12 @@ def draw(row: Row, logits_V: Tensor) -> Token:
 
 
 def advance(engine: Engine, rows: Sequence[Row], count: int = 1) -> list[DecodeStep]:
-    """The next steps of all rows: `count` where the engine draws and no row wants more than tokens, else one.
+    """The next steps of all rows, which are all sparse or all dense: `count` where the engine draws and no row wants more than tokens,
+    else one.
 
     Raises what the engine's step does; no row has changed then.
     """
+    assert len({row.sparse for row in rows}) == 1, f"{rows=}"
     info = engine.info
     if draws(engine) and all(row.plain for row in rows):
         return _drawn(engine, info, rows, count)
@@ -92,7 +95,7 @@ def _draw(row: Row, logits_V: Tensor) -> tuple[int, float | None, tuple[tuple[in
 
 def _stepped(engine: Engine, info: EngineInfo, rows: Sequence[Row]) -> DecodeStep:
     """A step of the engine, and a draw on the host for each row."""
-    step = engine.step([row.last for row in rows], [row.slot for row in rows])
+    step = engine.step([row.last for row in rows], [row.slot for row in rows], sparse=rows[0].sparse)
     logits_BV, counts_BL, selections = step.logits_BV.cpu(), step.counts.cpu(), step.selections
     tokens: list[Token | ValueError] = []
     for at, (row, (mlp, heads)) in enumerate(zip(rows, counts_BL.mean_densities(info), strict=True)):
@@ -112,7 +115,8 @@ def _stepped(engine: Engine, info: EngineInfo, rows: Sequence[Row]) -> DecodeSte
 def _drawn(engine: DecodesTokens, info: EngineInfo, rows: Sequence[Row], count: int) -> list[DecodeStep]:
     """So many tokens of each row, drawn by the engine; the device is waited for once."""
     sampling, choices = [row.sampler.config for row in rows], [row.sampler.index for row in rows]
-    found = engine.decode([row.last for row in rows], [row.slot for row in rows], count, sampling, choices).cpu()
+    last_B, slots_B = [row.last for row in rows], [row.slot for row in rows]
+    found = engine.decode(last_B, slots_B, count, sampling, choices, sparse=rows[0].sparse).cpu()
     token_NB, logprob_NB = found.token_NB.tolist(), found.logprob_NB.tolist()
     steps = []
     for n, (token_B, logprob_B) in enumerate(zip(token_NB, logprob_NB, strict=True)):

@@ -124,11 +124,13 @@ class EngineLoop:
         for part in scheduled.prefill:
             self._prefill(part)
         drawing = draws(self._engine)
-        drawn = [sequence for sequence in scheduled.decode if drawing and sequence.row.plain]
-        stepped = [sequence for sequence in scheduled.decode if not drawing or not sequence.row.plain]
-        if drawn:
-            self._decode(drawn, "draw", self._at_once(scheduled) if alone else 1)
-        self._decode(stepped, "step")
+        for sparse in (True, False):
+            rows = [sequence for sequence in scheduled.decode if sequence.row.sparse is sparse]
+            drawn = [sequence for sequence in rows if drawing and sequence.row.plain]
+            stepped = [sequence for sequence in rows if not drawing or not sequence.row.plain]
+            if drawn:
+                self._decode(drawn, "draw", self._at_once(scheduled) if alone else 1)
+            self._decode(stepped, "step")
         self._judge()
         return self._computed
 

@@ -50,7 +50,14 @@ class TextSequence(ScheduledSequence):
         assert self.slot is not None, "what runs has a slot"
         request = self.request
         sampler = Sampler(request.sampling, index=request.index)
-        return Row(slot=self.slot, sampler=sampler, top=request.top_logprobs, bias=request.logit_bias, trace=request.trace)
+        return Row(
+            slot=self.slot,
+            sampler=sampler,
+            top=request.top_logprobs,
+            bias=request.logit_bias,
+            trace=request.trace,
+            sparse=not request.dense,
+        )
 
     def score_prompt(self, start: int, logits_TV: Tensor) -> None:
         """Log-probabilities of the prompt's tokens behind those from `start` on. Raises ValueError where logits are not numbers."""

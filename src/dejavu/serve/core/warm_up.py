@@ -20,10 +20,11 @@ PROMPT = 16  # tokens of a row
 LONG = 528  # and of one row, once more: beyond 512 the cuda engine attends in more parts
 
 
-def warm_up(engine: Engine, tokenizer: Tokenizer, *, longest: int) -> None:
+def warm_up(engine: Engine, tokenizer: Tokenizer, *, longest: int, both: bool = False) -> None:
     """Decode a few tokens with 1, 2, 4 and so on rows, up to all slots, short and, where texts may be so long, long.
 
-    longest: tokens of a text that may come. The slots must be empty, and are afterwards.
+    longest: tokens of a text that may come. both: dense calls too, of an engine that has predictors. The slots must be empty, and are
+    afterwards.
     """
     if not isinstance(engine, CapturesSteps):
         return
@@ -44,14 +45,15 @@ def warm_up(engine: Engine, tokenizer: Tokenizer, *, longest: int) -> None:
                 engine.prefill(rows - 1, prompt)
             for size in sizes:
                 if size <= rows:
-                    _decode(engine, range(size), text_ids[:size])
+                    _decode(engine, range(size), text_ids[:size], both=both)
         finally:
             for slot in range(rows):
                 engine.free(slot)
 
 
-def _decode(engine: Engine, slots: Sequence[int], token_ids: Sequence[int]) -> None:
+def _decode(engine: Engine, slots: Sequence[int], token_ids: Sequence[int], *, both: bool) -> None:
     """A step, and one that the engine draws from, where it does: each is captured for itself."""
-    engine.step(token_ids, slots)
-    if draws(engine):
-        engine.decode(token_ids, slots, 1).cpu()
+    for sparse in (True, False) if both else (True,):
+        engine.step(token_ids, slots, sparse=sparse)
+        if draws(engine):
+            engine.decode(token_ids, slots, 1, sparse=sparse).cpu()

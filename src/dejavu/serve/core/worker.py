@@ -1,8 +1,9 @@
 """The worker: one thread that owns the engines and lets all that is asked of a model run in them.
 
-In: requests for sequences, from any thread. Out: a stream of events for each. There is an engine for dense ones and, where the model has an
-adapter, one for sparse ones; a third records what fires, for traces, and is made when one is first asked for. Each has a scheduler and a
-queue of its own; those that have work take turns: a step each, or a few tokens of one that is alone.
+In: requests for sequences, from any thread. Out: a stream of events for each. An engine runs them, sparse and dense; where the adapter
+changes weights, or has them lie in another order, dense ones have an engine of their own. Another one records what fires, for traces, and
+is made when one is first asked for. Each has a scheduler and a queue of its own; those that have work take turns: a step each, or a few
+tokens of one that is alone.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ class ServedModel(Protocol):
     @property
     def adapter(self) -> object | None: ...
 
+    @property
+    def changes_weights(self) -> bool: ...
+
     def engine(self, *, num_slots: int, cache_tokens: int, dense: bool = False, record: bool = False) -> Engine: ...
 
 
@@ -63,12 +67,14 @@ class Worker:
         self._longest = config.longest(lm.config.max_positions)
         tokens = config.cached(lm.config.max_positions)
         main = functools.partial(self._engine, num_slots=config.slots, cache_tokens=tokens)
-        dense = main(dense=True)
-        self._info, modes = dense.info, {"dense": (functools.partial(main, dense=True), dense)}
+        dense = functools.partial(main, dense=True)
+        modes = {"dense": (dense, dense())} if lm.adapter is None or lm.changes_weights else {}
         if lm.adapter is not None:
             sparse = main()
-            self._info = sparse.info
             modes = {"sparse": (main, sparse), **modes}
+            if "dense" not in modes and not self._runs_both(sparse):
+                modes["dense"] = dense, dense()
+        self._info = next(iter(modes.values()))[1].info
         self._loops = {mode: self._engine_loop(mode, make, config.slots, tokens, engine) for mode, (make, engine) in modes.items()}
         if lm.adapter is not None:
             slots = min(config.slots, RECORDING_SLOTS)
@@ -82,8 +88,13 @@ class Worker:
 
     def _engine(self, **settings: Any) -> Engine:
         engine = self._lm.engine(**settings)
-        warm_up(engine, self._lm.tokenizer, longest=self._longest)
+        both = engine.info.sparse and not settings.get("record") and self._runs_both(engine)
+        warm_up(engine, self._lm.tokenizer, longest=self._longest, both=both)
         return engine
+
+    def _runs_both(self, sparse: Engine) -> bool:
+        """Whether dense texts run on the sparse engine: where its weights are those of a dense one, and in the order of these."""
+        return not self._lm.changes_weights and sparse.info.input_points is None
 
     def _engine_loop(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> EngineLoop:
         config, page_size = self._config, self._info.page_size
@@ -179,7 +190,8 @@ class Worker:
         for token_id in (min(request.prompt_ids), max(request.prompt_ids), *request.logit_bias):
             require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
         dense = request.dense or self._lm.adapter is None
-        loop = self._loops["dense" if dense else RECORDING if request.trace else "sparse"]
+        mode = "dense" if dense and "dense" in self._loops else RECORDING if request.trace and not dense else "sparse"
+        loop = self._loops[mode]
         stream = Stream(lambda: loop.cancel(sequence))
         sequence = TextSequence(request, self._lm.tokenizer, stream, share=self._config.prefix_reuse)
         return loop, sequence
