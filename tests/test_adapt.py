@@ -16,6 +16,7 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
@@ -292,7 +293,7 @@ def test_merged_weights_are_the_sum(tiny: Tiny) -> None:
     block, merged = model.blocks[1], merged_block(model.blocks[1], lora, 2.0)
     for name in linear_shapes(model.config):
         A, B = lora.factors[name]
-        change = 2.0 * B @ A
+        change = 2.0 * wide(B) @ wide(A)
         change = change.T if name in ("o", "down") else change
         torch.testing.assert_close(getattr(merged, name).weight, getattr(block, name).weight + change)
         assert float(change.abs().max()) > 1e-3

@@ -20,7 +20,7 @@ from conftest import Tiny
 from dejavu.engine.backends import make_engine, pick_backend
 from dejavu.engine.interface import Engine
 from dejavu.engine.options import EngineOptions
-from dejavu.generation.engine_cache import KEPT, weights_state
+from dejavu.generation.engine_cache import KEPT
 from dejavu.kernels.native import missing_reason
 from dejavu.language_model import LanguageModel
 from dejavu.loading import load
@@ -28,6 +28,7 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.texts import SEPARATOR, document_ids, documents, named_texts, spread_windows
 from dejavu.model.tokenizer import Tokenizer
+from dejavu.model.versions import weights_version
 from dejavu.quality.evaluate import evaluate
 from dejavu.quality.resume import PartStore
 from helpers.adapters import changing_weights, make_adapter, mlp_of
@@ -374,7 +375,7 @@ def test_a_text_in_a_cycle_may_be_collected_at_any_time(lm: LanguageModel, monke
 
     def collecting(*arguments: Any) -> Any:
         gc.collect()
-        return weights_state(*arguments)
+        return weights_version(*arguments)
 
     def leave(**options: Any) -> None:
         running = lm.start(PROMPT, max_new_tokens=6, ignore_eos=True, **options)
@@ -384,7 +385,7 @@ def test_a_text_in_a_cycle_may_be_collected_at_any_time(lm: LanguageModel, monke
         cycle.append(cycle)
 
     def run() -> None:
-        monkeypatch.setattr("dejavu.generation.engine_cache.weights_state", collecting)
+        monkeypatch.setattr("dejavu.generation.engine_cache.weights_version", collecting)
         found.extend(ids(lm) for _ in range(2))
 
     expected, engines, found = ids(lm), [], []
@@ -466,7 +467,8 @@ def test_changed_weights_are_merged_anew(folder: Path, change: str) -> None:
         elif change == "adapter":
             lm.adapter = dataclasses.replace(adapter, lora=adapter.lora[::-1])
         elif change == "a factor in place":
-            adapter.lora[0].factors["up"][1].neg_()
+            factor = adapter.lora[0].factors["up"][1]
+            (factor if isinstance(factor, torch.Tensor) else factor.values).neg_()
         elif change == "a norm in place":
             adapter.lora[1].norms["norm1"].mul_(0.5)
     fresh = LanguageModel(lm.checkpoint, EngineOptions(backend=lm.backend), adapter=lm.adapter)

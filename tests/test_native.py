@@ -165,7 +165,7 @@ def test_a_cache_of_fewer_bits_is_within_twice_the_plain_error(tiny: Tiny, name:
     model, plain_model, ids = tiny(family, **overrides), tiny(family, **overrides), ids_of(5, 12)
     layers = random_layers(model, mlp=None, heads=0)
     truth, _ = decode(TorchEngine(tiny(family, **overrides).double(), layers), ids)
-    plain_model.round_cache(cache_dtype)
+    plain_model = plain_model.rounded("fp32", cache_dtype=cache_dtype)
     plain, _ = decode(TorchEngine(plain_model, layers), ids)
     logits, _ = decode(engine_of(model, layers, cache_dtype=cache_dtype, instruction_set=isa), ids)
     eps = torch.finfo(torch.float32).eps
@@ -266,7 +266,7 @@ def test_the_cache_of_a_sparse_run_has_no_holes(model: Transformer, cache_dtype:
     """Pools of NaN, sparse heads, then a dense token: as in the torch engine, whose every key and value is stored."""
     layers, ids = random_layers(model, mlp=1, heads=0), ids_of(7)
     engine = engine_of(model, layers, cache_dtype=cache_dtype)
-    model.round_cache(cache_dtype)
+    model = model.rounded("fp32", cache_dtype=cache_dtype)
     torch_engine = TorchEngine(model, layers)
     cache = engine._cache
     pools = (cache.k_LPGSK, cache.v_LPGSK)
@@ -410,7 +410,7 @@ def test_integer_products_do_not_overflow(tiny: Tiny, size: int, dtype: str, isa
         if dtype == "int4":
             matrix.weight[:, ::32] = -0.01 * 8 / 7
     block.o.weight.zero_()
-    rounded(model, dtype)
+    model = rounded(model, dtype)
     expected, logits = (
         engine.step([1], [0]).logits_BV for engine in (TorchEngine(model), engine_of(model, dtype=dtype, instruction_set=isa))
     )

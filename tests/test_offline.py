@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import Tiny
+from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import Adapter, quantized
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
@@ -359,7 +360,7 @@ def test_training_refuses_what_has_no_zeros(checkpoint: Checkpoint, tiny: Tiny) 
 def test_predictors_are_rounded_before_they_are_calibrated(checkpoint: Checkpoint) -> None:
     adapter, _ = train_adapter(checkpoint, [random_ids(2000)], TrainConfig(budget=0.05, rank=8, epochs=1), text_hash="x")
     predictor = next(mlp_of(layer) for layer in adapter.layers if layer.neurons.selects)
-    assert torch.equal(quantized(predictor).B_OR, predictor.B_OR)
+    assert torch.equal(wide(quantized(predictor).B_OR), wide(predictor.B_OR))
 
 
 def test_profile_tells_dead_always_on_and_contextual_apart(tiny: Tiny) -> None:

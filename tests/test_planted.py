@@ -26,6 +26,7 @@ from dejavu.bench.models.planted import (
 )
 from dejavu.bench.models.random import SHAPES, planted_layers, random_ids, shape_of
 from dejavu.config import ModelConfig
+from dejavu.kernels.quantized import wide as dense
 from dejavu.model.adapter import quantized
 from dejavu.model.families import parameter_shapes
 from dejavu.model.selectors import LayerAdapter
@@ -68,7 +69,7 @@ def other_ids(made: PlantedModel) -> list[int]:
 
 def tensors_of(made: PlantedModel) -> list[Tensor]:
     parts = [part for layer in made.layers for part in predictors_of(layer)]
-    return [*made.model.parameters(), *(tensor for part in parts for tensor in (part.A_RD, part.B_OR, part.bias_O))]
+    return [*made.model.parameters(), *(tensor for part in parts for tensor in (dense(part.A_RD), dense(part.B_OR), part.bias_O))]
 
 
 class Seen(Selection):
@@ -161,7 +162,7 @@ def test_a_predictor_of_higher_rank_finds_more(kind: str) -> None:
     made, wide = made_of(kind), make(kind, rank=32)
     cut = []
     for layer in wide.layers:
-        part = dataclasses.replace(mlp_of(layer), A_RD=mlp_of(layer).A_RD[:8], B_OR=mlp_of(layer).B_OR[:, :8])
+        part = dataclasses.replace(mlp_of(layer), A_RD=dense(mlp_of(layer).A_RD)[:8], B_OR=dense(mlp_of(layer).B_OR)[:, :8])
         cut.append(predicted(mlp=quantized(part)))
     recalls = []
     for layers in (wide.layers, cut):
@@ -215,7 +216,7 @@ def test_a_slice_is_the_first_layers_of_the_whole(kind: str) -> None:
     whole = dict(made.model.named_parameters())
     assert all(torch.equal(value, whole[key]) for key, value in part.model.named_parameters())
     mlps = [(mlp_of(a), mlp_of(b)) for a, b in zip(part.layers, made.layers[:2], strict=True)]
-    assert all(a and b and torch.equal(a.B_OR, b.B_OR) for a, b in mlps)
+    assert all(a and b and torch.equal(dense(a.B_OR), dense(b.B_OR)) for a, b in mlps)
 
 
 @kinds

@@ -107,7 +107,7 @@ def attach(
     offered_dtypes = CAPABILITIES[picked].dtypes if CAPABILITIES[picked].packs else (own,)
     require(dtype is None or dtype in offered_dtypes, f"dtype {dtype!r} is not one of backend {picked!r} here: {', '.join(offered_dtypes)}")
     if dtype not in (None, own):
-        model.round_matrices(str(dtype))
+        model = model.rounded(str(dtype))
     digest = None if adapter is None else adapter.digest
     note = rounding_note(base_hash, dtype or own, stored_dtype=own, adapter=digest)
     if note is not None:
@@ -152,8 +152,8 @@ def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = N
         give_back()
     else:
         room = rows * -(-tokens // PAGE_SIZE) * PAGE_SIZE
-        layers = None if held.adapter is None else held.engines.layers(held.model, held.adapter, dtype=held.options.dtype)
-        engine = make_engine(held.model, layers, replace(held.options, num_slots=rows, cache_tokens=room))
+        model, layers = held.engines.attached(held.model, held.adapter, dtype=held.options.dtype)
+        engine = make_engine(model, layers, replace(held.options, num_slots=rows, cache_tokens=room))
         new = decode(engine, call, streamer)
     if streamer is not None:
         streamer.end()

@@ -46,7 +46,7 @@ class LanguageModel(OfflineMethods):
         self.model, self.tokenizer, self.config = checkpoint.model, checkpoint.tokenizer, checkpoint.config
         self.name, self.base_hash, self.notes = checkpoint.name, checkpoint.base_hash, checkpoint.notes
         capabilities = CAPABILITIES[options.backend]
-        dtype = DTYPE_NAMES[checkpoint.model.embed.weight.dtype] if options.dtype == "auto" else options.dtype
+        dtype = DTYPE_NAMES[checkpoint.model.dtype] if options.dtype == "auto" else options.dtype
         cache_dtype = capabilities.cache_dtype(options.cache_dtype, dtype=dtype)
         capabilities.check_screened_head(options.screened_head, vocab_size=self.config.vocab_size)
         self.options = replace(options, dtype=dtype, cache_dtype=cache_dtype)
@@ -92,7 +92,7 @@ class LanguageModel(OfflineMethods):
     @property
     def num_parameters(self) -> int:
         """How many numbers the weights are."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return self.model.num_parameters
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -111,7 +111,7 @@ class LanguageModel(OfflineMethods):
         Raises ValueError for an adapter of another model.
         """
         chosen = self._chosen(adapter, dense=dense)
-        return None if chosen is None else self._engines.layers(self.model, chosen, dtype=self.dtype)
+        return self._engines.attached(self.model, chosen, dtype=self.dtype)[1]
 
     def _chosen(self, adapter: Adapter | None, *, dense: bool) -> Adapter | None:
         chosen = None if dense else adapter or self.adapter
@@ -238,7 +238,8 @@ class LanguageModel(OfflineMethods):
         """
         with torch.inference_mode(False), torch.no_grad():
             options = replace(self.options, num_slots=num_slots, cache_tokens=cache_tokens, record=record)
-            return make_engine(self.model, self.layers(adapter=adapter, dense=dense), options)
+            model, layers = self._engines.attached(self.model, self._chosen(adapter, dense=dense), dtype=self.dtype)
+            return make_engine(model, layers, options)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], *, adapter: Adapter | None = None, dense: bool = False) -> Tensor:
@@ -252,5 +253,5 @@ class LanguageModel(OfflineMethods):
         for token_id in (min(token_ids), max(token_ids)):
             require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
         layers = self.layers(adapter=adapter, dense=dense)
-        ids_BT = torch.tensor([list(token_ids)], device=self.model.embed.weight.device)
+        ids_BT = torch.tensor([list(token_ids)], device=self.model.device)
         return self.model(ids_BT, DENSE if layers is None else MaskedSelection(layers))[0]

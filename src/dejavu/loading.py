@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -85,25 +86,26 @@ def load(
     a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
     hub = None if a_path else hub_name(name)
     called = None if a_path else name if hub is None else hub.model
-    checkpoint = load_checkpoint(path, dtype=torch_dtype, device=device, name=called)
+    checkpoint = load_checkpoint(path, dtype=None if CAPABILITIES[backend].packs else torch_dtype, device=device, name=called)
     if adapter == "bundled":
         adapter = named or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
         adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
     if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in CAPABILITIES[backend].dtypes:
         dtype = "int8"  # the weights are int8 rows already: nothing is rounded
-    elif backend == "native" and dtype not in ("auto", "fp32"):
-        checkpoint.model.round_matrices(dtype)
+    capabilities = CAPABILITIES[backend]
     options = EngineOptions(
         backend=backend,
-        dtype=dtype if CAPABILITIES[backend].packs else "auto",
+        dtype=dtype if capabilities.packs else "auto",
         cache_dtype=cache_dtype,
         screened_head=screened_head,
         threads=threads,
     )
+    if capabilities.packs:  # what is evaluated has the values that the engine computes with
+        packed = "fp32" if dtype == "auto" else dtype
+        cached = capabilities.cache_dtype(cache_dtype, dtype=packed)
+        checkpoint = dataclasses.replace(checkpoint, model=checkpoint.model.rounded(packed, cache_dtype=cached))
     lm = LanguageModel(checkpoint, options, adapter=adapter)
-    if backend == "native":
-        lm.model.round_cache(lm.cache_dtype)
     if lm.adapter is not None:
         lm.notes = (*lm.notes, *lm.adapter.notes)
     digest = None if adapter is None else adapter.digest

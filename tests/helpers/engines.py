@@ -72,4 +72,4 @@ def masked_forward(model: Transformer, layers: tuple[LayerAdapter, ...], ids: Se
 def reselect(engine: TorchEngine, layers: Sequence[LayerAdapter]) -> None:
     """From now on the engine selects so, over the cache that it has."""
     other = TorchEngine(engine.model, layers)
-    engine.layers, engine._mlps, engine._norms = other.layers, other._mlps, other._norms
+    engine.layers, engine._norms = other.layers, other._norms

@@ -40,6 +40,5 @@ def engine_of(model: Transformer, layers: Sequence[LayerAdapter] | None = None, 
 
 
 def rounded(model: Transformer, dtype: str = "int8") -> Transformer:
-    """The model, every matrix but the position table rounded in place: what an engine of that dtype computes with."""
-    model.round_matrices(dtype)
-    return model
+    """The model, every matrix but the position table rounded: what an engine of that dtype computes with."""
+    return model.rounded(dtype).widened()

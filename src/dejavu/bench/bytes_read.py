@@ -32,7 +32,7 @@ import torch
 from dejavu.config import ModelConfig
 from dejavu.engine.interface import EngineInfo
 from dejavu.generation.generation import GeneratedText
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.quantized import QuantizedMatrix
 from dejavu.kernels.screen import screen_rank
 from dejavu.model.counts import Counts
 from dejavu.model.selectors import InputPoints, LayerAdapter, Scoring
@@ -154,10 +154,10 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> float:
 
 
 def scoring_bytes(scoring: Scoring, *, may_be_int8: bool) -> float:
-    """Matrices int8 with scales where that is what their values are and else fp32, and values fp32."""
+    """Matrices int8 with scales where they are quantised and else fp32, and values fp32."""
     total = scoring.values * STORED["fp32"].value
     for matrix in scoring.matrices:
-        stored = "int8" if may_be_int8 and torch.equal(dequantize_rows(*quantize_rows(matrix)), matrix.float()) else "fp32"
+        stored = "int8" if may_be_int8 and isinstance(matrix, QuantizedMatrix) else "fp32"
         total += matrix.shape[0] * STORED[stored].row(matrix.shape[1])
     return total
 

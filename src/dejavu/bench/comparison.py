@@ -68,7 +68,7 @@ def own_quality(
     factory: SelectionFactory = dense_selection if masked is None else masked
     found = passage.result(scored_windows(model, passage.windows, factory))
     densities = (1.0, 1.0) if masked is None else (masked.counter.mlp_density() or 0.0, masked.counter.head_density() or 0.0)
-    cuda = model.embed.weight.device.type == "cuda"
+    cuda = model.device.type == "cuda"
     return QualityRow(
         model=name, mode="dense" if layers is None else "sparse", backend=backend, dtype=dtype, cache_dtype=cache_dtype,
         adapter=None if layers is None else adapter, rule=RULE, texts=passage.names, texts_hash=passage.texts_hash, tokens=found.tokens,

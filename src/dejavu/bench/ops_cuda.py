@@ -33,7 +33,7 @@ from dejavu.model.transformer import Transformer
 
 def cuda_ops(model: Transformer, *, batch: int, seed: int) -> tuple[OpsAt, OpRun]:
     """See OpsAt. Raises ValueError where the model is not on a GPU."""
-    device = model.embed.weight.device
+    device = model.device
     require(batch <= MAX_ROWS, f"--ops times kernels of at most {MAX_ROWS} rows, not {batch}")
     require(device.type == "cuda", f"--ops times kernels of the cuda backend, and the model is on {device}")
     weights = [layer_weights(block) for block in model.blocks]

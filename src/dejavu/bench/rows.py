@@ -221,7 +221,7 @@ def about(checkpoint: Checkpoint, *, backend: str, dtype: str, threads: int, cud
         "model": {
             "name": checkpoint.name,
             "base_hash": checkpoint.base_hash,
-            "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+            "parameters": checkpoint.model.num_parameters,
             "layers": config.num_layers,
             "hidden_size": config.hidden_size,
             "neurons": config.intermediate_size,

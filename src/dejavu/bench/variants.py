@@ -141,7 +141,7 @@ def _count(model: Transformer) -> tuple[int, int]:
 def _forward(model: Transformer, layers: Layers | None, ids: Sequence[int]) -> Tensor:
     """Logits [T, V] of the steps of a check, by one (masked) forward pass."""
     count, prompt = _count(model)
-    ids_BT = torch.tensor([list(ids[:count])], device=model.embed.weight.device)
+    ids_BT = torch.tensor([list(ids[:count])], device=model.device)
     sparse_BT = torch.arange(count, device=ids_BT.device)[None] >= prompt
     return model(ids_BT, DENSE if layers is None else MaskedSelection(layers, sparse_BT))[0, prompt:].cpu()
 
@@ -149,7 +149,7 @@ def _forward(model: Transformer, layers: Layers | None, ids: Sequence[int]) -> T
 @torch.inference_mode()
 def _dense(model: Transformer, ids: Sequence[int]) -> Tensor:
     """Logits [T, V] of all tokens."""
-    return model(torch.tensor([list(ids)], device=model.embed.weight.device))[0].cpu()
+    return model(torch.tensor([list(ids)], device=model.device))[0].cpu()
 
 
 def _error(found_TV: Tensor, wanted_TV: Tensor) -> float:

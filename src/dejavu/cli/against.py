@@ -77,7 +77,7 @@ def _on_an_export(names: Sequence[str], subject: Subject, gguf: Path | None, tem
         notes += [f"{name} loads an exported model, and a synthetic one has no tokenizer to export: not timed" for name in exported]
         names = [name for name in names if name not in exported]
     elif exported:
-        wide = lm.model.embed.weight.dtype == torch.float32
+        wide = lm.model.dtype == torch.float32
         require(wide, f"--against {', '.join(exported)} exports the model, which must be loaded as fp32 or int8; leave --dtype out")
         folder = temporary / export_name(subject.name)
         export(lm.model, lm.tokenizer, folder)

@@ -134,7 +134,7 @@ def made_up(
         require(num_layers is None, f"--layers takes a slice of a model planted on the GPU; backend {picked!r} has none, leave it out")
         chosen = [] if dense else selections or ["uniform"]
         subject = _random(name, settled, rank=rank, densities=wanted, heads=heads, selections=chosen, seed=seed)
-    size = sum(parameter.numel() for parameter in subject.model.parameters())
+    size = subject.model.num_parameters
     head = f" · screened head {options.screened_head:,}" if options.screened_head else ""
     about = f"(synthetic) · {size / 1e6:,.1f} M parameters · backend {picked} · {dtype} · cache {cached}{head}"
     out.show(f"[bold]{escape(subject.name)}[/bold] {about}")
@@ -156,7 +156,7 @@ def _random(
 
     made = synthetic_model(name, backend=options.backend, dtype=options.dtype, seed=seed)
     if options.backend == "native":
-        made.model.round_cache(options.cache_dtype)
+        made = replace(made, model=made.model.rounded("fp32", cache_dtype=options.cache_dtype))
 
     def layers_for(selection: str | None, density: float | None) -> Layers | None:
         if selection is None or density is None:

@@ -73,13 +73,12 @@ def pick_backend(name: str = "auto", *, dtype: str = "fp32") -> str:
 def backend_for(model: Transformer, options: EngineOptions) -> str:
     """The backend for a model where it is, in the dtype that it is loaded in. auto takes torch for an architecture that the first choice
     does not compute. Raises ValueError as `pick_backend` does."""
-    weight = model.embed.weight
-    stored = DTYPE_NAMES[weight.dtype]
+    stored = DTYPE_NAMES[model.dtype]
     dtype = stored if options.dtype == "auto" else options.dtype
     picked = pick_backend(options.backend, dtype=dtype)
     if options.backend != "auto":
         return picked
-    if weight.device.type == "cuda":  # the model is where it is
+    if model.device.type == "cuda":  # the model is where it is
         picked = pick_backend("cuda") if _no_cuda() is None else "torch"
     else:  # what native packs is fp32 on the CPU
         picked = "native" if stored == "fp32" and missing_reason() is None and dtype in NATIVE.dtypes else "torch"

@@ -44,8 +44,8 @@ class PagedEngine:
         head_dim: int | None = None,
         spare: int = 0,
     ) -> None:
-        config, weight = model.config, model.embed.weight
-        stored = DTYPE_NAMES[weight.dtype]
+        config = model.config
+        stored = DTYPE_NAMES[model.dtype]
         self.config = config
         self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
         check_layers(self.layers, config)
@@ -59,7 +59,7 @@ class PagedEngine:
             backend=self.capabilities.backend,
             dtype=dtype,
             cache_dtype=self.capabilities.cache_dtype(options.cache_dtype, dtype=dtype),
-            device=str(weight.device),
+            device=str(model.device),
             threads=torch.get_num_threads() if threads is None else threads,
         )
         self._cache = PagedCache(
@@ -70,7 +70,7 @@ class PagedEngine:
             num_pages=self._info.num_pages + spare,
             page_size=self._info.page_size,
             dtype=TORCH_DTYPES[self._info.cache_dtype],
-            device=weight.device,
+            device=model.device,
         )
 
     @property

@@ -35,7 +35,7 @@ def _logits(model: Transformer, x_TD: Tensor) -> Tensor:
 
 
 def _chunks(model: Transformer, cache: PagedCache, slot: int, token_ids: Sequence[int]) -> Iterator[Tensor]:
-    ids_T = torch.tensor(token_ids, dtype=torch.int64, device=model.embed.weight.device)
+    ids_T = torch.tensor(token_ids, dtype=torch.int64, device=model.device)
     return (_chunk(model, cache, slot, chunk_T) for chunk_T in ids_T.split(PREFILL_CHUNK))
 
 

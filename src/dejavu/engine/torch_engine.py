@@ -28,6 +28,7 @@ from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
 from dejavu.engine.prefill import prefill, prefill_logits
 from dejavu.kernels.attention import attend_pages, output_heads, query_heads
+from dejavu.kernels.quantized import wide
 from dejavu.kernels.sparse_linear import linear_columns, linear_rows
 from dejavu.kernels.sparse_mlp import MlpWeights, activated, activated_gate, dense_mlp, gate_mlp, sparse_mlp
 from dejavu.model.counts import Counts
@@ -39,7 +40,8 @@ TORCH = Capabilities(backend="torch", dtypes=("fp32", "fp16", "bf16", "fp64"), p
 
 
 class TorchEngine(PagedEngine):
-    """See `dejavu.engine.interface.Engine`. Reads the weights of `model` in place: no copy is made.
+    """See `dejavu.engine.interface.Engine`. Reads the weights of `model` in place: no copy is made. Of quantised
+    ones those of a layer are dequantised when it runs, at every token: slow; `model.widened()` is not.
 
     layers: the predictors of each layer, or None for a dense engine.
     """
@@ -50,13 +52,8 @@ class TorchEngine(PagedEngine):
         super().__init__(model, layers, options)
         self.model = model
         self._blocks = model.blocks
-        weights = [_mlp_weights(block) for block in self._blocks]
-        self._mlps = {
-            sparse: [_lowered_mlp(layer, own) for layer, own in zip(self._layers_for(sparse), weights, strict=True)]
-            for sparse in (True, False)
-        }
         self._norms = tuple(layer.inputs.norms(block) for layer, block in zip(self.layers, self._blocks, strict=True))
-        self._all_groups = torch.arange(self.config.num_kv_heads, device=model.embed.weight.device)
+        self._all_groups = torch.arange(self.config.num_kv_heads, device=model.device)
 
     @torch.inference_mode()
     def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
@@ -96,13 +93,13 @@ class TorchEngine(PagedEngine):
         page_N = self._cache.pages(slot, position + 1)
         previous_mlp: Tensor | None = None
         selections = []
-        for index, (block, layer, mlp) in enumerate(zip(self._blocks, self._layers_for(sparse), self._mlps[sparse], strict=True)):
+        for index, (block, layer) in enumerate(zip(self._blocks, self._layers_for(sparse), strict=True)):
             attention_D = block.attention_input(x_D)
             groups_A = _indices(layer.heads.mask(LayerInputs(attention_D, None, previous_mlp)))
             kept = _KeptInputs(layer.inputs, self._norms[index])
             y_D = self._attention(index, attention_D, position_T, slot, page_N, groups_A, kept)
             x_D, mlp_D = block.after_attention(x_D, y_D)
-            y_D, neurons_A = mlp(LayerInputs(attention_D, mlp_D, previous_mlp), kept)
+            y_D, neurons_A = _lowered_mlp(layer, _mlp_weights(block))(LayerInputs(attention_D, mlp_D, previous_mlp), kept)
             x_D, previous_mlp = block.after_mlp(x_D, y_D), mlp_D
             selections.append(LayerSelection(neurons_A=neurons_A, heads_A=self._heads_of(groups_A), inputs_P=kept.found))
         return self.model.logits(self._normed(x_D)), tuple(selections)
@@ -114,10 +111,10 @@ class TorchEngine(PagedEngine):
         block, config, position = self._blocks[index], self.config, self._cache.lengths[slot]
         inputs_A = kept.at("attention", x_D)
         if inputs_A is None:
-            q_N = query_heads(x_D, block.q.weight, block.q.bias, groups_A, config.num_kv_heads)
+            q_N = query_heads(x_D, wide(block.q.matrix), block.q.bias, groups_A, config.num_kv_heads)
             k_N, v_N = block.k(x_D), block.v(x_D)
         else:
-            q_N, k_N, v_N = (linear_columns(x_D, of.weight, of.bias, inputs_A) for of in (block.q, block.k, block.v))
+            q_N, k_N, v_N = (linear_columns(x_D, wide(of.matrix), of.bias, inputs_A) for of in (block.q, block.k, block.v))
         q_HK, k_GK, v_GK = (heads.view(-1, config.head_dim) for heads in (q_N, k_N, v_N))
         q_HK, k_GK = (heads[0] for heads in block.placed_heads(q_HK[None], k_GK[None], position_T, self.model.frequencies(index)))
         self._cache.write(index, self._cache.places(slot, position, 1), block.as_cached(k_GK)[None], block.as_cached(v_GK)[None])
@@ -132,8 +129,8 @@ class TorchEngine(PagedEngine):
         )
         inputs_A = kept.at("output", mixed_ARK.flatten())
         if inputs_A is not None:
-            return linear_rows(mixed_ARK.flatten(), block.o.weight, block.o.bias, inputs_A)
-        return output_heads(mixed_ARK, block.o.weight, block.o.bias, groups_A, config.num_kv_heads)
+            return linear_rows(mixed_ARK.flatten(), wide(block.o.matrix), block.o.bias, inputs_A)
+        return output_heads(mixed_ARK, wide(block.o.matrix), block.o.bias, groups_A, config.num_kv_heads)
 
     def _heads_of(self, groups_A: Tensor | None) -> Tensor | None:
         """Query heads of the groups."""
@@ -208,9 +205,9 @@ def _mlp_of_inputs(x_D: Tensor, weights: MlpWeights, kept: _KeptInputs) -> Tenso
 
 def _mlp_weights(block: Block) -> MlpWeights:
     return MlpWeights(
-        up_FD=block.up.weight,
-        down_FD=block.down.weight,
-        gate_FD=getattr(block.gate, "weight", None),
+        up_FD=wide(block.up.matrix),
+        down_FD=wide(block.down.matrix),
+        gate_FD=None if block.gate is None else wide(block.gate.matrix),
         up_bias_F=block.up.bias,
         gate_bias_F=getattr(block.gate, "bias", None),
         down_bias_D=block.down.bias,

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import Engine
 from dejavu.engine.options import EngineOptions
 from dejavu.model.adapter import Adapter
+from dejavu.model.lora import adapted_model
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
+from dejavu.model.versions import weights_version
 
 KEPT = 2  # dense and sparse
 SMALLEST = 128  # tokens of the smallest key/value cache
@@ -37,18 +38,19 @@ class _Idle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layers:
-    """What `attached` gave for an adapter. state: of the weights that it was made of."""
+    """What `attached` gave for an adapter, and the model that runs with it. state: of the weights that it was made of."""
 
     adapter: Adapter
     dtype: str | None
     state: Hashable
     layers: tuple[LayerAdapter, ...]
+    model: Transformer
 
 
 class IdleEngines:
     """At most KEPT engines, the last ones used. One whose weights were replaced or changed in place is not used again.
 
-    What changes a weight behind PyTorch's back (`parameter.data`) is not seen. A copy has no engines.
+    See model/versions.py. A copy has no engines.
     """
 
     def __init__(self) -> None:
@@ -75,15 +77,15 @@ class IdleEngines:
             found = None  # its memory goes before another takes some
             room = min(max(SMALLEST, 1 << (tokens - 1).bit_length()), model.config.max_positions)
             with torch.inference_mode(False), torch.no_grad():  # also for a caller outside of the mode that this one may be in
-                layers = None if adapter is None else self.layers(model, adapter, dtype=options.dtype)
-                engine = make_engine(model, layers, replace(options, cache_tokens=room))
-            state = weights_state(model, adapter)  # an engine may lay the weights out anew
+                attached, layers = self.attached(model, adapter, dtype=options.dtype)
+                engine = make_engine(attached, layers, replace(options, cache_tokens=room))
+            state = weights_version(model, adapter)
 
         # What is collected together with the text that it wrote has let its memory go before that text ends.
         whole = weakref.finalize(engine, lambda: None)
 
         def give_back() -> None:
-            if whole.detach() is None or state is None or state != weights_state(model, adapter):
+            if whole.detach() is None or state is None or state != weights_version(model, adapter):
                 return
             with self._lock:
                 self._idle[key] = _Idle(engine=engine, adapter=adapter, state=state)
@@ -94,18 +96,24 @@ class IdleEngines:
 
     def _drop_stale(self, model: Transformer) -> None:
         for key, idle in self._idle.copy().items():
-            if idle.state != weights_state(model, idle.adapter):
+            if idle.state != weights_version(model, idle.adapter):
                 self._idle.pop(key, None)
 
-    def layers(self, model: Transformer, adapter: Adapter, *, dtype: str | None) -> tuple[LayerAdapter, ...]:
-        """`adapter.attached(model, dtype=dtype)`, made anew only for another adapter, or where weights have changed."""
-        held, state = self._layers, weights_state(model, adapter)
+    def attached(
+        self, model: Transformer, adapter: Adapter | None, *, dtype: str | None
+    ) -> tuple[Transformer, tuple[LayerAdapter, ...] | None]:
+        """The model that runs with an adapter, and `adapter.attached(model, dtype=dtype)`, made anew only for another adapter, or where
+        weights have changed. Without an adapter the model alone."""
+        if adapter is None:
+            return model, None
+        held, state = self._layers, weights_version(model, adapter)
         if held is None or state is None or held.adapter is not adapter or (held.dtype, held.state) != (dtype, state):
             self._layers = held = None  # its memory goes before another takes some
             with torch.inference_mode(False):
-                held = _Layers(adapter=adapter, dtype=dtype, state=state, layers=adapter.attached(model, dtype=dtype))
+                layers = adapter.attached(model, dtype=dtype)
+                held = _Layers(adapter=adapter, dtype=dtype, state=state, layers=layers, model=adapted_model(model, layers))
             self._layers = held
-        return held.layers
+        return held.model, held.layers
 
     def __reduce__(self) -> tuple[type[IdleEngines], tuple[()]]:
         return IdleEngines, ()
@@ -115,20 +123,3 @@ class IdleEngines:
         with self._lock:
             self._idle.clear()
         self._layers = None
-
-
-def weights_state(model: Transformer, adapter: Adapter | None) -> Hashable:
-    """Where the weights lie and how often each was changed in place; None where a tensor does not count its changes."""
-    tensors = [*model.parameters(), *_tensors(adapter)]
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-
-
-def _tensors(adapter: Adapter | None) -> Iterator[Tensor]:
-    for lora in () if adapter is None or adapter.lora is None else adapter.lora:
-        yield from (factor for factors in lora.factors.values() for factor in factors)
-        yield from lora.norms.values()
-    for layer in () if adapter is None else adapter.layers:
-        for selector in layer.selectors:
-            yield from selector.tensors

@@ -3,7 +3,7 @@
 On disk: `config.json` (AdapterConfig), `adapter.safetensors`, `README.md`, a card rendered from the config, and perhaps
 `generation_config.json`, how text is to be drawn. The tensors of predictors are told in selectors/predicted.py, those of changed weights
 in lora.py. Names are exact. Selection without predictors has thresholds in `config.json` and no tensors.
-In memory the predictors are the dequantised fp32 values, so that what calibration measured is what every engine runs.
+In memory their matrices stay int8, so that what calibration measured is what every engine runs.
 
 Letters: D model
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, SamplingConfig, require
 from dejavu.files import new_folder, read_json, read_safetensors, write_json
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, wide
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig
 from dejavu.model.card import card
 from dejavu.model.fingerprint import tensor_digest
@@ -34,9 +35,9 @@ from dejavu.model.transformer import Transformer
 CONFIG_FILE, TENSOR_FILE, CARD_FILE = "config.json", "adapter.safetensors", "README.md"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
-    """layers[i] holds the predictors of layer i (fp32, on the CPU after load); config says where they come from.
+    """layers[i] holds the predictors of layer i (on the CPU after load); config says where they come from.
 
     lora[i]: how the weights of layer i change, where they do. sampling: how text is drawn with it where nothing is asked; None: as
     without it. notes: lines for the user on what its files hold. What runs a model takes `attached(model)`.
@@ -67,11 +68,27 @@ class Adapter:
         found = hashlib.sha256(json.dumps([self.config.method, entries, changes], sort_keys=True).encode())
         for layer in self.layers:
             for selector in layer.selectors:
-                found.update(b"".join(tensor_digest(values.float()) for values in selector.tensors))
+                found.update(b"".join(tensor_digest(wide(values).float()) for values in selector.tensors))
         for index, lora in enumerate(self.lora or ()):
             tensors = lora_tensors(index, lora)
             found.update(b"".join(name.encode() + tensor_digest(tensors[name].float()) for name in sorted(tensors)))
         return found.hexdigest()[:16]
+
+    @property
+    def handed_over(self) -> bool:
+        return False
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What predictors and changes of weights lie in."""
+        matrices: list[Matrix] = []
+        for lora in self.lora or ():
+            matrices += [factor for factors in lora.factors.values() for factor in factors]
+            yield from lora.norms.values()
+        for layer in self.layers:
+            for selector in layer.selectors:
+                matrices += selector.tensors
+        for matrix in matrices:
+            yield from (matrix,) if isinstance(matrix, Tensor) else matrix.tensors
 
     def __repr__(self) -> str:
         config, merged = self.config, "" if self.lora is None else ", changes weights"
@@ -91,9 +108,10 @@ class Adapter:
 
         dtype: of the engine, see merged_block; None takes the model's.
         """
-        layers = tuple(layer.to(model.embed.weight.device) for layer in self.layers)
+        layers = tuple(layer.to(model.device) for layer in self.layers)
         if self.lora is None or self.config.lora is None:
             return layers
+        model.require_weights()
         settings = {"scale": self.config.lora.scale, "activation": self.config.lora.activation, "dtype": dtype}
         blocks = (merged_block(block, lora, **settings) for block, lora in zip(model.blocks, self.lora, strict=True))
         return tuple(dataclasses.replace(layer, block=block) for layer, block in zip(layers, blocks, strict=True))
@@ -138,16 +156,19 @@ class Adapter:
 
 
 def quantized(predictor: Predictor, mean_D: Tensor | None = None) -> Predictor:
-    """The predictor rounded to what an adapter stores (A and B int8 per row, bias fp32), in fp32 on its device.
+    """The predictor as an adapter stores it, on its device: A and B int8 per row, bias fp32.
 
     mean_D: the mean of its inputs. What rounding does to the score there goes into the bias: where a norm's bias is large, inputs are
     nearly constant, and the rounding of A times a constant would drown what varies.
     """
-    A_RD, B_OR = (dequantize_rows(*quantize_rows(matrix)) for matrix in (predictor.A_RD, predictor.B_OR))
-    bias_O = predictor.bias_O.float()
-    if mean_D is not None:
-        bias_O = bias_O + predictor.B_OR.float() @ (predictor.A_RD.float() @ mean_D) - B_OR @ (A_RD @ mean_D)
-    return dataclasses.replace(predictor, A_RD=A_RD, B_OR=B_OR, bias_O=bias_O)
+    A_RD, B_OR = wide(predictor.A_RD).float(), wide(predictor.B_OR).float()
+    stored = dataclasses.replace(
+        predictor, A_RD=QuantizedMatrix.of(A_RD, "int8"), B_OR=QuantizedMatrix.of(B_OR, "int8"), bias_O=predictor.bias_O.float()
+    )
+    if mean_D is None:
+        return stored
+    rounded_D = wide(stored.B_OR) @ (wide(stored.A_RD) @ mean_D)
+    return dataclasses.replace(stored, bias_O=stored.bias_O + B_OR @ (A_RD @ mean_D) - rounded_D)
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:

@@ -70,7 +70,7 @@ def export(
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
     hf_dtype, stored_as = EXPORT_DTYPES[dtype]
     family = FAMILIES[model.config.family]
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "export an fp32 model"
+    assert model.dtype == torch.float32, "export an fp32 model"
     plain = family.stored({name: parameter.detach().cpu() for name, parameter in model.named_weights()}, model.config)
     tensors = {family.full_name(name): values.to(stored_as).contiguous() for name, values in plain.items()}
     with new_folder(folder) as partial:

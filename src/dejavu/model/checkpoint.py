@@ -1,7 +1,8 @@
 """Opening a model: a Hugging Face folder, a bundled folder or a GGUF file becomes a Transformer with its tokenizer.
 
 In: what the user calls the model. Out: a Checkpoint. Each parameter is assigned exactly once, from one tensor, which is
-read, dequantised to fp32, checked for NaN, hashed (fingerprint.py), laid out our way and cast; nothing is left at random.
+read, checked for NaN and hashed by its fp32 values (fingerprint.py), laid out our way, and cast or kept in its grid; nothing is left at
+random.
 What is odd but harmless is a line in `Checkpoint.notes`, for the command line to show; everything else is a ValueError.
 """
 
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, SamplingConfig, require
 from dejavu.files import read_json, read_safetensors, safe_member
 from dejavu.kernels.dtypes import DTYPE_NAMES
-from dejavu.kernels.quantize import dequantize_rows
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, stacked, wide
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
 from dejavu.model.download import CheckConfig, Download
 from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
@@ -31,6 +32,7 @@ from dejavu.model.generation_config import read_generation_config
 from dejavu.model.gguf import GGUFFile
 from dejavu.model.hub import from_hub, in_cache, packaged_file
 from dejavu.model.hub_name import hub_name
+from dejavu.model.layers import Held
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
 
@@ -66,10 +68,10 @@ class Checkpoint:
 
 
 class Stored(NamedTuple):
-    """One tensor on disk: its name there, its values dequantised to fp32, and its type there."""
+    """One tensor on disk: its name there, its values, fp32 or in a grid of their own, and its type there."""
 
     name: str
-    values: Tensor
+    values: Matrix
     dtype: str
 
 
@@ -100,9 +102,12 @@ def resolve_model(name: str, *, revision: str | None = None, download: Download 
     raise ValueError(f"unknown model {name!r}: no bundled model ({bundled}) and no folder of that name; a model can also be {FORMS}")
 
 
-def load_checkpoint(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", name: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: str | Path, *, dtype: torch.dtype | None, device: str | torch.device = "cpu", name: str | None = None
+) -> Checkpoint:
     """Load a folder or a GGUF file. The model is in eval mode, its weights in `dtype` on `device`, without gradients.
 
+    dtype None: matrices that are stored in a grid (an int8 bundle's, a GGUF file's) stay in it, and the rest is fp32.
     fp16 on the CPU is computed in fp32, with a note. Raises ValueError (naming file, tensor and numbers) for anything
     missing, truncated, unsupported, misshapen or not finite.
     """
@@ -184,7 +189,7 @@ class Assembler:
         config: ModelConfig,
         targets: Mapping[str, Target],
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         device: str | torch.device,
         where: Path,
         foreign: bool = True,
@@ -193,8 +198,8 @@ class Assembler:
         self.family = FAMILIES[config.family]
         self.shifted = self.family.norm_shift if foreign else 0.0
         self.shapes = parameter_shapes(config)
-        self.values: dict[str, Tensor] = {}
-        self.joint: dict[str, Tensor] = {}
+        self.values: dict[str, Matrix] = {}
+        self.parts: dict[str, dict[str, Matrix]] = {}  # of q, k and v, until all three are there
         self.digests: dict[str, bytes] = {}
         self.unused: list[str] = []
         self.notes: list[str] = []
@@ -204,8 +209,9 @@ class Assembler:
             self.shapes[HEAD] = self.shapes[EMBED]
 
     def add(self, stored: Stored) -> None:
-        for plain, values in self.family.unfused(self.family.plain_name(stored.name), stored.values, self.config).items():
-            self._add(plain, stored._replace(values=values))
+        plain, values = self.family.plain_name(stored.name), stored.values
+        for name, part in (self.family.unfused(plain, values, self.config) if isinstance(values, Tensor) else {plain: values}).items():
+            self._add(name, stored._replace(values=part))
 
     def _add(self, plain: str, stored: Stored) -> None:
         target = self.targets.get(plain)
@@ -213,37 +219,46 @@ class Assembler:
             if not self.family.is_ignored(plain):
                 self.unused.append(stored.name)
             return
-        require(target.name not in self.values, f"{self.where} holds tensor {plain!r} twice (second: {stored.name!r}); remove one")
+        require(target.name not in self.digests, f"{self.where} holds tensor {plain!r} twice (second: {stored.name!r}); remove one")
         values = stored.values
-        if self.shifted and is_norm_weight(target.name):
+        if isinstance(values, QuantizedMatrix):
+            values = dataclasses.replace(values, transposed=target.transposed)
+        elif self.shifted and is_norm_weight(target.name):
             values = values + self.shifted
-        if target.transposed and values.dim() == 2:
+        elif target.transposed and values.dim() == 2:
             values = values.T.contiguous()
         expected = self.shapes[target.name]
         if tuple(values.shape) != expected:
             wanted = list(reversed(expected)) if target.transposed else list(expected)
             raise ValueError(f"tensor {stored.name!r} in {self.where} has shape {list(stored.values.shape)}, config.json makes it {wanted}")
-        if not torch.stack(torch.aminmax(stored.values)).isfinite().all():  # one pass without temporaries: weights are large
-            bad = int((~stored.values.isfinite()).sum())
+        dense = wide(values)
+        if not torch.stack(torch.aminmax(dense)).isfinite().all():  # one pass without temporaries: weights are large
+            bad = int((~dense.isfinite()).sum())
             raise ValueError(f"tensor {stored.name!r} in {self.where} has {bad} NaN or infinite values; the checkpoint is damaged")
         self.sizes[stored.dtype] += values.numel()
-        self.digests[target.name] = tensor_digest(values)
-        self.values[target.name] = self._placed(target.name, values)
+        self.digests[target.name] = tensor_digest(dense)
+        if self.dtype is None and isinstance(values, QuantizedMatrix):
+            self._place(target.name, values.to(torch.device(self.device)))
+        else:
+            self._place(target.name, dense.to(device=self.device, dtype=self.dtype))
 
-    def _placed(self, name: str, values: Tensor) -> Tensor:
-        """The values in the model's dtype, on its device; of q, k and v within the one tensor of the three, made with the first of them."""
+    def _place(self, name: str, values: Matrix) -> None:
+        """Keep the values; those of q, k and v of a layer as one."""
         owner, _, kind = name.rpartition(".")
         layer, _, part = owner.rpartition(".")
         if part not in QKV:
-            return values.to(device=self.device, dtype=self.dtype)
-        sizes, joint = [self.shapes[f"{layer}.{each}.{kind}"][0] for each in QKV], f"{layer}.qkv.{kind}"
-        if joint not in self.joint:
-            self.joint[joint] = torch.empty(sum(sizes), *values.shape[1:], device=self.device, dtype=self.dtype)
-        return self.joint[joint].split(sizes)[QKV.index(part)].copy_(values)
+            self.values[name] = values
+            return
+        joint = f"{layer}.qkv.{kind}"
+        parts = self.parts.setdefault(joint, {})
+        parts[part] = values
+        if len(parts) == len(QKV):
+            del self.parts[joint]
+            self.values[joint] = stacked([parts[each] for each in QKV])
 
     def finish(self) -> tuple[Transformer, dict[str, bytes]]:
         self._settle_head()
-        missing = [plain for plain, target in self.targets.items() if target.name not in self.values]
+        missing = [plain for plain, target in self.targets.items() if target.name not in self.digests]
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"{self.where} lacks {len(missing)} of {len(self.targets)} tensors: {listed}; incomplete download?")
@@ -252,8 +267,13 @@ class Assembler:
         if self.unused:
             self.notes.append(f"{len(self.unused)} tensors of the checkpoint are not used: {', '.join(self.unused[:5])}")
         model = empty_model(self.config)
-        own = {name: values for name, values in self.values.items() if name.split(".")[-2] not in QKV}
-        model.load_state_dict(own | self.joint, strict=True, assign=True)
+        for name, values in self.values.items():
+            owner, _, kind = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if isinstance(module, Held) and kind == "weight":
+                module.hold(values)
+            else:
+                setattr(module, kind, nn.Parameter(wide(values)))
         model.fill_frequencies(self.device)
         return model.eval().requires_grad_(False), self.digests
 
@@ -263,7 +283,7 @@ class Assembler:
     def _settle_head(self) -> None:
         """Decide between a tied head and one of its own from what the file holds (the rule of transformers)."""
         held, embed = self.values.get(HEAD), self.values.get(EMBED)
-        tied = held is not None and embed is not None and torch.equal(held, embed)
+        tied = held is not None and embed is not None and torch.equal(wide(held), wide(embed))
         if self.config.tied_head and held is not None and not tied:
             self.notes.append("config.json ties the head to the embedding, but lm_head.weight differs from it: the stored head is used")
             self.config = dataclasses.replace(self.config, tied_head=False)
@@ -282,7 +302,7 @@ def _as_stored(name: str, tensor: Tensor, where: Path) -> Stored:
 
 
 def _bundle_tensors(folder: Path) -> Iterator[Stored]:
-    """Tensors of a bundled folder (bundle.py), dequantised."""
+    """Tensors of a bundled folder (bundle.py)."""
     path = folder / "model.safetensors"
     tensors = read_safetensors(path)
     scales = {name.removesuffix(".scale"): tensors.pop(name) for name in list(tensors) if name.endswith(".scale")}
@@ -293,7 +313,7 @@ def _bundle_tensors(folder: Path) -> Iterator[Stored]:
         scale = scales.pop(name, None)
         if scale is None or scale.shape != tensor.shape[:1]:
             raise ValueError(f"{path}: {name!r} is int8 [{', '.join(map(str, tensor.shape))}] without a scale for each row")
-        yield Stored(name, dequantize_rows(tensor, scale), "int8")
+        yield Stored(name, QuantizedMatrix("int8", tensor, scale, tensor.shape[1]), "int8")
     require(not scales, f"{path}: scales without their tensor: {', '.join(sorted(scales)[:5])}")
 
 

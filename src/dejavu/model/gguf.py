@@ -1,6 +1,6 @@
-"""GGUF files of the llama architecture (SmolLM2 among them): metadata to a config and a tokenizer, blocks to fp32 tensors.
+"""GGUF files of the llama architecture (SmolLM2 among them): metadata to a config and a tokenizer, tensors in their own grid.
 
-In: a `.gguf` file. Out: a Hugging Face-like config dict, tensors fp32 under plain Hugging Face names, and a Tokenizer.
+In: a `.gguf` file. Out: a Hugging Face-like config dict, tensors under plain Hugging Face names, and a Tokenizer.
 Every quantisation that `gguf.quants` knows is read. llama.cpp stores the rows of q and k so that the two halves of a
 rotated pair are neighbours; Hugging Face keeps the halves apart, and so do we: row (h, j, s) goes to row (h, s, j).
 """
@@ -19,6 +19,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from torch import Tensor
 
 from dejavu.config import require
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 
 MODULES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
@@ -108,8 +109,8 @@ class GGUFFile:
             sizes[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
         return sizes.most_common(1)[0][0]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(plain Hugging Face name, tensor fp32) of every tensor of the file."""
+    def tensors(self) -> Iterator[tuple[str, Matrix]]:
+        """(plain Hugging Face name, values) of every tensor of the file: fp32, or a matrix in its own grid."""
         from gguf import quants
 
         heads = {"attn_q": self._num_heads(), "attn_k": self._num_kv_heads()}
@@ -118,12 +119,15 @@ class GGUFFile:
             known = MODULES.get(parts[0]) if len(parts) == 2 else LAYER_MODULES.get(parts[2]) if len(parts) == 4 else None
             if known is None:
                 raise ValueError(f"{self.path}: tensor {stored.name!r} is not supported for architecture {self.architecture!r}")
-            values = torch.from_numpy(np.array(quants.dequantize(stored.data, stored.tensor_type), dtype=np.float32))
-            if len(parts) == 2:
-                yield f"{known}.{parts[1]}", values
-            else:
-                values = values if parts[2] not in heads else _halves_apart(values, heads[parts[2]])
-                yield f"layers.{parts[1]}.{known}.{parts[3]}", values
+            in_grid = stored.data.dtype == np.uint8 and stored.data.ndim == 2
+            rows = stored.data if in_grid else quants.dequantize(stored.data, stored.tensor_type).astype(np.float32)
+            held = torch.from_numpy(np.array(rows))
+            if len(parts) == 4 and parts[2] in heads:
+                held = _halves_apart(held, heads[parts[2]])
+            name = f"{known}.{parts[1]}" if len(parts) == 2 else f"layers.{parts[1]}.{known}.{parts[3]}"
+            grid = stored.tensor_type.name.lower()
+            held = held.view(torch.bfloat16) if grid == "bf16" and in_grid else held
+            yield name, QuantizedMatrix(grid, held, None, int(stored.shape[0])) if in_grid else held
 
     def tokenizer(self) -> Tokenizer:
         """The byte-level BPE tokenizer of the metadata. ValueError for another kind of tokenizer."""

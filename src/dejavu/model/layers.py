@@ -6,13 +6,15 @@ Letters: B batch  T tokens  D model  N all heads x head_dim  H query heads  G ke
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, RopeConfig
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, linear, wide
 
 
 class Norm(nn.Module):
@@ -35,7 +37,60 @@ class Norm(nn.Module):
         return normed if self.weight is None else normed * self.weight.to(x.dtype)
 
 
-class InputMajorLinear(nn.Module):
+class Held(nn.Module):
+    """A module with a matrix: a parameter `weight`, or a QuantizedMatrix, which has no `weight` to read or to change."""
+
+    weight: Tensor
+    quantized: QuantizedMatrix | None = None
+
+    @property
+    def matrix(self) -> Matrix:
+        """What is held."""
+        return self.weight if self.quantized is None else self.quantized
+
+    def hold(self, matrix: Matrix) -> None:
+        """Hold another matrix from now on."""
+        self._parameters.pop("weight", None)
+        if isinstance(matrix, QuantizedMatrix):
+            self.quantized = matrix
+        else:
+            self.weight = nn.Parameter(matrix, requires_grad=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # a parameter stands for what was quantised
+            self.__dict__["quantized"] = None
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.quantized is not None:
+            raise AttributeError(f"this weight is {self.quantized.grid}: take `matrix`, or the fp32 weights of `model.widened()`")
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.quantized is not None:  # it moves, and stays in its grid
+            self.quantized = self.quantized.to(fn(torch.empty(0, dtype=torch.uint8, device=self.quantized.device)).device)
+        return self
+
+
+class Linear(Held, nn.Linear):
+    """y = weight_OI x + bias_O."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.matrix, self.bias)
+
+
+class Embedding(Held, nn.Embedding):
+    """Rows of a table by their number."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        table = self.matrix
+        if isinstance(table, Tensor):
+            return F.embedding(input, table)
+        return table.dequantize(input.flatten()).unflatten(0, input.shape)
+
+
+class InputMajorLinear(Held):
     """y = x @ weight_IO + bias_O: one contiguous row for each *input*, so that an unused input is a row not read.
 
     The MLP's down projection (a row per neuron) and the attention's output projection (K rows per head) are kept so.
@@ -47,21 +102,26 @@ class InputMajorLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.weight
+        y = x @ wide(self.matrix)
         return y if self.bias is None else y + self.bias
 
 
 class Rows(NamedTuple):
-    """Some outputs of a linear map: weight [O, I] and bias [O] are views of its own."""
+    """Some outputs of a linear map: matrix [O, I] and bias [O] are views of its own."""
 
-    weight: Tensor
+    matrix: Matrix
     bias: Tensor | None
 
+    @property
+    def weight(self) -> Tensor:
+        assert isinstance(self.matrix, Tensor), f"this weight is {self.matrix.grid}: take `matrix`, or that of `model.widened()`"
+        return self.matrix
+
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.matrix, self.bias)
 
 
-class QueryKeyValue(nn.Linear):
+class QueryKeyValue(Linear):
     """One matrix [(H + 2G) K, D] with the rows of q, then k, then v, and one bias; each of the three is a view."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -81,7 +141,8 @@ class QueryKeyValue(nn.Linear):
         return self._rows(sum(self.sizes), self.out_features)
 
     def _rows(self, start: int, stop: int) -> Rows:
-        return Rows(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+        matrix, rows = self.matrix, slice(start, stop)
+        return Rows(matrix[rows] if isinstance(matrix, Tensor) else matrix.rows(rows), None if self.bias is None else self.bias[rows])
 
 
 class SeparateQueryKeyValue(nn.Module):

@@ -7,7 +7,7 @@ A linear map W [O, I] (outputs x inputs, whatever layout the model keeps it in) 
 and a norm's weight is replaced; the activation may be another one, too. On disk, beside the predictors of layer 3:
 `layers.3.lora.q.A` int8 [R, I] with
 `layers.3.lora.q.A.scale` fp32 [R], `layers.3.lora.q.B` int8 [O, R] with its scale [O], the same for k, v, o, up, gate and
-down, and `layers.3.norm1`, `layers.3.norm2` fp32 [D]. In memory factors are the dequantised fp32 values.
+down, and `layers.3.norm1`, `layers.3.norm2` fp32 [D]. In memory factors stay int8.
 
 The base stays as it is: a merged layer is a copy, which a LayerAdapter carries, so that a dense run of the same model
 object has the base's weights and a sparse one the merged ones.
@@ -17,7 +17,6 @@ Letters: R rank of the change  I inputs  O outputs  D model
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from dejavu.config import Config, ModelConfig, require
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows, rounded
-from dejavu.model.families import empty_model
-from dejavu.model.layers import InputMajorLinear
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, stacked, wide
+from dejavu.model.layers import InputMajorLinear, Linear, Rows
 from dejavu.model.selectors import LayerAdapter
-from dejavu.model.transformer import Block, Transformer
+from dejavu.model.transformer import Block, Transformer, sharing
 
 GIVEN_ACTIVATIONS = ("relu", "relu2")  # without a threshold of their own
-ROUNDED = ("bf16", "int8", "int4")  # dtypes whose values an fp32 model may hold, see Transformer.round_matrices
+ROUNDED = ("bf16", "int8", "int4")  # dtypes whose values an fp32 model may hold, see Transformer.rounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +61,11 @@ def check_activation(name: str | None) -> None:
 class LayerLora:
     """The changes of one layer. factors: our module name (q, ..., down) -> (A_RI, B_OR); norms: name -> the weight [D] that it gets."""
 
-    factors: Mapping[str, tuple[Tensor, Tensor]]
+    factors: Mapping[str, tuple[Matrix, Matrix]]
     norms: Mapping[str, Tensor]
 
     def __repr__(self) -> str:
-        ranks = sorted({len(A_RI) for A_RI, _ in self.factors.values()})
+        ranks = sorted({A_RI.shape[0] for A_RI, _ in self.factors.values()})
         return f"LayerLora({', '.join([*self.factors, *self.norms])}, rank={'/'.join(map(str, ranks))})"
 
 
@@ -85,26 +83,33 @@ def changed_norms(config: ModelConfig) -> tuple[str, ...]:
     return () if not config.norm_affine else ("norm1",) if config.shared_norm else ("norm1", "norm2")
 
 
-def merged_weight(module: nn.Module, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+def merged_weight(module: Linear | InputMajorLinear | Rows, A_RI: Matrix, B_OR: Matrix, scale: float) -> Tensor:
     """W + scale * B A in fp32, in the layout of the module's weight."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    change_OI = scale * (B_OR.float() @ A_RI.float())
-    return weight.float() + (change_OI.T if isinstance(module, InputMajorLinear) else change_OI)
+    base = wide(module.matrix).float()
+    A_RI, B_OR = (wide(factor).to(base.device).float() for factor in (A_RI, B_OR))
+    change_OI = scale * (B_OR @ A_RI)
+    return base + (change_OI.T if isinstance(module, InputMajorLinear) else change_OI)
 
 
 @torch.no_grad()
 def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | None = None, activation: str | None = None) -> Block:
-    """A copy of the layer with its changes. dtype: of the engine, to which its matrices are rounded as those of the base were."""
-    merged = copy.deepcopy(block)
+    """The layer with its changes, sharing the rest. dtype: of the engine, to which its matrices are rounded as those of the base are."""
+    merged = sharing(block, lambda held: held.matrix)
     merged.config = with_activation(block.config, activation)
-    for name, factors in lora.factors.items():
-        module = getattr(merged, name)
-        A_RI, B_OR = (factor.to(module.weight.device) for factor in factors)
-        values = merged_weight(module, A_RI, B_OR, scale)
-        module.weight.copy_(rounded(values, dtype) if dtype in ROUNDED else values)
+    own = block.up.matrix
+    kind = own.dtype if isinstance(own, Tensor) else torch.float32
+
+    def changed(name: str) -> Matrix:
+        values = merged_weight(getattr(block, name), *lora.factors[name], scale)
+        held = values if dtype is None or dtype not in ROUNDED else rounded_to(values, dtype)
+        return held if kind == torch.float32 else wide(held).to(kind)
+
+    merged.qkv.hold(stacked([changed(name) for name in ("q", "k", "v")]))
+    for name in lora.factors.keys() - {"q", "k", "v"}:
+        getattr(merged, name).hold(changed(name))
     for name, weight_D in lora.norms.items():
-        getattr(merged, name).weight.copy_(weight_D)
+        norm = getattr(merged, name)
+        norm.weight = nn.Parameter(weight_D.to(norm.weight).clone(), requires_grad=False)
     return merged
 
 
@@ -116,24 +121,22 @@ def with_activation(config: ModelConfig, activation: str | None) -> ModelConfig:
 def adapted_model(model: Transformer, layers: Sequence[LayerAdapter]) -> Transformer:
     """The model that runs sparse with these layers: itself, or one with the layers that they carry, which shares the rest."""
     changed = [layer.block for layer in layers if layer.block is not None]
-    if not changed:
+    if not changed or all(layer.block in (None, own) for layer, own in zip(layers, model.blocks, strict=True)):
         return model
-    adapted = empty_model(changed[0].config)
-    for name, child in model.named_children():
-        setattr(adapted, name, child)
-    adapted.layers = nn.ModuleList(layer.block or own for layer, own in zip(layers, model.blocks, strict=True))
-    adapted.fill_frequencies(model.embed.weight.device)
-    return adapted.eval()
+    adapted = sharing(model, lambda held: held.matrix)
+    adapted.config = changed[0].config
+    adapted.layers = nn.ModuleList(layer.block or own for layer, own in zip(layers, adapted.blocks, strict=True))
+    return adapted
 
 
 def quantized_lora(lora: LayerLora) -> LayerLora:
     """The changes rounded to what an adapter stores: factors int8 per row, norms fp32."""
-    factors = {name: (_rounded(A), _rounded(B)) for name, (A, B) in lora.factors.items()}
+    factors = {name: (_int8(A), _int8(B)) for name, (A, B) in lora.factors.items()}
     return LayerLora(factors=factors, norms={name: weight.detach().float().cpu() for name, weight in lora.norms.items()})
 
 
-def _rounded(matrix: Tensor) -> Tensor:
-    return dequantize_rows(*quantize_rows(matrix.detach().cpu()))
+def _int8(matrix: Matrix) -> QuantizedMatrix:
+    return QuantizedMatrix.of(wide(matrix).detach().cpu(), "int8")
 
 
 def lora_tensors(index: int, lora: LayerLora) -> dict[str, Tensor]:
@@ -142,9 +145,8 @@ def lora_tensors(index: int, lora: LayerLora) -> dict[str, Tensor]:
     for name, factors in lora.factors.items():
         for letter, matrix in zip("AB", factors, strict=True):
             key = f"layers.{index}.lora.{name}.{letter}"
-            q, scale = quantize_rows(matrix)
-            assert torch.equal(dequantize_rows(q, scale), matrix), f"{key} is not quantized: calibrate quantized_lora"
-            tensors[key], tensors[f"{key}.scale"] = q, scale
+            assert isinstance(matrix, QuantizedMatrix), f"{key} is not quantized: calibrate quantized_lora"
+            tensors |= matrix.int8_tensors(key)
     return tensors | {f"layers.{index}.{name}": weight.contiguous() for name, weight in lora.norms.items()}
 
 
@@ -163,7 +165,9 @@ def read_lora(index: int, config: LoraConfig, tensors: dict[str, Tensor], model:
     for name, (outputs, inputs) in linear_shapes(model).items():
         key = f"layers.{index}.lora.{name}"
         A, B = (
-            dequantize_rows(take(f"{key}.{letter}", shape, torch.int8), take(f"{key}.{letter}.scale", shape[:1], torch.float32))
+            QuantizedMatrix(
+                "int8", take(f"{key}.{letter}", shape, torch.int8), take(f"{key}.{letter}.scale", shape[:1], torch.float32), shape[1]
+            )
             for letter, shape in (("A", (config.rank, inputs)), ("B", (outputs, config.rank)))
         )
         factors[name] = (A, B)

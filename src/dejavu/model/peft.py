@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, require
 from dejavu.files import new_folder, write_json
+from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import Adapter
 from dejavu.model.families import FAMILIES
 
@@ -40,7 +41,7 @@ def write_peft(adapter: Adapter, model: ModelConfig, folder: str | Path, *, dtyp
             full = family.full_name(family.foreign_name(f"layers.{index}.{name}.weight", model)).removesuffix(".weight")
             targets.add(full.rpartition(".")[2])
             for letter, matrix in zip("AB", factors, strict=True):
-                tensors[f"{PREFIX}{full}.lora_{letter}.weight"] = matrix.to(dtype).contiguous()
+                tensors[f"{PREFIX}{full}.lora_{letter}.weight"] = wide(matrix).to(dtype).contiguous()
         for name, weight_D in layer.norms.items():
             full = family.full_name(family.foreign_name(f"layers.{index}.{name}.weight", model))
             norms.add(full.removesuffix(".weight").rpartition(".")[2])

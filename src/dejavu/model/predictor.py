@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dejavu.kernels.quantized import Matrix, wide
 from dejavu.model.transformer import LayerInputs
 
 MLP_LOOKAHEADS = (0, 1, 2)
@@ -37,10 +38,11 @@ def head_predictor_input(inputs: LayerInputs, lookahead: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictor:
-    """Low-rank scorer. A_RD [R, D], B_OR [O, R], bias_O [O], all fp32 on one device; threshold and lookahead as above."""
+    """Low-rank scorer. A_RD [R, D], B_OR [O, R] fp32 or, as adapters store them, int8; bias_O [O] fp32, on one device; threshold and
+    lookahead as above."""
 
-    A_RD: Tensor
-    B_OR: Tensor
+    A_RD: Matrix
+    B_OR: Matrix
     bias_O: Tensor
     threshold: float
     lookahead: int
@@ -58,7 +60,7 @@ class Predictor:
 
     def scores(self, x: Tensor) -> Tensor:
         """Scores [.., O] in fp32 of inputs x [.., D] in any float dtype."""
-        return (x.float() @ self.A_RD.T) @ self.B_OR.T + self.bias_O
+        return (x.float() @ wide(self.A_RD).T) @ wide(self.B_OR).T + self.bias_O
 
     def neuron_mask(self, x: Tensor) -> Tensor:
         """Boolean [.., F]: the neurons whose score exceeds the threshold; may be none."""

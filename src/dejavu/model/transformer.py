@@ -13,21 +13,26 @@ Letters: B batch  T tokens  D model  F neurons  H query heads  G key/value heads
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import copy
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dejavu.config import ModelConfig
+from dejavu.config import ModelConfig, require
 from dejavu.kernels.activation import activate
 from dejavu.kernels.attention import Scores, attend_tokens
-from dejavu.kernels.quantize import rounded, rounded_vectors
+from dejavu.kernels.quantize import rounded_vectors
+from dejavu.kernels.quantized import Matrix, linear, rounded_to, wide
 from dejavu.model.layers import (
+    Embedding,
+    Held,
     InputMajorLinear,
+    Linear,
     Norm,
     QueryKeyValue,
     Rows,
@@ -35,6 +40,8 @@ from dejavu.model.layers import (
     inverse_frequencies,
     rotate,
 )
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,20 @@ class Selection:
 DENSE = Selection()
 
 
+def sharing(module: M, change: Callable[[Held], Matrix]) -> M:
+    """A copy of a module that shares its tensors, but for the matrices in whose place `change` gives others."""
+    made = copy.copy(module)
+    for table in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[table] = dict(getattr(module, table))
+    if isinstance(module, Held) and isinstance(made, Held):
+        matrix = change(module)
+        if matrix is not module.matrix:
+            made.hold(matrix)
+    for name, child in module.named_children():
+        setattr(made, name, sharing(child, change))
+    return made
+
+
 @contextmanager
 def on_cpu(model: nn.Module) -> Generator[None]:
     """The model on the CPU meanwhile, in fp32 where it was on a GPU: profiles and predictors are computed there, whatever decodes."""
@@ -96,7 +117,7 @@ class Block(nn.Module):
         super().__init__()
         size, head = config.hidden_size, config.head_dim
         self.config = config
-        self.cache_dtype: str | None = None  # what keys and values are rounded to: see Transformer.round_cache
+        self.cache_dtype: str | None = None  # what keys and values are rounded to: see Transformer.rounded
         windowed = index in config.windowed
         self.scores = Scores(scale=config.attention_scale, cap=config.attention_cap, window=config.window if windowed else None)
         rope = config.local_rope if windowed and config.local_rope is not None else config.rope
@@ -108,8 +129,8 @@ class Block(nn.Module):
         self.o = InputMajorLinear(config.num_heads * head, size, bias=config.out_bias)
         self.norm1_out = Norm(config) if config.block_norms else None
         self.norm2 = None if config.shared_norm else Norm(config)
-        self.up = nn.Linear(size, config.intermediate_size, bias=config.mlp_bias)
-        self.gate = nn.Linear(size, config.intermediate_size, bias=config.mlp_bias) if config.gated else None
+        self.up = Linear(size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate = Linear(size, config.intermediate_size, bias=config.mlp_bias) if config.gated else None
         self.down = InputMajorLinear(config.intermediate_size, size, bias=config.mlp_bias)
         self.norm2_out = Norm(config) if config.block_norms else None
 
@@ -210,35 +231,77 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.handed_over = False
         size, width = config.hidden_size, config.embed_width
-        self.embed = nn.Embedding(config.vocab_size, width)
+        self.embed = Embedding(config.vocab_size, width)
         learned = config.positions == "learned"
-        self.position = nn.Embedding(config.max_positions + config.position_offset, size) if learned else None
-        self.project_in = nn.Linear(width, size, bias=False) if width != size else None
-        self.project_out = nn.Linear(size, width, bias=False) if width != size else None
+        self.position = Embedding(config.max_positions + config.position_offset, size) if learned else None
+        self.project_in = Linear(width, size, bias=False) if width != size else None
+        self.project_out = Linear(size, width, bias=False) if width != size else None
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.final_norm = Norm(config) if config.final_norm else None
-        self.head = None if config.tied_head else nn.Linear(width, config.vocab_size, bias=False)
+        self.head = None if config.tied_head else Linear(width, config.vocab_size, bias=False)
         self.inv_freq: Tensor | None
         self.local_inv_freq: Tensor | None
         for name, rope in (("inv_freq", config.rope), ("local_inv_freq", config.local_rope)):
             self.register_buffer(name, None if rope is None else inverse_frequencies(rope, config.head_dim), persistent=False)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What the weights lie in."""
+        yield from self.parameters()
+        for module in self.modules():
+            if isinstance(module, Held) and module.quantized is not None:
+                yield from module.quantized.tensors
+
+    def require_weights(self) -> None:
+        """Raise ValueError where they were handed over."""
+        require(not self.handed_over, "the weights of this model were handed over to an engine, which alone has them; load the model again")
+
+    def hand_over(self, part: Held) -> None:
+        """Let the matrix of a part go, which an engine has made its own of. From now on nothing but its shape can be asked of the model."""
+        self.handed_over = True
+        part.hold(torch.empty(part.matrix.shape, device="meta"))
+
+    @property
+    def head_matrix(self) -> Matrix:
+        """The head's own matrix, or the embedding that it is tied to."""
+        return (self.embed if self.head is None else self.head).matrix
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.matrix.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        embed = self.embed.matrix
+        return embed.dtype if isinstance(embed, Tensor) else torch.float32
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights are."""
+        held = [module.quantized for module in self.modules() if isinstance(module, Held)]
+        return sum(each.numel() for each in (*self.parameters(), *held) if each is not None)
 
     @property
     def blocks(self) -> list[Block]:
         return list(self.layers)  # pyrefly: ignore[bad-return]  # nn.ModuleList is typed as a list of Module
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, values) of every parameter as files and hashes know it: q, k and v by their own names, as views of `qkv`."""
+        """(name, values) of every parameter as files and hashes know it: q, k and v by their own names, as views of `qkv`.
+
+        Of a quantised matrix the values fp32, one at a time.
+        """
+        self.require_weights()
         for prefix, module in self.named_modules():
             parts: list[tuple[str, Any]] = [(prefix.replace(".qkv.", "."), module)]
             if isinstance(module, QueryKeyValue):
                 parts = [(prefix.removesuffix("qkv") + name, getattr(module, name)) for name in ("q", "k", "v")]
             for name, part in parts:
-                for kind in ("weight", "bias"):
-                    values = getattr(part, kind, None)
+                matrix = part.matrix if isinstance(part, Held | Rows) else getattr(part, "weight", None)
+                for kind, values in (("weight", matrix), ("bias", getattr(part, "bias", None))):
                     if values is not None:
-                        yield f"{name}.{kind}", values
+                        yield f"{name}.{kind}", wide(values)
 
     def frequencies(self, index: int) -> Tensor | None:
         """inv_freq of a layer; None where positions are learned."""
@@ -251,20 +314,26 @@ class Transformer(nn.Module):
             if rope is not None:
                 setattr(self, name, inverse_frequencies(rope, self.config.head_dim).to(device))
 
-    @torch.no_grad()
-    def round_matrices(self, dtype: str) -> None:
-        """Take the values that an engine of that dtype computes with, so that quality and speed are of the same weights."""
-        for parameter in self.parameters():
-            if parameter.dim() == 2 and (self.position is None or parameter is not self.position.weight):  # positions stay fp32
-                parameter.copy_(rounded(parameter, dtype))
+    def rounded(self, dtype: str, *, cache_dtype: str = "fp32") -> Transformer:
+        """The model with the values that an engine of that dtype (fp32, bf16, int8, int4) computes with, and keys and values as a cache
+        of cache_dtype (fp32, fp16, int8) holds them: quality and speed are then of the same weights. It shares what stays as it is."""
+        self.require_weights()
+        made = sharing(self, lambda held: held.matrix if held is self.position else rounded_to(held.matrix, dtype))
+        for block in made.blocks:
+            block.cache_dtype = None if cache_dtype == "fp32" else cache_dtype
+        return made
 
-    def round_cache(self, dtype: str) -> None:
-        """From now on compute with the keys and values that a cache of that dtype (fp32, fp16, int8) holds, as its engine does."""
-        for block in self.blocks:
-            block.cache_dtype = None if dtype == "fp32" else dtype
+    def widened(self) -> Transformer:
+        """The model for what needs its weights as tensors (training, export): itself, or one with fp32 in the place of quantised matrices,
+        which takes four bytes a weight. It shares what stays as it is."""
+        self.require_weights()
+        if all(module.quantized is None for module in self.modules() if isinstance(module, Held)):
+            return self
+        return sharing(self, lambda held: wide(held.matrix))
 
     def embedded(self, ids_BT: Tensor, position_T: Tensor) -> Tensor:
         """The residual stream before layer 0, from ids [.., T] at positions [T]."""
+        self.require_weights()
         x = self.embed(ids_BT)
         if self.config.embed_scale != 1:
             # The scale as a value of the stream's dtype: what transformers multiplies with.
@@ -306,10 +375,9 @@ class Transformer(nn.Module):
         """Logits [.., V] in fp32 from hidden states [.., D]."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        head = self.embed.weight if self.head is None else self.head.weight
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
-        return capped(F.linear(hidden, head).float(), self.config.logit_cap)
+        return capped(linear(hidden, self.head_matrix, None).float(), self.config.logit_cap)
 
     def forward(self, ids_BT: Tensor, selection: Selection = DENSE) -> Tensor:
         """Logits [B, T, V] in fp32 of whole sequences."""

@@ -139,7 +139,7 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
     x_WTD = torch.empty(*ids_WT.shape, model.config.hidden_size)
     for first in range(0, count, batch):
         x_WTD[first : first + batch] = model.embedded(ids_WT[first : first + batch], position_T).float()
-    dtype = model.embed.weight.dtype
+    dtype = model.dtype
     previous: Tensor | None = None
     for layer in range(num_layers):
         attention_ND, mlp_ND = (torch.empty(x_WTD.shape[:2].numel(), x_WTD.shape[2], dtype=torch.float16) for _ in range(2))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dejavu.kernels.quantized import wide
 from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import Block
 from dejavu.offline.collect import BLOCK, LayerData, down_norms, mean_input
@@ -125,7 +126,7 @@ def train_mlp(
 ) -> Predictor:
     """Gradient descent on the first `tokens` tokens; `epochs` passes (a fraction stops early), learning rate falling to zero."""
     x_ND = data.mlp_input(start.lookahead)
-    scorer = _Scorer(start.A_RD, start.B_OR, start.bias_O, mean_input(x_ND[:tokens]))
+    scorer = _Scorer(wide(start.A_RD), wide(start.B_OR), start.bias_O, mean_input(x_ND[:tokens]))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     norms_F = down_norms(block)
     per_epoch = len(_batches(tokens, 2048, torch.Generator()))

@@ -66,7 +66,7 @@ def train_adapters(
     found: list[Trained] = []
     for method in methods:
         one = TrainConfig.from_dict(config.to_dict() | {"method": method})
-        key = _run_key(f"{checkpoint.base_hash} {model.embed.weight.dtype}", one, ids_WT)
+        key = _run_key(f"{checkpoint.base_hash} {model.dtype}", one, ids_WT)
         said = _named(progress, method) if len(methods) > 1 else progress
         adapter, result = _trained(checkpoint, split, dense, one, key, text_hash, work_folder, said)
         found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": given}))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, Progress
 from dejavu.files import make_folder, read_json, read_safetensors, write_json
+from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import quantized
 from dejavu.model.adapter_config import LayerConfig
 from dejavu.model.counts import DensityCounter
@@ -111,7 +112,7 @@ def train_layer(data: LayerData, model: Transformer, config: TrainConfig, train:
 def _save_layer(folder: Path, layer: int, key: str, trained: TrainedLayer) -> None:
     tensors, parts = {}, {}
     for kind, predictor in trained.predictors.items():
-        tensors |= {f"{kind}.A": predictor.A_RD, f"{kind}.B": predictor.B_OR, f"{kind}.bias": predictor.bias_O}
+        tensors |= {f"{kind}.A": wide(predictor.A_RD), f"{kind}.B": wide(predictor.B_OR), f"{kind}.bias": predictor.bias_O}
         options = [[threshold, *dataclasses.astuple(quality)] for threshold, quality in trained.options[kind]]
         parts[kind] = {"lookahead": predictor.lookahead, "options": options}
     make_folder(folder)
@@ -128,7 +129,7 @@ def _load_layer(folder: Path, layer: int, key: str) -> TrainedLayer | None:
     predictors, options = {}, {}
     for kind, part in stored["parts"].items():
         A, B, bias = (tensors[f"{kind}.{name}"] for name in ("A", "B", "bias"))
-        predictors[kind] = Predictor(A_RD=A, B_OR=B, bias_O=bias, threshold=0.0, lookahead=part["lookahead"])
+        predictors[kind] = quantized(Predictor(A_RD=A, B_OR=B, bias_O=bias, threshold=0.0, lookahead=part["lookahead"]))
         options[kind] = [(row[0], Quality(*row[1:])) for row in part["options"]]
     return TrainedLayer(predictors, options)
 

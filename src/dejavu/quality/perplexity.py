@@ -214,7 +214,7 @@ def scored_windows(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """NLL of the targets of each window, all of one length; the arguments are those of `perplexity`."""
-    device = model.embed.weight.device
+    device = model.device
     per_batch = max(1, batch_tokens // len(windows[0].inputs))
     total, done = sum(len(window.targets) for window in windows), 0
     window_nll: list[float] = []

@@ -223,7 +223,7 @@ def score_requests(
     """
     dense: dict[int, Score] = {}
     sparse: dict[int, Score] = {}
-    for batch in make_batches(requests, strict=strict, batch_tokens=batch_tokens, device=model.embed.weight.device):
+    for batch in make_batches(requests, strict=strict, batch_tokens=batch_tokens, device=model.device):
         scores = _run(model, batch, requests, dense_selection)
         dense |= scores
         if masked is not None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.engine.interface import LayerSelection
 from dejavu.generation.generation import GeneratedText
+from dejavu.kernels.quantized import wide
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class _Recorder(MaskedSelection):
         self.contribution: list[Tensor] = []
 
     def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
-        o_HKD = self.block_of(layer, self.model.blocks[layer]).o.weight.unflatten(0, mixed_BTHK.shape[-2:])
+        o_HKD = wide(self.block_of(layer, self.model.blocks[layer]).o.matrix).unflatten(0, mixed_BTHK.shape[-2:])
         self.contribution.append(torch.einsum("thk,hkd->thd", mixed_BTHK[0].float(), o_HKD.float()).norm(dim=-1))
         return super().heads(layer, inputs, mixed_BTHK)
 
@@ -77,7 +78,7 @@ def firing(
     assert text.trace is not None, "generate with an engine that records"
     steps = [step for step in text.trace[1:] if step is not None]
     read = text.token_ids[: len(steps)]
-    ids_BT = torch.tensor([[*prompt_ids, *read]], device=model.embed.weight.device)
+    ids_BT = torch.tensor([[*prompt_ids, *read]], device=model.device)
     sparse_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] >= len(prompt_ids)
     recorder = _Recorder(model, layers, sparse_BT)
     model.hidden(ids_BT, recorder)

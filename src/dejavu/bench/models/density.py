@@ -76,6 +76,6 @@ def rethresholded(
         require(has, f"{what} {density:g} needs predictors of that part, or a gate or inputs that select, and the adapter has none")
         require(density >= least, f"{what} {density:g} is less than one of {groups} head groups; give at least {least:.3f}")
     selection = _Rethreshold(layers, mlp_density, head_density)
-    ids_BT = torch.tensor([list(ids[: min(MAX_TOKENS, model.config.max_positions)])], device=model.embed.weight.device)
+    ids_BT = torch.tensor([list(ids[: min(MAX_TOKENS, model.config.max_positions)])], device=model.device)
     model.hidden(ids_BT, selection)
     return selection.layers

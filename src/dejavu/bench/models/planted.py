@@ -360,7 +360,7 @@ def planted_quality(made: PlantedModel, layers: Sequence[LayerAdapter], ids: Seq
     """What these predictors miss on the first MAX_TOKENS of the ids: take others than their thresholds come from."""
     model, count = made.model, made.config.num_layers
     assert len(layers) == count, f"{len(layers)} predictors for {count} layers"
-    ids_BT = torch.tensor([list(ids[: min(MAX_TOKENS, made.config.max_positions)])], device=model.embed.weight.device)
+    ids_BT = torch.tensor([list(ids[: min(MAX_TOKENS, made.config.max_positions)])], device=model.device)
     fired, alone, whole = _Fired(), _Recalled([LayerAdapter(neurons=layer.neurons) for layer in layers]), _Recalled(layers)
     has_heads = any(layer.heads.selects for layer in layers)
     dense = model(ids_BT, fired).log_softmax(-1)

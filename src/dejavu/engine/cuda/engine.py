@@ -38,7 +38,8 @@ COMPUTED = {TORCH_DTYPES[name] for name in CUDA.dtypes}
 
 
 class CudaEngine(PagedEngine):
-    """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place.
+    """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place; of a quantised
+    model it has fp32 ones of its own.
 
     deterministic: see TokenStep. crossover: for several rows let those layers run dense whose union, at the first step of a bucket, is
     measured to be slower, and heads likewise; what runs dense selects nothing and counts as dense. Raises ValueError for a model that is
@@ -56,6 +57,7 @@ class CudaEngine(PagedEngine):
         deterministic: bool = False,
         crossover: bool = True,
     ) -> None:
+        model = model.widened()
         config, weight = model.config, model.embed.weight
         device = weight.device
         require(device.type == "cuda" or INTERPRETED, f"backend 'cuda' needs a model on a GPU, and this one is on {device}")

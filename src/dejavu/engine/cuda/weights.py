@@ -1,7 +1,7 @@
 """A model's weights and predictors as the cuda engine reads them.
 
-In: a Transformer on the device and its LayerAdapters. Out: the model's own tensors, read in place, and predictors int8 where that is
-exactly what they are, else fp32. For a layer that selects inputs, an input left out is a row not read of a matrix with a row per
+In: a Transformer on the device and its LayerAdapters. Out: the model's own tensors, read in place, and predictors int8 or
+fp32, as they are. For a layer that selects inputs, an input left out is a row not read of a matrix with a row per
 input, as O and down are: q, k, v and gate, up are copied into that order, which doubles their memory: prefill and steps of several
 rows read the model's own.
 
@@ -27,7 +27,7 @@ from dejavu.kernels.cuda.gate import GateNeurons
 from dejavu.kernels.cuda.inputs import KeptInputs
 from dejavu.kernels.cuda.project import GroupScores
 from dejavu.kernels.cuda.select import NeuronScores
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, stacked
 from dejavu.kernels.sparse_mlp import MlpWeights
 from dejavu.model.layers import Norm
 from dejavu.model.predictor import Predictor
@@ -188,7 +188,7 @@ def _input_layers(
     model: Transformer, weights: Sequence[LayerWeights], layers: Sequence[LayerAdapter], counts_PL: Tensor
 ) -> list[InputLayer | None]:
     """Matrices with a row per input are copies, of these layers alone. counts_PL: by point; a layer's count is an element of it."""
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
+    device, dtype = model.device, model.dtype
     sizes = InputPoints.of(model.config).sizes
     values = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]  # of one layer at a time
     found: list[InputLayer | None] = []
@@ -301,17 +301,17 @@ def _runs_before(predictor: Predictor, *, heads: bool) -> bool:
     return predictor.lookahead == (1 if heads else 2)
 
 
-def _packed(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """int8 with its scales where the matrix is exactly that, else fp32 and ones."""
-    wide = matrix.detach().float().to(device)
-    q, scale = quantize_rows(wide)
-    if torch.equal(dequantize_rows(q, scale), wide):
-        return q.contiguous(), scale.contiguous()
-    return wide.contiguous(), torch.ones(wide.shape[0], device=device)
+def _packed(matrix: Matrix, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int8 with its scales, or fp32 and ones."""
+    matrix = matrix.to(device)
+    if isinstance(matrix, QuantizedMatrix):
+        assert matrix.grid == "int8" and matrix.scales is not None, f"a predictor in {matrix.grid}"
+        return matrix.values.contiguous(), matrix.scales.contiguous()
+    return matrix.detach().float().contiguous(), torch.ones(matrix.shape[0], device=device)
 
 
-def _side(matrices: Sequence[Tensor], device: torch.device) -> Side:
-    matrix, scale = _packed(torch.cat([matrix.detach().float().to(device) for matrix in matrices]), device)
+def _side(matrices: Sequence[Matrix], device: torch.device) -> Side:
+    matrix, scale = _packed(stacked(matrices), device)
     return Side(matrix=matrix, scale=scale, out=torch.zeros(matrix.shape[0], device=device))
 
 

@@ -1,8 +1,8 @@
 """A model's weights as the native library packs them, made once for each model and dtype.
 
-In: a Transformer in fp32 on the CPU. Out: a handle of the library. fp32 takes the values as they are, bf16 rounds them; int8 and
-int4 quantise every matrix per row and per group of a row (kernels/quantize.py), which gives back the very integers of an int8
-bundle; norms, biases and the position table stay fp32.
+In: a Transformer on the CPU, fp32 or quantised. Out: a handle of the library. fp32 takes the values as they are, bf16 rounds them;
+int8 and int4 quantise every matrix per row and per group of a row (kernels/quantize.py), and take what is stored so as it is; norms,
+biases and the position table stay fp32.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import weakref
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dejavu.config import ModelConfig, require
 from dejavu.engine.native.capabilities import NATIVE
 from dejavu.kernels import native
 from dejavu.kernels.activation import ACTIVATION_CODES
-from dejavu.kernels.quantize import dequantize_rows, quantize_groups, quantize_rows, rounded
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, wide
 from dejavu.kernels.screen import low_rank, screen_rank
-from dejavu.model.layers import InputMajorLinear, Norm, Rows
+from dejavu.model.layers import InputMajorLinear, Linear, Norm, Rows
 from dejavu.model.transformer import Transformer
+from dejavu.model.versions import weights_version
 
 
 class MatrixView:
@@ -35,27 +36,19 @@ class MatrixView:
         self.matrix = native.Matrix(data, scales, biases, rows, columns, native.DTYPE_CODES[dtype])
 
 
-def matrix_view(dtype: str, matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
-    """The matrix as that dtype stores it."""
-    match dtype:
-        case "int8":
-            q, scale = quantize_rows(matrix.detach())
-        case "int4":
-            q, scale = quantize_groups(matrix.detach())
-        case "bf16":
-            return MatrixView(matrix.bfloat16(), bias, dtype=dtype)
-        case _:
-            return MatrixView(matrix, bias)
-    return MatrixView(q, bias, dtype=dtype, scale=scale)
+def matrix_view(dtype: str, matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
+    """The matrix as that dtype stores it: what is stored so already as it is."""
+    held = rounded_to(matrix.detach() if isinstance(matrix, Tensor) else matrix, dtype)
+    if dtype == "fp32" or isinstance(held, Tensor):
+        return MatrixView(wide(held), bias)
+    return MatrixView(held.values if dtype == "bf16" else held.integers(), bias, dtype=dtype, scale=held.scales)
 
 
-def predictor_view(matrix: Tensor, bias: Tensor | None = None) -> MatrixView:
-    """A predictor's matrix int8 where that is exactly what it is (as every stored adapter's), else fp32."""
-    wide = matrix.detach().float().cpu()
-    q, scale = quantize_rows(wide)
-    if torch.equal(dequantize_rows(q, scale), wide):
-        return MatrixView(q, bias, dtype="int8", scale=scale)
-    return MatrixView(wide, bias)
+def predictor_view(matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
+    """A predictor's matrix int8, as every stored adapter's is, or fp32."""
+    if isinstance(matrix, QuantizedMatrix):
+        return matrix_view(matrix.grid, matrix.to(torch.device("cpu")), bias)
+    return MatrixView(matrix.detach().float().cpu(), bias)
 
 
 class NativeModel:
@@ -63,10 +56,9 @@ class NativeModel:
 
     def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron") -> None:
         require(dtype in NATIVE.dtypes, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE.dtypes)}")
-        weight = model.embed.weight
         require(
-            weight.dtype == torch.float32 and weight.device.type == "cpu",
-            f"the native engine needs a model loaded as fp32 on the cpu, not {weight.dtype} on {weight.device}",
+            model.dtype == torch.float32 and model.device.type == "cpu",
+            f"the native engine needs a model loaded as fp32 on the cpu, not {model.dtype} on {model.device}",
         )
         NATIVE.check_architecture(model.config)
         self.dtype = dtype
@@ -81,7 +73,7 @@ class NativeModel:
     def screen(self, model: Transformer) -> tuple[MatrixView, MatrixView]:
         """A and B of the screened head (kernels/screen.py) of the packed model, int8 per row; worked out once."""
         if self._screen is None:
-            head_VE = rounded((model.embed if model.head is None else model.head).weight.detach(), self.dtype)
+            head_VE = wide(rounded_to(model.head_matrix, self.dtype)).detach()
             A_RE, B_VR = low_rank(head_VE, screen_rank(head_VE.shape[1]))
             self._screen = matrix_view("int8", A_RE), matrix_view("int8", B_VR)
         return self._screen
@@ -95,10 +87,9 @@ def packed_model(model: Transformer, dtype: str, layout: str = "by-neuron") -> N
 
     layout: where rows lie, by how decoding selects (dejavu_layout): each is a copy of its own while an engine or this cache has it.
     """
-    parameters = list(model.parameters())
-    if any(parameter.is_inference() for parameter in parameters):  # such tensors do not count their changes
+    state = weights_version(model)
+    if state is None:  # nothing tells whether it is still the same the next time
         return NativeModel(model, dtype, layout)
-    state = tuple(value for parameter in parameters for value in (parameter.data_ptr(), parameter._version))
     kept, key = _packed.setdefault(model, {}), (dtype, layout)
     if key not in kept or kept[key][0] != state:
         kept.pop(key, None)
@@ -133,12 +124,12 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
     """(part, layer, values) of everything that the model has."""
     view = _reusing(functools.partial(matrix_view, dtype))
     size = model.config.hidden_size
-    yield native.EMBED, -1, view(native.EMBED, model.embed.weight)
+    yield native.EMBED, -1, view(native.EMBED, model.embed.matrix)
     for part, module in ((native.PROJECT_IN, model.project_in), (native.PROJECT_OUT, model.project_out), (native.HEAD, model.head)):
         if module is not None:
-            yield part, -1, view(part, module.weight)
+            yield part, -1, view(part, module.matrix)
     if model.position is not None:
-        yield native.POSITION, -1, MatrixView(model.position.weight)
+        yield native.POSITION, -1, MatrixView(wide(model.position.matrix))
     if model.inv_freq is not None:
         yield native.INV_FREQ, -1, MatrixView(model.inv_freq)
     if model.final_norm is not None:
@@ -150,23 +141,24 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
         for part, norm in ((native.QUERY_NORM, block.q_norm), (native.KEY_NORM, block.k_norm)):
             if norm is not None:
                 yield part, index, _norm(norm, model.config.head_dim)
-        linear: tuple[tuple[int, Rows | nn.Linear | InputMajorLinear | None], ...] = (
+        linear: tuple[tuple[int, Rows | Linear | InputMajorLinear | None], ...] = (
             *((native.QUERY, block.q), (native.KEY, block.k), (native.VALUE, block.v), (native.OUTPUT, block.o)),
             *((native.GATE, block.gate), (native.UP, block.up), (native.DOWN, block.down)),
         )
         for part, module in linear:
             if module is not None:
-                yield part, index, view(part, module.weight, module.bias)
+                yield part, index, view(part, module.matrix, module.bias)
 
 
-def _reusing(view: Callable[[Tensor, Tensor | None], MatrixView]) -> Callable[..., MatrixView]:
-    """`view` of a part's weight and bias, made once where layers share them (bench/models/random.py) and not for each of them."""
+def _reusing(view: Callable[[Matrix, Tensor | None], MatrixView]) -> Callable[..., MatrixView]:
+    """`view` of a part's matrix and bias, made once where layers share them (bench/models/random.py) and not for each of them."""
     last: dict[int, tuple[tuple[int, int], MatrixView]] = {}
 
-    def reuse(part: int, weight: Tensor, bias: Tensor | None = None) -> MatrixView:
-        key = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    def reuse(part: int, matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
+        values = matrix if isinstance(matrix, Tensor) else matrix.values
+        key = (values.data_ptr(), 0 if bias is None else bias.data_ptr())
         if part not in last or last[part][0] != key:
-            last[part] = key, view(weight, bias)
+            last[part] = key, view(matrix, bias)
         return last[part][1]
 
     return reuse

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Config, ModelConfig, require
+from dejavu.kernels.quantized import Matrix, wide
 from dejavu.model.selectors.selector import HeadSelector, InputSelector, Scoring, threshold_below
 from dejavu.model.transformer import Block
 
@@ -140,15 +141,15 @@ class InputThresholds(InputSelector):
 def column_norms(block: Block) -> dict[str, Tensor]:
     """n_I of every point, fp32 on the block's device: attention [D], output [N], mlp [D], down [F]."""
 
-    def of(*weights_OI: Tensor) -> Tensor:
-        return torch.stack([weight.float().square().sum(0) for weight in weights_OI]).sum(0).sqrt()
+    def of(*matrices_OI: Matrix) -> Tensor:
+        return torch.stack([wide(matrix).float().square().sum(0) for matrix in matrices_OI]).sum(0).sqrt()
 
-    mlp = [block.up.weight] if block.gate is None else [block.gate.weight, block.up.weight]
+    mlp = [block.up.matrix] if block.gate is None else [block.gate.matrix, block.up.matrix]
     return {
-        "attention": of(block.q.weight, block.k.weight, block.v.weight),
-        "output": of(block.o.weight.T),  # o and down hold a row per input
+        "attention": of(block.q.matrix, block.k.matrix, block.v.matrix),
+        "output": of(wide(block.o.matrix).T),  # o and down hold a row per input
         "mlp": of(*mlp),
-        "down": of(block.down.weight.T),
+        "down": of(wide(block.down.matrix).T),
     }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Config, ModelConfig, require
-from dejavu.kernels.quantize import dequantize_rows, quantize_rows
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix
 from dejavu.model.predictor import HEAD_LOOKAHEADS, MLP_LOOKAHEADS, Predictor, head_predictor_input, mlp_predictor_input
 from dejavu.model.selectors.dense import head_reads, mlp_reads
 from dejavu.model.selectors.selector import HeadSelector, NeuronSelector, Scoring, Selector, threshold_below
@@ -64,7 +64,7 @@ class _Predicted(Selector):
         return self.predictor.A_RD.shape[0]
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Matrix, ...]:
         return self.predictor.A_RD, self.predictor.B_OR, self.predictor.bias_O
 
     def to(self, device: torch.device) -> Self:
@@ -98,9 +98,8 @@ class _Predicted(Selector):
         """Of a predictor that is `quantized`: else what was measured is not what is stored."""
         found: dict[str, Tensor] = {}
         for letter, matrix in (("A", self.predictor.A_RD), ("B", self.predictor.B_OR)):
-            q, scale = quantize_rows(matrix.cpu())
-            assert torch.equal(dequantize_rows(q, scale), matrix.cpu()), f"{name}.{letter} is not quantized: calibrate quantized(predictor)"
-            found[f"{name}.{letter}"], found[f"{name}.{letter}.scale"] = q, scale
+            assert isinstance(matrix, QuantizedMatrix), f"{name}.{letter} is not quantized: calibrate quantized(predictor)"
+            found |= matrix.int8_tensors(f"{name}.{letter}")
         return found | {f"{name}.bias": self.predictor.bias_O.float().cpu().contiguous()}
 
     @classmethod
@@ -239,8 +238,8 @@ def _read_predictor(
         require(bad == 0, f"{key} in {path} has {bad} NaN or infinite values; train the adapter again")
         held[suffix] = tensor
     return Predictor(
-        A_RD=dequantize_rows(held["A"], held["A.scale"]),
-        B_OR=dequantize_rows(held["B"], held["B.scale"]),
+        A_RD=QuantizedMatrix("int8", held["A"], held["A.scale"], size),
+        B_OR=QuantizedMatrix("int8", held["B"], held["B.scale"], config.rank),
         bias_O=held["bias"],
         threshold=config.threshold,
         lookahead=config.lookahead,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Config, ModelConfig
+from dejavu.kernels.quantized import Matrix
 from dejavu.model.transformer import Block, LayerInputs
 
 
@@ -27,7 +28,7 @@ from dejavu.model.transformer import Block, LayerInputs
 class Scoring:
     """What finding out what to select reads for a token, besides the weights of the layer: matrices, and so many fp32 values."""
 
-    matrices: tuple[Tensor, ...] = ()
+    matrices: tuple[Matrix, ...] = ()
     values: int = 0
 
 
@@ -52,7 +53,7 @@ class Selector(ABC):
         return False
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Matrix, ...]:
         """Everything that it holds, in order."""
         return ()
 

@@ -77,7 +77,7 @@ def shift_to(
         shift = (low + high) / 2
         selection = MaskedSelection(moved(layers, shift))
         for ids_T in ids_WT:
-            model.hidden(ids_T[None].to(model.embed.weight.device), selection)
+            model.hidden(ids_T[None].to(model.device), selection)
         found = selection.counter.mlp_density()
         assert found is not None
         low, high = (shift, high) if found > density else (low, shift)
@@ -95,7 +95,7 @@ def measured(
     rows: dict[str, list[Tensor]] = {"dense": [], "sparse": [], "unmasked": []}
     divergence = 0.0
     for first in range(0, len(ids_WT), batch):
-        ids = ids_WT[first : first + batch].to(model.embed.weight.device)
+        ids = ids_WT[first : first + batch].to(model.device)
         target = ids[:, 1:].flatten()
 
         def log_probs(hidden: Tensor) -> Tensor:

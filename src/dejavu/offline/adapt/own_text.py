@@ -131,7 +131,7 @@ def written(
     A step is bound by what it starts, not by its rows: on a GPU there are many, see `rows_at_once`.
     """
     rows = rows_at_once(model, max(LINE_TOKENS) + FRAME_TOKENS + new_tokens)
-    generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     found: list[int] = []
     for prompt_BP in prompts(tokenizer, documents, rows=rows, seed=seed):
         count = min(new_tokens, model.config.max_positions - prompt_BP.shape[1])

@@ -240,7 +240,7 @@ class Student(nn.Module):
 @torch.inference_mode()
 def residual_cosines(model: Transformer, ids_WT: Tensor) -> list[float]:
     """Per layer, the mean cosine of a token's residual stream before attention and after it, on a few windows [W, T]."""
-    ids_WT = ids_WT[:COSINE_WINDOWS].to(model.embed.weight.device)
+    ids_WT = ids_WT[:COSINE_WINDOWS].to(model.device)
     position_T = torch.arange(ids_WT.shape[1], device=ids_WT.device)
     x, found = model.embedded(ids_WT, position_T), []
     for index, block in enumerate(model.blocks):
