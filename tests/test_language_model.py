@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -474,6 +475,42 @@ def test_changed_weights_are_merged_anew(folder: Path, change: str) -> None:
     fresh = LanguageModel(lm.checkpoint, EngineOptions(backend=lm.backend), adapter=lm.adapter)
     assert torch.equal(lm.logits([5, 6, 7]), fresh.logits([5, 6, 7]))
     assert torch.equal(lm.logits([5, 6, 7]), before) == (lm.layers() is layers) == (change == "nothing")
+
+
+@pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
+def test_a_model_that_was_handed_over_writes_the_same_and_nothing_else(folder: Path, dtype: str) -> None:
+    plain, lm = load(folder, dtype=dtype, screened_head=20), load(folder, dtype=dtype, screened_head=20)
+    lm.hand_over()
+    assert all(parameter.is_meta for parameter in lm.model.parameters() if parameter.dim() == 2 and parameter.shape[0] > 1)
+    assert list(lm.model.tensors()) == list(lm.model.parameters()) and lm.num_parameters == plain.num_parameters
+    assert ids(lm) == ids(plain) and ids(lm, dense=True) == ids(plain, dense=True)
+    assert list(lm.start(PROMPT, max_new_tokens=3, record=True))
+    engine, own = (each.engine(num_slots=2, cache_tokens=64) for each in (lm, plain))
+    assert torch.equal(engine.prefill(0, [5, 6, 7]), own.prefill(0, [5, 6, 7]))
+    lm.adapter = make_adapter(lm.config, lm.base_hash, threshold=0.7)
+    assert lm.generate(PROMPT, max_new_tokens=2)
+    asked: list[Callable[[], object]] = [lambda: lm.logits([5, 6]), lambda: list(lm.model.named_weights()), lm.model.widened]
+    for ask in asked:
+        with pytest.raises(ValueError, match="handed over to an engine.* load the model again"):
+            ask()
+    with pytest.raises(ValueError, match="handed over"):
+        make_engine(lm.model, None, EngineOptions(backend="native", dtype="bf16"))
+    lm.hand_over()
+
+
+@pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")
+def test_handing_a_model_over_for_sparse_text_leaves_no_dense_one(folder: Path) -> None:
+    lm = load(folder)
+    lm.adapter = None
+    lm.hand_over(dense=False)
+    assert ids(lm) == ids(load(folder), dense=True), "without an adapter there is dense text alone"
+
+
+def test_a_model_whose_engine_reads_it_in_place_is_not_handed_over(folder: Path) -> None:
+    lm = load(folder, backend="torch")
+    lm.hand_over()
+    assert len(lm.logits([5, 6])) == 2
 
 
 def test_an_engine_may_be_used_in_and_out_of_inference_mode(folder: Path, made: Any) -> None:

@@ -137,7 +137,7 @@ def test_an_engine_that_does_not_know_it_says_so(tiny: Tiny) -> None:
     model = tiny("opt")
     layers = layers_of(model.config)
     with pytest.raises(ValueError, match="layer 0 selects by method every: backend 'native' does not; use --backend torch"):
-        set_selectors(None, None, layers, model)  # pyrefly: ignore[bad-argument-type]  # refused before the library is asked
+        set_selectors(None, None, layers, None, model)  # pyrefly: ignore[bad-argument-type]  # refused before the library is asked
     with pytest.raises(ValueError, match="selects by method every: backend 'cuda' does not; use --backend torch"):
         layer_predictors(layers, model.config, torch.device("cpu"))
 

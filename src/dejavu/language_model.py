@@ -18,6 +18,8 @@ from torch import Tensor
 from dejavu.config import MAX_NEW_TOKENS, SamplingConfig, require
 from dejavu.engine.backends import CAPABILITIES, make_engine
 from dejavu.engine.interface import Engine
+from dejavu.engine.native.selectors import layout_of
+from dejavu.engine.native.weights import hand_over
 from dejavu.engine.options import EngineOptions
 from dejavu.generation.engine_cache import IdleEngines
 from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
@@ -228,6 +230,25 @@ class LanguageModel(OfflineMethods):
         except ValueError:
             give_back()
             raise
+
+    def hand_over(self, *, dense: bool = True) -> None:
+        """Let the weights go that an engine packs for itself (backend native): this model then takes the memory of one copy, not two.
+
+        What `generate`, `start` and `engine` run is packed now, with the adapter that the model has and, with dense, without it. Anything
+        else (logits, evaluate, train, another adapter that changes weights) raises ValueError from then on. On the other backends, whose
+        engines read the model's own weights, nothing happens.
+        """
+        if self.backend != "native":
+            return
+        model, layers = self._engines.attached(self.model, self._chosen(None, dense=False), dtype=self.dtype)
+        wanted = [] if layers is None else [(model, layout_of(layers))]
+        if dense or layers is None:
+            wanted.append((self.model, layout_of(())))
+        if all(each is not self.model for each, _ in wanted):
+            self.model.hand_over(self.model)
+        for each in dict.fromkeys(each for each, _ in wanted):
+            layouts = list(dict.fromkeys(layout for owner, layout in wanted if owner is each))
+            hand_over(each, self.dtype, layouts, screened=self.screened_head > 0)
 
     def engine(
         self, *, num_slots: int, cache_tokens: int, adapter: Adapter | None = None, dense: bool = False, record: bool = False

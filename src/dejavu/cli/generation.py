@@ -70,6 +70,7 @@ def generate(
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text, download=download, offline=offline,
         drawing=lambda lm: sampling_words(lm, **asked),
     )  # fmt: skip
+    lm.hand_over(dense=lm.adapter is None)
     chat = not raw and lm.tokenizer.chat_template is not None
     running = lm.start(
         [{"role": "user", "content": prompt}] if chat else prompt,

@@ -257,10 +257,12 @@ class Transformer(nn.Module):
         """Raise ValueError where they were handed over."""
         require(not self.handed_over, "the weights of this model were handed over to an engine, which alone has them; load the model again")
 
-    def hand_over(self, part: Held) -> None:
-        """Let the matrix of a part go, which an engine has made its own of. From now on nothing but its shape can be asked of the model."""
+    def hand_over(self, *parts: nn.Module) -> None:
+        """Let the matrices of these parts of it go, of which an engine has its own. From now on the model has shapes and no values."""
         self.handed_over = True
-        part.hold(torch.empty(part.matrix.shape, device="meta"))
+        for module in (each for part in parts for each in part.modules()):
+            if isinstance(module, Held):
+                module.hold(torch.empty(module.matrix.shape, device="meta"))
 
     @property
     def head_matrix(self) -> Matrix:
@@ -269,7 +271,8 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed.matrix.device
+        """Where the weights are; of ones that were handed over, which the native engine has, the CPU."""
+        return torch.device("cpu") if self.handed_over else self.embed.matrix.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -82,7 +82,7 @@ class NativeEngine(PagedEngine):
         wanted = None if instruction_set is None else instruction_set.encode()
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
-        set_selectors(self._library, self._handle, self.layers, model)
+        set_selectors(self._library, self._handle, self.layers, self._model, model)
         if options.screened_head > 0:
             A, B = self._model.screen(model)
             native.check(self._library.dejavu_engine_screen(self._handle, A.matrix, B.matrix, options.screened_head))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dejavu.config import require
-from dejavu.engine.native.weights import predictor_view
+from dejavu.engine.native.weights import NativeModel, predictor_view
 from dejavu.kernels import native
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import (
@@ -41,14 +41,14 @@ def layout_of(layers: Sequence[LayerAdapter]) -> str:
     return "gate-apart" if any(isinstance(layer.neurons, GateThreshold) for layer in layers) else "by-neuron"
 
 
-def set_selectors(library: Any, engine: ctypes.c_void_p, layers: Sequence[LayerAdapter], model: Transformer) -> None:
-    """Raises ValueError for a method that the library does not know."""
+def set_selectors(library: Any, engine: ctypes.c_void_p, layers: Sequence[LayerAdapter], packed: NativeModel, model: Transformer) -> None:
+    """packed: of the model. Raises ValueError for a method that the library does not know."""
     for index, (layer, block) in enumerate(zip(layers, model.blocks, strict=True)):
         for selector in layer.stored.values():
-            _set(library, engine, index, selector, block)
+            _set(library, engine, index, selector, packed, block)
 
 
-def _set(library: Any, engine: ctypes.c_void_p, index: int, selector: Selector, block: Block) -> None:
+def _set(library: Any, engine: ctypes.c_void_p, index: int, selector: Selector, packed: NativeModel, block: Block) -> None:
     match selector:
         case PredictedNeurons():
             _set_predictor(library, engine, index, native.MLP, selector.predictor)
@@ -57,7 +57,7 @@ def _set(library: Any, engine: ctypes.c_void_p, index: int, selector: Selector, 
         case GateThreshold():
             native.check(library.dejavu_engine_gate(engine, index, selector.threshold))
         case InputThresholds():
-            for number, (point, norm_I) in enumerate(selector.norms(block).items()):
+            for number, (point, norm_I) in enumerate(packed.column_norms(index, block).items()):
                 threshold = selector.of(point)
                 if threshold is not None:
                     native.check(library.dejavu_engine_inputs(engine, index, number, norm_I.data_ptr(), norm_I.numel(), threshold))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from dejavu.kernels import native
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, wide
 from dejavu.kernels.screen import low_rank, screen_rank
-from dejavu.model.layers import InputMajorLinear, Linear, Norm, Rows
-from dejavu.model.transformer import Transformer
+from dejavu.model.layers import Held, InputMajorLinear, Linear, Norm, Rows
+from dejavu.model.selectors import column_norms
+from dejavu.model.transformer import Block, Transformer
 from dejavu.model.versions import weights_version
 
 
@@ -52,9 +53,13 @@ def predictor_view(matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
 
 
 class NativeModel:
-    """A packed model. Freed with the last engine that uses it."""
+    """A packed model, which stands alone once it is made. Freed with the last engine that uses it.
 
-    def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron") -> None:
+    take: whether the model is the caller's to give away: its matrices are let go one by one as they are packed.
+    """
+
+    def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron", *, screened: bool = False, take: bool = False) -> None:
+        model.require_weights()
         require(dtype in NATIVE.dtypes, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE.dtypes)}")
         require(
             model.dtype == torch.float32 and model.device.type == "cpu",
@@ -66,9 +71,21 @@ class NativeModel:
         self._library = native.library()
         native.check(self._library.dejavu_model_new(native_config(model.config, dtype, layout), ctypes.byref(self.handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
-        for part, layer, view in _parts(model, dtype):
-            native.check(self._library.dejavu_model_set(self.handle, part, layer, view.matrix))
+        # What engines need besides is worked out now where nothing is left to work it out from later.
         self._screen: tuple[MatrixView, MatrixView] | None = None
+        self._norms: dict[int, dict[str, Tensor]] = {}
+        if take and screened:
+            self.screen(model)
+        for index, block in enumerate(model.blocks if take and layout == "input-major" else ()):
+            self.column_norms(index, block)
+        for part, layer, view in _parts(model, dtype, take=take):
+            native.check(self._library.dejavu_model_set(self.handle, part, layer, view.matrix))
+
+    def column_norms(self, index: int, block: Block) -> dict[str, Tensor]:
+        """Those of a layer (selectors.py), worked out once."""
+        if index not in self._norms:
+            self._norms[index] = column_norms(block)
+        return self._norms[index]
 
     def screen(self, model: Transformer) -> tuple[MatrixView, MatrixView]:
         """A and B of the screened head (kernels/screen.py) of the packed model, int8 per row; worked out once."""
@@ -97,6 +114,24 @@ def packed_model(model: Transformer, dtype: str, layout: str = "by-neuron") -> N
     return kept[key][1]
 
 
+def hand_over(model: Transformer, dtype: str, layouts: Sequence[str], *, screened: bool) -> None:
+    """Pack the model in these layouts and let its own weights go meanwhile: from then on there are only these packed forms of it.
+
+    screened: engines with a screened head will be wanted. A model of inference mode, whose changes nothing tells, keeps its weights.
+    """
+    state = weights_version(model)
+    if state is None or model.handed_over:
+        return
+    *others, last = layouts
+    for layout in others:
+        packed = packed_model(model, dtype, layout)
+        if screened:
+            packed.screen(model)
+    kept = _packed.setdefault(model, {})
+    kept.pop((dtype, last), None)
+    kept[dtype, last] = state, NativeModel(model, dtype, last, screened=screened, take=True)
+
+
 def native_config(config: ModelConfig, dtype: str, layout: str) -> native.Config:
     """The architecture for the library."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
@@ -120,8 +155,8 @@ def native_config(config: ModelConfig, dtype: str, layout: str) -> native.Config
     )
 
 
-def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixView]]:
-    """(part, layer, values) of everything that the model has."""
+def _parts(model: Transformer, dtype: str, *, take: bool) -> Iterator[tuple[int, int, MatrixView]]:
+    """(part, layer, values) of everything that the model has. take: let go what was yielded before."""
     view = _reusing(functools.partial(matrix_view, dtype))
     size = model.config.hidden_size
     yield native.EMBED, -1, view(native.EMBED, model.embed.matrix)
@@ -134,6 +169,8 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
         yield native.INV_FREQ, -1, MatrixView(model.inv_freq)
     if model.final_norm is not None:
         yield native.FINAL_NORM, -1, _norm(model.final_norm, size)
+    if take:
+        model.hand_over(*(child for child in model.children() if isinstance(child, Held)))
     for index, block in enumerate(model.blocks):
         yield native.NORM1, index, _norm(block.norm1, size)
         assert block.norm2 is not None, "see Capabilities.check_architecture"
@@ -148,6 +185,8 @@ def _parts(model: Transformer, dtype: str) -> Iterator[tuple[int, int, MatrixVie
         for part, module in linear:
             if module is not None:
                 yield part, index, view(part, module.matrix, module.bias)
+        if take:
+            model.hand_over(block)
 
 
 def _reusing(view: Callable[[Matrix, Tensor | None], MatrixView]) -> Callable[..., MatrixView]:
