@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dejavu.config import ModelConfig, SamplingConfig, require
 from dejavu.files import read_json, read_safetensors, safe_member
 from dejavu.kernels.dtypes import DTYPE_NAMES
+from dejavu.kernels.memory import give_back_freed
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, stacked, wide
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
 from dejavu.model.download import CheckConfig, Download
@@ -275,6 +276,7 @@ class Assembler:
             else:
                 setattr(module, kind, nn.Parameter(wide(values)))
         model.fill_frequencies(self.device)
+        give_back_freed()
         return model.eval().requires_grad_(False), self.digests
 
     def stored_dtype(self) -> str:

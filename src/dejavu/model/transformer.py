@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dejavu.config import ModelConfig, require
 from dejavu.kernels.activation import activate
 from dejavu.kernels.attention import Scores, attend_tokens
+from dejavu.kernels.memory import give_back_freed
 from dejavu.kernels.quantize import rounded_vectors
 from dejavu.kernels.quantized import Matrix, linear, rounded_to, wide
 from dejavu.model.layers import (
@@ -263,6 +264,7 @@ class Transformer(nn.Module):
         for module in (each for part in parts for each in part.modules()):
             if isinstance(module, Held):
                 module.hold(torch.empty(module.matrix.shape, device="meta"))
+        give_back_freed()
 
     @property
     def head_matrix(self) -> Matrix:

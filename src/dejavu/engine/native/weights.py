@@ -159,10 +159,10 @@ def _parts(model: Transformer, dtype: str, *, take: bool) -> Iterator[tuple[int,
     """(part, layer, values) of everything that the model has. take: let go what was yielded before."""
     view = _reusing(functools.partial(matrix_view, dtype))
     size = model.config.hidden_size
-    yield native.EMBED, -1, view(native.EMBED, model.embed.matrix)
+    yield native.EMBED, -1, matrix_view(dtype, model.embed.matrix)
     for part, module in ((native.PROJECT_IN, model.project_in), (native.PROJECT_OUT, model.project_out), (native.HEAD, model.head)):
         if module is not None:
-            yield part, -1, view(part, module.matrix)
+            yield part, -1, matrix_view(dtype, module.matrix)
     if model.position is not None:
         yield native.POSITION, -1, MatrixView(wide(model.position.matrix))
     if model.inv_freq is not None:
