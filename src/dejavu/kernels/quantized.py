@@ -39,8 +39,19 @@ class QuantizedMatrix:
     transposed: bool = False
 
     @staticmethod
-    def of(matrix: Tensor, grid: str) -> QuantizedMatrix:
-        """A matrix [rows, columns] rounded to int8, int4 or bf16."""
+    def of(matrix: Matrix, grid: str) -> QuantizedMatrix:
+        """A matrix [rows, columns] rounded to int8, int4 or bf16, a block of rows at a time."""
+        if isinstance(matrix, Tensor) or matrix.transposed:
+            whole = wide(matrix)
+            parts = [QuantizedMatrix._of(whole[rows], grid) for rows in blocks(*matrix.shape)]
+        else:
+            parts = [QuantizedMatrix._of(matrix.dequantize(rows), grid) for rows in blocks(*matrix.shape)]
+        found = parts[0] if len(parts) == 1 else stacked(parts)
+        assert isinstance(found, QuantizedMatrix)
+        return found
+
+    @staticmethod
+    def _of(matrix: Tensor, grid: str) -> QuantizedMatrix:
         columns = matrix.shape[1]
         match grid:
             case "int8":
@@ -120,7 +131,7 @@ def rounded_to(matrix: Matrix, dtype: str) -> Matrix:
     """The matrix with the values that an engine of that dtype (fp32, bf16, int8, int4) computes with; itself where it has them."""
     if dtype == "fp32" or (isinstance(matrix, QuantizedMatrix) and matrix.grid == dtype):
         return matrix
-    return QuantizedMatrix.of(wide(matrix).float(), dtype)
+    return QuantizedMatrix.of(matrix, dtype)
 
 
 def stacked(parts: Sequence[Matrix]) -> Matrix:

@@ -100,12 +100,16 @@ def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | No
     kind = own.dtype if isinstance(own, Tensor) else torch.float32
 
     def changed(name: str) -> Matrix:
+        if name not in lora.factors:
+            return getattr(block, name).matrix
         values = merged_weight(getattr(block, name), *lora.factors[name], scale)
         held = values if dtype is None or dtype not in ROUNDED else rounded_to(values, dtype)
         return held if kind == torch.float32 else wide(held).to(kind)
 
-    merged.qkv.hold(stacked([changed(name) for name in ("q", "k", "v")]))
-    for name in lora.factors.keys() - {"q", "k", "v"}:
+    joint = ("q", "k", "v")
+    if lora.factors.keys() & set(joint):
+        merged.qkv.hold(stacked([changed(name) for name in joint]))
+    for name in lora.factors.keys() - set(joint):
         getattr(merged, name).hold(changed(name))
     for name, weight_D in lora.norms.items():
         norm = getattr(merged, name)
