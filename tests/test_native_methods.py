@@ -14,12 +14,12 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine.interface import LayerSelection, StepResult
+from dejavu.engine.native import weights as native_weights
 from dejavu.engine.native.capabilities import NATIVE
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels import native
 from dejavu.model.selectors import POINTS, AllHeads, GateThreshold, InputThresholds, LayerAdapter, column_norms
-from dejavu.model.selectors import inputs as selectors_of_inputs
 from dejavu.model.transformer import Block, Transformer
 from helpers.engines import decode, ids_of, masked_forward, random_layers
 from helpers.native import ISAS, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
@@ -213,7 +213,7 @@ def test_weights_of_inputs_left_out_are_not_read(model: Transformer, monkeypatch
     """NaN in the columns (of o and down: rows) of what a step left out changes no bit; a dense one says that it read them."""
     layers = input_layers(model, 0.15)  # below the crossover, above which rows of down are read in order
     norms = {block: column_norms(block) for block in model.blocks}
-    monkeypatch.setattr(selectors_of_inputs, "column_norms", norms.__getitem__)  # of the weights before they are spoilt
+    monkeypatch.setattr(native_weights, "column_norms", norms.__getitem__)  # of the weights before they are spoilt
     step = engine_of(model, layers, record=True).step([7], [0])
     assert step.selections is not None
     for block, chosen in zip(model.blocks, step.selections[0], strict=True):

@@ -6,20 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dejavu.kernels.quantize import GROUP, LEAST_INT4_SCALE, dequantize_groups, quantize_groups, rounded
+from helpers.matrices import random_matrix
 
 DTYPES = ("fp32", "bf16", "int8", "int4")
-
-
-def random_matrix(rows: int, columns: int, seed: int) -> Tensor:
-    """Rows of very different sizes, a row and a group of zeros among them."""
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(rows, columns, generator=generator) * 10 ** torch.linspace(-7, 3, rows)[:, None]
-    matrix[rows // 2] = 0
-    matrix[-1, : min(GROUP, columns)] = 0
-    return matrix
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 131), seed=st.integers(0, 99))

@@ -18,7 +18,7 @@ from dejavu.kernels import quantized
 from dejavu.kernels.quantize import quantize_groups, rounded
 from dejavu.kernels.quantized import QuantizedMatrix, linear, packed_nibbles, rounded_to, stacked, unpacked_nibbles, wide
 from dejavu.model.masked import MaskedSelection
-from test_quantize import random_matrix
+from helpers.matrices import random_matrix
 
 GRIDS = ("int8", "int4", "bf16")
 GGUF_GRIDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16")
