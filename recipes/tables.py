@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dejavu.bench.rows import QualityRow, append_rows
+from dejavu.engine.backends import CAPABILITIES
 from dejavu.files import write_json
 from dejavu.model.bundle import MODELS_FOLDER
 from dejavu.model.families import config_from_hf
@@ -172,8 +173,8 @@ def families() -> str:
     table = []
     for kind, models, fields in KINDS:
         config = config_from_hf(PLAIN | {"model_type": kind} | fields)
-        lacking = list(config.beyond("cuda"))
-        native = "yes" if not config.beyond("native") else "no"
+        lacking = list(CAPABILITIES["cuda"].beyond(config))
+        native = "yes" if not CAPABILITIES["native"].beyond(config) else "no"
         cuda = "yes" if not lacking else "no"
         table.append([f"`{kind}`", models, "yes", native, cuda, ", ".join(lacking)])
     return markdown(["model_type", "models", "torch", "native", "cuda", "what cuda does not compute"], table)

@@ -165,7 +165,6 @@ def test_a_bundle_of_it_is_loaded(opened: dict[str, Any], name: str, tmp_path: P
 def test_a_backend_computes_it_or_says_what_it_does_not(opened: dict[str, Any], name: str) -> None:
     model = opened[name][1].model
     beyond = CAPABILITIES["native"].beyond(model.config)
-    assert all(model.config.beyond(name) == each.beyond(model.config) for name, each in CAPABILITIES.items() if name != "torch")
     if pick_backend() != "native":
         pytest.skip("the native engine is not here")
     assert make_engine(model).info.backend == ("torch" if beyond else "native")

@@ -211,11 +211,6 @@ class ModelConfig(Config):
         )
         return {name: words for name, there, words in parts if there}
 
-    def beyond(self, backend: str) -> tuple[str, ...]:
-        """`Capabilities.beyond` of a backend, for the tables of the documentation alone."""
-        native = "post_norm no_final_norm narrow_embedding odd_head partial_rotary rotary_scale qk_norm attention_scale".split()
-        return tuple(words for name, words in self.special.items() if backend != "native" or name not in native)
-
     @property
     def has_exact_zeros(self) -> bool:
         """True where an activation can be exactly zero, so that skipping a neuron can be lossless."""
