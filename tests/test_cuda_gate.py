@@ -160,17 +160,17 @@ def test_select_gate_rows(rows: int, neurons: int, dtype: torch.dtype, count: in
     threshold = float(ordered[0] * 2 if count == 0 else ordered[-1] / 2 if count == neurons else ordered[count - 1])  # equal is not above
     slots = torch.arange(rows, dtype=INT)
     slots[rows - padded :] = 99
-    counts, word_F = memory.room(rows, 3, dtype=INT, holds=0.0), memory.room(neurons, dtype=INT)
+    counts, row_mask_F = memory.room(rows, 3, dtype=INT, holds=0.0), memory.room(neurons, dtype=INT)
     union_F, union = memory.room(neurons, dtype=INT), memory.room(1, dtype=INT, holds=0.0)
     at = memory.given(torch.tensor([threshold]))
-    gate = GateRows(threshold=at, word_F=word_F, union=union_F, count=union, row_count=counts[:, 1:2])
+    gate = GateRows(threshold=at, row_mask_F=row_mask_F, union=union_F, count=union, row_count=counts[:, 1:2])
     select_gate_rows(memory.given(product_BF), gate, activation, 0.0, memory.given(slots), 99)
     memory.check()
     # In fp32 from products in their dtype, so that a value just at the threshold could only differ by an exponential's rounding.
     value_BF, keep_BF = select_gate_definition(product_BF.float(), threshold, activation, 0.0)
     keep_BF &= (slots != 99)[:, None]
     near_BF = ((value_BF - threshold).abs() <= 1e-6 * threshold) & (slots != 99)[:, None]
-    found_BF = (word_F.cpu()[None] >> torch.arange(rows)[:, None]) & 1 == 1
+    found_BF = (row_mask_F.cpu()[None] >> torch.arange(rows)[:, None]) & 1 == 1
     assert torch.equal(found_BF & ~near_BF, keep_BF & ~near_BF)
     assert counts.tolist() == [[0, int(kept.sum()), 0] for kept in found_BF]
     wanted = found_BF.any(0).nonzero().squeeze(1).tolist()
@@ -202,8 +202,8 @@ def test_up_given_rows_and_down_rows(
     keep_BF = torch.zeros(rows, neurons, dtype=torch.bool)
     keep_BF[:, union_A] = torch.rand(rows, union, generator=memory.generator) < 0.6
     keep_BF[0, union_A] = True
-    word_F = (keep_BF * torch.tensor([1 << row for row in range(rows)])[:, None]).sum(0)
-    word_F = torch.where(word_F >= 2**31, word_F - 2**32, word_F).int()  # the 32nd row has the sign
+    row_mask_F = (keep_BF * torch.tensor([1 << row for row in range(rows)])[:, None]).sum(0)
+    row_mask_F = torch.where(row_mask_F >= 2**31, row_mask_F - 2**32, row_mask_F).int()  # the 32nd row has the sign
     unread = next((f for f in range(neurons) if f not in union_A.tolist()), 0)
     listed = torch.cat([union_A, torch.full((neurons - union,), unread)]).int()
     exact = converted(weights, torch.float64)
@@ -219,8 +219,8 @@ def test_up_given_rows_and_down_rows(
     act_FB, start_BD = memory.room(neurons, padded_rows(rows), dtype=dtype), memory.normal(rows, size, dtype=FP32)
     known_F = torch.zeros(neurons, dtype=torch.bool).index_fill(0, union_A, True)
     up_given_rows(
-        memory.given(x_BD), memory.given(torch.where(known_F, product_BF, torch.nan)), given, memory.given(word_F), listed_F, count, act_FB,
-        shape=UpShape(columns=64, programs=2),
+        memory.given(x_BD), memory.given(torch.where(known_F, product_BF, torch.nan)), given, memory.given(row_mask_F), listed_F, count,
+        act_FB, shape=UpShape(columns=64, programs=2),
     )  # fmt: skip
     memory.check()
     out_BD = memory.room(rows, size, holds=start_BD)

@@ -101,13 +101,13 @@ def test_neurons_of_one_token(device: str) -> None:
 def test_neurons_of_several_rows(device: str) -> None:
     far, near, idx_A = far_mlp(device)
     x_BD, neurons = normal(2, 4096, seed=1, dtype=FP16).abs(), far.up_FD.shape[0]
-    word_F = torch.zeros(neurons, dtype=torch.int32, device=device)
-    word_F[idx_A] = torch.tensor([2, 3], dtype=torch.int32, device=device)
+    row_mask_F = torch.zeros(neurons, dtype=torch.int32, device=device)
+    row_mask_F[idx_A] = torch.tensor([2, 3], dtype=torch.int32, device=device)
     keep_BF = torch.tensor([[False, True], [True, True]])
     out_BD = torch.zeros(2, 4096, device=device)
     act_FB = torch.empty(2, padded_rows(2), dtype=FP16, device=device)
     count = torch.tensor([2], dtype=torch.int32, device=device)
-    mlp_rows(x_BD.to(device), far, word_F, idx_A.int().to(device), count, act_FB, out_BD)
+    mlp_rows(x_BD.to(device), far, row_mask_F, idx_A.int().to(device), count, act_FB, out_BD)
     check_rule(out_BD, mlp_rows_definition(x_BD, near, keep_BF), mlp_rows_definition(x_BD.double(), wide(near), keep_BF), FP16)
 
 
@@ -129,11 +129,11 @@ def test_neurons_of_one_token_whose_gate_is_given(device: str) -> None:
 def test_neurons_of_several_rows_whose_gates_are_given(device: str) -> None:
     far, near, idx_A = far_mlp(device)
     x_BD, product_BA, neurons = normal(2, 4096, seed=1, dtype=FP16), normal(2, 2, seed=2, dtype=FP16).abs(), far.up_FD.shape[0]
-    product_BF, word_F = torch.zeros(2, neurons, dtype=FP16, device=device), torch.zeros(neurons, dtype=torch.int32, device=device)
-    product_BF[:, idx_A], word_F[idx_A] = product_BA.to(device), torch.tensor([2, 3], dtype=torch.int32, device=device)
+    product_BF, row_mask_F = torch.zeros(2, neurons, dtype=FP16, device=device), torch.zeros(neurons, dtype=torch.int32, device=device)
+    product_BF[:, idx_A], row_mask_F[idx_A] = product_BA.to(device), torch.tensor([2, 3], dtype=torch.int32, device=device)
     keep_BA, count = torch.tensor([[False, True], [True, True]]), torch.tensor([2], dtype=torch.int32, device=device)
     act_FB, out_BD, listed = torch.empty(2, padded_rows(2), dtype=FP16, device=device), torch.zeros(2, 4096, device=device), idx_A.int()
-    up_given_rows(x_BD.to(device), product_BF, far, word_F, listed.to(device), count, act_FB)
+    up_given_rows(x_BD.to(device), product_BF, far, row_mask_F, listed.to(device), count, act_FB)
     down_rows(act_FB, far, listed.to(device), count, out_BD)
     truth_BD = mlp_given_definition(x_BD.double(), wide(near), product_BA.double(), keep_BA)
     check_rule(out_BD, mlp_given_definition(x_BD, near, product_BA, keep_BA), truth_BD, FP16)

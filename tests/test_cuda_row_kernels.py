@@ -113,10 +113,10 @@ def test_select_rows(rows: int, neurons: int, rank: int, int8: bool, count: int,
     threshold = torch.tensor([midway((h_BP[0] @ matrix.float().T) * scale + bias, count)])
     slots = torch.arange(rows, dtype=INT)
     slots[rows - padded :] = 99
-    counts, word_F = memory.room(rows, 3, dtype=INT, holds=0.0), memory.room(neurons, dtype=INT)
+    counts, row_mask_F = memory.room(rows, 3, dtype=INT, holds=0.0), memory.room(neurons, dtype=INT)
     union_F, union = memory.room(neurons, dtype=INT), memory.room(1, dtype=INT, holds=0.0)
     plain = UnionScores(
-        matrix=matrix, scale=scale, bias=bias, threshold=threshold, h=h_BP, word_F=word_F, union=union_F, count=union,
+        matrix=matrix, scale=scale, bias=bias, threshold=threshold, h=h_BP, row_mask_F=row_mask_F, union=union_F, count=union,
         row_count=counts[:, 1:2],
     )  # fmt: skip
     names = ("matrix", "scale", "bias", "threshold", "h")
@@ -124,7 +124,7 @@ def test_select_rows(rows: int, neurons: int, rank: int, int8: bool, count: int,
     memory.check()
     keep_BF = select_rows_definition(plain) & (slots != 99)[:, None]
     assert padded == rows or int(keep_BF[0].sum()) == count
-    found_BF = (word_F.cpu()[None] >> torch.arange(rows)[:, None]) & 1 == 1
+    found_BF = (row_mask_F.cpu()[None] >> torch.arange(rows)[:, None]) & 1 == 1
     assert torch.equal(found_BF, keep_BF)
     assert counts.tolist() == [[0, int(kept.sum()), 0] for kept in keep_BF]
     wanted = keep_BF.any(0).nonzero().squeeze(1).tolist()
@@ -186,8 +186,8 @@ def test_mlp_rows(case: RowsCase, device: str) -> None:
     keep_BF[:, union_A] = torch.rand(case.rows, case.union, generator=memory.generator) < 0.6
     keep_BF[0, union_A] = True
     bits_B = torch.tensor([1 << row for row in range(case.rows)])
-    word_F = (keep_BF * bits_B[:, None]).sum(0)
-    word_F = torch.where(word_F >= 2**31, word_F - 2**32, word_F).int()  # the 32nd row has the sign
+    row_mask_F = (keep_BF * bits_B[:, None]).sum(0)
+    row_mask_F = torch.where(row_mask_F >= 2**31, row_mask_F - 2**32, row_mask_F).int()  # the 32nd row has the sign
     unread = next((f for f in range(case.neurons) if f not in union_A.tolist()), 0)
     listed = torch.cat([union_A, torch.full((case.neurons - case.union,), unread)]).int()
 
@@ -199,7 +199,7 @@ def test_mlp_rows(case: RowsCase, device: str) -> None:
     out = memory.room(shares, case.rows, case.size) if case.partial else memory.room(case.rows, case.size, holds=start_BD)
     act_FB = memory.room(case.neurons, padded_rows(case.rows), dtype=case.dtype)
     mlp_rows(
-        memory.given(x_BD), placed(poisoned_neurons(weights, union_A), memory), memory.given(word_F), memory.given(listed),
+        memory.given(x_BD), placed(poisoned_neurons(weights, union_A), memory), memory.given(row_mask_F), memory.given(listed),
         memory.given(torch.tensor([case.union], dtype=INT)), act_FB, out, up_shape=UpShape(columns=64, programs=2),
         down_shape=down_shape, partial=case.partial,
     )  # fmt: skip

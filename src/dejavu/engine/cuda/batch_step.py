@@ -1,12 +1,12 @@
 """One token of each of several sequences on the GPU: weights are read once for all rows, and each row keeps its own selection.
 
-For each layer: norm, q, k, v (the vendor's product), attention and O by row with its own heads, norm, and the MLP over the union
+For each layer: norm, q, k, v (cuBLAS), attention and O by row with its own heads, norm, and the MLP over the union
 of what the rows select, each row masked to its own, or dense where that is measured to be faster. Predictors run row by row in
 fp32. The residual stream y_BD is fp32. A layer that runs dense selects nothing: its rows count as dense, as they do in any dense layer.
 
 Whether a layer's MLP runs over the union depends on the union's size and on the device: crossover.py times both ways, for heads too.
 
-Where each row's own gate selects, the products with the gate are the vendor's, and up and down are read over the union. Where inputs are
+Where each row's own gate selects, the products with the gate are those of cuBLAS, and up and down are read over the union. Where inputs are
 selected, each row's are masked and the matrices read whole: the union of a few rows would be nearly all of them. Neither is timed.
 
 Letters: B rows  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  F neurons
@@ -81,7 +81,7 @@ class BatchStep:
         )
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=model.inv_freq)
         self._act_FB = torch.zeros(neurons, padded_rows(rows), device=device, dtype=dtype)
-        self._word_F, self._union_F = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
+        self._row_mask_F, self._union_F = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         shares = shares_of(size, DownShape(), device) if deterministic else 0
         self._sums = torch.zeros(shares, rows, size, device=device)
         self._row_counts = torch.zeros(model.counts.shape[0], rows, layers, dtype=torch.int32, device=device)
@@ -92,7 +92,7 @@ class BatchStep:
             for index, layer in enumerate(model.inputs if record else ())
             for point, kept in ({} if layer is None else layer.points).items()
         }
-        self._words_LF = torch.zeros(layers, neurons, dtype=torch.int32, device=device) if record else None
+        self._row_masks_LF = torch.zeros(layers, neurons, dtype=torch.int32, device=device) if record else None
         self.dense_layers = frozenset(index for index, own in enumerate(model.predictors) if own.selector is None)
         self.dense_heads = False
         self._gates = [self._gate_of(index, own) for index, own in enumerate(model.predictors)]
@@ -115,8 +115,8 @@ class BatchStep:
 
     def neurons_of(self, index: int, row: int) -> Tensor | None:
         """See Step; where they are recorded."""
-        assert self._words_LF is not None
-        return None if index in self.dense_layers else ((self._words_LF[index] >> row) & 1).nonzero().squeeze(1)
+        assert self._row_masks_LF is not None
+        return None if index in self.dense_layers else ((self._row_masks_LF[index] >> row) & 1).nonzero().squeeze(1)
 
     def groups_of(self, index: int, row: int) -> Tensor | None:
         if self.predictors[index].group_scores is None:
@@ -159,7 +159,7 @@ class BatchStep:
             neurons_first = _for_rows(own.neurons_first, rows)
             neurons = UnionScores(
                 **{field.name: getattr(own.neurons, field.name) for field in dataclasses.fields(Scores)} | {"h": neurons_first.out},
-                word_F=self._word_F,
+                row_mask_F=self._row_mask_F,
                 union=self._union_F,
                 count=self._union_counts[index : index + 1],
                 row_count=self._row_counts[0, :, index : index + 1],
@@ -170,7 +170,9 @@ class BatchStep:
         if own.gate_neurons is None:
             return None
         count, row_count = self._union_counts[index : index + 1], self._row_counts[0, :, index : index + 1]
-        return GateRows(threshold=own.gate_neurons.threshold, word_F=self._word_F, union=self._union_F, count=count, row_count=row_count)
+        return GateRows(
+            threshold=own.gate_neurons.threshold, row_mask_F=self._row_mask_F, union=self._union_F, count=count, row_count=row_count
+        )
 
     def _start(self) -> None:
         """What the counts are before a step: nothing where it selects, everything where it does not."""
@@ -214,8 +216,8 @@ class BatchStep:
         elif gate_rows is not None:
             product_BF = gate_products(x_BD, layer.mlp)
             select_gate_rows(product_BF, gate_rows, layer.mlp.activation, layer.mlp.activation_threshold, self.inputs[1], self.padding)
-        if self._words_LF is not None and index not in self.dense_layers:
-            self._words_LF[index].copy_(self._word_F)
+        if self._row_masks_LF is not None and index not in self.dense_layers:
+            self._row_masks_LF[index].copy_(self._row_mask_F)
         self._run_before(index + 1)
         if index in self.dense_layers:
             act_BF = dense_up_rows(self._masked(index, "mlp", x_BD), layer.mlp)
@@ -258,15 +260,15 @@ class BatchStep:
         out = self._sums if self.deterministic else self._delta_BD
         union, count = self._union_F, self._union_counts[index : index + 1]
         if self.deterministic:  # a union in order, so that sums are too
-            chosen_F = (self._word_F != 0).int()
+            chosen_F = (self._row_mask_F != 0).int()
             place_F = torch.where(chosen_F == 1, chosen_F.cumsum(0) - 1, chosen_F.shape[0]).long()
             ordered = torch.zeros(chosen_F.shape[0] + 1, dtype=torch.int32, device=chosen_F.device)
             ordered.scatter_(0, place_F, torch.arange(chosen_F.shape[0], dtype=torch.int32, device=chosen_F.device))
             union = ordered
         if product_BF is None:
-            mlp_rows(self._x_BD, mlp, self._word_F, union, count, self._act_FB, out, partial=self.deterministic)
+            mlp_rows(self._x_BD, mlp, self._row_mask_F, union, count, self._act_FB, out, partial=self.deterministic)
         else:
-            up_given_rows(self._x_BD, product_BF, mlp, self._word_F, union, count, self._act_FB)
+            up_given_rows(self._x_BD, product_BF, mlp, self._row_mask_F, union, count, self._act_FB)
             down_rows(self._act_FB, mlp, union, count, out, partial=self.deterministic)
         return self._sums.sum(0) if self.deterministic else self._delta_BD
 

@@ -1,6 +1,6 @@
-"""The MLP of several rows whose neurons each row's own gate selects, behind the products with the gate (the vendor's), in three kernels.
+"""The MLP of several rows whose neurons each row's own gate selects, behind the products with the gate (cuBLAS'), in three kernels.
 
-    select_gate_rows  for each neuron a word with bit b set where |act(p_bf)| > threshold; the list of neurons that some row selects
+    select_gate_rows  for each neuron a row mask, bit b set where |act(p_bf)| > threshold; the list of neurons that some row selects
     up_given_rows     a[f, b] = act(p_bf) (up_f . x_b + c_f) (gated)  or  act(p_bf); 0 where row b did not select f
     down_rows         out_b += sum_f a[f, b] down_f + down_bias (mlp_rows.py)
 
@@ -32,11 +32,11 @@ BLOCK = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateRows:
-    """threshold fp32 [1], and where the selections go: word_F int32 [F], union int32 [F] and count int32 [1] (zero), row_count
+    """threshold fp32 [1], and where the selections go: row_mask_F int32 [F], union int32 [F] and count int32 [1] (zero), row_count
     int32 [B, stride] (zero), of which the first column is used."""
 
     threshold: Tensor
-    word_F: Tensor
+    row_mask_F: Tensor
     union: Tensor
     count: Tensor
     row_count: Tensor
@@ -44,22 +44,22 @@ class GateRows:
 
 @triton.jit
 def _select_gate_rows(
-    product, threshold, slots, padding, word_F, union, count, row_count, row_stride, B, F, activation_threshold,
+    product, threshold, slots, padding, row_mask_F, union, count, row_count, row_stride, B, F, activation_threshold,
     ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = f < F
     least = tl.load(threshold)
-    word = tl.zeros([BLOCK], tl.int32)
+    mask_bits = tl.zeros([BLOCK], tl.int32)
     for b in range(0, B):
         p = tl.load(product + b * F + f, mask=live, other=0.0).to(tl.float32)
         v = activate(p, ACTIVATION, activation_threshold)
         # A row that only fills the bucket selects nothing: it would widen the union.
         chosen = (exceeds(tl.abs(v), least) & live & (tl.load(slots + b) != padding)).to(tl.int32)
-        word = word | (chosen << b)
+        mask_bits = mask_bits | (chosen << b)
         tl.atomic_add(row_count + b * row_stride, tl.sum(chosen, 0), sem="relaxed")
-    tl.store(word_F + f, word, mask=live)
-    some = (word != 0).to(tl.int32)
+    tl.store(row_mask_F + f, mask_bits, mask=live)
+    some = (mask_bits != 0).to(tl.int32)
     place = tl.cumsum(some, 0) - 1
     first = tl.atomic_add(count, tl.sum(some, 0), sem="relaxed")
     tl.store(union + first + place, f, mask=some == 1)
@@ -67,7 +67,7 @@ def _select_gate_rows(
 
 @triton.jit
 def _up_given_rows(
-    x, product, up, up_bias, word_F, union, count, act, activation_threshold, B, F, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
+    x, product, up, up_bias, row_mask_F, union, count, act, activation_threshold, B, F, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     programmatic: tl.constexpr,
 ):  # fmt: skip
@@ -89,19 +89,19 @@ def _up_given_rows(
                 w = tl.load(up + at + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
                 acc = tl.dot(w, tl.trans(xv), acc, input_precision="ieee")
             v = v * (acc + row_bias(up_bias, row, live, UP_BIAS).to(tl.float32)[:, None])
-        word = tl.load(word_F + row, mask=live, other=0)
-        v = tl.where(((word[:, None] >> b[None, :]) & 1) == 1, v, 0.0)
+        mask_bits = tl.load(row_mask_F + row, mask=live, other=0)
+        v = tl.where(((mask_bits[:, None] >> b[None, :]) & 1) == 1, v, 0.0)
         tl.store(act + r[:, None] * BP + b[None, :], v.to(act.dtype.element_ty), mask=live[:, None])
 
 
 def select_gate_rows(
     product_BF: Tensor, gate: GateRows, activation: str, activation_threshold: float, slot_B: Tensor, padding: int
 ) -> None:
-    """Fill the words, the union with its count, and add each row's count; rows of the slot `padding` select nothing."""
+    """Fill the row masks, the union with its count, and add each row's count; rows of the slot `padding` select nothing."""
     rows, neurons = product_BF.shape
     assert rows <= MAX_ROWS and product_BF.is_contiguous()
     launch(
-        _select_gate_rows, (triton.cdiv(neurons, BLOCK),), product_BF, gate.threshold, slot_B, padding, gate.word_F, gate.union, gate.count,
+        _select_gate_rows, (triton.cdiv(neurons, BLOCK),), product_BF, gate.threshold, slot_B, padding, gate.row_mask_F, gate.union, gate.count,
         gate.row_count, gate.row_count.stride(0), rows, neurons, activation_threshold, ACTIVATION=ACTIVATION_CODES[activation], BLOCK=BLOCK,
         num_warps=4,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def up_given_rows(
     x_BD: Tensor,
     product_BF: Tensor,
     weights: MlpWeights,
-    word_F: Tensor,
+    row_mask_F: Tensor,
     union_F: Tensor,
     count: Tensor,
     act_FB: Tensor,
@@ -125,7 +125,7 @@ def up_given_rows(
     launch(
         _up_given_rows,
         (multiprocessors(x_BD.device) * shape.programs,),
-        x_BD, product_BF, weights.up_FD, or_any(weights.up_bias_F, x_BD), word_F, union_F, count, act_FB, weights.activation_threshold, rows,
+        x_BD, product_BF, weights.up_FD, or_any(weights.up_bias_F, x_BD), row_mask_F, union_F, count, act_FB, weights.activation_threshold, rows,
         product_BF.shape[1],
         D=size, BP=padded_rows(rows), R=shape.rows, COLUMNS=min(shape.columns, max(16, triton.next_power_of_2(size))), STAGES=shape.stages,
         GATED=gated, UP_BIAS=gated and weights.up_bias_F is not None, ACTIVATION=ACTIVATION_CODES[weights.activation],

@@ -53,7 +53,7 @@ def padded_rows(rows: int) -> int:
 
 @triton.jit
 def _up_rows(
-    x, up, gate, up_bias, gate_bias, word_F, union, count, act, threshold, B, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
+    x, up, gate, up_bias, gate_bias, row_mask_F, union, count, act, threshold, B, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +80,8 @@ def _up_rows(
             v = activate(gated + row_bias(gate_bias, row, live, GATE_BIAS).to(tl.float32)[:, None], ACTIVATION, threshold) * v
         else:
             v = activate(v, ACTIVATION, threshold)
-        word = tl.load(word_F + row, mask=live, other=0)
-        v = tl.where(((word[:, None] >> b[None, :]) & 1) == 1, v, 0.0)
+        mask_bits = tl.load(row_mask_F + row, mask=live, other=0)
+        v = tl.where(((mask_bits[:, None] >> b[None, :]) & 1) == 1, v, 0.0)
         tl.store(act + r[:, None] * BP + b[None, :], v.to(act.dtype.element_ty), mask=live[:, None])
 
 
@@ -122,7 +122,7 @@ def shares_of(size: int, shape: DownShape, device: torch.device) -> int:
 def mlp_rows(
     x_BD: Tensor,
     weights: MlpWeights,
-    word_F: Tensor,
+    row_mask_F: Tensor,
     union_F: Tensor,
     count: Tensor,
     act_FB: Tensor,
@@ -140,7 +140,7 @@ def mlp_rows(
     launch(
         _up_rows,
         (multiprocessors(device) * up_shape.programs,),
-        x_BD, weights.up_FD, or_any(weights.gate_FD, x_BD), or_any(weights.up_bias_F, x_BD), or_any(weights.gate_bias_F, x_BD), word_F,
+        x_BD, weights.up_FD, or_any(weights.gate_FD, x_BD), or_any(weights.up_bias_F, x_BD), or_any(weights.gate_bias_F, x_BD), row_mask_F,
         union_F, count, act_FB, weights.activation_threshold, rows,
         D=size, BP=padded, R=up_shape.rows, COLUMNS=columns, STAGES=up_shape.stages, GATED=weights.gate_FD is not None,
         UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
@@ -174,14 +174,14 @@ def down_rows(
 
 
 def gate_products(x_BD: Tensor, weights: MlpWeights) -> Tensor:
-    """What the activation is of, [B, F]: products with the gate, or with up where there is none; the vendor's, in the dtype of x."""
+    """What the activation is of, [B, F]: products with the gate, or with up where there is none; by cuBLAS, in the dtype of x."""
     if weights.gate_FD is None:
         return torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
     return torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
 
 
 def dense_up_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
-    """Activations [B, F] of every neuron, by the vendor's matrix products, in the dtype of x."""
+    """Activations [B, F] of every neuron, by cuBLAS, in the dtype of x."""
     act_BF = activate_definition(gate_products(x_BD, weights), weights.activation, weights.activation_threshold)
     return act_BF if weights.gate_FD is None else act_BF * torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
 
@@ -193,7 +193,7 @@ def dense_down_rows(act_BF: Tensor, weights: MlpWeights) -> Tensor:
 
 
 def dense_mlp_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
-    """The MLP of each x with every neuron, by the vendor's matrix products, in the dtype of x."""
+    """The MLP of each x with every neuron, by cuBLAS, in the dtype of x."""
     return dense_down_rows(dense_up_rows(x_BD, weights), weights)
 
 

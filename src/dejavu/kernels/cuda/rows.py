@@ -3,7 +3,7 @@
     norm_rows      y = y + delta;  x = norm(y);  cleared = 0
     project_rows   h[b, r] = scale[r] (A[r] . x[b])
     group_rows     the head groups that each row selects, as in project.py
-    select_rows    for each neuron a word with bit b set where row b selects it; the list of neurons that some row selects
+    select_rows    for each neuron a row mask, bit b set where row b selects it; the list of neurons that some row selects
     combine_rows   m[b, h] from the splits of attention; zero for heads that the row did not select
 
 A row's selection depends on that row alone; the list is how weights are fetched.
@@ -37,16 +37,16 @@ from dejavu.kernels.cuda.common import (
 )
 from dejavu.kernels.cuda.project import GroupScores, selected_groups
 
-MAX_ROWS = 32  # bits of a word
+MAX_ROWS = 32  # bits of a row mask
 BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnionScores(Scores):
-    """Of a neuron predictor for several rows, O = F; and where the selection goes: word_F int32 [F], union int32 [F] and count int32 [1]
+    """Of a neuron predictor for several rows, O = F; and where the selection goes: row_mask_F int32 [F], union int32 [F] and count int32 [1]
     (zero), row_count int32 [B, stride] (zero), of which the first column is used."""
 
-    word_F: Tensor
+    row_mask_F: Tensor
     union: Tensor
     count: Tensor
     row_count: Tensor
@@ -95,7 +95,7 @@ def _group_rows(
 
 @triton.jit
 def _select_rows(
-    matrix, scale, bias, threshold, h, h_stride, slots, padding, word_F, union, count, row_count, row_stride, B, F, P: tl.constexpr, PP: tl.constexpr,
+    matrix, scale, bias, threshold, h, h_stride, slots, padding, row_mask_F, union, count, row_count, row_stride, B, F, P: tl.constexpr, PP: tl.constexpr,
     BLOCK: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -105,15 +105,15 @@ def _select_rows(
     row_scale = tl.load(scale + f, mask=live, other=0.0)
     row_bias = tl.load(bias + f, mask=live, other=0.0)
     least = tl.load(threshold)
-    word = tl.zeros([BLOCK], tl.int32)
+    mask_bits = tl.zeros([BLOCK], tl.int32)
     for b in range(0, B):
         s = tl.sum(m * tl.load(h + b * h_stride + p, mask=p < P, other=0.0)[None, :], 1) * row_scale + row_bias
         # A row that only fills the bucket selects nothing: it would widen the union.
         chosen = ((s > least) & live & (tl.load(slots + b) != padding)).to(tl.int32)
-        word = word | (chosen << b)
+        mask_bits = mask_bits | (chosen << b)
         tl.atomic_add(row_count + b * row_stride, tl.sum(chosen, 0), sem="relaxed")
-    tl.store(word_F + f, word, mask=live)
-    some = (word != 0).to(tl.int32)
+    tl.store(row_mask_F + f, mask_bits, mask=live)
+    some = (mask_bits != 0).to(tl.int32)
     place = tl.cumsum(some, 0) - 1
     first = tl.atomic_add(count, tl.sum(some, 0), sem="relaxed")
     tl.store(union + first + place, f, mask=some == 1)
@@ -170,13 +170,13 @@ def group_rows(scores: GroupScores) -> None:
 
 
 def select_rows(scores: UnionScores, slot_B: Tensor, padding: int) -> None:
-    """Fill the words, the union with its count, and add each row's count; rows of the slot `padding` select nothing."""
+    """Fill the row masks, the union with its count, and add each row's count; rows of the slot `padding` select nothing."""
     neurons, rank = scores.matrix.shape
     rows = scores.h.shape[0]
     assert rows <= MAX_ROWS
     launch(
         _select_rows, (triton.cdiv(neurons, BLOCK),), scores.matrix, scores.scale, scores.bias, scores.threshold, scores.h,
-        scores.h.stride(0), slot_B, padding, scores.word_F, scores.union, scores.count, scores.row_count, scores.row_count.stride(0), rows, neurons,
+        scores.h.stride(0), slot_B, padding, scores.row_mask_F, scores.union, scores.count, scores.row_count, scores.row_count.stride(0), rows, neurons,
         P=rank, PP=max(16, triton.next_power_of_2(rank)), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
