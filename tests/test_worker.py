@@ -185,7 +185,7 @@ def test_the_union_is_of_the_rows_of_a_step() -> None:
 @pytest.mark.parametrize("engine", [StubEngine, DrawingEngine])
 def test_where_an_adapter_changes_no_weights_both_share_an_engine(engine: type[StubEngine]) -> None:
     """Its slots, its pages and the prefixes in them; each row is as it is on an engine of its own."""
-    model, prompt = StubModel("abcdef", engine=engine, changes_weights=False), "sixteen letters, and a few more"
+    model, prompt = StubModel("abcdef", engine=engine, one_engine=True), "sixteen letters, and a few more"
     with serving(model, slots=2) as worker:
         sparse, dense = run(worker, request(prompt), request(prompt, dense=True))
         assert text_of(sparse) == text_of(dense) == "abcdef" and len(model.engines) == 1

@@ -80,9 +80,10 @@ class LanguageModel(OfflineMethods):
         return self.options.threads
 
     @property
-    def changes_weights(self) -> bool:
-        """Whether `adapter` changes weights, besides selecting."""
-        return self.adapter is not None and self.adapter.lora is not None
+    def one_engine(self) -> bool:
+        """Whether sparse and dense texts can run on one engine: `adapter` changes no weights, nor the order in which they lie in memory."""
+        adapter = self.adapter
+        return adapter is None or (adapter.lora is None and not any(layer.inputs.selects for layer in adapter.layers))
 
     @property
     def num_threads(self) -> int:

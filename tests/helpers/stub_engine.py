@@ -294,7 +294,7 @@ class DrawingEngine(StubEngine):
 class StubModel:
     """What a worker needs of a LanguageModel. engines: those made so far, in order; options go to each (page_size, say).
 
-    adapter: None where there is no sparse engine. changes_weights: whether dense texts need another. fail: how many of the next engines
+    adapter: None where there is no sparse engine. one_engine: whether dense texts run on it, too. fail: how many of the next engines
     cannot be made. engine: the class of the engines.
     """
 
@@ -306,13 +306,13 @@ class StubModel:
         max_positions: int = 256,
         tokenizer: Tokenizer | None = None,
         engine: type[StubEngine] = StubEngine,
-        changes_weights: bool = True,
+        one_engine: bool = False,
         **options: Any,
     ) -> None:
         self.name, self.backend, self.dtype = "stub", "stub", "fp32"
         self.tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
         self.adapter: Any = object() if sparse else None
-        self.changes_weights = changes_weights
+        self.one_engine = one_engine
         self.config = ModelConfig(
             family="opt",
             vocab_size=VOCAB,

@@ -95,7 +95,7 @@ def serve(
         if lm.backend == "cuda":
             out.say("Warming the engine up: half a minute the first time, a second or two later")
         try:
-            lm.hand_over()
+            lm.hand_over(dense=not lm.one_engine)
             worker = Worker(lm, config)
         except MemoryError as error:
             raise ValueError(f"{error}, with --cache-tokens, or fewer texts at a time, with --slots (now {slots})") from error

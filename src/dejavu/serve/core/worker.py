@@ -50,7 +50,7 @@ class ServedModel(Protocol):
     def adapter(self) -> object | None: ...
 
     @property
-    def changes_weights(self) -> bool: ...
+    def one_engine(self) -> bool: ...
 
     def engine(self, *, num_slots: int, cache_tokens: int, dense: bool = False, record: bool = False) -> Engine: ...
 
@@ -68,12 +68,9 @@ class Worker:
         tokens = config.cached(lm.config.max_positions)
         main = functools.partial(self._engine, num_slots=config.slots, cache_tokens=tokens)
         dense = functools.partial(main, dense=True)
-        modes = {"dense": (dense, dense())} if lm.adapter is None or lm.changes_weights else {}
-        if lm.adapter is not None:
-            sparse = main()
-            modes = {"sparse": (main, sparse), **modes}
-            if "dense" not in modes and not self._runs_both(sparse):
-                modes["dense"] = dense, dense()
+        modes = {} if lm.adapter is None else {"sparse": (main, main())}
+        if lm.adapter is None or not lm.one_engine:
+            modes["dense"] = dense, dense()
         self._info = next(iter(modes.values()))[1].info
         self._loops = {mode: self._engine_loop(mode, make, config.slots, tokens, engine) for mode, (make, engine) in modes.items()}
         if lm.adapter is not None:
@@ -88,13 +85,9 @@ class Worker:
 
     def _engine(self, **settings: Any) -> Engine:
         engine = self._lm.engine(**settings)
-        both = engine.info.sparse and not settings.get("record") and self._runs_both(engine)
+        both = engine.info.sparse and not settings.get("record") and self._lm.one_engine
         warm_up(engine, self._lm.tokenizer, longest=self._longest, both=both)
         return engine
-
-    def _runs_both(self, sparse: Engine) -> bool:
-        """Whether dense texts run on the sparse engine: where its weights are those of a dense one, and in the order of these."""
-        return not self._lm.changes_weights and sparse.info.input_points is None
 
     def _engine_loop(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> EngineLoop:
         config, page_size = self._config, self._info.page_size
