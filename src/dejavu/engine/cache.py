@@ -66,7 +66,8 @@ class PagedCache:
 
     def reserve(self, slot: int, tokens: int) -> None:
         """Give the slot the pages for that many more tokens. Raises ValueError, changing nothing, when the pool has too few."""
-        self.reserve_all((slot,), (tokens,))
+        if self.missing(slot, tokens) > 0:  # else a step of a small model would wait for nothing
+            self.reserve_all((slot,), (tokens,))
 
     def reserve_all(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         """As `reserve` for each of different slots, for all of them or none."""
