@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 
 import dejavu
-from dejavu.generation import engine_cache as idle
+from dejavu.generation import engine_cache
 from dejavu.model.bundle import export
 from helpers.transformers_models import SIZES, reference_of
 
@@ -200,13 +200,13 @@ def test_an_adapter_makes_it_sparse_and_has_to_be_its_own(tmp_path: Path, monkey
     dejavu.attach(net, tmp_path / "hf" / "adapter", backend="torch")
     ids = torch.tensor([lm.tokenizer.encode("The lighthouse keeper")])
     made = []
-    original = idle.make_engine
+    original = engine_cache.make_engine
 
     def watched(*args: Any, **options: Any) -> Any:
         made.append(original(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(idle, "make_engine", watched)
+    monkeypatch.setattr(engine_cache, "make_engine", watched)
     found = net.generate(ids, max_new_tokens=8, do_sample=False)
     wanted = lm.generate("The lighthouse keeper", max_new_tokens=8, temperature=0)
     assert found[0, ids.shape[1] :].tolist() == list(wanted.token_ids) and made[0].info.sparse

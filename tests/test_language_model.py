@@ -344,7 +344,7 @@ def test_an_engine_comes_back_from_a_text_that_was_left_or_refused(lm: LanguageM
     pieces.close()
     unread = lm.start(PROMPT, max_new_tokens=6, ignore_eos=True)
     unread.close()  # before its first piece
-    assert list(unread) == [] and len(lm._engines._idle) == 1
+    assert list(unread) == [] and len(lm._engines._entries) == 1
     running.close()  # again: the slot may be another's by now
     assert len(ids(lm)) == 6 and made.total == 1
 
@@ -353,16 +353,16 @@ def test_an_engine_comes_back_from_a_stream_that_was_closed_or_dropped_before_it
     lm._engines.clear()
     pieces = lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True, stream=True)
     pieces.close()
-    assert list(pieces) == [] and len(lm._engines._idle) == 1
+    assert list(pieces) == [] and len(lm._engines._entries) == 1
     pieces = lm.generate(PROMPT, max_new_tokens=6, ignore_eos=True, stream=True)
     del pieces
-    assert len(lm._engines._idle) == 1 and made.total == 1
+    assert len(lm._engines._entries) == 1 and made.total == 1
 
 
 def test_a_text_that_nobody_holds_ends(lm: LanguageModel, made: Any) -> None:
     lm._engines.clear()
     next(lm.start(PROMPT, max_new_tokens=6, ignore_eos=True))
-    assert len(lm._engines._idle) == 1 and len(ids(lm)) == 6 and made.total == 1
+    assert len(lm._engines._entries) == 1 and len(ids(lm)) == 6 and made.total == 1
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["its engine is held", "with its engine"])
@@ -391,7 +391,7 @@ def test_a_text_in_a_cycle_may_be_collected_at_any_time(lm: LanguageModel, monke
 
     expected, engines, found = ids(lm), [], []
     ids(lm, dense=True)
-    monkeypatch.setattr(lm._engines, "_idle", Collecting(lm._engines._idle))
+    monkeypatch.setattr(lm._engines, "_entries", Collecting(lm._engines._entries))
     thread = threading.Thread(target=run, daemon=True)  # one that waits for itself would hang
     gc.disable()
     try:
@@ -401,8 +401,8 @@ def test_a_text_in_a_cycle_may_be_collected_at_any_time(lm: LanguageModel, monke
         thread.join(20)
     finally:
         gc.enable()
-    assert not thread.is_alive() and found == [expected] * 2 and 1 <= len(lm._engines._idle) <= KEPT
-    assert not any(idle.engine in engines for idle in lm._engines._idle.values()) or held
+    assert not thread.is_alive() and found == [expected] * 2 and 1 <= len(lm._engines._entries) <= KEPT
+    assert not any(entry.engine in engines for entry in lm._engines._entries.values()) or held
 
 
 def test_an_adapter_is_attached_once_for_loading_and_all_generations(folder: Path, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +520,7 @@ def test_an_engine_may_be_used_in_and_out_of_inference_mode(folder: Path, made: 
     assert ids(lm) == first and made.total == 1
 
 
-def test_idle_engines_are_gone_while_a_model_trains(folder: Path, made: Any) -> None:
+def test_cached_engines_are_gone_while_a_model_trains(folder: Path, made: Any) -> None:
     lm = load(folder, adapter=None)
     ids(lm)
     lm.profile(TEXT, max_tokens=100)

@@ -29,7 +29,7 @@ from dejavu.engine.cache import PAGE_SIZE
 from dejavu.engine.interface import Engine
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.sampling import Sampler
-from dejavu.generation.engine_cache import IdleEngines
+from dejavu.generation.engine_cache import EngineCache
 from dejavu.generation.rows import Row, advance, draw, tokens_at_once
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.model.adapter import Adapter
@@ -60,7 +60,7 @@ class Attached(NamedTuple):
     adapter: Adapter | None
     options: EngineOptions
     reasons: set[str]
-    engines: IdleEngines
+    engines: EngineCache
 
 
 class GenerateCall(NamedTuple):
@@ -113,7 +113,7 @@ def attach(
     if note is not None:
         warnings.warn(f"dejavu: {note}", stacklevel=2)
     options = EngineOptions(backend=picked, dtype=dtype or "auto")
-    setattr(net, NAME, Attached(model, adapter, options, set(), IdleEngines()))
+    setattr(net, NAME, Attached(model, adapter, options, set(), EngineCache()))
     net.generate = types.MethodType(_generate, net)
     return net
 

@@ -21,7 +21,7 @@ from dejavu.engine.interface import Engine
 from dejavu.engine.native.selectors import layout_of
 from dejavu.engine.native.weights import hand_over
 from dejavu.engine.options import EngineOptions
-from dejavu.generation.engine_cache import IdleEngines
+from dejavu.generation.engine_cache import EngineCache
 from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.native import default_threads
@@ -53,7 +53,7 @@ class LanguageModel(OfflineMethods):
         capabilities.check_screened_head(options.screened_head, vocab_size=self.config.vocab_size)
         self.options = replace(options, dtype=dtype, cache_dtype=cache_dtype)
         self.adapter = adapter
-        self._engines = IdleEngines()
+        self._engines = EngineCache()
 
     def __repr__(self) -> str:
         state = "dense" if self.adapter is None else f"sparse, mlp_density {self.adapter.config.mlp_density:.3f}"

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from dejavu.config import ModelConfig, Progress
 from dejavu.engine.options import EngineOptions
 from dejavu.figures import Evaluation, Profile, Training
-from dejavu.generation.engine_cache import IdleEngines
+from dejavu.generation.engine_cache import EngineCache
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.selectors import LayerAdapter
@@ -35,14 +35,14 @@ class OfflineMethods:
     config: ModelConfig
     name: str
     options: EngineOptions
-    _engines: IdleEngines
+    _engines: EngineCache
 
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
         raise NotImplementedError
 
     @contextlib.contextmanager
     def _on_cpu(self) -> Generator[None]:
-        """See `on_cpu`; engines that are idle would keep the weights where they were."""
+        """See `on_cpu`; cached engines would keep the weights where they were."""
         self._engines.clear()
         with on_cpu(self.model):
             yield

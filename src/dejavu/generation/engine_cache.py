@@ -1,4 +1,4 @@
-"""Engines between two generations: making one takes time (on a GPU kernels are compiled and graphs captured), so the next takes it over.
+"""A cache of engines that no generation uses: making one takes time (on a GPU kernels are compiled and graphs captured).
 
 In: a model, an adapter and EngineOptions. Out: an engine of one slot that nobody else has, and what gives it back. An
 engine in use is not in here: a second text at the same time gets one of its own, and one that is never given back is simply gone.
@@ -28,7 +28,7 @@ SMALLEST = 128  # tokens of the smallest key/value cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Idle:
+class _Entry:
     """state: of the weights that the engine was made of. adapter: kept, so that no other object gets its identity."""
 
     engine: Engine
@@ -47,7 +47,7 @@ class _Layers:
     model: Transformer
 
 
-class IdleEngines:
+class EngineCache:
     """At most KEPT engines, the last ones used. One whose weights were replaced or changed in place is not used again.
 
     See model/versions.py. A copy has no engines.
@@ -57,7 +57,7 @@ class IdleEngines:
         # The garbage collector may end a text, in the middle of anything that this thread does, and its engine comes back then. So the
         # thread that has the lock may take it again, and finds other entries after any line.
         self._lock = threading.RLock()
-        self._idle: dict[Hashable, _Idle] = {}
+        self._entries: dict[Hashable, _Entry] = {}
         self._layers: _Layers | None = None
 
     def take(
@@ -70,7 +70,7 @@ class IdleEngines:
         key = (id(adapter), options)
         with self._lock:
             self._drop_stale(model)
-            found = self._idle.pop(key, None)
+            found = self._entries.pop(key, None)
         if found is not None and found.engine.info.cache_tokens >= tokens:
             engine, state = found.engine, found.state
         else:
@@ -88,16 +88,16 @@ class IdleEngines:
             if whole.detach() is None or state is None or state != weights_version(model, adapter):
                 return
             with self._lock:
-                self._idle[key] = _Idle(engine=engine, adapter=adapter, state=state)
-                while len(self._idle) > KEPT:
-                    self._idle.pop(next(iter(self._idle)), None)
+                self._entries[key] = _Entry(engine=engine, adapter=adapter, state=state)
+                while len(self._entries) > KEPT:
+                    self._entries.pop(next(iter(self._entries)), None)
 
         return engine, give_back
 
     def _drop_stale(self, model: Transformer) -> None:
-        for key, idle in self._idle.copy().items():
-            if idle.state != weights_version(model, idle.adapter):
-                self._idle.pop(key, None)
+        for key, entry in self._entries.copy().items():
+            if entry.state != weights_version(model, entry.adapter):
+                self._entries.pop(key, None)
 
     def attached(
         self, model: Transformer, adapter: Adapter | None, *, dtype: str | None
@@ -115,11 +115,11 @@ class IdleEngines:
             self._layers = held
         return held.model, held.layers
 
-    def __reduce__(self) -> tuple[type[IdleEngines], tuple[()]]:
-        return IdleEngines, ()
+    def __reduce__(self) -> tuple[type[EngineCache], tuple[()]]:
+        return EngineCache, ()
 
     def clear(self) -> None:
         """Let all of them go, and their memory."""
         with self._lock:
-            self._idle.clear()
+            self._entries.clear()
         self._layers = None
