@@ -35,7 +35,7 @@ from dejavu.bench.bytes_read import Reads, formats_of, read_share, step_bytes, w
 from dejavu.bench.graphs import node_count
 from dejavu.bench.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
 from dejavu.bench.rows import Row, Shape, device_facts
-from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, take_turns
+from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, time_interleaved
 from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same, selects_heads
 from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
@@ -254,7 +254,7 @@ class _Run:
 
         def steps(works: dict[Any, Work], what: str) -> dict[Any, list[float]]:
             rounds = len(tokens) // TURN
-            return take_turns(works, rounds, runs=TURN, skipped=SKIPPED, clock=clock, progress=progress, name=what)
+            return time_interleaved(works, rounds, runs=TURN, skipped=SKIPPED, clock=clock, progress=progress, name=what)
 
         def start() -> None:
             for decoder in self.decoders:
@@ -264,7 +264,7 @@ class _Run:
 
         prefills = {key: Work(run=lambda _, peer=peer: peer.prefill(prompt), sync=sync) for key, peer in self.peers.items()}
         own = Work(run=lambda _: self.dense.prefill(0, prompt), sync=sync, done=lambda *_: self.dense.free(0))
-        found = take_turns({self.decoders[0]: own, **prefills}, PREFILLS, clock=clock, progress=progress, name="prefills")
+        found = time_interleaved({self.decoders[0]: own, **prefills}, PREFILLS, clock=clock, progress=progress, name="prefills")
         self.prefill = {key: seconds[1:] for key, seconds in found.items()}
         peers = {key: Work(run=lambda index, peer=peer: peer.step(tokens[index]), sync=sync) for key, peer in self.peers.items()}
         profiled = {decoder: Work(run=decoder.profiled_step, sync=sync, done=decoder.note) for decoder in self.decoders}
@@ -280,8 +280,8 @@ class _Run:
         # The steps of a turn wait in the device's queue, as they do where it draws the tokens itself: the host's part is beside them.
         queued = max(1, min(QUEUED, len(tokens) // MIN_REPEATS))
         stepped = {key: lambda index, peer=peer: peer.step(tokens[index]) for key, peer in self.peers.items()}
-        turns = {key: Work(run=_repeated(run, queued), sync=sync) for key, run in {**timed, **read, **stepped}.items()}
-        found = take_turns(turns, len(tokens) // queued, clock=clock, progress=progress, name="decode steps")
+        works = {key: Work(run=_repeated(run, queued), sync=sync) for key, run in {**timed, **read, **stepped}.items()}
+        found = time_interleaved(works, len(tokens) // queued, clock=clock, progress=progress, name="decode steps")
         self.decode = {key: [each / queued for each in seconds] for key, seconds in found.items()}
 
     def say_dense(self) -> None:
@@ -376,11 +376,11 @@ def ratios_of(rows: Sequence[Row]) -> list[Ratio]:
 def _repeated(run: Callable[[int], Any], times: int) -> Callable[[int], None]:
     """Turn `index` of so many runs, one behind the other."""
 
-    def turn(index: int) -> None:
+    def run_turn(index: int) -> None:
         for number in range(index * times, (index + 1) * times):
             run(number)
 
-    return turn
+    return run_turn
 
 
 def _read(engine: Engine, buffer: Tensor) -> object:

@@ -1,4 +1,4 @@
-"""Timing things in turns: what slows the machine for a while slows all of them.
+"""Interleaved timing: what slows the machine for a while slows everything that is compared.
 
 In: what to do in each round, by name. Out: its durations. In a round each has a turn, and which comes first changes from round
 to round. A turn may be several runs one after the other, the first of which find the caches as others left them and are
@@ -34,7 +34,7 @@ class Work:
     done: Callable[[int, Any], None] | None = None
 
 
-def take_turns(
+def time_interleaved(
     works: Mapping[Key, Work],
     rounds: int,
     *,
@@ -51,9 +51,9 @@ def take_turns(
     order = list(works)
     for index in range(rounds):
         first = index % len(order)
-        turn = order[first:] + order[:first]
+        rotated = order[first:] + order[:first]
         # Each cycle of first ones the other way round: nobody always follows the same one and finds what it left in the caches.
-        for key in turn if index // len(order) % 2 == 0 else reversed(turn):
+        for key in rotated if index // len(order) % 2 == 0 else reversed(rotated):
             work = works[key]
             for run in range(runs):
                 number = index * runs + run
