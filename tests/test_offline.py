@@ -26,7 +26,7 @@ from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.budget import DenseRuns, fit
-from dejavu.offline.calibrate import Candidate, Part, choose, interpolate_divergence, meet_budget
+from dejavu.offline.calibrate import ThresholdCandidate, Part, choose, interpolate_divergence, meet_budget
 from dejavu.offline.collect import ActiveNeurons, LayerData, group_norms, mean_input, pack_windows, sweep_layers
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.fidelity import divergences, token_nll
@@ -230,7 +230,7 @@ def test_head_quality_counts_the_head_that_always_stays(tiny: Tiny) -> None:
 
 def part(reads: list[float], costs: list[float], dense: float = 100.0) -> Part:
     candidates = [
-        Candidate(threshold=-float(i), quality=Quality(r / dense, 1.0, 1.0), reads=r, divergence=c)
+        ThresholdCandidate(threshold=-float(i), quality=Quality(r / dense, 1.0, 1.0), reads=r, divergence=c)
         for i, (r, c) in enumerate(zip(reads, costs, strict=True))
     ]
     return Part(layer=0, kind="mlp", dense_reads=dense, candidates=tuple(candidates))
@@ -252,7 +252,7 @@ def test_measured_rise_never_exceeds_the_budget(ratio: float, budget: float) -> 
     """Whatever factor lies between divergence and the measured rise, the choice keeps the budget."""
     parts = [part([10 + i for i in range(60)], [0.05 * 0.8**i for i in range(60)]) for _ in range(3)]
 
-    def measure(choice: list[Candidate | None]) -> float:
+    def measure(choice: list[ThresholdCandidate | None]) -> float:
         return ratio * sum(c.divergence for c in choice if c is not None)
 
     choice = meet_budget(parts, budget, measure)
@@ -265,9 +265,9 @@ class OneLayer:
     """An offer of one part with two candidates: what a token reads falls to 20 % or to 60 %. chosen: what is to run."""
 
     parts = (part([20, 60], [0.004, 0.001]),)
-    chosen: Candidate | None = None
+    chosen: ThresholdCandidate | None = None
 
-    def layers(self, choice: Sequence[Candidate | None]) -> tuple[LayerAdapter, ...]:
+    def layers(self, choice: Sequence[ThresholdCandidate | None]) -> tuple[LayerAdapter, ...]:
         self.chosen = choice[0]
         return (LayerAdapter(),)
 

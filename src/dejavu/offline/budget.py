@@ -18,14 +18,14 @@ from dejavu.model.counts import DensityCounter
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
-from dejavu.offline.calibrate import Candidate, Part, meet_budget
+from dejavu.offline.calibrate import ThresholdCandidate, Part, meet_budget
 from dejavu.offline.fidelity import Comparison, compare_runs, token_nll
 from dejavu.offline.split import Split
 
 CHECKS = 5  # times the goal is lowered when the check text asks for it; an adapter still over budget says so
 CONFIDENCE = 1.0  # standard errors added to a measured rise before it is held against the budget
 
-Choice = Sequence[Candidate | None]
+Choice = Sequence[ThresholdCandidate | None]
 
 
 class Offer(Protocol):
@@ -73,7 +73,7 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, offer: Offer, budget
     """Spend the budget on the calibration windows; where the check windows, which are then harder, ask for it, less of it."""
     trials = 0
 
-    def measured_rise(choice: list[Candidate | None]) -> float:
+    def measured_rise(choice: list[ThresholdCandidate | None]) -> float:
         """Rise of perplexity on the calibration windows, with its standard error to spare."""
         nonlocal trials
         trials += 1

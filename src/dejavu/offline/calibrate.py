@@ -24,7 +24,7 @@ WORTH_SELECTING = 0.9  # of a part's reads: finding and gathering what is select
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class ThresholdCandidate:
     """A threshold of one part: what it selects on held-out text, what a token then reads, what it costs."""
 
     threshold: float
@@ -40,9 +40,9 @@ class Part:
     layer: int
     kind: str
     dense_reads: float
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ThresholdCandidate, ...]
 
-    def best(self, kappa: float) -> Candidate | None:
+    def best(self, kappa: float) -> ThresholdCandidate | None:
         """The cheapest choice at a price of `kappa` elements per nat; None is dense."""
         chosen, cost = None, self.dense_reads
         for candidate in self.candidates:
@@ -78,7 +78,7 @@ def interpolate_divergence(masses: Sequence[float], divergences: Sequence[float]
     return math.exp(points[-1][1] + (x - points[-1][0]))
 
 
-def choose(parts: Sequence[Part], allowance: float) -> list[Candidate | None]:
+def choose(parts: Sequence[Part], allowance: float) -> list[ThresholdCandidate | None]:
     """The choice per part with the fewest reads whose divergences add up to at most `allowance`."""
     low, high = 1.0, 1e15
     for _ in range(80):
@@ -89,8 +89,8 @@ def choose(parts: Sequence[Part], allowance: float) -> list[Candidate | None]:
 
 
 def meet_budget(
-    parts: Sequence[Part], budget: float, measure: Callable[[list[Candidate | None]], float], *, rounds: int = 5
-) -> list[Candidate | None]:
+    parts: Sequence[Part], budget: float, measure: Callable[[list[ThresholdCandidate | None]], float], *, rounds: int = 5
+) -> list[ThresholdCandidate | None]:
     """Choose so that measure(choice), the rise of perplexity, is as close to `budget` as `rounds` trials get, never above it.
 
     A budget of 0, or one that no trial keeps, gives the choice that costs nothing: every part is dense, or leaves out exact zeros.
@@ -100,7 +100,7 @@ def meet_budget(
         return best
     allowance, best_rise = math.log1p(budget), -math.inf
     low, high = 0.0, math.inf
-    refused: list[Candidate | None] | None = None
+    refused: list[ThresholdCandidate | None] | None = None
     for _ in range(rounds):
         choice = choose(parts, allowance)
         while choice == refused and high - low > 0.01 * high:  # an allowance a little lower bought the same

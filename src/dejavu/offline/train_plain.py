@@ -32,7 +32,7 @@ from dejavu.model.selectors.gate import gate_of, gate_reads
 from dejavu.model.selectors.inputs import input_reads
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
 from dejavu.offline.budget import Choice
-from dejavu.offline.calibrate import Candidate, Part, interpolate_divergence
+from dejavu.offline.calibrate import ThresholdCandidate, Part, interpolate_divergence
 from dejavu.offline.collect import down_norms
 from dejavu.offline.fidelity import divergences
 from dejavu.offline.split import Split
@@ -128,7 +128,7 @@ def priced(model: Transformer, options: Options, ids_WT: Tensor, measured: int, 
         at = points[layer, kind]
         kept, cost = [found[index][1].mass for index in at], [next(costs[layer]) for _ in at]
         candidates = tuple(
-            Candidate(
+            ThresholdCandidate(
                 threshold=threshold,
                 quality=quality,
                 reads=_reads(model.config, kind, quality.density),
@@ -150,8 +150,8 @@ def _stored_parts(path: Path, key: str) -> list[Part] | None:
     ]
 
 
-def _candidate(values: dict[str, Any]) -> Candidate:
-    return Candidate(**values | {"quality": Quality(**values["quality"])})
+def _candidate(values: dict[str, Any]) -> ThresholdCandidate:
+    return ThresholdCandidate(**values | {"quality": Quality(**values["quality"])})
 
 
 def _plain_parts(
@@ -184,11 +184,11 @@ class GateOffer:
     parts: Sequence[Part]
     exact: bool = False
 
-    def _chosen(self, choice: Choice) -> list[Candidate | None]:
+    def _chosen(self, choice: Choice) -> list[ThresholdCandidate | None]:
         """By layer."""
         if self.exact:
             kept = Quality(density=1.0, recall=1.0, mass=1.0)
-            return [Candidate(threshold=0.0, quality=kept, reads=0.0, divergence=0.0)] * self.num_layers
+            return [ThresholdCandidate(threshold=0.0, quality=kept, reads=0.0, divergence=0.0)] * self.num_layers
         return list(choice)
 
     def layers(self, choice: Choice) -> tuple[LayerAdapter, ...]:
@@ -223,9 +223,9 @@ class InputOffer:
     num_layers: int
     parts: Sequence[Part]
 
-    def _chosen(self, choice: Choice) -> list[dict[str, Candidate]]:
+    def _chosen(self, choice: Choice) -> list[dict[str, ThresholdCandidate]]:
         """By layer and point, without those that stay dense."""
-        found: list[dict[str, Candidate]] = [{} for _ in range(self.num_layers)]
+        found: list[dict[str, ThresholdCandidate]] = [{} for _ in range(self.num_layers)]
         for part, candidate in zip(self.parts, choice, strict=True):
             if candidate is not None:
                 found[part.layer][part.kind] = candidate

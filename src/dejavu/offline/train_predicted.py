@@ -23,7 +23,7 @@ from dejavu.model.selectors import LayerAdapter, PartConfig, PredictedHeads, Pre
 from dejavu.model.selectors.dense import ALL_HEADS, ALL_NEURONS
 from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import Choice
-from dejavu.offline.calibrate import Candidate, Part, interpolate_divergence
+from dejavu.offline.calibrate import ThresholdCandidate, Part, interpolate_divergence
 from dejavu.offline.collect import LayerData, mean_input, sweep_layers
 from dejavu.offline.fidelity import divergences
 from dejavu.offline.predictors import start_mlp, train_heads, train_mlp
@@ -170,7 +170,7 @@ def priced_parts(
             for threshold, quality in options:
                 reads = selector.reads(model.config, quality.density, config.cached_tokens)
                 cost = interpolate_divergence(masses, divergence, quality.mass)
-                candidates.append(Candidate(threshold=threshold, quality=quality, reads=reads, divergence=cost))
+                candidates.append(ThresholdCandidate(threshold=threshold, quality=quality, reads=reads, divergence=cost))
             dense = (ALL_NEURONS if kind == PredictedNeurons.key else ALL_HEADS).reads(model.config, 1.0, config.cached_tokens)
             parts.append(Part(layer=layer, kind=kind, dense_reads=dense, candidates=tuple(candidates)))
     return parts

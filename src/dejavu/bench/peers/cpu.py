@@ -140,7 +140,7 @@ class CTranslate2Peer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class PeerCandidate:
     """label: who it is in a sentence; make: loads it; tuned: whether its number of threads may still be changed."""
 
     label: str
@@ -171,23 +171,23 @@ def open_peers(names: Sequence[str], *, export_folder: Path | None, gguf: Path |
     return opened, notes
 
 
-def _candidates(name: str, folder: Path | None, gguf: Path | None, threads: int) -> list[Candidate]:
+def _candidates(name: str, folder: Path | None, gguf: Path | None, threads: int) -> list[PeerCandidate]:
     if name == "llama.cpp":
         file = gguf or smollm2()
         if gguf is not None or file is None:
-            return [Candidate(label=name, make=lambda: LlamaCppPeer(_given(file), threads=threads))]
-        as_it_is = Candidate(label=f"{name} q4_1", make=lambda: LlamaCppPeer(file, threads=threads))
+            return [PeerCandidate(label=name, make=lambda: LlamaCppPeer(_given(file), threads=threads))]
+        as_it_is = PeerCandidate(label=f"{name} q4_1", make=lambda: LlamaCppPeer(file, threads=threads))
         return [as_it_is] + [
-            Candidate(label=f"{name} {kind}", make=lambda kind=kind: LlamaCppPeer(file, threads=threads, file_type=kind))
+            PeerCandidate(label=f"{name} {kind}", make=lambda kind=kind: LlamaCppPeer(file, threads=threads, file_type=kind))
             for kind in FILE_TYPES
         ]
     assert folder is not None, f"{name} needs an exported folder"
     if name == "ctranslate2":
-        return [Candidate(label=name, make=lambda: CTranslate2Peer(folder, threads=threads))]
+        return [PeerCandidate(label=name, make=lambda: CTranslate2Peer(folder, threads=threads))]
     compiled = name == "transformers-compile"
     assert compiled or name == "transformers", name
     # Compiled code has its number of threads built in.
-    return [Candidate(label=name, make=lambda: TransformersPeer(folder, threads=threads, compiled=compiled), tuned=not compiled)]
+    return [PeerCandidate(label=name, make=lambda: TransformersPeer(folder, threads=threads, compiled=compiled), tuned=not compiled)]
 
 
 def _given(file: Path | None) -> Path:
@@ -197,7 +197,7 @@ def _given(file: Path | None) -> Path:
     return file
 
 
-def open_candidate(candidate: Candidate, threads: int) -> tuple[Peer | None, str | None]:
+def open_candidate(candidate: PeerCandidate, threads: int) -> tuple[Peer | None, str | None]:
     """The peer, if it runs, and what is to be said of it."""
     peer: Tunable | None = None
     try:

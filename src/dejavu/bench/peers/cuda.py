@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dejavu.bench.peers.cpu import Candidate, open_candidate
+from dejavu.bench.peers.cpu import PeerCandidate, open_candidate
 from dejavu.bench.peers.transformers import TransformersDecoder, quiet
 from dejavu.bench.variants import Peer
 from dejavu.config import ModelConfig, require
@@ -83,15 +83,15 @@ def open_views(names: Sequence[str], model: Transformer, *, name: str) -> tuple[
     return opened, notes
 
 
-def _candidates(label: str, model: Transformer, name: str) -> list[Candidate]:
+def _candidates(label: str, model: Transformer, name: str) -> list[PeerCandidate]:
     """In the order in which they are tried."""
     if label == "transformers":
-        return [Candidate(label=label, make=lambda: TransformersViews(model, model.config, False, name=name))]
+        return [PeerCandidate(label=label, make=lambda: TransformersViews(model, model.config, False, name=name))]
 
     def compiled(fullgraph: bool) -> Callable[[], TransformersViews]:
         return lambda: TransformersViews(model, model.config, True, name=name, fullgraph=fullgraph)
 
     return [
-        Candidate(label=f"{label} (as one graph)", make=compiled(True)),
-        Candidate(label=f"{label} (with graph breaks)", make=compiled(False)),
+        PeerCandidate(label=f"{label} (as one graph)", make=compiled(True)),
+        PeerCandidate(label=f"{label} (with graph breaks)", make=compiled(False)),
     ]
