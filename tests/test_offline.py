@@ -26,7 +26,7 @@ from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.budget import DenseRuns, fit
-from dejavu.offline.calibrate import ThresholdCandidate, Part, choose, interpolate_divergence, meet_budget
+from dejavu.offline.calibrate import Part, ThresholdCandidate, choose, interpolate_divergence, meet_budget
 from dejavu.offline.collect import ActiveNeurons, LayerData, group_norms, mean_input, pack_windows, sweep_layers
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.fidelity import divergences, token_nll
@@ -262,7 +262,7 @@ def test_measured_rise_never_exceeds_the_budget(ratio: float, budget: float) -> 
 
 
 class OneLayer:
-    """An offer of one part with two candidates: what a token reads falls to 20 % or to 60 %. chosen: what is to run."""
+    """A search space of one part with two candidates: what a token reads falls to 20 % or to 60 %. chosen: what is to run."""
 
     parts = (part([20, 60], [0.004, 0.001]),)
     chosen: ThresholdCandidate | None = None
@@ -275,19 +275,19 @@ class OneLayer:
 @pytest.mark.parametrize(("noisy", "reads"), [(None, 20), ("calibrate", 60), ("check", 60)])
 def test_a_rise_counts_with_its_standard_error(monkeypatch: pytest.MonkeyPatch, tiny: Tiny, noisy: str | None, reads: int) -> None:
     """A rise of 0.8 % for a budget of 1 %: kept where it is certain, given up where its standard error is 0.4 %, on either text."""
-    offer: Any = OneLayer()
+    space: Any = OneLayer()
     windows = {"calibrate": torch.full((1, 100), 1), "check": torch.full((1, 100), 2)}
     alternating = 0.04 * torch.tensor([1.0, -1.0]).repeat(50)
 
     def nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE) -> Tensor:
-        if selection is DENSE or offer.chosen is None:
+        if selection is DENSE or space.chosen is None:
             return torch.zeros(1, 100)
-        rise = torch.full((1, 100), math.log1p({20: 0.008, 60: 0.002}[offer.chosen.reads]))
-        return rise + alternating if noisy is not None and ids_WT is windows[noisy] and offer.chosen.reads == 20 else rise
+        rise = torch.full((1, 100), math.log1p({20: 0.008, 60: 0.002}[space.chosen.reads]))
+        return rise + alternating if noisy is not None and ids_WT is windows[noisy] and space.chosen.reads == 20 else rise
 
     monkeypatch.setattr("dejavu.offline.budget.token_nll", nll)
     model, split = tiny("opt", num_layers=1), Split(train=torch.empty(0), **windows)
-    fitted = fit(model, split, DenseRuns.of(model, split), offer, 0.01, None)
+    fitted = fit(model, split, DenseRuns.of(model, split), space, 0.01, None)
     [chosen] = fitted.choice
     assert chosen is not None and chosen.reads == reads
     assert fitted.checked.rise == pytest.approx({20: 0.008, 60: 0.002}[reads], abs=1e-4)

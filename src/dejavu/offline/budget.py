@@ -1,6 +1,6 @@
 """From candidates to a choice that keeps the loss budget: calibrated on one part of the text, checked on another.
 
-In: a model, windows, and what a method has to choose among (`Offer`). Out: `Fitted`: the choice, the layers that it makes and what
+In: a model, windows, and what a method has to choose among (`SearchSpace`). Out: `Fitted`: the choice, the layers that it makes and what
 was measured of them on windows that the choice did not see.
 """
 
@@ -18,7 +18,7 @@ from dejavu.model.counts import DensityCounter
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
-from dejavu.offline.calibrate import ThresholdCandidate, Part, meet_budget
+from dejavu.offline.calibrate import Part, ThresholdCandidate, meet_budget
 from dejavu.offline.fidelity import Comparison, compare_runs, token_nll
 from dejavu.offline.split import Split
 
@@ -28,7 +28,7 @@ CONFIDENCE = 1.0  # standard errors added to a measured rise before it is held a
 Choice = Sequence[ThresholdCandidate | None]
 
 
-class Offer(Protocol):
+class SearchSpace(Protocol):
     """What a method can do to a model: parts with candidates, and what a choice among them (one or None for each part) makes."""
 
     @property
@@ -69,7 +69,7 @@ class Fitted:
     counter: DensityCounter
 
 
-def fit(model: Transformer, split: Split, dense: DenseRuns, offer: Offer, budget: float, progress: Progress | None) -> Fitted:
+def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, budget: float, progress: Progress | None) -> Fitted:
     """Spend the budget on the calibration windows; where the check windows, which are then harder, ask for it, less of it."""
     trials = 0
 
@@ -79,14 +79,14 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, offer: Offer, budget
         trials += 1
         if progress is not None:
             progress("meeting the budget", trials, max(trials, 6))
-        rise = compare_runs(dense.calibrate, token_nll(model, split.calibrate, MaskedSelection(offer.layers(choice))))
+        rise = compare_runs(dense.calibrate, token_nll(model, split.calibrate, MaskedSelection(space.layers(choice))))
         return rise.rise + CONFIDENCE * rise.stderr
 
     goal, check = budget, 0
     while True:
         check += 1
-        choice = meet_budget(offer.parts, goal, measured_rise)
-        layers = offer.layers(choice)
+        choice = meet_budget(space.parts, goal, measured_rise)
+        layers = space.layers(choice)
         selection = MaskedSelection(layers)
         checked = compare_runs(dense.check, token_nll(model, split.check, selection))
         cautious = checked.rise + CONFIDENCE * checked.stderr

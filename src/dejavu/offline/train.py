@@ -22,13 +22,13 @@ from dejavu.model.adapter_config import AdapterConfig
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
-from dejavu.offline.budget import DenseRuns, Offer, fit
+from dejavu.offline.budget import DenseRuns, SearchSpace, fit
 from dejavu.offline.calibrate import token_reads
 from dejavu.offline.collect import pack_windows
 from dejavu.offline.split import Split, fitting_windows, split_windows, training_context
 from dejavu.offline.train_config import METHODS, TrainConfig
-from dejavu.offline.train_plain import offer_exact, offer_gate, offer_input
-from dejavu.offline.train_predicted import offer_predicted
+from dejavu.offline.train_plain import exact_search_space, gate_search_space, input_search_space
+from dejavu.offline.train_predicted import predicted_search_space
 
 
 def methods_of(config: ModelConfig) -> tuple[str, ...]:
@@ -93,16 +93,18 @@ def _named(progress: Progress | None, method: str) -> Progress | None:
     return None if progress is None else lambda what, done, total: progress(f"{method}: {what}", done, total)
 
 
-def _offer(model: Transformer, split: Split, config: TrainConfig, key: str, work_folder: Path | None, progress: Progress | None) -> Offer:
+def _search_space(
+    model: Transformer, split: Split, config: TrainConfig, key: str, work_folder: Path | None, progress: Progress | None
+) -> SearchSpace:
     match config.method:
         case "predicted":
-            return offer_predicted(model, split, config, key, work_folder, progress)
+            return predicted_search_space(model, split, config, key, work_folder, progress)
         case "exact":
-            return offer_exact(model)
+            return exact_search_space(model)
         case "gate":
-            return offer_gate(model, split, key, work_folder, progress)
+            return gate_search_space(model, split, key, work_folder, progress)
         case "input":
-            return offer_input(model, split, key, work_folder, progress)
+            return input_search_space(model, split, key, work_folder, progress)
         case "auto":
             raise AssertionError("auto is no single method")
 
@@ -119,8 +121,8 @@ def _trained(
 ) -> Trained:
     """One method, with what was measured on the check windows."""
     model, started = checkpoint.model, time.perf_counter()
-    offer = _offer(model, split, config, key, work_folder, progress)
-    fitted = fit(model, split, dense, offer, config.budget, progress)
+    space = _search_space(model, split, config, key, work_folder, progress)
+    fitted = fit(model, split, dense, space, config.budget, progress)
     checked, counter = fitted.checked, fitted.counter
     mlp_density, head_density = counter.mlp_density(), counter.head_density()
     assert mlp_density is not None and head_density is not None
@@ -129,7 +131,7 @@ def _trained(
     reads_dense = token_reads(model.config, [LayerAdapter()] * len(all_L), all_L, all_L, config.cached_tokens)
     result = {
         "method": config.method,
-        "layers": offer.rows(fitted.choice, counter),
+        "layers": space.rows(fitted.choice, counter),
         "ppl_dense": checked.ppl_dense,
         "ppl_sparse": checked.ppl_sparse,
         "rise": checked.rise,
@@ -153,7 +155,7 @@ def _trained(
         mlp_density=mlp_density,
         head_density=head_density,
         seed=config.seed,
-        layers=offer.configs(fitted.choice, counter),
+        layers=space.configs(fitted.choice, counter),
     )
     return Adapter(layers=fitted.layers, config=adapter_config), result
 

@@ -32,7 +32,7 @@ from dejavu.model.selectors.gate import gate_of, gate_reads
 from dejavu.model.selectors.inputs import input_reads
 from dejavu.model.transformer import LayerInputs, Selection, Transformer
 from dejavu.offline.budget import Choice
-from dejavu.offline.calibrate import ThresholdCandidate, Part, interpolate_divergence
+from dejavu.offline.calibrate import Part, ThresholdCandidate, interpolate_divergence
 from dejavu.offline.collect import down_norms
 from dejavu.offline.fidelity import divergences
 from dejavu.offline.split import Split
@@ -177,8 +177,8 @@ DENSE = Quality(1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class GateOffer:
-    """See budget.Offer. exact: the threshold is 0 in every layer, and there is nothing to choose."""
+class GateSearchSpace:
+    """See budget.SearchSpace. exact: the threshold is 0 in every layer, and there is nothing to choose."""
 
     num_layers: int
     parts: Sequence[Part]
@@ -217,8 +217,8 @@ class GateOffer:
 
 
 @dataclass(frozen=True, slots=True)
-class InputOffer:
-    """See budget.Offer."""
+class InputSearchSpace:
+    """See budget.SearchSpace."""
 
     num_layers: int
     parts: Sequence[Part]
@@ -258,7 +258,7 @@ class InputOffer:
         ]
 
 
-def offer_exact(model: Transformer) -> GateOffer:
+def exact_search_space(model: Transformer) -> GateSearchSpace:
     """Raises ValueError where the gate is never exactly zero."""
     config = model.config
     require(
@@ -266,14 +266,14 @@ def offer_exact(model: Transformer) -> GateOffer:
         f"method exact needs a gate with exact zeros ({', '.join(EXACT_ZERO_ACTIVATIONS)}), and this model has {config.activation}; "
         "use --method auto, which tries gate and input",
     )
-    return GateOffer(config.num_layers, (), exact=True)
+    return GateSearchSpace(config.num_layers, (), exact=True)
 
 
-def offer_gate(model: Transformer, split: Split, key: str, work_folder: Path | None, progress: Progress | None) -> GateOffer:
+def gate_search_space(model: Transformer, split: Split, key: str, work_folder: Path | None, progress: Progress | None) -> GateSearchSpace:
     """A threshold for the gate of each layer. key: names the run whose priced parts may be taken over."""
-    return GateOffer(model.config.num_layers, _plain_parts(model, split, "gate", key, work_folder, progress))
+    return GateSearchSpace(model.config.num_layers, _plain_parts(model, split, "gate", key, work_folder, progress))
 
 
-def offer_input(model: Transformer, split: Split, key: str, work_folder: Path | None, progress: Progress | None) -> InputOffer:
+def input_search_space(model: Transformer, split: Split, key: str, work_folder: Path | None, progress: Progress | None) -> InputSearchSpace:
     """A threshold for each point of each layer; key as above."""
-    return InputOffer(model.config.num_layers, _plain_parts(model, split, "input", key, work_folder, progress))
+    return InputSearchSpace(model.config.num_layers, _plain_parts(model, split, "input", key, work_folder, progress))

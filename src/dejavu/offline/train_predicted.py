@@ -23,7 +23,7 @@ from dejavu.model.selectors import LayerAdapter, PartConfig, PredictedHeads, Pre
 from dejavu.model.selectors.dense import ALL_HEADS, ALL_NEURONS
 from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import Choice
-from dejavu.offline.calibrate import ThresholdCandidate, Part, interpolate_divergence
+from dejavu.offline.calibrate import Part, ThresholdCandidate, interpolate_divergence
 from dejavu.offline.collect import LayerData, mean_input, sweep_layers
 from dejavu.offline.fidelity import divergences
 from dejavu.offline.predictors import start_mlp, train_heads, train_mlp
@@ -177,8 +177,8 @@ def priced_parts(
 
 
 @dataclass(frozen=True, slots=True)
-class PredictedOffer:
-    """See budget.Offer."""
+class PredictedSearchSpace:
+    """See budget.SearchSpace."""
 
     trained: Sequence[TrainedLayer]
     parts: Sequence[Part]
@@ -193,13 +193,13 @@ class PredictedOffer:
         return _layer_rows(self.parts, choice, self.trained)
 
 
-def offer_predicted(
+def predicted_search_space(
     model: Transformer, split: Split, config: TrainConfig, key: str, work_folder: Path | None, progress: Progress | None
-) -> PredictedOffer:
+) -> PredictedSearchSpace:
     """Predictors for neurons and heads. key: names the run whose finished layers may be taken over."""
     layers = _trained_layers(model, split, config, key, work_folder, progress)
     sample = split.calibrate[: max(1, PRICED_TOKENS // split.calibrate.shape[1])]
-    return PredictedOffer(layers, priced_parts(model, layers, sample, config, progress))
+    return PredictedSearchSpace(layers, priced_parts(model, layers, sample, config, progress))
 
 
 def _layer_adapters(parts: Sequence[Part], choice: Choice, layers: Sequence[TrainedLayer]) -> tuple[LayerAdapter, ...]:
