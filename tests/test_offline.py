@@ -34,7 +34,7 @@ from dejavu.offline.oracle import OracleHeads, OracleNeurons, mass_mask
 from dejavu.offline.predictors import contribution_loss, start_mlp, train_mlp
 from dejavu.offline.profile import profile
 from dejavu.offline.split import Split, fitting_windows, split_windows
-from dejavu.offline.thresholds import Quality, Scored, score_heads, score_mlp
+from dejavu.offline.thresholds import Scored, SelectionQuality, score_heads, score_mlp
 from dejavu.offline.train import train_adapter
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_predicted import choose_head_lookahead, held_out_tokens
@@ -205,7 +205,7 @@ def test_thresholds_select_what_they_say(seed: int, share: float) -> None:
     assert scored.quality(threshold).mass >= share - 1e-5
     above = scored.scores[scored.scores > threshold].min()
     assert scored.quality(float(above)).mass < share + 1e-5  # one neuron fewer does not keep the mass
-    assert scored.quality(-math.inf) == Quality(1.0, 1.0, 1.0)
+    assert scored.quality(-math.inf) == SelectionQuality(1.0, 1.0, 1.0)
     assert scored.quality(math.inf).density == 0
 
 
@@ -230,7 +230,7 @@ def test_head_quality_counts_the_head_that_always_stays(tiny: Tiny) -> None:
 
 def part(reads: list[float], costs: list[float], dense: float = 100.0) -> Part:
     candidates = [
-        ThresholdCandidate(threshold=-float(i), quality=Quality(r / dense, 1.0, 1.0), reads=r, divergence=c)
+        ThresholdCandidate(threshold=-float(i), quality=SelectionQuality(r / dense, 1.0, 1.0), reads=r, divergence=c)
         for i, (r, c) in enumerate(zip(reads, costs, strict=True))
     ]
     return Part(layer=0, kind="mlp", dense_reads=dense, candidates=tuple(candidates))

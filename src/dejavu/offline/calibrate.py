@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from dejavu.config import ModelConfig
 from dejavu.model.selectors import LayerAdapter
-from dejavu.offline.thresholds import Quality
+from dejavu.offline.thresholds import SelectionQuality
 
 WORTH_SELECTING = 0.9  # of a part's reads: finding and gathering what is selected costs more time than a smaller saving gives back
 
@@ -28,7 +28,7 @@ class ThresholdCandidate:
     """A threshold of one part: what it selects on held-out text, what a token then reads, what it costs."""
 
     threshold: float
-    quality: Quality
+    quality: SelectionQuality
     reads: float
     divergence: float
 

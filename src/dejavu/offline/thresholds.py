@@ -25,7 +25,7 @@ MASS_LEVELS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
+class SelectionQuality:
     """What a predictor does at a threshold, on held-out tokens; three fractions."""
 
     density: float
@@ -65,11 +65,11 @@ class Scored:
         middle = (score + following) / 2
         return float(middle if middle < score else following)  # between neighbouring floats the middle may round up to the score
 
-    def quality(self, threshold: float) -> Quality:
+    def quality(self, threshold: float) -> SelectionQuality:
         chosen = self.scores > threshold
         if self.at_least_one:
             chosen = chosen.scatter(-1, self.scores.argmax(-1, keepdim=True), True)
-        return Quality(
+        return SelectionQuality(
             density=float(chosen.float().mean()),
             recall=float((chosen & self.active).sum() / self.active.sum().clamp_min(1)),
             mass=float((self.contribution * chosen).sum() / self.contribution.sum().clamp_min(1e-30)),

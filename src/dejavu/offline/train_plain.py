@@ -36,7 +36,7 @@ from dejavu.offline.calibrate import Part, ThresholdCandidate, interpolate_diver
 from dejavu.offline.collect import down_norms
 from dejavu.offline.fidelity import divergences
 from dejavu.offline.split import Split
-from dejavu.offline.thresholds import MASS_LEVELS, Quality, Scored
+from dejavu.offline.thresholds import MASS_LEVELS, Scored, SelectionQuality
 
 INPUT_DENSITIES = (0.02, 0.04, 0.07, *(i / 20 for i in range(2, 20)), 0.97)
 MEASURED = {"gate": 4, "input": 3}  # candidates of a part whose divergence is measured
@@ -46,11 +46,11 @@ PRICED_TOKENS = 4096  # on which divergence is measured, fewer where there are m
 PRICED_PASSES = 100_000  # tokens times measured candidates, at most
 LEAST_PRICED = 256
 
-Options = dict[tuple[int, str], list[tuple[float, Quality]]]
+Options = dict[tuple[int, str], list[tuple[float, SelectionQuality]]]
 """By layer and kind ("gate", or a point): distinct thresholds with what they keep, from few to many."""
 
 
-def _options(scored: Scored, levels: Sequence[float]) -> list[tuple[float, Quality]]:
+def _options(scored: Scored, levels: Sequence[float]) -> list[tuple[float, SelectionQuality]]:
     """With a threshold of 0, which leaves out exact zeros and loses nothing."""
     return [(threshold, scored.quality(threshold)) for threshold in sorted({0.0, *(max(0.0, level) for level in levels)}, reverse=True)]
 
@@ -151,7 +151,7 @@ def _stored_parts(path: Path, key: str) -> list[Part] | None:
 
 
 def _candidate(values: dict[str, Any]) -> ThresholdCandidate:
-    return ThresholdCandidate(**values | {"quality": Quality(**values["quality"])})
+    return ThresholdCandidate(**values | {"quality": SelectionQuality(**values["quality"])})
 
 
 def _plain_parts(
@@ -167,13 +167,13 @@ def _plain_parts(
     return parts
 
 
-def _row(density: float, quality: Quality | None, **others: Any) -> dict[str, Any]:
+def _row(density: float, quality: SelectionQuality | None, **others: Any) -> dict[str, Any]:
     """Of one layer, with the keys that predictors have; recall and mass None where neurons are not what is selected."""
     recall, mass = (None, None) if quality is None else (quality.recall, quality.mass)
     return {"recall": recall, "mass": mass, "density": density, "lookahead": None, "heads": None, "curve": []} | others
 
 
-DENSE = Quality(1.0, 1.0, 1.0)
+DENSE = SelectionQuality(1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class GateSearchSpace:
     def _chosen(self, choice: Choice) -> list[ThresholdCandidate | None]:
         """By layer."""
         if self.exact:
-            kept = Quality(density=1.0, recall=1.0, mass=1.0)
+            kept = SelectionQuality(density=1.0, recall=1.0, mass=1.0)
             return [ThresholdCandidate(threshold=0.0, quality=kept, reads=0.0, divergence=0.0)] * self.num_layers
         return list(choice)
 

@@ -28,7 +28,7 @@ from dejavu.offline.collect import LayerData, mean_input, sweep_layers
 from dejavu.offline.fidelity import divergences
 from dejavu.offline.predictors import start_mlp, train_heads, train_mlp
 from dejavu.offline.split import Split
-from dejavu.offline.thresholds import MASS_LEVELS, Quality, Scored, score_heads, score_mlp
+from dejavu.offline.thresholds import MASS_LEVELS, Scored, SelectionQuality, score_heads, score_mlp
 from dejavu.offline.train_config import TrainConfig
 
 HEAD_DENSITIES = (0.5, 0.58, 0.66, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -43,7 +43,7 @@ class TrainedLayer:
     """The predictors of one layer before thresholds are chosen, with what thresholds would do (held-out text)."""
 
     predictors: dict[str, Predictor]
-    options: dict[str, list[tuple[float, Quality]]]
+    options: dict[str, list[tuple[float, SelectionQuality]]]
 
 
 def held_out_tokens(config: ModelConfig) -> int:
@@ -51,7 +51,7 @@ def held_out_tokens(config: ModelConfig) -> int:
     return min(HELD_OUT_TOKENS, max(256, HELD_OUT_SCORES // config.intermediate_size))
 
 
-def _options(scored: Scored, kind: str) -> list[tuple[float, Quality]]:
+def _options(scored: Scored, kind: str) -> list[tuple[float, SelectionQuality]]:
     """Distinct thresholds with what they select, from few to many."""
     if kind == "mlp":
         thresholds = {scored.threshold_for_mass(mass) for mass in MASS_LEVELS}
@@ -130,7 +130,7 @@ def _load_layer(folder: Path, layer: int, key: str) -> TrainedLayer | None:
     for kind, part in stored["parts"].items():
         A, B, bias = (tensors[f"{kind}.{name}"] for name in ("A", "B", "bias"))
         predictors[kind] = quantized(Predictor(A_RD=A, B_OR=B, bias_O=bias, threshold=0.0, lookahead=part["lookahead"]))
-        options[kind] = [(row[0], Quality(*row[1:])) for row in part["options"]]
+        options[kind] = [(row[0], SelectionQuality(*row[1:])) for row in part["options"]]
     return TrainedLayer(predictors, options)
 
 
