@@ -10,7 +10,7 @@ import torch
 
 from conftest import Tiny, random_predictor
 from dejavu.bench.bytes_read import (
-    STORED,
+    STORAGE_FORMATS,
     Formats,
     dense_reads,
     formats_of,
@@ -127,7 +127,7 @@ def test_predictors_count_as_they_are_stored() -> None:
 
 
 def test_rows_of_the_small_formats() -> None:
-    assert [STORED[dtype].row(33) for dtype in ("fp32", "bf16", "int8", "int4")] == [132, 66, 37, 16.5 + 2 * 2]
+    assert [STORAGE_FORMATS[dtype].row(33) for dtype in ("fp32", "bf16", "int8", "int4")] == [132, 66, 37, 16.5 + 2 * 2]
 
 
 @needs_library

@@ -41,7 +41,7 @@ OPS = ("predictor", "attention", "mlp", "head", "other")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StorageFormat:
     """Bytes of one value, of a scale for each row, and of a scale for each group of so many values of a row."""
 
     value: float
@@ -59,13 +59,13 @@ class Stored:
         return self.row(columns) - (columns - kept) * self.value
 
 
-STORED = {
-    "fp64": Stored(8),
-    "fp32": Stored(4),
-    "fp16": Stored(2),
-    "bf16": Stored(2),
-    "int8": Stored(1, row_scale=4),
-    "int4": Stored(0.5, group=32, group_scale=2),
+STORAGE_FORMATS = {
+    "fp64": StorageFormat(8),
+    "fp32": StorageFormat(4),
+    "fp16": StorageFormat(2),
+    "bf16": StorageFormat(2),
+    "int8": StorageFormat(1, row_scale=4),
+    "int4": StorageFormat(0.5, group=32, group_scale=2),
 }
 
 
@@ -109,7 +109,7 @@ def dense_reads(config: ModelConfig, *, rows: int = 1, tokens: float = 0) -> Rea
 
 def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequence[LayerAdapter] | None = None) -> dict[str, float]:
     """Useful bytes of a step by op, with what `layers` select (None: it runs dense)."""
-    matrix, vector, cache = STORED[formats.weights], STORED[formats.vectors].value, STORED[formats.cache]
+    matrix, vector, cache = STORAGE_FORMATS[formats.weights], STORAGE_FORMATS[formats.vectors].value, STORAGE_FORMATS[formats.cache]
     size, head_dim, groups, embed = config.hidden_size, config.head_dim, config.num_kv_heads, config.embed_width
     row = matrix.row(size)
     attention = mlp = predictor = 0.0
@@ -141,10 +141,10 @@ def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequ
 
 
 def _head_rows(config: ModelConfig, formats: Formats) -> float:
-    width, row = config.embed_width, STORED[formats.weights].row(config.embed_width)
+    width, row = config.embed_width, STORAGE_FORMATS[formats.weights].row(config.embed_width)
     if not formats.screened:
         return config.vocab_size * row
-    rank, int8 = screen_rank(width), STORED["int8"]
+    rank, int8 = screen_rank(width), STORAGE_FORMATS["int8"]
     return rank * int8.row(width) + config.vocab_size * int8.row(rank) + formats.screened * row
 
 
@@ -155,10 +155,10 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> float:
 
 def scoring_bytes(scoring: Scoring, *, may_be_int8: bool) -> float:
     """Matrices int8 with scales where they are quantised and else fp32, and values fp32."""
-    total = scoring.values * STORED["fp32"].value
+    total = scoring.values * STORAGE_FORMATS["fp32"].value
     for matrix in scoring.matrices:
         stored = "int8" if may_be_int8 and isinstance(matrix, QuantizedMatrix) else "fp32"
-        total += matrix.shape[0] * STORED[stored].row(matrix.shape[1])
+        total += matrix.shape[0] * STORAGE_FORMATS[stored].row(matrix.shape[1])
     return total
 
 

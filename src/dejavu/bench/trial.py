@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dejavu.bench.bytes_read import STORED
+from dejavu.bench.bytes_read import STORAGE_FORMATS
 from dejavu.bench.decode import bench
 from dejavu.bench.fastest import room
 from dejavu.bench.models.density import rethresholded
@@ -72,9 +72,9 @@ class _Way:
 
 
 def weights_of(config: ModelConfig, dtype: str) -> int:
-    """Bytes of a model's weights in a dtype of STORED, scales included."""
+    """Bytes of a model's weights in a dtype of STORAGE_FORMATS, scales included."""
     shapes = parameter_shapes(config).values()
-    return round(sum(shape[0] * STORED[dtype].row(shape[1]) if len(shape) == 2 else 4 * shape[0] for shape in shapes))
+    return round(sum(shape[0] * STORAGE_FORMATS[dtype].row(shape[1]) if len(shape) == 2 else 4 * shape[0] for shape in shapes))
 
 
 def memory_needed(config: ModelConfig, *, backend: str, dtype: str) -> int:

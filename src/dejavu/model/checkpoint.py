@@ -68,7 +68,7 @@ class Checkpoint:
         return folder if (folder / "config.json").is_file() else None
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor on disk: its name there, its values, fp32 or in a grid of their own, and its type there."""
 
     name: str
@@ -123,7 +123,7 @@ def load_checkpoint(
         file = GGUFFile(path)
         config = config_from_hf(file.hf_config())
         kind = file.stored_dtype()
-        stored = (Stored(tensor_name, values, kind) for tensor_name, values in file.tensors())
+        stored = (StoredTensor(tensor_name, values, kind) for tensor_name, values in file.tensors())
         tokenizer, targets = file.tokenizer(), foreign_targets(config)
     else:
         hf = read_hf_config(path)
@@ -209,12 +209,12 @@ class Assembler:
             self.targets.setdefault("lm_head.weight", Target(HEAD, False))
             self.shapes[HEAD] = self.shapes[EMBED]
 
-    def add(self, stored: Stored) -> None:
+    def add(self, stored: StoredTensor) -> None:
         plain, values = self.family.plain_name(stored.name), stored.values
         for name, part in (self.family.unfused(plain, values, self.config) if isinstance(values, Tensor) else {plain: values}).items():
             self._add(name, stored._replace(values=part))
 
-    def _add(self, plain: str, stored: Stored) -> None:
+    def _add(self, plain: str, stored: StoredTensor) -> None:
         target = self.targets.get(plain)
         if target is None:
             if not self.family.is_ignored(plain):
@@ -296,14 +296,14 @@ class Assembler:
             self.targets = {plain: target for plain, target in self.targets.items() if target.name != HEAD}
 
 
-def _as_stored(name: str, tensor: Tensor, where: Path) -> Stored:
+def _as_stored(name: str, tensor: Tensor, where: Path) -> StoredTensor:
     dtype = DTYPE_NAMES.get(tensor.dtype)
     if dtype not in FILE_DTYPES:
         raise ValueError(f"tensor {name!r} in {where} is {tensor.dtype}; supported: {', '.join(FILE_DTYPES)}")
-    return Stored(name, tensor.float(), dtype)
+    return StoredTensor(name, tensor.float(), dtype)
 
 
-def _bundle_tensors(folder: Path) -> Iterator[Stored]:
+def _bundle_tensors(folder: Path) -> Iterator[StoredTensor]:
     """Tensors of a bundled folder (bundle.py)."""
     path = folder / "model.safetensors"
     tensors = read_safetensors(path)
@@ -315,11 +315,11 @@ def _bundle_tensors(folder: Path) -> Iterator[Stored]:
         scale = scales.pop(name, None)
         if scale is None or scale.shape != tensor.shape[:1]:
             raise ValueError(f"{path}: {name!r} is int8 [{', '.join(map(str, tensor.shape))}] without a scale for each row")
-        yield Stored(name, QuantizedMatrix("int8", tensor, scale, tensor.shape[1]), "int8")
+        yield StoredTensor(name, QuantizedMatrix("int8", tensor, scale, tensor.shape[1]), "int8")
     require(not scales, f"{path}: scales without their tensor: {', '.join(sorted(scales)[:5])}")
 
 
-def _folder_tensors(folder: Path, notes: list[str]) -> Iterator[Stored]:
+def _folder_tensors(folder: Path, notes: list[str]) -> Iterator[StoredTensor]:
     """Tensors of a Hugging Face folder: safetensors (sharded or not), else .bin files."""
     for index, pattern in (("model.safetensors.index.json", "*.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model*.bin")):
         files = sorted(folder.glob(pattern))
@@ -348,7 +348,7 @@ def _read_index(folder: Path, index: str) -> dict[str, set[str]]:
     return promised
 
 
-def _indexed_tensors(folder: Path, index: str, promised: Mapping[str, set[str]]) -> Iterator[Stored]:
+def _indexed_tensors(folder: Path, index: str, promised: Mapping[str, set[str]]) -> Iterator[StoredTensor]:
     for shard in sorted(promised):
         tensors = _read_weights(safe_member(folder, shard))
         lacking = sorted(promised[shard] - set(tensors))
@@ -359,7 +359,7 @@ def _indexed_tensors(folder: Path, index: str, promised: Mapping[str, set[str]])
             yield _as_stored(tensor, tensors[tensor], folder / shard)
 
 
-def _unindexed_tensors(files: list[Path]) -> Iterator[Stored]:
+def _unindexed_tensors(files: list[Path]) -> Iterator[StoredTensor]:
     seen: dict[str, str] = {}
     for path in files:
         for tensor, values in _read_weights(path).items():
