@@ -1,6 +1,6 @@
 """Speed of decode, prefill and the parts of a decode step: our engines in every mode, and peers, in turns on the same tokens.
 
-In: a model, variants of running it, token ids. Out: `Bench`: Rows of results.py, ratios of decode speed, notes. In order:
+In: a model, variants of running it, token ids. Out: `Bench`: Rows of rows.py, ratios of decode speed, notes. In order:
 
     check     each variant's and peer's logits against a (masked) forward pass; where they differ nothing is timed
     prefill   dense in every mode: the dense engine and the peers
@@ -13,7 +13,7 @@ a turn of the timed pass is up to QUEUED steps, or reads, of which only the last
 
 A step's duration is that of the host's clock, from when all earlier work is done to when its own is, also on a GPU: latency.
 
-Useful bytes are those of traffic.py for what the steps selected. The read ceiling is the median of the sequential reads, over
+Useful bytes are those of bytes_read.py for what the steps selected. The read ceiling is the median of the sequential reads, over
 a buffer as large as the weights that a dense token reads, within the limits of memory.buffer_bytes.
 
 Letters: B rows of a step  T tokens  L layers

@@ -1,6 +1,6 @@
 """Speed of single ops, at several densities and kinds of selection: what a kernel gets out of the memory it reads.
 
-In: for each density and selection, ops by name, each an `OpRun`. Out: Rows of results.py. In order:
+In: for each density and selection, ops by name, each an `OpRun`. Out: Rows of rows.py. In order:
 
     check   every op at every point, against its definition; where one fails nothing is timed
     time    at each point its ops and a sequential read in turns. A sample is many calls, one after the other, each on the next of
