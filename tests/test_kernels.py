@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dejavu.kernels import OPS, Op
 from dejavu.kernels.activation import activate
-from dejavu.kernels.attention import Scores, attend_pages, attend_pages_bytes, output_heads, plain_attention, query_heads
+from dejavu.kernels.attention import ScoreConfig, attend_pages, attend_pages_bytes, output_heads, plain_attention, query_heads
 from dejavu.kernels.sparse_mlp import MlpWeights, dense_mlp, masked_mlp, sparse_mlp, sparse_mlp_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -168,12 +168,12 @@ def test_groups_left_out_are_not_read() -> None:
     assert torch.equal(queries, outputs)
 
 
-SCORES = [Scores(window=5), Scores(window=64, scale=0.3), Scores(cap=2.0), Scores(window=7, cap=1.5, scale=0.9)]
+SCORES = [ScoreConfig(window=5), ScoreConfig(window=64, scale=0.3), ScoreConfig(cap=2.0), ScoreConfig(window=7, cap=1.5, scale=0.9)]
 
 
 @pytest.mark.parametrize("scores", SCORES, ids=str)
 @pytest.mark.parametrize("length", [1, 5, 6, 16, 23])
-def test_windows_caps_and_scales_of_scores(scores: Scores, length: int) -> None:
+def test_windows_caps_and_scales_of_scores(scores: ScoreConfig, length: int) -> None:
     """Against the definition; what lies before the window is NaN."""
     generator = torch.Generator().manual_seed(length)
     groups, per, page, head = 3, 2, 4, 6

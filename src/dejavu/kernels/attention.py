@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
+class ScoreConfig:
     """How scores are made of queries and keys; see above. scale None: 1 / sqrt(K); cap 0: none; window None: all tokens."""
 
     scale: float | None = None
@@ -40,13 +40,13 @@ class Scores:
         return seen_TS if self.window is None else seen_TS & (token_S > position_T[:, None] - self.window)
 
 
-PLAIN = Scores()
+PLAIN = ScoreConfig()
 # Not cuDNN's, which plans for every new length of a prompt: 40 to 80 ms, in each thread anew.
 CUDA_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CUDA_ATTENTION_LOCK = threading.Lock()  # the choice is the process's: of two threads the second would put back what the first had chosen
 
 
-def attend_tokens(q: Tensor, k: Tensor, v: Tensor, seen_TS: Tensor | None, scores: Scores) -> Tensor:
+def attend_tokens(q: Tensor, k: Tensor, v: Tensor, seen_TS: Tensor | None, scores: ScoreConfig) -> Tensor:
     """Mixed values [.., H, T, K] of queries [.., H, T, K] over keys and values [.., G, S, K]; seen: None for all."""
     per = q.shape[-3] // max(1, k.shape[-3])  # no group may be selected
     if scores.cap == 0 and not q.is_cuda:
@@ -78,7 +78,7 @@ def query_heads_bytes(x_D: Tensor, weight_QD: Tensor, bias_Q: Tensor | None, idx
 
 
 def attend_pages(
-    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: Scores = PLAIN
+    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: ScoreConfig = PLAIN
 ) -> Tensor:
     """Mixed values [A, R, K] of queries [A, R, K] over the first `length` tokens in pages page_N (int64 [N]).
 
@@ -99,7 +99,7 @@ def attend_pages(
 
 
 def attend_pages_bytes(
-    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: Scores = PLAIN
+    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: ScoreConfig = PLAIN
 ) -> int:
     groups = _selected(idx_A, k_PGSK.shape[1])
     return 2 * groups * (length - scores.first(length)) * k_PGSK.shape[3] * k_PGSK.element_size() + 2 * q_ARK.nbytes + page_N.nbytes
@@ -126,7 +126,7 @@ def masked_query_heads(x_D: Tensor, weight_QD: Tensor, bias_Q: Tensor | None, id
 
 
 def plain_attention(
-    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: Scores = PLAIN
+    q_ARK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, page_N: Tensor, length: int, idx_A: Tensor | None, scores: ScoreConfig = PLAIN
 ) -> Tensor:
     """The definition of `attend_pages`: the sequence laid out token by token, softmax(cap(scale q k^T)) v over the window."""
     k_GTK, v_GTK = (pool[page_N].transpose(0, 1).flatten(1, 2)[:, scores.first(length) : length] for pool in (k_PGSK, v_PGSK))

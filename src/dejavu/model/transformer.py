@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, require
 from dejavu.kernels.activation import activate
-from dejavu.kernels.attention import Scores, attend_tokens
+from dejavu.kernels.attention import ScoreConfig, attend_tokens
 from dejavu.kernels.memory import give_back_freed
 from dejavu.kernels.quantize import rounded_vectors
 from dejavu.kernels.quantized import Matrix, linear, rounded_to, wide
@@ -120,7 +120,7 @@ class Block(nn.Module):
         self.config = config
         self.cache_dtype: str | None = None  # what keys and values are rounded to: see Transformer.rounded
         windowed = index in config.windowed
-        self.scores = Scores(scale=config.attention_scale, cap=config.attention_cap, window=config.window if windowed else None)
+        self.scores = ScoreConfig(scale=config.attention_scale, cap=config.attention_cap, window=config.window if windowed else None)
         rope = config.local_rope if windowed and config.local_rope is not None else config.rope
         self.rotary_factor = 1.0 if rope is None else rope.attention_factor
         self.norm1 = Norm(config)

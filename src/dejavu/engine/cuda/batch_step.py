@@ -25,7 +25,7 @@ from dejavu.engine.cache import PagedCache
 from dejavu.engine.cuda.crossover import Crossover
 from dejavu.engine.cuda.weights import LayerPredictors, StepModel, all_counts
 from dejavu.kernels.cuda.attention import Partials, Places, attend, splits_for
-from dejavu.kernels.cuda.common import Scores, Side
+from dejavu.kernels.cuda.common import PredictorScores, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate_rows import GateRows, select_gate_rows, up_given_rows
 from dejavu.kernels.cuda.inputs import mask_rows
@@ -157,8 +157,9 @@ class BatchStep:
             )
         if own.neurons is not None and own.neurons_first is not None:
             neurons_first = _for_rows(own.neurons_first, rows)
+            own_scores = {field.name: getattr(own.neurons, field.name) for field in dataclasses.fields(PredictorScores)}
             neurons = UnionScores(
-                **{field.name: getattr(own.neurons, field.name) for field in dataclasses.fields(Scores)} | {"h": neurons_first.out},
+                **own_scores | {"h": neurons_first.out},
                 row_mask_F=self._row_mask_F,
                 union=self._union_F,
                 count=self._union_counts[index : index + 1],

@@ -317,7 +317,7 @@ def _side(matrices: Sequence[Matrix], device: torch.device) -> Side:
 
 
 def _scores(predictor: Predictor, h: Tensor) -> dict[str, Tensor]:
-    """The fields of `Scores`."""
+    """The fields of `PredictorScores`."""
     matrix, scale = _packed(predictor.B_OR, h.device)
     bias, threshold = predictor.bias_O.float().to(h.device), torch.tensor([predictor.threshold], device=h.device)
     return {"matrix": matrix, "scale": scale, "bias": bias, "threshold": threshold, "h": h}

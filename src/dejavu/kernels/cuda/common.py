@@ -60,7 +60,7 @@ class GridShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
+class PredictorScores:
     """The second half of a predictor: matrix [O, P] of any dtype, scale and bias fp32 [O], threshold fp32 [1], h fp32 [P] or [B, P]."""
 
     matrix: Tensor

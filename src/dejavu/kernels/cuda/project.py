@@ -26,7 +26,7 @@ from torch import Tensor
 from dejavu.kernels.cuda.common import (
     GridShape,
     NormWeights,
-    Scores,
+    PredictorScores,
     Side,
     begin,
     launch,
@@ -50,7 +50,7 @@ SHAPES = {2048: (8, 8, 2), 3072: (2, 4, 4), 4096: (4, 4, 2), 8192: (2, 4, 2), 1 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupScores(Scores):
+class GroupScores(PredictorScores):
     """Of a head predictor, O = G; and where the selection goes: groups int32 [G], count int32 [1]."""
 
     groups: Tensor

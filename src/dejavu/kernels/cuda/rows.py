@@ -22,7 +22,7 @@ from torch import Tensor
 from dejavu.kernels.cuda.attention import Partials, combined
 from dejavu.kernels.cuda.common import (
     NormWeights,
-    Scores,
+    PredictorScores,
     Side,
     launch,
     norm_parts,
@@ -42,7 +42,7 @@ BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnionScores(Scores):
+class UnionScores(PredictorScores):
     """Of a neuron predictor for several rows, O = F; and where the selection goes: row_mask_F int32 [F], union int32 [F] and count int32 [1]
     (zero), row_count int32 [B, stride] (zero), of which the first column is used."""
 

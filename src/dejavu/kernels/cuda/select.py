@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.cuda.common import Scores, begin, launch
+from dejavu.kernels.cuda.common import PredictorScores, begin, launch
 
 SCORES = 4096  # products that a warp makes at a time
 WARPS = 4
@@ -26,7 +26,7 @@ SORT_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeuronScores(Scores):
+class NeuronScores(PredictorScores):
     """Of a neuron predictor, O = F; and where the selection goes: neurons int32 [F], count int32 [1], which holds 0."""
 
     neurons: Tensor
