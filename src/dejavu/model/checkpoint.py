@@ -27,7 +27,7 @@ from dejavu.kernels.memory import give_back_freed
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, stacked, wide
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
 from dejavu.model.download import CheckConfig, Download
-from dejavu.model.families import FAMILIES, Target, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
+from dejavu.model.families import FAMILIES, TensorTarget, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
 from dejavu.model.generation_config import read_generation_config
 from dejavu.model.gguf import GGUFFile
@@ -138,7 +138,7 @@ def load_checkpoint(
             f"{path / 'config.json'}: {FORMAT_KEY} {hf.get(FORMAT_KEY)!r} is not supported; supported: {INT8_ROWS}",
         )
         stored = _bundle_tensors(path) if bundle else _folder_tensors(path, notes)
-        targets = {own: Target(own, False) for own in parameter_shapes(config)} if bundle else foreign_targets(config)
+        targets = {own: TensorTarget(own, False) for own in parameter_shapes(config)} if bundle else foreign_targets(config)
     assembler = Assembler(config, targets, dtype=dtype, device=device, where=path, foreign=not bundle)
     for tensor in stored:
         assembler.add(tensor)
@@ -188,7 +188,7 @@ class Assembler:
     def __init__(
         self,
         config: ModelConfig,
-        targets: Mapping[str, Target],
+        targets: Mapping[str, TensorTarget],
         *,
         dtype: torch.dtype | None,
         device: str | torch.device,
@@ -206,7 +206,7 @@ class Assembler:
         self.notes: list[str] = []
         self.sizes: Counter[str] = Counter()
         if config.tied_head:  # such a file may hold a head all the same: equal to the embedding, or meant to be used
-            self.targets.setdefault("lm_head.weight", Target(HEAD, False))
+            self.targets.setdefault("lm_head.weight", TensorTarget(HEAD, False))
             self.shapes[HEAD] = self.shapes[EMBED]
 
     def add(self, stored: StoredTensor) -> None:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from dejavu.config import ModelConfig, require
 from dejavu.model.families.falcon import FALCON
-from dejavu.model.families.family import Family, Fused, Target, is_norm_weight, is_transposed
+from dejavu.model.families.family import Family, Fused, TensorTarget, is_norm_weight, is_transposed
 from dejavu.model.families.gemma import GEMMA2, GEMMA3
 from dejavu.model.families.llama import ARCEE, LLAMA, MINICPM, MISTRAL, QWEN2, QWEN3
 from dejavu.model.families.nemotron import NEMOTRON
@@ -27,7 +27,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Fused",
-    "Target",
+    "TensorTarget",
     "config_from_hf",
     "config_to_hf",
     "empty_model",
@@ -74,10 +74,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_weights()}
 
 
-def foreign_targets(config: ModelConfig) -> dict[str, Target]:
+def foreign_targets(config: ModelConfig) -> dict[str, TensorTarget]:
     """For every parameter: plain Hugging Face tensor name -> where it goes."""
     family = FAMILIES[config.family]
-    return {family.foreign_name(ours, config): Target(ours, is_transposed(ours)) for ours in parameter_shapes(config)}
+    return {family.foreign_name(ours, config): TensorTarget(ours, is_transposed(ours)) for ours in parameter_shapes(config)}
 
 
 # Names that checkpoints with code of their own give to a family, or their architecture where they have no model_type.

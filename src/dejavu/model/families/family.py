@@ -22,7 +22,7 @@ LAYER_NAME = re.compile(r"layers\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TensorTarget:
     """Where a stored tensor goes: the parameter's name in Transformer, and whether its two axes swap on the way."""
 
     name: str
