@@ -99,7 +99,7 @@ def test_a_structure_of_another_layout_is_refused(
     reason = native.missing_reason() or ""
     assert reason == (
         "its library dejavu_native.so is of another version of dejavu "
-        f"(another layout of dejavu_{structure.__name__.lower()}): build it again"
+        f"(another layout of {native.c_name(structure)}): build it again"
     )
     with pytest.raises(ValueError, match=re.escape(f"the native engine is missing: {reason}")):
         native.library()
@@ -121,7 +121,7 @@ def test_structures_have_the_fields_of_the_header() -> None:
         ]
         for body, name in re.findall(r"typedef struct \{(.*?)\} (\w+);", header, flags=re.DOTALL)
     }
-    assert declared == {f"dejavu_{each.__name__.lower()}": [field[0] for field in each._fields_] for each in native.STRUCTURES}
+    assert declared == {native.c_name(each): [field[0] for field in each._fields_] for each in native.STRUCTURES}
 
 
 def test_without_a_compiler_nothing_is_built_and_the_installation_succeeds(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ HEAD_PAD = 16  # a head takes a multiple of this many values in the cache
 MAX_ROWS = 32  # tokens that the library computes together
 
 
-class Config(Structure):
+class ConfigStruct(Structure):
     """dejavu_config."""
 
     _fields_ = (
@@ -40,13 +40,13 @@ class Config(Structure):
     )
 
 
-class Matrix(Structure):
+class MatrixStruct(Structure):
     """dejavu_matrix: addresses of data that live at least as long as the call."""
 
     _fields_ = (*((name, c_void_p) for name in ("data", "scale", "bias")), ("rows", c_int64), ("columns", c_int64), ("dtype", c_int32))
 
 
-class Block(Structure):
+class BlockStruct(Structure):
     """dejavu_block."""
 
     _fields_ = (
@@ -64,29 +64,29 @@ class Block(Structure):
 OPS = ("predictor", "attention", "mlp", "head", "other")  # dejavu_op
 
 
-class Profile(Structure):
+class ProfileStruct(Structure):
     """dejavu_profile."""
 
     _fields_ = (("seconds", c_double * len(OPS)), *((name, c_void_p) for name in ("fired", "groups", "inputs")))
 
 
-STRUCTURES = (Config, Matrix, Block, Profile)
+STRUCTURES = (ConfigStruct, MatrixStruct, BlockStruct, ProfileStruct)
 # Kinds of dejavu_layouts.
 _KINDS: dict[type, str] = {c_int64: "i", c_int32: "i", c_float: "f", c_double: "f", c_double * len(OPS): "f", c_void_p: "p"}
 
 _SIGNATURES = {
     "dejavu_error": (c_char_p, ()),
     "dejavu_instruction_sets": (c_char_p, ()),
-    "dejavu_model_new": (c_int, (POINTER(Config), POINTER(c_void_p))),
-    "dejavu_model_set": (c_int, (c_void_p, c_int, c_int64, POINTER(Matrix))),
+    "dejavu_model_new": (c_int, (POINTER(ConfigStruct), POINTER(c_void_p))),
+    "dejavu_model_set": (c_int, (c_void_p, c_int, c_int64, POINTER(MatrixStruct))),
     "dejavu_model_free": (None, (c_void_p,)),
     "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
-    "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(Matrix), POINTER(Matrix), c_float, c_int)),
+    "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(MatrixStruct), POINTER(MatrixStruct), c_float, c_int)),
     "dejavu_engine_gate": (c_int, (c_void_p, c_int64, c_float)),
     "dejavu_engine_inputs": (c_int, (c_void_p, c_int64, c_int, c_void_p, c_int64, c_float)),
-    "dejavu_engine_screen": (c_int, (c_void_p, POINTER(Matrix), POINTER(Matrix), c_int64)),
-    "dejavu_engine_run": (c_int, (c_void_p, POINTER(Block))),
-    "dejavu_engine_profile": (c_int, (c_void_p, POINTER(Block), POINTER(Profile))),
+    "dejavu_engine_screen": (c_int, (c_void_p, POINTER(MatrixStruct), POINTER(MatrixStruct), c_int64)),
+    "dejavu_engine_run": (c_int, (c_void_p, POINTER(BlockStruct))),
+    "dejavu_engine_profile": (c_int, (c_void_p, POINTER(BlockStruct), POINTER(ProfileStruct))),
     "dejavu_engine_read": (c_int, (c_void_p, c_void_p, c_int64, POINTER(c_double))),
     "dejavu_engine_free": (None, (c_void_p,)),
 }
@@ -128,11 +128,16 @@ def _difference(loaded: ctypes.CDLL) -> str | None:
     return next((f"another layout of {ours.split()[0]}" for ours in map(_layout, STRUCTURES) if ours not in theirs), None)
 
 
+def c_name(structure: type[Structure]) -> str:
+    """What the header calls it: dejavu_block for BlockStruct."""
+    return f"dejavu_{structure.__name__.removesuffix('Struct').lower()}"
+
+
 def _layout(structure: type[Structure]) -> str:
     """A line of dejavu_layouts, for the structure as ctypes lays it out."""
     fields = [(name, kind, getattr(structure, name)) for name, kind, *_ in structure._fields_]
     described = [f"{name}:{_KINDS[kind]}{field.size}@{field.offset}" for name, kind, field in fields]
-    return " ".join([f"dejavu_{structure.__name__.lower()}", *described, f"size:{ctypes.sizeof(structure)}"])
+    return " ".join([c_name(structure), *described, f"size:{ctypes.sizeof(structure)}"])
 
 
 def missing_reason() -> str | None:

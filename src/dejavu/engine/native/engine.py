@@ -110,7 +110,7 @@ class NativeEngine(PagedEngine):
         fired_L, groups_L = torch.zeros(2, self.config.num_layers, dtype=torch.int64).unbind(0)
         inputs_LP = self._input_counts()
         addresses = {"fired": fired_L, "groups": groups_L, "inputs": inputs_LP}
-        profile = native.Profile(**{name: _address(counts) for name, counts in addresses.items()})
+        profile = native.ProfileStruct(**{name: _address(counts) for name, counts in addresses.items()})
         self._admit_rows(token_ids_B, slots_B)
         result = self._step(token_ids_B, slots_B, sparse=True, record=self._record, profile=profile)
         seconds = dict(zip(native.OPS, profile.seconds, strict=True))
@@ -126,7 +126,7 @@ class NativeEngine(PagedEngine):
         return total.value
 
     def _step(
-        self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool, profile: native.Profile | None = None
+        self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool, profile: native.ProfileStruct | None = None
     ) -> StepResult:
         """In one call of the library for each MAX_ROWS rows."""
         batch = len(token_ids_B)
@@ -175,7 +175,7 @@ class NativeEngine(PagedEngine):
         sparse: bool,
         record: bool,
         first_logits: int = 0,
-        profile: native.Profile | None = None,
+        profile: native.ProfileStruct | None = None,
     ) -> list[tuple[LayerSelection, ...]]:
         """One call of the library: row r is token_ids[r] at positions[r] of slots[r]. The selections, when recording."""
         config, rows = self.config, len(token_ids)
@@ -185,7 +185,7 @@ class NativeEngine(PagedEngine):
         points = self.info.input_points
         input_mask_BLI = torch.empty(rows, config.num_layers, sum(points.sizes), dtype=torch.uint8) if record and points else None
         group_mask_BLG = torch.empty(rows, config.num_layers, config.num_kv_heads, dtype=torch.uint8) if record else None
-        block = native.Block(
+        block = native.BlockStruct(
             rows=rows,
             first_logits=first_logits,
             num_pages=self._cache.num_pages,

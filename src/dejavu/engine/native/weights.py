@@ -28,13 +28,13 @@ from dejavu.model.versions import weights_version
 
 
 class MatrixView:
-    """A `native.Matrix` and the tensors that it points into."""
+    """A `native.MatrixStruct` and the tensors that it points into."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: str = "fp32", scale: Tensor | None = None) -> None:
         self.tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in (weight, scale, bias)]
         data, scales, biases = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
         rows, columns = weight.shape if weight.dim() == 2 else (1, weight.shape[0])
-        self.matrix = native.Matrix(data, scales, biases, rows, columns, native.DTYPE_CODES[dtype])
+        self.matrix = native.MatrixStruct(data, scales, biases, rows, columns, native.DTYPE_CODES[dtype])
 
 
 def matrix_view(dtype: str, matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
@@ -132,10 +132,10 @@ def hand_over(model: Transformer, dtype: str, layouts: Sequence[str], *, screene
     kept[dtype, last] = state, NativeModel(model, dtype, last, screened=screened, take=True)
 
 
-def native_config(config: ModelConfig, dtype: str, layout: str) -> native.Config:
+def native_config(config: ModelConfig, dtype: str, layout: str) -> native.ConfigStruct:
     """The architecture for the library."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
-    return native.Config(
+    return native.ConfigStruct(
         **{name: getattr(config, name) for name in sizes},
         embed_size=config.embed_width,
         position_offset=config.position_offset,
