@@ -207,7 +207,8 @@ def bench(
         engine = make_engine(model, variant.layers, dataclasses.replace(options, num_slots=batch, cache_tokens=tokens, record=record))
         return _Decoder(engine, variant, rows_BT, context, model.config.num_kv_heads)
 
-    run = _Run(model, [decoder_of(variant) for variant in variants], peers, name=name, shape=shape, adapter=adapter, ahead=options.ahead)
+    decoders = [decoder_of(variant) for variant in variants]
+    run = _DecodeRun(model, decoders, peers, name=name, shape=shape, adapter=adapter, ahead=options.ahead)
     run.time(clock, progress)
     run.say_dense()
     rows = run.rows()
@@ -224,7 +225,7 @@ def _check_peers(peers: Sequence[Peer], model: Transformer, ids: Sequence[int], 
     return notes
 
 
-class _Run:
+class _DecodeRun:
     """The turns of one batch and context, and the rows that come of them. Times are kept by who took the turn."""
 
     def __init__(

@@ -81,7 +81,7 @@ class Segment:
     outcomes: list[Outcome] = field(default_factory=list)
 
 
-class _Run:
+class _SegmentRun:
     """The requests of one segment."""
 
     def __init__(self, segment: Segment, ask: Ask, retries: int, clock: Callable[[], float], noted: Callable[[], None]) -> None:
@@ -159,7 +159,7 @@ async def run_load(
         first = index % len(models)
         for model in models[first:] + models[:first]:
             segments.append(Segment(model=model))
-            run, planned = _Run(segments[-1], ask, retries, clock, noted), planned_requests(load, prompts[model], index)
+            run, planned = _SegmentRun(segments[-1], ask, retries, clock, noted), planned_requests(load, prompts[model], index)
             if load.concurrency is None:
                 await run.open_loop(planned)
             else:

@@ -41,7 +41,7 @@ SHADES = 32  # of a colour: more are not told apart, and cost bytes
 SELECTED_RGB, NATURAL_RGB, HEADS_RGB = (47, 137, 204), (140, 150, 160), (20, 150, 112)  # visible on light and on dark
 
 
-class _Recorder(MaskedSelection):
+class _ActivationRecorder(MaskedSelection):
     """A masked pass that remembers, per layer, which neurons were not zero [T, F] and what each head contributed [T, H]."""
 
     def __init__(self, model: Transformer, layers: tuple[LayerAdapter, ...], sparse_BT: Tensor) -> None:
@@ -80,7 +80,7 @@ def firing(
     read = text.token_ids[: len(steps)]
     ids_BT = torch.tensor([[*prompt_ids, *read]], device=model.device)
     sparse_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] >= len(prompt_ids)
-    recorder = _Recorder(model, layers, sparse_BT)
+    recorder = _ActivationRecorder(model, layers, sparse_BT)
     model.hidden(ids_BT, recorder)
     return {
         "tokens": [tokenizer.decode([token]) for token in read],
