@@ -11,17 +11,17 @@ from typing import Any
 
 import speeds
 from dejavu.bench.decode import USUAL_AHEAD
-from dejavu.bench.rows import Row, read_rows
+from dejavu.bench.rows import SpeedRow, read_rows
 from speeds import markdown, origins, percent
 
 NOT_MEASURED = "Not measured yet.\n"
 
 
-def rows_of_gpu() -> list[Row]:
+def rows_of_gpu() -> list[SpeedRow]:
     return [row for row in read_rows(speeds.BENCH) if row.device_kind == "gpu" and row.synthetic and row.repeatable]
 
 
-def label(row: Row) -> str:
+def label(row: SpeedRow) -> str:
     """`planted, OPT-6.7B's shape`; a slice says how much of it ran."""
     assert row.shape is not None, "a made-up model has a shape"
     name = row.shape.upper().replace("LLAMA", "Llama").replace("-RELU", ", ReLU")
@@ -29,17 +29,17 @@ def label(row: Row) -> str:
     return f"planted, {name}'s shape{part}"
 
 
-def decodes(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def decodes(rows: list[SpeedRow]) -> tuple[list[SpeedRow], list[SpeedRow]]:
     """Decode rows of a run: ours and those of peers."""
     found = [row for row in rows if row.op == "decode"]
     return [row for row in found if not row.peer], [row for row in found if row.peer]
 
 
-def ratio(row: Row, other: Row) -> str:
+def ratio(row: SpeedRow, other: SpeedRow) -> str:
     return f"{row.speed / other.speed:.2f}"
 
 
-def share(row: Row, dense: Row) -> str:
+def share(row: SpeedRow, dense: SpeedRow) -> str:
     """What a step reads, of a dense one's bytes: predictors, gates and norms included."""
     if row.read_share is not None:
         return percent(row.read_share)
@@ -51,21 +51,21 @@ GPU_MODELS = ("opt-6.7b", "opt-30b")
 PROGRAMS = {"transformers": "transformers, eager", "transformers-compile": "transformers, compiled"}
 
 
-def gpu_points() -> list[list[Row]]:
+def gpu_points() -> list[list[SpeedRow]]:
     """Decode rows on a GPU by what was measured together: a command, model, dtype, context and batch. The oldest first."""
-    points: dict[tuple[object, ...], list[Row]] = {}
+    points: dict[tuple[object, ...], list[SpeedRow]] = {}
     for row in rows_of_gpu():
         if row.op == "decode":
             points.setdefault((row.time, row.device, row.model, row.dtype, row.context, row.batch), []).append(row)
     return [rows for rows in points.values() if any(row.dense for row in rows)]
 
 
-def _ahead(rows: list[Row]) -> str:
+def _ahead(rows: list[SpeedRow]) -> str:
     """How a point's sparse modes looked ahead."""
     return next((row.ahead for row in rows if row.ahead is not None), USUAL_AHEAD)
 
 
-def _gpu_cells(row: Row, dense: Row) -> list[str]:
+def _gpu_cells(row: SpeedRow, dense: SpeedRow) -> list[str]:
     """MLP density, heads, share read, time of a step, tokens/s, times dense: what both tables of decode end with."""
     assert row.p50_us is not None
     own = not row.peer
@@ -103,7 +103,7 @@ def gpu_speed() -> str:
 
 def gpu_batches() -> str:
     """Our decode on a GPU at every context and batch, the newest of each mode; times dense are of one run."""
-    newest: dict[tuple[Any, ...], tuple[Row, Row]] = {}
+    newest: dict[tuple[Any, ...], tuple[SpeedRow, SpeedRow]] = {}
     for rows in gpu_points():
         dense = next(row for row in rows if row.dense)
         for row in decodes(rows)[0] if _ahead(rows) == USUAL_AHEAD else ():
@@ -135,7 +135,7 @@ def gpu_batches() -> str:
 
 def gpu_ahead() -> str:
     """Where the next selection is computed: the newest of each way, for what was measured in more than one."""
-    ways: dict[tuple[object, ...], dict[str, list[Row]]] = {}
+    ways: dict[tuple[object, ...], dict[str, list[SpeedRow]]] = {}
     for rows in gpu_points():
         first = rows[0]
         ways.setdefault((label(first), first.dtype, first.device, first.context, first.batch), {})[_ahead(rows)] = rows
@@ -155,14 +155,14 @@ def gpu_ahead() -> str:
 
 def gpu_ops() -> str:
     """Single kernels on a GPU, of the newest run of each model, batch and context: densities in rows, selections side by side."""
-    runs: dict[tuple[object, ...], list[Row]] = {}
+    runs: dict[tuple[object, ...], list[SpeedRow]] = {}
     for row in rows_of_gpu():
         if row.op not in ("decode", "prefill", "read"):
             runs.setdefault((row.time, row.model, row.dtype, row.device, row.batch, row.context), []).append(row)
     newest = {key[1:]: rows for key, rows in runs.items()}
     lines, dense_rows = [], []
     for rows in newest.values():
-        points: dict[tuple[str, str, float | None], dict[str | None, Row]] = {}
+        points: dict[tuple[str, str, float | None], dict[str | None, SpeedRow]] = {}
         for row in rows:
             points.setdefault((row.op, row.mode, row.mlp_density), {})[row.selection] = row
         for (op, mode, density), found in points.items():
@@ -174,5 +174,5 @@ def gpu_ops() -> str:
     return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED
 
 
-def _op_cell(row: Row | None) -> str:
+def _op_cell(row: SpeedRow | None) -> str:
     return "" if row is None else f"{row.p50_us:.1f}, {row.gbs:.0f}, {row.pct_ceiling:.0f} %"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from typing import Any
 
-from dejavu.bench.rows import Row
+from dejavu.bench.rows import SpeedRow
 from tables import record
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     asked = [part for flag, values in (("--text", options.text), ("--tasks", options.tasks)) for value in values for part in (flag, value)]
     quality = printed("eval", *subject, *asked, "--dtype", "fp32", "--max-tokens", str(options.max_tokens), "--limit", str(options.limit))
     speed = printed("bench", *subject, "--backend", "native", "--dtype", options.dtype)
-    decodes = [row for row in map(Row.from_dict, speed["rows"]) if row.op == "decode"]
+    decodes = [row for row in map(SpeedRow.from_dict, speed["rows"]) if row.op == "decode"]
     timed = {"dense": next(row for row in decodes if row.dense), "sparse": next(row for row in decodes if row.sparse)}
     sides = {"dense": quality["dense"], "sparse": quality["sparse"]}
     dense, sparse = sides.values()

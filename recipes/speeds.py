@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dejavu.bench.rows import Measured, QualityRow, Row, read_rows
+from dejavu.bench.rows import Measured, QualityRow, SpeedRow, read_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BENCH, PERPLEXITY = RESULTS / "bench.jsonl", RESULTS / "perplexity.jsonl"
@@ -39,11 +39,11 @@ class Refused(SystemExit):
 class Speed:
     """One way to run a model. rows: a decode row of each process, all of one commit. quality: of the same way; None: not measured."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[SpeedRow, ...]
     quality: QualityRow | None
 
     @property
-    def row(self) -> Row:
+    def row(self) -> SpeedRow:
         """That of the median process."""
         return sorted(self.rows, key=lambda row: row.speed)[len(self.rows) // 2]
 
@@ -83,7 +83,7 @@ def qualities() -> list[QualityRow]:
     return read_rows(PERPLEXITY, QualityRow) if PERPLEXITY.exists() else []
 
 
-def quality_of(row: Row, known: Sequence[QualityRow], *, stored: tuple[str, str | None] | None = None) -> QualityRow | None:
+def quality_of(row: SpeedRow, known: Sequence[QualityRow], *, stored: tuple[str, str | None] | None = None) -> QualityRow | None:
     """The newest perplexity of the very same way to run it. stored: with another dtype and cache dtype than the row's."""
     found = [
         each
@@ -95,7 +95,7 @@ def quality_of(row: Row, known: Sequence[QualityRow], *, stored: tuple[str, str 
     return found[-1] if found else None
 
 
-def _stored(row: Row) -> str:
+def _stored(row: SpeedRow) -> str:
     return row.dtype if row.dtype != "fp32" else f"a cache in {row.cache_dtype}"
 
 
@@ -135,7 +135,7 @@ def speeds(model: str) -> list[Speed]:
         if row.op == "decode" and row.batch == 1 and not row.synthetic and row.device_kind == "cpu" and row.screened_head == 0
     ]
     ours = {row.time: row for row in usual if row.model == model and not row.peer}
-    groups: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+    groups: dict[tuple[Any, ...], dict[str, list[SpeedRow]]] = {}
     for row in usual:
         beside = ours.get(row.time)  # whose process it ran in
         if beside is not None and (row.model == model or row.peer):
@@ -160,7 +160,7 @@ def speeds(model: str) -> list[Speed]:
 Setting = tuple[str | None, int, int | None]
 
 
-def setting(row: Row) -> Setting:
+def setting(row: SpeedRow) -> Setting:
     """What has to be the same for speeds to be compared: of a process, its row of ours."""
     return row.device, row.context, row.threads
 

@@ -12,7 +12,7 @@ from conftest import Tiny
 from dejavu.bench.bytes_read import Reads, formats_of, step_bytes, weight_bytes
 from dejavu.bench.decode import TURN, bench, ratios_of
 from dejavu.bench.memory import buffer_bytes
-from dejavu.bench.rows import Row
+from dejavu.bench.rows import SpeedRow
 from dejavu.bench.variants import DENSE_VARIANT, Peer, Variant, export_name
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.engine.options import EngineOptions
@@ -167,10 +167,10 @@ def test_useful_bytes_are_those_of_what_the_timed_steps_selected(tiny: Tiny, bat
 
 
 def test_a_ratio_below_one_is_a_ratio() -> None:
-    def row(mode: str, tok_s: float, **changes: Any) -> Row:
+    def row(mode: str, tok_s: float, **changes: Any) -> SpeedRow:
         values = {"op": "decode", "mode": mode, "backend": "torch", "model": "m", "layers": 2, "dtype": "fp32", "batch": 1, "context": 8}
         values |= {"peer": "backend" in changes, "sparse": mode == "sparse"}
-        return Row.from_dict(values | {"threads": 1, "synthetic": False, "tok_s": tok_s} | changes)
+        return SpeedRow.from_dict(values | {"threads": 1, "synthetic": False, "tok_s": tok_s} | changes)
 
     rows = [
         row("dense", 10.0),

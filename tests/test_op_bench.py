@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dejavu.bench.models.random import SELECTIONS
 from dejavu.bench.ops import ENOUGH_BYTES, MIN_CALLS, ROTATED_BYTES, OpRun, bench_ops, copies_for, graph_sampler, index_lists
-from dejavu.bench.rows import Row
+from dejavu.bench.rows import SpeedRow
 
-TEMPLATE = Row.from_dict(
+TEMPLATE = SpeedRow.from_dict(
     {"op": "", "mode": "", "backend": "cuda", "model": "m", "layers": 2, "dtype": "fp16", "batch": 1, "context": 0, "threads": 1}
     | {"synthetic": True, "device": "a GPU"}
 )
@@ -43,7 +43,7 @@ class Bench:
             return {"head": self.op("head", 4000.0, sparse=False)}
         return {"mlp": self.op("mlp", 1e4 * density)}
 
-    def rows(self, **options: Any) -> list[Row]:
+    def rows(self, **options: Any) -> list[SpeedRow]:
         read = OpRun(run=self.op("read", 0).run, bytes=1e6, check=lambda: 0.0, copies=1)
         return bench_ops(self.ops_at, read=read, template=TEMPLATE, clock=self.clock, **options)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from dejavu.bench.rows import QualityRow, Row, append_rows, commit, commit_facts, device_facts, device_name, read_rows, versions
+from dejavu.bench.rows import QualityRow, SpeedRow, append_rows, commit, commit_facts, device_facts, device_name, read_rows, versions
 from helpers.rows import KEYS
 
 
-def row(**changes) -> Row:
+def row(**changes) -> SpeedRow:
     values: dict[str, Any] = {
         "op": "decode",
         "mode": "dense",
@@ -21,7 +21,7 @@ def row(**changes) -> Row:
         "dtype": "fp32",
         "batch": 1,
     }
-    return Row(**(values | {"context": 64, "threads": 2, "synthetic": False, "tok_s": 12.5} | changes))
+    return SpeedRow(**(values | {"context": 64, "threads": 2, "synthetic": False, "tok_s": 12.5} | changes))
 
 
 def test_row_has_exactly_the_contract_keys():
@@ -127,7 +127,7 @@ def test_commit_is_null_outside_git_and_marks_changes(tmp_path):
     assert commit(file) == f"{head}-dirty"
 
 
-def old_line(kind: type[Row] | type[QualityRow] = Row, /, **changes: Any) -> dict[str, Any]:
+def old_line(kind: type[SpeedRow] | type[QualityRow] = SpeedRow, /, **changes: Any) -> dict[str, Any]:
     """What a line held when facts stood in its strings alone."""
     later = ("peer", "sparse", "sparse_heads", "ahead", "shape", "shape_layers", "device_kind", "cores", "dirty")
     values = {"device": "AMD EPYC, 2 cores", "commit": "0123456789", "versions": {"torch": "9"}, "time": "2020-01-01T00:00:00+00:00"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dejavu.bench.rows import QualityRow, Row
+from dejavu.bench.rows import QualityRow, SpeedRow
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, ADAPTER = "AMD EPYC, 2 cores", "0123456789abcdef"
@@ -37,7 +37,7 @@ def where(backend: str, commit: str, minute: int) -> dict[str, Any]:
     }
 
 
-def bench(mode: str, tok_s: float, *, dtype: str = "bf16", commit: str = "1" * 40, processes: int = 5, **changes: Any) -> list[Row]:
+def bench(mode: str, tok_s: float, *, dtype: str = "bf16", commit: str = "1" * 40, processes: int = 5, **changes: Any) -> list[SpeedRow]:
     """A decode row of each of so many processes; each is a little faster than the one before. A peer's mode is its backend."""
     own = mode in ("dense", "sparse", "sparse+heads")
     values = {"op": "decode", "mode": mode, "model": "m", "layers": 2, "dtype": dtype, "batch": 1, "context": 128, "threads": 2}
@@ -45,7 +45,9 @@ def bench(mode: str, tok_s: float, *, dtype: str = "bf16", commit: str = "1" * 4
     values |= {"synthetic": False, "mlp_density": 0.2 if mode == "sparse" else 1.0, "head_density": 1.0, "read_share": 0.5 if own else None}
     values |= {"cache_dtype": "fp16" if own else None, "adapter": ADAPTER if own and mode != "dense" else None} | changes
     backend = "native" if own else mode
-    return [Row.from_dict(values | where(backend, commit, minute) | {"tok_s": tok_s * (1 + 0.01 * minute)}) for minute in range(processes)]
+    return [
+        SpeedRow.from_dict(values | where(backend, commit, minute) | {"tok_s": tok_s * (1 + 0.01 * minute)}) for minute in range(processes)
+    ]
 
 
 def quality(mode: str, ppl: float, *, dtype: str = "bf16", commit: str = "2" * 40, **changes: Any) -> QualityRow:
@@ -59,13 +61,13 @@ def quality(mode: str, ppl: float, *, dtype: str = "bf16", commit: str = "2" * 4
 
 
 @pytest.fixture
-def results(speeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Row], list[QualityRow]], None]:
+def results(speeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[SpeedRow], list[QualityRow]], None]:
     """results(rows, qualities): from now on these are what was measured."""
     for name in ("BENCH", "PERPLEXITY"):
         monkeypatch.setattr(speeds, name, tmp_path / f"{name}.jsonl")
     monkeypatch.setattr(speeds, "_said", set())
 
-    def write(rows: list[Row], qualities: list[QualityRow]) -> None:
+    def write(rows: list[SpeedRow], qualities: list[QualityRow]) -> None:
         for path, found in ((speeds.BENCH, rows), (speeds.PERPLEXITY, qualities)):
             path.write_text("".join(json.dumps(each.to_dict()) + "\n" for each in found))
 
@@ -114,7 +116,7 @@ def test_a_speed_with_its_quality_is_shown(speeds: ModuleType, results: Any, cap
         (bench("sparse", 150.0, processes=4), GOOD, "measured in 4 processes, not 5"),
         (bench("sparse", 150.0, processes=1) * 5, GOOD, "measured in 1 processes, not 5"),
         (bench("sparse", 150.0, threads=64)[:3] + bench("sparse", 150.0)[3:], GOOD, "measured in"),
-        ([Row.from_dict(row.to_dict() | {"commit": None}) for row in bench("sparse", 150.0)], GOOD, "no commit is known"),
+        ([SpeedRow.from_dict(row.to_dict() | {"commit": None}) for row in bench("sparse", 150.0)], GOOD, "no commit is known"),
         (
             bench("sparse", 150.0, dtype="fp32", cache_dtype="int8"),
             [*FP32, quality("sparse", 33.0, dtype="fp32", cache_dtype="int8")],
@@ -123,7 +125,7 @@ def test_a_speed_with_its_quality_is_shown(speeds: ModuleType, results: Any, cap
     ],
 )
 def test_a_speed_is_refused_and_said_to_be(
-    rows: list[Row], qualities: list[QualityRow], reason: str, speeds: ModuleType, results: Any, capsys: pytest.CaptureFixture[str]
+    rows: list[SpeedRow], qualities: list[QualityRow], reason: str, speeds: ModuleType, results: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results([*bench("dense", 100.0), *rows], qualities)
     assert ("dejavu sparse", rows[0].dtype) not in shown(speeds)
@@ -145,7 +147,7 @@ def test_what_came_before_stays_where_the_newest_is_refused(speeds: ModuleType, 
         row.to_dict() | {"time": "2031-01-01T00:00:00+00:00", "commit": "5" * 40 + "-dirty", "dirty": True, "tok_s": 999.0}
         for row in bench("dense", 9.0)
     ]
-    results([*bench("dense", 100.0), *map(Row.from_dict, later)], GOOD)
+    results([*bench("dense", 100.0), *map(SpeedRow.from_dict, later)], GOOD)
     [speed] = speeds.speeds("m")
     assert speed.median == pytest.approx(102) and "5555555555-dirty" in capsys.readouterr().err
 
@@ -182,7 +184,7 @@ def test_only_one_setting_and_one_text_stand_together(speeds: ModuleType, result
         row.to_dict() | {"device": "Big, 64 cores", "time": f"2029-01-01T00:{i:02}:00+00:00"} for i, row in enumerate(bench("dense", 9e3))
     ]
     longer = [row.to_dict() | {"context": 4096, "time": f"2029-02-01T00:{i:02}:00+00:00"} for i, row in enumerate(bench("dense", 8e3))]
-    others = [*map(Row.from_dict, elsewhere), *map(Row.from_dict, longer), *bench("llama.cpp", 900.0, dtype="q8_0")]
+    others = [*map(SpeedRow.from_dict, elsewhere), *map(SpeedRow.from_dict, longer), *bench("llama.cpp", 900.0, dtype="q8_0")]
     results(
         [*others, *bench("dense", 100.0), *bench("sparse", 150.0)], [*GOOD, quality("llama.cpp", 9.0, dtype="q8_0", texts_hash="other")]
     )
@@ -191,14 +193,15 @@ def test_only_one_setting_and_one_text_stand_together(speeds: ModuleType, result
 
 def test_what_never_ran_together_is_compared_at_its_worst(speeds: ModuleType, results: Any) -> None:
     apart = [row.to_dict() | {"time": f"2030-02-01T00:{i:02}:00+00:00"} for i, row in enumerate(bench("dense", 140.0, dtype="int8"))]
-    results([*bench("dense", 100.0), *bench("sparse", 150.0), *map(Row.from_dict, apart)], [*GOOD, quality("dense", 20.2, dtype="int8")])
+    rows = [*bench("dense", 100.0), *bench("sparse", 150.0), *map(SpeedRow.from_dict, apart)]
+    results(rows, [*GOOD, quality("dense", 20.2, dtype="int8")])
     text = speeds.second("m", "M")
     assert f"**{150 / (140 * 1.04):.2f} times as fast as our own dense engine in int8**" in text and "of separate processes" in text
 
 
 def test_ratios_are_of_the_same_process_where_there_is_one(speeds: ModuleType, results: Any) -> None:
     slow = [row.to_dict() | {"tok_s": (row.tok_s or 0) / 2} for row in bench("sparse", 150.0)[:1]]
-    results([*bench("dense", 100.0), *map(Row.from_dict, slow), *bench("sparse", 150.0)[1:]], GOOD)
+    results([*bench("dense", 100.0), *map(SpeedRow.from_dict, slow), *bench("sparse", 150.0)[1:]], GOOD)
     dense, sparse = speeds.speeds("m")
     assert speeds.ratios(sparse, dense) == [pytest.approx(each) for each in (0.75, 1.5, 1.5, 1.5, 1.5)]
     assert "0.75 times as fast as our own dense engine" in speeds.headline("m", "M")  # the least

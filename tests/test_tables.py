@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dejavu.bench import rows
-from dejavu.bench.rows import Measured, QualityRow, Row, read_rows
+from dejavu.bench.rows import Measured, QualityRow, SpeedRow, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def test_pages_show_what_results_hold(tables: ModuleType) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").iterdir()), ids=lambda path: path.name)
 def test_every_line_of_results_is_a_row_of_its_class(tables: ModuleType, path: Path) -> None:
-    kinds: dict[str, type[Measured]] = {"bench.jsonl": Row, "perplexity.jsonl": QualityRow, "quality.jsonl": tables.Record}
+    kinds: dict[str, type[Measured]] = {"bench.jsonl": SpeedRow, "perplexity.jsonl": QualityRow, "quality.jsonl": tables.Record}
     assert len(read_rows(path, kinds[path.name])) == len(path.read_text().splitlines()) > 0
 
 
@@ -71,7 +71,7 @@ GPU = "NVIDIA Test 80GB"
 GPU_TABLES = ("gpu-speed", "gpu-batches", "gpu-ops")
 
 
-def row(mode: str, tok_s: float, **changes: Any) -> Row:
+def row(mode: str, tok_s: float, **changes: Any) -> SpeedRow:
     """A decode row of the cuda backend, or of a peer on a GPU."""
     values = {"op": "decode", "mode": mode, "backend": "cuda", "model": "opt-6.7b", "layers": 32, "dtype": "fp16", "batch": 1}
     values |= {
@@ -91,7 +91,7 @@ def row(mode: str, tok_s: float, **changes: Any) -> Row:
         "tok_s": tok_s,
     }
     values |= {"device": GPU, "versions": {"torch": "9.9"}, "commit": "0123456789abcdef", "time": "2030-01-01T00:00:00+00:00"}
-    return Row.from_dict(values | changes)
+    return SpeedRow.from_dict(values | changes)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def measured(speeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "bench.jsonl"
     monkeypatch.setattr(speeds, "BENCH", path)
 
-    def write(*rows: Row) -> None:
+    def write(*rows: SpeedRow) -> None:
         cpu = row("dense", 7.0, backend="native", peer=False, device="AMD EPYC, 2 cores", device_kind="cpu", dtype="int8")
         path.write_text("".join(json.dumps(each.to_dict()) + "\n" for each in (cpu, *rows)))
 

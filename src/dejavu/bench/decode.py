@@ -1,6 +1,6 @@
 """Speed of decode, prefill and the parts of a decode step: our engines in every mode, and peers, in turns on the same tokens.
 
-In: a model, variants of running it, token ids. Out: `Bench`: Rows of rows.py, ratios of decode speed, notes. In order:
+In: a model, variants of running it, token ids. Out: `Bench`: `SpeedRow`s, ratios of decode speed, notes. In order:
 
     check     each variant's and peer's logits against a (masked) forward pass; where they differ nothing is timed
     prefill   dense in every mode: the dense engine and the peers
@@ -34,7 +34,7 @@ from torch import Tensor
 from dejavu.bench.bytes_read import Reads, formats_of, read_share, step_bytes, weight_bytes
 from dejavu.bench.graphs import node_count
 from dejavu.bench.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
-from dejavu.bench.rows import Row, Shape, device_facts
+from dejavu.bench.rows import Shape, SpeedRow, device_facts
 from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, time_interleaved
 from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same, selects_heads
 from dejavu.config import Progress, require
@@ -70,12 +70,12 @@ class Ratio(TypedDict):
 class Bench:
     """What a benchmark found. ratios: decode tokens a second of `mode` over those of `against`, at the same batch and context."""
 
-    rows: list[Row]
+    rows: list[SpeedRow]
     ratios: list[Ratio]
     notes: list[str]
 
     @property
-    def decodes(self) -> list[Row]:
+    def decodes(self) -> list[SpeedRow]:
         """The decode row of each variant, in their order."""
         return [row for row in self.rows if row.op == "decode" and not row.peer]
 
@@ -295,14 +295,14 @@ class _DecodeRun:
                 where = f"at batch {self.batch}, context {self.context}"
                 self.notes.append(f"{decoder.variant.mode} {where} read every neuron of {dense} layers that select")
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SpeedRow]:
         prefill = [self._row("prefill", self.prefill[self.decoders[0]], tokens=self.context, batch=1)]
         prefill += [self._of_peer("prefill", peer, self.prefill[key], self.context) for key, peer in self.peers.items()]
         read = self._row(READ, self.decode[READ], useful=self.buffer.nbytes)
         decode = [row for decoder in self.decoders for row in self._of_decoder(decoder)]
         return [*prefill, read, *decode, *(self._of_peer("decode", peer, self.decode[key], 1) for key, peer in self.peers.items())]
 
-    def _row(self, op: str, seconds: list[float], *, tokens: int | None = None, useful: float | None = None, **values: Any) -> Row:
+    def _row(self, op: str, seconds: list[float], *, tokens: int | None = None, useful: float | None = None, **values: Any) -> SpeedRow:
         p20, p50, p80 = percentiles(seconds)
         speed = None if useful is None else useful * 1e6 / p50
         ceiling = self.buffer.nbytes / float(np.median(self.decode[READ]))
@@ -325,9 +325,9 @@ class _DecodeRun:
             "gbs": None if speed is None else speed / 1e9,
             "pct_ceiling": None if speed is None else 100 * speed / ceiling,
         }
-        return Row.from_dict(own | values)
+        return SpeedRow.from_dict(own | values)
 
-    def _of_decoder(self, decoder: _Decoder) -> list[Row]:
+    def _of_decoder(self, decoder: _Decoder) -> list[SpeedRow]:
         held, variant = decoder.steps, decoder.variant
         reads = held.mean_reads(self.batch)
         useful = step_bytes(self.config, self.formats, reads, variant.layers)
@@ -349,7 +349,7 @@ class _DecodeRun:
         # An op that reads nothing (a dense model's predictor) is none.
         return [whole, *(self._row(op, held.seconds[op], useful=useful[op], **values) for op in held.seconds if useful[op] > 0)]
 
-    def _of_peer(self, op: str, peer: Peer, seconds: list[float], tokens: int) -> Row:
+    def _of_peer(self, op: str, peer: Peer, seconds: list[float], tokens: int) -> SpeedRow:
         same = runs_same(peer, self.name)
         values: dict[str, Any] = {"mode": peer.mode, "backend": peer.mode, "dtype": peer.dtype, "batch": 1, "threads": peer.threads}
         values |= {"peer": True, "cache_dtype": None, "screened_head": 0, "read_share": None}
@@ -359,7 +359,7 @@ class _DecodeRun:
         return self._row(op, seconds, tokens=tokens, **values)
 
 
-def ratios_of(rows: Sequence[Row]) -> list[Ratio]:
+def ratios_of(rows: Sequence[SpeedRow]) -> list[Ratio]:
     """How decode speeds compare: every sparse row with dense, and every row of ours with each peer; below 1 is slower."""
     decodes = [row for row in rows if row.op == "decode"]
     others = [row for row in decodes if row.peer or row.dense]

@@ -1,6 +1,6 @@
 """Speed of single ops, at several densities and kinds of selection: what a kernel gets out of the memory it reads.
 
-In: for each density and selection, ops by name, each an `OpRun`. Out: Rows of rows.py. In order:
+In: for each density and selection, ops by name, each an `OpRun`. Out: `SpeedRow`s. In order:
 
     check   every op at every point, against its definition; where one fails nothing is timed
     time    at each point its ops and a sequential read in turns. A sample is many calls, one after the other, each on the next of
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dejavu.bench.models.random import HOT_SHARE, RUN, SELECTIONS
-from dejavu.bench.rows import Row
+from dejavu.bench.rows import SpeedRow
 from dejavu.bench.timing import percentiles
 from dejavu.config import Progress, require
 
@@ -103,14 +103,14 @@ def bench_ops(
     ops_at: OpsAt,
     *,
     read: OpRun,
-    template: Row,
+    template: SpeedRow,
     densities: Sequence[float] = OP_DENSITIES,
     selections: Sequence[str] = SELECTIONS,
     repeats: int = REPEATS,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
-) -> list[Row]:
+) -> list[SpeedRow]:
     """Rows of every op at every density and selection, and once where it knows none.
 
     ops_at: see OpsAt; called once for each point before any is timed, so what it returns should share its weights. At density 1
@@ -125,7 +125,7 @@ def bench_ops(
             error = op.check()
             require(error <= 1, f"{name} ({point}) is wrong: its error is {error:.3g} times what is allowed; nothing was timed")
     sampler = graph_sampler if device.startswith("cuda") else loop_sampler(clock)
-    rows: list[Row] = []
+    rows: list[SpeedRow] = []
     for index, point in enumerate(points):
         rows += _timed(point, read, template, repeats, sampler)
         if progress is not None:
@@ -148,7 +148,7 @@ def _points(ops_at: OpsAt, densities: Sequence[float], selections: Sequence[str]
     return [point for point in points if point.ops]
 
 
-def _timed(point: _Point, read: OpRun, template: Row, repeats: int, sampler: Sampler) -> list[Row]:
+def _timed(point: _Point, read: OpRun, template: SpeedRow, repeats: int, sampler: Sampler) -> list[SpeedRow]:
     """Rows of the point's ops, which take turns with the read."""
     assert READ not in point.ops, f"{READ!r} is the ceiling"
     ops = {READ: read, **point.ops}

@@ -1,6 +1,6 @@
 """Rows of measured speed: one schema for `dejavu bench` and results/*.jsonl, which are append-only.
 
-In: `Row`s of a measurement. Out: one JSON object a line with every key, among them where and with what it was measured:
+In: `SpeedRow`s of a measurement. Out: one JSON object a line with every key, among them where and with what it was measured:
 `device`, `versions`, `commit` and `time`, which `append_rows` fills in. Times are microseconds per op, `tok_s` tokens a
 second, `gbs` useful bytes a second in 1e9. A key that does not apply is null.
 """
@@ -62,7 +62,7 @@ class Measured(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WayToRun(Measured):
-    """What ran. `model` is a name, never a path; mode: in words, see Row and QualityRow. peer: another program than ours ran it.
+    """What ran. `model` is a name, never a path; mode: in words, see SpeedRow and QualityRow. peer: another program than ours ran it.
 
     sparse: something is selected in each token, by whatever method; sparse_heads: attention heads too, by predictors of their own.
     adapter: its `Adapter.digest` where it selects as it was calibrated.
@@ -93,7 +93,7 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row(WayToRun):
+class SpeedRow(WayToRun):
     """One measurement. mode: dense, sparse or sparse+heads, with another `ahead` than the usual one behind it; or the peer's name.
 
     `layers`: how many layers of the model ran (it and `threads` null where not known). `synthetic`: whether weights or predictor are made
@@ -272,7 +272,7 @@ def append_rows(path: Path, rows: Sequence[AnyRow]) -> list[AnyRow]:
     return written
 
 
-def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
+def read_rows(path: Path, kind: type[AnyRow] = SpeedRow) -> list[AnyRow]:
     """The rows of a JSONL file, which are all of one kind. ValueError names the line that is no row of it.
 
     Older lines have no `device_kind` and what came with it: `_of_old_strings` fills it in.

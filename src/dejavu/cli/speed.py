@@ -14,7 +14,7 @@ from dejavu.config import Progress
 
 if TYPE_CHECKING:
     from dejavu.bench.decode import Bench
-    from dejavu.bench.rows import Row
+    from dejavu.bench.rows import SpeedRow
     from dejavu.bench.variants import Peer
     from dejavu.figures import HeadAgreement
 
@@ -40,12 +40,12 @@ class Found:
     """What was measured: runs by title, rows of single ops, what planted predictors miss, the screened head's agreement."""
 
     runs: list[tuple[str, Bench]] = field(default_factory=list)
-    op_rows: list[Row] = field(default_factory=list)
+    op_rows: list[SpeedRow] = field(default_factory=list)
     planted: list[dict[str, Any]] = field(default_factory=list)
     screen: HeadAgreement | None = None
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SpeedRow]:
         return [row for _, measured in self.runs for row in measured.rows] + self.op_rows
 
 
@@ -82,7 +82,7 @@ def measure(subject: Subject, plan: Plan, peers: Sequence[Peer], out: Output, pr
     return found
 
 
-def _op_rows(subject: Subject, plan: Plan, measured: Bench, seed: int, progress: Progress | None) -> list[Row]:
+def _op_rows(subject: Subject, plan: Plan, measured: Bench, seed: int, progress: Progress | None) -> list[SpeedRow]:
     """Rows of single ops at the batch of a run."""
     from dejavu.bench.models.random import SELECTIONS
     from dejavu.bench.ops import bench_ops
@@ -129,7 +129,7 @@ def _show_run(out: Output, title: str, measured: Bench) -> None:
         out.show(ratio(each["ratio"], 1.0, mode=each["mode"], against=escape(against)) + at)
 
 
-def _show_ops(out: Output, title: str, rows: Sequence[Row]) -> None:
+def _show_ops(out: Output, title: str, rows: Sequence[SpeedRow]) -> None:
     table = new_table(
         escape(title), "op", "mode", "selection", "batch", "context", "density", "p20 µs", "p50 µs", "p80 µs", "GB/s", "% of read", left=3
     )

@@ -1,6 +1,6 @@
 """Rows of a serving benchmark: percentiles, throughput, goodput and realised densities of what a load test found.
 
-In: the `Segment`s of one model, the load, limits, facts of the server. Out: a `ServeRow`, which has all keys of a Row and its own.
+In: the `Segment`s of one model, the load, limits, facts of the server. Out: a `ServeRow`, which has all keys of a SpeedRow and its own.
 Latencies are milliseconds, of whole answers alone; `p20_us`, `p50_us`, `p80_us` are microseconds from intended arrival to the end.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dejavu.bench.rows import Row
+from dejavu.bench.rows import SpeedRow
 from dejavu.config import require
 from dejavu.loadtest.run import Outcome, Segment
 from dejavu.loadtest.workload import Load
@@ -43,7 +43,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeRow(Row):
+class ServeRow(SpeedRow):
     """What one model's server did under one load. `batch` is the most requests in flight at once, `context` the mean prompt.
 
     requests = completed + failed; rejected counts replies of status 429, of which a retried request may have several; errors counts the
