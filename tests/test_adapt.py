@@ -89,8 +89,8 @@ def test_thresholds_move_together_to_a_density(checkpoint: Checkpoint) -> None:
 
     before = density(0.0)
     assert mlp_of(moved(layers, 0.25)[1]).threshold == 0.25
-    for wanted in (before - 0.02, before + 0.02):
-        assert density(shift_to(checkpoint.model, layers, ids, wanted)) == pytest.approx(wanted, abs=0.003)
+    for target in (before - 0.02, before + 0.02):
+        assert density(shift_to(checkpoint.model, layers, ids, target)) == pytest.approx(target, abs=0.003)
 
 
 def test_a_price_moves_no_faster_than_weights() -> None:
@@ -175,12 +175,12 @@ def test_divergence_is_kl_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     found = student.clone().requires_grad_()
     value = mean_divergence(found.float(), teacher.float(), head.float())
     (3 * value).backward()
-    wanted = student.clone().requires_grad_()
-    p, q = (teacher @ head.T).log_softmax(-1), (wanted @ head.T).log_softmax(-1)
+    reference = student.clone().requires_grad_()
+    p, q = (teacher @ head.T).log_softmax(-1), (reference @ head.T).log_softmax(-1)
     expected = (p.exp() * (p - q)).sum(-1).mean()
     (3 * expected).backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-5) and value.item() > 0.5
-    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.grad, reference.grad, rtol=1e-4, atol=1e-6)
 
 
 def windows_of(config: AdaptConfig, tokenizer: Tokenizer) -> Mixture:

@@ -41,11 +41,11 @@ def test_greedy_tokens_are_those_of_transformers(kind: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
-    wanted = greedy(model, PROMPT)
+    expected = greedy(model, PROMPT)
     assert dejavu.attach(model) is model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert greedy(model, PROMPT) == wanted
+        assert greedy(model, PROMPT) == expected
 
 
 def test_rows_padded_on_the_left_and_rows_that_end(net: Any) -> None:
@@ -53,19 +53,19 @@ def test_rows_padded_on_the_left_and_rows_that_end(net: Any) -> None:
     ids = torch.tensor([[0, 0, 2, 5, 7], [2, 31, 37, 41, 43]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     ends = greedy(net, ids, attention_mask=mask)[0][8]
-    wanted = greedy(net, ids, attention_mask=mask, eos_token_id=ends)
+    expected = greedy(net, ids, attention_mask=mask, eos_token_id=ends)
     dejavu.attach(net)
-    assert greedy(net, ids, attention_mask=mask, eos_token_id=ends) == wanted
-    assert wanted[0][-1] == 0 and wanted[1][-1] != 0
-    assert greedy(net, ids, attention_mask=mask, eos_token_id=[ends, 95]) == wanted
+    assert greedy(net, ids, attention_mask=mask, eos_token_id=ends) == expected
+    assert expected[0][-1] == 0 and expected[1][-1] != 0
+    assert greedy(net, ids, attention_mask=mask, eos_token_id=[ends, 95]) == expected
     assert greedy(net, PROMPT, max_new_tokens=1)[0][:6] == PROMPT[0].tolist()
 
 
 def test_max_length_and_the_model_s_own_settings(net: Any) -> None:
     net.generation_config = GenerationConfig(max_length=9, eos_token_id=2, pad_token_id=0)
-    wanted = net.generate(PROMPT).tolist()
+    expected = net.generate(PROMPT).tolist()
     dejavu.attach(net)
-    assert net.generate(PROMPT).tolist() == wanted and len(wanted[0]) <= 9
+    assert net.generate(PROMPT).tolist() == expected and len(expected[0]) <= 9
     config = GenerationConfig(max_new_tokens=4, eos_token_id=2, pad_token_id=0)
     assert len(net.generate(PROMPT, generation_config=config)[0]) == 10
     assert net.generate(input_ids=PROMPT, max_new_tokens=4).tolist() == net.generate(PROMPT, generation_config=config).tolist()
@@ -131,10 +131,10 @@ def test_streamers_get_what_transformers_gives_them(net: Any, recwarn: pytest.Wa
     ends = greedy(net, ids, attention_mask=mask)[0][8]
     calls = (({"attention_mask": mask, "eos_token_id": ends}, ids), ({"max_new_tokens": 1}, PROMPT), ({}, PROMPT))
     theirs, ours = [Recorder() for _ in calls], [Recorder() for _ in calls]
-    wanted = [greedy(net, prompt, streamer=each, **options) for each, (options, prompt) in zip(theirs, calls, strict=True)]
+    expected = [greedy(net, prompt, streamer=each, **options) for each, (options, prompt) in zip(theirs, calls, strict=True)]
     dejavu.attach(net)
     recwarn.clear()
-    assert [greedy(net, prompt, streamer=each, **options) for each, (options, prompt) in zip(ours, calls, strict=True)] == wanted
+    assert [greedy(net, prompt, streamer=each, **options) for each, (options, prompt) in zip(ours, calls, strict=True)] == expected
     assert [each.values for each in ours] == [each.values for each in theirs] and {each.ended for each in ours} == {1}
     assert ours[0].values[-1][0] == 0, "padding behind the end of a row"
     assert not recwarn.list, "sparse, not by transformers"
@@ -157,11 +157,11 @@ def test_a_streamer_that_is_none_is_left_to_transformers(net: Any) -> None:
 
 
 def test_what_only_sampling_reads_does_not_matter_to_a_greedy_text(net: Any) -> None:
-    wanted = greedy(net, PROMPT)
+    expected = greedy(net, PROMPT)
     dejavu.attach(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert greedy(net, PROMPT, min_p=0.1) == wanted
+        assert greedy(net, PROMPT, min_p=0.1) == expected
     with pytest.warns(UserWarning, match=r"min_p=0\.1"):
         greedy(net, PROMPT, min_p=0.1, do_sample=True)
 
@@ -208,8 +208,8 @@ def test_an_adapter_makes_it_sparse_and_has_to_be_its_own(tmp_path: Path, monkey
 
     monkeypatch.setattr(engine_cache, "make_engine", watched)
     found = net.generate(ids, max_new_tokens=8, do_sample=False)
-    wanted = lm.generate("The lighthouse keeper", max_new_tokens=8, temperature=0)
-    assert found[0, ids.shape[1] :].tolist() == list(wanted.token_ids) and made[0].info.sparse
+    expected = lm.generate("The lighthouse keeper", max_new_tokens=8, temperature=0)
+    assert found[0, ids.shape[1] :].tolist() == list(expected.token_ids) and made[0].info.sparse
     dejavu.detach(net)
     with torch.no_grad():
         net.model.decoder.layers[0].fc1.weight[:64] += 0.1
@@ -225,9 +225,9 @@ def test_padding_without_a_mask_is_taken_as_transformers_takes_it(net: Any) -> N
     """Where the padding token is none that ends a text."""
     ids = torch.tensor([[0, 0, 2, 5, 7], [2, 31, 37, 41, 43]])
     net.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=95)
-    wanted = net.generate(ids, max_new_tokens=20).tolist()
+    expected = net.generate(ids, max_new_tokens=20).tolist()
     dejavu.attach(net)
-    assert net.generate(ids, max_new_tokens=20).tolist() == wanted
+    assert net.generate(ids, max_new_tokens=20).tolist() == expected
     assert net.generate(ids, eos_token_id=[40, 4], pad_token_id=None, max_new_tokens=3).shape == (2, 8)
 
 

@@ -53,9 +53,9 @@ def test_decode_equals_the_torch_engine(
     cuda_engine = cuda_engine_of(on(model, device), layers, record=True, page_size=3, **options)
     for engine in (torch_engine, cuda_engine):
         engine.prefill(0, ids[:10])
-    (expected, wanted), (found, steps) = decode(torch_engine, ids[10:]), decode(cuda_engine, ids[10:])
+    (expected, expected_steps), (found, steps) = decode(torch_engine, ids[10:]), decode(cuda_engine, ids[10:])
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-5)
-    for want, step in zip(wanted, steps, strict=True):
+    for want, step in zip(expected_steps, steps, strict=True):
         assert want.selections is not None and step.selections is not None
         for one, other in zip(want.selections[0], step.selections[0], strict=True):
             for a, b in ((one.neurons_A, other.neurons_A), (one.heads_A, other.heads_A)):
@@ -137,8 +137,8 @@ def test_rows_of_a_batch_equal_the_torch_engine(
         torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
         assert found.counts == want.counts
         assert want.selections is not None and found.selections is not None
-        for wanted_row, found_row in zip(want.selections, found.selections, strict=True):
-            for one, other in zip(wanted_row, found_row, strict=True):
+        for expected_row, found_row in zip(want.selections, found.selections, strict=True):
+            for one, other in zip(expected_row, found_row, strict=True):
                 for a, b in ((one.neurons_A, other.neurons_A), (one.heads_A, other.heads_A)):
                     assert (a is None) == (b is None)
                     assert a is None or b is None or a.tolist() == b.tolist()

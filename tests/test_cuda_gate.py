@@ -50,8 +50,8 @@ def test_select_gate(neurons: int, count: int, activation: str, device: str) -> 
     if smooth:
         product_F[3] = torch.nan
     value_F, keep_F = select_gate_definition(product_F, threshold, activation, 0.4)
-    wanted = keep_F.nonzero().squeeze(1).tolist()
-    assert (3 in wanted and count <= len(wanted) <= count + 1) if smooth else len(wanted) == count
+    expected = keep_F.nonzero().squeeze(1).tolist()
+    assert (3 in expected and count <= len(expected) <= count + 1) if smooth else len(expected) == count
     gate = GateNeurons(
         threshold=memory.given(torch.tensor([threshold])), product=memory.given(product_F), value=memory.room(neurons),
         neurons=memory.room(neurons, dtype=INT), count=memory.room(1, dtype=INT, holds=0.0),
@@ -59,8 +59,8 @@ def test_select_gate(neurons: int, count: int, activation: str, device: str) -> 
     select_gate(gate, activation, 0.4)
     memory.check()
     found = gate.neurons.tolist()
-    assert gate.count.item() == len(wanted) and sorted(found[: len(wanted)]) == wanted and set(found[len(wanted) :]) <= {CANARY}
-    torch.testing.assert_close(gate.value.cpu()[wanted], value_F[wanted], rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert gate.count.item() == len(expected) and sorted(found[: len(expected)]) == expected and set(found[len(expected) :]) <= {CANARY}
+    torch.testing.assert_close(gate.value.cpu()[expected], value_F[expected], rtol=1e-6, atol=1e-6, equal_nan=True)
     assert gate.value.cpu()[~keep_F].isnan().all(), "a value was written that was not selected"
 
 
@@ -173,9 +173,9 @@ def test_select_gate_rows(rows: int, neurons: int, dtype: torch.dtype, count: in
     found_BF = (row_mask_F.cpu()[None] >> torch.arange(rows)[:, None]) & 1 == 1
     assert torch.equal(found_BF & ~near_BF, keep_BF & ~near_BF)
     assert counts.tolist() == [[0, int(kept.sum()), 0] for kept in found_BF]
-    wanted = found_BF.any(0).nonzero().squeeze(1).tolist()
-    assert union.item() == len(wanted) and sorted(union_F[: len(wanted)].tolist()) == wanted
-    assert set(union_F[len(wanted) :].tolist()) <= {CANARY}
+    expected = found_BF.any(0).nonzero().squeeze(1).tolist()
+    assert union.item() == len(expected) and sorted(union_F[: len(expected)].tolist()) == expected
+    assert set(union_F[len(expected) :].tolist()) <= {CANARY}
 
 
 @pytest.mark.parametrize("device", DEVICES)

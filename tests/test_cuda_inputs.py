@@ -50,10 +50,10 @@ def room_for(memory: Memory, norm_I: Tensor, threshold: float, *, counted: bool)
 def check_kept(kept: KeptInputs, threshold: float, *, in_order: bool) -> int:
     """The list is what the definition keeps of the x that was stored; their number."""
     keep_I = kept_definition(kept.x.cpu(), kept.norm.cpu(), threshold)
-    wanted, found = keep_I.nonzero().squeeze(1).tolist(), kept.inputs.tolist()
-    assert kept.count.item() == len(wanted)
-    assert (found if in_order else sorted(found[: len(wanted)]))[: len(wanted)] == wanted and set(found[len(wanted) :]) <= {CANARY}
-    return len(wanted)
+    expected, found = keep_I.nonzero().squeeze(1).tolist(), kept.inputs.tolist()
+    assert kept.count.item() == len(expected)
+    assert (found if in_order else sorted(found[: len(expected)]))[: len(expected)] == expected and set(found[len(expected) :]) <= {CANARY}
+    return len(expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -229,23 +229,23 @@ def test_project_token(case: ProjectCase, device: str) -> None:
     given_scores = replace(
         placed(scores, memory), groups=memory.room(case.groups, dtype=torch.int32), count=memory.room(1, dtype=torch.int32)
     )
-    wanted = torch.cat([torch.arange(queries).view(case.groups, -1)[groups_A].flatten(), torch.arange(queries, rows)])
+    selected = torch.cat([torch.arange(queries).view(case.groups, -1)[groups_A].flatten(), torch.arange(queries, rows)])
 
     side = side_of(memory, case.side, case.size)
     given_side = Side(matrix=memory.given(side.matrix), scale=memory.given(side.scale), out=memory.room(case.side))
     out, y_out_D, cleared_D = memory.room(rows), memory.room(case.size), memory.room(case.size)
     counter = memory.room(1, dtype=torch.int32)
     project_token(
-        memory.given(y_D), memory.given(delta_D), placed(norm, memory), memory.given(poisoned_rows(matrix, wanted)),
-        None if bias is None else memory.given(poisoned_rows(bias, wanted)), out, queries=queries, num_groups=case.groups,
+        memory.given(y_D), memory.given(delta_D), placed(norm, memory), memory.given(poisoned_rows(matrix, selected)),
+        None if bias is None else memory.given(poisoned_rows(bias, selected)), out, queries=queries, num_groups=case.groups,
         scores=None if case.count is None else given_scores, side=given_side if case.side else None,
         y_out_D=y_out_D if case.prepares else None, cleared_D=cleared_D if case.prepares else None,
         counter=counter if case.prepares else None, shape=GridShape(rows=case.rows, warps=4, programs=case.programs),
     )  # fmt: skip
     memory.check()
-    check_rule(out.cpu()[wanted], plain[wanted], truth[wanted], case.dtype)
-    left_out = torch.ones(rows, dtype=torch.bool).index_fill(0, wanted, False)
-    assert out.cpu()[left_out].isnan().all(), "a row was written that was not wanted"
+    check_rule(out.cpu()[selected], plain[selected], truth[selected], case.dtype)
+    left_out = torch.ones(rows, dtype=torch.bool).index_fill(0, selected, False)
+    assert out.cpu()[left_out].isnan().all(), "a row was written that was not selected"
     if case.count is not None:
         assert given_scores.count.item() == len(groups_A)
         assert given_scores.groups.tolist() == groups_A.tolist() + [CANARY] * (case.groups - len(groups_A))
@@ -285,28 +285,28 @@ SELECTIONS = [
 def test_select_token_and_order_list(neurons: int, rank: int, count: int, int8: bool, device: str) -> None:
     memory = Memory(device, seed=count)
     scores = neuron_scores(memory, neurons, rank, count, int8=int8)
-    wanted = select_definition(scores).tolist()
-    assert len(wanted) == count
+    expected = select_definition(scores).tolist()
+    assert len(expected) == count
     found = with_room(scores, memory)
     select_token(found)
-    check_list(found, wanted)
+    check_list(found, expected)
     marks_F, out_F = memory.room(neurons, dtype=torch.int32, holds=0.0), memory.room(neurons, dtype=torch.int32)
     order_list(found.neurons, found.count, marks_F, out_F)
     memory.check()
-    assert out_F.tolist() == wanted + [CANARY] * (neurons - count)
+    assert out_F.tolist() == expected + [CANARY] * (neurons - count)
     assert not marks_F.any(), "marks must be zero for the next list"
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_order_list_of_more_than_a_block(device: str) -> None:
     memory = Memory(device)
-    wanted = memory.choice(2500, 1300)
-    listed = torch.cat([wanted, torch.full((1200,), 2499)]).int()
+    chosen = memory.choice(2500, 1300)
+    listed = torch.cat([chosen, torch.full((1200,), 2499)]).int()
     count = memory.given(torch.tensor([1300], dtype=torch.int32))
     out_F = memory.room(2500, dtype=torch.int32)
     order_list(memory.given(listed), count, memory.room(2500, dtype=torch.int32, holds=0.0), out_F)
     memory.check()
-    assert out_F[:1300].tolist() == sorted(wanted.tolist()) and set(out_F[1300:].tolist()) == {CANARY}
+    assert out_F[:1300].tolist() == sorted(chosen.tolist()) and set(out_F[1300:].tolist()) == {CANARY}
 
 
 @pytest.mark.parametrize("device", DEVICES)

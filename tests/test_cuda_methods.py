@@ -88,8 +88,8 @@ def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, method: str, opti
     assert cuda_engine.info.sparse and cuda_engine.info.input_points == torch_engine.info.input_points
     for engine in (torch_engine, cuda_engine):
         engine.prefill(0, ids[:11])
-    (_, wanted), (_, steps) = decode(torch_engine, ids[11:]), decode(cuda_engine, ids[11:])
-    for want, step in zip(wanted, steps, strict=True):
+    (_, expected), (_, steps) = decode(torch_engine, ids[11:]), decode(cuda_engine, ids[11:])
+    for want, step in zip(expected, steps, strict=True):
         check_same(want, step)
 
 
@@ -133,14 +133,14 @@ def test_layers_of_different_methods(tiny: Tiny, rows: int, device: str) -> None
 def test_a_point_without_a_threshold_keeps_everything(tiny: Tiny, point: str, device: str) -> None:
     model, ids = tiny("llama", num_layers=1), ids_of(6, 2)
     layers = input_layers(model, 0.5, without=point)
-    (_, wanted), (_, steps) = (
+    (_, expected), (_, steps) = (
         decode(engine, ids)
         for engine in (
             TorchEngine(model, layers, EngineOptions(record=True)),
             CudaEngine(on(model, device), layers, EngineOptions(record=True)),
         )
     )
-    for want, step in zip(wanted, steps, strict=True):
+    for want, step in zip(expected, steps, strict=True):
         check_same(want, step)
         assert step.counts.kept_inputs is not None and step.selections is not None
         at = POINTS.index(point)

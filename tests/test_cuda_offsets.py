@@ -158,9 +158,9 @@ def test_rows_of_queries_keys_and_values(device: str) -> None:
     """On the CPU only two of many head groups are computed; a GPU computes every row."""
     size, groups = (65536, 8208) if device == "cpu" else (4096, 131136)
     queries, rows = 4 * groups, 4 * groups + 4
-    matrix, wanted = far_memory(device, rows, size), torch.tensor([*range(20, 24), *range(queries - 4, rows)])
-    values = normal(len(wanted), size, dtype=FP16) * size**-0.5
-    matrix[wanted] = values.to(device)
+    matrix, selected = far_memory(device, rows, size), torch.tensor([*range(20, 24), *range(queries - 4, rows)])
+    values = normal(len(selected), size, dtype=FP16) * size**-0.5
+    matrix[selected] = values.to(device)
     y_D, delta_D, out = normal(size, seed=1), normal(size, seed=2), torch.zeros(rows, device=device)
     scores = None
     if device == "cpu":
@@ -175,8 +175,8 @@ def test_rows_of_queries_keys_and_values(device: str) -> None:
         shape=GridShape(rows=4, warps=4, programs=2),
     )  # fmt: skip
     truth = project_token_definition(y_D.double(), delta_D.double(), NORM, values.double(), None)
-    check_rule(out.cpu()[wanted], project_token_definition(y_D, delta_D, NORM, values, None), truth, FP16)
-    assert out.count_nonzero() == len(wanted)
+    check_rule(out.cpu()[selected], project_token_definition(y_D, delta_D, NORM, values, None), truth, FP16)
+    assert out.count_nonzero() == len(selected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -87,8 +87,8 @@ def test_group_rows(rows: int, groups: int, rank: int, int8: bool, device: str) 
     assert counts[:, [0, 2]].eq(CANARY).all()
     for row in range(rows):
         one = GroupScores(matrix=matrix, scale=scale, bias=bias, threshold=threshold, h=h_BP[row], groups=listed, count=counts)
-        wanted = selected_groups_definition(one).tolist()
-        assert counts[row, 1].item() == len(wanted) and listed[row].tolist() == wanted + [CANARY] * (groups - len(wanted))
+        expected = selected_groups_definition(one).tolist()
+        assert counts[row, 1].item() == len(expected) and listed[row].tolist() == expected + [CANARY] * (groups - len(expected))
     assert counts[0, 1].item() == 1, "the first row selects its best alone"
 
 
@@ -127,9 +127,9 @@ def test_select_rows(rows: int, neurons: int, rank: int, int8: bool, count: int,
     found_BF = (row_mask_F.cpu()[None] >> torch.arange(rows)[:, None]) & 1 == 1
     assert torch.equal(found_BF, keep_BF)
     assert counts.tolist() == [[0, int(kept.sum()), 0] for kept in keep_BF]
-    wanted = keep_BF.any(0).nonzero().squeeze(1).tolist()
-    assert union.item() == len(wanted) and sorted(union_F[: len(wanted)].tolist()) == wanted
-    assert set(union_F[len(wanted) :].tolist()) <= {CANARY}
+    expected = keep_BF.any(0).nonzero().squeeze(1).tolist()
+    assert union.item() == len(expected) and sorted(union_F[: len(expected)].tolist()) == expected
+    assert set(union_F[len(expected) :].tolist()) <= {CANARY}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ def test_embed_rows(rows: int, size: int, dtype: torch.dtype, offset: int | None
         None if offset is None else memory.given(poisoned_rows(position_table, position_B + offset)), offset or 0, y_BD, cleared_BD,
     )  # fmt: skip
     memory.check()
-    wanted_BD = table_VD[token_B].float()
+    expected_BD = table_VD[token_B].float()
     if offset is not None:
-        wanted_BD = wanted_BD + position_table[position_B + offset].float()
-    assert torch.equal(y_BD.cpu(), wanted_BD) and not cleared_BD.any()
+        expected_BD = expected_BD + position_table[position_B + offset].float()
+    assert torch.equal(y_BD.cpu(), expected_BD) and not cleared_BD.any()

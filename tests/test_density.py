@@ -1,4 +1,4 @@
-"""Thresholds that give the wanted density, on any model and predictors."""
+"""Thresholds that give the target density, on any model and predictors."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def test_what_is_not_asked_for_stays(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("targets", "message"),
     [
         ({"mlp_density": 0.0}, r"density must lie in \(0, 1\], not 0"),
         ({"mlp_density": 1.5}, r"density must lie in \(0, 1\], not 1.5"),
         ({"head_density": 0.5}, "head density 0.5 needs predictors of that part"),
     ],
 )
-def test_densities_that_cannot_be(tiny: Tiny, wanted: dict[str, float], message: str) -> None:
+def test_densities_that_cannot_be(tiny: Tiny, targets: dict[str, float], message: str) -> None:
     model = tiny("opt")
     with pytest.raises(ValueError, match=message):
-        rethresholded(model, random_layers(model, mlp=0, heads=None), IDS, **wanted)
+        rethresholded(model, random_layers(model, mlp=0, heads=None), IDS, **targets)
 
 
 def test_less_than_one_head_group_cannot_be(tiny: Tiny) -> None:
@@ -93,7 +93,7 @@ def test_variants(tiny: Tiny) -> None:
         variants_at(model, lambda *_: None, IDS, densities=[0.1])
 
 
-def test_gates_and_inputs_have_the_wanted_density(tiny: Tiny) -> None:
+def test_gates_and_inputs_have_the_target_density(tiny: Tiny) -> None:
     model = tiny("llama")
     gate = (LayerAdapter(neurons=GateThreshold(threshold=9.0)),) * 2
     counter = measured(model, rethresholded(model, gate, IDS, mlp_density=0.3)).counter

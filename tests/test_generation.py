@@ -342,7 +342,7 @@ def test_one_token_takes_no_step() -> None:
     assert result.prefill_tok_s is not None and engine.frees == [0]
 
 
-def test_no_token_wanted_runs_nothing() -> None:
+def test_no_token_requested_runs_nothing() -> None:
     engine = ScriptedEngine([0])
     generation = generate_tokens(engine, WordTokenizer(["a"]), [0] * 64, max_new_tokens=0)
     assert [(piece.text, piece.finish_reason) for piece in generation] == [("", "length")]
@@ -370,10 +370,10 @@ def test_speeds_count_steps_and_leave_out_the_prompt_and_the_reader(monkeypatch:
     assert (generation.result().tok_s, generation.result().prefill_tok_s) == (0.5, 3.0)
 
 
-@pytest.mark.parametrize(("prompt", "wanted", "given_tokens"), [(30, 1, 1), (30, 2, 2), (30, 3, 2), (31, 5, 1), (1, 100, 31)])
-def test_the_context_ends_the_text(prompt: int, wanted: int, given_tokens: int) -> None:
+@pytest.mark.parametrize(("prompt", "requested", "given_tokens"), [(30, 1, 1), (30, 2, 2), (30, 3, 2), (31, 5, 1), (1, 100, 31)])
+def test_the_context_ends_the_text(prompt: int, requested: int, given_tokens: int) -> None:
     engine = ScriptedEngine([0] * 40, max_positions=32)
-    result = generate_tokens(engine, WordTokenizer(["a"]), [0] * prompt, max_new_tokens=wanted).result()
+    result = generate_tokens(engine, WordTokenizer(["a"]), [0] * prompt, max_new_tokens=requested).result()
     assert (result.new_tokens, result.finish_reason) == (given_tokens, "length")
 
 

@@ -181,12 +181,12 @@ def test_windows_caps_and_scales_of_scores(scores: ScoreConfig, length: int) -> 
     page_N = torch.randperm(9, generator=generator)[: -(-length // page)]
     q_ARK = torch.randn(2, per, head, generator=generator, dtype=torch.float64)
     idx_A = torch.tensor([2, 0])
-    wanted = plain_attention(q_ARK, pool[0], pool[1], page_N, length, idx_A, scores)
+    expected = plain_attention(q_ARK, pool[0], pool[1], page_N, length, idx_A, scores)
     for token in range(scores.first(length)):
         for each in pool:
             each[page_N[token // page], :, token % page] = torch.nan
     found = attend_pages(q_ARK, pool[0], pool[1], page_N, length, idx_A, scores)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert attend_pages_bytes(q_ARK, pool[0], pool[1], page_N, length, idx_A, scores) <= attend_pages_bytes(
         q_ARK, pool[0], pool[1], page_N, length, idx_A
     )

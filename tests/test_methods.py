@@ -198,8 +198,8 @@ def test_shares_are_those_of_the_weights(tiny: Tiny) -> None:
         read = {"attention": (block.q, block.k, block.v), "output": (block.o,), "mlp": (block.gate, block.up), "down": (block.down,)}
         sizes = {point: sum(of.weight.numel() for of in maps if of is not None) for point, maps in read.items()}
         attention, mlp = sizes["attention"] + sizes["output"], sizes["mlp"] + sizes["down"]
-        wanted = (sizes["attention"] / attention, sizes["output"] / attention, sizes["mlp"] / mlp, sizes["down"] / mlp)
-        assert points.shares == pytest.approx(wanted)
+        expected = (sizes["attention"] / attention, sizes["output"] / attention, sizes["mlp"] / mlp, sizes["down"] / mlp)
+        assert points.shares == pytest.approx(expected)
         assert points.sizes == tuple(len(norm_I) for norm_I in (column_norms(block)[point] for point in POINTS))
 
 
@@ -229,8 +229,8 @@ def test_loading_and_attaching_decode_by_the_adapters_method(method: str, tiny: 
     dejavu.attach(net, folder)
     ids = torch.tensor([[2, 5, 9]])
     engine = TorchEngine(plain.model, made.layers)
-    token, wanted = int(engine.prefill(0, ids[0].tolist()).argmax()), []
+    token, expected = int(engine.prefill(0, ids[0].tolist()).argmax()), []
     for _ in range(4):
-        wanted.append(token)
+        expected.append(token)
         token = int(engine.step([token], [0]).logits_BV.argmax())
-    assert net.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, 3:].tolist() == wanted
+    assert net.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, 3:].tolist() == expected

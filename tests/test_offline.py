@@ -127,9 +127,9 @@ def test_closed_form_start_at_full_rank_is_the_layer_itself(tiny: Tiny) -> None:
     data = data_of(model, torch.tensor([random_ids(60, s) for s in range(8)]))[1]
     block = model.blocks[1]
     start = start_mlp(data, block, 32, 0, 480)
-    wanted = block.up(data.mlp_ND.float())
+    expected = block.up(data.mlp_ND.float())
     score = start.scores(data.mlp_ND)
-    agree = ((score > 0) == (wanted > 0)).float().mean()
+    agree = ((score > 0) == (expected > 0)).float().mean()
     assert agree > 0.999, float(agree)
 
 

@@ -106,10 +106,10 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(("neurons", "density"), [(1000, 0.1), (1000, 0.5), (1009, 0.37), (1000, 1.0), (7, 0.01)])
 def test_index_lists(selection: str, neurons: int, density: float) -> None:
     lists = index_lists(neurons, density, selection, 5, seed=3)
-    wanted = max(1, round(density * neurons))
+    expected = max(1, round(density * neurons))
     assert len(lists) == 5
     for indices in lists:
-        assert indices.dtype == torch.int32 and indices.shape == (wanted,) and bool((indices.diff() > 0).all())
+        assert indices.dtype == torch.int32 and indices.shape == (expected,) and bool((indices.diff() > 0).all())
         assert int(indices[0]) >= 0 and int(indices[-1]) < neurons
     assert all(torch.equal(one, other) for one, other in zip(lists, index_lists(neurons, density, selection, 5, seed=3), strict=True))
     if density == 0.1:

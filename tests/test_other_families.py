@@ -132,9 +132,9 @@ def test_decode_equals_the_masked_forward_pass(opened: dict[str, Any], name: str
     found = [engine.prefill(0, IDS[0, :3].tolist())] + [engine.step([token], [0]).logits_BV[0] for token in IDS[0, 3:].tolist()]
     sparse = torch.arange(IDS.shape[1])[None] >= 3
     with torch.inference_mode():
-        wanted = model(IDS[:1], MaskedSelection(layers, sparse))[0, 2:]
-    torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-5, atol=2e-5)
-    assert not torch.equal(wanted, model(IDS[:1])[0, 2:]), "the selection matters"
+        expected = model(IDS[:1], MaskedSelection(layers, sparse))[0, 2:]
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-5, atol=2e-5)
+    assert not torch.equal(expected, model(IDS[:1])[0, 2:]), "the selection matters"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,9 +146,9 @@ def test_an_export_is_loaded_by_transformers_and_by_us(opened: dict[str, Any], n
     again = open_fp32(tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager", dtype=torch.float32).eval()
     with torch.inference_mode():
-        wanted = checkpoint.model(IDS)
-        torch.testing.assert_close(again.model(IDS), wanted, rtol=1e-5, atol=2e-5)
-        torch.testing.assert_close(theirs(IDS).logits, wanted, rtol=1e-5, atol=2e-5)
+        expected = checkpoint.model(IDS)
+        torch.testing.assert_close(again.model(IDS), expected, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["nemotron", "phi3", "gemma3", "falcon, new"])

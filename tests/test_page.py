@@ -366,7 +366,7 @@ def test_page_says_once_that_the_server_is_gone(serve: Callable[..., Server], op
     assert [text_of(page, f"{side}-state") for side in ("dense", "sparse")] == ["failed", "failed"]
 
 
-def test_page_asks_for_a_key_only_where_one_is_wanted(serve: Callable[..., Server], open_page: Open) -> None:
+def test_page_asks_for_a_key_only_where_one_is_required(serve: Callable[..., Server], open_page: Open) -> None:
     page = open_page(serve())
     assert page.is_hidden("#key-field")
     server = serve(key="s3cret")

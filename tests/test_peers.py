@@ -134,8 +134,8 @@ def test_llama_cpp(tiny: Tiny, tok96: Any, tmp_path: Path, file_type: str | None
         for prompt, steps in ((9, 12), (3, 4)):
             peer.prefill(IDS[:prompt])
             found = torch.stack([peer.step(token) for token in IDS[prompt : prompt + steps]])
-            wanted = forward(model, IDS[: prompt + steps])[prompt:]
-            assert float((found - wanted).abs().mean() / wanted.std()) < limit
+            expected = forward(model, IDS[: prompt + steps])[prompt:]
+            assert float((found - expected).abs().mean() / expected.std()) < limit
         peer.prefill([500, 96 + 7])  # of a larger vocabulary
         peer.use_threads(2)
         assert peer.step(10_000).shape == (96,) and peer.threads == 2

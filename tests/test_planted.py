@@ -112,7 +112,7 @@ def test_a_seed_gives_one_model_and_dtypes_round_it(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("density", [0.03, 0.1, 0.4])
-def test_the_wanted_share_of_neurons_fires_and_each_token_has_its_own(kind: str, density: float) -> None:
+def test_the_target_share_of_neurons_fires_and_each_token_has_its_own(kind: str, density: float) -> None:
     # A neuron's inputs are normal but for 1/D, and what fires differs from token to token by about a third: 2 % over 256 tokens.
     for act_TF in seen(make(kind, density=density)).act:
         fired_TF = (act_TF != 0).float()
@@ -226,9 +226,9 @@ def test_a_deep_model_is_finite_in_half_precision(kind: str, dtype: str) -> None
     made = make(kind, config=tiny_config(kind, num_layers=48), dtype=dtype, density=0.05)
     exact = make(kind, config=tiny_config(kind, num_layers=48), density=0.05)
     ids_BT = torch.tensor([random_ids(made.config, 40)])
-    logits, wanted = made.model(ids_BT), exact.model(ids_BT)
+    logits, expected = made.model(ids_BT), exact.model(ids_BT)
     assert bool(logits.isfinite().all())
-    assert float((logits - wanted).abs().mean()) < (0.02 if dtype == "fp16" else 0.15) * LOGIT_SPREAD, "rounding does not grow with depth"
+    assert float((logits - expected).abs().mean()) < (0.02 if dtype == "fp16" else 0.15) * LOGIT_SPREAD, "rounding does not grow with depth"
 
 
 def test_matrices_made_in_chunks_keep_their_statistics(monkeypatch: pytest.MonkeyPatch) -> None:

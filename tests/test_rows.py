@@ -20,9 +20,9 @@ from helpers.stub_engine import EOS, HEADS, LAYERS, NEURONS, DrawingEngine, Stub
 PROMPT = b"Once"
 
 
-def begun(engine: StubEngine, rows: int = 1, **wanted: Any) -> list[Row]:
+def begun(engine: StubEngine, rows: int = 1, **options: Any) -> list[Row]:
     """Rows with a prompt each, that have their first token."""
-    made = [Row(slot=slot, sampler=Sampler(SamplingConfig(seed=slot), index=slot), **wanted) for slot in range(rows)]
+    made = [Row(slot=slot, sampler=Sampler(SamplingConfig(seed=slot), index=slot), **options) for slot in range(rows)]
     for row in made:
         assert row.last == -1
         assert draw(row, engine.prefill(row.slot, list(PROMPT))).token_id == row.last
@@ -48,10 +48,10 @@ def test_an_engine_draws_unless_it_records() -> None:
     assert draws(DrawingEngine()) and not draws(DrawingEngine(record=True)) and not draws(StubEngine()) and not draws(None)
 
 
-@pytest.mark.parametrize("wanted", [{"top": 0}, {"top": 2}, {"bias": {65: -1.0}}, {"trace": True}])
-def test_rows_that_want_more_than_tokens_are_drawn_on_the_host(wanted: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"top": 0}, {"top": 2}, {"bias": {65: -1.0}}, {"trace": True}])
+def test_rows_that_want_more_than_tokens_are_drawn_on_the_host(options: dict[str, Any]) -> None:
     engine = DrawingEngine("abcdefgh")
-    plain, more = begun(engine)[0], Row(slot=1, sampler=Sampler(SamplingConfig()), **wanted)
+    plain, more = begun(engine)[0], Row(slot=1, sampler=Sampler(SamplingConfig()), **options)
     draw(more, engine.prefill(1, list(PROMPT)))
     (step,) = advance(engine, [plain, more], 4)
     assert ids(step.tokens_B) == [ord("b")] * 2 and engine.asked == [], "one of them is enough"
@@ -75,7 +75,7 @@ def test_a_token_tells_what_its_step_selected(kind: type[StubEngine]) -> None:
     assert step.fallback_layers == int(kind is DrawingEngine)
 
 
-def test_selections_and_likeliest_tokens_come_where_they_are_wanted() -> None:
+def test_selections_and_likeliest_tokens_come_where_they_are_requested() -> None:
     engine = StubEngine("abcd", record=True)
     (row,) = begun(engine, top=2)
     (found,) = advance(engine, [row])[0].tokens_B

@@ -260,12 +260,12 @@ def outcome(ttft: float, gaps: list[float], *, intended: float = 100.0, end: flo
     )
     for name, value in changes.items():
         setattr(reply, name, value)
-    return Outcome(intended=intended, late_s=0.001, wanted_tokens=len(texts), rejected=0, reply=reply)
+    return Outcome(intended=intended, late_s=0.001, requested_tokens=len(texts), rejected=0, reply=reply)
 
 
 def failure(kind: str = "http 500", rejected: int = 0) -> Outcome:
     reply = Reply(sent=100.0, ended=100.001, error=kind, message="it broke")
-    return Outcome(intended=100.0, late_s=0.0, wanted_tokens=4, rejected=rejected, reply=reply)
+    return Outcome(intended=100.0, late_s=0.0, requested_tokens=4, rejected=rejected, reply=reply)
 
 
 def row_of(outcomes: list[Outcome], limits: Limits | None = None, **changes: Any) -> ServeRow:
@@ -363,7 +363,7 @@ class TestRows:
 
     def test_notes_tell_what_a_number_does_not(self) -> None:
         outcomes = [outcome(0.01, [0.06], completion_tokens=7, cached_tokens=4), failure()]
-        outcomes[0] = Outcome(intended=100.0, late_s=0.2, wanted_tokens=9, rejected=0, reply=outcomes[0].reply)
+        outcomes[0] = Outcome(intended=100.0, late_s=0.2, requested_tokens=9, rejected=0, reply=outcomes[0].reply)
         found = row_of(outcomes, rate=5.0, concurrency=None)
         notes = "\n".join(notes_on(found, [Segment(model="tiny", outcomes=outcomes)]))
         for part in (

@@ -96,7 +96,7 @@ def test_each_selection_is_of_its_kind(name: str, selection: str) -> None:
 @needs_library
 @pytest.mark.parametrize("name", ["opt-small", "llama-small"])
 def test_rows_of_a_synthetic_benchmark(name: str) -> None:
-    """The measured densities are the wanted ones; unions lie between one row's and all rows'; every neuron of a ReLU model fires."""
+    """The measured densities are the target ones; unions lie between one row's and all rows'; every neuron of a ReLU model fires."""
     made = synthetic_model(name, backend="native", dtype="int8", seed=3)
     ids = random_ids(made.config, 400, seed=3)
 
@@ -120,11 +120,11 @@ def test_rows_of_a_synthetic_benchmark(name: str) -> None:
     assert [row.mode for row in decodes] == ["dense", *(["sparse", "sparse+heads"] * 4)] and all(row.synthetic for row in found.rows)
     assert [row.selection for row in decodes] == [None, *(["uniform"] * 4), *(["hot-set"] * 4)]
     unions = {}
-    for row, wanted in zip(decodes[1:], [0.1, 0.1, 0.3, 0.3] * 2, strict=True):
-        assert row.mlp_density == pytest.approx(wanted, rel=0.1) and row.union_density is not None
+    for row, target in zip(decodes[1:], [0.1, 0.1, 0.3, 0.3] * 2, strict=True):
+        assert row.mlp_density == pytest.approx(target, rel=0.1) and row.union_density is not None
         assert row.head_density == pytest.approx(1.0 if row.mode == "sparse" else 0.75, rel=0.1)
-        unions[row.selection, row.mode, wanted] = row.union_density
-        assert wanted < row.union_density < 4 * wanted
+        unions[row.selection, row.mode, target] = row.union_density
+        assert target < row.union_density < 4 * target
     assert unions["uniform", "sparse", 0.1] == pytest.approx(1 - 0.9**4, rel=0.2), "four rows that choose independently"
     assert unions["hot-set", "sparse", 0.1] < 0.2
     ops = {(row.mode, row.op) for row in found.rows}

@@ -68,7 +68,7 @@ def test_a_stop_string_over_several_tokens_is_never_sent() -> None:
         assert (text_of(events), events[-1].finish_reason, summary_of(events).completion_tokens) == ("xx", "stop", 9)
 
 
-def test_no_token_wanted_takes_no_step_and_no_slot() -> None:
+def test_no_token_requested_takes_no_step_and_no_slot() -> None:
     model = StubModel()
     with serving(model, slots=1) as worker:
         (events,) = run(worker, request(new=0))

@@ -93,12 +93,12 @@ def test_by_night_every_session_and_every_native_driver_runs() -> None:
     """Nothing that the repository can check is left to memory: each session of nox, with each Python, and each `make native-...`."""
     assert set(WORKFLOWS["nightly.yml"][True]) == {"schedule", "workflow_dispatch"}  # `on` is a boolean in YAML
     sessions = session_names((ROOT / "noxfile.py").read_text(encoding="utf-8"))
-    wanted = {
+    expected = {
         f"nox -s {name}-{python}" if python else f"nox -s {name}" for name, pythons in sessions.items() for python in pythons or ("",)
     }
-    wanted |= {f"make {target}" for target in re.findall(r"^(native-[\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)}
-    assert wanted == {run for run in commands("nightly.yml") if run.startswith(("nox -s", "make"))}
-    assert {"nox -s slow", "nox -s page", "nox -s tests-3.12", "make native-sanitize"} < wanted
+    expected |= {f"make {target}" for target in re.findall(r"^(native-[\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)}
+    assert expected == {run for run in commands("nightly.yml") if run.startswith(("nox -s", "make"))}
+    assert {"nox -s slow", "nox -s page", "nox -s tests-3.12", "make native-sanitize"} < expected
 
 
 def test_what_a_plain_run_of_pytest_leaves_out_is_known() -> None:

@@ -42,7 +42,7 @@ def predictor(seed: int, model: Transformer, outputs: int, lookahead: int, thres
 
 
 def random_layers(model: Transformer, *, mlp: int | None, heads: int | None, threshold: float = 0.0) -> tuple[LayerAdapter, ...]:
-    """Random predictors of the wanted lookahead (None: dense), as far as a layer has the input for it."""
+    """Random predictors of a lookahead (None: dense), as far as a layer has the input for it."""
     config = model.config
     layers = []
     for index in range(config.num_layers):

@@ -155,10 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, content, headers)
 
     def _content(self, content: bytes) -> None:
-        wanted = self.headers.get("Range")
-        start = 0 if wanted is None else int(wanted.removeprefix("bytes=").partition("-")[0])
-        headers = {} if wanted is None else {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        self._send(200 if wanted is None else 206, content[start:], headers, cut=self.hub.cut_after, start=start)
+        requested = self.headers.get("Range")
+        start = 0 if requested is None else int(requested.removeprefix("bytes=").partition("-")[0])
+        headers = {} if requested is None else {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        self._send(200 if requested is None else 206, content[start:], headers, cut=self.hub.cut_after, start=start)
 
     def _send(
         self,

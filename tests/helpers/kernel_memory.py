@@ -56,9 +56,9 @@ class Memory:
         for whole, before, fixed in self._kept:
             found = whole.cpu().view(torch.uint8)
             edge = EDGE * before.element_size()
-            wanted = before.view(torch.uint8)
-            assert torch.equal(found[:edge], wanted[:edge]) and torch.equal(found[-edge:], wanted[-edge:]), "written past an end"
-            assert not fixed or torch.equal(found, wanted), "an input was written"
+            expected = before.view(torch.uint8)
+            assert torch.equal(found[:edge], expected[:edge]) and torch.equal(found[-edge:], expected[-edge:]), "written past an end"
+            assert not fixed or torch.equal(found, expected), "an input was written"
 
     def _placed(self, values: Tensor, edge: float, *, fixed: bool) -> Tensor:
         count = values.numel()

@@ -54,8 +54,8 @@ def with_room(scores: NeuronScores, memory: Memory) -> NeuronScores:
     return replace(placed(scores, memory), neurons=memory.room(scores.matrix.shape[0], dtype=torch.int32), count=count)
 
 
-def check_list(scores: NeuronScores, wanted: list[int]) -> None:
+def check_list(scores: NeuronScores, expected: list[int]) -> None:
     """The list in any order; what lies behind it was not written."""
-    count = len(wanted)
+    count = len(expected)
     assert scores.count.item() == count
-    assert sorted(scores.neurons[:count].tolist()) == wanted and set(scores.neurons[count:].tolist()) <= {CANARY}
+    assert sorted(scores.neurons[:count].tolist()) == expected and set(scores.neurons[count:].tolist()) <= {CANARY}

@@ -207,7 +207,7 @@ def notes_on(row: ServeRow, segments: Sequence[Segment]) -> list[str]:
     pieces = sum(len(outcome.reply.texts) for outcome in done)
     if pieces < 0.95 * row.output_tokens:
         notes.append(f"{where}: {row.output_tokens} tokens came in {pieces} pieces of text; ITL is of pieces, TPOT of tokens")
-    short = sum(outcome.reply.tokens < outcome.wanted_tokens for outcome in done)
+    short = sum(outcome.reply.tokens < outcome.requested_tokens for outcome in done)
     if short:
         notes.append(f"{where}: {short} answers are shorter than asked for")
     if row.cached_tokens:

@@ -43,7 +43,7 @@ class Outcome:
 
     intended: float
     late_s: float
-    wanted_tokens: int
+    requested_tokens: int
     rejected: int
     reply: Reply
 
@@ -128,7 +128,7 @@ class _SegmentRun:
             await asyncio.sleep(USUAL_RETRY_S if reply.retry_after_s is None else reply.retry_after_s)
         self.in_flight -= 1
         self.segment.outcomes.append(
-            Outcome(intended=intended, late_s=late, wanted_tokens=request.output_tokens, rejected=rejected, reply=reply)
+            Outcome(intended=intended, late_s=late, requested_tokens=request.output_tokens, rejected=rejected, reply=reply)
         )
         self.noted()
 
