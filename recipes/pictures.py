@@ -374,16 +374,16 @@ def sectors() -> Picture:
     scattered = set(generator.sample(range(rows * groups * each), round(share * rows * groups * each)))
     p = Picture("Scattered values touch nearly every sector of memory; whole rows touch only their own", 372)
     p.text(24, 30, f"{rows} rows of {groups * each} fp16 values; a GPU reads sectors of {each} values (32 bytes)", "head")
-    for x, name, wanted in ((24, "scattered", scattered), (376, "one row", {3 * groups * each + i for i in range(groups * each)})):
-        touched = {value // each for value in wanted}
+    for x, name, needed in ((24, "scattered", scattered), (376, "one row", {3 * groups * each + i for i in range(groups * each)})):
+        touched = {value // each for value in needed}
         for sector in range(rows * groups):
             row, group = divmod(sector, groups)
             left, top = x + 82 * group, 52 + 25 * row
             p.box(left, top, 78, 20, "read" if sector in touched else "off", corner=3)
             for value in range(each):
-                if sector * each + value in wanted:
+                if sector * each + value in needed:
                     p.box(left + 1.5 + 4.75 * value, top + 3, 3.6, 14, "on", corner=0)
-        p.text(x, 322, f"{name}: {_percent(len(wanted) / (rows * groups * each))} of the values needed,", "ink")
+        p.text(x, 322, f"{name}: {_percent(len(needed) / (rows * groups * each))} of the values needed,", "ink")
         p.text(x, 342, f"{len(touched)} of {rows * groups} sectors read: {_percent(len(touched) / (rows * groups))}", "ink")
     p.legend(364, [("read", "a sector that is read; each tick in it is a value that is needed"), ("off", "a sector left out")])
     return p

@@ -90,9 +90,9 @@ def completions(client: openai.OpenAI, model: str, tokens: int) -> Ask:
 
 def chat(client: openai.OpenAI, model: str, tokens: int) -> Ask:
     def ask(prompt: str, settings: dict[str, Any], stream: bool) -> Answer:
-        wanted = {"logprobs": True, "top_logprobs": settings["logprobs"]} if "logprobs" in settings else {}
+        logprobs = {"logprobs": True, "top_logprobs": settings["logprobs"]} if "logprobs" in settings else {}
         messages = [{"role": "user", "content": prompt}]
-        asked: Any = {"model": model, "messages": messages, "max_completion_tokens": tokens, **settings, **wanted, **streamed(stream)}
+        asked: Any = {"model": model, "messages": messages, "max_completion_tokens": tokens, **settings, **logprobs, **streamed(stream)}
         answer = client.chat.completions.create(**asked)
         return put_together(answer if stream else [answer])
 

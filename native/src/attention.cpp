@@ -93,9 +93,9 @@ void Attention::project(const Context &ctx, int64_t layer, const Vectors &in, co
   Scratch &own = scratch_[(size_t)ctx.thread];
   own.units.clear();
   for (int64_t h = 0; h < heads; h++) {
-    bool wanted = false;
-    for (int64_t r = 0; r < rows && !wanted; r++) wanted = selects(r, h);
-    if (wanted) own.units.push_back(h);
+    bool needed = false;
+    for (int64_t r = 0; r < rows && !needed; r++) needed = selects(r, h);
+    if (needed) own.units.push_back(h);
   }
   for (int64_t unit = heads; unit < heads + 2 * groups; unit++) own.units.push_back(unit);
   const int64_t count = (int64_t)own.units.size(), end = ctx.share_end(count);

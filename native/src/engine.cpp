@@ -128,11 +128,11 @@ void dejavu_engine::check(const dejavu_block &b) const {
   }
 }
 
-bool dejavu_engine::run(const dejavu_block &block, dejavu_profile *wanted) {
+bool dejavu_engine::run(const dejavu_block &block, dejavu_profile *profile) {
   std::lock_guard<std::mutex> lock(mutex);
   check(block);
   attention.prepare(*model, block);
-  profiler.prepare(wanted, model->config.intermediate_size);
+  profiler.prepare(profile, model->config.intermediate_size);
   finite.store(true);
   pool.run([&](int thread) { run_block(*this, block, thread); });
   return finite.load();

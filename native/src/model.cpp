@@ -112,9 +112,9 @@ void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, int64_t cou
 
 // Enough chunks to share among threads, few enough that adding them up stays cheap. A power of two.
 int64_t chunks_of_neurons(const dejavu_config &c) {
-  const int64_t wanted = std::max(c.intermediate_size * c.hidden_size >> 17, std::min<int64_t>(c.intermediate_size / 16, 8));
+  const int64_t target = std::max(c.intermediate_size * c.hidden_size >> 17, std::min<int64_t>(c.intermediate_size / 16, 8));
   int64_t chunks = 1;
-  while (chunks * 2 <= wanted && chunks < 32) chunks *= 2;
+  while (chunks * 2 <= target && chunks < 32) chunks *= 2;
   return chunks;
 }
 

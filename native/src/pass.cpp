@@ -80,7 +80,7 @@ void run_block(dejavu_engine &engine, const dejavu_block &block, int thread) {
       norm_or_copy(ctx, &weights.norm2, own.x, own.attention_in);  // its memory: the next layer writes it anew
       norm_or_copy(ctx, nullptr, own.attention_in, own.x);
     }
-    if (profiler.wanted() != nullptr) {
+    if (profiler.profile() != nullptr) {
       // Outside the times: the others wait, or they would read the next layer's weights while thread 0 still counts, and its share of that
       // layer would be timed alone.
       profiler.lap(thread, DEJAVU_OP_OTHER);

@@ -3,24 +3,24 @@
 
 #include <algorithm>
 
-void Profiler::prepare(dejavu_profile *wanted, int64_t neurons) {
-  wanted_ = wanted;
-  if (wanted_ != nullptr && fired_.empty()) fired_ = Buffer<uint8_t>(neurons);
+void Profiler::prepare(dejavu_profile *profile, int64_t neurons) {
+  profile_ = profile;
+  if (profile_ != nullptr && fired_.empty()) fired_ = Buffer<uint8_t>(neurons);
 }
 
 void Profiler::start(int thread) {
-  if (wanted_ == nullptr || thread != 0) return;
-  std::fill_n(wanted_->seconds, (int)DEJAVU_OPS, 0.0);
+  if (profile_ == nullptr || thread != 0) return;
+  std::fill_n(profile_->seconds, (int)DEJAVU_OPS, 0.0);
   resume(thread);
 }
 
 void Profiler::resume(int thread) {
-  if (wanted_ != nullptr && thread == 0) last_ = std::chrono::steady_clock::now();
+  if (profile_ != nullptr && thread == 0) last_ = std::chrono::steady_clock::now();
 }
 
 void Profiler::add_lap(int op) {
   const auto now = std::chrono::steady_clock::now();
-  wanted_->seconds[op] += std::chrono::duration<double>(now - last_).count();
+  profile_->seconds[op] += std::chrono::duration<double>(now - last_).count();
   last_ = now;
 }
 

@@ -11,20 +11,20 @@
 
 class Profiler {
  public:
-  // Before a block runs, by the caller. wanted NULL: none.
-  void prepare(dejavu_profile *wanted, int64_t neurons);
-  dejavu_profile *wanted() const { return wanted_; }
+  // Before a block runs, by the caller. profile NULL: none.
+  void prepare(dejavu_profile *profile, int64_t neurons);
+  dejavu_profile *profile() const { return profile_; }
 
   // By every thread; thread 0's are taken. The time from `resume` or the last lap to a lap went into its op.
   void start(int thread);
   void lap(int thread, int op) {
-    if (wanted_ != nullptr && thread == 0) add_lap(op);
+    if (profile_ != nullptr && thread == 0) add_lap(op);
   }
   void resume(int thread);
 
   // Neurons of one thread's chunks: no other thread writes their marks.
   void mark_fired(const int32_t *idx, int64_t count) {
-    if (wanted_ == nullptr) return;
+    if (profile_ == nullptr) return;
     for (int64_t k = 0; k < count; k++) fired_[idx[k]] = 1;
   }
   // How many neurons were marked since the last call, by thread 0.
@@ -33,7 +33,7 @@ class Profiler {
  private:
   void add_lap(int op);
 
-  dejavu_profile *wanted_ = nullptr;
+  dejavu_profile *profile_ = nullptr;
   Buffer<uint8_t> fired_;  // [neurons]: whether some row's activation was not zero
   std::chrono::steady_clock::time_point last_;
 };

@@ -38,7 +38,7 @@ void profile_inputs(const Context &ctx, int64_t layer, const Replicated &own, co
     inputs.visit(ctx, layer, r, own, selected, [&](int point, const int32_t *list, int64_t count) {
       for (int64_t k = 0; k < count; k++) seen[point][(size_t)list[k]] = 1;
     });
-  int64_t *counts = ctx.profiler.wanted()->inputs + layer * DEJAVU_POINTS;
+  int64_t *counts = ctx.profiler.profile()->inputs + layer * DEJAVU_POINTS;
   for (int point = 0; point < DEJAVU_POINTS; point++) counts[point] = std::count(seen[point].begin(), seen[point].end(), (uint8_t)1);
 }
 
@@ -74,7 +74,7 @@ void report_layer(const Context &ctx, int64_t layer, const Replicated &own, cons
 }
 
 void profile_layer(const Context &ctx, int64_t layer, const Replicated &own, const Selected &selected, const Mlp &mlp, const InputMaps &inputs) {
-  const dejavu_profile &profile = *ctx.profiler.wanted();
+  const dejavu_profile &profile = *ctx.profiler.profile();
   const int64_t groups = ctx.config.num_kv_heads;
   profile.fired[layer] = ctx.config.intermediate_size;
   if (ctx.selector(layer).lists()) {
@@ -85,8 +85,8 @@ void profile_layer(const Context &ctx, int64_t layer, const Replicated &own, con
   if (profile.inputs != nullptr) profile_inputs(ctx, layer, own, selected, inputs);
   profile.groups[layer] = 0;
   for (int64_t g = 0; g < groups; g++) {
-    bool wanted = false;
-    for (int64_t r = 0; r < ctx.rows; r++) wanted = wanted || own.groups[r * groups + g] != 0;
-    profile.groups[layer] += wanted;
+    bool active = false;
+    for (int64_t r = 0; r < ctx.rows; r++) active = active || own.groups[r * groups + g] != 0;
+    profile.groups[layer] += active;
   }
 }

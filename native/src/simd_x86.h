@@ -15,8 +15,8 @@ inline __m256 eight(const half *p) { return _mm256_cvtph_ps(_mm_loadu_si128((con
 // Eight scales of weights times x's; zero from `count` on, whatever lies there.
 inline __m256 scales8(const half *w, const float *x, int64_t count) {
   static const int16_t keep[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
-  const __m128i wanted = _mm_loadu_si128((const __m128i *)(keep + 8 - count));
-  return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(_mm_loadu_si128((const __m128i *)w), wanted)), _mm256_loadu_ps(x));
+  const __m128i mask = _mm_loadu_si128((const __m128i *)(keep + 8 - count));
+  return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(_mm_loadu_si128((const __m128i *)w), mask)), _mm256_loadu_ps(x));
 }
 
 inline void times8(const half *w, float coef, float *out) { _mm256_storeu_ps(out, _mm256_mul_ps(eight(w), _mm256_set1_ps(coef))); }

@@ -242,13 +242,13 @@ class LanguageModel(OfflineMethods):
         if self.backend != "native":
             return
         model, layers = self._engines.attached(self.model, self._chosen(None, dense=False), dtype=self.dtype)
-        wanted = [] if layers is None else [(model, layout_of(layers))]
+        needed = [] if layers is None else [(model, layout_of(layers))]
         if dense or layers is None:
-            wanted.append((self.model, layout_of(())))
-        if all(each is not self.model for each, _ in wanted):
+            needed.append((self.model, layout_of(())))
+        if all(each is not self.model for each, _ in needed):
             self.model.hand_over(self.model)
-        for each in dict.fromkeys(each for each, _ in wanted):
-            layouts = list(dict.fromkeys(layout for owner, layout in wanted if owner is each))
+        for each in dict.fromkeys(each for each, _ in needed):
+            layouts = list(dict.fromkeys(layout for owner, layout in needed if owner is each))
             hand_over(each, self.dtype, layouts, screened=self.screened_head > 0)
 
     def engine(

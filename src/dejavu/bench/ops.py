@@ -85,16 +85,16 @@ def index_lists(neurons: int, density: float, selection: str, count: int, seed: 
     require(selection in SELECTIONS, f"unknown selection {selection!r}; choose one of {', '.join(SELECTIONS)}")
     require(0 < density <= 1, f"density must lie in (0, 1], not {density:g}")
     generator = torch.Generator().manual_seed(seed)
-    wanted = max(1, round(density * neurons))
+    kept = max(1, round(density * neurons))
 
     def chosen() -> Tensor:
         if selection == "clustered":
             starts = torch.randperm(-(-neurons // RUN), generator=generator) * RUN
             indices = (starts[:, None] + torch.arange(RUN)).flatten()
-            return indices[indices < neurons][:wanted]
-        return torch.cat([hot, cold[torch.randperm(len(cold), generator=generator)[: wanted - len(hot)]]])
+            return indices[indices < neurons][:kept]
+        return torch.cat([hot, cold[torch.randperm(len(cold), generator=generator)[: kept - len(hot)]]])
 
-    shared = round(HOT_SHARE * wanted) if selection == "hot-set" else 0
+    shared = round(HOT_SHARE * kept) if selection == "hot-set" else 0
     hot, cold = torch.randperm(neurons, generator=generator).split([shared, neurons - shared])
     return [chosen().sort().values.to(device, torch.int32) for _ in range(count)]
 

@@ -107,7 +107,7 @@ def variants_at(
     head_densities: Sequence[float] = (),
     selections: Sequence[str] = (),
 ) -> list[Variant]:
-    """Dense, and the sparse variants at every wanted selection, MLP density and head density; as the predictors are where none is named.
+    """Dense, and the sparse variants at every requested selection, MLP density and head density; as the predictors are where none is named.
 
     layers_for(selection, density): predictors, whose thresholds are then set on the ids, see `density.rethresholded`.
     """
@@ -115,13 +115,13 @@ def variants_at(
     for selection in selections or (None,):
         for density in densities or (None,):
             layers = layers_for(selection, density)
-            wanted = density is not None or bool(head_densities)
+            retargeted = density is not None or bool(head_densities)
             require(
-                layers is not None or not wanted,
+                layers is not None or not retargeted,
                 "a density needs predictors (or gates or inputs): give an adapter, or --synthetic for planted ones",
             )
             for index, head_density in enumerate(head_densities or (None,)):
-                if layers is not None and wanted:
+                if layers is not None and retargeted:
                     chosen = rethresholded(model, layers, ids, mlp_density=density, head_density=head_density)
                 else:
                     chosen = layers
@@ -152,10 +152,10 @@ def _dense(model: Transformer, ids: Sequence[int]) -> Tensor:
     return model(torch.tensor([list(ids)], device=model.device))[0].cpu()
 
 
-def _error(found_TV: Tensor, wanted_TV: Tensor) -> float:
+def _error(found_TV: Tensor, expected_TV: Tensor) -> float:
     """Of the logits that there are: a screened head leaves the others at -inf."""
     there = found_TV != -torch.inf
-    return float((found_TV.float() - wanted_TV)[there].abs().mean() / wanted_TV.std())
+    return float((found_TV.float() - expected_TV)[there].abs().mean() / expected_TV.std())
 
 
 def _by_value(layers: Layers | None) -> bool:
@@ -192,19 +192,19 @@ def check_peer(peer: Peer, model: Transformer, ids: Sequence[int], name: str) ->
     whole = ids[: min(GREEDY_TOKENS, model.config.max_positions, len(ids))]
     found = {"step": torch.stack(stepped) if len(stepped) == len(rows) else None, "pass": peer.logits(whole)}
     note = f"{peer.mode} gives no logits: its own were not compared with ours"
-    for found_TV, wanted_TV in ((found["step"], _forward(model, None, ids)), (found["pass"], _dense(model, whole))):
+    for found_TV, expected_TV in ((found["step"], _forward(model, None, ids)), (found["pass"], _dense(model, whole))):
         if found_TV is None:
             continue
         require(
-            found_TV.shape == wanted_TV.shape,
-            f"{peer.mode} has logits {list(found_TV.shape)} where ours are {list(wanted_TV.shape)}: not timed",
+            found_TV.shape == expected_TV.shape,
+            f"{peer.mode} has logits {list(found_TV.shape)} where ours are {list(expected_TV.shape)}: not timed",
         )
-        error, limit = _error(found_TV, wanted_TV), FP32_LIMIT if peer.dtype == "fp32" else PEER_LIMIT
+        error, limit = _error(found_TV, expected_TV), FP32_LIMIT if peer.dtype == "fp32" else PEER_LIMIT
         require(error < limit, f"{peer.mode} decodes other logits than {name} dense (error {error:.3g}, limit {limit}): not timed")
-        same_T = found_TV.argmax(-1) == wanted_TV.argmax(-1)
+        same_T = found_TV.argmax(-1) == expected_TV.argmax(-1)
         # How much less likely ours finds the peer's token than its own: a tie may be broken either way.
-        behind_T = wanted_TV.amax(-1) - wanted_TV.gather(-1, found_TV.argmax(-1, keepdim=True))[:, 0]
-        exact = peer.dtype != "fp32" or bool((behind_T <= limit * wanted_TV.std()).all())
+        behind_T = expected_TV.amax(-1) - expected_TV.gather(-1, found_TV.argmax(-1, keepdim=True))[:, 0]
+        exact = peer.dtype != "fp32" or bool((behind_T <= limit * expected_TV.std()).all())
         require(exact, f"{peer.mode} fp32 picks other tokens than {name} dense: not timed")
         note = f"{peer.mode} {peer.dtype} picks the same next token as {name} dense after {int(same_T.sum())} of {len(same_T)} tokens"
     return note

@@ -124,16 +124,16 @@ def made_up(
     cached = capabilities.cache_dtype(options.cache_dtype, dtype=dtype)
     capabilities.check_screened_head(options.screened_head, vocab_size=shape_of(name).vocab_size)
     settled = replace(options, backend=picked, dtype=dtype, cache_dtype=cached)
-    wanted = [] if dense else list(densities) or [DEFAULT_DENSITY]
+    targets = [] if dense else list(densities) or [DEFAULT_DENSITY]
     if picked == "cuda":
         require(
             not selections or ops, "--selection on the cuda backend is of --ops: a planted model selects what its tokens need; add --ops"
         )
-        subject = _planted(name, settled, rank=rank, num_layers=num_layers, densities=wanted, heads=heads, seed=seed)
+        subject = _planted(name, settled, rank=rank, num_layers=num_layers, densities=targets, heads=heads, seed=seed)
     else:
         require(num_layers is None, f"--layers takes a slice of a model planted on the GPU; backend {picked!r} has none, leave it out")
         chosen = [] if dense else selections or ["uniform"]
-        subject = _random(name, settled, rank=rank, densities=wanted, heads=heads, selections=chosen, seed=seed)
+        subject = _random(name, settled, rank=rank, densities=targets, heads=heads, selections=chosen, seed=seed)
     size = subject.model.num_parameters
     head = f" · screened head {options.screened_head:,}" if options.screened_head else ""
     about = f"(synthetic) · {size / 1e6:,.1f} M parameters · backend {picked} · {dtype} · cache {cached}{head}"

@@ -26,8 +26,8 @@ CHUNK = 8  # tokens of a text that a device is asked for at a time: each wait fo
 class Row:
     """A sequence that decodes. last: the token that its next step appends; -1 before the first is drawn.
 
-    scored: log-probabilities of its tokens are wanted. top: None, or how many of the likeliest tokens are wanted beside each. bias: token
-    id -> what is added to its logit before sampling. trace: it is wanted what its steps select. sparse: False runs its steps dense.
+    scored: return log-probabilities of its tokens. top: None, or how many of the likeliest tokens to return with each. bias: token id ->
+    what is added to its logit before sampling. trace: return what its steps select. sparse: False runs its steps dense.
     """
 
     slot: int
@@ -85,7 +85,7 @@ def advance(engine: Engine, rows: Sequence[Row], count: int = 1) -> list[DecodeS
 
 
 def _draw(row: Row, logits_V: Tensor) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
-    """The next token, its log-probability and the likeliest tokens, as far as they are wanted."""
+    """The next token, its log-probability and the likeliest tokens, as far as they were requested."""
     found = Distribution(logits_V)
     row.last = token_id = row.sampler.choose(found, row.bias)
     if row.top is not None:

@@ -44,15 +44,15 @@ async def listed_models(client: httpx.AsyncClient) -> tuple[dict[str, str | None
         raise ValueError(f"{client.base_url} does not list its models at /v1/models as OpenAI's API does") from error
 
 
-def pick_models(wanted: list[str], listed: Mapping[str, str | None], dense: str) -> list[str]:
-    """The models to ask: those that are wanted; else what is listed, if that is one model, with and without `dense` behind its name.
+def pick_models(requested: list[str], listed: Mapping[str, str | None], dense: str) -> list[str]:
+    """The models to ask: those that are requested; else what is listed, if that is one model, with and without `dense` behind its name.
 
     Where the model runs dense anyway, once is enough.
     """
-    missing = [model for model in wanted if model not in listed]
+    missing = [model for model in requested if model not in listed]
     require(not missing, f"the server has no model {missing[0] if missing else ''!r}; it has {', '.join(listed)}")
-    if wanted:
-        return list(dict.fromkeys(wanted))
+    if requested:
+        return list(dict.fromkeys(requested))
     bases = {model.removesuffix(dense) for model in listed}
     require(len(bases) == 1, f"the server has {len(bases)} models; choose with --model: {', '.join(listed) or 'none is listed'}")
     name, *others = sorted(listed, key=len)

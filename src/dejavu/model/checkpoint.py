@@ -230,8 +230,8 @@ class Assembler:
             values = values.T.contiguous()
         expected = self.shapes[target.name]
         if tuple(values.shape) != expected:
-            wanted = list(reversed(expected)) if target.transposed else list(expected)
-            raise ValueError(f"tensor {stored.name!r} in {self.where} has shape {list(stored.values.shape)}, config.json makes it {wanted}")
+            shape = list(reversed(expected)) if target.transposed else list(expected)
+            raise ValueError(f"tensor {stored.name!r} in {self.where} has shape {list(stored.values.shape)}, config.json makes it {shape}")
         dense = wide(values)
         if not torch.stack(torch.aminmax(dense)).isfinite().all():  # one pass without temporaries: weights are large
             bad = int((~dense.isfinite()).sum())

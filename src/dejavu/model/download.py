@@ -288,14 +288,14 @@ def _adapter_names(held: Collection[str], hub: HubName) -> list[str]:
 
 
 def _gguf_names(held: Collection[str], hub: HubName) -> list[str]:
-    wanted = hub.gguf_files
-    absent = [name for name in wanted if name not in held]
+    names = hub.gguf_files
+    absent = [name for name in names if name not in held]
     if absent:
         ggufs = _ggufs(held)
         like = [name for name in ggufs if (hub.file or "").lower() in name.lower()] or ggufs
         raise ValueError(f"{hub.repo!r} has no file {absent[0]!r}; its .gguf files: {', '.join(like) or 'none'}")
-    require(all(name.endswith(".gguf") for name in wanted), f"{hub.file!r} is no .gguf file; name one, or give {hub.repo!r} for the model")
-    return wanted
+    require(all(name.endswith(".gguf") for name in names), f"{hub.file!r} is no .gguf file; name one, or give {hub.repo!r} for the model")
+    return names
 
 
 def _model_names(held: Collection[str], hub: HubName) -> list[str]:

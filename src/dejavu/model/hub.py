@@ -50,13 +50,13 @@ def from_hub(hub: HubName, kind: Kind = "model", *, download: Download = False, 
 
 def cached(hub: HubName, kind: Kind) -> tuple[Path | None, list[str]]:
     """Where the local cache has it (None: nowhere), and the files that are known to be missing there, as of a download cut off."""
-    wanted = hub.gguf_files or [CONFIG_FILE]
-    found = {name: try_to_load_from_cache(hub.repo, name, revision=hub.revision) for name in wanted}
+    needed = hub.gguf_files or [CONFIG_FILE]
+    found = {name: try_to_load_from_cache(hub.repo, name, revision=hub.revision) for name in needed}
     paths = {name: Path(path) for name, path in found.items() if isinstance(path, str)}
     if not paths:
-        return None, wanted
+        return None, needed
     if hub.file is not None:
-        return next(iter(paths.values())) if hub.file not in paths else paths[hub.file], [name for name in wanted if name not in paths]
+        return next(iter(paths.values())) if hub.file not in paths else paths[hub.file], [name for name in needed if name not in paths]
     folder = paths[CONFIG_FILE].parent
     return folder, _lacking(folder, kind)
 

@@ -109,9 +109,9 @@ def _reads(config: ModelConfig, kind: str, density: float | None) -> float:
     return mlp_reads(config, 1.0, None) if density is None else gate_reads(config, density)
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def _spread(count: int, picked: int) -> list[int]:
     """That many indices of so many, the first and the last among them."""
-    return sorted({round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)} if count else ())
+    return sorted({round(i * (count - 1) / max(1, picked - 1)) for i in range(picked)} if count else ())
 
 
 def priced(model: Transformer, options: Options, ids_WT: Tensor, measured: int, progress: Progress | None) -> list[Part]:

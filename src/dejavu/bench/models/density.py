@@ -1,4 +1,4 @@
-"""Thresholds for a wanted density: how sparse is fast how, whatever it costs in quality.
+"""Thresholds for a target density: how sparse is fast how, whatever it costs in quality.
 
 In: a model, an adapter's layers, a text's token ids, a density. Out: the same layers, each predictor and gate with the threshold that
 selects that share of its outputs on these tokens; where inputs are selected each point keeps that share of them, those of the MLP by its

@@ -13,7 +13,7 @@ A predictor is A random and, by selection,
     uniform     B random: each token selects its own neurons, independently of their neighbours
     clustered   B random, the same for RUN neighbours: neurons are selected in runs
     hot-set     B random, and a bias that selects the same HOT_SHARE of the density for every token
-with lookahead 1, in layer 0 0. `density.rethresholded` then gives them the wanted density.
+with lookahead 1, in layer 0 0. `density.rethresholded` then gives them the target density.
 
 Letters: D model  F neurons  R rank  O outputs
 """
@@ -239,7 +239,7 @@ class _Made:
 def planted_layers(
     config: ModelConfig, *, selection: str = "uniform", density: float, heads: bool, rank: int = RANK, seed: int = 0
 ) -> tuple[LayerAdapter, ...]:
-    """Predictors for every layer's MLP, and its heads where wanted; thresholds are yet to be set.
+    """Predictors for every layer's MLP, and its heads if requested; thresholds are yet to be set.
 
     density: the share of neurons to be selected, which a hot set depends on. Raises ValueError for an unknown selection.
     """

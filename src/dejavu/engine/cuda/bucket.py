@@ -176,7 +176,7 @@ class Bucket:
         )
 
     def _start(self, length: int, graphs: dict[int, torch.cuda.CUDAGraph], work: Callable[[], None]) -> None:
-        """Replay the graph, captured when it is first wanted; off the GPU do its work."""
+        """Replay the graph, captured at its first use; off the GPU do its work."""
         if self.inputs.device.type != "cuda":
             work()
             return

@@ -110,9 +110,9 @@ class CudaEngine(PagedEngine):
     ) -> Decoded:
         """See DecodesTokens. Nothing waits for the device, and nothing ends early: who reads the tokens cuts them where a text ends."""
         require(count >= 1, f"decode makes at least 1 token of each row, not {count}")
-        wanted = (SamplingConfig(),) * len(slots_B) if sampling is None else sampling
+        sampling_B = (SamplingConfig(),) * len(slots_B) if sampling is None else sampling
         chosen = (0,) * len(slots_B) if choices is None else choices
-        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) == len(wanted) == len(chosen) > 0, f"{slots_B=} {sampling=}"
+        assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) == len(sampling_B) == len(chosen) > 0, f"{slots_B=} {sampling=}"
         for token_id, slot in zip(token_ids_B, slots_B, strict=True):
             self._check(slot, (token_id,), count)
         missing = sum(self._cache.missing(slot, count) for slot in slots_B)
@@ -127,7 +127,7 @@ class CudaEngine(PagedEngine):
         found = []
         for first in range(0, len(slots_B), largest):
             part = slice(first, first + largest)
-            found.append(self._decode_bucket(token_ids_B[part], slots_B[part], count, wanted[part], chosen[part], sparse=sparse))
+            found.append(self._decode_bucket(token_ids_B[part], slots_B[part], count, sampling_B[part], chosen[part], sparse=sparse))
         self._count_rows(slots_B, count)
         return joined(found, dim=1)
 

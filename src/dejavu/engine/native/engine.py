@@ -81,8 +81,8 @@ class NativeEngine(PagedEngine):
         self._library = native.library()
         self._model = packed_model(model, self.info.dtype, layout_of(self.layers))
         self._handle = ctypes.c_void_p()
-        wanted = None if instruction_set is None else instruction_set.encode()
-        native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, wanted, ctypes.byref(self._handle)))
+        name = None if instruction_set is None else instruction_set.encode()
+        native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, name, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
         set_selectors(self._library, self._handle, self.layers, self._model, model)
         if options.screened_head > 0:
@@ -92,15 +92,15 @@ class NativeEngine(PagedEngine):
     def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
         """In blocks."""
         start, count = self._cache.lengths[slot], len(token_ids)
-        wanted = count if every else 1
-        logits_TV = torch.empty(wanted, self.config.vocab_size)
+        returned = count if every else 1
+        logits_TV = torch.empty(returned, self.config.vocab_size)
         for first in range(0, count, native.MAX_ROWS):
             ids = token_ids[first : first + native.MAX_ROWS]
             positions = range(start + first, start + first + len(ids))
-            unwanted = min(len(ids), max(0, count - wanted - first))
-            rows_TV = logits_TV[max(0, first - count + wanted) :]
+            skipped = min(len(ids), max(0, count - returned - first))
+            rows_TV = logits_TV[max(0, first - count + returned) :]
             counts = _Counted.room(len(ids), self.config.num_layers)
-            self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=unwanted, sparse=False, record=False)
+            self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=skipped, sparse=False, record=False)
         self._cache.advance(slot, count)
         return logits_TV if every else logits_TV[0]
 

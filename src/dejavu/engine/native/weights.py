@@ -117,7 +117,7 @@ def packed_model(model: Transformer, dtype: str, layout: str = "by-neuron") -> N
 def hand_over(model: Transformer, dtype: str, layouts: Sequence[str], *, screened: bool) -> None:
     """Pack the model in these layouts and let its own weights go meanwhile: from then on there are only these packed forms of it.
 
-    screened: engines with a screened head will be wanted. A model of inference mode, whose changes nothing tells, keeps its weights.
+    screened: engines with a screened head will be made. A model of inference mode, whose changes nothing tells, keeps its weights.
     """
     state = weights_version(model)
     if state is None or model.handed_over:

@@ -55,8 +55,8 @@ class Partials:
 def splits_for(rows: int, heads: int, device: torch.device, *, tokens: int) -> int:
     """Parts that a sequence of at most so many tokens is cut into: enough programs to fill the device, and work for each of them."""
     programs = multiprocessors(device) * (4 if tokens <= SHORT else 8)
-    wanted = max(1, min(MAX_SPLITS, programs // (rows * heads), tokens // SPLIT_TOKENS))
-    return 1 << (wanted.bit_length() - 1)
+    splits = max(1, min(MAX_SPLITS, programs // (rows * heads), tokens // SPLIT_TOKENS))
+    return 1 << (splits.bit_length() - 1)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Products of one token's normed residual with the rows of a matrix: q, k and v together, or the head.
 
-    x = norm(y + delta);  out[n] = W[n] . x + bias[n]        for the rows n that are wanted
+    x = norm(y + delta);  out[n] = W[n] . x + bias[n]        for the rows n that are needed
 
 A persistent grid holds x in registers and loads its next rows while it computes with the last ones. The matrix is [Q + N, D]:
 the N rows behind the first Q are always computed, and come first, so that their loads need nothing that the kernel before
@@ -10,7 +10,7 @@ writes. Of the Q rows of queries only those of selected head groups are: every p
 
 from the h that the A of their predictor gave, and program 0 writes list and count. `side` rows are products of the same x.
 
-Bytes that any implementation moves: the wanted rows.
+Bytes that any implementation moves: the needed rows.
 
 Letters: D model  G head groups  R rows at a time  P predictor rank
 """
@@ -81,7 +81,7 @@ def _project(
 ):  # fmt: skip
     pid = tl.program_id(0)
     step = tl.num_programs(0) * R
-    # Rows in the order of work: the N that are always wanted, then those of queries.
+    # Rows in the order of work: the N that are always needed, then those of queries.
     work = N + Q
     per_group = Q // G
     first = pid * R

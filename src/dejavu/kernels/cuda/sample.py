@@ -174,13 +174,13 @@ def _share(row, least, top, heat, V, C: tl.constexpr, WEIGHED: tl.constexpr):
 
 
 @triton.jit
-def _largest_key(row, wanted, top, heat, V, C: tl.constexpr, WEIGHED: tl.constexpr):
-    """The largest key from which on upwards there is the share `wanted`."""
+def _largest_key(row, target, top, heat, V, C: tl.constexpr, WEIGHED: tl.constexpr):
+    """The largest key from which on upwards there is the share `target`."""
     low = tl.full([], -2147483648, tl.int64)
     high = tl.full([], 2147483648, tl.int64)
     for _ in range(32):
         middle = (low + high) >> 1
-        enough = _share(row, middle.to(tl.int32), top, heat, V, C, WEIGHED) >= wanted
+        enough = _share(row, middle.to(tl.int32), top, heat, V, C, WEIGHED) >= target
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     return low.to(tl.int32)
@@ -192,9 +192,9 @@ def _cut(row, top, heat, top_k, top_p, V, C: tl.constexpr):
     key = tl.full([], -2147483648, tl.int32)
     ties = V.to(tl.float32)
     if (top_k > 0) & (top_k < V):
-        wanted = top_k.to(tl.float32)
-        key = _largest_key(row, wanted, top, heat, V, C, False)
-        ties = wanted - _share(row, key + 1, top, heat, V, C, False)
+        target = top_k.to(tl.float32)
+        key = _largest_key(row, target, top, heat, V, C, False)
+        ties = target - _share(row, key + 1, top, heat, V, C, False)
     if top_p < 1.0:
         if key == -2147483648:
             total = _share(row, key, top, heat, V, C, True)

@@ -75,8 +75,10 @@ class _Predicted(Selector):
 
     def check(self, layer: int, config: ModelConfig) -> None:
         predictor, name = self.predictor, f"layer {layer}'s {self.named}"
-        found, wanted = (predictor.A_RD.shape[1], predictor.B_OR.shape[0]), (config.hidden_size, self.outputs(config))
-        require(found == wanted, f"the predictor of {name} maps {found[0]} to {found[1]} values, the model {wanted[0]} to {wanted[1]}")
+        found, expected = (predictor.A_RD.shape[1], predictor.B_OR.shape[0]), (config.hidden_size, self.outputs(config))
+        require(
+            found == expected, f"the predictor of {name} maps {found[0]} to {found[1]} values, the model {expected[0]} to {expected[1]}"
+        )
         looks = self.lookaheads
         require(predictor.lookahead in looks, f"the lookahead of {name} must be one of {looks}, not {predictor.lookahead}")
         allowed = " or ".join(map(str, looks[:-1]))

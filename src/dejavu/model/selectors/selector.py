@@ -186,8 +186,8 @@ STATED_DENSE: dict[str, Any] = {"recall": 1.0, "mass": 1.0, "density": 1.0, "loo
 
 def threshold_below(scores: Tensor, count: float) -> float:
     """A threshold that about `count` of the scores exceed."""
-    wanted = round(count)
-    if wanted >= scores.numel():
+    target = round(count)
+    if target >= scores.numel():
         return float(scores.min()) - 1.0
     ordered = scores.flatten().sort(descending=True).values
-    return float(ordered[wanted]) if wanted > 0 else float(ordered[0])
+    return float(ordered[target]) if target > 0 else float(ordered[0])

@@ -253,8 +253,8 @@ class Trainer:
         """Train until the end, saving now and then; True when finished, False where `stop` asked for an end before: then all is saved."""
         saved = time.perf_counter()
         while self.fraction < 1.0:
-            wanted = torch.tensor([float(stop is not None and stop())], device=self.device)
-            if float(average_(wanted)) > 0:  # one process that stops stops all
+            stopping = torch.tensor([float(stop is not None and stop())], device=self.device)
+            if float(average_(stopping)) > 0:  # one process that stops stops all
                 self.save(folder)
                 return False
             made = self.train_step()

@@ -72,11 +72,11 @@ class Answer(Generic[L]):
         request, text, tokens = self.request, event.text, event.tokens
         if request.echo and index not in self._begun:
             text, tokens = request.texts[index // request.n] + text, (*event.prompt_tokens, *tokens)
-        wanted = request.logprobs is not None
+        scored = request.logprobs is not None
         delta = ChoiceDelta(
             text=text,
-            logprobs=self._logprobs(index, tokens) if wanted else None,
-            scored=len(tokens) if wanted else 0,
+            logprobs=self._logprobs(index, tokens) if scored else None,
+            scored=len(tokens) if scored else 0,
             trace=[logprobs.of_trace(token, self._served) for token in event.tokens] if request.trace else [],
             finish_reason=event.finish_reason,
         )

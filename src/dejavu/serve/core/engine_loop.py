@@ -197,7 +197,7 @@ class EngineLoop:
             self._deliver(sequence, token)
 
     def _read(self, part: PrefillChunk[TextSequence]) -> Token | None:
-        """Prefill a range of a prompt; behind its end the first new token, where one is wanted."""
+        """Prefill a range of a prompt; behind its end the first new token, where one was requested."""
         sequence, engine = part.sequence, self.engine
         slot, ids = sequence.row.slot, sequence.prompt_ids[part.start : part.stop]
         if sequence.request.prompt_logprobs:

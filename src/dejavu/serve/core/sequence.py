@@ -25,7 +25,7 @@ class TextSequence(ScheduledSequence):
     """One requested sequence, from its submission to its end. Raises ValueError for an empty stop string."""
 
     def __init__(self, request: SequenceRequest, tokenizer: Detokenizer, stream: Stream, *, share: bool) -> None:
-        # Where the prompt's log-probabilities are wanted all of it has to be computed.
+        # Where the prompt's log-probabilities are requested all of it has to be computed.
         super().__init__(prompt_ids=request.prompt_ids, new_tokens=request.max_new_tokens, share=share and not request.prompt_logprobs)
         self.request, self.stream = request, stream
         self.writing = Writing(
@@ -41,7 +41,7 @@ class TextSequence(ScheduledSequence):
 
     @property
     def nothing_to_do(self) -> bool:
-        """Whether it ends where it begins: no token is wanted, and nothing about its prompt."""
+        """Whether it ends where it begins: no token is requested, and nothing about its prompt."""
         return self.new_tokens == 0 and not self.request.prompt_logprobs
 
     @functools.cached_property
