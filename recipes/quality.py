@@ -1,4 +1,4 @@
-"""Perplexity beside the speeds of `dejavu bench`: our model in each dtype, dense and sparse, and other programs, on the same windows.
+"""Perplexity for the speeds of `dejavu bench`: our model in each dtype, dense and sparse, and other programs, on the same windows.
 
     python recipes/quality.py smollm2-sparse --dtype fp32 --dtype int8 --against llama.cpp --text 'text/valid/*.txt'
 

@@ -18,7 +18,7 @@ QUALITY = Path(__file__).resolve().parents[1] / "results" / "quality.jsonl"
 
 
 class Printed(TypedDict):
-    """What commands say beside what they measured."""
+    """What commands say in addition to what they measured."""
 
     model: str
     backend: NotRequired[str]

@@ -1,4 +1,4 @@
-"""The official `openai` client against `dejavu serve`: an answer is the same streamed and whole, alone and beside 31 others.
+"""The official `openai` client against `dejavu serve`: an answer is the same streamed and whole, alone and among 31 others.
 
     python recipes/serve_client.py opt-mini
     python recipes/serve_client.py smollm2-sparse --tokens 12
@@ -6,7 +6,7 @@
 In: a model. Out: one JSON object: of each model and kind of request, how many answers were compared and how many differed. Every request is
 made whole and streamed, sparse and dense, as a completion and, where the model has a template, by messages; then 32 clients stream at
 once what was asked for alone. Texts, reasons to finish, log-probabilities and counts of tokens are compared, with nothing rounded: the
-native engine promises the same bits whatever runs beside. The exit status is 1 if something differed.
+native engine promises the same bits whatever else runs. The exit status is 1 if something differed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python recipes/serve_faults.py opt-mini --seconds 60
 
 In: a model. Out: one JSON object. Half of the clients read every answer to its end and compare it with what the model says alone (fp32,
-greedy, so a difference is a fault); the other half leave in the middle of theirs. Beside them malformed bodies are sent, and now and
+greedy, so a difference is a fault); the other half leave in the middle of theirs. Malformed bodies are sent as well, and now and
 then more requests at once than the queue takes. Then the process is killed while all read, and started again. The exit status is 1 if
 an answer was wrong, cut short or hung, a connection was lost before the process was killed, a status made no sense, pages did not come
 back, or one of these things did not happen at all.

@@ -5,7 +5,7 @@ to run a model each, over all processes of one commit, and Markdown. The rules, 
 
     a commit with changed files (-dirty), or none, is refused
     a model that exists needs a perplexity of the same adapter, dtype, cache dtype and backend
-    a dtype of ours that costs over LIMIT of perplexity beside fp32, in the same mode, is refused
+    a dtype of ours that costs more than LIMIT of perplexity over fp32, in the same mode, is refused
     it needs PROCESSES processes: the median is shown with the least and the most, and README takes the least
     only what ran in one setting (device, context, threads of ours) and was scored on the same text stands in one table
 
@@ -137,9 +137,9 @@ def speeds(model: str) -> list[Speed]:
     ours = {row.time: row for row in usual if row.model == model and not row.peer}
     groups: dict[tuple[Any, ...], dict[str, list[SpeedRow]]] = {}
     for row in usual:
-        beside = ours.get(row.time)  # whose process it ran in
-        if beside is not None and (row.model == model or row.peer):
-            key = (row.model, row.mode, row.backend, row.dtype, row.cache_dtype, row.adapter, setting(beside))
+        own = ours.get(row.time)  # whose process it ran in
+        if own is not None and (row.model == model or row.peer):
+            key = (row.model, row.mode, row.backend, row.dtype, row.cache_dtype, row.adapter, setting(own))
             groups.setdefault(key, {}).setdefault(str(row.commit), []).append(row)
     found: list[tuple[Speed, Setting]] = []
     for key, commits in groups.items():

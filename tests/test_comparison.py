@@ -1,4 +1,4 @@
-"""Perplexity beside other programs: the same windows, by llama.cpp's rule, for every program; what an adapter's digest names."""
+"""Perplexity of ours and of other programs: the same windows, by llama.cpp's rule, for every program; what an adapter's digest names."""
 
 from __future__ import annotations
 

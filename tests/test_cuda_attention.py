@@ -35,15 +35,15 @@ class AttentionCase:
     counts: tuple[int, ...] | None = None
     rope: bool = False
     partial: bool = False
-    beside: int | None = None
+    selected: int | None = None
     size: int = 33
 
 
 ATTENTION_CASES = [
     AttentionCase(groups=3, per=1, head_dim=8, page=4, splits=1, positions=(0,), dtype=FP32),
-    AttentionCase(groups=5, per=1, head_dim=6, page=3, splits=2, positions=(31,), dtype=FP16, counts=(0,), beside=1),
+    AttentionCase(groups=5, per=1, head_dim=6, page=3, splits=2, positions=(31,), dtype=FP16, counts=(0,), selected=1),
     AttentionCase(groups=2, per=2, head_dim=16, page=16, splits=1, positions=(33,), dtype=BF16, counts=(1,), rope=True, partial=True),
-    AttentionCase(groups=3, per=2, head_dim=10, page=5, splits=4, positions=(129,), dtype=FP32, counts=(2,), rope=True, beside=70),
+    AttentionCase(groups=3, per=2, head_dim=10, page=5, splits=4, positions=(129,), dtype=FP32, counts=(2,), rope=True, selected=70),
     AttentionCase(groups=4, per=1, head_dim=20, page=16, splits=2, positions=(64,), dtype=FP16, counts=(4,), partial=True, size=250),
     AttentionCase(groups=2, per=3, head_dim=8, page=7, splits=8, positions=(6,), dtype=BF16, rope=True),
     AttentionCase(groups=1, per=1, head_dim=16, page=256, splits=4, positions=(3001,), dtype=FP32, rope=True),
@@ -120,8 +120,8 @@ def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
         groups_BG = memory.given(torch.tensor(full, dtype=torch.int32))
         counts_BL = memory.given(torch.tensor([[9, len(chosen), 9] for chosen in lists], dtype=torch.int32))
     count_B = None if counts_BL is None else counts_BL[:, 1]
-    beside = None if case.beside is None else neuron_scores(memory, 70, 5, case.beside, int8=True)
-    select = None if beside is None else with_room(beside, memory)
+    scores = None if case.selected is None else neuron_scores(memory, 70, 5, case.selected, int8=True)
+    select = None if scores is None else with_room(scores, memory)
     cleared = memory.room(2500) if rows == 1 else None
     places = Places(
         slot_B=memory.given(slots), position_B=memory.given(torch.tensor(case.positions, dtype=torch.int32)), table=memory.given(table),
@@ -133,8 +133,8 @@ def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
     )  # fmt: skip
     memory.check()
     assert cleared is None or not cleared.any()
-    if select is not None and beside is not None:
-        check_list(select, select_definition(beside).tolist())
+    if select is not None and scores is not None:
+        check_list(select, select_definition(scores).tolist())
 
     for row, position in enumerate(case.positions):  # every group's key and value is in its place ..
         _, truth_k, truth_v = definition(row, torch.float64)

@@ -38,7 +38,7 @@ def check_side(side: Side, plain_x_D: Tensor, x_D: Tensor, dtype: torch.dtype, m
 
 @dataclass(frozen=True, kw_only=True)
 class MlpCase:
-    """count: neurons in the list, None without one. side: rows beside it, 0 without. rows: neurons at a time."""
+    """count: neurons in the list, None without one. side: rows computed with it, 0 without. rows: neurons at a time."""
 
     size: int
     neurons: int

@@ -240,10 +240,10 @@ def test_parts_are_joined_by_token_and_by_row() -> None:
             fallback_layers=fallback,
         )  # fmt: skip
 
-    later, beside = joined([part(0, 1), part(4, 1)], dim=0), joined([part(0, 1), part(4, 2)], dim=1)
-    assert later.token_NB.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and beside.token_NB.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert later.union_NL is not None and later.union_NL[:, 0].tolist() == [0, 2, 4, 6] and beside.union_NL is None
-    assert (later.fallback_layers, beside.fallback_layers) == (1, 2) and later.counts.kept_inputs is None
+    later, merged = joined([part(0, 1), part(4, 1)], dim=0), joined([part(0, 1), part(4, 2)], dim=1)
+    assert later.token_NB.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and merged.token_NB.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert later.union_NL is not None and later.union_NL[:, 0].tolist() == [0, 2, 4, 6] and merged.union_NL is None
+    assert (later.fallback_layers, merged.fallback_layers) == (1, 2) and later.counts.kept_inputs is None
     assert later.cpu().fallback_layers == 1, "what is no tensor stays"
 
 

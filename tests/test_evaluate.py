@@ -1,4 +1,4 @@
-"""The whole evaluation: its keys, dense beside sparse, what it refuses, how texts are cut."""
+"""The whole evaluation: its keys, dense and sparse, what it refuses, how texts are cut."""
 
 import json
 import math

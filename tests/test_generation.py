@@ -609,7 +609,7 @@ def test_a_seed_reproduces_the_text(start: Callable[..., Generation]) -> None:
     for _ in range(3):
         next(other)
     pieces = []
-    for piece in mine:  # beside an unseeded one that runs on between
+    for piece in mine:  # next to an unseeded one that runs on between
         pieces.append(piece)
         next(other, None)
     assert mine.result() == alone and mine.result().token_ids == alone.token_ids

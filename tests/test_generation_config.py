@@ -31,7 +31,7 @@ OWN, ADAPTERS = SamplingConfig(temperature=0.75, top_k=7, top_p=0.5), SamplingCo
 
 @pytest.fixture(scope="module")
 def folder(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says how to draw, with an adapter that says so, too, in it, and beside it one that does not."""
+    """A model that says how to draw, with an adapter that says so, too, in it, and next to it one that does not."""
     path, model = tmp_path_factory.mktemp("sampled"), tiny("opt")
     export(model, tokenizer, path / "model", sampling=OWN)
     adapter = make_adapter(load(path / "model").config, load(path / "model").base_hash)

@@ -70,7 +70,7 @@ def test_what_a_loaded_model_says_of_itself(lm: LanguageModel) -> None:
     assert "sparse" in repr(lm) and "'tiny'" in repr(lm)
 
 
-def test_the_adapter_beside_a_model_is_used_unless_told_otherwise(folder: Path, lm: LanguageModel) -> None:
+def test_the_adapter_next_to_a_model_is_used_unless_told_otherwise(folder: Path, lm: LanguageModel) -> None:
     assert lm.adapter is not None
     assert load(folder, adapter=None).adapter is None
     sparse, dense = (

@@ -222,7 +222,7 @@ def test_a_batch_of_three_is_three_singles(model: Transformer, order: tuple[int,
 @needs_library
 @pytest.mark.parametrize("batch", [1, 2, 5, 8, 33])
 def test_a_batch_of_any_size(tiny: Tiny, batch: int) -> None:
-    """More rows than the library takes at once, too; beside a row that selects everything."""
+    """More rows than the library takes at once, too; together with a row that selects everything."""
     model = tiny("opt", intermediate_size=127)
     layers = random_layers(model, mlp=0, heads=0, threshold=0.5)
     tokens = ids_of(21, batch)

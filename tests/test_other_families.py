@@ -1,4 +1,4 @@
-"""Families beside OPT and Llama equal transformers on tiny random checkpoints that transformers itself saved (fp32), decode as they
+"""Families other than OPT and Llama equal transformers on tiny random checkpoints that transformers itself saved (fp32), decode as they
 compute whole sequences, and go back to a folder that transformers loads."""
 
 from __future__ import annotations

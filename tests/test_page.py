@@ -552,7 +552,7 @@ def test_page_fits_a_phone(serve: Callable[..., Server], open_page: Open, scheme
     assert colours == {"light": ["rgb(254, 254, 254)", "rgb(0, 114, 178)"], "dark": ["rgb(20, 23, 27)", "rgb(86, 180, 233)"]}[scheme]
 
 
-def test_page_long_answers_scroll_beside_their_maps(serve: Callable[..., Server], open_page: Open) -> None:
+def test_page_long_answers_scroll_next_to_their_maps(serve: Callable[..., Server], open_page: Open) -> None:
     words = [f" word{place}" for place in range(400)]
     page = open_page(serve(dense=answer(words, traced=False, tok_s=50), sparse=answer(words, traced=True, tok_s=90)))
     finished(page)

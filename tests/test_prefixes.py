@@ -150,7 +150,7 @@ def test_pages_are_counted_once_and_outlive_their_writer() -> None:
     assert cache.reuse(2, [1, 2, 3, 4, 7]) == 4 and cache.free_pages == 8
 
 
-def test_equal_prompts_prefilled_beside_each_other_end_with_one_copy() -> None:
+def test_equal_prompts_prefilled_together_end_with_one_copy() -> None:
     cache = cache_of(10)
     for slot in range(2):
         append(cache, slot, keys_of([1, 2, 3, 4, 5]))
@@ -228,7 +228,7 @@ def continued(engine: Engine, slot: int, ids: Sequence[int], start: int, chunk: 
 
 
 def check_reuse(alone: Engine, sharing: Engine, *, chunks: tuple[int, ...], atol: float) -> None:
-    """Slot 0 writes a prompt and goes on; others begin with its pages, beside it and after it has gone, and differ behind them."""
+    """Slot 0 writes a prompt and goes on; others begin with its pages, next to it and after it has gone, and differ behind them."""
     size, prompt, steps = sharing.info.page_size, ids_of(1, 14), ids_of(2, 3)
     pages = sharing.free_pages
     continued(sharing, 0, prompt, 0, 14, steps[:1])

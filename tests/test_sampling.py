@@ -75,12 +75,12 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
 def test_a_seed_gives_the_same_draws_whatever_else_draws() -> None:
     alone = draws(50, temperature=1.0, seed=7)
     mine, other = Sampler(SamplingConfig(temperature=1.0, seed=7)), Sampler(SamplingConfig(temperature=1.0))
-    beside = []
+    interleaved = []
     for _ in range(50):
         other.draw(LOGITS)
-        beside.append(mine.draw(LOGITS).token_id)
+        interleaved.append(mine.draw(LOGITS).token_id)
         torch.rand(3)
-    assert beside == alone == draws(50, temperature=1.0, seed=7)
+    assert interleaved == alone == draws(50, temperature=1.0, seed=7)
     assert draws(50, temperature=1.0, seed=8) != alone
 
 

@@ -301,7 +301,7 @@ def test_a_try_that_fails_leaves_the_queue_as_it_was_and_is_not_repeated() -> No
 
 
 def test_a_prefix_that_nobody_holds_is_not_for_nothing() -> None:
-    """Cached pages are free pages until they are taken: the third sequence does not fit beside the second, which took them."""
+    """Cached pages are free pages until they are taken: the third sequence does not fit next to the second, which took them."""
     simulation = Simulation(slots=3, pages=8, page_size=4)
     simulation.submit(sequence([5] * 17, 3))
     simulation.drain()
@@ -342,7 +342,7 @@ def test_choices_go_on_when_the_first_is_cancelled(step_first: bool) -> None:
     assert other.generated == 4
 
 
-# Prefill beside decode
+# Prefill along with decode
 
 
 def test_a_long_prompt_does_not_hold_up_short_ones() -> None:

@@ -255,7 +255,7 @@ def test_a_greedy_text_is_that_of_generate(site: Site, lm: LanguageModel, dense:
 
 
 def test_a_seed_gives_the_same_text_whatever_else_runs(site: Site) -> None:
-    """Alone, again, beside others, as the first of three choices; and torch's own generator is not touched."""
+    """Alone, again, among others, as the first of three choices; and torch's own generator is not touched."""
     asked = {"prompt": PROMPT, "max_tokens": 10, "temperature": 1.5, "seed": 7, "ignore_eos": True}
     state = torch.get_rng_state()
     alone = site.choices(**asked)[0]["text"]

@@ -86,8 +86,8 @@ def test_each_selection_is_of_its_kind(name: str, selection: str) -> None:
         chosen = [step[layer] for step in steps]
         assert sum(map(len, chosen)) / (len(chosen) * neurons) == pytest.approx(density, rel=0.1)
         shared = [len(set(a.tolist()) & set(b.tolist())) / max(1, len(a)) for a, b in pairwise(chosen)]
-        beside = [float((a[1:] - a[:-1] == 1).double().mean()) for a in chosen if len(a) > 1]
-        overlap, neighbours = sum(shared) / len(shared), sum(beside) / len(beside)
+        adjacent = [float((a[1:] - a[:-1] == 1).double().mean()) for a in chosen if len(a) > 1]
+        overlap, neighbours = sum(shared) / len(shared), sum(adjacent) / len(adjacent)
         # Independent choices: a token shares `density` of its neurons with the one before, and so many have a neighbour.
         assert overlap > 0.7 if selection == "hot-set" else overlap < density + 0.15
         assert neighbours > 1 - 2 / RUN if selection == "clustered" else neighbours < 2 * density

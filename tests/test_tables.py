@@ -173,7 +173,7 @@ def test_speed_on_a_gpu(tables: ModuleType, measured: Any) -> None:
 
 
 def test_batches_on_a_gpu(tables: ModuleType, measured: Any) -> None:
-    """Of each mode the newest, beside the dense of its own run."""
+    """Of each mode the newest, with the dense of its own run."""
     later = "2031-01-01T00:00:00+00:00"
     measured(
         row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1),

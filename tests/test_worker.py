@@ -265,7 +265,7 @@ def test_prefix_reuse_can_be_left_out() -> None:
         assert [summary_of(events).cached_tokens for events in found] == [0, 0] and model.count("prefill") == {50: 2}
 
 
-def test_prompts_are_read_in_chunks_beside_rows_that_decode() -> None:
+def test_prompts_are_read_in_chunks_with_rows_that_decode() -> None:
     model = StubModel("a" * 50, max_positions=512, page_size=16)
     with serving(model, slots=2, prefill_chunk=20, cache_tokens=1024) as worker:
         engine = model.engines[1]
@@ -319,10 +319,10 @@ def test_a_text_alone_is_drawn_a_few_tokens_at_a_time(new: int, stop: tuple[str,
         assert state.last_error is None and len(model.engines) == 2
 
 
-@pytest.mark.parametrize("beside", ["a neighbour", "one that waits", "a prompt", "the other engine"])
-def test_where_others_run_or_wait_a_step_is_one_token(beside: str) -> None:
+@pytest.mark.parametrize("other_work", ["a neighbour", "one that waits", "a prompt", "the other engine"])
+def test_where_others_run_or_wait_a_step_is_one_token(other_work: str) -> None:
     model = StubModel("ab" * 40, engine=DrawingEngine)
-    slots = 1 if beside == "one that waits" else 2
+    slots = 1 if other_work == "one that waits" else 2
     with serving(model, slots=slots, prefill_chunk=4) as worker:
         engine = model.engines[1]
         assert isinstance(engine, DrawingEngine)
@@ -331,15 +331,15 @@ def test_where_others_run_or_wait_a_step_is_one_token(beside: str) -> None:
         engine.allow(3)
         until(lambda: len(engine.asked) == 3 and engine.waiting.is_set())  # in its third call, of four
         model.engines[0].hold()
-        prompt = [*range(200)] if beside == "a prompt" else [66]
-        other = worker.submit(request(prompt, new=1 if beside == "a prompt" else 20, dense=beside == "the other engine"))
+        prompt = [*range(200)] if other_work == "a prompt" else [66]
+        other = worker.submit(request(prompt, new=1 if other_work == "a prompt" else 20, dense=other_work == "the other engine"))
         engine.allow(4)
         until(lambda: (len(engine.asked) >= 4 and engine.waiting.is_set()) or model.engines[0].waiting.is_set())
         for each in model.engines:
             each.release()
         for stream in (first, other):
             list(stream.events())
-        ones = {"a neighbour": 19, "one that waits": 32, "a prompt": 32, "the other engine": 15}[beside]
+        ones = {"a neighbour": 19, "one that waits": 32, "a prompt": 32, "the other engine": 15}[other_work]
         calls = engine.asked[3 : 3 + ones]
         assert engine.asked[:3] == [(1, 1), (2, 1), (4, 1)] and {count for count, _ in calls} == {1}, engine.asked
         assert worker.state().last_error is None

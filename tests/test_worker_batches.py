@@ -35,7 +35,7 @@ HOSTILE = "zq!! 9# Qx"
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_batch_gives_what_a_generation_gives(lm: LanguageModel, dense: bool) -> None:
-    """Sampled with a seed, beside a neighbour without one and a hostile one, joined late, with a shared prefix: bit for bit."""
+    """Sampled with a seed, next to a neighbour without one and a hostile one, joined late, with a shared prefix: bit for bit."""
     alone = lm.generate(PROMPT, max_new_tokens=12, temperature=1.0, top_p=1.0, seed=7, dense=dense)
     state = torch.get_rng_state()
     with serving(lm, slots=4, prefill_chunk=5) as worker:

@@ -2,7 +2,7 @@
 // counts.
 //
 // One layer takes three barriers. A row's sums are cut into chunks that depend on the model alone and added in the order of
-// the chunks, so that its result depends neither on the rows beside it nor on the number of threads.
+// the chunks, so that its result depends neither on the other rows nor on the number of threads.
 #pragma once
 #include <mutex>
 

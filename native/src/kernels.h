@@ -5,7 +5,7 @@
 // While rows are computed, others are prefetched, evenly: `fetch` bytes (0: none) of the row that idx lists `ahead` rows later,
 // or where idx is NULL `fetch` bytes from `next` on. In the order of addresses and in step with the computation
 // memory delivers twice as much as in bursts (docs/log.md).
-// A result depends on its own row and vector alone, never on which rows are computed beside it.
+// A result depends on its own row and vector alone, never on which rows are computed with it.
 #pragma once
 #include <stdint.h>
 

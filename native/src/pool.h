@@ -37,7 +37,7 @@ class Barrier {
 };
 
 // Keeps the threads of a pool on processors of their own. A scheduler may leave two threads that sleep and wake often on one
-// processor, where each spins while the other should run; a thread that finds itself beside one of a lower number moves.
+// processor, where each spins while the other should run; a thread that finds itself on the processor of one with a lower number moves.
 class Placement {
  public:
   explicit Placement(int threads);

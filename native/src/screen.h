@@ -1,6 +1,6 @@
 // The screened head: low-rank scores B (A x) of every token choose a shortlist, which alone gets its exact logits.
 //
-// Every other logit is -inf. What is drawn is then what the full head with top-k over the shortlist would draw: estimates beside
+// Every other logit is -inf. What is drawn is then what the full head with top-k over the shortlist would draw: estimates among
 // exact values would let a token be drawn for an error of its estimate. The shortlist is the `count` largest scores, of equal ones
 // the first tokens: a set that depends on its row alone, however threads share the vocabulary.
 // In: the input of the head. Out: logits of the block.

@@ -1,4 +1,4 @@
-// What the vectors of AVX2 and AVX-512 share. Both instruction sets have F16C beside them: dispatch.cpp asks for it.
+// What the vectors of AVX2 and AVX-512 share. Both instruction sets come with F16C: dispatch.cpp asks for it.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>

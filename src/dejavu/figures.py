@@ -54,7 +54,7 @@ class CurvePoint(TypedDict):
 
 
 class Curves(TypedDict):
-    """Perplexity against the density of neurons and of heads, beside the dense model's."""
+    """Perplexity against the density of neurons and of heads, with the dense model's."""
 
     mlp: list[CurvePoint]
     heads: list[CurvePoint]
@@ -110,7 +110,7 @@ class Candidate(TypedDict):
 
 
 class Training(Candidate):
-    """What `LanguageModel.train_measured` returns beside the adapter. tokens: those used, of tokens_given. candidates, why: with auto."""
+    """What `LanguageModel.train_measured` returns with the adapter. tokens: those used, of tokens_given. candidates, why: with auto."""
 
     layers: list[LayerTraining]
     ppl_dense: float

@@ -127,7 +127,7 @@ def read_json(path: str | Path) -> Any:
 def new_folder(path: str | Path) -> Generator[Path]:
     """Fill a folder and put it in place only when it is complete.
 
-    Yields a temporary folder beside `path`; when the block ends it takes the place of `path`, and when the block raises
+    Yields a temporary folder next to `path`; when the block ends it takes the place of `path`, and when the block raises
     it is removed and `path` stays as it was. An older folder is replaced, with everything in it, only if it is empty or
     was written by new_folder. Raises ValueError for any other existing path, before the block runs. Files get the mode of
     the process's umask, whatever library wrote them.

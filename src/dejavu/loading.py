@@ -49,7 +49,7 @@ def load(
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder or hub id, an Adapter,
     or None to run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
     native backend int8 and int4; there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
-    values, likewise: auto (on the native backend fp32 beside fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
+    values, likewise: auto (on the native backend fp32 with fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine. backend: auto takes torch for an architecture or an adapter's
     method that the other one does not compute, with a note. before_weights: called with the architecture, the backend and the dtype

@@ -1,4 +1,4 @@
-"""What a loaded model does with whole texts, before it generates or beside it: profile, train an adapter, evaluate.
+"""What a loaded model does with whole texts, before it generates or in between: profile, train an adapter, evaluate.
 
 In: texts, and options that are checked once. Out: an Adapter, and what was measured as typed dicts (figures.py). `LanguageModel` has
 these methods; what is offline runs where the model is.
@@ -81,7 +81,7 @@ class OfflineMethods:
     ) -> Adapter | None:
         """Train an adapter and calibrate it to a loss budget (allowed relative rise of perplexity on held-out text).
 
-        method: predicted, exact, gate, input, or auto, which trains each that the model can have, times it here beside the dense
+        method: predicted, exact, gate, input, or auto, which trains each that the model can have, times it here against the dense
         model and takes the fastest within the budget: None where dense is as fast.
         max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
         layers, so that the same call goes on after an interruption. The other options: see TrainConfig. The model goes on as it is:

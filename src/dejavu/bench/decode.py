@@ -278,7 +278,7 @@ class _DecodeRun:
             alone = {key: Work(run=run, sync=sync) for key, run in {**timed, **read}.items()}
             self.decode = steps({**alone, **peers}, "decode steps")
             return
-        # The steps of a turn wait in the device's queue, as they do where it draws the tokens itself: the host's part is beside them.
+        # The steps of a turn wait in the device's queue, as they do where it draws the tokens itself: the host's part overlaps with them.
         queued = max(1, min(QUEUED, len(tokens) // MIN_REPEATS))
         stepped = {key: lambda index, peer=peer: peer.step(tokens[index]) for key, peer in self.peers.items()}
         works = {key: Work(run=_repeated(run, queued), sync=sync) for key, run in {**timed, **read, **stepped}.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 MAX_BUFFER = 1 << 30  # on the CPU: no cache holds that
-# On a GPU one read must take long beside its launch and the wait for it, and a graph or two may yet ask for memory.
+# On a GPU one read must take long compared with its launch and the wait for it, and a graph or two may yet ask for memory.
 MIN_GPU_BUFFER, MAX_GPU_BUFFER, GPU_SHARE = 1 << 30, 4 << 30, 0.5
 
 

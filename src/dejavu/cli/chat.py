@@ -109,7 +109,7 @@ class Session:
     """A conversation with what reads its messages and shows its answers.
 
     interactive: at a terminal, where a mistake is said and no more, and ^C stops an answer alone; else exit status and ^C are those of
-    any command. turns: figures of every answer, also before a /reset. notes: what was told beside the answers.
+    any command. turns: figures of every answer, also before a /reset. notes: what was told in addition to the answers.
     """
 
     def __init__(self, conversation: Conversation, out: Output, *, interactive: bool) -> None:

@@ -1,4 +1,4 @@
-"""`dejavu eval`: perplexity of texts and accuracy on tasks, dense beside sparse."""
+"""`dejavu eval`: perplexity of texts and accuracy on tasks, dense and sparse."""
 
 from __future__ import annotations
 

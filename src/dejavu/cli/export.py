@@ -1,4 +1,4 @@
-"""`dejavu export`: a model as a plain Hugging Face folder, with its adapter beside it."""
+"""`dejavu export`: a model as a plain Hugging Face folder, with its adapter next to it."""
 
 from __future__ import annotations
 

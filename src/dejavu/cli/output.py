@@ -110,7 +110,7 @@ def screen_line(screen: HeadAgreement) -> str:
 def progress_bars(shown: bool = True) -> Generator[Callable[[str, int, int], None] | None]:
     """A callback progress(what, done, total) that draws a bar for each `what`; None where stderr is no terminal or nothing is `shown`.
 
-    What follows a tab in `what` is shown beside the bar and may change.
+    What follows a tab in `what` is shown next to the bar and may change.
     """
     if not (shown and sys.stderr.isatty()):
         yield None

@@ -28,7 +28,7 @@ def open_run(path: Path) -> Path:
 
 
 def write_sections(folder: Path, lm: LanguageModel, *, screen: HeadAgreement | None = None, **sections: Any) -> Path:
-    """Put sections into the folder's results.json, beside those that it has of the same model; returns the file.
+    """Put sections into the folder's results.json, next to those that it has of the same model; returns the file.
 
     screen: what a screened head was measured to do, which belongs to what ran.
     """

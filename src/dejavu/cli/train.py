@@ -144,7 +144,7 @@ def _inputs(adapter: Adapter, measured: dict[str, Any]) -> Any:
 
 
 def _candidates(measured: dict[str, Any]) -> Any:
-    """What each method reached and how fast it decodes here, beside the dense model in turns."""
+    """What each method reached and how fast it decodes here, in turns with the dense model."""
     columns = ("rise", "within budget", "MLP density", "head density", "reads", "tok/s dense", "sparse", "times", "seconds")
     table = new_table("Methods", "method", *columns)
     for found in measured["candidates"]:

@@ -36,10 +36,10 @@ class Capabilities:
         require(not lacking, f"backend {self.backend!r} does not compute {', '.join(lacking)}; use --backend torch")
 
     def cache_dtype(self, name: str = "auto", *, dtype: str) -> str:
-        """The dtype of the key/value cache for a value of --cache-dtype, beside weights of `dtype`.
+        """The dtype of the key/value cache for a value of --cache-dtype, with weights of `dtype`.
 
-        auto, where there is a choice: fp32 beside fp32 weights, else fp16, whose rounding is small beside theirs. Raises ValueError naming
-        what is offered.
+        auto, where there is a choice: fp32 with fp32 weights, else fp16, whose rounding is small compared with theirs. Raises ValueError
+        naming what is offered.
         """
         offered = self.cache_dtypes or (dtype,)
         if name == "auto":

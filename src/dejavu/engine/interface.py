@@ -2,7 +2,7 @@
 
 A slot holds one sequence. `prefill` runs tokens through the model densely and fills the slot's cache; `step` decodes one
 token for each of several slots, sparse where the engine has predictors, unless the call says otherwise; `free` empties a slot. A row's
-result depends on that row alone, never on the rows beside it.
+result depends on that row alone, never on the other rows of the step.
 
 Letters: B rows of a step  V vocabulary  L layers  A selected  N tokens decoded  T tokens
 P points that read inputs (selectors.POINTS)

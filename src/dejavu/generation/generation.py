@@ -250,7 +250,7 @@ def generate_tokens(
 ) -> Generation:
     """Start a generation in an empty slot: an iterator over Pieces; `.result()` is the GeneratedText.
 
-    stop: strings that end the text before them; the prompt is not searched. stop_ids: tokens that end it, beside the
+    stop: strings that end the text before them; the prompt is not searched. stop_ids: tokens that end it, in addition to the
     tokenizer's EOS (which ignore_eos passes over); they are counted but give no text. At the end of the context the
     generation ends with "length". index: which of several choices of one request (see Sampler).
     on_end: called once the text has ended or is closed and its slot is free; not after an error. reuse_prefix: begin with what the

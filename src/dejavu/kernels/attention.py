@@ -4,7 +4,7 @@ A group is one key/value head with the R query heads that share it. For a group 
     q_h = Q_h x;   m_h = softmax(cap(scale q_h k_g^T)) v_g;   y_D = sum over the selected h of m_h O_h, + bias
 scale is 1 / sqrt(K) unless a model has another, cap(s) = c tanh(s / c) where it has one; a window leaves the last tokens alone.
 Keys and values lie in pages of S tokens; a sequence is a list of page numbers. A group left out costs no row of Q, no
-read of the cache and no row of O. Beside each function: the bytes that any implementation of it has to move.
+read of the cache and no row of O. With each function: the bytes that any implementation of it has to move.
 
 Letters: D model  G groups  R query heads per group  K head_dim  A selected groups  P pages of the pool  N pages of the
 sequence  S tokens per page  T tokens of the sequence

@@ -93,7 +93,7 @@ _SIGNATURES = {
 
 
 def library_folders() -> list[Path]:
-    """Where the library may lie: beside this package's files, wherever they are installed, then a source tree's build folder."""
+    """Where the library may lie: next to this package's files, wherever they are installed, then a source tree's build folder."""
     packaged = [Path(folder) for folder in dejavu.kernels.__path__]
     return [*packaged, Path(__file__).resolve().parents[3] / "build" / "native"]
 

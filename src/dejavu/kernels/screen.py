@@ -5,7 +5,7 @@ In: the matrix of the head, hidden states. Out: A [R, E] and B [V, R] of the bes
     shortlist = the N largest of B (A x), of equal ones the first        logits_v = head_v x for v in the shortlist, else -inf
 
 A's rows are the R right singular vectors of the head with the largest singular values, B = head A^T. Rows of the shortlist are
-what top-k sampling over it would leave: an estimate beside exact logits would let a token be drawn for the estimate's error.
+what top-k sampling over it would leave: an estimate among exact logits would let a token be drawn for the estimate's error.
 
 Letters: V vocabulary  E width of the head  R rank  N tokens of the shortlist
 """

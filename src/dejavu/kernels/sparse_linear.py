@@ -2,7 +2,7 @@
 
     y_O = sum over the kept inputs i of x_i W[:, i], + bias_O
 
-so that an input left out is one column of W not read; a matrix that holds a row for each input (o, down) has that row instead. Beside
+so that an input left out is one column of W not read; a matrix that holds a row for each input (o, down) has that row instead. With
 each function: the bytes that any implementation of it has to move.
 
 Letters: I inputs  O outputs  A kept inputs

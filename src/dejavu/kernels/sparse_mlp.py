@@ -7,7 +7,7 @@
 What selects may need the activated gate of every neuron, g_F = activation(gate_FD x_D + gate_bias_F) (of a plain MLP a_F itself): then
 `gate_mlp` goes on from there.
 
-`down_FD` holds a row per neuron, so that a neuron left out is one row of each matrix not read. Beside each function: the
+`down_FD` holds a row per neuron, so that a neuron left out is one row of each matrix not read. With each function: the
 bytes that any implementation of it has to move.
 
 Letters: D model  F neurons  A selected neurons

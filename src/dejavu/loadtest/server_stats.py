@@ -1,4 +1,4 @@
-"""What a server tells of itself beside its answers (models, /health, memory at /metrics), and whether a load leaves something behind.
+"""What a server tells of itself besides its answers (models, /health, memory at /metrics), and whether a load leaves something behind.
 
 In: an HTTP client with the server's address. Out: model ids, facts, and a `LeakReport`: KV pages and resident memory before and after.
 """

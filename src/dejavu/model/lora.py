@@ -4,7 +4,7 @@ A linear map W [O, I] (outputs x inputs, whatever layout the model keeps it in) 
 
     W' = W + scale * B A        A [R, I], B [O, R], the sum in fp32, then in the dtype of W
 
-and a norm's weight is replaced; the activation may be another one, too. On disk, beside the predictors of layer 3:
+and a norm's weight is replaced; the activation may be another one, too. On disk, next to the predictors of layer 3:
 `layers.3.lora.q.A` int8 [R, I] with
 `layers.3.lora.q.A.scale` fp32 [R], `layers.3.lora.q.B` int8 [O, R] with its scale [O], the same for k, v, o, up, gate and
 down, and `layers.3.norm1`, `layers.3.norm2` fp32 [D]. In memory factors stay int8.

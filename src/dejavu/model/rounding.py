@@ -1,7 +1,7 @@
 """What rounding the weights to a dtype is known to cost a model, so that whoever chooses it is told.
 
 In: a base hash, the dtype that was chosen, the digest of the adapter that runs. Out: a note, or None where there is nothing to say. The
-figures are in models/rounding.json, which recipes/tables.py writes from results/perplexity.jsonl: the rise of perplexity beside fp32,
+figures are in models/rounding.json, which recipes/tables.py writes from results/perplexity.jsonl: the rise of perplexity over fp32,
 dense and by the digest of the adapter that ran.
 """
 

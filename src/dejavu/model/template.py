@@ -35,7 +35,7 @@ def rendered(tokenizer: Tokenizer, messages: Messages) -> str:
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(tokenizer.chat_template)
         template.globals["raise_exception"] = refuse
         return template.render(messages=list(messages), add_generation_prompt=True, **special)
-    except Exception as error:  # a template is foreign code: beside its own errors it raises whatever its expressions do
+    except Exception as error:  # a template is foreign code: besides its own errors it raises whatever its expressions do
         line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
         raise ValueError(f"the chat template cannot be rendered{line}: {error}") from error
 

@@ -50,7 +50,7 @@ class Tokenizer:
     @property
     def longest_token(self) -> int | None:
         """Characters of a text that a token stands for at most; None where that is not told by the vocabulary: where a normalizer may take
-        some away, an added token the white space beside it, or one token stands for all that are unknown."""
+        some away, an added token the white space next to it, or one token stands for all that are unknown."""
         strips = any(token.lstrip or token.rstrip for token in self.backend.get_added_tokens_decoder().values())
         unknown = strips or self.backend.normalizer is not None or getattr(self.backend.model, "fuse_unk", False)
         return None if unknown else max(map(len, self.backend.get_vocab()))

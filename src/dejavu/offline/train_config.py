@@ -15,7 +15,7 @@ class TrainConfig(Config):
     """How a model is made sparse. method: one of METHODS; auto trains each that the model can have and takes the one with the fewest
     reads. budget: allowed relative rise of perplexity. What follows is of predictors. epochs: passes over the training tokens.
 
-    lookahead "auto" takes 1 (the predictor runs beside attention) where that selects at most (1 + lookahead_tolerance) times the
+    lookahead "auto" takes 1 (the predictor runs in parallel with attention) where that selects at most (1 + lookahead_tolerance) times the
     neurons that lookahead 0 selects for the same mass (for heads: loses at most that many times the mass at the same density).
     cached_tokens: context at which the heads' reads are counted.
     """

@@ -6,7 +6,7 @@ inputs and predicts the token after each; every further window ends `stride` tok
 inputs and predicts its last `stride` targets only, so that each token is predicted exactly once (the rolling rule of
 lm-evaluation-harness; stride = context is its default). Without a BOS the first token is context only.
 
-Beside programs that follow another rule the text is cut as llama.cpp cuts it (`half_windows`).
+To compare with programs that follow another rule, the text is cut as llama.cpp cuts it (`half_windows`).
 
     ppl = exp(sum NLL / tokens)      bits per byte = sum NLL / (bytes ln 2)      word ppl = exp(sum NLL / words)
 

@@ -157,7 +157,7 @@ def _shown(token: str) -> str:
 
 
 def columns_width(tokens: int) -> float:
-    """px that the columns of so many tokens take: what the page leaves beside the layers' names, where a token is wide enough so."""
+    """px that the columns of so many tokens take: what the page leaves next to the layers' names, where a token is wide enough so."""
     column = min(max((WIDTH - MARGIN) / tokens, COLUMNS[0]), COLUMNS[1])
     return math.floor(column * tokens)
 

@@ -233,7 +233,7 @@ def _saturation(curves: Sequence[Sequence[Sequence[float]]]) -> float:
 def perplexity_curves(
     name: str, points: Sequence[CurvePoint], ppl_dense: float, *, x: str, chosen: float | None = None, join: bool = False
 ) -> str:
-    """Perplexity against density, selected by predictors and by an oracle, beside the dense model's.
+    """Perplexity against density, selected by predictors and by an oracle, and that of the dense model.
 
     join: draw the curves on to density 1, where nothing is skipped and the model is the dense one.
     """

@@ -15,7 +15,7 @@ class ServeConfig(Config):
 
     slots: sequences at a time. cache_tokens: that the keys and values of all of them together hold; None: slots times the longest sequence,
     of at most 2048 tokens. max_model_len: tokens of the longest sequence, prompt and answer; None: the model's context. queue: sequences
-    that wait at most, beyond those for which a slot is free. prefill_chunk: tokens of prompts in a step, beside the rows that decode.
+    that wait at most, beyond those for which a slot is free. prefill_chunk: tokens of prompts in a step, in addition to its decoding rows.
     prefix_reuse: a prompt that begins like an earlier one takes over what is cached of it.
     """
 

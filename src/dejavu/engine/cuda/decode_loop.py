@@ -1,4 +1,4 @@
-"""What a decode loop on the GPU keeps beside a step: how each row is sampled, and what it made so far: tokens, log-probabilities, counts.
+"""What a decode loop on the GPU adds to a step: how each row is sampled, and what it made so far: tokens, log-probabilities, counts.
 
 After a step's kernels, two sample its logits and one makes the tokens the next step's input: step, sampling and feedback are one
 graph, and the host only starts it again. Steps of short and of long sequences share the memory, so that one can take over from the

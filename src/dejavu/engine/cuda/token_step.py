@@ -1,7 +1,7 @@
 """One token of one sequence on the GPU: the kernels of a decode step, in order, each started on what the last ones left.
 
     embed; for each layer: q, k, v (with the norm, the heads' selection, the A of the neurons' predictor);
-    attention, with the neurons' selection beside it; rows of O; the MLP (with the norm, the A of the next layer's predictors);
+    attention, with the neurons' selection in parallel; rows of O; the MLP (with the norm, the A of the next layer's predictors);
     the head (with the norm)
 
 Four kernels a layer. The residual stream is y + delta: q, k, v read y0 + delta_mlp and write the sum to y1, to which O adds
@@ -125,14 +125,14 @@ class TokenStep:
         project_token(self._y0, self._delta_mlp, model.final_norm, model.head, None, self.logits[0], programmatic=self._chained)
 
     def _attention(self, index: int) -> None:
-        """A layer but for its MLP, with the selection of the neurons that can be selected beside it."""
+        """A layer but for its MLP, with the selection of the neurons that can be selected in parallel with attention."""
         layer, own, config, chained = self.weights[index], self.predictors[index], self.config, self._chained
         groups, selector = own.group_scores, own.selector
         if own.own_heads is not None:
             self._first_half(index, self._y0, self._delta_mlp, layer.norm1, own.own_heads)
         project_token(
             self._y0, self._delta_mlp, layer.norm1, layer.qkv, layer.qkv_bias, self._qkv[0],
-            queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=groups, side=own.beside,
+            queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=groups, side=own.with_qkv,
             y_out_D=self._y1, cleared_D=self._delta_attention, counter=None if selector is None else selector.count,
             programmatic=chained,
         )  # fmt: skip
@@ -176,7 +176,7 @@ class TokenStep:
             torch.sum(sums, 0, out=self._delta_mlp)
 
     def _gate_mlp(self, index: int, gate: GateNeurons, side: Side | None) -> None:
-        """The MLP whose neurons its gate (an ungated one's activation) selects; the counter was set to zero beside q, k and v."""
+        """The MLP whose neurons its gate (an ungated one's activation) selects; the counter was set to zero with q, k and v."""
         layer = self.weights[index]
         mlp, norm = layer.mlp, layer.norm2
         matrix, bias = (mlp.up_FD, mlp.up_bias_F) if mlp.gate_FD is None else (mlp.gate_FD, mlp.gate_bias_F)
@@ -214,7 +214,7 @@ class TokenStep:
         sums.add(points["down"], mlp.down_FD, mlp.down_bias_D, self._delta_mlp)
 
     def _before(self, index: int) -> Side | None:
-        """What the predictors of a layer read beside the MLP of the one before."""
+        """What the predictors of a layer read, computed with the MLP of the one before."""
         return self.predictors[index].before if index < self.config.num_layers else None
 
     def _early(self, own: LayerPredictors) -> NeuronScores | None:
@@ -222,11 +222,11 @@ class TokenStep:
         return own.neurons if own.own_mlp is None else None
 
     def _first_half(self, index: int, y_D: Tensor, delta_D: Tensor, norm: NormWeights, side: Side) -> None:
-        """A predictor's A in a kernel of its own: rows beside a product of no rows."""
+        """A predictor's A in a kernel of its own: side rows of a product of no rows."""
         project_token(y_D, delta_D, norm, self.weights[index].qkv[:0], None, self._qkv[0], side=side, programmatic=self._chained)
 
     def _selected_late(self, index: int, early: NeuronScores | None) -> bool:
-        """Select what was not selected beside attention; whether the MLP's list was there before the kernel before it."""
+        """Select what was not selected together with attention; whether the MLP's list was there before the kernel before it."""
         own, layer = self.predictors[index], self.weights[index]
         if own.neurons is None:
             return True

@@ -5,7 +5,7 @@ fp32, as they are. For a layer that selects inputs, an input left out is a row n
 input, as O and down are: q, k, v and gate, up are copied into that order, which doubles their memory: prefill and steps of several
 rows read the model's own.
 
-A predictor's A runs beside a product of the same input: `before` in the MLP of the layer before, `beside` in q, k and v of its
+A predictor's A runs with a product of the same input: `before` in the MLP of the layer before, `with_qkv` in q, k and v of its
 own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`. For several
 rows each runs alone: `heads_first`, `neurons_first`.
 
@@ -56,7 +56,7 @@ class LayerPredictors:
     neurons in the place of one."""
 
     before: Side | None = None
-    beside: Side | None = None
+    with_qkv: Side | None = None
     own_heads: Side | None = None
     own_mlp: Side | None = None
     group_scores: GroupScores | None = None
@@ -262,13 +262,13 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
             places[id(predictor)] = Side(matrix=side.matrix[rows], scale=side.scale[rows], out=side.out[rows])
             first = rows.stop
     own_heads = _side([of_groups.A_RD], device) if of_groups is not None and id(of_groups) not in places else None
-    own_mlp = beside = None
+    own_mlp = with_qkv = None
     if of_neurons is not None and id(of_neurons) not in places:
         made = _side([of_neurons.A_RD], device)
-        own_mlp, beside = (made, None) if of_neurons.lookahead == 0 else (None, made)
+        own_mlp, with_qkv = (made, None) if of_neurons.lookahead == 0 else (None, made)
     if of_groups is not None and own_heads is not None:
         places[id(of_groups)] = own_heads
-    made = own_mlp or beside
+    made = own_mlp or with_qkv
     if of_neurons is not None and made is not None:
         places[id(of_neurons)] = made
     gate_neurons = None
@@ -277,7 +277,7 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
         gate_neurons = GateNeurons(threshold=threshold, product=products_2F[0], value=products_2F[1], neurons=neurons, count=count_M1[0])
     return LayerPredictors(
         before=side,
-        beside=beside,
+        with_qkv=with_qkv,
         own_heads=own_heads,
         own_mlp=own_mlp,
         group_scores=None

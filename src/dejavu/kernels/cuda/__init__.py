@@ -1,1 +1,1 @@
-"""Triton kernels of the cuda engine, each beside its plain-torch definition. Nothing here is imported where Triton is missing."""
+"""Triton kernels of the cuda engine, each with its plain-torch definition. Nothing here is imported where Triton is missing."""

@@ -6,7 +6,7 @@
 `attend` rotates q and the new k where positions are rotary, stores the new k and v of *every* group, and writes for each split
 of the sequence a partial sum, its maximum and its denominator. `output` combines them for its head while it multiplies with the
 head's rows of O: no kernel in between. `attend` may hold the selection of the MLP's neurons as further programs of its grid: the
-lookahead, computed beside attention.
+lookahead, computed in parallel with attention.
 
 Bytes that any implementation moves: keys and values of the selected groups; rows of O of the selected heads.
 
@@ -240,7 +240,7 @@ def attend(
 ) -> None:
     """Store the rows' new keys and values, and fill `partials` for the heads of the selected groups (all when None).
 
-    qkv_BW: q, k, v of each row, in any float dtype. select: neurons selected beside it. cleared: fp32 memory that is set to zero.
+    qkv_BW: q, k, v of each row, in any float dtype. select: neurons selected in the same launch. cleared: fp32 memory that is set to zero.
     """
     groups, page_size, head_dim = k_PGSK.shape[1:]
     rows, splits = qkv_BW.shape[0], partials.mixed.shape[2]

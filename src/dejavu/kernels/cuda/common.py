@@ -33,7 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """Rows beside a product: matrix [R, D] of any dtype, scale fp32 [R], out fp32 [R]."""
+    """Side rows of a product: matrix [R, D] of any dtype, scale fp32 [R], out fp32 [R]."""
 
     matrix: Tensor
     scale: Tensor
@@ -274,7 +274,7 @@ def products(a1, a2, a3, x1, x2, x3):
 
 @triton.jit
 def side_rows(matrix, scale, out, first, step, count, x1, x2, x3, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr):
-    """out[r] = scale[r] (matrix[r] . x) for rows first, first + step, ..: a predictor's A beside products of the same x."""
+    """out[r] = scale[r] (matrix[r] . x) for rows first, first + step, ..: a predictor's A with products of the same x."""
     for r in range(first, count, step):
         row = r + tl.arange(0, 1)
         live = row < count

@@ -8,7 +8,7 @@ the share top_p; the smaller index first at ties. The token is -1 where a row ha
 
     logprob_b = logit_token - top - log(sum_v exp(logit_v - top)),    top = max_v logit_v
 
-is the token's log-probability before temperature and cuts; NaN beside a token of -1.
+is the token's log-probability before temperature and cuts; NaN where the token is -1.
 
 E_v comes from word v of Philox 4x32-10 with the row's seed as key and (v, step) as counter: a row's numbers depend on its seed and
 on its step alone, which the last kernel increments, so a graph of the kernels draws anew at each replay.
@@ -17,7 +17,7 @@ Two kernels. `_partial`: each block's largest logit and sum of exponentials, and
 `_finish`: one program a row, which reduces these, or, for a row with a cut, finds the threshold by bisection over the bits of the
 values (32 steps are exact) and draws from what is above.
 
-Bytes that any implementation moves: 4 V of a row. Beside them here: 16 a block of scratch, written and read. A row with a cut is
+Bytes that any implementation moves: 4 V of a row. In addition, here: 16 a block of scratch, written and read. A row with a cut is
 read 2 times and 33 or 34 times more for each of its cuts, from the L2 cache: `_finish` is the whole cost of such a row.
 
 Letters: B rows  V vocabulary  C values at a time  L layers  M counts of a layer  N tokens of a ring
@@ -188,7 +188,7 @@ def _largest_key(row, target, top, heat, V, C: tl.constexpr, WEIGHED: tl.constex
 
 @triton.jit
 def _cut(row, top, heat, top_k, top_p, V, C: tl.constexpr):
-    """Where to cut: a key, and how many of the values at that key are kept beside all above it."""
+    """Where to cut: a key, and how many of the values at that key are kept in addition to all above it."""
     key = tl.full([], -2147483648, tl.int32)
     ties = V.to(tl.float32)
     if (top_k > 0) & (top_k < V):

@@ -13,7 +13,7 @@ from dejavu.model.families.llama import LLAMA, UNGATED
 
 def _read(hf: Mapping[str, Any]) -> ModelConfig:
     if (hf.get("rope_parameters") or {}).get("partial_rotary_factor") is not None:
-        # transformers 5.17 writes its default beside the value that it computes with.
+        # transformers 5.17 writes its default next to the value that it computes with.
         hf = {key: value for key, value in hf.items() if key != "partial_rotary_factor"}
     share = hf.get("rope_percent", hf.get("rope_percentage", 0.5))  # its names before partial_rotary_factor
     rotary, bias = rope(hf, partial=share), hf.get("attention_bias", False)

@@ -64,7 +64,7 @@ class TrainedPredictor(nn.Module):
     def __init__(self, block: Block, rank: int, lookahead: int, device: str = "cpu") -> None:
         super().__init__()
         matrix = block.activated
-        # On the device: beside a GPU, a processor that many processes share takes seconds for each layer.
+        # On the device: where there is a GPU, a processor that many processes share takes seconds for each layer.
         left, singular, right = torch.linalg.svd(matrix.weight.detach().to(device, torch.float32), full_matrices=False)
         rank = min(rank, len(singular))
         root_R = singular[:rank].sqrt()

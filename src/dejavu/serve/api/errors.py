@@ -19,7 +19,7 @@ TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # others: by who
 class ApiError(Exception):
     """A request that is refused or failed. status: of HTTP; param: the field at fault; code: a word for programs.
 
-    retry_after_s: seconds after which another try makes sense. headers: beside the envelope.
+    retry_after_s: seconds after which another try makes sense. headers: sent with the envelope.
     """
 
     def __init__(

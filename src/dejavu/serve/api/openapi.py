@@ -35,7 +35,7 @@ ERRORS = {
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers of a route beside its 200."""
+    """The answers of a route other than its 200."""
     found: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         found[status] = {"model": schemas.ErrorEnvelope, "description": ERRORS[status]}

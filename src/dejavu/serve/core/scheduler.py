@@ -5,7 +5,7 @@ the next step: ranges of prompts to prefill, and the sequences that decode one t
 
 A sequence that is admitted has its slot and, in numbers, the pages for its prompt and all of its new tokens: nothing that runs is ever
 put back, and nothing that runs can lack a page. First come, first served, but a small sequence may pass one that does not fit yet, up to
-MAX_PASSED times. Every sequence that can decode does so in every step, beside at most `prefill_chunk` tokens of prompts; those are
+MAX_PASSED times. Every sequence that can decode does so in every step, together with at most `prefill_chunk` tokens of prompts; those are
 shared among the prompts, so that a long one does not hold up the short ones behind it.
 """
 

@@ -30,7 +30,7 @@ def warm_up(engine: Engine, tokenizer: Tokenizer, *, longest: int, both: bool = 
         return
     info, text_ids = engine.info, tokenizer.encode(read_text(TEXT)[:CHARACTERS])
     sizes = sorted({info.num_slots, *(2**power for power in range(info.num_slots.bit_length()))})
-    spare = 2 * len(sizes)  # tokens that a row gets here beside its prompt
+    spare = 2 * len(sizes)  # tokens that a row gets here after its prompt
     room = min(info.max_tokens, longest, len(text_ids)) - spare
     usual = max(0, min(PROMPT, room))
     for first in (usual, LONG) if room >= LONG else (usual,):

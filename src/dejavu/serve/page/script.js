@@ -7,7 +7,7 @@ asked of the page's own server, by addresses relative to the page, and everythin
 
 const BINS = 64; // into which a trace divides the neurons of a layer
 const FRAME = 80; // ms between two drawings of a run: the browser may share its cores with the server
-const LEFT = 24, RIGHT = 44; // px beside a map: the layer's number, its figures
+const LEFT = 24, RIGHT = 44; // px next to a map: the layer's number, its figures
 const $ = (id) => document.getElementById(id);
 const count = (value) => value.toLocaleString("en");
 const number = (value) => (value >= 100 ? count(Math.round(value)) : value.toPrecision(3));
