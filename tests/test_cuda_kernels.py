@@ -93,8 +93,8 @@ def mlp_weights(case: MlpCase, memory: Memory) -> MlpWeights:
 
 
 def check_that_all_fire(x_D: Tensor, weights: MlpWeights) -> None:
-    firing, bias = (weights.up_FD, weights.up_bias_F) if weights.gate_FD is None else (weights.gate_FD, weights.gate_bias_F)
-    pre_F = firing.double() @ x_D + (0 if bias is None else bias.double())
+    activated, bias = (weights.up_FD, weights.up_bias_F) if weights.gate_FD is None else (weights.gate_FD, weights.gate_bias_F)
+    pre_F = activated.double() @ x_D + (0 if bias is None else bias.double())
     assert (pre_F > (0.5 if weights.activation == "fatrelu" else 0)).all()
 
 

@@ -20,7 +20,7 @@ from dejavu.model.bundle import write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline.train_config import TrainConfig
-from dejavu.report.activation_map import binned, firing
+from dejavu.report.activation_map import activation_map, binned
 from dejavu.report.demo import DATA, PROMPT, DemoSizes, demo_texts, run_demo, stated_quality
 from dejavu.report.report import read_results, render
 from helpers.adapters import mlp_of, varied_adapter, without_predictors
@@ -167,7 +167,7 @@ def test_the_picture_is_the_engines_record(checkpoint: Checkpoint, adapter: Adap
     engine = make_engine(checkpoint.model, adapter.layers, EngineOptions(backend="torch", record=True))
     prompt_ids = checkpoint.tokenizer.encode("the cat")
     text = generate_tokens(engine, checkpoint.tokenizer, prompt_ids, max_new_tokens=9, ignore_eos=True).result()
-    data = firing(checkpoint.model, checkpoint.tokenizer, adapter.layers, prompt_ids, text)
+    data = activation_map(checkpoint.model, checkpoint.tokenizer, adapter.layers, prompt_ids, text)
     assert len(data["tokens"]) == 8, "the last token is not read"
     assert text.mlp_density == pytest.approx(sum(layer["density"] for layer in data["layers"]) / 2)
     assert text.head_density == pytest.approx(sum(layer["head_density"] for layer in data["layers"]) / 2)
@@ -191,7 +191,7 @@ def test_a_dense_layer_shows_what_fired(checkpoint: Checkpoint) -> None:
     layers = tuple(type(layer)() for layer in varied_adapter(checkpoint.config, checkpoint.base_hash).layers)
     engine = make_engine(checkpoint.model, layers, EngineOptions(backend="torch", record=True))
     text = generate_tokens(engine, checkpoint.tokenizer, [5, 6, 7], max_new_tokens=6, ignore_eos=True).result()
-    data = firing(checkpoint.model, checkpoint.tokenizer, layers, [5, 6, 7], text)
+    data = activation_map(checkpoint.model, checkpoint.tokenizer, layers, [5, 6, 7], text)
     assert all(not layer["predicted"] and 0.1 < layer["density"] < 0.9 and layer["head_density"] == 1 for layer in data["layers"])
 
 

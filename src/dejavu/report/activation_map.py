@@ -1,7 +1,7 @@
 """Which neurons and heads fire over the tokens of a text that was just generated: as data, and as a picture.
 
-In: a model, its adapter's layers and a GeneratedText with its trace (an engine that records). Out: `firing`, plain and
-small enough for a JSON file, and `firing_svgs`, which draw it. A column is a token that a decode step read. What ran is
+In: a model, its adapter's layers and a GeneratedText with its trace (an engine that records). Out: `activation_map`, plain
+and small enough for a JSON file, and `activation_svgs`, which draw it. A column is a token that a decode step read. What ran is
 the engine's own record; one masked forward pass over the same tokens adds how much each head contributed, |mixed_h O_h|,
 and, for layers whose MLP ran dense, which neurons were not zero.
 
@@ -61,14 +61,14 @@ class _ActivationRecorder(MaskedSelection):
 
 
 @torch.inference_mode()
-def firing(
+def activation_map(
     model: Transformer, tokenizer: Tokenizer, layers: tuple[LayerAdapter, ...], prompt_ids: Sequence[int], text: GeneratedText
 ) -> dict[str, Any]:
     """What ran, by layer and token. Keys: `tokens` (their text); `layers`, each with
 
     neurons     rows x tokens bytes, base64: share of a bin's neurons that ran (255: all)
     rows        bins; density: mean over the tokens; union: share of neurons that some token needed
-    predicted   whether a predictor selected them (else the MLP ran dense, and natural firing is shown)
+    predicted   whether a predictor selected them (else the MLP ran dense, and its activations that are not zero are shown)
     heads       heads x tokens bytes, base64: contribution relative to the strongest head of the layer and token; 0: skipped
     num_heads, head_density, heads_predicted   likewise
 
@@ -162,7 +162,7 @@ def columns_width(tokens: int) -> float:
     return math.floor(column * tokens)
 
 
-def firing_svgs(data: dict[str, Any], part: str) -> tuple[str, str]:
+def activation_svgs(data: dict[str, Any], part: str) -> tuple[str, str]:
     """The picture of part "neurons" or "heads", a strip for each layer and a column for each token: the layers' names, which stay
     where they are when the page is too narrow, and the strips, which scroll."""
     tokens, layers = data["tokens"], data["layers"]
@@ -179,7 +179,7 @@ def firing_svgs(data: dict[str, Any], part: str) -> tuple[str, str]:
         density = layer["density" if neurons else "head_density"]
         notes = [f"{100 * density:.1f}% a token", f"{100 * layer['union']:.0f}% in all"] if neurons else [f"{100 * density:.0f}% a token"]
         notes = notes if predicted else ["all neurons" if neurons else "all heads", *(notes if neurons else ())]
-        power = 0.5 if neurons else 1.0  # the square root keeps rare firing visible
+        power = 0.5 if neurons else 1.0  # the square root keeps rare activations visible
         names.append(
             f'<text class="layer" x="{MARGIN - 8}" y="{y + 12}">layer {index}</text>'
             + "".join(f'<text class="note" x="{MARGIN - 8}" y="{y + 25 + 12 * line}">{note}</text>' for line, note in enumerate(notes))

@@ -40,7 +40,7 @@ from dejavu.offline.profile import profile
 from dejavu.offline.train import train_adapter
 from dejavu.offline.train_config import TrainConfig
 from dejavu.quality.evaluate import evaluate
-from dejavu.report.activation_map import firing
+from dejavu.report.activation_map import activation_map
 from dejavu.report.report import REPORT_FILE, RESULTS_FILE, write_report
 
 PROMPT = "It was late in the autumn when the old lighthouse keeper"
@@ -201,7 +201,7 @@ def run_demo(
             "train": predictors,
             "curves": curves,
             "recall": recall,
-            "firing": firing(model, tokenizer, layers, prompt_ids, recorded),
+            "firing": activation_map(model, tokenizer, layers, prompt_ids, recorded),
             "seconds": clock.seconds,
         }
         write_json(folder / RESULTS_FILE, results)
@@ -233,8 +233,8 @@ def _generate(
     for engine in engines.values():
         run(engine, min(WARM_UP_TOKENS, count))
     texts: dict[str, list[GeneratedText]] = {"dense": [], "sparse": []}
-    for turn in range(sizes.runs):
-        for name in ("dense", "sparse") if turn % 2 == 0 else ("sparse", "dense"):
+    for repeat in range(sizes.runs):
+        for name in ("dense", "sparse") if repeat % 2 == 0 else ("sparse", "dense"):
             texts[name].append(run(engines[name], count))
             if progress is not None:
                 progress("generate", sum(map(len, texts.values())), 2 * sizes.runs)

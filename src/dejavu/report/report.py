@@ -33,7 +33,7 @@ from markupsafe import Markup
 from dejavu.config import require
 from dejavu.figures import CurvePoint, Curves, Evaluation, LayerTraining, PartTraining, Profile
 from dejavu.files import absolute, read_json
-from dejavu.report.activation_map import MARGIN, NATURAL_RGB, SELECTED_RGB, columns_width, firing_svgs
+from dejavu.report.activation_map import MARGIN, NATURAL_RGB, SELECTED_RGB, columns_width, activation_svgs
 from dejavu.version import __version__
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
@@ -286,7 +286,7 @@ def _figures(sections: Sections) -> dict[str, str | tuple[str, str]]:
     from dejavu.report import plots
 
     figures: dict[str, str | tuple[str, str]] = {}
-    profile, train, recall, firing = sections["profile"], sections["train"], sections["recall"], sections["firing"]
+    profile, train, recall, activations = sections["profile"], sections["train"], sections["recall"], sections["firing"]
     if profile is not None:
         layers = profile["layers"]
         figures["density"] = plots.mlp_density(layers, _selected(sections))
@@ -307,9 +307,9 @@ def _figures(sections: Sections) -> dict[str, str | tuple[str, str]]:
                 f"recall-{part}", found, x=f"share of {what} selected", y=f"{what} found (recall)", chosen=chosen
             )
     figures |= _perplexity_figures(sections)
-    if firing is not None:
-        figures["firing_neurons"] = firing_svgs(firing, "neurons")
-        figures["firing_heads"] = firing_svgs(firing, "heads")
+    if activations is not None:
+        figures["firing_neurons"] = activation_svgs(activations, "neurons")
+        figures["firing_heads"] = activation_svgs(activations, "heads")
     return figures
 
 

@@ -304,10 +304,10 @@ def _fill_mlp(block: Block, maker: _Maker, full: int, *, density: float, rank: i
     """Parameters of the MLP; the predictor of what fires in it."""
     size, neurons = block.config.hidden_size, block.config.intermediate_size
     z, mean, square = relu_moments(density)
-    firing, gated = block.activated, block.config.gated
-    firing.weight, norm_F, A_RD, B_FR = maker.planted(firing.weight, rank)
+    activated, gated = block.activated, block.config.gated
+    activated.weight, norm_F, A_RD, B_FR = maker.planted(activated.weight, rank)
     bias_F = -z * norm_F
-    firing.bias = maker.parameter(bias_F)
+    activated.bias = maker.parameter(bias_F)
     if gated:
         assert block.up.bias is not None
         block.up.weight = maker.matrix(block.up.weight, size**-0.5)
