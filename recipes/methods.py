@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="int8", help="of the engine that is timed")
     options = parser.parse_args()
     subject = [options.model, *([] if options.adapter is None else ["--adapter", options.adapter])]
-    asked = [part for flag, values in (("--text", options.text), ("--tasks", options.tasks)) for value in values for part in (flag, value)]
-    quality = printed("eval", *subject, *asked, "--dtype", "fp32", "--max-tokens", str(options.max_tokens), "--limit", str(options.limit))
+    texts = [part for flag, values in (("--text", options.text), ("--tasks", options.tasks)) for value in values for part in (flag, value)]
+    quality = printed("eval", *subject, *texts, "--dtype", "fp32", "--max-tokens", str(options.max_tokens), "--limit", str(options.limit))
     speed = printed("bench", *subject, "--backend", "native", "--dtype", options.dtype)
     decodes = [row for row in map(SpeedRow.from_dict, speed["rows"]) if row.op == "decode"]
     timed = {"dense": next(row for row in decodes if row.dense), "sparse": next(row for row in decodes if row.sparse)}

@@ -56,11 +56,11 @@ def measure(lm: LanguageModel, options: argparse.Namespace, *, temperature: floa
     chat = lm.tokenizer.chat_template is not None
     nlls, loops, texts = [], [], []
     for prompt in MESSAGES if chat else BEGINNINGS:
-        asked = [{"role": "user", "content": prompt}] if chat else prompt
-        prompt_ids = lm.tokenizer.encode(asked) if isinstance(asked, str) else chat_ids(lm.tokenizer, asked)
+        message = [{"role": "user", "content": prompt}] if chat else prompt
+        prompt_ids = lm.tokenizer.encode(message) if isinstance(message, str) else chat_ids(lm.tokenizer, message)
         for seed in range(options.seeds if temperature > 0 else 1):
             text = lm.generate(
-                asked, max_new_tokens=options.new_tokens, temperature=temperature, top_k=lm.config.vocab_size, top_p=top_p, seed=seed,
+                message, max_new_tokens=options.new_tokens, temperature=temperature, top_k=lm.config.vocab_size, top_p=top_p, seed=seed,
                 dense=dense,
             )  # fmt: skip
             nlls.append(nll(lm, prompt_ids, text.token_ids))

@@ -81,8 +81,8 @@ def scored(logprobs: Any) -> list[tuple[Any, ...]]:
 
 def completions(client: openai.OpenAI, model: str, tokens: int) -> Ask:
     def ask(prompt: str, settings: dict[str, Any], stream: bool) -> Answer:
-        asked: Any = {"model": model, "prompt": prompt, "max_tokens": tokens, **settings, **streamed(stream)}
-        answer = client.completions.create(**asked)
+        body: Any = {"model": model, "prompt": prompt, "max_tokens": tokens, **settings, **streamed(stream)}
+        answer = client.completions.create(**body)
         return put_together(answer if stream else [answer])
 
     return ask
@@ -92,8 +92,8 @@ def chat(client: openai.OpenAI, model: str, tokens: int) -> Ask:
     def ask(prompt: str, settings: dict[str, Any], stream: bool) -> Answer:
         logprobs = {"logprobs": True, "top_logprobs": settings["logprobs"]} if "logprobs" in settings else {}
         messages = [{"role": "user", "content": prompt}]
-        asked: Any = {"model": model, "messages": messages, "max_completion_tokens": tokens, **settings, **logprobs, **streamed(stream)}
-        answer = client.chat.completions.create(**asked)
+        body: Any = {"model": model, "messages": messages, "max_completion_tokens": tokens, **settings, **logprobs, **streamed(stream)}
+        answer = client.chat.completions.create(**body)
         return put_together(answer if stream else [answer])
 
     return ask

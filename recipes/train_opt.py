@@ -10,7 +10,7 @@ Loss = cross entropy + mu * sum over layers of mean(a * (1 - p)) / rms(a)
 with a the activations and p = sigmoid(score) of a small predictor, trained along with the model on the input of the
 attention block: mu makes activations predictable. Towards the end half of the sequences
 run with only the predicted neurons, so that the model is good with and without prediction. Sparsity comes from
-steering: the biases of a layer are shifted until its density follows a falling target, and a neuron that nearly never
+density control: the biases of a layer are shifted until its density follows a falling target, and a neuron that nearly never
 fires is lifted.
 """
 
@@ -167,7 +167,7 @@ class Trainer:
         self.companion = Companion(recipe).to(device)
         inner = [p for n, p in self.model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
         tables = [p for n, p in self.model.named_parameters() if p.dim() == 2 and not n.startswith("layers.")]
-        steered = [block.up.bias for block in self.model.blocks]
+        controlled = [block.up.bias for block in self.model.blocks]
         vectors = [p for n, p in self.model.named_parameters() if p.dim() == 1 and not n.endswith("up.bias")]
         rate = recipe.vector_learning_rate
         fused = device != "cpu"
@@ -175,7 +175,7 @@ class Trainer:
             torch.optim.Muon(inner, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW([*tables, *vectors], lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused),
             torch.optim.AdamW(self.companion.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=fused),
-            torch.optim.AdamW(steered, lr=rate / 3, betas=(0.9, 0.95), weight_decay=0.0, fused=fused),
+            torch.optim.AdamW(controlled, lr=rate / 3, betas=(0.9, 0.95), weight_decay=0.0, fused=fused),
         ]
         self.peaks = [recipe.learning_rate, rate, 2e-3, rate / 3]
         self.fired_LF = torch.zeros(recipe.layers, recipe.neurons, device=device)
@@ -251,7 +251,7 @@ class Trainer:
             assert block.norm2 is not None and block.norm2.weight is not None
             spread_F = (block.up.weight * block.norm2.weight).norm(dim=1)
             lift_F = (rate_LF[index] < recipe.rate_floor).float()
-            # Steering is as strong as the gradient: stronger, it moves biases that the weights can no longer follow; weaker,
+            # Control is as strong as the gradient: stronger, it moves biases that the weights can no longer follow; weaker,
             # rare neurons die when it lets go.
             block.up.bias.add_(recipe.steer_gain * fade * spread_F * (recipe.lift * lift_F - error_L[index]))
         if self.step > recipe.foresight_start * recipe.steps:

@@ -233,8 +233,8 @@ def check_reuse(alone: Engine, sharing: Engine, *, chunks: tuple[int, ...], atol
     pages = sharing.free_pages
     continued(sharing, 0, prompt, 0, 14, steps[:1])
     sharing.publish(0, prompt)
-    for turn, chunk in enumerate(chunks):
-        other = [*prompt[:11], *ids_of(3 + turn, 5)]
+    for index, chunk in enumerate(chunks):
+        other = [*prompt[:11], *ids_of(3 + index, 5)]
         expected = continued(alone, 0, other, 0, len(other), steps)
         alone.free(0)
         reused = sharing.reuse(1, other)
@@ -244,7 +244,7 @@ def check_reuse(alone: Engine, sharing: Engine, *, chunks: tuple[int, ...], atol
         assert before - sharing.free_pages == -(-(len(other) + 3) // size) - reused // size
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
         sharing.free(1)
-        if turn == 0:
+        if index == 0:
             sharing.free(0)
     assert sharing.free_pages == pages
 

@@ -67,7 +67,7 @@ def chunks(asked: Asked, facts: Served, *streams: Sequence[Event]) -> list[dict[
     """The same as a stream, the choices' events in turns."""
     endpoint, request = asked
     answer = endpoint.answer(request, facts)
-    found = list(answer.opening())
+    found = list(answer.first_chunks())
     for place in range(max(map(len, streams))):
         for index, stream in enumerate(streams):
             if place < len(stream):

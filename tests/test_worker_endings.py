@@ -335,8 +335,8 @@ def test_logits_that_are_no_numbers_in_the_middle_of_a_turn_of_several_tokens(ba
 def test_a_failure_now_and_then_does_not_cost_the_engine() -> None:
     model = StubModel("abcdef")
     with serving(model, slots=1) as worker:
-        engine, turn = model.engines[1], iter(range(100))
-        engine.before = failing(RuntimeError("now and then"), "prefill", when=lambda slots: next(turn) % 2 == 0)
+        engine, calls = model.engines[1], iter(range(100))
+        engine.before = failing(RuntimeError("now and then"), "prefill", when=lambda slots: next(calls) % 2 == 0)
         assert outcomes(worker.submit_all([request()] * 6)) == ["failed: the engine failed (RuntimeError)", "abcdef"] * 3
         assert len(model.engines) == 2
 

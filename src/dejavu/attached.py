@@ -170,9 +170,9 @@ def decode(engine: Engine, call: GenerateCall, streamer: Streamer | None = None)
     running = _running(rows, new, call, streamer)
     while running:
         tokens = len(new[running[0].slot])
-        asked = running
-        for step in advance(engine, asked, tokens_at_once(tokens - 1, call.max_new_tokens - tokens)):
-            for row, found in zip(asked, step.tokens_B, strict=True):
+        stepped = running
+        for step in advance(engine, stepped, tokens_at_once(tokens - 1, call.max_new_tokens - tokens)):
+            for row, found in zip(stepped, step.tokens_B, strict=True):
                 if row in running:
                     if isinstance(found, ValueError):
                         raise found

@@ -131,8 +131,8 @@ class Conversation:
 
     def _text(self, turns: Sequence[Turn], question: str = "") -> str:
         text = ""
-        for asked, answer in [*((turn.question, str(turn.answer)) for turn in turns), (question, "")]:
-            text += ("\n" if text and asked else "") + asked + answer
+        for message, answer in [*((turn.question, str(turn.answer)) for turn in turns), (question, "")]:
+            text += ("\n" if text and message else "") + message + answer
         return text
 
     def _fitting(self, question: str) -> tuple[int, str | Messages]:

@@ -56,16 +56,16 @@ def load(
     before any weight is read, and also before any is fetched (but of a GGUF file); what it raises ends the loading. Raises ValueError for
     what is not found, not fetched, damaged, unavailable or of another model.
     """
-    asked = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
-    _torch_dtype(dtype, asked)
+    requested = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
+    _torch_dtype(dtype, requested)
     if threads is not None:
         set_threads(threads)
 
     def settle(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
-        """The backend, and what keeps it from being the one asked for. What is wrong is said here, before weights."""
-        lacking = CAPABILITIES[asked].beyond(config)
-        require(backend == "auto" or not lacking, f"backend {asked!r} does not compute {', '.join(lacking)}; use --backend torch")
-        settled = "torch" if lacking else asked
+        """The backend, and what keeps it from being the one requested. What is wrong is said here, before weights."""
+        lacking = CAPABILITIES[requested].beyond(config)
+        require(backend == "auto" or not lacking, f"backend {requested!r} does not compute {', '.join(lacking)}; use --backend torch")
+        settled = "torch" if lacking else requested
         _torch_dtype(dtype, settled)
         if before_weights is not None:
             before_weights(config, settled, "fp32" if dtype == "auto" else dtype)
@@ -112,7 +112,7 @@ def load(
     note = rounding_note(checkpoint.base_hash, dtype, stored_dtype=checkpoint.stored_dtype, adapter=digest)
     lm.notes = lm.notes if note is None else (*lm.notes, note)
     if lacking:
-        lm.notes = (*lm.notes, f"backend torch on the CPU: {asked} does not compute {', '.join(lacking)}")
+        lm.notes = (*lm.notes, f"backend torch on the CPU: {requested} does not compute {', '.join(lacking)}")
     lm.layers()
     return lm
 

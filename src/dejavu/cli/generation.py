@@ -61,14 +61,14 @@ def generate(
     out = Output(as_json)
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(accept_base or not text, "--text is the calibration text for --accept-base; add that, or leave --text out")
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    SamplingConfig().asked(**asked)  # an impossible value is said before a model is loaded
+    overrides = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    SamplingConfig().asked(**overrides)  # an impossible value is said before a model is loaded
     StopStrings(stop or ())
     options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     lm = open_model(
         model, out, options, seed=seed,
         adapter=adapter, dense=dense, accept_base=accept_base, texts=text, download=download, offline=offline,
-        drawing=lambda lm: sampling_words(lm, **asked),
+        drawing=lambda lm: sampling_words(lm, **overrides),
     )  # fmt: skip
     lm.hand_over(dense=lm.adapter is None)
     chat = not raw and lm.tokenizer.chat_template is not None
@@ -114,7 +114,7 @@ def generate(
             "dtype": lm.dtype,
             "cache_dtype": lm.cache_dtype,
             "screened_head": lm.screened_head,
-            "sampling": sampling_values(lm, seed=seed, **asked),
+            "sampling": sampling_values(lm, seed=seed, **overrides),
             "model": lm.name,
             "prompt_tokens": result.prompt_tokens,
             "new_tokens": result.new_tokens,

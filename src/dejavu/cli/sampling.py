@@ -18,25 +18,25 @@ TopP = Annotated[
 ]
 
 
-def sampling_words(lm: LanguageModel, *, dense: bool = False, **asked: float | None) -> str:
-    """Such as "temperature 0.6, top_p 0.9 (of the adapter)". asked: temperature, top_k and top_p, None where nothing was asked."""
-    named = [name for name, value in asked.items() if value is not None]
+def sampling_words(lm: LanguageModel, *, dense: bool = False, **overrides: float | None) -> str:
+    """Such as "temperature 0.6, top_p 0.9 (of the adapter)". overrides: temperature, top_k and top_p, None where not given."""
+    named = [name for name, value in overrides.items() if value is not None]
     source = _source(lm, dense=dense)
     origin = {"default": "", "model": "of the model", "adapter": "of the adapter"}[source]
     if named:
-        origin = f"{', '.join(named)} as asked" + (f", else {origin}" if origin and len(named) < len(asked) else "")
-    words = chosen(lm, dense=dense, **asked).words
+        origin = f"{', '.join(named)} as asked" + (f", else {origin}" if origin and len(named) < len(overrides) else "")
+    words = chosen(lm, dense=dense, **overrides).words
     return f"{words} ({origin})" if origin else words
 
 
-def sampling_values(lm: LanguageModel, *, seed: int | None, dense: bool = False, **asked: float | None) -> dict[str, Any]:
-    """The key `sampling` of a command's object. source: adapter, model or default, of what was not asked."""
-    values = chosen(lm, dense=dense, **asked).to_dict() | {"seed": seed}
-    return values | {"source": _source(lm, dense=dense), "asked": [name for name, value in asked.items() if value is not None]}
+def sampling_values(lm: LanguageModel, *, seed: int | None, dense: bool = False, **overrides: float | None) -> dict[str, Any]:
+    """The key `sampling` of a command's object. source: adapter, model or default, of what was not given."""
+    values = chosen(lm, dense=dense, **overrides).to_dict() | {"seed": seed}
+    return values | {"source": _source(lm, dense=dense), "asked": [name for name, value in overrides.items() if value is not None]}
 
 
-def chosen(lm: LanguageModel, *, dense: bool = False, **asked: Any) -> SamplingConfig:
-    return lm.sampling_of(dense=dense).asked(**asked)
+def chosen(lm: LanguageModel, *, dense: bool = False, **overrides: Any) -> SamplingConfig:
+    return lm.sampling_of(dense=dense).asked(**overrides)
 
 
 def _source(lm: LanguageModel, *, dense: bool) -> str:

@@ -14,7 +14,7 @@ class Token:
     """A token, generated or of a prompt.
 
     logprob: natural logarithm, of the full softmax before bias, temperature, top_k and top_p; None for the first token of a prompt, and
-    where none was asked for. top: the likeliest (id, logprob), likeliest first, where they were asked for. mlp_density, head_density: of
+    where none was requested. top: the likeliest (id, logprob), likeliest first, where they were requested. mlp_density, head_density: of
     the step that led to it, mean over the layers; None for the first generated token, which comes from the prefill, and for those of a
     prompt. selections: by layer, what that step selected, kept when the engine records.
 

@@ -41,9 +41,9 @@ class Target:
         return "chat/completions" if self.chat else "completions"
 
     def body(self, model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
-        asked = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
+        prompted = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         options = {"max_tokens": max_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-        return {"model": model, **asked, **options, **({"ignore_eos": True} if self.ignore_eos else {})}
+        return {"model": model, **prompted, **options, **({"ignore_eos": True} if self.ignore_eos else {})}
 
 
 @dataclass(slots=True, kw_only=True)

@@ -203,8 +203,8 @@ async def warm_up(load: Load, prompts: Mapping[str, Prompts], ask: Ask, requests
     notes = []
     for model, source in prompts.items():
         generator = np.random.default_rng([load.seed, WARM_UP])
-        asked = [source.cut(load.prompt_tokens.draw(generator), generator) for _ in range(count)]
-        replies = await asyncio.gather(*(ask(model, prompt, min(WARM_UP_TOKENS, load.output_tokens.longest)) for prompt in asked))
+        texts = [source.cut(load.prompt_tokens.draw(generator), generator) for _ in range(count)]
+        replies = await asyncio.gather(*(ask(model, prompt, min(WARM_UP_TOKENS, load.output_tokens.longest)) for prompt in texts))
         failed = [reply for reply in replies if reply.error is not None]
         if failed:
             notes.append(f"warm-up: {len(failed)} of {count} requests to {model} failed, e.g. {failed[0].error}: {failed[0].message}")

@@ -46,14 +46,14 @@ def prompts(tokenizer: Tokenizer, documents: Sequence[str], *, rows: int, seed: 
     require(len(lines) > 0, "the text has no line of over 40 characters to take prompts from; leave --chat-share out")
     before, after = frame(tokenizer)
     drawn = np.random.default_rng((seed, 2))
-    turn = fruitless = 0
+    batch = fruitless = 0
     while True:
-        length, found = LINE_TOKENS[turn % len(LINE_TOKENS)], []
+        length, found = LINE_TOKENS[batch % len(LINE_TOKENS)], []
         for index in drawn.integers(len(lines), size=4 * rows):
             ids = tokenizer.encode_plain(lines[index])[:length]
             if len(ids) == length and len(found) < rows:
                 found.append([*before, *ids, *after])
-        turn += 1
+        batch += 1
         fruitless = 0 if found else fruitless + 1
         require(fruitless < len(LINE_TOKENS), f"the lines of the text have fewer than {LINE_TOKENS[0]} tokens; leave --chat-share out")
         if found:

@@ -115,7 +115,7 @@ class TextHandler:
 
         mode = answer.request.mode
         await send(start)
-        await send(_body(b"".join(server_sent(chunk) for chunk in answer.opening())))
+        await send(_body(b"".join(server_sent(chunk) for chunk in answer.first_chunks())))
         try:
             async with contextlib.aclosing(running.events()) as events:
                 async for came in events:

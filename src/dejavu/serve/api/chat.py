@@ -60,8 +60,8 @@ class ChatAnswer(Answer[schemas.ChatLogprobs]):
         choices = [self._choice(index) for index in self.choices]
         return schemas.ChatCompletion(object="chat.completion", choices=choices, usage=self.usage(), dejavu=self.sparsity(), **self._about)
 
-    def opening(self) -> Iterator[schemas.Schema]:
-        """Whose turn it is."""
+    def first_chunks(self) -> Iterator[schemas.Schema]:
+        """The role that speaks."""
         for index in self.choices:
             yield self._said(index, schemas.ChatDelta(role="assistant", content=""))
 

@@ -121,9 +121,9 @@ def choices_of(body: Sampled, served: Served, *, prompts: int) -> int:
     traced = traced and not served.is_dense(body.model)  # a dense one is recorded where it runs
     most = served.max_traced if traced else served.max_choices
     if prompts * n > most:
-        asked = f"{prompts} prompts with n = {n}" if prompts > 1 else f"n = {n}"
+        requested = f"{prompts} prompts with n = {n}" if prompts > 1 else f"n = {n}"
         raise invalid(
-            f"{asked} are {prompts * n} texts, and a request {'with a trace ' if traced else ''}may ask for {most}",
+            f"{requested} are {prompts * n} texts, and a request {'with a trace ' if traced else ''}may ask for {most}",
             param="prompt" if prompts > 1 else "n",
         )
     return n

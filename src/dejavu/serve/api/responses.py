@@ -35,7 +35,7 @@ def server_sent(thing: schemas.Schema) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta(Generic[L]):
-    """What an event adds to its choice. logprobs: in the form of the endpoint, None where none were asked for; scored: how many they
+    """What an event adds to its choice. logprobs: in the form of the endpoint, None where none were requested; scored: how many they
     are."""
 
     text: str
@@ -96,7 +96,7 @@ class Answer(Generic[L]):
         """The answer in one object, once all choices have ended."""
         raise NotImplementedError
 
-    def opening(self) -> Iterator[schemas.Schema]:
+    def first_chunks(self) -> Iterator[schemas.Schema]:
         """The chunks before any event."""
         yield from ()
 
