@@ -46,7 +46,7 @@ def test_a_peer_takes_turns_on_the_same_tokens(tiny: Tiny) -> None:
     assert (decode.backend, decode.model, decode.dtype, decode.layers) == ("transformers", "tiny", "fp32", 2)
     assert decode.gbs is None and decode.pct_ceiling is None
     # 7 steps are three turns of one that does not count and three that do, once to warm up and once timed.
-    assert peer.asked[8:] == [IDS[: 9 + step + 1] for _ in range(2) for step in range(3 * TURN)]
+    assert peer.requested[8:] == [IDS[: 9 + step + 1] for _ in range(2) for step in range(3 * TURN)]
     own = rows["decode", "dense"]
     assert own.p50_us == pytest.approx(1), "a fake clock stands still while we compute"
     assert own.tok_s is not None and decode.tok_s is not None
@@ -77,7 +77,7 @@ def test_a_peer_with_other_logits_is_not_timed(tiny: Tiny, dtype: str, error: fl
         return
     with pytest.raises(ValueError, match="transformers decodes other logits than tiny dense .*not timed"):
         bench(model, [DENSE_VARIANT], IDS, **SIZES, peers=[peer])
-    assert len(peer.asked) == 8, "the check, and nothing after it"
+    assert len(peer.requested) == 8, "the check, and nothing after it"
 
 
 def test_a_peer_of_another_vocabulary_or_with_nan_is_not_timed(tiny: Tiny) -> None:
@@ -118,7 +118,7 @@ def test_an_engine_that_is_wrong_is_not_timed(tiny: Tiny, monkeypatch: pytest.Mo
     peer = FakePeer(model)
     with pytest.raises(ValueError, match="backend 'torch' decodes other logits than the forward pass .*not timed"):
         bench(model, variants(model), IDS, **SIZES, peers=[peer])
-    assert peer.asked == []
+    assert peer.requested == []
 
 
 @needs_library

@@ -36,7 +36,7 @@ from helpers.loads import PROMPTS, TEXT, load, replied
 FAKE = (sys.executable, str(Path(__file__).parent / "helpers" / "fake_openai.py"))
 
 
-def asked(server: FakeServer, *, chat: bool = False, tokens: int = 4, timeout_s: float = 20.0, **options: Any) -> Reply:
+def reply_of(server: FakeServer, *, chat: bool = False, tokens: int = 4, timeout_s: float = 20.0, **options: Any) -> Reply:
     """One request to a fake server."""
 
     async def work(url: str) -> Reply:
@@ -54,22 +54,22 @@ class TestClient:
         """Real delays: no piece comes before the server wrote it, and none much later."""
         told = {"mode": "sparse", "mlp_density": 0.25, "trace": None}
         server = FakeServer(answers=[Answer(first_s=0.08, each_s=0.04, dejavu=told)])
-        reply = asked(server, chat=chat, api_key="key")
+        reply = reply_of(server, chat=chat, api_key="key")
         assert (reply.error, reply.status, reply.finish_reason, reply.tokens, len(reply.texts)) == (None, 200, "length", 4, 4)
         assert 0.08 <= reply.texts[0] - reply.sent < 5 and 0.2 <= reply.texts[-1] - reply.sent < 10 and reply.texts == sorted(reply.texts)
         assert reply.sent < reply.texts[-1] <= reply.ended
         assert (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (7, 4, 1)
         assert reply.densities == {"mode": "sparse", "mlp_density": 0.25}
-        [body] = server.asked
+        [body] = server.requested
         assert body["stream"] and body["ignore_eos"] and body["temperature"] == 0 and body["model"] == "tiny" and body["max_tokens"] == 4
         assert ("messages" in body, "prompt" in body) == (chat, not chat) and server.headers[0]["authorization"] == "Bearer key"
 
     def test_line_separators_within_text_do_not_cut_an_event(self) -> None:
-        reply = asked(FakeServer(answers=[Answer(text="\u2028a\x85\x0b")]), ignore_eos=False)
+        reply = reply_of(FakeServer(answers=[Answer(text="\u2028a\x85\x0b")]), ignore_eos=False)
         assert reply.error is None and len(reply.texts) == 4
 
     def test_a_server_that_does_not_count(self) -> None:
-        reply = asked(FakeServer(answers=[Answer(usage=False)]))
+        reply = reply_of(FakeServer(answers=[Answer(usage=False)]))
         assert (reply.error, reply.completion_tokens, reply.tokens) == (None, None, 4)
 
     @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ class TestClient:
         ids=lambda value: value.fails or "empty" if isinstance(value, Answer) else "",
     )
     def test_what_is_no_whole_answer_is_an_error(self, answer: Answer, error: str, message: str) -> None:
-        reply = asked(FakeServer(answers=[answer]))
+        reply = reply_of(FakeServer(answers=[answer]))
         assert reply.error == error and message in reply.message and reply.ended > reply.sent
         assert reply.retry_after_s == (7.0 if answer.retry_after else None)
 
     def test_an_answer_that_hangs_ends_at_the_timeout(self) -> None:
-        reply = asked(FakeServer(answers=[Answer(fails="hangs")]), timeout_s=1.0)
+        reply = reply_of(FakeServer(answers=[Answer(fails="hangs")]), timeout_s=1.0)
         assert reply.error == "timeout" and len(reply.texts) == 1 and 1.0 <= reply.ended - reply.sent < 20
 
     def test_nobody_listens(self) -> None:
@@ -158,7 +158,7 @@ class TestBench:
             ("tiny", "sparse", 0.2, 6),
             ("tiny", "dense", 1.0, 6),
         ]
-        loads = [(body["model"], body["prompt"]) for body in server.asked if body["max_tokens"] > 1]
+        loads = [(body["model"], body["prompt"]) for body in server.requested if body["max_tokens"] > 1]
         assert [model for model, _ in loads] == ["tiny"] * 3 + ["tiny:dense"] * 6 + ["tiny"] * 3
         assert {prompt for model, prompt in loads if model == "tiny"} == {prompt for model, prompt in loads if model != "tiny"}
         row = found.rows[0]
@@ -178,7 +178,7 @@ class TestBench:
     def test_warm_up_is_none_of_the_load(self) -> None:
         server = FakeServer()
         [row] = self.bench(server, load(requests=3, concurrency=5, output_tokens=Mix(lengths=(40,), shares=(1.0,))), models=["tiny"]).rows
-        lengths = [body["max_tokens"] for body in server.asked]
+        lengths = [body["max_tokens"] for body in server.requested]
         assert sorted(lengths) == [1, 1, 16, 16, 16, 16, 16, 40, 40, 40] and (row.requests, row.output_tokens) == (3, 120)
 
     def test_a_failed_warm_up_is_noted(self) -> None:
@@ -335,10 +335,10 @@ class TestCommand:
         assert row.rate == 200 and row.concurrency is None and row.completed > 5 and row.rounds == 4 and row.commit is not None
 
     def test_its_own_server(self, command, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[list[str]] = []
+        requested: list[list[str]] = []
 
         def fake(arguments: list[str]) -> Any:
-            asked.append(arguments)
+            requested.append(arguments)
             return served(arguments[:1], command=FAKE, start_s=60)
 
         monkeypatch.setattr("dejavu.loadtest.process.served", fake)
@@ -357,7 +357,7 @@ class TestCommand:
         status, out, err = command("small", *SMALL, "--requests", "4", *options, "--json")
         assert (status, err) == (0, "") and [row["model"] for row in json.loads(out)["rows"]] == ["small", "small"]
         given = ["--adapter", "folder", "--backend", "torch", "--dtype", "fp32", "--threads", "1", "--slots", "3", "--host-name", "a b"]
-        assert asked == [["small", *given]]
+        assert requested == [["small", *given]]
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

@@ -37,23 +37,23 @@ def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch, work: Path) -> list[tuple[Any, ...]]:
     """`dejavu.bench.peers.cpu` replaced: transformers runs what was exported, llama.cpp something else. What it was asked is kept."""
-    asked: list[tuple[Any, ...]] = []
+    requested: list[tuple[Any, ...]] = []
 
     def open_peers(names: Sequence[str], *, export_folder: Path | None, gguf: Path | None, threads: int) -> tuple[list[Peer], list[str]]:
         exported = None if export_folder is None else load(export_folder, backend="torch")
-        asked.append((list(names), None if exported is None else exported.name, gguf, threads))
+        requested.append((list(names), None if exported is None else exported.name, gguf, threads))
         opened: list[Peer] = []
         if "transformers" in names and exported is not None and export_folder is not None:
             opened.append(FakePeer(exported.model, name=export_folder.name))
         if "llama.cpp" in names:
             opened.append(FakePeer(load(work / "model", backend="torch").model, name="other.gguf", mode="llama.cpp", dtype="q4_1"))
-        asked.append(tuple(opened))
+        requested.append(tuple(opened))
         return opened, ["ctranslate2 is not installed"] if "ctranslate2" in names else []
 
     module = ModuleType("dejavu.bench.peers.cpu")
     module.open_peers = open_peers  # pyrefly: ignore[missing-attribute]
     monkeypatch.setitem(sys.modules, "dejavu.bench.peers.cpu", module)
-    return asked
+    return requested
 
 
 @needs_library
@@ -149,15 +149,15 @@ def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]], mon
 @pytest.fixture
 def planted_here(cuda: type[CudaStandIn], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The GPU's backend without one: what is planted lies on the CPU. What was asked for is kept."""
-    asked: list[dict[str, Any]] = []
+    requested: list[dict[str, Any]] = []
 
     def planted_on_cpu(name: str, **options: Any) -> planted.PlantedModel:
-        asked.append({"name": name, **options})
+        requested.append({"name": name, **options})
         return make(name, **options | {"device": "cpu"})
 
     make = planted.planted_model
     monkeypatch.setattr(planted, "planted_model", planted_on_cpu)
-    return asked
+    return requested
 
 
 def test_a_planted_model_on_the_gpu(call, planted_here: list[dict[str, Any]], cuda: type[CudaStandIn]) -> None:
@@ -191,13 +191,13 @@ def test_a_planted_model_shows_what_it_misses_before_its_speed(call, planted_her
 
 
 def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    requested: list[Any] = []
 
     def op(**changes: Any) -> ops.OpRun:
         return ops.OpRun(run=lambda copy: None, bytes=100.0, check=lambda: 0.5, copies=2, **changes)
 
     def cuda_ops(model: Any, **options: Any) -> Any:
-        asked.append(options)
+        requested.append(options)
         return lambda density, selection: {"head": op(sparse=False)} if density is None else {"mlp": op()}, op()
 
     module = ModuleType("dejavu.bench.ops_cuda")
@@ -219,7 +219,7 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
     )
     result = obj(call(*arguments, "--batch", "1", "--batch", "3", "--json"))
     rows = [row for row in result["rows"] if row["op"] not in ("decode", "prefill", "read")]
-    assert asked == [{"batch": batch, "seed": 0} for batch in (1, 3)]
+    assert requested == [{"batch": batch, "seed": 0} for batch in (1, 3)]
     at = [(density, selection) for density in (0.05, 0.1, 0.2, 0.5) for selection in ("hot-set", "uniform")]
     assert [(row["mlp_density"], row["selection"]) for row in rows] == [(None, None), *at, (1.0, None)] * 2
     assert {(row["op"], row["mode"], row["nodes"], row["head_density"]) for row in rows} == {

@@ -83,8 +83,8 @@ def test_it_serves_until_it_is_interrupted(work: Path) -> None:
         with client:
             assert client.get("/health").json()["status"] == "ok"
             for name, low, high in (("model", 0, 0.999), ("model:dense", 1, 1)):
-                asked = {"model": name, "prompt": "the cat", "max_tokens": 5, "ignore_eos": True, "temperature": 0}
-                answer = client.post("/v1/completions", json=asked).json()
+                requested = {"model": name, "prompt": "the cat", "max_tokens": 5, "ignore_eos": True, "temperature": 0}
+                answer = client.post("/v1/completions", json=requested).json()
                 assert answer["usage"]["completion_tokens"] == 5 and low <= answer["dejavu"]["mlp_density"] <= high
             messages = [{"role": "user", "content": "the cat"}]
             answer = client.post("/v1/chat/completions", json={"model": "model", "messages": messages, "max_tokens": 3})

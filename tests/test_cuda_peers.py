@@ -34,14 +34,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Compiling takes a while: functions run as they are, and what torch.compile was asked for is kept."""
-    asked: list[dict[str, Any]] = []
+    requested: list[dict[str, Any]] = []
 
     def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        asked.append(options)
+        requested.append(options)
         return function
 
     monkeypatch.setattr(torch, "compile", compiled)
-    return asked
+    return requested
 
 
 @pytest.mark.parametrize("kind", MODELS)

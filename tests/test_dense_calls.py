@@ -102,13 +102,13 @@ def test_a_call_may_record(tiny: Tiny, kind: str, method: str) -> None:
     """Or leave it, whatever the engine was made for; what ran dense selected nothing."""
     model = tiny("llama")
     layers = METHODS[method](model)
-    made, asked = ENGINES[kind](model, layers, record=True), ENGINES[kind](model, layers)
-    for engine in (made, asked):
+    made, requested = ENGINES[kind](model, layers, record=True), ENGINES[kind](model, layers)
+    for engine in (made, requested):
         engine.prefill(0, ids_of(3, 5))
-    expected, found = made.step([7], [0]), asked.step([7], [0], record=True)
+    expected, found = made.step([7], [0]), requested.step([7], [0], record=True)
     assert expected.selections is not None and found.selections is not None
     assert [lists(layer) for layer in found.selections[0]] == [lists(layer) for layer in expected.selections[0]]
-    assert made.step([8], [0], record=False).selections is None and asked.step([8], [0]).selections is None
+    assert made.step([8], [0], record=False).selections is None and requested.step([8], [0]).selections is None
     dense = made.step([9], [0], sparse=False)
     assert dense.selections is not None
     assert all(layer.neurons_A is None and layer.heads_A is None and layer.inputs_P is None for layer in dense.selections[0])

@@ -76,14 +76,14 @@ def test_variants(tiny: Tiny) -> None:
     as_they_are = variants_at(model, lambda *_: layers, IDS)
     assert [variant.mode for variant in as_they_are] == ["dense", "sparse", "sparse+heads"] and as_they_are[2].layers is layers
     assert variants_at(model, lambda *_: None, IDS) == as_they_are[:1] and variants_of(None) == []
-    asked: list[tuple[str | None, float | None]] = []
+    requested: list[tuple[str | None, float | None]] = []
 
     def layers_for(selection: str | None, density: float | None) -> tuple[LayerAdapter, ...]:
-        asked.append((selection, density))
+        requested.append((selection, density))
         return layers
 
     found = variants_at(model, layers_for, IDS, densities=[0.1, 0.3], head_densities=[0.5, 0.75], selections=["uniform"])
-    assert asked == [("uniform", 0.1), ("uniform", 0.3)]
+    assert requested == [("uniform", 0.1), ("uniform", 0.3)]
     assert [variant.mode for variant in found] == ["dense", *(["sparse", "sparse+heads", "sparse+heads"] * 2)]
     for variant, (mlp, heads) in zip(found[1:], [(0.1, 1), (0.1, 0.5), (0.1, 0.75), (0.3, 1), (0.3, 0.5), (0.3, 0.75)], strict=True):
         assert variant.layers is not None and variant.selection == "uniform"

@@ -93,12 +93,12 @@ class ScriptedEngine:
 
 
 class DecodingEngine(ScriptedEngine):
-    """A scripted engine that decodes by itself; `asked` says how many tokens at a time. A script that ends goes on with NaN."""
+    """A scripted engine that decodes by itself; `requested` says how many tokens at a time. A script that ends goes on with NaN."""
 
     def __init__(self, script: Sequence[int], *, max_positions: int = 64, records: bool = False) -> None:
         super().__init__(script, max_positions=max_positions)
         self.records = records
-        self.asked: list[int] = []
+        self.requested: list[int] = []
 
     def decode(
         self,
@@ -110,7 +110,7 @@ class DecodingEngine(ScriptedEngine):
         *,
         sparse: bool = True,
     ) -> Decoded:
-        self.asked.append(count)
+        self.requested.append(count)
         steps: list[StepResult] = []
         ids, logprobs = list(token_ids_B), []
         for _ in range(count):
@@ -478,23 +478,23 @@ def test_tokens_that_come_several_at_a_time_give_what_single_ones_do(
 
 
 def test_chunks_grow_and_keep_to_what_is_left() -> None:
-    def asked(*, max_new_tokens: int, max_positions: int = 64, free_pages: int = 100) -> list[int]:
+    def requested(*, max_new_tokens: int, max_positions: int = 64, free_pages: int = 100) -> list[int]:
         engine = DecodingEngine([0] * 70, max_positions=max_positions)
         engine.free_pages = free_pages
         generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=max_new_tokens).result()
-        assert engine.steps == sum(engine.asked), "no token too many"
-        return engine.asked
+        assert engine.steps == sum(engine.requested), "no token too many"
+        return engine.requested
 
-    assert asked(max_new_tokens=1) == []
-    assert asked(max_new_tokens=29) == [1, 2, 4, 8, 8, 5]
-    assert asked(max_new_tokens=100, max_positions=12) == [1, 2, 4, 3]
-    assert asked(max_new_tokens=19, free_pages=0)[:5] == [1, 2, 4, 8, 1], "what a page has left, then one, which the engine refuses"
+    assert requested(max_new_tokens=1) == []
+    assert requested(max_new_tokens=29) == [1, 2, 4, 8, 8, 5]
+    assert requested(max_new_tokens=100, max_positions=12) == [1, 2, 4, 3]
+    assert requested(max_new_tokens=19, free_pages=0)[:5] == [1, 2, 4, 8, 1], "what a page has left, then one, which the engine refuses"
 
 
 def test_an_engine_that_records_is_stepped() -> None:
     engine = DecodingEngine([0] * 4, records=True)
     assert generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=4).result() == "aaaa"
-    assert (engine.asked, engine.steps) == ([], 3)
+    assert (engine.requested, engine.steps) == ([], 3)
 
 
 def test_tokens_before_logits_that_are_not_numbers_are_handed_out() -> None:
@@ -532,7 +532,7 @@ def test_the_time_of_dropped_tokens_counts_and_they_do_not(monkeypatch: pytest.M
 
     engine = SlowEngine([0, 0, 0, 0, 1, *[0] * 20])
     result = generate_tokens(engine, WordTokenizer(["a"]), [0], max_new_tokens=20).result()
-    assert (result, engine.asked, result.new_tokens, result.tok_s) == ("aaaa", [1, 2, 4], 5, 4 / 14)
+    assert (result, engine.requested, result.new_tokens, result.tok_s) == ("aaaa", [1, 2, 4], 5, 4 / 14)
 
 
 def test_the_end_is_told_once_when_the_slot_is_free() -> None:

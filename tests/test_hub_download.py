@@ -137,10 +137,10 @@ def test_a_model_is_fetched_and_generates(fake: FakeHub, files: dict[str, bytes]
     lm = dejavu.load("me/tiny", backend="torch", download=True)
     assert lm.name == "me/tiny" and str(lm.generate(PROMPT, max_new_tokens=3)) == expected
     assert fetched(tmp_path, "me/tiny") == set(files)
-    asked = len(fake.log)
+    requested = len(fake.log)
     assert dejavu.load("me/tiny", backend="torch", download=True).base_hash == lm.base_hash
     assert dejavu.load("me/tiny", backend="torch").base_hash == lm.base_hash
-    assert len(fake.log) == asked, "what is here is not asked for again"
+    assert len(fake.log) == requested, "what is here is not asked for again"
 
 
 def test_nothing_is_asked_of_the_network_unasked(fake: FakeHub, files: dict[str, bytes], refused: Refused, tmp_path: Path) -> None:
@@ -390,9 +390,9 @@ def test_part_of_a_model_in_the_cache(fake: FakeHub, files: dict[str, bytes], re
     folder = resolve_model("me/tiny", download=True)
     for name in ("model.safetensors", "tokenizer.json"):
         (folder / name).rename(folder / "away")
-        asked = len(fake.log)
+        requested = len(fake.log)
         assert f"'me/tiny' is only in part on this machine, without {name}; fetch it with --download" in refused("me/tiny")
-        assert len(fake.log) == asked
+        assert len(fake.log) == requested
         (folder / "away").unlink()
         assert load("me/tiny", backend="torch", download=True).name == "me/tiny"
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors", "b": "model.safetensors"}}')

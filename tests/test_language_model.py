@@ -490,8 +490,8 @@ def test_a_model_that_was_handed_over_writes_the_same_and_nothing_else(folder: P
     assert torch.equal(engine.prefill(0, [5, 6, 7]), own.prefill(0, [5, 6, 7]))
     lm.adapter = make_adapter(lm.config, lm.base_hash, threshold=0.7)
     assert lm.generate(PROMPT, max_new_tokens=2)
-    asked: list[Callable[[], object]] = [lambda: lm.logits([5, 6]), lambda: list(lm.model.named_weights()), lm.model.widened]
-    for ask in asked:
+    requested: list[Callable[[], object]] = [lambda: lm.logits([5, 6]), lambda: list(lm.model.named_weights()), lm.model.widened]
+    for ask in requested:
         with pytest.raises(ValueError, match="handed over to an engine.* load the model again"):
             ask()
     with pytest.raises(ValueError, match="handed over"):

@@ -25,7 +25,7 @@ class Bench:
 
     def __init__(self, seconds: Mapping[str, float], errors: Mapping[str, float] | None = None, copies: int = 3) -> None:
         self.seconds, self.errors, self.copies = seconds, errors or {}, copies
-        self.now, self.asked, self.ran = 0.0, list[Any](), list[tuple[str, int]]()
+        self.now, self.requested, self.ran = 0.0, list[Any](), list[tuple[str, int]]()
 
     def clock(self) -> float:
         return self.now
@@ -38,7 +38,7 @@ class Bench:
         return OpRun(run=run, bytes=size, check=lambda: self.errors.get(name, 0.5), copies=self.copies, **changes)
 
     def ops_at(self, density: float | None, selection: str | None) -> dict[str, OpRun]:
-        self.asked.append((density, selection))
+        self.requested.append((density, selection))
         if density is None:
             return {"head": self.op("head", 4000.0, sparse=False)}
         return {"mlp": self.op("mlp", 1e4 * density)}
@@ -52,7 +52,7 @@ def test_rows_of_every_point() -> None:
     bench = Bench({"read": 1e-4, "mlp": 2e-6, "head": 8e-7})  # the read: 10 GB/s
     rows = bench.rows(densities=(0.1, 1.0), selections=("uniform", "hot-set"))
     assert {(row.op, row.mode, row.sparse) for row in rows} >= {("head", "dense", False), ("mlp", "sparse", True)}
-    assert bench.asked == [(None, None), (0.1, "uniform"), (0.1, "hot-set"), (1.0, "uniform")]
+    assert bench.requested == [(None, None), (0.1, "uniform"), (0.1, "hot-set"), (1.0, "uniform")]
     found = [(row.op, row.mode, row.mlp_density, row.selection) for row in rows]
     assert found == [
         ("head", "dense", None, None), ("mlp", "sparse", 0.1, "uniform"), ("mlp", "sparse", 0.1, "hot-set"), ("mlp", "sparse", 1.0, None),
@@ -99,7 +99,7 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
     bench = Bench({})
     with pytest.raises(ValueError, match=message):
         bench.rows(**options)
-    assert bench.asked == []
+    assert bench.requested == []
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

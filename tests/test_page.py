@@ -225,7 +225,7 @@ def test_page_runs_without_maps_at_full_speed(serve: Callable[..., Server], open
     page.click("#run")
     outcome = wait_status(page, "Sparse ran at 2.00")
     assert "recording" not in outcome and outcome.endswith("The answers part at token 4.")
-    assert "dejavu" not in server.asked("sparse") and page.is_hidden("#maps") and page.locator(".piece[tabindex]").count() == 0
+    assert "dejavu" not in server.requested("sparse") and page.is_hidden("#maps") and page.locator(".piece[tabindex]").count() == 0
     page.hover("#sparse-text .piece:nth-of-type(4)")
     page.focus("#sparse-text")  # by which it scrolls
     assert page.evaluate("document.activeElement.id") == "sparse-text"
@@ -430,7 +430,7 @@ def test_page_chats_where_the_model_has_a_template(serve: Callable[..., Server],
     page.fill("#prompt", "Hello")
     finished(page)
     assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
-    assert server.asked("sparse")["messages"] == [{"role": "user", "content": "Hello"}] and "prompt" not in server.asked("dense")
+    assert server.requested("sparse")["messages"] == [{"role": "user", "content": "Hello"}] and "prompt" not in server.requested("dense")
     assert text_of(page, "sparse-text") == "".join(SPARSE) and text_of(page, "sparse-tokens") == "6"
 
 

@@ -45,7 +45,7 @@ def test_training_has_the_options_and_defaults_of_its_config(method: Any) -> Non
 
 def test_what_is_trained_is_what_was_asked(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option reaches the config, each at a value that is not its default."""
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "method": "gate", "budget": 0.25, "rank": 3, "loss": "bce", "epochs": 0.5, "learning_rate": 0.125, "max_tokens": 600,
         "lookahead": "1", "lookahead_tolerance": 0.5, "heads": False, "cached_tokens": 7, "seed": 5,
     }  # fmt: skip
@@ -56,8 +56,8 @@ def test_what_is_trained_is_what_was_asked(lm: LanguageModel, monkeypatch: pytes
         return [(make_adapter(lm.config, lm.base_hash), {})]
 
     monkeypatch.setattr("dejavu.offline.train.train_adapters", train_adapters)
-    lm.train(TEXT, **asked)
-    assert seen == [TrainConfig(**asked)] and all(asked[field.name] != field.default for field in dataclasses.fields(TrainConfig))
+    lm.train(TEXT, **requested)
+    assert seen == [TrainConfig(**requested)] and all(requested[field.name] != field.default for field in dataclasses.fields(TrainConfig))
 
 
 def test_texts_have_one_length_by_default_everywhere() -> None:

@@ -35,11 +35,11 @@ def ids(tokens: Sequence[Token | ValueError]) -> list[int]:
 
 def test_how_many_tokens_are_asked_for() -> None:
     """Each call asks for as many as there are and one more, up to the most; never for more than are left."""
-    decoded, asked = 0, []
+    decoded, requested = 0, []
     while decoded < 30:
-        asked.append(tokens_at_once(decoded, 30 - decoded))
-        decoded += asked[-1]
-    assert asked == [1, 2, 4, CHUNK, CHUNK, 7] and decoded == 30
+        requested.append(tokens_at_once(decoded, 30 - decoded))
+        decoded += requested[-1]
+    assert requested == [1, 2, 4, CHUNK, CHUNK, 7] and decoded == 30
     assert tokens_at_once(9, 100, most=1) == 1 and tokens_at_once(9, 100, most=4) == 4
     assert tokens_at_once(9, 0) == tokens_at_once(9, -3) == 1, "an engine that is full says so itself"
 
@@ -54,10 +54,10 @@ def test_rows_that_want_more_than_tokens_are_drawn_on_the_host(options: dict[str
     plain, more = begun(engine)[0], Row(slot=1, sampler=Sampler(SamplingConfig()), **options)
     draw(more, engine.prefill(1, list(PROMPT)))
     (step,) = advance(engine, [plain, more], 4)
-    assert ids(step.tokens_B) == [ord("b")] * 2 and engine.asked == [], "one of them is enough"
+    assert ids(step.tokens_B) == [ord("b")] * 2 and engine.requested == [], "one of them is enough"
     assert [row.last for row in (plain, more)] == [ord("b")] * 2
     steps = advance(engine, [plain], 3)
-    assert [ids(step.tokens_B) for step in steps] == [[ord(c)] for c in "cde"] and engine.asked == [(3, 1)] and plain.last == ord("e")
+    assert [ids(step.tokens_B) for step in steps] == [[ord(c)] for c in "cde"] and engine.requested == [(3, 1)] and plain.last == ord("e")
     assert [(row.slot, row.last) for row in (plain, more)] == [(0, ord("e")), (1, ord("b"))]
 
 
@@ -127,7 +127,7 @@ def test_generate_of_transformers_draws_where_the_engine_does() -> None:
         found.append(decode(engine, call, streamer))
         given.append(streamer.given)
         if isinstance(engine, DrawingEngine):
-            assert engine.asked == [(1, 2), (2, 2), (4, 1), (1, 1)]
+            assert engine.requested == [(1, 2), (2, 2), (4, 1), (1, 1)]
             assert engine.drawn[0] == ((5, 0), (5, 1)) and engine.drawn[-1] == ((5, 1),), "each row has a stream of its own"
     assert found[0] == found[1] == [[*b"ab", EOS], [*b"cdefghijk"]]
     assert given[0] == given[1] == [[97, 99], [98, 100], [EOS, 101], *([0, each] for each in range(102, 108))]

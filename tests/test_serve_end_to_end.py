@@ -96,11 +96,11 @@ def test_a_model_may_be_served_by_another_name() -> None:
 def test_stop_strings(answer: str, max_tokens: int, stop: Any, text: str, reason: str, tokens: int) -> None:
     """Nothing that is sent is taken back, and the first to complete wins. The prompt is not searched."""
     with site_of(StubModel(answer)) as site:
-        asked = {"prompt": "DEFGHIJ aab two", "max_tokens": max_tokens, "stop": stop, "temperature": 0}
-        (choice,) = site.choices(**asked)
+        requested = {"prompt": "DEFGHIJ aab two", "max_tokens": max_tokens, "stop": stop, "temperature": 0}
+        (choice,) = site.choices(**requested)
         assert (choice["text"], choice["finish_reason"]) == (text, reason)
-        assert site.post(**asked).json()["usage"]["completion_tokens"] == tokens
-        (echoed,) = site.choices(**asked, echo=True, logprobs=0)
+        assert site.post(**requested).json()["usage"]["completion_tokens"] == tokens
+        (echoed,) = site.choices(**requested, echo=True, logprobs=0)
         assert echoed["text"] == "DEFGHIJ aab two" + text and len(echoed["logprobs"]["tokens"]) == 15 + tokens
 
 
@@ -210,8 +210,9 @@ def site(lm: LanguageModel, tokenizer: Tokenizer) -> Iterator[Site]:
 def test_echoed_logprobs_are_those_of_the_model(site: Site, lm: LanguageModel, brute: Brute, max_tokens: int, as_ids: bool) -> None:
     """Of the prompt, by a forward pass over it; of what follows too, dense."""
     ids = lm.tokenizer.encode(PROMPT)
-    asked = {"model": f"{site.name}:dense", "prompt": ids[1:] if as_ids else PROMPT, "echo": True, "logprobs": 2, "max_tokens": max_tokens}
-    (choice,) = site.choices(**asked, temperature=0, ignore_eos=True)
+    prompt = ids[1:] if as_ids else PROMPT
+    requested = {"model": f"{site.name}:dense", "prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": max_tokens}
+    (choice,) = site.choices(**requested, temperature=0, ignore_eos=True)
     found = choice["logprobs"]
     ids = ids[1:] if as_ids else ids
     vocabulary = Vocabulary(lm.tokenizer)
@@ -256,20 +257,20 @@ def test_a_greedy_text_is_that_of_generate(site: Site, lm: LanguageModel, dense:
 
 def test_a_seed_gives_the_same_text_whatever_else_runs(site: Site) -> None:
     """Alone, again, among others, as the first of three choices; and torch's own generator is not touched."""
-    asked = {"prompt": PROMPT, "max_tokens": 10, "temperature": 1.5, "seed": 7, "ignore_eos": True}
+    requested = {"prompt": PROMPT, "max_tokens": 10, "temperature": 1.5, "seed": 7, "ignore_eos": True}
     state = torch.get_rng_state()
-    alone = site.choices(**asked)[0]["text"]
-    three = [choice["text"] for choice in site.choices(**asked, n=3)]
+    alone = site.choices(**requested)[0]["text"]
+    three = [choice["text"] for choice in site.choices(**requested, n=3)]
     assert three[0] == alone and len(set(three)) == 3
     others = [threading.Thread(target=lambda: site.post(prompt="the", max_tokens=20, ignore_eos=True)) for _ in range(4)]
     for other in others:
         other.start()
-    assert [site.choices(**asked)[0]["text"] for _ in range(3)] == [alone] * 3
+    assert [site.choices(**requested)[0]["text"] for _ in range(3)] == [alone] * 3
     for other in others:
         other.join()
     assert torch.equal(torch.get_rng_state(), state)
-    assert site.choices(**asked | {"prompt": ["the hat", PROMPT]})[1]["text"] == alone, "prompts do not matter to each other"
-    unseeded = {site.post(**asked | {"seed": None}).json()["choices"][0]["text"] for _ in range(4)}
+    assert site.choices(**requested | {"prompt": ["the hat", PROMPT]})[1]["text"] == alone, "prompts do not matter to each other"
+    unseeded = {site.post(**requested | {"seed": None}).json()["choices"][0]["text"] for _ in range(4)}
     assert len(unseeded) > 1
 
 
@@ -301,11 +302,11 @@ def test_a_chat_may_fill_the_context(site: Site, lm: LanguageModel) -> None:
 def test_a_prefix_is_shared_by_both_names(lm: LanguageModel, tokenizer: Tokenizer) -> None:
     """Later requests find the pages of the first one's prompt; the dense model finds none of its answer, and answers as a fresh server."""
     prompt = [5, 6, 7, 8] * 10
-    asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    requested = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     with site_of(lm) as site:
         texts, cached = [], []
         for model in ("tiny", "tiny", "tiny:dense", "tiny:dense"):
-            answer = site.post(**asked, model=model).json()
+            answer = site.post(**requested, model=model).json()
             texts.append(answer["choices"][0]["text"])
             cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
         assert cached[0] == 0 and cached[1] == cached[2] == cached[3] > 0
@@ -313,16 +314,16 @@ def test_a_prefix_is_shared_by_both_names(lm: LanguageModel, tokenizer: Tokenize
         assert texts[0] == texts[1] and texts[2] == texts[3]
     with site_of(lm, prefix_reuse=False) as site:
         for _ in range(2):
-            fresh = site.post(**asked, model="tiny:dense").json()
+            fresh = site.post(**requested, model="tiny:dense").json()
             assert fresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 and fresh["choices"][0]["text"] == texts[2]
 
 
 def test_rows_of_a_batch_do_not_matter_to_each_other(site: Site) -> None:
     """Twelve prompts at once over three slots: each is what it is alone."""
     prompts = [f"{word} {PROMPT}"[: 8 + 2 * place] for place, word in enumerate(["the", "cat", "and", "hat"] * 3)]
-    asked = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
-    together = [choice["text"] for choice in site.choices(prompt=prompts, **asked)]
-    assert together == [site.choices(prompt=prompt, **asked)[0]["text"] for prompt in prompts]
+    requested = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    together = [choice["text"] for choice in site.choices(prompt=prompts, **requested)]
+    assert together == [site.choices(prompt=prompt, **requested)[0]["text"] for prompt in prompts]
 
 
 def test_the_bundled_model() -> None:

@@ -41,8 +41,8 @@ def client(url: str, worker: FakeWorker) -> Iterator[openai.OpenAI]:
 
 
 def test_openai_client_completions(client: openai.OpenAI, worker: FakeWorker) -> None:
-    asked: Any = {"model": "tiny", "prompt": ["the", "cat"], "n": 2, "max_tokens": 5, "logprobs": 1, "stop": ["x"], "seed": 3}
-    whole = client.completions.create(**asked)
+    requested: Any = {"model": "tiny", "prompt": ["the", "cat"], "n": 2, "max_tokens": 5, "logprobs": 1, "stop": ["x"], "seed": 3}
+    whole = client.completions.create(**requested)
     assert [(choice.index, choice.text, choice.finish_reason) for choice in whole.choices] == [
         (index, f"-.{index % 2}", "stop") for index in range(4)
     ]
@@ -52,22 +52,22 @@ def test_openai_client_completions(client: openai.OpenAI, worker: FakeWorker) ->
     assert whole.model_extra is not None and whole.model_extra["dejavu"]["mlp_density"] == 0.25
 
     texts: dict[int, str] = {}
-    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.completions.create(**requested, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
             texts[choice.index] = texts.get(choice.index, "") + choice.text
     assert texts == {choice.index: choice.text for choice in whole.choices} and chunk.usage == whole.usage
 
 
 def test_openai_client_chat(client: openai.OpenAI, worker: FakeWorker) -> None:
-    asked: Any = {"model": "tiny:dense", "messages": [USER], "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
-    whole = client.chat.completions.create(**asked)
+    requested: Any = {"model": "tiny:dense", "messages": [USER], "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**requested)
     (choice,) = whole.choices
     assert choice.message.content == "-.0" and choice.message.role == "assistant" and choice.finish_reason == "stop"
     assert choice.logprobs is not None and choice.logprobs.content is not None
     assert [(token.token, token.bytes) for token in choice.logprobs.content] == [("-", [45]), (".", [46])]
     assert worker.requests[0].dense and worker.requests[0].max_new_tokens == 5
 
-    deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**requested, stream=True)]
     assert deltas[0].delta.role == "assistant" and "".join(choice.delta.content or "" for choice in deltas) == "-.0"
     assert [choice.finish_reason for choice in deltas] == [None] * (len(deltas) - 1) + ["stop"]
 

@@ -269,8 +269,8 @@ def test_what_a_request_does_not_say_of_drawing_is_the_models_own(chatty: Tokeni
 
 def test_what_is_asked_reaches_the_requests(chatty: Tokenizer) -> None:
     fields = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "stop": "x", "logit_bias": {"5": -2}, "ignore_eos": True}
-    asked = completed(chatty, **fields, model="tiny:dense", max_tokens=3, logprobs=2, echo=True, stream=True, dejavu={"trace": True})
-    (request,) = asked.sequences
+    requested = completed(chatty, **fields, model="tiny:dense", max_tokens=3, logprobs=2, echo=True, stream=True, dejavu={"trace": True})
+    (request,) = requested.sequences
     assert (
         request.sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9, seed=7)
         and request.stop == ("x",)
@@ -295,8 +295,8 @@ def test_what_is_asked_reaches_the_requests(chatty: Tokenizer) -> None:
 
 def test_choices_of_a_prompt_differ_and_prompts_do_not_matter_to_each_other(chatty: Tokenizer) -> None:
     """Choice j of a prompt draws what it draws alone: its index is within its prompt."""
-    asked = completed(chatty, prompt=["the", "cat"], n=2, seed=1)
-    assert [(request.prompt_ids, request.index) for request in asked.sequences] == [
+    requested = completed(chatty, prompt=["the", "cat"], n=2, seed=1)
+    assert [(request.prompt_ids, request.index) for request in requested.sequences] == [
         (tuple(chatty.encode(text)), index) for text in ("the", "cat") for index in (0, 1)
     ]
 
@@ -312,8 +312,8 @@ def test_bos_comes_once(chatty: Tokenizer, tokenizer: Tokenizer) -> None:
     """Raw text: the tokenizer's own, once; a chat: what the template spells; token ids: as they are."""
     bosless = dataclasses.replace(tokenizer, adds_bos=False)
 
-    def count(asked: ParsedRequest) -> int:
-        return asked.sequences[0].prompt_ids.count(2)
+    def count(requested: ParsedRequest) -> int:
+        return requested.sequences[0].prompt_ids.count(2)
 
     assert count(completed(tokenizer)) == 1 and count(completed(tokenizer, prompt="</s>the cat")) == 1 and count(completed(bosless)) == 0
     assert count(chatted(chatty, USER)) == 1
@@ -431,8 +431,8 @@ def test_a_chat_is_as_long_as_its_template_makes_it(chatty: Tokenizer) -> None:
     short = dataclasses.replace(chatty, chat_template="{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}")
     assert short.longest_token is not None
     body = chat({"role": "assistant", "content": "a" * 100_000 + "</think>the"}, {"role": "user", "content": "cat"})
-    asked = parse_chat(parse(json.dumps(body).encode(), ChatBody), served(short, max_characters=64 * short.longest_token))
-    assert len(asked.sequences[0].prompt_ids) < 64
+    requested = parse_chat(parse(json.dumps(body).encode(), ChatBody), served(short, max_characters=64 * short.longest_token))
+    assert len(requested.sequences[0].prompt_ids) < 64
 
 
 def test_what_a_token_stands_for_at_most_is_known_where_the_vocabulary_tells_it(chatty: Tokenizer) -> None:

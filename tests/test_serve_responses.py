@@ -38,24 +38,24 @@ def facts(tokenizer: Tokenizer) -> Served:
     return served(dataclasses.replace(tokenizer, chat_template="{{ messages[0].content }}"))
 
 
-Asked = tuple[TextEndpoint, ParsedRequest]
+EndpointRequest = tuple[TextEndpoint, ParsedRequest]
 
 
-def completion(facts: Served, **fields: Any) -> Asked:
-    return asked_of(COMPLETIONS, facts, {"prompt": "the cat"} | fields)
+def completion(facts: Served, **fields: Any) -> EndpointRequest:
+    return request_of(COMPLETIONS, facts, {"prompt": "the cat"} | fields)
 
 
-def chat(facts: Served, **fields: Any) -> Asked:
-    return asked_of(CHAT, facts, {"messages": [USER]} | fields)
+def chat(facts: Served, **fields: Any) -> EndpointRequest:
+    return request_of(CHAT, facts, {"messages": [USER]} | fields)
 
 
-def asked_of(endpoint: TextEndpoint, facts: Served, fields: dict[str, Any]) -> Asked:
+def request_of(endpoint: TextEndpoint, facts: Served, fields: dict[str, Any]) -> EndpointRequest:
     return endpoint, endpoint.parse(endpoint.body.model_validate({"model": "tiny"} | fields), facts)
 
 
-def whole(asked: Asked, facts: Served, *streams: Sequence[Event]) -> dict[str, Any]:
+def whole(requested: EndpointRequest, facts: Served, *streams: Sequence[Event]) -> dict[str, Any]:
     """The answer as a client reads it, in one object."""
-    endpoint, request = asked
+    endpoint, request = requested
     answer = endpoint.answer(request, facts)
     for index, stream in enumerate(streams):
         for event in stream:
@@ -63,9 +63,9 @@ def whole(asked: Asked, facts: Served, *streams: Sequence[Event]) -> dict[str, A
     return json.loads(to_bytes(answer.whole()))
 
 
-def chunks(asked: Asked, facts: Served, *streams: Sequence[Event]) -> list[dict[str, Any]]:
+def chunks(requested: EndpointRequest, facts: Served, *streams: Sequence[Event]) -> list[dict[str, Any]]:
     """The same as a stream, the choices' events in turns."""
-    endpoint, request = asked
+    endpoint, request = requested
     answer = endpoint.answer(request, facts)
     found = list(answer.first_chunks())
     for place in range(max(map(len, streams))):
@@ -167,8 +167,8 @@ def test_a_chat_tells_logprobs_in_its_own_form(facts: Served) -> None:
 def test_a_stream_has_its_parts_in_order(facts: Served, kind: Any) -> None:
     """Roles first; one finish_reason for each choice, in its last chunk; usage only where it was asked for, last."""
     streams = [spoken("Hel", "lo", prompt=5), spoken("", "Bye", "", finish="length", prompt=5)]
-    asked = kind(facts, n=2, stream=True)
-    found = chunks(asked, facts, *streams)
+    requested = kind(facts, n=2, stream=True)
+    found = chunks(requested, facts, *streams)
     if kind is chat:
         assert [chunk["choices"][0]["delta"] for chunk in found[:2]] == [{"role": "assistant", "content": ""}] * 2
         assert {chunk["object"] for chunk in found} == {"chat.completion.chunk"}
@@ -196,9 +196,9 @@ def test_a_stream_has_its_parts_in_order(facts: Served, kind: Any) -> None:
 )
 def test_chunks_joined_are_the_whole(facts: Served, cuts: list[list[str]], echo: bool, logprobs: int | None) -> None:
     streams = [spoken(*texts) for texts in cuts]
-    asked = completion(facts, prompt=["the", "cat"], echo=echo, logprobs=logprobs)
-    once = whole(asked, facts, *streams)["choices"]
-    found = chunks(asked, facts, *streams)
+    requested = completion(facts, prompt=["the", "cat"], echo=echo, logprobs=logprobs)
+    once = whole(requested, facts, *streams)["choices"]
+    found = chunks(requested, facts, *streams)
     for index, choice in enumerate(once):
         assert joined(found, index) == choice["text"] == ("the", "cat")[index] * echo + "".join(cuts[index])
         parts = [part["logprobs"] for chunk in found for part in chunk["choices"] if part["index"] == index]

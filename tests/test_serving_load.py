@@ -200,23 +200,23 @@ class TestLoops:
 
     def test_models_take_turns_with_the_same_requests(self) -> None:
         async def work(loop: VirtualLoop) -> tuple[list[Segment], list[tuple[str, str]], list[int]]:
-            asked: list[tuple[str, str]] = []
+            requested: list[tuple[str, str]] = []
             after: list[int] = []
 
             async def note(model: str, prompt: str, max_tokens: int) -> Reply:
-                asked.append((model, prompt))
+                requested.append((model, prompt))
                 await asyncio.sleep(0.01)
                 return replied(loop.time(), loop.time())
 
             async def ended() -> None:
-                after.append(len(asked))
+                after.append(len(requested))
 
             models = {"a": PROMPTS, "b": PROMPTS}
-            return await run_load(open_load(requests=7, rounds=3), models, note, clock=loop.time, after_round=ended), asked, after
+            return await run_load(open_load(requests=7, rounds=3), models, note, clock=loop.time, after_round=ended), requested, after
 
-        segments, asked, after = virtually(work)
+        segments, requested, after = virtually(work)
         assert [segment.model for segment in segments] == ["a", "b", "b", "a", "a", "b"] and after == [6, 10, 14]
-        own = {model: [prompt for name, prompt in asked if name == model] for model in ("a", "b")}
+        own = {model: [prompt for name, prompt in requested if name == model] for model in ("a", "b")}
         assert own["a"] == own["b"] and len(set(own["a"])) == 7
 
     @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_the_command_line_answers_a_message(
     tiny: Tiny, chatty: Tokenizer, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def printed(folder: str, *options: str) -> dict:
-        asked = [
+        requested = [
             "generate",
             str(tmp_path / folder),
             "--backend",
@@ -63,7 +63,7 @@ def test_the_command_line_answers_a_message(
             "--json",
             *options,
         ]
-        assert run(asked) == 0
+        assert run(requested) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     model = tiny("llama")

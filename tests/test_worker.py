@@ -313,7 +313,7 @@ def test_a_text_alone_is_drawn_a_few_tokens_at_a_time(new: int, stop: tuple[str,
         engine, state = model.engines[1], worker.state()
         assert isinstance(engine, DrawingEngine)
         calls, tokens = {10: ([1, 2, 4, 2], 10), 3: ([1, 1], 3)}.get(new, ([1, 2, 4], 8) if stop else ([1, 2, 4, 4, 4], 14))
-        assert engine.asked == [(count, 1) for count in calls]
+        assert engine.requested == [(count, 1) for count in calls]
         assert state.tokens == tokens == summary_of(events).completion_tokens
         assert state.steps == state.fallback_layers == sum(calls) and state.running == 0 and state.pages_free == state.pages_total
         assert state.last_error is None and len(model.engines) == 2
@@ -329,19 +329,19 @@ def test_where_others_run_or_wait_a_step_is_one_token(other_work: str) -> None:
         engine.hold()
         first = worker.submit(request(new=40))
         engine.allow(3)
-        until(lambda: len(engine.asked) == 3 and engine.waiting.is_set())  # in its third call, of four
+        until(lambda: len(engine.requested) == 3 and engine.waiting.is_set())  # in its third call, of four
         model.engines[0].hold()
         prompt = [*range(200)] if other_work == "a prompt" else [66]
         other = worker.submit(request(prompt, new=1 if other_work == "a prompt" else 20, dense=other_work == "the other engine"))
         engine.allow(4)
-        until(lambda: (len(engine.asked) >= 4 and engine.waiting.is_set()) or model.engines[0].waiting.is_set())
+        until(lambda: (len(engine.requested) >= 4 and engine.waiting.is_set()) or model.engines[0].waiting.is_set())
         for each in model.engines:
             each.release()
         for stream in (first, other):
             list(stream.events())
         ones = {"a neighbour": 19, "one that waits": 32, "a prompt": 32, "the other engine": 15}[other_work]
-        calls = engine.asked[3 : 3 + ones]
-        assert engine.asked[:3] == [(1, 1), (2, 1), (4, 1)] and {count for count, _ in calls} == {1}, engine.asked
+        calls = engine.requested[3 : 3 + ones]
+        assert engine.requested[:3] == [(1, 1), (2, 1), (4, 1)] and {count for count, _ in calls} == {1}, engine.requested
         assert worker.state().last_error is None
 
 

@@ -4,7 +4,7 @@
     with running(server) as url: ...
 
 It counts a token for every `characters` characters of a prompt and one for each piece of text. Answers are given in turn, over and over;
-the probes of a benchmark (max_tokens 1) always get a plain one. What was asked is in `server.asked`.
+the probes of a benchmark (max_tokens 1) always get a plain one. What was asked is in `server.requested`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class FakeServer:
     tells: Sequence[str] = ("health", "memory")  # where its pages: health, metrics; and its memory
     pages_lost: int = 0
     memory_grows: int = 0
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    requested: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     turns: int = 0
 
@@ -92,7 +92,7 @@ class FakeServer:
 
     async def completion(self, request: Request) -> Response:
         body = await request.json()
-        self.asked.append(body)
+        self.requested.append(body)
         self.headers.append(dict(request.headers))
         answer = Answer()
         if body["max_tokens"] > 1:

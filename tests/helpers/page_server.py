@@ -93,7 +93,7 @@ class PageServer:
     def mode(self, model: str) -> str:
         return next(entry["dejavu"]["mode"] for entry in self.listed if entry["id"] == model)
 
-    def asked(self, mode: str) -> dict[str, Any]:
+    def requested(self, mode: str) -> dict[str, Any]:
         """The body of the last request for that mode."""
         return next(body for _, _, body in reversed(self.requests) if self.mode(body["model"]) == mode)
 

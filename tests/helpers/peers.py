@@ -22,7 +22,7 @@ class FakePeer:
         self.mode, self.dtype, self.model, self.version, self.threads, self.device = mode, dtype, name, "1.2.3", 1, "cpu"
         self.error, self.silent, self.closed = error, False, False
         self.reference, self.ids = model, list[int]()
-        self.asked: list[list[int]] = []
+        self.requested: list[list[int]] = []
         self.clock: FakeClock | None = None
 
     def prefill(self, ids: Sequence[int]) -> None:
@@ -32,7 +32,7 @@ class FakePeer:
 
     def step(self, token_id: int) -> Tensor | None:
         self.ids.append(token_id)
-        self.asked.append(list(self.ids))
+        self.requested.append(list(self.ids))
         if self.clock is not None:
             self.clock.now += 0.25
         logits_V = self.reference(torch.tensor([self.ids]))[0, -1]

@@ -253,14 +253,14 @@ class StubEngine:
 
 
 class DrawingEngine(StubEngine):
-    """Draws by itself, what `step` would give; -1 after the token in `damaged`. asked: of each call, how many tokens of how many rows."""
+    """Draws by itself, what `step` would give; -1 after the token in `damaged`. requested: tokens and rows of each call."""
 
     damaged: int | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.drawn: list[tuple[tuple[int | None, int], ...]] = []
-        self.asked: list[tuple[int, int]] = []
+        self.requested: list[tuple[int, int]] = []
 
     def decode(
         self,
@@ -274,7 +274,7 @@ class DrawingEngine(StubEngine):
     ) -> Decoded:
         sampling, choices = sampling or [SamplingConfig()] * len(slots_B), choices or [0] * len(slots_B)
         self.drawn.append(tuple(zip((config.seed for config in sampling), choices, strict=True)))
-        self.asked.append((count, len(slots_B)))
+        self.requested.append((count, len(slots_B)))
         found, last_B = [], list(token_ids_B)
         for _ in range(count):
             step = self.step([max(0, token_id) for token_id in last_B], slots_B, sparse=sparse)

@@ -44,8 +44,8 @@ async function ask(path, body, signal) {
 
 /** What the page asks of a model: the address, and the body without how the answer is to come. */
 function request(model, { chat, prompt, maxTokens, temperature, seed }) {
-  const asked = chat ? { messages: [{ role: "user", content: prompt }] } : { prompt };
-  return { path: chat ? "v1/chat/completions" : "v1/completions", body: { model: model.id, ...asked, max_tokens: maxTokens, temperature, seed } };
+  const input = chat ? { messages: [{ role: "user", content: prompt }] } : { prompt };
+  return { path: chat ? "v1/chat/completions" : "v1/completions", body: { model: model.id, ...input, max_tokens: maxTokens, temperature, seed } };
 }
 
 async function refusal(response, key) {
@@ -130,10 +130,10 @@ class Answer {
     else this.part("text").tabIndex = 0;
     Object.assign(this, { text: "", pieces: [], tokens: [], shape: null, made: 0, first: 0, firstAt: 0, lastAt: 0, limit: maxTokens });
     Object.assign(this, { speed: null, mlp: null, heads: null, reason: null, whole: false, failed: null, atEnd: true }); // failed: why
-    const asked = document.createElement("span");
-    asked.className = "prompt";
-    asked.textContent = chat ? "" : prompt;
-    this.part("text").replaceChildren(asked);
+    const span = document.createElement("span");
+    span.className = "prompt";
+    span.textContent = chat ? "" : prompt;
+    this.part("text").replaceChildren(span);
     this.fresh = document.createDocumentFragment(); // pieces that are not drawn yet
     Object.assign(this.part("error"), { hidden: true, textContent: "" });
     this.say("");
