@@ -235,11 +235,11 @@ class SamplingConfig(Config):
         require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, not {self.top_k}")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
 
-    def asked(
+    def overridden(
         self, *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, seed: int | None = None
     ) -> SamplingConfig:
-        """This sampling with what somebody asks for in its place, each value by itself: None leaves it, a top_k of 0 and a top_p of 1
-        take a cut away. The seed is what is asked. Raises ValueError for a value out of range.
+        """This sampling with the given values in place of its own, each by itself: None leaves it, a top_k of 0 and a top_p of 1 take a
+        cut away. The seed is the given one. Raises ValueError for a value out of range.
         """
         return SamplingConfig(
             temperature=self.temperature if temperature is None else temperature,

@@ -83,7 +83,7 @@ class Conversation:
         """
         dropped, prompt = self._fitting(question)
         options = self.sampling if self._seed is None else {**self.sampling, "seed": (self._seed + self._asked) % 2**64}
-        drawn = self.lm.sampling_of(dense=dense).asked(**options)
+        drawn = self.lm.sampling_of(dense=dense).overridden(**options)
         running = self.lm.start(prompt, max_new_tokens=self.max_new_tokens, dense=dense, reuse_prefix=True, **options)
         self._asked += 1
         try:

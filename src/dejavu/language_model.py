@@ -219,7 +219,7 @@ class LanguageModel(OfflineMethods):
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else chat_ids(self.tokenizer, prompt)
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
         own = self.sampling_of(adapter=adapter, dense=dense)
-        sampling = own.asked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        sampling = own.overridden(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         engine, give_back = self._engines.take(
             self.model, self._chosen(adapter, dense=dense), replace(self.options, record=record), tokens=room
         )

@@ -80,7 +80,7 @@ def chat(
     out = Output(as_json)
     require(max_new_tokens is None or max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {max_new_tokens}")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    SamplingConfig().asked(**given)  # an impossible value is said before a model is loaded
+    SamplingConfig().overridden(**given)  # an impossible value is said before a model is loaded
     options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     lm = open_model(
         model, out, options, seed=seed,

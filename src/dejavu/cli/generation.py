@@ -62,7 +62,7 @@ def generate(
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(accept_base or not text, "--text is the calibration text for --accept-base; add that, or leave --text out")
     overrides = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    SamplingConfig().asked(**overrides)  # an impossible value is said before a model is loaded
+    SamplingConfig().overridden(**overrides)  # an impossible value is said before a model is loaded
     StopStrings(stop or ())
     options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     lm = open_model(

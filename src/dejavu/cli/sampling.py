@@ -36,7 +36,7 @@ def sampling_values(lm: LanguageModel, *, seed: int | None, dense: bool = False,
 
 
 def chosen(lm: LanguageModel, *, dense: bool = False, **overrides: Any) -> SamplingConfig:
-    return lm.sampling_of(dense=dense).asked(**overrides)
+    return lm.sampling_of(dense=dense).overridden(**overrides)
 
 
 def _source(lm: LanguageModel, *, dense: bool) -> str:

@@ -150,7 +150,7 @@ def sequences_of(
             raise invalid(f"logit_bias names token {token_id}, and the vocabulary has {served.vocab_size}", param="logit_bias")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     own = served.dense_sampling if dense else served.sampling
-    sampling = own.asked(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, seed=body.seed)
+    sampling = own.overridden(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, seed=body.seed)
     return tuple(
         SequenceRequest(
             prompt_ids=tuple(ids),
