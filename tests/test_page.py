@@ -436,10 +436,10 @@ def test_page_chats_where_the_model_has_a_template(serve: Callable[..., Server],
 
 def test_page_reads_streams_cut_anywhere(serve: Callable[..., Server], open_page: Open) -> None:
     pieces = [" na\u00efve", " \u2014", " \U0001f600", "\u4f60"]
-    wire = b": a comment\r\n\r\n"
+    body = b": a comment\r\n\r\n"
     for step in answer(pieces, traced=False, tok_s=50.0):
-        wire += step if isinstance(step, bytes) else b"data: " + json.dumps(step, ensure_ascii=False).encode() + b"\r\n\r\n"
-    page = open_page(serve(dense=[wire[at : at + 5] for at in range(0, len(wire), 5)]))
+        body += step if isinstance(step, bytes) else b"data: " + json.dumps(step, ensure_ascii=False).encode() + b"\r\n\r\n"
+    page = open_page(serve(dense=[body[at : at + 5] for at in range(0, len(body), 5)]))
     finished(page)
     assert text_of(page, "dense-text").endswith("".join(pieces)) and text_of(page, "dense-tokens") == "4"
 

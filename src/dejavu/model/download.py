@@ -124,7 +124,7 @@ def fetch(
     accepted, files that are none of a model, an architecture that is not supported, too little disk, and a download cut off, which the
     next call goes on with.
     """
-    info = _asked(hub)
+    info = _model_info(hub)
     files = _chosen(info, hub, kind)
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repo, repo_type="model")
     commit = info.sha or ""
@@ -186,7 +186,7 @@ def _kept(files: Sequence[RemoteFile], folder: Path, hub: HubName) -> str:
     return f"{sized(total - _missing(files, folder))} of {sized(total)} of '{hub}' are here, and the same command goes on from there"
 
 
-def _asked(hub: HubName) -> ModelInfo:
+def _model_info(hub: HubName) -> ModelInfo:
     """What the hub says of a repository."""
 
     def ask() -> ModelInfo:

@@ -30,8 +30,8 @@ NEUTRAL |= {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guida
 NEUTRAL |= dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_p"), 0)
 NEUTRAL |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), 0)  # 0 is a token, or a time, elsewhere
 READ = ("do_sample", "temperature", "top_k", "top_p", "bos_token_id", "eos_token_id")
-ASKED = ("max_length", "max_new_tokens", "pad_token_id", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
-ASKED += ("return_dict_in_generate",)  # what a caller of ours says, or gets, in another way
+CALL_KEYS = ("max_length", "max_new_tokens", "pad_token_id", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
+CALL_KEYS += ("return_dict_in_generate",)  # what a caller of ours says, or gets, in another way
 OF_SAMPLING = ("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 SHOWN = 40  # characters of a value in a note
 
@@ -101,7 +101,7 @@ def changes_nothing(key: str, value: Any) -> bool:
 
 
 def _is_beyond(key: str, value: Any, *, sampled: bool) -> bool:
-    known = key in READ or key in ASKED or (key in OF_SAMPLING and not sampled)
+    known = key in READ or key in CALL_KEYS or (key in OF_SAMPLING and not sampled)
     return not (known or changes_nothing(key, value) or value in ([], {}, ""))
 
 

@@ -130,7 +130,7 @@ class Worker:
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[SequenceRequest]) -> list[Stream]:
-        """As `submit`, all or none. Jobs with the same prompt let the first one read it and share what it read."""
+        """As `submit`, all or none. Sequences with the same prompt let the first one read it and share what it read."""
         made = [self._sequence(request) for request in requests]
         for loop, sequence in made:
             loop.scheduler.check_length(sequence)
