@@ -98,8 +98,7 @@ def test_a_structure_of_another_layout_is_refused(
     monkeypatch.setattr(native, "STRUCTURES", tuple(changed if each is structure else each for each in native.STRUCTURES))
     reason = native.missing_reason() or ""
     assert reason == (
-        "its library dejavu_native.so is of another version of dejavu "
-        f"(another layout of {native.c_name(structure)}): build it again"
+        f"its library dejavu_native.so is of another version of dejavu (another layout of {native.c_name(structure)}): build it again"
     )
     with pytest.raises(ValueError, match=re.escape(f"the native engine is missing: {reason}")):
         native.library()

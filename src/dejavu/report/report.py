@@ -33,7 +33,7 @@ from markupsafe import Markup
 from dejavu.config import require
 from dejavu.figures import CurvePoint, Curves, Evaluation, LayerTraining, PartTraining, Profile
 from dejavu.files import absolute, read_json
-from dejavu.report.activation_map import MARGIN, NATURAL_RGB, SELECTED_RGB, columns_width, activation_svgs
+from dejavu.report.activation_map import MARGIN, NATURAL_RGB, SELECTED_RGB, activation_svgs, columns_width
 from dejavu.version import __version__
 
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
