@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from conftest import Tiny, open_fp32
 from dejavu.engine.backends import make_engine
 from dejavu.engine.options import EngineOptions
 from dejavu.generation.generation import generate_tokens
+from dejavu.kernels.native import missing_reason
+from dejavu.loading import load
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import write_bundle
 from dejavu.model.checkpoint import Checkpoint
@@ -224,3 +227,16 @@ def test_packaged_texts_do_not_overlap() -> None:
 
     assert not passages("calibration") & passages("evaluation")
     assert not authors("calibration") & authors("evaluation")
+
+
+@pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")
+@pytest.mark.parametrize("retrain", [False, True])
+def test_a_model_that_keeps_its_int8_rows(tmp_path: Path, checkpoint: Checkpoint, adapter: Adapter, retrain: bool) -> None:
+    """As `dejavu demo` opens the bundled model for the native engine."""
+    lm = load(checkpoint.path, backend="native")
+    assert lm.dtype == "int8" and lm.model.blocks[0].up.quantized is not None
+    training = TrainConfig(epochs=1, budget=0.5, rank=4) if retrain else None
+    options = replace(lm.options, threads=1)
+    settings: dict[str, Any] = {"retrain": retrain, "training": training, "options": options, "seed": 0, "sizes": SMALL}
+    summary = run_demo(lm.checkpoint, adapter, output=tmp_path / "run", **settings)
+    assert summary["dtype"] == "int8" and summary["sparse"]["ppl"] > 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import Progress, require
+from dejavu.kernels.quantized import wide
 from dejavu.model.predictor import mlp_predictor_input
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
@@ -38,14 +39,14 @@ def pack_windows(documents: Sequence[Sequence[int]], *, context: int, bos: int |
 
 def down_norms(block: Block) -> Tensor:
     """|down row| of every neuron [F], fp32."""
-    return block.down.weight.float().norm(dim=1)
+    return wide(block.down.matrix).float().norm(dim=1)
 
 
 def group_norms(block: Block, mixed_BTHK: Tensor, num_groups: int) -> Tensor:
     """Norm of what each head group adds to the residual stream, [.., G] fp32, from head outputs before the projection."""
     shape = mixed_BTHK.shape
     grouped = mixed_BTHK.float().reshape(*shape[:-2], num_groups, -1)
-    rows_GID = block.o.weight.float().view(num_groups, grouped.shape[-1], -1)
+    rows_GID = wide(block.o.matrix).float().view(num_groups, grouped.shape[-1], -1)
     gram_GII = rows_GID @ rows_GID.transpose(1, 2)
     squared = torch.einsum("...gi,gij,...gj->...g", grouped, gram_GII, grouped)
     return squared.clamp_min(0).sqrt()

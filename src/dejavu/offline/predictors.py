@@ -81,14 +81,14 @@ class _Scorer(nn.Module):
 
 def start_mlp(data: LayerData, block: Block, rank: int, lookahead: int, tokens: int) -> Predictor:
     """The closed-form MLP predictor of a layer, from its first `tokens` tokens; scores are in units of a logit."""
-    matrix = block.activated
-    bias = torch.zeros(matrix.out_features) if matrix.bias is None else matrix.bias.float()
+    module = block.activated
+    weight_FD, bias = wide(module.matrix).float(), torch.zeros(module.out_features) if module.bias is None else module.bias.float()
     x_ND, m_ND = data.mlp_input(lookahead)[:tokens], data.mlp_ND[:tokens]
-    A_RD, B_OR, bias_O = regression_start(x_ND, m_ND, matrix.weight, bias, down_norms(block).clamp_min(1e-6), rank)
+    A_RD, B_OR, bias_O = regression_start(x_ND, m_ND, weight_FD, bias, down_norms(block).clamp_min(1e-6), rank)
     with torch.no_grad():  # a common threshold should mean the same probability for every neuron: divide by what is left unexplained
         sample = slice(0, min(2048, tokens))
         predicted = F.linear(F.linear(x_ND[sample].float(), A_RD), B_OR, bias_O)
-        spread_O = (F.linear(m_ND[sample].float(), matrix.weight.float(), bias) - predicted).std(0) + 1e-3
+        spread_O = (F.linear(m_ND[sample].float(), weight_FD, bias) - predicted).std(0) + 1e-3
     return Predictor(A_RD=A_RD, B_OR=1.7 * B_OR / spread_O[:, None], bias_O=1.7 * bias_O / spread_O, threshold=0.0, lookahead=lookahead)
 
 

@@ -137,6 +137,7 @@ def run_demo(
         require(options.threads >= 1, f"threads must be at least 1, not {options.threads}")
         torch.set_num_threads(options.threads)
     model, tokenizer, clock = checkpoint.model, checkpoint.tokenizer, _Clock()
+    widened = model.widened()  # what is not decoded reads every weight many times
     bos = tokenizer.document_bos
     calibration = {name: tokenizer.encode_plain(text) for name, text in demo_texts("calibration").items()}
     evaluation_texts = demo_texts("evaluation")
@@ -147,7 +148,7 @@ def run_demo(
     with new_folder(output) as folder:
         with clock.step("profile"):
             profiled = profile(
-                model, _starts(calibration, sizes.profile_tokens), bos=bos, oracle_tokens=sizes.oracle_tokens, progress=progress
+                widened, _starts(calibration, sizes.profile_tokens), bos=bos, oracle_tokens=sizes.oracle_tokens, progress=progress
             )
         natural = statistics.fmean(layer["mlp_density"] for layer in profiled["layers"])
         tell(f"profile: {natural:.1%} of the MLP neurons are active for a token")
@@ -155,7 +156,7 @@ def run_demo(
             with clock.step("train"):
                 text = read_text(DATA / "calibration.txt")
                 trained = train_adapter(
-                    checkpoint,
+                    replace(checkpoint, model=widened),
                     list(_starts(calibration, sizes.train_tokens).values()),
                     TrainConfig(seed=seed, epochs=RETRAIN_EPOCHS) if training is None else training,
                     text_hash=text_hash(text),
@@ -188,8 +189,8 @@ def run_demo(
         assert quality["sparse"] is not None, "its layers select"
         tell(f"perplexity: {quality['dense']['ppl']:.3f} dense, {quality['sparse']['ppl']:.3f} sparse")
         with clock.step("curves"):
-            curves = perplexity_curves(model, layers, unseen[: sizes.curve_tokens], bos=bos, progress=progress)
-            recall = recall_curves(model, layers, unseen[: sizes.recall_tokens], bos=bos)
+            curves = perplexity_curves(widened, layers, unseen[: sizes.curve_tokens], bos=bos, progress=progress)
+            recall = recall_curves(widened, layers, unseen[: sizes.recall_tokens], bos=bos)
         prompt_ids = tokenizer.encode(PROMPT)
         facts = about(checkpoint, backend=ran.backend, dtype=ran.dtype, threads=ran.threads, cuda=ran.device.startswith("cuda"))
         facts["environment"]["cache_dtype"] = ran.cache_dtype
@@ -201,7 +202,7 @@ def run_demo(
             "train": predictors,
             "curves": curves,
             "recall": recall,
-            "firing": activation_map(model, tokenizer, layers, prompt_ids, recorded),
+            "firing": activation_map(widened, tokenizer, layers, prompt_ids, recorded),
             "seconds": clock.seconds,
         }
         write_json(folder / RESULTS_FILE, results)
