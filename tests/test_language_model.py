@@ -32,7 +32,7 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.versions import weights_version
 from dejavu.quality.evaluate import evaluate
 from dejavu.quality.resume import PartStore
-from helpers.adapters import changing_weights, make_adapter, mlp_of
+from helpers.adapters import changing_weights, make_adapter, mlp_of, without_predictors
 from helpers.texts import PROMPT, TEXT
 
 
@@ -478,6 +478,22 @@ def test_changed_weights_are_merged_anew(folder: Path, change: str) -> None:
 
 
 @pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")
+@pytest.mark.parametrize("method", ["gate", "input", "changed weights"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_every_adapter_runs_on_a_model_that_was_handed_over(folder: Path, method: str, dense: bool) -> None:
+    plain, lm = load(folder), load(folder)
+    if method == "changed weights":
+        adapter = changing_weights(make_adapter(lm.config, lm.base_hash), lm.config)
+    else:
+        adapter = without_predictors(method, lm.config, lm.base_hash)
+    plain.adapter = lm.adapter = adapter
+    lm.hand_over(dense=dense)
+    assert ids(lm) == ids(plain)
+    if dense:
+        assert ids(lm, dense=True) == ids(plain, dense=True)
+
+
+@pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")
 @pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 def test_a_model_that_was_handed_over_writes_the_same_and_nothing_else(folder: Path, dtype: str) -> None:
     plain, lm = load(folder, dtype=dtype, screened_head=20), load(folder, dtype=dtype, screened_head=20)
@@ -490,7 +506,13 @@ def test_a_model_that_was_handed_over_writes_the_same_and_nothing_else(folder: P
     assert torch.equal(engine.prefill(0, [5, 6, 7]), own.prefill(0, [5, 6, 7]))
     lm.adapter = make_adapter(lm.config, lm.base_hash, threshold=0.7)
     assert lm.generate(PROMPT, max_new_tokens=2)
-    requested: list[Callable[[], object]] = [lambda: lm.logits([5, 6]), lambda: list(lm.model.named_weights()), lm.model.widened]
+    requested: list[Callable[[], object]] = [
+        lambda: lm.logits([5, 6]),
+        lambda: list(lm.model.named_weights()),
+        lm.model.widened,
+        lambda: lm.profile(PROMPT),
+        lambda: lm.train(PROMPT),
+    ]
     for ask in requested:
         with pytest.raises(ValueError, match="handed over to an engine.* load the model again"):
             ask()

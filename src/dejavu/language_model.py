@@ -31,6 +31,7 @@ from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.template import Messages, chat_ids
 from dejavu.model.transformer import DENSE
+from dejavu.model.versions import weights_version
 from dejavu.offline_methods import OfflineMethods
 
 
@@ -245,6 +246,8 @@ class LanguageModel(OfflineMethods):
         needed = [] if layers is None else [(model, layout_of(layers))]
         if dense or layers is None:
             needed.append((self.model, layout_of(())))
+        if None in (weights_version(each) for each, _ in needed):  # made in inference mode: an engine could not be told from a stale one
+            return
         if all(each is not self.model for each, _ in needed):
             self.model.hand_over(self.model)
         for each in dict.fromkeys(each for each, _ in needed):

@@ -43,6 +43,7 @@ class OfflineMethods:
     @contextlib.contextmanager
     def _on_cpu(self) -> Generator[None]:
         """See `on_cpu`; cached engines would keep the weights where they were."""
+        self.model.require_weights()
         self._engines.clear()
         with on_cpu(self.model):
             yield

@@ -66,20 +66,24 @@ class NativeModel:
             f"the native engine needs a model loaded as fp32 on the cpu, not {model.dtype} on {model.device}",
         )
         NATIVE.check_architecture(model.config)
-        self.dtype = dtype
+        self.dtype, self.layout = dtype, layout
         self.handle = ctypes.c_void_p()
         self._library = native.library()
         native.check(self._library.dejavu_model_new(native_config(model.config, dtype, layout), ctypes.byref(self.handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
-        # What engines need besides is worked out now where nothing is left to work it out from later.
         self._screen: tuple[MatrixView, MatrixView] | None = None
         self._norms: dict[int, dict[str, Tensor]] = {}
-        if take and screened:
-            self.screen(model)
-        for index, block in enumerate(model.blocks if take and layout == "input-major" else ()):
-            self.column_norms(index, block)
+        if take:
+            self.prepare(model, screened=screened)
         for part, layer, view in _parts(model, dtype, take=take):
             native.check(self._library.dejavu_model_set(self.handle, part, layer, view.matrix))
+
+    def prepare(self, model: Transformer, *, screened: bool) -> None:
+        """Work out what engines need besides, while there are weights to work it out from."""
+        if screened:
+            self.screen(model)
+        for index, block in enumerate(model.blocks if self.layout == "input-major" else ()):
+            self.column_norms(index, block)
 
     def column_norms(self, index: int, block: Block) -> dict[str, Tensor]:
         """Those of a layer (selectors.py), worked out once."""
@@ -125,8 +129,7 @@ def hand_over(model: Transformer, dtype: str, layouts: Sequence[str], *, screene
     *others, last = layouts
     for layout in others:
         packed = packed_model(model, dtype, layout)
-        if screened:
-            packed.screen(model)
+        packed.prepare(model, screened=screened)
     kept = _packed.setdefault(model, {})
     kept.pop((dtype, last), None)
     kept[dtype, last] = state, NativeModel(model, dtype, last, screened=screened, take=True)
