@@ -13,6 +13,8 @@ import torch
 
 from conftest import Tiny, open_fp32
 from dejavu.config import RopeConfig
+from dejavu.kernels.native import missing_reason
+from dejavu.loading import load
 from dejavu.model.fingerprint import model_hash
 from helpers.gguf_files import Types, write_gguf
 
@@ -93,3 +95,16 @@ def test_truncated_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer)
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"m\.gguf is no readable GGUF file"):
             open_fp32(path)
+
+
+@pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", [Types.BF16, Types.Q8_0, Types.Q4_1])
+def test_the_native_engine_of_a_quantised_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer, kind: Types, dtype: str) -> None:
+    """Its logits are those of the forward pass over the values of that dtype, whichever way round a matrix is stored."""
+    write_gguf(tiny("llama", intermediate_size=32), tok96, tmp_path / "m.gguf", kind=kind)
+    lm = load(tmp_path / "m.gguf", backend="native", dtype=dtype, cache_dtype="fp32")
+    engine, ids = lm.engine(num_slots=1, cache_tokens=16), IDS[0].tolist()
+    engine.prefill(0, ids[:3])
+    found = torch.stack([engine.step([token], [0]).logits_BV[0] for token in ids[3:]])
+    torch.testing.assert_close(found, lm.logits(ids)[3:], rtol=0, atol=1e-4 if dtype in ("fp32", "bf16") else 0.1)

@@ -129,7 +129,7 @@ def wide(matrix: Matrix) -> Tensor:
 
 def rounded_to(matrix: Matrix, dtype: str) -> Matrix:
     """The matrix with the values that an engine of that dtype (fp32, bf16, int8, int4) computes with; itself where it has them."""
-    if dtype == "fp32" or (isinstance(matrix, QuantizedMatrix) and matrix.grid == dtype):
+    if dtype == "fp32" or (isinstance(matrix, QuantizedMatrix) and matrix.grid == dtype and not matrix.transposed):
         return matrix
     return QuantizedMatrix.of(matrix, dtype)
 
