@@ -7,6 +7,7 @@ behind PyTorch's back (`parameter.data`) is not seen.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Hashable, Iterator
 from typing import Protocol
@@ -24,6 +25,7 @@ class Weighted(Protocol):
 
 
 _numbers = itertools.count()
+_lock = threading.RLock()  # the garbage collector may ask in the middle of an answer
 _known: weakref.WeakKeyDictionary[Weighted, tuple[Hashable, int]] = weakref.WeakKeyDictionary()
 
 
@@ -34,13 +36,14 @@ def weights_version(*owners: Weighted | None) -> tuple[int, ...] | None:
 
 
 def _version(owner: Weighted) -> int | None:
-    known = _known.get(owner)
-    if owner.handed_over and known is not None:
+    with _lock:
+        known = _known.get(owner)
+        if owner.handed_over and known is not None:
+            return known[1]
+        tensors = list(owner.tensors())
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if known is None or known[0] != state:
+            known = _known[owner] = state, next(_numbers)
         return known[1]
-    tensors = list(owner.tensors())
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-    if known is None or known[0] != state:
-        known = _known[owner] = state, next(_numbers)
-    return known[1]
