@@ -78,11 +78,14 @@ def weights_of(config: ModelConfig, dtype: str) -> int:
 
 
 def memory_needed(config: ModelConfig, *, backend: str, dtype: str) -> int:
-    """Bytes that a trial takes at least: the model and, on the native engine, a packed copy for each layout of the ways to select."""
+    """Bytes that a trial takes at least: the model and, on the native engine, a packed copy for each layout of the ways to select.
+
+    The native engine's model holds its weights in the engine's dtype, too.
+    """
     if backend != "native":
         return weights_of(config, dtype)
     layouts = 2 if config.activation in EXACT_ZERO_ACTIVATIONS else 3
-    return weights_of(config, "fp32") + layouts * weights_of(config, dtype)
+    return (1 + layouts) * weights_of(config, dtype)
 
 
 def ways(model: Transformer, ids: Sequence[int], own: Layers | None) -> list[_Way]:
