@@ -166,7 +166,8 @@ def _generate(net: Any, inputs: Tensor | None = None, generation_config: Any = N
 def decode(engine: Engine, call: GenerateCall, streamer: Streamer | None = None) -> list[list[int]]:
     """The new tokens of each prompt, what ended it included. streamer: gets them step by step, padding for a row that has ended."""
     rows = [Row(slot=slot, sampler=Sampler(call.sampling, index=slot)) for slot in range(len(call.prompts))]
-    new = [[draw(row, engine.prefill(row.slot, prompt)).token_id] for row, prompt in zip(rows, call.prompts, strict=True)]
+    logits_BV = engine.prefill_batch([row.slot for row in rows], call.prompts)
+    new = [[draw(row, logits_V).token_id] for row, logits_V in zip(rows, logits_BV, strict=True)]
     running = _running(rows, new, call, streamer)
     while running:
         tokens = len(new[running[0].slot])
