@@ -114,8 +114,9 @@ class Rows(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        assert isinstance(self.matrix, Tensor), f"this weight is {self.matrix.grid}: take `matrix`, or that of `model.widened()`"
-        return self.matrix
+        if isinstance(self.matrix, Tensor):
+            return self.matrix
+        raise AttributeError(f"this weight is {self.matrix.grid}: take `matrix`, or the fp32 weights of `model.widened()`")
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.matrix, self.bias)
