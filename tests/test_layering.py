@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,10 @@ def test_imports_that_point_down_are_allowed() -> None:
     assert violations("files", "from dejavu.config import ModelConfig\nfrom dejavu.version import __version__") == []
     assert violations("cli", "import dejavu\nfrom dejavu import load, files\nimport torch\nfrom dejavu.cli.options import x") == []
     assert violations("engine", "from dejavu.engine.cache import Pages\nfrom dejavu.kernels import attention") == []
+
+
+def test_the_documentation_ranks_the_parts_so() -> None:
+    text = (PACKAGE.parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    told = {part.removesuffix(".py").rstrip("/"): int(rank) for rank, parts in rows for part in re.findall(r"`([^`]+)`", parts)}
+    assert told == {part: rank + 1 for part, rank in RANK.items()}

@@ -3,7 +3,7 @@
 In: token ids and slots. Out: logits, and per layer the neurons and heads that were computed. For each layer of a step
     scores -> mask -> index list -> rows of q, reads of the cache and rows of o for the selected head groups;
     scores -> mask -> index list -> rows of up (and gate) and down for the selected neurons.
-Where a layer selects without predictors (selectors.py), likewise
+Where a layer selects without predictors (model/selectors/), likewise
     the activated gate of every neuron -> mask -> index list -> rows of up and down for those kept;
     what a linear map reads -> mask -> index list -> columns (of o and down: rows) of the kept inputs, for all maps of the point.
 Keys and values are computed and stored for every head. Rows of a step are computed one after the other, each as if it

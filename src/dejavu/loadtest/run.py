@@ -1,7 +1,7 @@
 """A load test of an OpenAI-compatible server over HTTP: models in turns, each with the same requests.
 
 In: a `Load`, prompts for each model, and `ask`, which sends one request and gives its `Reply`. Out: `Segment`s, what came of each model's
-part of each round. Rows are made of them in serving_rows.py.
+part of each round. Rows are made of them in rows.py.
 
 A request's latencies count from its *intended* arrival: in an open loop from when it was due, whether or not this process was late
 to send it, and with a 429 that is retried from before the first try. So neither a stalled server nor a stalled client hides the wait

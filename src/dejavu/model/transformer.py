@@ -76,7 +76,7 @@ class Selection:
         return act_BTF
 
     def inputs(self, layer: int, point: str, x: Tensor) -> Tensor:
-        """What the linear maps of a point (selectors.py) read; returns it with the inputs left out set to zero."""
+        """What the linear maps of a point (selectors/inputs.py) read; returns it with the inputs left out set to zero."""
         return x
 
 

@@ -86,7 +86,7 @@ class NativeModel:
             self.column_norms(index, block)
 
     def column_norms(self, index: int, block: Block) -> dict[str, Tensor]:
-        """Those of a layer (selectors.py), worked out once."""
+        """Those of a layer (model/selectors/inputs.py), worked out once."""
         if index not in self._norms:
             self._norms[index] = column_norms(block)
         return self._norms[index]

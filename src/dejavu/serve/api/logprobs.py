@@ -1,4 +1,4 @@
-"""Log-probabilities and traces of tokens as they are sent. In: Tokens and a vocabulary. Out: objects of schemas.py."""
+"""Log-probabilities and traces of tokens as they are sent. In: Tokens and a vocabulary. Out: objects of response_schemas.py."""
 
 from __future__ import annotations
 

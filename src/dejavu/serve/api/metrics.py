@@ -40,7 +40,7 @@ class Metrics:
         for endpoint in endpoints:
             for outcome in OUTCOMES:  # zero is a number too
                 self._requests.labels(endpoint, outcome)
-        self._first = histogram("time_to_first_token_seconds", "From a job's arrival to its first token.", SECONDS)
+        self._first = histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", SECONDS)
         self._later = histogram(
             "time_per_output_token_seconds", "Between tokens of a text after its first, mean of each text.", TOKEN_SECONDS
         )

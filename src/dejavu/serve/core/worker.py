@@ -229,7 +229,7 @@ class Worker:
         try:
             computed = loop.step(alone=alone)
         except Exception as error:  # of ours, or of an engine that cannot even say what it holds
-            log.exception("a turn of the %s engine failed, which is made anew", loop.mode)
+            log.exception("a step of the %s engine failed, which is made anew", loop.mode)
             loop.abandon(error)
             return
         self._work = REMEMBERED * self._work + computed
