@@ -207,7 +207,7 @@ def _mlp_weights(block: Block) -> MlpWeights:
     return MlpWeights(
         up_FD=wide(block.up.matrix),
         down_FD=wide(block.down.matrix),
-        gate_FD=None if block.gate is None else wide(block.gate.matrix),
+        gate_FD=wide(block.gate.matrix) if block.gate else None,
         up_bias_F=block.up.bias,
         gate_bias_F=getattr(block.gate, "bias", None),
         down_bias_D=block.down.bias,

@@ -103,8 +103,8 @@ class TokenStep:
         return None if selector is None else _listed(selector.neurons, selector.count)
 
     def groups_of(self, index: int, row: int) -> Tensor | None:
-        heads = self.predictors[index].group_scores
-        return None if heads is None else heads.groups[: int(heads.count)].long()
+        scores = self.predictors[index].group_scores
+        return None if scores is None else scores.groups[: int(scores.count)].long()
 
     def inputs_of(self, index: int, point: str, row: int) -> Tensor:
         layer = self.model.inputs[index]
