@@ -198,7 +198,7 @@ class Block(nn.Module):
         return vectors if self.cache_dtype is None else rounded_vectors(vectors, self.cache_dtype)
 
     @property
-    def activated(self) -> nn.Linear:
+    def activated(self) -> Linear:
         """The map whose outputs pass the activation: gate, or up where the MLP is not gated."""
         return self.gate or self.up
 
