@@ -68,9 +68,9 @@ class Worker:
         tokens = config.cached(lm.config.max_positions)
         main = functools.partial(self._engine, num_slots=config.slots, cache_tokens=tokens)
         dense = functools.partial(main, dense=True)
-        modes = {} if lm.adapter is None else {"sparse": (main, main())}
-        if lm.adapter is None or not lm.one_engine:
-            modes["dense"] = dense, dense()
+        modes = {"dense": (dense, dense())} if lm.adapter is None or not lm.one_engine else {}
+        if lm.adapter is not None:
+            modes = {"sparse": (main, main()), **modes}
         self._info = next(iter(modes.values()))[1].info
         self._loops = {mode: self._engine_loop(mode, make, config.slots, tokens, engine) for mode, (make, engine) in modes.items()}
         if lm.adapter is not None:
