@@ -184,7 +184,8 @@ def test_a_cache_takes_its_dtype(tiny: Tiny) -> None:
     assert [engine._cache.k_LPGSK.element_size() for engine in engines.values()] == [4, 2, 1]
     for dtype, expected in {"fp32": "fp32", "bf16": "fp16", "int8": "fp16", "int4": "fp16"}.items():
         assert engine_of(model, dtype=dtype).info.cache_dtype == expected
-    with pytest.raises(ValueError, match="cache dtype 'int4' is not available on backend 'native'; choose one of fp32, fp16, int8"):
+    refused = "cache dtype 'int4' is not available on backend 'native' in fp32; choose one of auto, fp32, fp16, int8"
+    with pytest.raises(ValueError, match=refused):
         engine_of(model, cache_dtype="int4")
     with pytest.raises(ValueError, match="cache dtype 'int8' is not available on backend 'torch' in fp32; choose one of auto, fp32"):
         make_engine(model, None, EngineOptions(backend="torch", cache_dtype="int8"))

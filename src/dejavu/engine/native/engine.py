@@ -71,10 +71,6 @@ class NativeEngine(PagedEngine):
         *,
         instruction_set: str | None = None,
     ) -> None:
-        require(
-            options.cache_dtype in ("auto", *NATIVE.cache_dtypes),
-            f"cache dtype {options.cache_dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE.cache_dtypes)}",
-        )
         self.threads = native.default_threads() if options.threads is None else options.threads
         head_dim = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
         super().__init__(model, layers, options, threads=self.threads, head_dim=head_dim)
