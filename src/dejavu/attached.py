@@ -25,9 +25,8 @@ from torch import Tensor
 
 from dejavu.config import MAX_NEW_TOKENS, SamplingConfig, require
 from dejavu.engine.backends import CAPABILITIES, backends, make_engine, pick_backend
-from dejavu.engine.cache import PAGE_SIZE
 from dejavu.engine.interface import Engine
-from dejavu.engine.options import EngineOptions
+from dejavu.engine.options import PAGE_SIZE, EngineOptions
 from dejavu.engine.sampling import Sampler
 from dejavu.generation.engine_cache import EngineCache
 from dejavu.generation.rows import Row, advance, draw, tokens_at_once
