@@ -193,7 +193,7 @@ def test_where_an_adapter_changes_no_weights_both_share_an_engine(engine: type[S
         assert (summary_of(sparse).union_density, summary_of(dense).union_density) == (0.625, 1.0)
         assert (summary_of(sparse).cached_tokens, summary_of(dense).cached_tokens) == (0, 16)
         state = worker.state()
-        assert [engine.mode for engine in state.engines] == ["sparse", "recording"] and state.slots == 4 and state.sparse
+        assert [engine.mode for engine in state.engines] == ["sparse"] and state.slots == 2 and state.sparse
         (traced,) = run(worker, request(prompt, dense=True, trace=True))
         trace = step_trace(model.engines[0].info, tokens_of(traced)[1].selections)
         assert trace.neurons == (b"\xff" * BINS,) * LAYERS and len(model.engines) == 1
@@ -207,16 +207,17 @@ def test_without_an_adapter_every_request_is_dense() -> None:
         assert len(model.engines) == 1 and not worker.state().sparse
 
 
-def test_the_recording_engine_is_made_when_a_trace_is_asked_for() -> None:
+def test_what_steps_select_is_kept_where_a_trace_is_asked_for() -> None:
+    """On the engine that runs the others, too, and in no other step."""
     model = StubModel("abc")
     with serving(model) as worker:
-        run(worker, request(), request(dense=True, trace=True))
-        assert [engine.records for engine in model.engines] == [False, False], "nothing of a dense step needs recording"
+        for plain in run(worker, request(), request(dense=True)):
+            assert all(token.selections is None for token in tokens_of(plain))
         (events,) = run(worker, request(trace=True))
-        assert [engine.records for engine in model.engines] == [False, False, True]
+        assert len(model.engines) == 2 and not any(engine.records for engine in model.engines)
         first, second, *_ = tokens_of(events)
         assert first.mlp_density is None and first.selections is None and second.selections is not None
-        trace = step_trace(model.engines[2].info, second.selections)
+        trace = step_trace(model.engines[1].info, second.selections)
         neurons = {(index + ord("a")) % NEURONS for index in range(NEURONS // 4)}
         shares = [sum(2 * bin_ + at in neurons for at in range(2)) / 2 for bin_ in range(BINS)]
         assert trace.neurons[0] == bytes(round(255 * share) for share in shares)

@@ -2,7 +2,7 @@
 
     model = StubModel(answer=" once upon")      # what follows every prompt, then EOS; or a function of the prompt's ids (so far)
     worker = Worker(model, ServeConfig(slots=2))
-    engine = model.engines[-1]                  # the sparse one; [0] is dense, a recording one comes when it is first asked for
+    engine = model.engines[-1]                  # the sparse one; [0] is dense
     engine.steps, engine.live_sequences, engine.free_kv_pages
     engine.hold(); ...; engine.allow(3)         # a step waits until it is allowed: nothing happens behind a test's back
     engine.before = function                    # is called as function("step", slots) before anything happens, and may raise
@@ -330,7 +330,7 @@ class StubModel:
         self.fail = 0
         self._answer, self._class, self._options = answer, engine, options
 
-    def engine(self, *, num_slots: int, cache_tokens: int, dense: bool = False, record: bool = False) -> StubEngine:
+    def engine(self, *, num_slots: int, cache_tokens: int, dense: bool = False) -> StubEngine:
         if self.fail > 0:
             self.fail -= 1
             raise RuntimeError("the engine cannot be made")
@@ -340,7 +340,6 @@ class StubModel:
             cache_tokens=cache_tokens,
             max_positions=self.config.max_positions,
             sparse=self.adapter is not None and not dense,
-            record=record,
             **self._options,
         )
         self.engines.append(made)

@@ -95,7 +95,8 @@ def _draw(row: Row, logits_V: Tensor) -> tuple[int, float | None, tuple[tuple[in
 
 def _stepped(engine: Engine, info: EngineInfo, rows: Sequence[Row]) -> DecodeStep:
     """A step of the engine, and a draw on the host for each row."""
-    step = engine.step([row.last for row in rows], [row.slot for row in rows], sparse=rows[0].sparse)
+    record = True if any(row.trace for row in rows) else None
+    step = engine.step([row.last for row in rows], [row.slot for row in rows], sparse=rows[0].sparse, record=record)
     logits_BV, counts_BL, selections = step.logits_BV.cpu(), step.counts.cpu(), step.selections
     tokens: list[Token | ValueError] = []
     for at, (row, (mlp, heads)) in enumerate(zip(rows, counts_BL.mean_densities(info), strict=True)):

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class EngineLoop:
     """The sequences of one engine. `step` and what it calls are the worker's thread's; the rest is for any thread.
 
-    make: makes the engine, first when it is needed and again where it cannot go on. scheduler: made for this loop, which is its pool;
+    engine: the first one. make: makes another where it cannot go on. scheduler: made for this loop, which is its pool;
     lock guards it. report: told of each failure. pages: of an engine. publishes: whether prompts are offered for reuse.
     """
 
@@ -48,11 +48,11 @@ class EngineLoop:
         publishes: bool,
         lock: threading.Condition,
         report: Callable[[BaseException], None],
-        engine: Engine | None = None,
+        engine: Engine,
     ) -> None:
         self.mode, self.scheduler = mode, scheduler(self)
         self._make, self._pages, self._publishes, self._lock, self._report = make, pages, publishes, lock, report
-        self._engine = engine
+        self._engine: Engine | None = engine
         self.broken = False  # it was needed and could not be made
         self._counts: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()  # of "prefill", "draw" and "step": steps in which it failed, since it last worked
@@ -60,7 +60,7 @@ class EngineLoop:
         self._worked: set[str] = set()  # in this step, of the three
         self._failed: dict[str, Exception] = {}  # likewise, by the last error for which no reason is given
 
-    # What the scheduler asks of an engine. One that is not made yet has all of its pages.
+    # What the scheduler asks of an engine. One that is to be made anew has all of its pages.
 
     @property
     def engine(self) -> Engine:

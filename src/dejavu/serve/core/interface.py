@@ -117,8 +117,7 @@ class LoadStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineState(LoadStats):
-    """How one engine does. mode: "sparse", "dense" or "recording" (sparse, for traces). made: false before it is first needed, and
-    where it failed and could not be made anew."""
+    """How one engine does. mode: "sparse" or "dense". made: false where it failed and could not be made anew."""
 
     mode: str
     made: bool
@@ -128,7 +127,7 @@ class EngineState(LoadStats):
 class WorkerState(LoadStats):
     """How the worker does: the sums over its engines, each of which is in `engines`.
 
-    alive: its thread runs, and the engines that it needed could be made (the recording one aside). last_error: the last failure in
+    alive: its thread runs, and the engines that it needed could be made. last_error: the last failure in
     words, None before one. tok_s: tokens of prompts and answers a second lately, while anything ran; None before the first. Of the
     model: name, backend, dtype, device, max_model_len (tokens of a sequence), layers, neurons and heads of a layer, vocab_size;
     sparse: whether there is an adapter.

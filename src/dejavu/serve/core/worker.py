@@ -1,9 +1,8 @@
 """The worker: one thread that owns the engines and lets all that is asked of a model run in them.
 
 In: requests for sequences, from any thread. Out: a stream of events for each. An engine runs them, sparse and dense; where the adapter
-changes weights, or has them lie in another order, dense ones have an engine of their own. Another one records what fires, for traces, and
-is made when one is first asked for. Each has a scheduler and a queue of its own; those that have work take turns: a step each, or a few
-tokens of one that is alone.
+changes weights, or has them lie in another order, dense ones have an engine of their own. Each has a scheduler and a queue of its own;
+those that have work take turns: a step each, or a few tokens of one that is alone.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from dejavu.serve.core.sequence import TextSequence
 from dejavu.serve.core.stream import Stream
 from dejavu.serve.core.warm_up import warm_up
 
-RECORDING = "recording"
-RECORDING_SLOTS = 2  # traces are for looking at, and another cache costs memory
 REMEMBERED = 0.95  # of the throughput, from one step to the next
 
 log = logging.getLogger(__name__)
@@ -52,7 +49,7 @@ class ServedModel(Protocol):
     @property
     def one_engine(self) -> bool: ...
 
-    def engine(self, *, num_slots: int, cache_tokens: int, dense: bool = False, record: bool = False) -> Engine: ...
+    def engine(self, *, num_slots: int, cache_tokens: int, dense: bool = False) -> Engine: ...
 
 
 class Worker:
@@ -72,12 +69,7 @@ class Worker:
         if lm.adapter is not None:
             modes = {"sparse": (main, main()), **modes}
         self._info = next(iter(modes.values()))[1].info
-        self._loops = {mode: self._engine_loop(mode, make, config.slots, tokens, engine) for mode, (make, engine) in modes.items()}
-        if lm.adapter is not None:
-            slots = min(config.slots, RECORDING_SLOTS)
-            tokens = min(tokens, slots * self._longest)
-            make = functools.partial(self._engine, num_slots=slots, cache_tokens=tokens, record=True)
-            self._loops[RECORDING] = self._engine_loop(RECORDING, make, slots, tokens, None)
+        self._loops = {mode: self._engine_loop(mode, make, tokens, engine) for mode, (make, engine) in modes.items()}
         self._thread = threading.Thread(target=self._run, name="dejavu-worker", daemon=True)
         self._closing = self._ended = False
         self._last_error: str | None = None
@@ -85,21 +77,19 @@ class Worker:
 
     def _engine(self, **settings: Any) -> Engine:
         engine = self._lm.engine(**settings)
-        both = engine.info.sparse and not settings.get("record") and self._lm.one_engine
-        warm_up(engine, self._lm.tokenizer, longest=self._longest, both=both)
+        warm_up(engine, self._lm.tokenizer, longest=self._longest, both=engine.info.sparse and self._lm.one_engine)
         return engine
 
-    def _engine_loop(self, mode: str, make: functools.partial[Engine], slots: int, tokens: int, engine: Engine | None) -> EngineLoop:
-        config, page_size = self._config, self._info.page_size
-        pages = -(-tokens // page_size) if engine is None else engine.info.num_pages
+    def _engine_loop(self, mode: str, make: functools.partial[Engine], tokens: int, engine: Engine) -> EngineLoop:
+        config, pages = self._config, engine.info.num_pages
 
         def scheduler(loop: EngineLoop) -> Scheduler[TextSequence]:
             limit = min(self._longest, tokens)
             return Scheduler(
                 loop,
-                slots=slots,
+                slots=config.slots,
                 pages=pages,
-                page_size=page_size,
+                page_size=engine.info.page_size,
                 max_tokens=limit,
                 prefill_chunk=config.prefill_chunk,
                 queue=config.queue,
@@ -158,7 +148,7 @@ class Worker:
             sums = {field.name: sum(getattr(engine, field.name) for engine in engines) for field in fields(LoadStats)}
             info, loops = self._info, self._loops.values()
             return WorkerState(
-                alive=self._thread.is_alive() and not self._closing and not any(loop.broken for loop in loops if loop.mode != RECORDING),
+                alive=self._thread.is_alive() and not self._closing and not any(loop.broken for loop in loops),
                 last_error=self._last_error,
                 tok_s=self._tokens_per_s,
                 engines=engines,
@@ -183,8 +173,7 @@ class Worker:
         for token_id in (min(request.prompt_ids), max(request.prompt_ids), *request.logit_bias):
             require(0 <= token_id < vocab, f"token id {token_id} is outside the model's vocabulary of {vocab}")
         dense = request.dense or self._lm.adapter is None
-        mode = "dense" if dense and "dense" in self._loops else RECORDING if request.trace and not dense else "sparse"
-        loop = self._loops[mode]
+        loop = self._loops["dense" if dense and "dense" in self._loops else "sparse"]
         stream = Stream(lambda: loop.cancel(sequence))
         sequence = TextSequence(request, self._lm.tokenizer, stream, share=self._config.prefix_reuse)
         return loop, sequence
