@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import mmap
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -15,10 +19,25 @@ from hypothesis import strategies as st
 
 from conftest import Tiny
 from dejavu.kernels import quantized
+from dejavu.kernels.memory import give_back_freed, give_back_pages, mapped_file
 from dejavu.kernels.quantize import quantize_groups, rounded
-from dejavu.kernels.quantized import QuantizedMatrix, linear, packed_nibbles, rounded_to, stacked, unpacked_nibbles, wide
+from dejavu.kernels.quantized import (
+    SCALES_AT,
+    QuantizedMatrix,
+    Stacked,
+    all_rounded_to,
+    gguf_block,
+    joined,
+    linear,
+    linear_by_input,
+    packed_nibbles,
+    rounded_to,
+    stacked,
+    unpacked_nibbles,
+    wide,
+)
 from dejavu.model.masked import MaskedSelection
-from helpers.matrices import random_matrix
+from helpers.matrices import random_blocks, random_matrix
 
 GRIDS = ("int8", "int4", "bf16")
 GGUF_GRIDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16")
@@ -58,7 +77,85 @@ def test_a_gguf_grid_is_read_as_its_package_reads_it(grid: str) -> None:
     assert torch.equal(held.dequantize(), expected) and torch.equal(held.dequantize(slice(3, 7)), expected[3:7])
     turned = dataclasses.replace(held, transposed=True)
     assert turned.shape == (96, 12) and torch.equal(turned.dequantize(torch.tensor([5, 90])), expected.T[[5, 90]])
-    assert turned.dequantize().is_contiguous()
+
+
+@pytest.mark.parametrize("grid", ["int8", "int4", "fp16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q4_k", "q6_k", "iq4_nl"])
+def test_single_values_and_damage_are_found_without_dequantising_all(grid: str) -> None:
+    """Rows in another order, the transpose, values at places: all those of the whole matrix; one bad scale or value makes it not finite."""
+    columns, order = 512, torch.tensor([6, 0, 5, 1, 4])
+    matrix = random_matrix(7, columns, 3)
+    held = QuantizedMatrix.of(matrix, grid) if grid in ("int8", "int4", "fp16", "bf16") else random_blocks(grid, 7, columns)
+    expected = held.dequantize()
+    turned = dataclasses.replace(held, order=order)
+    assert turned.shape == (5, columns) and torch.equal(turned.dequantize(), expected[order])
+    assert torch.equal(turned.rows(slice(1, 3)).dequantize(), expected[order[1:3]])
+    assert torch.equal(turned.in_order().dequantize(), expected[order])
+    row_N, column_N = torch.tensor([0, 4, 2, 2]), torch.tensor([0, columns - 1, 33, 300])
+    assert torch.equal(turned.at(row_N, column_N), expected[order][row_N, column_N])
+    assert torch.equal(turned.swapped().at(column_N, row_N), expected[order][row_N, column_N])
+    assert torch.equal(turned.swapped().dequantize(), expected[order].T)
+    assert held.is_finite()
+    broken = [tensor.clone() for tensor in held.tensors]
+    _break_last_value(grid, broken)
+    damaged = dataclasses.replace(held, values=broken[0], scales=broken[1] if len(broken) > 1 else None)
+    assert not damaged.dequantize().isfinite().all() and not damaged.is_finite()
+
+
+def _break_last_value(grid: str, tensors: list[torch.Tensor]) -> None:
+    """Make the last value of the last row, or the scale that it is a multiple of, infinite."""
+    if grid in ("int8", "int4", "fp16", "bf16"):
+        tensors[-1].view(-1)[-1] = torch.inf
+        return
+    at = tensors[0].shape[1] - gguf_block(grid)[1] + SCALES_AT.get(grid, (0, 2))[0]
+    tensors[0][-1, at : at + 2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_matrices_one_below_the_other_are_read_as_one(mixed: bool) -> None:
+    parts = [
+        random_blocks("q4_k", 6, 256),
+        random_blocks("q6_k" if mixed else "q4_k", 4, 256),
+        QuantizedMatrix.of(random_matrix(4, 256, 1), "fp16"),
+    ]
+    joint = joined(parts)
+    assert isinstance(joint, Stacked) and joint.shape == (14, 256) and joint.numel() == 14 * 256
+    expected, x, bias = torch.cat([part.dequantize() for part in parts]), random_matrix(3, 256, 2), random_matrix(1, 14, 3)[0]
+    assert torch.equal(wide(joint), expected) and joint.rows(slice(6, 10)).shape == (4, 256)
+    torch.testing.assert_close(linear(x, joint, bias), F.linear(x, expected, bias))
+    rounded_again = all_rounded_to(joint, "bf16")
+    assert isinstance(rounded_again, Stacked) and torch.equal(wide(rounded_again), expected.bfloat16().float())
+    assert all_rounded_to(joint, "stored") is joint and all_rounded_to(rounded_again, "bf16") is rounded_again
+
+
+@pytest.mark.parametrize("grid", ["fp16", "q4_k"])
+def test_a_product_by_input_reads_what_is_stored_by_output(grid: str) -> None:
+    stored = QuantizedMatrix.of(random_matrix(48, 256, 5), grid) if grid == "fp16" else random_blocks(grid, 48, 256)
+    x, bias = random_matrix(3, 256, 6), random_matrix(1, 48, 7)[0]
+    for held in (stored.swapped(), stored.swapped().dequantize()):
+        expected = x.double() @ stored.dequantize().double().T + bias
+        torch.testing.assert_close(linear_by_input(x, held, bias).double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages by /proc")
+def test_pages_of_a_mapped_file_go_and_come_again(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * (1 << 15))  # 8 MiB
+    data = mapped_file(tmp_path / "file")
+    expected = bytes(range(256)) * 16
+    total = int(data.long().sum())
+    before = _resident()
+    other = torch.ones(4 << 20, dtype=torch.uint8)
+    give_back_pages(other)
+    assert int(other.sum()) == 4 << 20, "memory that no file is behind stays"
+    give_back_pages(data[4096:-4096])
+    assert before - _resident() > 3 << 20, "of 8 MiB read, and 4 of another tensor that came since"
+    assert int(data.long().sum()) == total and bytes(data[8192 : 8192 + 4096].tolist()) == expected
+
+
+def _resident() -> int:
+    """Bytes of this process's pages in memory."""
+    gc.collect()
+    give_back_freed()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -226,11 +226,18 @@ def _cache_blobs(folder: Path) -> list[Path]:
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, by name, on the CPU. Raises ValueError where it is missing or not whole."""
+    with whole_safetensors(path) as path:
+        return safetensors.torch.load_file(path)
+
+
+@contextmanager
+def whole_safetensors(path: str | Path) -> Generator[Path]:
+    """What goes wrong with a safetensors file meanwhile, as a ValueError."""
     path = absolute(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is no file; give the path of a safetensors file")
     try:
-        return safetensors.torch.load_file(path)
+        yield path
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); copy or download it again") from None
     except OSError as error:

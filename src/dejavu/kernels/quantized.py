@@ -4,24 +4,29 @@ In: the numbers of a grid as a file, an adapter or an engine's dtype has them. O
 
     int8      int8 [rows, columns] and an fp32 scale for each row (quantize.py)
     int4      two values in a byte, uint8 [rows, half the columns], and an fp16 scale for each group of a row (quantize.py)
+    fp16      fp16 [rows, columns]
     bf16      bf16 [rows, columns]
     q4_1 ...  any type of GGUF by its name in lower case: the bytes of each row as the file has them, uint8 [rows, bytes]
 
-What only has these fp32 values computes with the same numbers as what reads the grid.
+What only has these fp32 values computes with the same numbers as what reads the grid. What is stored may be a view of a mapped file:
+nobody writes into it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dejavu.kernels.quantize import dequantize_groups, dequantize_rows, quantize_groups, quantize_rows
+from dejavu.kernels.quantize import GROUP, dequantize_groups, dequantize_rows, quantize_groups, quantize_rows
 
+FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = 1 << 22  # values that are dequantised at a time where a product is made row by row
 
 
@@ -29,7 +34,8 @@ BLOCK = 1 << 22  # values that are dequantised at a time where a product is made
 class QuantizedMatrix:
     """grid, values, scales (None: within the values): see above. columns: of a stored row.
 
-    transposed: the matrix is the transpose of what is stored, as of `down` in a GGUF file, whose groups run along the outputs' rows.
+    order: int64, the stored row that each row is; None: all of them in order. transposed: the matrix is the transpose of these rows, as
+    `down` of a checkpoint that holds a row for each output.
     """
 
     grid: str
@@ -37,10 +43,11 @@ class QuantizedMatrix:
     scales: Tensor | None
     columns: int
     transposed: bool = False
+    order: Tensor | None = None
 
     @staticmethod
     def of(matrix: Matrix, grid: str) -> QuantizedMatrix:
-        """A matrix [rows, columns] rounded to int8, int4 or bf16, a block of rows at a time."""
+        """A matrix [rows, columns] rounded to int8, int4, fp16 or bf16, a block of rows at a time."""
         if isinstance(matrix, Tensor) or matrix.transposed:
             whole = wide(matrix)
             parts = [QuantizedMatrix._of(whole[rows], grid) for rows in blocks(*matrix.shape)]
@@ -60,13 +67,12 @@ class QuantizedMatrix:
             case "int4":
                 q, scale = quantize_groups(matrix)
                 return QuantizedMatrix(grid, packed_nibbles(q), scale, columns)
-        assert grid == "bf16", f"{grid=}"
-        return QuantizedMatrix(grid, matrix.bfloat16(), None, columns)
+        return QuantizedMatrix(grid, matrix.to(FLOATS[grid]), None, columns)
 
     @property
     def shape(self) -> tuple[int, int]:
-        stored = self.values.shape[0], self.columns
-        return stored[::-1] if self.transposed else stored
+        rows = self.values.shape[0] if self.order is None else len(self.order)
+        return (self.columns, rows) if self.transposed else (rows, self.columns)
 
     @property
     def device(self) -> torch.device:
@@ -78,29 +84,78 @@ class QuantizedMatrix:
 
     def int8_tensors(self, name: str) -> dict[str, Tensor]:
         """What an adapter's file holds of an int8 matrix: its rows, and their scales."""
-        assert self.grid == "int8" and self.scales is not None, f"{name} is {self.grid}"
+        assert self.grid == "int8" and self.scales is not None and self.order is None, f"{name} is {self.grid}"
         return {name: self.values.cpu().contiguous(), f"{name}.scale": self.scales.cpu().contiguous()}
 
     def numel(self) -> int:
-        return self.values.shape[0] * self.columns
+        return math.prod(self.shape)
 
     def to(self, device: torch.device) -> QuantizedMatrix:
         """The matrix on that device; itself where it is there already."""
         if self.device == device:
             return self
-        return dataclasses.replace(self, values=self.values.to(device), scales=None if self.scales is None else self.scales.to(device))
+        values, scales, order = (None if part is None else part.to(device) for part in (self.values, self.scales, self.order))
+        return dataclasses.replace(self, values=values, scales=scales, order=order)
+
+    def swapped(self) -> QuantizedMatrix:
+        """Its transpose, of the same stored rows."""
+        return dataclasses.replace(self, transposed=not self.transposed)
 
     def rows(self, rows: slice | Tensor) -> QuantizedMatrix:
-        """Some stored rows, of a slice as views."""
+        """Some rows, as a view of what is stored."""
         assert not self.transposed, "rows of a transposed matrix lie in no order"
+        if self.order is not None or isinstance(rows, Tensor):
+            return dataclasses.replace(self, order=rows if self.order is None else self.order[rows])
         return dataclasses.replace(self, values=self.values[rows], scales=None if self.scales is None else self.scales[rows])
+
+    def in_order(self) -> QuantizedMatrix:
+        """The same with its rows stored in their order: itself, or a copy."""
+        if self.order is None:
+            return self
+        values, scales = self.values[self.order], None if self.scales is None else self.scales[self.order]
+        return dataclasses.replace(self, values=values, scales=scales, order=None)
 
     def dequantize(self, rows: slice | Tensor | None = None) -> Tensor:
         """The values fp32, all or of some rows."""
         if self.transposed:
-            whole = self._stored().T
+            whole = self.swapped().in_order()._stored().T
             return (whole if rows is None else whole[rows]).contiguous()
-        return (self if rows is None else self.rows(rows))._stored()
+        return (self if rows is None else self.rows(rows)).in_order()._stored()
+
+    def at(self, row_N: Tensor, column_N: Tensor) -> Tensor:
+        """The values fp32 [N] at these places: of a type of GGUF only the blocks that they lie in are dequantised."""
+        if self.transposed:
+            return self.swapped().at(column_N, row_N)
+        row_N = row_N if self.order is None else self.order[row_N]
+        match self.grid:
+            case "int8":
+                assert self.scales is not None
+                return self.values[row_N, column_N].float() * self.scales[row_N]
+            case "int4":
+                assert self.scales is not None
+                nibbles = self.values[row_N, column_N // 2] >> column_N % 2 * 4 & 15
+                return (nibbles.float() - 8) * self.scales[row_N, column_N // GROUP].float()
+            case "fp16" | "bf16":
+                return self.values[row_N, column_N].float()
+        size, size_bytes = gguf_block(self.grid)
+        blocks_N = self.values.unflatten(1, (-1, size_bytes))[row_N, column_N // size]
+        return dataclasses.replace(self, values=blocks_N, columns=size, order=None)._stored()[torch.arange(len(row_N)), column_N % size]
+
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or infinite."""
+        match self.grid:
+            case "int8" | "int4":
+                assert self.scales is not None
+                return bool(self.scales.isfinite().all())
+            case "fp16" | "bf16":
+                parts = (self.values[rows] for rows in blocks(*self.values.shape))
+                return all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in parts)
+        if self.grid in SCALES_AT:  # integers times scales are finite where the scales are
+            begin, end = SCALES_AT[self.grid]
+            scales = self.values.unflatten(1, (-1, gguf_block(self.grid)[1]))[:, :, begin:end]
+            return all(bool(_halves(scales[rows]).isfinite().all()) for rows in blocks(*self.values.shape))
+        stored = dataclasses.replace(self, transposed=False, order=None)
+        return all(bool(stored.dequantize(rows).isfinite().all()) for rows in blocks(len(self.values), self.columns))
 
     def _stored(self) -> Tensor:
         match self.grid:
@@ -110,33 +165,99 @@ class QuantizedMatrix:
             case "int4":
                 assert self.scales is not None
                 return dequantize_groups(self.integers(), self.scales)
-            case "bf16":
+            case "fp16" | "bf16":
                 return self.values.float()
         return _GGUF.get(self.grid, _by_gguf(self.grid))(self.values)
 
     def integers(self) -> Tensor:
-        """The int8 [rows, columns] of int8 and int4."""
+        """The int8 [stored rows, columns] of int8 and int4."""
         return self.values if self.grid == "int8" else unpacked_nibbles(self.values, self.columns)
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Stacked:
+    """The rows of several matrices one below the other, each as it is held: q, k and v of a layer."""
+
+    parts: tuple[Matrix, ...]
+
+    @property
+    def grid(self) -> str:
+        return "/".join(dict.fromkeys(part.grid if isinstance(part, QuantizedMatrix) else "fp32" for part in self.parts))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(each for part in self.parts for each in ((part,) if isinstance(part, Tensor) else part.tensors))
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def to(self, device: torch.device) -> Stacked:
+        return Stacked(tuple(part.to(device) for part in self.parts))
+
+    def rows(self, rows: slice) -> Matrix:
+        """Rows of one part, as a view."""
+        first, last = rows.start, rows.stop
+        for part in self.parts:
+            if first >= 0 and last <= part.shape[0]:
+                within = slice(first, last)
+                return part[within] if isinstance(part, Tensor) else part.rows(within)
+            first, last = first - part.shape[0], last - part.shape[0]
+        raise AssertionError(f"rows {rows.start} .. {rows.stop} lie in more than one part")
+
+    def dequantize(self) -> Tensor:
+        """The values fp32."""
+        return torch.cat([wide(part).float() for part in self.parts])
+
+
 Matrix = Tensor | QuantizedMatrix
+AnyMatrix = Matrix | Stacked
 
 
-def wide(matrix: Matrix) -> Tensor:
+def wide(matrix: AnyMatrix) -> Tensor:
     """The matrix as a tensor: itself, or its values dequantised to fp32."""
-    return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix
+    return matrix if isinstance(matrix, Tensor) else matrix.dequantize()
 
 
 def rounded_to(matrix: Matrix, dtype: str) -> Matrix:
-    """The matrix with the values that an engine of that dtype (fp32, bf16, int8, int4) computes with; itself where it has them."""
-    if dtype == "fp32" or (isinstance(matrix, QuantizedMatrix) and matrix.grid == dtype and not matrix.transposed):
+    """The matrix with the values that an engine of that dtype computes with; itself where it has them.
+
+    dtype: fp32, fp16, bf16, int8, int4, or stored: as the matrix is held.
+    """
+    # Scales of int8 and int4 belong to rows: those of a matrix that is held by columns are others.
+    as_held = dtype in FLOATS or not (isinstance(matrix, QuantizedMatrix) and matrix.transposed)
+    if dtype in ("fp32", "stored") or (isinstance(matrix, QuantizedMatrix) and matrix.grid == dtype and as_held):
         return matrix
     return QuantizedMatrix.of(matrix, dtype)
 
 
+def all_rounded_to(matrix: AnyMatrix, dtype: str) -> AnyMatrix:
+    """`rounded_to` of each part of a Stacked, or of the one matrix."""
+    if not isinstance(matrix, Stacked):
+        return rounded_to(matrix, dtype)
+    parts = tuple(rounded_to(part, dtype) for part in matrix.parts)
+    return matrix if all(new is old for new, old in zip(parts, matrix.parts, strict=True)) else Stacked(parts)
+
+
+def same_values(one: Matrix, other: Matrix) -> bool:
+    """Whether two matrices of one shape are equal, a block of rows at a time."""
+
+    def part(matrix: Matrix, rows: slice) -> Tensor:
+        return matrix[rows] if isinstance(matrix, Tensor) else matrix.dequantize(rows)
+
+    return all(torch.equal(part(one, rows), part(other, rows)) for rows in blocks(*one.shape))
+
+
 def stacked(parts: Sequence[Matrix]) -> Matrix:
     """The rows of several matrices as one: in their grid where all have the same, else as a tensor."""
-    held = [part for part in parts if isinstance(part, QuantizedMatrix) and not part.transposed]
+    held = [part.in_order() for part in parts if isinstance(part, QuantizedMatrix) and not part.transposed]
     if len(held) < len(parts) or len({part.grid for part in held}) > 1:
         return torch.cat([wide(part) for part in parts])
     scales = [part.scales for part in held if part.scales is not None]
@@ -144,12 +265,31 @@ def stacked(parts: Sequence[Matrix]) -> Matrix:
     return dataclasses.replace(held[0], values=values, scales=torch.cat(scales) if scales else None)
 
 
-def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+def joined(parts: Sequence[Matrix]) -> AnyMatrix:
+    """The same without a copy of what is held in a grid: a Stacked, or one tensor."""
+    return torch.cat([wide(part) for part in parts]) if all(isinstance(part, Tensor) for part in parts) else Stacked(tuple(parts))
+
+
+def linear(x: Tensor, matrix: AnyMatrix, bias: Tensor | None) -> Tensor:
     """x [.., I] times the rows of a matrix [O, I]: [.., O]. Of a quantised one a block of rows is dequantised at a time."""
     if isinstance(matrix, Tensor):
         return F.linear(x, matrix, bias)
+    if isinstance(matrix, Stacked):
+        sizes = [part.shape[0] for part in matrix.parts]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        return torch.cat([linear(x, part, own) for part, own in zip(matrix.parts, biases, strict=True)], dim=-1)
+    if matrix.transposed:
+        return F.linear(x, matrix.dequantize(), bias)
     parts = [F.linear(x, matrix.dequantize(rows), None if bias is None else bias[rows]) for rows in blocks(*matrix.shape)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def linear_by_input(x: Tensor, matrix: AnyMatrix, bias: Tensor | None) -> Tensor:
+    """x [.., I] times a matrix [I, O]: [.., O]. Of one that is stored by output a block of outputs is dequantised at a time."""
+    if isinstance(matrix, QuantizedMatrix) and matrix.transposed:
+        return linear(x, matrix.swapped(), bias)
+    y = x @ wide(matrix)
+    return y if bias is None else y + bias
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -183,6 +323,13 @@ def _q8_0(raw: Tensor) -> Tensor:
     return q.view(torch.int8).float().mul_(_halves(scale)).flatten(1)
 
 
+def gguf_block(grid: str) -> tuple[int, int]:
+    """How many values, and how many bytes, a block of a type of GGUF has."""
+    import gguf  # whoever has such values has the package that knows them
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[grid.upper()]]
+
+
 def _halves(pairs: Tensor) -> Tensor:
     """The fp16 that the two bytes of the last axis are, in fp32."""
     return pairs.contiguous().view(torch.float16).float()
@@ -190,11 +337,27 @@ def _halves(pairs: Tensor) -> Tensor:
 
 def _by_gguf(grid: str) -> Callable[[Tensor], Tensor]:
     def dequantized(raw: Tensor) -> Tensor:
-        import gguf  # whoever has such values has the package that read them
+        import gguf
 
-        return torch.from_numpy(gguf.quants.dequantize(raw.cpu().numpy(), gguf.GGMLQuantizationType[grid.upper()])).to(raw.device)
+        with np.errstate(all="ignore"):  # infinite scales are the caller's to find
+            values = gguf.quants.dequantize(raw.cpu().numpy(), gguf.GGMLQuantizationType[grid.upper()])
+        return torch.from_numpy(values).to(raw.device)
 
     return dequantized
 
 
 _GGUF: dict[str, Callable[[Tensor], Tensor]] = {"q4_1": _q4_1, "q8_0": _q8_0}  # the others by the package itself, which is slower
+
+# Where in a block the fp16 lie that all of its values are multiples of.
+SCALES_AT = {
+    "q4_0": (0, 2),
+    "q4_1": (0, 4),
+    "q5_0": (0, 2),
+    "q5_1": (0, 4),
+    "q8_0": (0, 2),
+    "q2_k": (80, 84),
+    "q3_k": (108, 110),
+    "q4_k": (0, 4),
+    "q5_k": (0, 4),
+    "q6_k": (208, 210),
+}

@@ -1,8 +1,8 @@
 """Opening a model: a Hugging Face folder, a bundled folder or a GGUF file becomes a Transformer with its tokenizer.
 
 In: what the user calls the model. Out: a Checkpoint. Each parameter is assigned exactly once, from one tensor, which is
-read, checked for NaN and hashed by its fp32 values (fingerprint.py), laid out our way, and cast or kept in its grid; nothing is left at
-random.
+read, checked for NaN and hashed by its fp32 values (fingerprint.py), and cast or kept as the file has it; nothing is left at random.
+What is kept is a view of the mapped file, of which no page stays in memory until an engine packs it.
 What is odd but harmless is a line in `Checkpoint.notes`, for the command line to show; everything else is a ValueError.
 """
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, SamplingConfig, require
-from dejavu.files import read_json, read_safetensors, safe_member
+from dejavu.files import read_json, safe_member
 from dejavu.kernels.dtypes import DTYPE_NAMES
-from dejavu.kernels.memory import give_back_freed
-from dejavu.kernels.quantized import Matrix, QuantizedMatrix, stacked, wide
+from dejavu.kernels.memory import give_back_freed, give_back_pages
+from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, joined, same_values, wide
 from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
 from dejavu.model.download import CheckConfig, Download
 from dejavu.model.families import FAMILIES, TensorTarget, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
@@ -34,6 +34,7 @@ from dejavu.model.gguf import GGUFFile
 from dejavu.model.hub import from_hub, in_cache, packaged_file
 from dejavu.model.hub_name import hub_name
 from dejavu.model.layers import Held
+from dejavu.model.mapped import mapped_safetensors
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
 
@@ -69,7 +70,7 @@ class Checkpoint:
 
 
 class StoredTensor(NamedTuple):
-    """One tensor on disk: its name there, its values, fp32 or in a grid of their own, and its type there."""
+    """One tensor on disk: its name there, its values, fp32 or a matrix in a grid of its own, and its type there."""
 
     name: str
     values: Matrix
@@ -108,7 +109,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a folder or a GGUF file. The model is in eval mode, its weights in `dtype` on `device`, without gradients.
 
-    dtype None: matrices that are stored in a grid (an int8 bundle's, a GGUF file's) stay in it, and the rest is fp32.
+    dtype None: matrices stay as they are stored (fp16, bf16, an int8 bundle's, a GGUF file's), and the rest is fp32.
     fp16 on the CPU is computed in fp32, with a note. Raises ValueError (naming file, tensor and numbers) for anything
     missing, truncated, unsupported, misshapen or not finite.
     """
@@ -199,7 +200,7 @@ class Assembler:
         self.family = FAMILIES[config.family]
         self.shifted = self.family.norm_shift if foreign else 0.0
         self.shapes = parameter_shapes(config)
-        self.values: dict[str, Matrix] = {}
+        self.values: dict[str, AnyMatrix] = {}
         self.parts: dict[str, dict[str, Matrix]] = {}  # of q, k and v, until all three are there
         self.digests: dict[str, bytes] = {}
         self.unused: list[str] = []
@@ -210,8 +211,8 @@ class Assembler:
             self.shapes[HEAD] = self.shapes[EMBED]
 
     def add(self, stored: StoredTensor) -> None:
-        plain, values = self.family.plain_name(stored.name), stored.values
-        for name, part in (self.family.unfused(plain, values, self.config) if isinstance(values, Tensor) else {plain: values}).items():
+        plain = self.family.plain_name(stored.name)
+        for name, part in self.family.unfused(plain, stored.values, self.config).items():
             self._add(name, stored._replace(values=part))
 
     def _add(self, plain: str, stored: StoredTensor) -> None:
@@ -223,7 +224,7 @@ class Assembler:
         require(target.name not in self.digests, f"{self.where} holds tensor {plain!r} twice (second: {stored.name!r}); remove one")
         values = stored.values
         if isinstance(values, QuantizedMatrix):
-            values = dataclasses.replace(values, transposed=target.transposed)
+            values = values.swapped() if target.transposed else values
         elif self.shifted and is_norm_weight(target.name):
             values = values + self.shifted
         elif target.transposed and values.dim() == 2:
@@ -232,16 +233,17 @@ class Assembler:
         if tuple(values.shape) != expected:
             shape = list(reversed(expected)) if target.transposed else list(expected)
             raise ValueError(f"tensor {stored.name!r} in {self.where} has shape {list(stored.values.shape)}, config.json makes it {shape}")
-        dense = wide(values)
-        if not torch.stack(torch.aminmax(dense)).isfinite().all():  # one pass without temporaries: weights are large
-            bad = int((~dense.isfinite()).sum())
+        if not _is_finite(values):
+            bad = int((~wide(values).isfinite()).sum())
             raise ValueError(f"tensor {stored.name!r} in {self.where} has {bad} NaN or infinite values; the checkpoint is damaged")
         self.sizes[stored.dtype] += values.numel()
-        self.digests[target.name] = tensor_digest(dense)
+        self.digests[target.name] = tensor_digest(values)
         if self.dtype is None and isinstance(values, QuantizedMatrix):
             self._place(target.name, values.to(torch.device(self.device)))
         else:
-            self._place(target.name, dense.to(device=self.device, dtype=self.dtype))
+            self._place(target.name, wide(values).to(device=self.device, dtype=self.dtype or torch.float32, copy=True))
+        for read in (stored.values,) if isinstance(stored.values, Tensor) else stored.values.tensors:
+            give_back_pages(read)
 
     def _place(self, name: str, values: Matrix) -> None:
         """Keep the values; those of q, k and v of a layer as one."""
@@ -255,7 +257,7 @@ class Assembler:
         parts[part] = values
         if len(parts) == len(QKV):
             del self.parts[joint]
-            self.values[joint] = stacked([parts[each] for each in QKV])
+            self.values[joint] = joined([parts[each] for each in QKV])
 
     def finish(self) -> tuple[Transformer, dict[str, bytes]]:
         self._settle_head()
@@ -285,7 +287,9 @@ class Assembler:
     def _settle_head(self) -> None:
         """Decide between a tied head and one of its own from what the file holds (the rule of transformers)."""
         held, embed = self.values.get(HEAD), self.values.get(EMBED)
-        tied = held is not None and embed is not None and torch.equal(wide(held), wide(embed))
+        assert not isinstance(held, Stacked) and not isinstance(embed, Stacked), "they are stored in one piece"
+        alike = self.digests.get(HEAD) == self.digests.get(EMBED)  # cheaper than all of the values
+        tied = held is not None and embed is not None and alike and same_values(held, embed)
         if self.config.tied_head and held is not None and not tied:
             self.notes.append("config.json ties the head to the embedding, but lm_head.weight differs from it: the stored head is used")
             self.config = dataclasses.replace(self.config, tied_head=False)
@@ -300,13 +304,21 @@ def _as_stored(name: str, tensor: Tensor, where: Path) -> StoredTensor:
     dtype = DTYPE_NAMES.get(tensor.dtype)
     if dtype not in FILE_DTYPES:
         raise ValueError(f"tensor {name!r} in {where} is {tensor.dtype}; supported: {', '.join(FILE_DTYPES)}")
+    if tensor.dim() == 2 and dtype != "fp32":
+        return StoredTensor(name, QuantizedMatrix(dtype, tensor.contiguous(), None, tensor.shape[1]), dtype)
     return StoredTensor(name, tensor.float(), dtype)
+
+
+def _is_finite(values: Matrix) -> bool:
+    if isinstance(values, QuantizedMatrix):
+        return values.is_finite()
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())  # one pass without temporaries: weights are large
 
 
 def _bundle_tensors(folder: Path) -> Iterator[StoredTensor]:
     """Tensors of a bundled folder (bundle.py)."""
     path = folder / "model.safetensors"
-    tensors = read_safetensors(path)
+    tensors = mapped_safetensors(path)
     scales = {name.removesuffix(".scale"): tensors.pop(name) for name in list(tensors) if name.endswith(".scale")}
     for name, tensor in tensors.items():
         if tensor.dtype != torch.int8:
@@ -372,7 +384,7 @@ def _unindexed_tensors(files: list[Path]) -> Iterator[StoredTensor]:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return mapped_safetensors(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

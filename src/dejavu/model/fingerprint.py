@@ -13,14 +13,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dejavu.config import Config, ModelConfig
+from dejavu.kernels.quantized import AnyMatrix, QuantizedMatrix, wide
 from dejavu.model.transformer import Transformer
 
 SAMPLES = 4096
@@ -28,13 +29,17 @@ STRIDE = 2654435761  # a prime: i * STRIDE mod size visits distinct positions th
 NOT_ARCHITECTURE = ("family", "bos_token_id", "eos_token_ids")
 
 
-def tensor_digest(values: Tensor) -> bytes:
-    """Digest of one fp32 parameter in our layout: its shape and up to 4096 values at fixed positions."""
-    assert values.dtype == torch.float32, "the hash is taken of fp32 values"
-    position = np.arange(min(SAMPLES, values.numel()), dtype=np.int64) * STRIDE % values.numel()
-    sampled = values.detach().reshape(-1)[torch.from_numpy(position).to(values.device)].cpu().numpy()
+def tensor_digest(values: AnyMatrix) -> bytes:
+    """Digest of one parameter in our layout, of its fp32 values: its shape and up to 4096 values at fixed positions."""
+    size = math.prod(values.shape)
+    position = torch.from_numpy(np.arange(min(SAMPLES, size), dtype=np.int64) * STRIDE % size).to(values.device)
+    if isinstance(values, QuantizedMatrix):
+        sampled = values.at(position // values.shape[1], position % values.shape[1])
+    else:
+        sampled = wide(values).detach().reshape(-1)[position]
+    assert sampled.dtype == torch.float32, "the hash is taken of fp32 values"
     shape = ",".join(map(str, values.shape))
-    return hashlib.sha256(shape.encode() + b";" + sampled.astype("<f4").tobytes()).digest()
+    return hashlib.sha256(shape.encode() + b";" + sampled.cpu().numpy().astype("<f4").tobytes()).digest()
 
 
 def base_hash(config: ModelConfig, digests: Mapping[str, bytes]) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, RopeConfig
-from dejavu.kernels.quantized import Matrix, QuantizedMatrix, linear, wide
+from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, linear, linear_by_input
 
 
 class Norm(nn.Module):
@@ -38,23 +38,29 @@ class Norm(nn.Module):
 
 
 class Held(nn.Module):
-    """A module with a matrix: a parameter `weight`, or a QuantizedMatrix, which has no `weight` to read or to change."""
+    """A module with a matrix: a parameter `weight`, or a quantised one, which has no `weight` to read or to change."""
 
     weight: Tensor
-    quantized: QuantizedMatrix | None = None
+    quantized: QuantizedMatrix | Stacked | None = None
+
+    @property
+    def held(self) -> AnyMatrix:
+        """What is held; of q, k and v together it may be several matrices."""
+        return self.weight if self.quantized is None else self.quantized
 
     @property
     def matrix(self) -> Matrix:
-        """What is held."""
+        """The one matrix that is held."""
+        assert not isinstance(self.quantized, Stacked), "these are several matrices: take `held`"
         return self.weight if self.quantized is None else self.quantized
 
-    def hold(self, matrix: Matrix) -> None:
+    def hold(self, matrix: AnyMatrix) -> None:
         """Hold another matrix from now on."""
         self._parameters.pop("weight", None)
-        if isinstance(matrix, QuantizedMatrix):
-            self.quantized = matrix
-        else:
+        if isinstance(matrix, Tensor):
             self.weight = nn.Parameter(matrix, requires_grad=False)
+        else:
+            self.quantized = matrix
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # a parameter stands for what was quantised
@@ -77,7 +83,7 @@ class Linear(Held, nn.Linear):
     """y = weight_OI x + bias_O."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.matrix, self.bias)
+        return linear(input, self.held, self.bias)
 
 
 class Embedding(Held, nn.Embedding):
@@ -102,8 +108,7 @@ class InputMajorLinear(Held):
         self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ wide(self.matrix)
-        return y if self.bias is None else y + self.bias
+        return linear_by_input(x, self.matrix, self.bias)
 
 
 class Rows(NamedTuple):
@@ -142,7 +147,7 @@ class QueryKeyValue(Linear):
         return self._rows(sum(self.sizes), self.out_features)
 
     def _rows(self, start: int, stop: int) -> Rows:
-        matrix, rows = self.matrix, slice(start, stop)
+        matrix, rows = self.held, slice(start, stop)
         return Rows(matrix[rows] if isinstance(matrix, Tensor) else matrix.rows(rows), None if self.bias is None else self.bias[rows])
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dejavu.config import Config, ModelConfig, require
-from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, stacked, wide
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, joined, rounded_to, wide
 from dejavu.model.layers import InputMajorLinear, Linear, Rows
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Block, Transformer, sharing
@@ -94,7 +94,7 @@ def merged_weight(module: Linear | InputMajorLinear | Rows, A_RI: Matrix, B_OR: 
 @torch.no_grad()
 def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | None = None, activation: str | None = None) -> Block:
     """The layer with its changes, sharing the rest. dtype: of the engine, to which its matrices are rounded as those of the base are."""
-    merged = sharing(block, lambda held: held.matrix)
+    merged = sharing(block, lambda module: module.held)
     merged.config = with_activation(block.config, activation)
     own = block.up.matrix
     kind = own.dtype if isinstance(own, Tensor) else torch.float32
@@ -108,7 +108,7 @@ def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | No
 
     joint = ("q", "k", "v")
     if lora.factors.keys() & set(joint):
-        merged.qkv.hold(stacked([changed(name) for name in joint]))
+        merged.qkv.hold(joined([changed(name) for name in joint]))
     for name in lora.factors.keys() - set(joint):
         getattr(merged, name).hold(changed(name))
     for name, weight_D in lora.norms.items():
@@ -127,7 +127,7 @@ def adapted_model(model: Transformer, layers: Sequence[LayerAdapter]) -> Transfo
     changed = [layer.block for layer in layers if layer.block is not None]
     if not changed or all(layer.block in (None, own) for layer, own in zip(layers, model.blocks, strict=True)):
         return model
-    adapted = sharing(model, lambda held: held.matrix)
+    adapted = sharing(model, lambda module: module.held)
     adapted.config = changed[0].config
     adapted.layers = nn.ModuleList(layer.block or own for layer, own in zip(layers, adapted.blocks, strict=True))
     return adapted

@@ -28,7 +28,7 @@ from dejavu.kernels.activation import activate
 from dejavu.kernels.attention import ScoreConfig, attend_tokens
 from dejavu.kernels.memory import give_back_freed
 from dejavu.kernels.quantize import rounded_vectors
-from dejavu.kernels.quantized import Matrix, linear, rounded_to, wide
+from dejavu.kernels.quantized import AnyMatrix, Matrix, all_rounded_to, linear, wide
 from dejavu.model.layers import (
     Embedding,
     Held,
@@ -83,14 +83,14 @@ class Selection:
 DENSE = Selection()
 
 
-def sharing(module: M, change: Callable[[Held], Matrix]) -> M:
+def sharing(module: M, change: Callable[[Held], AnyMatrix]) -> M:
     """A copy of a module that shares its tensors, but for the matrices in whose place `change` gives others."""
     made = copy.copy(module)
     for table in ("_parameters", "_buffers", "_modules"):
         made.__dict__[table] = dict(getattr(module, table))
     if isinstance(module, Held) and isinstance(made, Held):
         matrix = change(module)
-        if matrix is not module.matrix:
+        if matrix is not module.held:
             made.hold(matrix)
     for name, child in module.named_children():
         setattr(made, name, sharing(child, change))
@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         self.handed_over = True
         for module in (each for part in parts for each in part.modules()):
             if isinstance(module, Held):
-                module.hold(torch.empty(module.matrix.shape, device="meta"))
+                module.hold(torch.empty(module.held.shape, device="meta"))
         give_back_freed()
 
     @property
@@ -323,7 +323,7 @@ class Transformer(nn.Module):
         """The model with the values that an engine of that dtype (fp32, bf16, int8, int4) computes with, and keys and values as a cache
         of cache_dtype (fp32, fp16, int8) holds them: quality and speed are then of the same weights. It shares what stays as it is."""
         self.require_weights()
-        made = sharing(self, lambda held: held.matrix if held is self.position else rounded_to(held.matrix, dtype))
+        made = sharing(self, lambda module: module.held if module is self.position else all_rounded_to(module.held, dtype))
         for block in made.blocks:
             block.cache_dtype = None if cache_dtype == "fp32" else cache_dtype
         return made
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
         self.require_weights()
         if all(module.quantized is None for module in self.modules() if isinstance(module, Held)):
             return self
-        return sharing(self, lambda held: wide(held.matrix))
+        return sharing(self, lambda module: wide(module.held))
 
     def embedded(self, ids_BT: Tensor, position_T: Tensor) -> Tensor:
         """The residual stream before layer 0, from ids [.., T] at positions [T]."""

@@ -8,6 +8,7 @@ biases and the position table stay fp32.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,9 @@ def matrix_view(dtype: str, matrix: Matrix, bias: Tensor | None = None) -> Matri
     held = rounded_to(matrix.detach() if isinstance(matrix, Tensor) else matrix, dtype)
     if dtype == "fp32" or isinstance(held, Tensor):
         return MatrixView(wide(held), bias)
+    held = held.in_order()
+    if held.transposed:
+        held = dataclasses.replace(held, values=held.values.T, columns=held.shape[1], transposed=False)
     return MatrixView(held.values if dtype == "bf16" else held.integers(), bias, dtype=dtype, scale=held.scales)
 
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dejavu.config import ModelConfig
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix
 
 TRANSPOSED_MODULES = ("o", "down")
 NORMS = ("norm1", "norm1_out", "norm2", "norm2_out", "q_norm", "k_norm", "final_norm")
@@ -88,13 +90,17 @@ class Family:
     def is_ignored(self, plain: str) -> bool:
         return any(pattern.fullmatch(plain) for pattern in self.ignored)
 
-    def unfused(self, plain: str, values: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-        """The stored tensor, or, of one that holds several, these by their plain names."""
+    def unfused(self, plain: str, values: Matrix, config: ModelConfig) -> dict[str, Matrix]:
+        """The stored tensor, or, of one that holds several, these by their plain names: of a quantised one its rows as they are."""
         match = re.fullmatch(rf"({self.layers}\.\d+\.)([\w.]+)\.(weight|bias)", plain)
         if match is None or match[2] not in self.fused:
             return {plain: values}
         fused = self.fused[match[2]]
-        parts = fused.split(config, values)
+        if isinstance(values, QuantizedMatrix):
+            rows = fused.split(config, torch.arange(values.shape[0])[:, None])
+            parts = tuple(_rows(values, row[:, 0]) for row in rows)
+        else:
+            parts = fused.split(config, values)
         return {f"{match[1]}{self._module(part, config)}.{match[3]}": values for part, values in zip(fused.parts, parts, strict=True)}
 
     def stored(self, values: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -116,6 +122,13 @@ class Family:
             fused = next(fused for module, fused in self.fused.items() if f".{module}." in name)
             found[name] = fused.join(config, tuple(held[part] for part in fused.parts))
         return found
+
+
+def _rows(matrix: QuantizedMatrix, row_N: Tensor) -> QuantizedMatrix:
+    """These rows: a view where they follow one another."""
+    first, last = int(row_N[0]), int(row_N[-1])
+    in_order = torch.equal(row_N, torch.arange(first, first + len(row_N)))
+    return matrix.rows(slice(first, last + 1) if in_order else row_N)
 
 
 def is_transposed(ours: str) -> bool:
