@@ -23,10 +23,10 @@ from dejavu.model.adapter import Adapter, write_adapter
 from dejavu.model.families import FAMILIES, config_to_hf
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.generation_config import GENERATION_FILE, generation_values
+from dejavu.model.stored import FORMAT_KEY, INT8_ROWS
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 
-FORMAT_KEY, INT8_ROWS = "dejavu_format", "int8-rows"
 MODELS_FOLDER = Path(__file__).resolve().parents[1] / "models"
 ADAPTER_FOLDER = "adapter"
 EXPORT_DTYPES = {"fp32": ("float32", torch.float32), "bf16": ("bfloat16", torch.bfloat16)}

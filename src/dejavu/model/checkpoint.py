@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from dejavu.files import read_json, safe_member
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.memory import give_back_freed, give_back_pages
 from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, joined, same_values, wide
-from dejavu.model.bundle import ADAPTER_FOLDER, FORMAT_KEY, INT8_ROWS, bundled_folder, bundled_models
+from dejavu.model.bundle import ADAPTER_FOLDER, bundled_folder, bundled_models
 from dejavu.model.download import CheckConfig, Download
 from dejavu.model.families import FAMILIES, TensorTarget, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
@@ -35,10 +35,10 @@ from dejavu.model.hub import from_hub, in_cache, packaged_file
 from dejavu.model.hub_name import hub_name
 from dejavu.model.layers import Held
 from dejavu.model.mapped import mapped_safetensors
+from dejavu.model.stored import StoredTensor, as_stored, in_our_format, our_tensors
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
 
-FILE_DTYPES = ("fp32", "fp16", "bf16")
 FORMS = "a folder with config.json, a .gguf file, or a hub id (ORG/NAME, ORG/NAME@REVISION or ORG/NAME:FILE.gguf)"
 HEAD, EMBED = "head.weight", "embed.weight"
 QKV = ("q", "k", "v")
@@ -67,14 +67,6 @@ class Checkpoint:
         """The adapter that came with the checkpoint, if one did."""
         folder = self.path / ADAPTER_FOLDER
         return folder if (folder / "config.json").is_file() else None
-
-
-class StoredTensor(NamedTuple):
-    """One tensor on disk: its name there, its values, fp32 or a matrix in a grid of its own, and its type there."""
-
-    name: str
-    values: Matrix
-    dtype: str
 
 
 def resolve_model(name: str, *, revision: str | None = None, download: Download = False, check: CheckConfig | None = None) -> Path:
@@ -133,12 +125,8 @@ def load_checkpoint(
         sampling = generation.sampling
         notes += generation.notes
         tokenizer = load_tokenizer(path, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
-        bundle = hf.get(FORMAT_KEY) == INT8_ROWS
-        require(
-            bundle or FORMAT_KEY not in hf,
-            f"{path / 'config.json'}: {FORMAT_KEY} {hf.get(FORMAT_KEY)!r} is not supported; supported: {INT8_ROWS}",
-        )
-        stored = _bundle_tensors(path) if bundle else _folder_tensors(path, notes)
+        bundle = in_our_format(hf, path)
+        stored = our_tensors(path) if bundle else _folder_tensors(path, notes)
         targets = {own: TensorTarget(own, False) for own in parameter_shapes(config)} if bundle else foreign_targets(config)
     assembler = Assembler(config, targets, dtype=dtype, device=device, where=path, foreign=not bundle)
     for tensor in stored:
@@ -164,7 +152,7 @@ def assembled(
     config = config_from_hf(hf)
     assembler = Assembler(config, foreign_targets(config), dtype=dtype, device=device, where=Path(where))
     for name, values in tensors.items():
-        assembler.add(_as_stored(name, values.detach(), Path(where)))
+        assembler.add(as_stored(name, values.detach(), Path(where)))
     model, digests = assembler.finish()
     return model, base_hash(model.config, digests)
 
@@ -300,35 +288,10 @@ class Assembler:
             self.targets = {plain: target for plain, target in self.targets.items() if target.name != HEAD}
 
 
-def _as_stored(name: str, tensor: Tensor, where: Path) -> StoredTensor:
-    dtype = DTYPE_NAMES.get(tensor.dtype)
-    if dtype not in FILE_DTYPES:
-        raise ValueError(f"tensor {name!r} in {where} is {tensor.dtype}; supported: {', '.join(FILE_DTYPES)}")
-    if tensor.dim() == 2 and dtype != "fp32":
-        return StoredTensor(name, QuantizedMatrix(dtype, tensor.contiguous(), None, tensor.shape[1]), dtype)
-    return StoredTensor(name, tensor.float(), dtype)
-
-
 def _is_finite(values: Matrix) -> bool:
     if isinstance(values, QuantizedMatrix):
         return values.is_finite()
     return bool(torch.stack(torch.aminmax(values)).isfinite().all())  # one pass without temporaries: weights are large
-
-
-def _bundle_tensors(folder: Path) -> Iterator[StoredTensor]:
-    """Tensors of a bundled folder (bundle.py)."""
-    path = folder / "model.safetensors"
-    tensors = mapped_safetensors(path)
-    scales = {name.removesuffix(".scale"): tensors.pop(name) for name in list(tensors) if name.endswith(".scale")}
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.int8:
-            yield _as_stored(name, tensor, path)
-            continue
-        scale = scales.pop(name, None)
-        if scale is None or scale.shape != tensor.shape[:1]:
-            raise ValueError(f"{path}: {name!r} is int8 [{', '.join(map(str, tensor.shape))}] without a scale for each row")
-        yield StoredTensor(name, QuantizedMatrix("int8", tensor, scale, tensor.shape[1]), "int8")
-    require(not scales, f"{path}: scales without their tensor: {', '.join(sorted(scales)[:5])}")
 
 
 def _folder_tensors(folder: Path, notes: list[str]) -> Iterator[StoredTensor]:
@@ -368,7 +331,7 @@ def _indexed_tensors(folder: Path, index: str, promised: Mapping[str, set[str]])
             not lacking, f"{folder / index} promises {', '.join(map(repr, lacking[:5]))} in {shard!r}, which lacks it; download both again"
         )
         for tensor in sorted(promised[shard]):
-            yield _as_stored(tensor, tensors[tensor], folder / shard)
+            yield as_stored(tensor, tensors[tensor], folder / shard)
 
 
 def _unindexed_tensors(files: list[Path]) -> Iterator[StoredTensor]:
@@ -379,7 +342,7 @@ def _unindexed_tensors(files: list[Path]) -> Iterator[StoredTensor]:
                 tensor not in seen, f"tensor {tensor!r} is in {seen.get(tensor)!r} and in {path.name!r} of {path.parent}; remove one file"
             )
             seen[tensor] = path.name
-            yield _as_stored(tensor, values, path)
+            yield as_stored(tensor, values, path)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
