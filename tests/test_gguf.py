@@ -35,7 +35,7 @@ def test_fp32_gguf_is_the_model_bit_for_bit(tmp_path: Path, tiny: Tiny, tok96: t
     model = tiny("llama", **flags)
     write_gguf(model, tok96, tmp_path / "m.gguf")
     loaded = open_fp32(tmp_path / "m.gguf")
-    assert loaded.config == model.config and loaded.name == "m" and loaded.stored_dtype == "f32"
+    assert loaded.config == model.config and loaded.name == "m" and loaded.stored_dtype == "fp32"
     assert torch.equal(loaded.model(IDS), model(IDS))
     assert loaded.base_hash == model_hash(model), "the same weights, whatever the file"
 
@@ -45,7 +45,7 @@ def test_quantised_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer,
     model = tiny("llama")
     write_gguf(model, tok96, tmp_path / "m.gguf", kind=kind)
     loaded = open_fp32(tmp_path / "m.gguf")
-    assert loaded.stored_dtype == kind.name.lower()
+    assert loaded.stored_dtype == {"F16": "fp16"}.get(kind.name, kind.name.lower())
     stored = gguf.quants.dequantize(gguf.quants.quantize(model.blocks[1].up.weight.numpy(), kind), kind)
     assert np.array_equal(loaded.model.blocks[1].up.weight.numpy(), stored)
     bound = {"F16": 0.01, "BF16": 0.1, "Q8_0": 0.1}.get(kind.name, 1.5)

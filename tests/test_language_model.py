@@ -419,7 +419,7 @@ def test_an_adapter_is_attached_once_for_loading_and_all_generations(folder: Pat
     assert next(first) == next(second)
     lm.logits([5, 6])
     lm.generate(PROMPT, max_new_tokens=3, dense=True)
-    assert calls == ["fp32"] and made.total == 3
+    assert calls == ["stored"] and made.total == 3
     lm.adapter = make_adapter(lm.config, lm.base_hash, threshold=0.7)
     lm.generate(PROMPT, max_new_tokens=3)
     assert len(calls) == 2

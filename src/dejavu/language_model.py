@@ -38,9 +38,10 @@ from dejavu.offline_methods import OfflineMethods
 class LanguageModel(OfflineMethods):
     """A model with its tokenizer, its backend and, perhaps, the adapter that makes it sparse. Made by `load`.
 
-    config, tokenizer, name, base_hash: of the checkpoint. options: of its engines, of which backend, dtype, cache_dtype, screened_head and
-    threads are what was picked. adapter: used by everything below unless told otherwise; may be set; None runs dense. notes: lines about
-    the checkpoint and the adapter that came with it that a user should see.
+    config, tokenizer, name, base_hash: of the checkpoint. options: of its engines, of which backend, cache_dtype, screened_head and threads
+    are what was picked. dtype: of the weights that its engines compute with, in the file's own word (q4_k_m) where they are as stored.
+    adapter: used by everything below unless told otherwise; may be set; None runs dense. notes: lines about the checkpoint and the adapter
+    that came with it that a user should see.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions, *, adapter: Adapter | None = None) -> None:
@@ -49,10 +50,13 @@ class LanguageModel(OfflineMethods):
         self.model, self.tokenizer, self.config = checkpoint.model, checkpoint.tokenizer, checkpoint.config
         self.name, self.base_hash, self.notes = checkpoint.name, checkpoint.base_hash, checkpoint.notes
         capabilities = CAPABILITIES[options.backend]
-        dtype = DTYPE_NAMES[checkpoint.model.dtype] if options.dtype == "auto" else options.dtype
-        cache_dtype = capabilities.cache_dtype(options.cache_dtype, dtype=dtype)
+        own = checkpoint.model.stored_as if capabilities.packs else DTYPE_NAMES[checkpoint.model.dtype]
+        as_held = options.dtype in ("auto", "stored")
+        self.dtype = own if as_held else options.dtype
+        cache_dtype = capabilities.cache_dtype(options.cache_dtype, dtype=self.dtype)
         capabilities.check_screened_head(options.screened_head, vocab_size=self.config.vocab_size)
-        self.options = replace(options, dtype=dtype, cache_dtype=cache_dtype)
+        kind = options.dtype if not as_held else "stored" if capabilities.packs else own
+        self.options = replace(options, dtype=kind, cache_dtype=cache_dtype)
         self.adapter = adapter
         self._engines = EngineCache()
 
@@ -63,10 +67,6 @@ class LanguageModel(OfflineMethods):
     @property
     def backend(self) -> str:
         return self.options.backend
-
-    @property
-    def dtype(self) -> str:
-        return self.options.dtype
 
     @property
     def cache_dtype(self) -> str:
@@ -115,7 +115,7 @@ class LanguageModel(OfflineMethods):
         Raises ValueError for an adapter of another model.
         """
         chosen = self._chosen(adapter, dense=dense)
-        return self._engines.attached(self.model, chosen, dtype=self.dtype)[1]
+        return self._engines.attached(self.model, chosen, dtype=self.options.dtype)[1]
 
     def _chosen(self, adapter: Adapter | None, *, dense: bool) -> Adapter | None:
         chosen = None if dense else adapter or self.adapter
@@ -242,7 +242,7 @@ class LanguageModel(OfflineMethods):
         """
         if self.backend != "native":
             return
-        model, layers = self._engines.attached(self.model, self._chosen(None, dense=False), dtype=self.dtype)
+        model, layers = self._engines.attached(self.model, self._chosen(None, dense=False), dtype=self.options.dtype)
         needed = [] if layers is None else [(model, layout_of(layers))]
         if dense or layers is None:
             needed.append((self.model, layout_of(())))
@@ -252,7 +252,7 @@ class LanguageModel(OfflineMethods):
             self.model.hand_over(self.model)
         for each in dict.fromkeys(each for each, _ in needed):
             layouts = list(dict.fromkeys(layout for owner, layout in needed if owner is each))
-            hand_over(each, self.dtype, layouts, screened=self.screened_head > 0)
+            hand_over(each, self.options.dtype, layouts, screened=self.screened_head > 0)
 
     def engine(
         self, *, num_slots: int, cache_tokens: int, adapter: Adapter | None = None, dense: bool = False, record: bool = False
@@ -263,7 +263,7 @@ class LanguageModel(OfflineMethods):
         """
         with torch.inference_mode(False), torch.no_grad():
             options = replace(self.options, num_slots=num_slots, cache_tokens=cache_tokens, record=record)
-            model, layers = self._engines.attached(self.model, self._chosen(adapter, dense=dense), dtype=self.dtype)
+            model, layers = self._engines.attached(self.model, self._chosen(adapter, dense=dense), dtype=self.options.dtype)
             return make_engine(model, layers, options)
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
-from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model
+from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model, stored_dtype
 from dejavu.model.download import Download
 from dejavu.model.hub import adapter_folder, packaged_file
 from dejavu.model.hub_name import hub_name
@@ -47,8 +47,8 @@ def load(
     else, and HF_HUB_OFFLINE of huggingface_hub is obeyed.
 
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder or hub id, an Adapter,
-    or None to run dense. dtype: auto (int8 for weights stored so where the native engine runs, else fp32), fp32, fp16, bf16, and on the
-    native backend int8 and int4; there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
+    or None to run dense. dtype: auto (what the file stores, see own_dtype), fp32, fp16, bf16, and on the native backend int8 and int4;
+    there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
     values, likewise: auto (on the native backend fp32 with fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine. backend: auto takes torch for an architecture or an adapter's
@@ -57,18 +57,18 @@ def load(
     what is not found, not fetched, damaged, unavailable or of another model.
     """
     requested = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
-    _torch_dtype(dtype, requested)
+    _check_dtype(dtype, requested)
     if threads is not None:
         set_threads(threads)
 
-    def settle(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
+    def settle(config: ModelConfig, stored: str | None = None) -> tuple[str, tuple[str, ...]]:
         """The backend, and what keeps it from being the one requested. What is wrong is said here, before weights."""
         lacking = CAPABILITIES[requested].beyond(config)
         require(backend == "auto" or not lacking, f"backend {requested!r} does not compute {', '.join(lacking)}; use --backend torch")
         settled = "torch" if lacking else requested
-        _torch_dtype(dtype, settled)
+        _check_dtype(dtype, settled)
         if before_weights is not None:
-            before_weights(config, settled, "fp32" if dtype == "auto" else dtype)
+            before_weights(config, settled, own_dtype(stored or "fp32", settled) if dtype == "auto" else dtype)
         return settled, lacking
 
     name = str(name)
@@ -80,20 +80,19 @@ def load(
     path = (packaged_file(name) if named is not None else None) or resolve_model(name, revision=revision, download=download, check=settle)
     if isinstance(adapter, str | Path) and adapter != "bundled":
         adapter = adapter_folder(adapter, download=download)  # found before the weights are read
-    backend, lacking = settle(read_config(path))
-    torch_dtype = _torch_dtype(dtype, backend)
+    stored = stored_dtype(path)
+    backend, lacking = settle(read_config(path), stored)
+    capabilities = CAPABILITIES[backend]
     device = "cuda" if backend == "cuda" else "cpu"
     a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
     hub = None if a_path else hub_name(name)
     called = None if a_path else name if hub is None else hub.model
-    checkpoint = load_checkpoint(path, dtype=None if CAPABILITIES[backend].packs else torch_dtype, device=device, name=called)
+    computed = None if capabilities.packs else TORCH_DTYPES[own_dtype(stored, backend) if dtype == "auto" else dtype]
+    checkpoint = load_checkpoint(path, dtype=computed, device=device, name=called)
     if adapter == "bundled":
         adapter = named or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):
         adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
-    if dtype == "auto" and checkpoint.stored_dtype == "int8" and "int8" in CAPABILITIES[backend].dtypes:
-        dtype = "int8"  # the weights are int8 rows already: nothing is rounded
-    capabilities = CAPABILITIES[backend]
     options = EngineOptions(
         backend=backend,
         dtype=dtype if capabilities.packs else "auto",
@@ -102,14 +101,14 @@ def load(
         threads=threads,
     )
     if capabilities.packs:  # what is evaluated has the values that the engine computes with
-        packed = "fp32" if dtype == "auto" else dtype
-        cached = capabilities.cache_dtype(cache_dtype, dtype=packed)
-        checkpoint = dataclasses.replace(checkpoint, model=checkpoint.model.rounded(packed, cache_dtype=cached))
+        cached = capabilities.cache_dtype(cache_dtype, dtype=checkpoint.model.stored_as if dtype == "auto" else dtype)
+        held = checkpoint.model.rounded("stored" if dtype == "auto" else dtype, cache_dtype=cached)
+        checkpoint = dataclasses.replace(checkpoint, model=held)
     lm = LanguageModel(checkpoint, options, adapter=adapter)
     if lm.adapter is not None:
         lm.notes = (*lm.notes, *lm.adapter.notes)
     digest = None if adapter is None else adapter.digest
-    note = rounding_note(checkpoint.base_hash, dtype, stored_dtype=checkpoint.stored_dtype, adapter=digest)
+    note = rounding_note(checkpoint.base_hash, dtype, stored_dtype=stored, adapter=digest)
     lm.notes = lm.notes if note is None else (*lm.notes, note)
     if lacking:
         lm.notes = (*lm.notes, f"backend torch on the CPU: {requested} does not compute {', '.join(lacking)}")
@@ -136,10 +135,19 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _torch_dtype(dtype: str, backend: str) -> torch.dtype:
+def own_dtype(stored: str, backend: str) -> str:
+    """What --dtype auto is on a backend, of a model whose matrices are stored so: as stored where the engine packs them; else fp16 on a
+    GPU, and bf16 of what bf16 or the few bits of a GGUF file was made of, whose range fp16 has not; on the CPU bf16 of bf16, and fp32."""
+    if CAPABILITIES[backend].packs:
+        return stored
+    if backend == "cuda":
+        return "fp16" if stored in ("fp32", "fp16", "int8", "int4") else "bf16"
+    return "bf16" if stored == "bf16" else "fp32"
+
+
+def _check_dtype(dtype: str, backend: str) -> None:
     if dtype == "auto":
-        return torch.float32
+        return
     require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
     offered = [name for name in CAPABILITIES[backend].dtypes if name in DTYPES]
     require(dtype in offered, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(offered)}")
-    return torch.float32 if CAPABILITIES[backend].packs else TORCH_DTYPES[dtype]

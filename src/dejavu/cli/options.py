@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or adapter, a folder, a GGUF file, or a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout and nothing else there.")]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch, native or cuda.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (torch), int8 or int4 (native).")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="NAME", help="auto (as stored), fp32, fp16, bf16, int8 or int4 (the last two native).")
+]
 CacheDtype = Annotated[str, typer.Option("--cache-dtype", metavar="NAME", help="Of keys and values: auto, fp32, fp16 or int8 (native).")]
 ScreenedHead = Annotated[
     int, typer.Option("--screened-head", metavar="N", help="Exact logits for N tokens that low-rank scores choose (native); 0: for all.")

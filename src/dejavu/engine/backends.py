@@ -74,7 +74,7 @@ def backend_for(model: Transformer, options: EngineOptions) -> str:
     """The backend for a model where it is, in the dtype that it is loaded in. auto takes torch for an architecture that the first choice
     does not compute. Raises ValueError as `pick_backend` does."""
     stored = DTYPE_NAMES[model.dtype]
-    dtype = stored if options.dtype == "auto" else options.dtype
+    dtype = stored if options.dtype in ("auto", "stored") else options.dtype
     picked = pick_backend(options.backend, dtype=dtype)
     if options.backend != "auto":
         return picked

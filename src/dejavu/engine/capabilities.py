@@ -60,7 +60,7 @@ class Capabilities:
 
     def check(self, options: EngineOptions, config: ModelConfig, *, stored: str) -> None:
         """Raise ValueError for an option that the engine does not obey. stored: the dtype that the model is loaded in."""
-        dtype = stored if options.dtype == "auto" else options.dtype
+        dtype = stored if options.dtype in ("auto", "stored") else options.dtype
         require(
             options.ahead is None or bool(self.ahead),
             f"a way of looking ahead is of backend 'cuda', not {self.backend!r}; leave --ahead out",

@@ -15,10 +15,10 @@ PAGE_SIZE = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions(Config):
-    """dtype: of the weights, where the engine packs its own (native: fp32, bf16, int8, int4); auto: the model's. cache_dtype: of keys and
-    values; auto: see `Capabilities.cache_dtype`. screened_head: how many tokens of the vocabulary get exact logits (0: all; others have
-    -inf), see kernels/screen.py. threads: of the native engine (None: every processor that this process may use); torch has one number for
-    the whole process. ahead: where the cuda engine selects neurons, see TokenStep.
+    """dtype: of the weights, where the engine packs its own (native: fp32, fp16, bf16, int8, int4, or stored: each as the model holds it);
+    auto: the model's. cache_dtype: of keys and values; auto: see `Capabilities.cache_dtype`. screened_head: how many tokens of the
+    vocabulary get exact logits (0: all; others have -inf), see kernels/screen.py. threads: of the native engine (None: every processor that
+    this process may use); torch has one number for the whole process. ahead: where the cuda engine selects neurons, see TokenStep.
 
     num_slots: sequences at a time. cache_tokens: room of the key/value pool over all slots, in tokens; None: the whole context for each.
     record: keep the selections of every step.

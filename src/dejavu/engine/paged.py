@@ -45,12 +45,12 @@ class PagedEngine:
         spare: int = 0,
     ) -> None:
         config = model.config
-        stored = DTYPE_NAMES[model.dtype]
+        stored = model.stored_as if self.capabilities.packs else DTYPE_NAMES[model.dtype]
         self.config = config
         self.layers = tuple(layers) if layers is not None else (LayerAdapter(),) * config.num_layers
         check_layers(self.layers, config)
         self.capabilities.check(options, config, stored=stored)
-        dtype = stored if options.dtype == "auto" else options.dtype
+        dtype = stored if options.dtype in ("auto", "stored") else options.dtype
         self._record = options.record
         self._info = EngineInfo.of(
             config,

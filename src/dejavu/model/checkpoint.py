@@ -115,7 +115,7 @@ def load_checkpoint(
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         config = config_from_hf(file.hf_config())
-        kind = file.stored_dtype()
+        kind = _dtype_name(file.stored_dtype())
         stored = (StoredTensor(tensor_name, values, kind) for tensor_name, values in file.tensors())
         tokenizer, targets = file.tokenizer(), foreign_targets(config)
     else:
@@ -155,6 +155,27 @@ def assembled(
         assembler.add(as_stored(name, values.detach(), Path(where)))
     model, digests = assembler.finish()
     return model, base_hash(model.config, digests)
+
+
+def stored_dtype(path: Path) -> str:
+    """What most values of a folder or a GGUF file are stored as, without reading them: see Checkpoint.stored_dtype."""
+    if path.suffix == ".gguf":
+        return _dtype_name(GGUFFile(path).stored_dtype())
+    if in_our_format(read_hf_config(path), path):
+        return "int8"
+    sizes: Counter[str] = Counter()
+    for file in path.glob("*.safetensors"):
+        for tensor in mapped_safetensors(file).values():
+            sizes[DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))] += tensor.numel()
+    if sizes:
+        return sizes.most_common(1)[0][0]
+    named = read_hf_config(path).get("torch_dtype")  # of .bin files, which tell nothing before they are read
+    return {"float16": "fp16", "bfloat16": "bf16"}.get(str(named), "fp32")
+
+
+def _dtype_name(kind: str) -> str:
+    """Ours for what GGUF calls f32 and f16."""
+    return {"f32": "fp32", "f16": "fp16"}.get(kind, kind)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -258,6 +279,7 @@ class Assembler:
         if self.unused:
             self.notes.append(f"{len(self.unused)} tensors of the checkpoint are not used: {', '.join(self.unused[:5])}")
         model = empty_model(self.config)
+        model.label = self.stored_dtype() if self.dtype is None else None
         for name, values in self.values.items():
             owner, _, kind = name.rpartition(".")
             module = model.get_submodule(owner)

@@ -32,7 +32,7 @@ from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Block, Transformer, sharing
 
 GIVEN_ACTIVATIONS = ("relu", "relu2")  # without a threshold of their own
-ROUNDED = ("bf16", "int8", "int4")  # dtypes whose values an fp32 model may hold, see Transformer.rounded
+ROUNDED = ("fp16", "bf16", "int8", "int4")  # dtypes whose values a model on the CPU may hold, see Transformer.rounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,18 +93,20 @@ def merged_weight(module: Linear | InputMajorLinear | Rows, A_RI: Matrix, B_OR: 
 
 @torch.no_grad()
 def merged_block(block: Block, lora: LayerLora, scale: float, *, dtype: str | None = None, activation: str | None = None) -> Block:
-    """The layer with its changes, sharing the rest. dtype: of the engine, to which its matrices are rounded as those of the base are."""
+    """The layer with its changes, sharing the rest. dtype: of the engine, to which its matrices are rounded as those of the base are;
+    stored: that of the base's matrix, and bf16 where it has a grid of a GGUF file, in which a sum has no place."""
     merged = sharing(block, lambda module: module.held)
     merged.config = with_activation(block.config, activation)
-    own = block.up.matrix
-    kind = own.dtype if isinstance(own, Tensor) else torch.float32
 
     def changed(name: str) -> Matrix:
         if name not in lora.factors:
             return getattr(block, name).matrix
+        base = getattr(block, name).matrix
         values = merged_weight(getattr(block, name), *lora.factors[name], scale)
-        held = values if dtype is None or dtype not in ROUNDED else rounded_to(values, dtype)
-        return held if kind == torch.float32 else wide(held).to(kind)
+        if isinstance(base, QuantizedMatrix):
+            held = "fp32" if dtype is None else dtype if dtype != "stored" else base.grid if base.grid in ROUNDED else "bf16"
+            return rounded_to(values, held)
+        return rounded_to(values, dtype) if dtype in ROUNDED and base.dtype == torch.float32 else values.to(base.dtype)
 
     joint = ("q", "k", "v")
     if lora.factors.keys() & set(joint):

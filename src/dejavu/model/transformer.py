@@ -14,6 +14,7 @@ Letters: B batch  T tokens  D model  F neurons  H query heads  G key/value heads
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 from dejavu.config import ModelConfig, require
 from dejavu.kernels.activation import activate
 from dejavu.kernels.attention import ScoreConfig, attend_tokens
+from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.memory import give_back_freed
 from dejavu.kernels.quantize import rounded_vectors
-from dejavu.kernels.quantized import AnyMatrix, Matrix, all_rounded_to, linear, wide
+from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, all_rounded_to, linear, wide
 from dejavu.model.layers import (
     Embedding,
     Held,
@@ -43,6 +45,10 @@ from dejavu.model.layers import (
 )
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def _parts(matrix: AnyMatrix) -> tuple[Matrix, ...]:
+    return matrix.parts if isinstance(matrix, Stacked) else (matrix,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +239,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.handed_over = False
+        self.label: str | None = None  # what its checkpoint calls the form that its matrices are held in
         size, width = config.hidden_size, config.embed_width
         self.embed = Embedding(config.vocab_size, width)
         learned = config.positions == "learned"
@@ -283,6 +290,17 @@ class Transformer(nn.Module):
         return embed.dtype if isinstance(embed, Tensor) else torch.float32
 
     @property
+    def stored_as(self) -> str:
+        """The form that its matrices are held in, most of them: fp32, fp16, bf16, int8, int4, or a file's own word, such as q4_k_m."""
+        if self.label is not None:
+            return self.label
+        sizes: Counter[str] = Counter()
+        for module in self.modules():
+            for part in _parts(module.held) if isinstance(module, Held) else ():
+                sizes[part.grid if isinstance(part, QuantizedMatrix) else DTYPE_NAMES[part.dtype]] += part.numel()
+        return sizes.most_common(1)[0][0]
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers the weights are."""
         held = [module.quantized for module in self.modules() if isinstance(module, Held)]
@@ -320,10 +338,12 @@ class Transformer(nn.Module):
                 setattr(self, name, inverse_frequencies(rope, self.config.head_dim).to(device))
 
     def rounded(self, dtype: str, *, cache_dtype: str = "fp32") -> Transformer:
-        """The model with the values that an engine of that dtype (fp32, bf16, int8, int4) computes with, and keys and values as a cache
-        of cache_dtype (fp32, fp16, int8) holds them: quality and speed are then of the same weights. It shares what stays as it is."""
+        """The model with the values that an engine of that dtype (fp32, fp16, bf16, int8, int4, or stored: its own) computes with, and
+        keys and values as a cache of cache_dtype (fp32, fp16, int8) holds them: quality and speed are then of the same weights. It shares
+        what stays as it is."""
         self.require_weights()
         made = sharing(self, lambda module: module.held if module is self.position else all_rounded_to(module.held, dtype))
+        made.label = self.label if dtype == "stored" else dtype
         for block in made.blocks:
             block.cache_dtype = None if cache_dtype == "fp32" else cache_dtype
         return made

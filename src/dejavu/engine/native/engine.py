@@ -75,7 +75,7 @@ class NativeEngine(PagedEngine):
         head_dim = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
         super().__init__(model, layers, options, threads=self.threads, head_dim=head_dim)
         self._library = native.library()
-        self._model = packed_model(model, self.info.dtype, layout_of(self.layers))
+        self._model = packed_model(model, "stored" if options.dtype == "auto" else options.dtype, layout_of(self.layers))
         self._handle = ctypes.c_void_p()
         name = None if instruction_set is None else instruction_set.encode()
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, name, ctypes.byref(self._handle)))

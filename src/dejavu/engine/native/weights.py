@@ -64,6 +64,8 @@ class NativeModel:
 
     def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron", *, screened: bool = False, take: bool = False) -> None:
         model.require_weights()
+        if dtype == "stored":
+            dtype = model.stored_as if model.stored_as in NATIVE.dtypes else "fp32"
         require(dtype in NATIVE.dtypes, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE.dtypes)}")
         require(
             model.dtype == torch.float32 and model.device.type == "cpu",
