@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_not_fetched(
     fake: FakeHub, files: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.add("me/tiny", files)
-    monkeypatch.setattr("dejavu.bench.memory.available_bytes", lambda root: 10_000)
+    monkeypatch.setattr("dejavu.kernels.memory.available_bytes", lambda root: 10_000)
     assert run(["try", "me/tiny", "--backend", "torch", "--download"]) == 2
     assert "me/tiny in fp32 takes about" in capsys.readouterr().err
     assert asked_for(fake) == ["config.json"]

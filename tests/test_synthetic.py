@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dejavu.bench.bytes_read import scoring_bytes
 from dejavu.bench.decode import bench
-from dejavu.bench.memory import available_bytes, sequential_buffer
+from dejavu.bench.memory import sequential_buffer
 from dejavu.bench.models import random as synthetic
 from dejavu.bench.models.density import rethresholded
 from dejavu.bench.models.random import RUN, SELECTIONS, SHAPES, check_memory, planted_layers, random_ids, shape_of, synthetic_model
@@ -24,6 +24,7 @@ from dejavu.config import ModelConfig
 from dejavu.engine.backends import make_engine
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.engine.options import EngineOptions
+from dejavu.kernels.memory import available_bytes
 from dejavu.model.families import parameter_shapes
 from helpers.adapters import mlp_of
 from helpers.native import needs_library

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
     work: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (work / "model" / "model.safetensors").write_bytes(b"")  # reading it would fail otherwise
-    monkeypatch.setattr("dejavu.bench.memory.available_bytes", lambda root: 10_000)
+    monkeypatch.setattr("dejavu.kernels.memory.available_bytes", lambda root: 10_000)
     assert run(["try", "model", "--backend", "torch"]) == 2
     error = capsys.readouterr().err
     assert "model in fp32 takes about 0.0 GB, and 0.0 GB are free on this machine; take a smaller model" in error and error.count("\n") == 1

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dejavu.bench.bytes_read import Reads, formats_of, read_share, step_bytes, weight_bytes
 from dejavu.bench.graphs import node_count
-from dejavu.bench.memory import buffer_bytes, free_gpu_bytes, sequential_buffer
+from dejavu.bench.memory import buffer_bytes, sequential_buffer
 from dejavu.bench.rows import Shape, SpeedRow, device_facts
 from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, time_interleaved
 from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same, selects_heads
@@ -41,6 +41,7 @@ from dejavu.config import Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
 from dejavu.engine.options import EngineOptions
+from dejavu.kernels.memory import free_gpu_bytes
 from dejavu.model.counts import Counts
 from dejavu.model.transformer import Transformer
 

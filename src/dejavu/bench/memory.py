@@ -1,10 +1,9 @@
-"""Memory that this process may still take, and a buffer whose reading says how fast memory is."""
+"""A buffer whose reading says how fast memory is. In: the bytes that a token reads, a device. Out: its size, and the buffer."""
 
 from __future__ import annotations
 
 import mmap
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,50 +40,3 @@ def buffer_bytes(weights: float, device: str, free: int | None) -> tuple[int, st
         size,
         f"the read ceiling is over {size / 1e9:.2f} GB instead of {meant / 1e9:.2f}: {(free or 0) / 1e9:.2f} GB are free on {device}",
     )
-
-
-def free_gpu_bytes(device: str) -> int | None:
-    """Memory of the GPU that this process may still take; None for the CPU."""
-    if not device.startswith("cuda"):
-        return None
-    torch.cuda.empty_cache()  # what this process has taken and does not use, in pieces that may be too small
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def available_bytes(root: Path) -> int | None:
-    """Free bytes by /proc/meminfo and by the limits of this process's control groups, the least; None where nothing says.
-
-    root: where proc and sys/fs/cgroup lie, "/" but in tests.
-    """
-    found = []
-    try:
-        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        groups = [line.split(":", 2)[2].lstrip("/") for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()]
-    except OSError:
-        groups = []
-    top = root / "sys/fs/cgroup"
-    for group in groups:
-        for base, limit, used in (
-            (top, "memory.max", "memory.current"),
-            (top / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            for folder in (base / group, *(base / group).parents):
-                if not folder.is_relative_to(base):
-                    break
-                found += _left(folder, limit, used)
-    return min(found, default=None)
-
-
-def _left(folder: Path, limit: str, used: str) -> list[int]:
-    """What one control group has left; the page cache counts as used in it, and as free here where its own numbers say how much."""
-    try:
-        most = (folder / limit).read_text(encoding="ascii").strip()
-        taken = int((folder / used).read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
-        return []
-    if most == "max":
-        return []
-    return [max(0, int(most) - taken + int(stat.get("inactive_file", 0)))]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dejavu.bench.memory import buffer_bytes, free_gpu_bytes
+from dejavu.bench.memory import buffer_bytes
 from dejavu.bench.ops import OpRun, OpsAt, copies_for, index_lists
 from dejavu.config import require
 from dejavu.engine.cuda.weights import LayerWeights, head_weight, layer_weights, norm_weights
@@ -27,6 +27,7 @@ from dejavu.kernels.cuda.mlp_rows import dense_mlp_rows, mlp_rows, mlp_rows_defi
 from dejavu.kernels.cuda.project import project_token, project_token_definition
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.cuda.rows import MAX_ROWS
+from dejavu.kernels.memory import free_gpu_bytes
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
 from dejavu.model.transformer import Transformer
 

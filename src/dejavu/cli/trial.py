@@ -103,10 +103,10 @@ def check_fits(name: str, config: ModelConfig, backend: str, dtype: str) -> None
     """Raise ValueError where this machine's free memory is less than a trial takes, before weights are read."""
     import torch
 
-    from dejavu.bench.memory import available_bytes
     from dejavu.bench.trial import memory_needed
     from dejavu.config import require
     from dejavu.files import absolute
+    from dejavu.kernels.memory import available_bytes
 
     needed = memory_needed(config, backend=backend, dtype=dtype)
     free = torch.cuda.mem_get_info()[0] if backend == "cuda" else available_bytes(absolute("/"))

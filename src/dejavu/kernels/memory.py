@@ -1,7 +1,7 @@
-"""Memory that this process need not keep: what the C library holds of freed blocks, and pages of mapped files that were read.
+"""Memory of this process: what it may still take, what it need not keep, and files that take memory only where they are read.
 
-In: a path, or a tensor. Out: the file's bytes as a tensor whose pages come from the disk when they are touched; or memory that goes back
-to the system. What is given back of a mapped file is read again the next time that it is touched.
+In: a path, or a tensor. Out: free bytes; the file's bytes as a tensor whose pages come from the disk when they are touched; or memory that
+goes back to the system. What is given back of a mapped file is read again the next time that it is touched.
 """
 
 from __future__ import annotations
@@ -52,3 +52,50 @@ def give_back_pages(tensor: Tensor) -> None:
             end = (first - start + size) // mmap.PAGESIZE * mmap.PAGESIZE
             if advice is not None and begin < end:
                 mapping.madvise(advice, begin, end - begin)
+
+
+def free_gpu_bytes(device: str) -> int | None:
+    """Memory of the GPU that this process may still take; None for the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.empty_cache()  # what this process has taken and does not use, in pieces that may be too small
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def available_bytes(root: Path) -> int | None:
+    """Free bytes by /proc/meminfo and by the limits of this process's control groups, the least; None where nothing says.
+
+    root: where proc and sys/fs/cgroup lie, "/" but in tests.
+    """
+    found = []
+    try:
+        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        groups = [line.split(":", 2)[2].lstrip("/") for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()]
+    except OSError:
+        groups = []
+    top = root / "sys/fs/cgroup"
+    for group in groups:
+        for base, limit, used in (
+            (top, "memory.max", "memory.current"),
+            (top / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            for folder in (base / group, *(base / group).parents):
+                if not folder.is_relative_to(base):
+                    break
+                found += _left(folder, limit, used)
+    return min(found, default=None)
+
+
+def _left(folder: Path, limit: str, used: str) -> list[int]:
+    """What one control group has left; the page cache counts as used in it, and as free here where its own numbers say how much."""
+    try:
+        most = (folder / limit).read_text(encoding="ascii").strip()
+        taken = int((folder / used).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return []
+    if most == "max":
+        return []
+    return [max(0, int(most) - taken + int(stat.get("inactive_file", 0)))]

@@ -33,11 +33,11 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from dejavu.bench.memory import available_bytes, free_gpu_bytes
 from dejavu.bench.models.density import MAX_TOKENS
 from dejavu.bench.models.random import shape_of
 from dejavu.config import ModelConfig, require
 from dejavu.kernels.dtypes import TORCH_DTYPES
+from dejavu.kernels.memory import available_bytes, free_gpu_bytes
 from dejavu.model.adapter import quantized
 from dejavu.model.families import empty_model, parameter_shapes
 from dejavu.model.masked import MaskedSelection

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from dejavu.bench.bytes_read import Formats, weight_bytes
-from dejavu.bench.memory import available_bytes
 from dejavu.config import ModelConfig, RopeConfig, require
 from dejavu.files import read_json
+from dejavu.kernels.memory import available_bytes
 from dejavu.kernels.quantize import rounded
 from dejavu.model.adapter import quantized
 from dejavu.model.bundle import bundled_folder
