@@ -24,9 +24,9 @@ from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig
 from dejavu.model.bundle import bundled_folder
-from dejavu.model.checkpoint import read_config
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.selectors import InputsConfig, LayerAdapter, part_config
+from dejavu.model.source import read_config
 from helpers.adapters import predicted, predictor, predictors_of, varied_adapter, without_predictors
 
 LAYERS = 12

@@ -17,11 +17,12 @@ from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
-from dejavu.model.checkpoint import load_checkpoint, read_config, resolve_model, stored_dtype
+from dejavu.model.checkpoint import load_checkpoint, resolve_model
 from dejavu.model.download import Download
 from dejavu.model.hub import adapter_folder, packaged_file
 from dejavu.model.hub_name import hub_name
 from dejavu.model.rounding import rounding_note
+from dejavu.model.source import open_source
 
 BeforeWeights = Callable[[ModelConfig, str, str], object]
 
@@ -80,15 +81,16 @@ def load(
     path = (packaged_file(name) if named is not None else None) or resolve_model(name, revision=revision, download=download, check=settle)
     if isinstance(adapter, str | Path) and adapter != "bundled":
         adapter = adapter_folder(adapter, download=download)  # found before the weights are read
-    stored = stored_dtype(path)
-    backend, lacking = settle(read_config(path), stored)
+    source = open_source(path)
+    stored = source.stored_dtype
+    backend, lacking = settle(source.config, stored)
     capabilities = CAPABILITIES[backend]
     device = "cuda" if backend == "cuda" else "cpu"
     a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
     hub = None if a_path else hub_name(name)
     called = None if a_path else name if hub is None else hub.model
     computed = None if capabilities.packs else TORCH_DTYPES[own_dtype(stored, backend) if dtype == "auto" else dtype]
-    checkpoint = load_checkpoint(path, dtype=computed, device=device, name=called)
+    checkpoint = load_checkpoint(source, dtype=computed, device=device, name=called)
     if adapter == "bundled":
         adapter = named or checkpoint.adapter_folder
     if isinstance(adapter, str | Path):

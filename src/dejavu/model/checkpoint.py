@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, SamplingConfig, require
 from dejavu.files import read_json, safe_member
-from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.memory import give_back_freed, give_back_pages
 from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, joined, same_values, wide
 from dejavu.model.bundle import ADAPTER_FOLDER, bundled_folder, bundled_models
@@ -30,11 +28,11 @@ from dejavu.model.download import CheckConfig, Download
 from dejavu.model.families import FAMILIES, TensorTarget, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
 from dejavu.model.fingerprint import base_hash, tensor_digest
 from dejavu.model.generation_config import read_generation_config
-from dejavu.model.gguf import GGUFFile
 from dejavu.model.hub import from_hub, in_cache, packaged_file
 from dejavu.model.hub_name import hub_name
 from dejavu.model.layers import Held
 from dejavu.model.mapped import mapped_safetensors
+from dejavu.model.source import ModelSource, open_source
 from dejavu.model.stored import StoredTensor, as_stored, in_our_format, our_tensors
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 from dejavu.model.transformer import Transformer
@@ -97,7 +95,7 @@ def resolve_model(name: str, *, revision: str | None = None, download: Download 
 
 
 def load_checkpoint(
-    path: str | Path, *, dtype: torch.dtype | None, device: str | torch.device = "cpu", name: str | None = None
+    source: ModelSource | str | Path, *, dtype: torch.dtype | None, device: str | torch.device = "cpu", name: str | None = None
 ) -> Checkpoint:
     """Load a folder or a GGUF file. The model is in eval mode, its weights in `dtype` on `device`, without gradients.
 
@@ -105,40 +103,36 @@ def load_checkpoint(
     fp16 on the CPU is computed in fp32, with a note. Raises ValueError (naming file, tensor and numbers) for anything
     missing, truncated, unsupported, misshapen or not finite.
     """
-    path = Path(path).expanduser().absolute()
-    require(path.exists(), f"model directory not found: {path}")
+    source = source if isinstance(source, ModelSource) else open_source(source)
+    path, config, file = source.path, source.config, source.gguf
     notes: list[str] = []
     if dtype == torch.float16 and torch.device(device).type == "cpu":
         notes.append("fp16 on the CPU is computed in fp32")
         dtype = torch.float32
     bundle, sampling = False, None
-    if path.suffix == ".gguf":
-        file = GGUFFile(path)
-        config = config_from_hf(file.hf_config())
-        kind = _dtype_name(file.stored_dtype())
-        stored = (StoredTensor(tensor_name, values, kind) for tensor_name, values in file.tensors())
+    if file is not None:
+        stored = (StoredTensor(tensor_name, values, source.stored_dtype) for tensor_name, values in file.tensors())
         tokenizer, targets = file.tokenizer(), foreign_targets(config)
     else:
-        hf = read_hf_config(path)
-        config = config_from_hf(hf)
         generation = read_generation_config(path)
         sampling = generation.sampling
         notes += generation.notes
         tokenizer = load_tokenizer(path, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
-        bundle = in_our_format(hf, path)
+        bundle = in_our_format(source.hf, path)
         stored = our_tensors(path) if bundle else _folder_tensors(path, notes)
         targets = {own: TensorTarget(own, False) for own in parameter_shapes(config)} if bundle else foreign_targets(config)
     assembler = Assembler(config, targets, dtype=dtype, device=device, where=path, foreign=not bundle)
     for tensor in stored:
         assembler.add(tensor)
     model, digests = assembler.finish()
+    model.label = source.stored_dtype if dtype is None else None
     return Checkpoint(
         model=model,
         tokenizer=tokenizer,
         config=model.config,
-        name=name or (path.stem if path.suffix == ".gguf" else path.name),
+        name=name or (path.stem if file is not None else path.name),
         base_hash=base_hash(model.config, digests),
-        stored_dtype=assembler.stored_dtype(),
+        stored_dtype=source.stored_dtype,
         notes=(*notes, *assembler.notes),
         path=path,
         sampling=sampling,
@@ -155,41 +149,6 @@ def assembled(
         assembler.add(as_stored(name, values.detach(), Path(where)))
     model, digests = assembler.finish()
     return model, base_hash(model.config, digests)
-
-
-def stored_dtype(path: Path) -> str:
-    """What most values of a folder or a GGUF file are stored as, without reading them: see Checkpoint.stored_dtype."""
-    if path.suffix == ".gguf":
-        return _dtype_name(GGUFFile(path).stored_dtype())
-    if in_our_format(read_hf_config(path), path):
-        return "int8"
-    sizes: Counter[str] = Counter()
-    for file in path.glob("*.safetensors"):
-        for tensor in mapped_safetensors(file).values():
-            sizes[DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))] += tensor.numel()
-    if sizes:
-        return sizes.most_common(1)[0][0]
-    named = read_hf_config(path).get("torch_dtype")  # of .bin files, which tell nothing before they are read
-    return {"float16": "fp16", "bfloat16": "bf16"}.get(str(named), "fp32")
-
-
-def _dtype_name(kind: str) -> str:
-    """Ours for what GGUF calls f32 and f16."""
-    return {"f32": "fp32", "f16": "fp16"}.get(kind, kind)
-
-
-def read_config(path: Path) -> ModelConfig:
-    """The architecture of a folder or a GGUF file, without its weights."""
-    return config_from_hf(GGUFFile(path).hf_config() if path.suffix == ".gguf" else read_hf_config(path))
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, with the BOS and EOS ids of generation_config.json where that file has its own."""
-    file = folder / "config.json"
-    require(file.is_file(), f"{folder} is no model folder: it has no config.json")
-    hf = read_json(file)
-    require(isinstance(hf, dict), f"{file} holds no JSON object")
-    return hf | read_generation_config(folder).token_ids
 
 
 class Assembler:
@@ -214,7 +173,6 @@ class Assembler:
         self.digests: dict[str, bytes] = {}
         self.unused: list[str] = []
         self.notes: list[str] = []
-        self.sizes: Counter[str] = Counter()
         if config.tied_head:  # such a file may hold a head all the same: equal to the embedding, or meant to be used
             self.targets.setdefault("lm_head.weight", TensorTarget(HEAD, False))
             self.shapes[HEAD] = self.shapes[EMBED]
@@ -245,7 +203,6 @@ class Assembler:
         if not _is_finite(values):
             bad = int((~wide(values).isfinite()).sum())
             raise ValueError(f"tensor {stored.name!r} in {self.where} has {bad} NaN or infinite values; the checkpoint is damaged")
-        self.sizes[stored.dtype] += values.numel()
         self.digests[target.name] = tensor_digest(values)
         if self.dtype is None and isinstance(values, QuantizedMatrix):
             self._place(target.name, values.to(torch.device(self.device)))
@@ -279,7 +236,6 @@ class Assembler:
         if self.unused:
             self.notes.append(f"{len(self.unused)} tensors of the checkpoint are not used: {', '.join(self.unused[:5])}")
         model = empty_model(self.config)
-        model.label = self.stored_dtype() if self.dtype is None else None
         for name, values in self.values.items():
             owner, _, kind = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -290,9 +246,6 @@ class Assembler:
         model.fill_frequencies(self.device)
         give_back_freed()
         return model.eval().requires_grad_(False), self.digests
-
-    def stored_dtype(self) -> str:
-        return self.sizes.most_common(1)[0][0]
 
     def _settle_head(self) -> None:
         """Decide between a tied head and one of its own from what the file holds (the rule of transformers)."""

@@ -102,12 +102,17 @@ class GGUFFile:
     def _num_kv_heads(self) -> int:
         return self._optional(f"{self.architecture}.attention.head_count_kv") or self._num_heads()
 
-    def stored_dtype(self) -> str:
-        """The quantisation of most values, in lower case (q4_1, q8_0, f16, ...)."""
+    def sizes(self) -> Counter[str]:
+        """How many values are stored as which type, by its name in lower case; fp32 and fp16 as everywhere here."""
         sizes: Counter[str] = Counter()
         for tensor in self.reader.tensors:
-            sizes[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
-        return sizes.most_common(1)[0][0]
+            kind = tensor.tensor_type.name.lower()
+            sizes[{"f32": "fp32", "f16": "fp16"}.get(kind, kind)] += int(tensor.n_elements)
+        return sizes
+
+    def stored_dtype(self) -> str:
+        """What most values are stored as."""
+        return self.sizes().most_common(1)[0][0]
 
     def tensors(self) -> Iterator[tuple[str, Matrix]]:
         """(plain Hugging Face name, values) of every tensor of the file: fp32, or a matrix in its own grid."""

@@ -1,0 +1,79 @@
+"""A model on disk before its weights are read. In: a folder or a GGUF file. Out: its architecture, and how many values of each type it has.
+
+Only heads of files are read, so that what does not fit into memory, or is not supported, is known at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dejavu.config import ModelConfig, require
+from dejavu.files import read_json
+from dejavu.kernels.dtypes import DTYPE_NAMES
+from dejavu.model.families import config_from_hf, parameter_shapes
+from dejavu.model.generation_config import read_generation_config
+from dejavu.model.gguf import GGUFFile
+from dejavu.model.mapped import mapped_safetensors
+from dejavu.model.stored import in_our_format
+
+CONFIG_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}  # of config.json; any other is taken for fp32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """hf: its config.json, or what stands for it. sizes: values by the type that they are stored as (fp32, fp16, bf16, int8, int4, or
+    GGUF's own word, such as q4_k). stored_dtype: what most are, or the file's name for its mixture, such as q4_k_m. gguf: the open file."""
+
+    path: Path
+    hf: Mapping[str, Any]
+    config: ModelConfig
+    sizes: Mapping[str, int]
+    stored_dtype: str
+    gguf: GGUFFile | None = None
+
+
+def open_source(path: str | Path) -> ModelSource:
+    """The model of a folder or a GGUF file. Raises ValueError for what is missing, damaged or not supported."""
+    path = Path(path).expanduser().absolute()
+    require(path.exists(), f"model directory not found: {path}")
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        hf = file.hf_config()
+        return ModelSource(path=path, hf=hf, config=config_from_hf(hf), sizes=file.sizes(), stored_dtype=file.stored_dtype(), gguf=file)
+    hf = read_hf_config(path)
+    config = config_from_hf(hf)
+    sizes = _folder_sizes(path, hf, config)
+    return ModelSource(path=path, hf=hf, config=config, sizes=sizes, stored_dtype=sizes.most_common(1)[0][0])
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The architecture alone."""
+    return config_from_hf(GGUFFile(path).hf_config() if path.suffix == ".gguf" else read_hf_config(path))
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, with the BOS and EOS ids of generation_config.json where that file has its own."""
+    file = folder / "config.json"
+    require(file.is_file(), f"{folder} is no model folder: it has no config.json")
+    hf = read_json(file)
+    require(isinstance(hf, dict), f"{file} holds no JSON object")
+    return hf | read_generation_config(folder).token_ids
+
+
+def _folder_sizes(folder: Path, hf: Mapping[str, Any], config: ModelConfig) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    ours = in_our_format(hf, folder)
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in mapped_safetensors(file).items():
+            if not name.endswith(".scale"):
+                kind = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+                sizes["int4" if ours and kind == "uint8" else kind] += tensor.numel() * (2 if ours and kind == "uint8" else 1)
+    if not sizes:  # .bin files tell nothing before they are read
+        named = CONFIG_DTYPES.get(str(hf.get("dtype") or hf.get("torch_dtype")), "fp32")
+        sizes[named] = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    return sizes
