@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -17,8 +18,11 @@ from dejavu.bench.rows import read_rows
 from dejavu.cli.main import run
 from dejavu.cli.output import Output, plain, ratio
 from dejavu.engine.backends import pick_backend
+from dejavu.engine.footprint import RUNTIME
 from dejavu.loading import load
 from dejavu.model.bundle import export
+from dejavu.model.families import parameter_shapes
+from dejavu.model.source import read_config
 from helpers.command_line import obj
 from helpers.native import needs_library
 from helpers.texts import PROMPT
@@ -38,6 +42,42 @@ def test_info(call) -> None:
     assert {"backends", "cpu", "gpu", "threads", "versions", "models"} <= set(result)
     assert {b["name"]: b["available"] for b in result["backends"]}["torch"] is True
     assert "not available" in call("info") and result["cpu"] in call("info")
+
+
+def test_info_of_a_model_reads_no_weights(call, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dejavu.model.checkpoint.Assembler.add", None)
+    free = 600 << 20
+    monkeypatch.setattr("dejavu.engine.footprint.available_bytes", lambda root: free)
+    found = obj(call("info", "model", "--json"))
+    config = read_config(work / "model")
+    assert (found["family"], found["context"], found["stored_dtype"]) == (config.family, config.max_positions, "fp32")
+    assert found["parameters"] == sum(math.prod(shape) for shape in parameter_shapes(config).values()) == found["types"]["fp32"]
+    row = next(row for row in found["memory"] if row["backend"] == "torch" and row["dtype"] == "fp32")
+    vector = config.head_dim * 4
+    assert row["auto"] and row["weights"] == 4 * found["parameters"] and row["free"] == free
+    assert row["cache_per_token"] == 2 * config.num_layers * config.num_kv_heads * vector
+    assert row["cache_tokens"] == (free - RUNTIME - row["weights"]) // row["cache_per_token"]
+    assert row["max_context"] == config.max_positions and row["max_batch"] == row["cache_tokens"] // config.max_positions
+
+
+def test_what_does_not_fit_is_said_before_weights_are_read(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("dejavu.model.checkpoint.Assembler.add", None)
+    monkeypatch.setattr("dejavu.engine.footprint.available_bytes", lambda root: RUNTIME + 10_000)
+    assert run(["generate", str(work / "model"), "-p", "the", "--backend", "torch"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(
+        r"model in fp32 takes about 0.4 GB of memory and 0.4 GB are free; take a smaller model", error
+    )
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load(work / "model", backend="torch")
+    monkeypatch.setattr("dejavu.engine.footprint.available_bytes", lambda root: 50_000)
+    monkeypatch.setattr("dejavu.engine.paged.PagedCache", None)
+    with pytest.raises(
+        MemoryError, match=r"cache of 1,000 tokens takes 0.0 GB and 0.0 GB are free, room for \d+ tokens; give it fewer tokens"
+    ):
+        lm.engine(num_slots=1, cache_tokens=1000)
 
 
 def test_generate_for_people_and_programs(call) -> None:

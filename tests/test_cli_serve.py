@@ -101,12 +101,15 @@ def test_it_serves_until_it_is_interrupted(work: Path) -> None:
 def test_it_says_what_runs_and_where(work: Path) -> None:
     with served(work, "--dense", "--host", "0.0.0.0") as process:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(5)]
+        lines = [process.stdout.readline() for _ in range(6)]
         assert "model" in lines[0] and "backend torch" in lines[0] and "dense" in lines[0]
         url = re.match(r"Serving at (http://127\.0\.0\.1:\d+) ", lines[1])
         assert url is not None and lines[2] == "Models: model · no API key\n"
         assert lines[3] == "8 texts at a time, 64 may wait, 64 tokens a text\n"
         assert lines[4] == "A request that does not say how to draw: temperature 0.5, top_p 0.9\n"
+        assert re.fullmatch(
+            r"Keys and values of 512 tokens are kept; free memory has room for [\d,]+ tokens, [\d,]+ texts of 64\n", lines[5]
+        )
         assert httpx.get(f"{url[1]}/v1/models").json()["data"][0]["dejavu"]["mode"] == "dense"
         status, error = ended(process, signal.SIGTERM)
         assert status in (0, -signal.SIGTERM) and error.count("\n") == 1 and "other machines can reach this address" in error

@@ -11,6 +11,7 @@ import torch
 
 from dejavu.config import DTYPES, ModelConfig, require
 from dejavu.engine.backends import CAPABILITIES, pick_backend
+from dejavu.engine.footprint import check_fits, free_bytes
 from dejavu.engine.options import EngineOptions
 from dejavu.files import read_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
@@ -89,7 +90,9 @@ def load(
     a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
     hub = None if a_path else hub_name(name)
     called = None if a_path else name if hub is None else hub.model
-    computed = None if capabilities.packs else TORCH_DTYPES[own_dtype(stored, backend) if dtype == "auto" else dtype]
+    held = dtype if dtype != "auto" else "stored" if capabilities.packs else own_dtype(stored, backend)
+    check_fits(called or path.name, source.sizes, dtypes=capabilities.dtypes, dtype=held, free=free_bytes(backend))
+    computed = None if capabilities.packs else TORCH_DTYPES[held]
     checkpoint = load_checkpoint(source, dtype=computed, device=device, name=called)
     if adapter == "bundled":
         adapter = named or checkpoint.adapter_folder
@@ -104,8 +107,8 @@ def load(
     )
     if capabilities.packs:  # what is evaluated has the values that the engine computes with
         cached = capabilities.cache_dtype(cache_dtype, dtype=checkpoint.model.stored_as if dtype == "auto" else dtype)
-        held = checkpoint.model.rounded("stored" if dtype == "auto" else dtype, cache_dtype=cached)
-        checkpoint = dataclasses.replace(checkpoint, model=held)
+        model = checkpoint.model.rounded(held, cache_dtype=cached)
+        checkpoint = dataclasses.replace(checkpoint, model=model)
     lm = LanguageModel(checkpoint, options, adapter=adapter)
     if lm.adapter is not None:
         lm.notes = (*lm.notes, *lm.adapter.notes)

@@ -70,6 +70,7 @@ def serve(
     """Answer OpenAI's API over HTTP, sparse where the model has an adapter, with metrics and a page; ^C ends it."""
     check_extra()
     from dejavu.config import require
+    from dejavu.engine.footprint import cache_bytes, free_bytes
     from dejavu.files import read_text
     from dejavu.loading import bundled_adapters
     from dejavu.serve.api.app import create_app
@@ -109,6 +110,10 @@ def serve(
                 dense_sampling=lm.sampling_of(dense=True),
             )  # fmt: skip
 
+            cached, free = config.cached(lm.config.max_positions), free_bytes(lm.backend)
+            per_token = cache_bytes(lm.config, backend=lm.backend, cache_dtype=lm.cache_dtype)
+            room = None if free is None else cached + free // per_token
+
             def announce() -> None:
                 url = url_of(bound)
                 out.say(f"Serving at {url} (a page; OpenAI's API under /v1; /health, /metrics); ^C ends it")
@@ -116,13 +121,17 @@ def serve(
                 texts = "1 text" if config.slots == 1 else f"{config.slots} texts"
                 out.say(f"{texts} at a time, {config.queue} may wait, {served.limit:,} tokens a text")
                 out.say(f"A request that does not say how to draw: {drawing_words(served)}")
+                if room is not None:
+                    fit = f"{room:,} tokens, {room // served.limit:,} texts of {served.limit:,}"
+                    out.say(f"Keys and values of {cached:,} tokens are kept; free memory has room for {fit}")
                 if api_key is None and not is_local(bound):
                     out.warn("no API key is set, and other machines can reach this address: whoever does may use it; see --api-key")
                 out.finish(
                     {
                         "url": url, "model": served.name, "models": list(served.models), "sparse": served.sparse, "backend": lm.backend,
                         "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "screened_head": lm.screened_head, "slots": config.slots,
-                        "queue": config.queue, "max_model_len": served.limit, "notes": list(lm.notes),
+                        "queue": config.queue, "max_model_len": served.limit, "cache_tokens": cached, "cache_room": room,
+                        "notes": list(lm.notes),
                     }
                 )  # fmt: skip
                 sys.stdout.flush()  # whoever waits for the address reads a pipe

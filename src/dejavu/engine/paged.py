@@ -17,6 +17,7 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.engine.cache import PagedCache
 from dejavu.engine.capabilities import Capabilities
+from dejavu.engine.footprint import cache_bytes, check_cache_fits, free_bytes
 from dejavu.engine.interface import EngineInfo, StepResult
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels.dtypes import DTYPE_NAMES, TORCH_DTYPES
@@ -62,6 +63,9 @@ class PagedEngine:
             device=str(model.device),
             threads=torch.get_num_threads() if threads is None else threads,
         )
+        if model.device.type == "cpu":  # where memory that is not there is promised all the same
+            per_token = cache_bytes(config, backend=self.capabilities.backend, cache_dtype=self._info.cache_dtype)
+            check_cache_fits(self._info.cache_tokens, per_token, free_bytes(self.capabilities.backend))
         self._cache = PagedCache(
             num_layers=config.num_layers,
             num_groups=config.num_kv_heads,

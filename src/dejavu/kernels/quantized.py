@@ -27,6 +27,7 @@ from torch import Tensor
 from dejavu.kernels.quantize import GROUP, dequantize_groups, dequantize_rows, quantize_groups, quantize_rows
 
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+VALUE_BYTES = {"fp64": 8.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / GROUP}
 BLOCK = 1 << 22  # values that are dequantised at a time where a product is made row by row
 
 
@@ -328,6 +329,14 @@ def gguf_block(grid: str) -> tuple[int, int]:
     import gguf  # whoever has such values has the package that knows them
 
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[grid.upper()]]
+
+
+def bytes_of_value(kind: str) -> float:
+    """What a value of a large matrix takes in memory, its share of scales included; a K type's small scales are bytes there, not 6 bits."""
+    if kind in VALUE_BYTES:
+        return VALUE_BYTES[kind]
+    size, size_bytes = gguf_block(kind)
+    return size_bytes / size + (1 / 64 if kind in ("q4_k", "q5_k") else 0)
 
 
 def _halves(pairs: Tensor) -> Tensor:

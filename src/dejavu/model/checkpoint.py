@@ -34,7 +34,7 @@ from dejavu.model.layers import Held
 from dejavu.model.mapped import mapped_safetensors
 from dejavu.model.source import ModelSource, open_source
 from dejavu.model.stored import StoredTensor, as_stored, in_our_format, our_tensors
-from dejavu.model.tokenizer import Tokenizer, load_tokenizer
+from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 
 FORMS = "a folder with config.json, a .gguf file, or a hub id (ORG/NAME, ORG/NAME@REVISION or ORG/NAME:FILE.gguf)"
@@ -112,12 +112,11 @@ def load_checkpoint(
     bundle, sampling = False, None
     if file is not None:
         stored = (StoredTensor(tensor_name, values, source.stored_dtype) for tensor_name, values in file.tensors())
-        tokenizer, targets = file.tokenizer(), foreign_targets(config)
+        targets = foreign_targets(config)
     else:
         generation = read_generation_config(path)
         sampling = generation.sampling
         notes += generation.notes
-        tokenizer = load_tokenizer(path, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
         bundle = in_our_format(source.hf, path)
         stored = our_tensors(path) if bundle else _folder_tensors(path, notes)
         targets = {own: TensorTarget(own, False) for own in parameter_shapes(config)} if bundle else foreign_targets(config)
@@ -128,7 +127,7 @@ def load_checkpoint(
     model.label = source.stored_dtype if dtype is None else None
     return Checkpoint(
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=source.tokenizer(),
         config=model.config,
         name=name or (path.stem if file is not None else path.name),
         base_hash=base_hash(model.config, digests),

@@ -20,6 +20,7 @@ from dejavu.model.generation_config import read_generation_config
 from dejavu.model.gguf import GGUFFile
 from dejavu.model.mapped import mapped_safetensors
 from dejavu.model.stored import in_our_format
+from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}  # of config.json; any other is taken for fp32
 
@@ -35,6 +36,12 @@ class ModelSource:
     sizes: Mapping[str, int]
     stored_dtype: str
     gguf: GGUFFile | None = None
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises ValueError where there is none, or it is not supported."""
+        if self.gguf is not None:
+            return self.gguf.tokenizer()
+        return load_tokenizer(self.path, bos_token_id=self.config.bos_token_id, eos_token_ids=self.config.eos_token_ids)
 
 
 def open_source(path: str | Path) -> ModelSource:
