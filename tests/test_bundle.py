@@ -71,7 +71,7 @@ def test_a_damaged_bundle(tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer) -> N
     with pytest.raises(ValueError, match=r"scales without their tensor: layers\.1\.up\.weight"):
         open_fp32(tmp_path)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dejavu_format": "int4-groups"}))
-    with pytest.raises(ValueError, match=r"dejavu_format 'int4-groups' is not supported; supported: int8-rows"):
+    with pytest.raises(ValueError, match=r"dejavu_format 'int4-groups' is not supported; supported: int8-rows, grids"):
         open_fp32(tmp_path)
 
 
@@ -99,7 +99,7 @@ def test_bf16_export(tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer) -> None:
     assert loaded.stored_dtype == "bf16" and loaded.base_hash == model_hash(model, stored_as=torch.bfloat16)
     with torch.inference_mode():
         torch.testing.assert_close(reference.float()(IDS).logits, loaded.model(IDS), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"dtype 'fp8' cannot be exported; choose one of fp32, bf16"):
+    with pytest.raises(ValueError, match=r"dtype 'fp8' cannot be exported; choose one of fp32, bf16, int8, int4"):
         export(model, tokenizer, tmp_path / "other", dtype="fp8")
     assert not (tmp_path / "other").exists()
 

@@ -74,9 +74,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(work: Path, monk
     lm = load(work / "model", backend="torch")
     monkeypatch.setattr("dejavu.engine.footprint.available_bytes", lambda root: 50_000)
     monkeypatch.setattr("dejavu.engine.paged.PagedCache", None)
-    with pytest.raises(
-        MemoryError, match=r"cache of 1,000 tokens takes 0.0 GB and 0.0 GB are free, room for \d+ tokens; give it fewer tokens"
-    ):
+    with pytest.raises(MemoryError, match=r"1,008 tokens does not fit into memory: it takes [\d.]+ MB, and 0.05 MB are free, room"):
         lm.engine(num_slots=1, cache_tokens=1000)
 
 

@@ -1,4 +1,4 @@
-"""`dejavu export`: a model as a plain Hugging Face folder, with its adapter next to it."""
+"""`dejavu export`: a model as a plain Hugging Face folder, or as a folder of few bits, with its adapter next to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from dejavu.cli.options import AdapterFolder, AsJson, Dense, Download, Model, Offline, open_model
 from dejavu.cli.output import Output
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def export(
     model: Model,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="fp32 or bf16; int8 or int4 for dejavu alone.")] = "fp32",
     adapter: AdapterFolder = None,
     dense: Dense = False,
     merge: Annotated[
@@ -32,12 +33,13 @@ def export(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a folder that transformers loads; its adapter goes to DIR/adapter, which loading DIR uses."""
+    """Write a folder that transformers loads, or one of int8 or int4; its adapter goes to DIR/adapter, which loading DIR uses."""
     from dejavu.config import require
     from dejavu.files import absolute
     from dejavu.model.bundle import EXPORT_DTYPES
     from dejavu.model.bundle import export as write_export
     from dejavu.model.peft import write_peft
+    from dejavu.model.rounding import rounding_note
 
     out = Output(as_json)
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
@@ -55,8 +57,13 @@ def export(
     path = absolute(folder)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     with_adapter = "without an adapter" if written is None else f"with its adapter in {path / 'adapter'}"
+    digest = None if lm.adapter is None else lm.adapter.digest
+    note = None if merge else rounding_note(lm.base_hash, dtype, stored_dtype=lm.checkpoint.stored_dtype, adapter=digest)
+    if note is not None:
+        out.show(f"[yellow]note:[/yellow] {escape(note)}; dejavu quantize rounds with activations in view")
     out.say(f"Wrote {path} ({size / 1e6:,.1f} MB, {dtype}), {with_adapter}")
-    out.finish({"folder": str(path), "dtype": dtype, "bytes": size, "adapter": written is not None, "merged": merge, "model": lm.name})
+    about = {"folder": str(path), "dtype": dtype, "bytes": size, "adapter": written is not None, "merged": merge}
+    out.finish(about | {"model": lm.name, "note": note})
 
 
 def _merged(lm: LanguageModel) -> Transformer:

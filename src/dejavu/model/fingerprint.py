@@ -56,6 +56,7 @@ def _set_fields(config: Config) -> dict[str, Any]:
 
 
 def model_hash(model: Transformer, *, stored_as: torch.dtype = torch.float32) -> str:
-    """The hash that a copy of this fp32 model stored in dtype `stored_as` will have."""
-    digests = {name: tensor_digest(parameter.to(stored_as).float()) for name, parameter in model.named_weights()}
+    """The hash that a copy of this model will have: its matrices as they are held, or with stored_as all of it in that dtype."""
+    as_held = stored_as == torch.float32
+    digests = {name: tensor_digest(held if as_held else wide(held).to(stored_as).float()) for name, held in model.named_matrices()}
     return base_hash(model.config, digests)

@@ -19,7 +19,7 @@ from dejavu.model.families import config_from_hf, parameter_shapes
 from dejavu.model.generation_config import read_generation_config
 from dejavu.model.gguf import GGUFFile
 from dejavu.model.mapped import mapped_safetensors
-from dejavu.model.stored import in_our_format
+from dejavu.model.stored import in_our_format, our_sizes
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}  # of config.json; any other is taken for fp32
@@ -73,13 +73,12 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def _folder_sizes(folder: Path, hf: Mapping[str, Any], config: ModelConfig) -> Counter[str]:
+    if in_our_format(hf, folder):
+        return our_sizes(folder)
     sizes: Counter[str] = Counter()
-    ours = in_our_format(hf, folder)
     for file in folder.glob("*.safetensors"):
-        for name, tensor in mapped_safetensors(file).items():
-            if not name.endswith(".scale"):
-                kind = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-                sizes["int4" if ours and kind == "uint8" else kind] += tensor.numel() * (2 if ours and kind == "uint8" else 1)
+        for tensor in mapped_safetensors(file).values():
+            sizes[DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.numel()
     if not sizes:  # .bin files tell nothing before they are read
         named = CONFIG_DTYPES.get(str(hf.get("dtype") or hf.get("torch_dtype")), "fp32")
         sizes[named] = sum(math.prod(shape) for shape in parameter_shapes(config).values())

@@ -1,11 +1,18 @@
 """Tensors as files hold them, and folders in a format of our own.
 
 In: an open safetensors file of a checkpoint, or a folder whose config.json has `dejavu_format`. Out: StoredTensors, fp32 or in a grid of
-their own. What another folder of ours is, says bundle.py.
+their own. In such a folder a matrix `<name>` [rows, columns] of our names and layout is
+
+    int8 [rows, columns]                with `<name>.scale` fp32 [rows]
+    uint8 [rows, half the columns]      with `<name>.scale` fp16 [rows, groups] (int4), and `<name>.columns` where these are odd
+    fp16, bf16 or fp32 [rows, columns]
+
+the grids of kernels/quantized.py; vectors are fp32. `int8-rows` has no matrix but int8 ones, `grids` any of these.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +22,17 @@ from torch import Tensor
 
 from dejavu.config import require
 from dejavu.kernels.dtypes import DTYPE_NAMES
-from dejavu.kernels.quantized import Matrix, QuantizedMatrix
+from dejavu.kernels.quantize import GROUP
+from dejavu.kernels.quantized import FLOATS, Matrix, QuantizedMatrix
 from dejavu.model.mapped import mapped_safetensors
 
 FILE_DTYPES = ("fp32", "fp16", "bf16")
-FORMAT_KEY, INT8_ROWS = "dejavu_format", "int8-rows"
+FORMAT_KEY, INT8_ROWS, GRIDS = "dejavu_format", "int8-rows", "grids"
+FORMATS = (INT8_ROWS, GRIDS)
+WEIGHTS_FILE = "model.safetensors"
+INTEGERS = {torch.int8: "int8", torch.uint8: "int4"}
+SCALES = {"int8": torch.float32, "int4": torch.float16}
+ENDS = (".scale", ".columns")  # of the names of what belongs to a matrix
 
 
 class StoredTensor(NamedTuple):
@@ -45,21 +58,51 @@ def in_our_format(hf: Mapping[str, Any], folder: Path) -> bool:
     if FORMAT_KEY not in hf:
         return False
     found = hf[FORMAT_KEY]
-    require(found == INT8_ROWS, f"{folder / 'config.json'}: {FORMAT_KEY} {found!r} is not supported; supported: {INT8_ROWS}")
+    require(found in FORMATS, f"{folder / 'config.json'}: {FORMAT_KEY} {found!r} is not supported; supported: {', '.join(FORMATS)}")
     return True
 
 
 def our_tensors(folder: Path) -> Iterator[StoredTensor]:
     """Tensors of a folder in our format, by our names. Raises ValueError for scales that are missing, misshapen or left over."""
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS_FILE
     tensors = mapped_safetensors(path)
-    scales = {name.removesuffix(".scale"): tensors.pop(name) for name in list(tensors) if name.endswith(".scale")}
+    scales, columns = ({name.removesuffix(end): tensors.pop(name) for name in list(tensors) if name.endswith(end)} for end in ENDS)
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.int8:
+        grid = INTEGERS.get(tensor.dtype)
+        if grid is None:
             yield as_stored(name, tensor, path)
             continue
-        scale = scales.pop(name, None)
-        if scale is None or scale.shape != tensor.shape[:1]:
-            raise ValueError(f"{path}: {name!r} is int8 [{', '.join(map(str, tensor.shape))}] without a scale for each row")
-        yield StoredTensor(name, QuantizedMatrix("int8", tensor, scale, tensor.shape[1]), "int8")
-    require(not scales, f"{path}: scales without their tensor: {', '.join(sorted(scales)[:5])}")
+        scale, wide = scales.pop(name, None), tensor.shape[-1] if grid == "int8" else 2 * tensor.shape[-1]
+        wide = int(columns.pop(name)) if name in columns else wide
+        expected = tensor.shape[:1] if grid == "int8" else (*tensor.shape[:1], -(-wide // GROUP))
+        if scale is None or scale.shape != expected or scale.dtype != SCALES[grid]:
+            each = "each row" if grid == "int8" else f"each {GROUP} values of a row"
+            raise ValueError(f"{path}: {name!r} is {grid} [{', '.join(map(str, tensor.shape))}] without a scale for {each}")
+        yield StoredTensor(name, QuantizedMatrix(grid, tensor, scale, wide), grid)
+    left = sorted(scales) + sorted(columns)
+    require(not left, f"{path}: scales without their tensor: {', '.join(left[:5])}")
+
+
+def our_sizes(folder: Path) -> Counter[str]:
+    """How many values a folder in our format stores as which type, without reading them."""
+    sizes: Counter[str] = Counter()
+    for name, tensor in mapped_safetensors(folder / WEIGHTS_FILE).items():
+        if not name.endswith(ENDS):
+            grid = INTEGERS.get(tensor.dtype) or DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+            sizes[grid] += tensor.numel() * (2 if grid == "int4" else 1)
+    require(sizes.total() > 0, f"{folder / WEIGHTS_FILE} holds no weights; copy or download it again")
+    return sizes
+
+
+def as_our_tensors(name: str, matrix: Matrix) -> dict[str, Tensor]:
+    """What a folder in our format holds of a matrix that is held in one of its grids, or of a vector."""
+    if isinstance(matrix, Tensor):
+        return {name: matrix.detach().cpu().contiguous()}
+    held = matrix.in_order()
+    assert held.grid in (*SCALES, *FLOATS) and not held.transposed, f"{name} is {held.grid}"
+    found = {name: held.values.cpu().contiguous()}
+    if held.scales is not None:
+        found[name + ENDS[0]] = held.scales.cpu().contiguous()
+    if held.grid == "int4" and held.columns % 2:
+        found[name + ENDS[1]] = torch.tensor([held.columns])
+    return found

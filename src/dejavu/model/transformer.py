@@ -310,11 +310,8 @@ class Transformer(nn.Module):
     def blocks(self) -> list[Block]:
         return list(self.layers)  # pyrefly: ignore[bad-return]  # nn.ModuleList is typed as a list of Module
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, values) of every parameter as files and hashes know it: q, k and v by their own names, as views of `qkv`.
-
-        Of a quantised matrix the values fp32, one at a time.
-        """
+    def named_matrices(self) -> Iterator[tuple[str, Matrix]]:
+        """(name, what is held) of every parameter as files and hashes know it: q, k and v by their own names, as views of `qkv`."""
         self.require_weights()
         for prefix, module in self.named_modules():
             parts: list[tuple[str, Any]] = [(prefix.replace(".qkv.", "."), module)]
@@ -324,7 +321,11 @@ class Transformer(nn.Module):
                 matrix = part.matrix if isinstance(part, Held | Rows) else getattr(part, "weight", None)
                 for kind, values in (("weight", matrix), ("bias", getattr(part, "bias", None))):
                     if values is not None:
-                        yield f"{name}.{kind}", wide(values)
+                        yield f"{name}.{kind}", values
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same as tensors: of a quantised matrix the values fp32, one at a time."""
+        return ((name, wide(matrix)) for name, matrix in self.named_matrices())
 
     def frequencies(self, index: int) -> Tensor | None:
         """inv_freq of a layer; None where positions are learned."""
