@@ -14,7 +14,7 @@ from dejavu.files import new_folder
 from dejavu.kernels.quantized import QuantizedMatrix, wide
 from dejavu.loading import load
 from dejavu.model.bundle import export, write_bundle, write_grids
-from dejavu.model.checkpoint import load_checkpoint, stored_dtype
+from dejavu.model.checkpoint import load_checkpoint, open_source
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.stored import as_our_tensors
 from dejavu.model.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def test_an_export_of_few_bits_loads_as_what_was_rounded(
     export(model, tokenizer, tmp_path / "plain")
     export(model, tokenizer, tmp_path / "few", dtype=dtype, adapter=varied_adapter(model.config, model_hash(model)))
     found, rounded = load_checkpoint(tmp_path / "few", dtype=None), model.rounded(dtype)
-    assert same_matrices(found.model, rounded) and found.stored_dtype == stored_dtype(tmp_path / "few") == dtype
+    assert same_matrices(found.model, rounded) and found.stored_dtype == open_source(tmp_path / "few").stored_dtype == dtype
     assert found.base_hash == model_hash(rounded) and found.config == model.config and found.notes == ()
     size = (tmp_path / "few" / "model.safetensors").stat().st_size / (tmp_path / "plain" / "model.safetensors").stat().st_size
     assert size < (0.4 if dtype == "int8" else 0.3)

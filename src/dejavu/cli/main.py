@@ -24,6 +24,7 @@ from dejavu.cli.export import export
 from dejavu.cli.generation import generate
 from dejavu.cli.info import info
 from dejavu.cli.profile import profile
+from dejavu.cli.quantize import quantize
 from dejavu.cli.report import report
 from dejavu.cli.serve import serve
 from dejavu.cli.train import train
@@ -73,6 +74,7 @@ for name, command in {
     "bench-serve": bench_serve,
     "report": report,
     "export": export,
+    "quantize": quantize,
     "info": info,
 }.items():
     app.command(name)(command)

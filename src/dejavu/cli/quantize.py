@@ -1,0 +1,83 @@
+"""`dejavu quantize`: a folder of int4 or int8, rounded with the activations of a text in view, and what that costs on unseen text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from dejavu.cli.options import AsJson, Download, Model, Offline, Seed, Texts, Threads, open_model
+from dejavu.cli.output import Output, progress_bars, resumable
+from dejavu.engine.options import EngineOptions
+
+if TYPE_CHECKING:
+    from dejavu.model.adapter import Adapter
+
+
+def quantize(
+    model: Model,
+    text: Texts,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to write.")],
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="int4 or int8: of the layers.")] = "int4",
+    embed_dtype: Annotated[str, typer.Option("--embed-dtype", metavar="NAME", help="int8 or int4: of embedding and head.")] = "int8",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens used, spread evenly over the text.")] = 32_768,
+    eval_text: Annotated[
+        list[str] | None, typer.Option("--eval-text", metavar="FILE", help="What to measure on; not set: a part of the text; may repeat.")
+    ] = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    download: Download = False,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Round a model to few bits with its activations in view; writes a folder that loads as it is, and says what it costs."""
+    from dejavu.cli.accept import TOLERANCE
+    from dejavu.files import absolute, check_replaceable, new_folder
+    from dejavu.kernels.native import missing_reason
+    from dejavu.model.bundle import write_grids
+    from dejavu.model.texts import corpus_hash, named_texts
+    from dejavu.offline.quantize import QuantizeConfig, calibration_windows, quantized, quantized_card, window_perplexity
+
+    out = Output(as_json)
+    config = QuantizeConfig(dtype=dtype, embed=embed_dtype, max_tokens=max_tokens)
+    target = absolute(output)
+    check_replaceable(target)
+    texts = list(named_texts(text).values())
+    unseen = None if eval_text is None else list(named_texts(eval_text).values())
+    # The native backend leaves matrices as they are stored; keys and values are not rounded while one calibrates.
+    backend = "torch" if missing_reason() is not None else "native"
+    options = EngineOptions(backend=backend, cache_dtype="fp32", threads=threads)
+    lm = open_model(model, out, options, seed=seed, download=download, offline=offline)
+    calibration, check = calibration_windows(lm.tokenizer, lm.config, texts, unseen, config)
+    with resumable("nothing was written; run the command again"), progress_bars() as progress:
+        before = window_perplexity(lm.model, check)
+        made = quantized(lm.model, calibration, config, progress)
+        after = window_perplexity(made, check)
+        found: dict[str, Any] = {
+            "ppl_before": before, "ppl_after": after, "rise": after / before - 1, "eval_tokens": check[:, 1:].numel(),
+            "tokens": calibration.numel(), "calibration_text_hash": corpus_hash(texts),
+            "eval_text_hash": None if unseen is None else corpus_hash(unseen), **config.to_dict(),
+        }  # fmt: skip
+        adapter, note = _adapter(lm.adapter, found["rise"], TOLERANCE)
+        with new_folder(target) as folder:
+            write_grids(made, lm.tokenizer, folder, adapter=adapter, sampling=lm.checkpoint.sampling)
+            (folder / "README.md").write_text(quantized_card(lm.name, lm.checkpoint.stored_dtype, found), encoding="utf-8")
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    size_line = f"{size / 1e6:,.1f} MB, {config.dtype}, embedding {config.embed}"
+    out.show(
+        f"perplexity of {found['eval_tokens']:,} unseen tokens {before:.3f} before, {after:.3f} after: [bold]{found['rise']:+.2%}[/bold]"
+    )
+    if note is not None:
+        out.show(f"[yellow]note:[/yellow] {escape(note)}")
+    out.say(f"Wrote {target} ({size_line}). Use it: dejavu generate {output} --prompt ...")
+    out.finish(found | {"folder": str(target), "bytes": size, "adapter": adapter is not None, "note": note, "model": lm.name})
+
+
+def _adapter(adapter: Adapter | None, rise: float, tolerance: float) -> tuple[Adapter | None, str | None]:
+    """The adapter that came with the model, where it may run on the rounded one by the rule of --accept-base, and why not."""
+    if adapter is None or abs(rise) <= tolerance:
+        return adapter, None
+    differs = f"dense perplexity differs by {rise:+.1%} from that of the model that it was made for, and {tolerance:.0%} is allowed"
+    return None, f"the adapter is left out: {differs}; train one for this folder"

@@ -1,0 +1,95 @@
+"""`dejavu quantize`: a folder that loads as it is and errs less than rounding does, its card, its adapter, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Tiny, open_fp32
+from dejavu.cli.main import run
+from dejavu.kernels.quantized import QuantizedMatrix
+from dejavu.loading import load
+from dejavu.model.checkpoint import load_checkpoint
+from dejavu.model.fingerprint import model_hash
+from dejavu.model.transformer import Transformer
+from dejavu.offline.quantize import QuantizeConfig, quantized
+from helpers.adapters import make_adapter
+from helpers.command_line import obj
+
+FAMILIES = [
+    ("opt", {}),
+    ("opt", {"pre_norm": False, "final_norm": False, "embed_size": 16}),
+    ("llama", {"qkv_bias": True}),
+    ("llama", {"block_norms": True, "residual_scale": 0.5}),
+    ("llama", {"parallel": True, "shared_norm": True, "tied_head": True}),
+]
+
+
+def divergence(model: Transformer, other: Transformer, ids: torch.Tensor) -> float:
+    """KL in nats a token."""
+    log_p, log_q = (each(ids).log_softmax(-1) for each in (model, other))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def grids(model: Transformer) -> dict[str, str]:
+    """The grid of every matrix that is held in one."""
+    return {name: held.grid for name, held in model.named_matrices() if isinstance(held, QuantizedMatrix)}
+
+
+@pytest.mark.parametrize(("family", "flags"), FAMILIES, ids=str)
+def test_a_quantised_model_is_nearer_than_a_rounded_one(tiny: Tiny, family: str, flags: dict[str, Any]) -> None:
+    model = tiny(family, **flags)
+    before = {name: values.clone() for name, values in model.named_weights()}
+    ids = torch.randint(3, 96, (40, 32), generator=torch.Generator().manual_seed(0))
+    made = quantized(model, ids[:32], QuantizeConfig(embed="int4"))
+    assert divergence(model, made, ids[32:]) < 0.8 * divergence(model, model.rounded("int4"), ids[32:])
+    assert {grid for name, grid in grids(made).items() if not name.startswith("position")} == {"int4"}
+    assert all(torch.equal(values, before[name]) for name, values in model.named_weights()), "the model stays as it is"
+
+
+def test_the_command(call, work: Path) -> None:
+    result = obj(call("quantize", "model", "--text", "text.txt", "-o", "few", "--json"))
+    assert result["ppl_after"] / result["ppl_before"] - 1 == pytest.approx(result["rise"]) and abs(result["rise"]) < 0.1
+    assert result["dtype"] == "int4" and result["embed"] == "int8" and result["bytes"] < 60_000 and result["adapter"] is False
+    found = load_checkpoint(work / "few", dtype=None)
+    held = grids(found.model)
+    assert held.pop("embed.weight") == "int8" and set(held.values()) == {"int4"} and found.base_hash == model_hash(found.model)
+    lm = load(work / "few", backend="torch")
+    assert torch.equal(lm.logits([2, 5, 7]), found.model.widened()(torch.tensor([[2, 5, 7]]))[0])
+    card = (work / "few" / "README.md").read_text()
+    for part in (f"{result['ppl_before']:.4f}", f"{result['ppl_after']:.4f}", result["calibration_text_hash"], "base_model: model"):
+        assert part in card
+    shown = call("quantize", "model", "--text", "text.txt", "--eval-text", "other.txt", "-o", "few", "--dtype", "int8")
+    assert "unseen tokens" in shown and "int8" in shown and "SHA-256" in (work / "few" / "README.md").read_text()
+
+
+def test_an_adapter_comes_along_where_the_model_is_nearly_the_same(call, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(work / "model", work / "own")
+    base = open_fp32(work / "own")
+    make_adapter(base.config, base.base_hash).save(work / "own" / "adapter")
+    arguments = ("quantize", "own", "--text", "text.txt", "-o", "with", "--dtype", "int8", "--json")
+    result = obj(call(*arguments))
+    lm = load(work / "with", backend="torch")
+    assert result["adapter"] is True and lm.adapter is not None and lm.adapter.config.base_hashes == (base.base_hash, lm.base_hash)
+    monkeypatch.setattr("dejavu.cli.accept.TOLERANCE", 0.0)
+    result = obj(call(*arguments))
+    assert result["adapter"] is False and "the adapter is left out" in result["note"] and not (work / "with" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dtype", "bf16"), "dtype 'bf16' is no grid to quantise to; choose one of int4, int8"),
+        (("--embed-dtype", "fp32"), "embed 'fp32' is no grid to quantise to; choose one of int4, int8"),
+        (("--max-tokens", "0"), "max_tokens must be at least 1, not 0"),
+        (("--max-tokens", "70"), "training needs at least 3; give a longer text"),
+    ],
+)
+def test_what_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments: tuple[str, ...], message: str) -> None:
+    monkeypatch.chdir(work)
+    assert run(["quantize", "model", "--text", "text.txt", "-o", "no", *arguments]) == 2
+    assert message in capsys.readouterr().err and not (work / "no").exists()
