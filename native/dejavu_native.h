@@ -12,7 +12,7 @@
 
 /* Raised by hand where a caller of the last version would be misunderstood though no layout differs: another meaning of a field or code,
  * other arguments of a function. The layouts of structs tell themselves: dejavu_layouts. */
-#define DEJAVU_ABI_VERSION 6
+#define DEJAVU_ABI_VERSION 7
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -25,17 +25,20 @@ extern "C" {
 #endif
 
 enum dejavu_status { DEJAVU_OK = 0, DEJAVU_BAD_VALUE = 1, DEJAVU_NO_MEMORY = 2, DEJAVU_NOT_FINITE = 3, DEJAVU_INTERNAL = 4 };
-enum dejavu_dtype { DEJAVU_FP32 = 0, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, DEJAVU_FP16 /* of a cache only */ };
+enum dejavu_dtype {
+  DEJAVU_FP32 = 0, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, DEJAVU_FP16,
+  DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K /* types of GGUF */
+};
 enum dejavu_activation { DEJAVU_RELU = 0, DEJAVU_RELU2 = 1, DEJAVU_FATRELU = 2, DEJAVU_SILU = 3, DEJAVU_GELU = 4, DEJAVU_GELU_TANH = 5 };
 enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_EMBED = 0, DEJAVU_POSITION, DEJAVU_PROJECT_IN, DEJAVU_PROJECT_OUT, DEJAVU_HEAD, DEJAVU_FINAL_NORM, DEJAVU_INV_FREQ,
-  DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O, DEJAVU_GATE, DEJAVU_UP, DEJAVU_DOWN,
+  DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O,
   DEJAVU_Q_NORM, DEJAVU_K_NORM /* of every head, before it is rotated; both or neither */
 };
 enum dejavu_layout { /* of weights in memory, by how decoding selects */
   DEJAVU_BY_NEURON = 0, /* rows of a neuron side by side: for predictors */
   DEJAVU_GATE_APART,    /* rows of the gate (not gated: of up) in order, then those of a neuron: for dejavu_engine_gate */
-  DEJAVU_INPUT_MAJOR    /* q, k, v, gate and up hold a row for each input, as o and down do: for dejavu_engine_inputs. Not of int4 */
+  DEJAVU_INPUT_MAJOR    /* q, k, v, gate and up hold a row for each input, as o and down do: for dejavu_engine_inputs. Of fp32, fp16, bf16, int8 */
 };
 enum dejavu_predicted { DEJAVU_MLP = 0, DEJAVU_HEADS = 1 };
 enum dejavu_point { /* what linear maps read: q, k and v; o; gate and up; down */
@@ -49,20 +52,24 @@ enum dejavu_op { /* parts of a block, for its profile */
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
   int64_t position_offset;
-  int32_t dtype, activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout;
+  int32_t activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout;
   float norm_eps, activation_threshold, rotary_factor, attention_scale;
 } dejavu_config;
 
 typedef struct dejavu_model dejavu_model;
 typedef struct dejavu_engine dejavu_engine;
 
-/* One matrix of a model or predictor, row-major: fp32, bf16, int8 with an fp32 scale for each row, or int4 as bytes of -8 .. 7 with
- * an fp16 scale for each 32 values of a row (the last ones fewer). scale is NULL where there is none; bias may be NULL. */
+/* One matrix of a model or predictor, row-major: fp32, fp16, bf16, int8 with an fp32 scale for each row, int4 as nibbles (value + 8, the
+ * first of two in the low half of a byte; a row is (columns + 1) / 2 bytes) with an fp16 scale for each 32 values of a row (the last ones
+ * fewer), or the blocks of a type of GGUF as a file has them. scale is NULL where there is none; bias may be NULL. Row r is stored as
+ * row order[r]; NULL: r. `transposed` o and down are given as rows of outputs, [hidden, inputs], in place of rows of inputs (fp32, fp16,
+ * bf16 and GGUF, whose scales then belong to groups of inputs). Nothing is kept of the memory that is given. */
 typedef struct {
   const void *data, *scale;
   const float *bias;
+  const int64_t *order;
   int64_t rows, columns;
-  int32_t dtype;
+  int32_t dtype, transposed;
 } dejavu_matrix;
 
 /* One block of tokens: rows of a decode step (each of its own slot) or consecutive tokens of one slot. table[r] lists the
@@ -95,7 +102,7 @@ typedef struct {
 } dejavu_profile;
 
 DEJAVU_API int dejavu_abi_version(void);
-/* The layout of every struct above, a line each: "dejavu_matrix data:p8@0 ... dtype:i4@40 size:48\n". A field is its name, kind (p: pointer,
+/* The layout of every struct above, a line each: "dejavu_matrix data:p8@0 ... dtype:i4@48 transposed:i4@52 size:56\n". A field is its name, kind (p: pointer,
  * i: integer, f: float), bytes and offset. Whoever mirrors the structs by hand compares. */
 DEJAVU_API const char *dejavu_layouts(void);
 DEJAVU_API const char *dejavu_error(void);
@@ -106,6 +113,8 @@ DEJAVU_API int dejavu_model_new(const dejavu_config *config, dejavu_model **out)
 /* Copies (and packs) one part. Norms are a matrix [1, D] with an optional bias, those of heads [1, head_dim] without; position and
  * inverse frequencies are fp32. There are as many inverse frequencies as pairs of a head are rotated, at most head_dim / 2. */
 DEJAVU_API int dejavu_model_set(dejavu_model *model, int part, int64_t layer, const dejavu_matrix *matrix);
+/* The MLP of a layer, whose rows are packed together: rows of gate (NULL where the model has none) and up, [neurons, hidden], and down. */
+DEJAVU_API int dejavu_model_set_mlp(dejavu_model *model, int64_t layer, const dejavu_matrix *gate, const dejavu_matrix *up, const dejavu_matrix *down);
 DEJAVU_API void dejavu_model_free(dejavu_model *model);
 
 /* instruction_set: a name of dejavu_instruction_sets, or NULL for the best. The model must outlive the engine. */

@@ -14,7 +14,6 @@ import torch
 
 from conftest import Tiny
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native.capabilities import NATIVE
 from dejavu.engine.native.weights import packed_model
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
@@ -24,7 +23,7 @@ from dejavu.model.selectors import LayerAdapter, PredictedNeurons
 from dejavu.model.transformer import Transformer
 from helpers.adapters import mlp_of, predicted
 from helpers.engines import decode, ids_of, random_layers
-from helpers.native import ISAS, MISSING, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
+from helpers.native import DTYPES, ISAS, MISSING, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 SELECTIONS = [(None, None), (0, 0), (1, 1), (2, None), (None, 0), (2, 1)]
@@ -182,7 +181,7 @@ def test_a_cache_takes_its_dtype(tiny: Tiny) -> None:
     for dtype, engine in engines.items():
         assert engine.info.cache_dtype == dtype and (engine._cache.k_scale_LPGS is not None) == (dtype == "int8")
     assert [engine._cache.k_LPGSK.element_size() for engine in engines.values()] == [4, 2, 1]
-    for dtype, expected in {"fp32": "fp32", "bf16": "fp16", "int8": "fp16", "int4": "fp16"}.items():
+    for dtype, expected in {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "fp16", "int4": "fp16"}.items():
         assert engine_of(model, dtype=dtype).info.cache_dtype == expected
     refused = "cache dtype 'int4' is not available on backend 'native' in fp32; choose one of auto, fp32, fp16, int8"
     with pytest.raises(ValueError, match=refused):
@@ -200,7 +199,7 @@ def test_a_cache_takes_its_dtype(tiny: Tiny) -> None:
 
 @needs_library
 @pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("dtype", NATIVE.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_a_batch_of_three_is_three_singles(model: Transformer, order: tuple[int, ...], dtype: str, cache_dtype: str) -> None:
     layers = random_layers(model, mlp=1, heads=0, threshold=0.2)
@@ -234,7 +233,7 @@ def test_a_batch_of_any_size(tiny: Tiny, batch: int) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NATIVE.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: str) -> None:
     model = tiny(family, intermediate_size=300)
@@ -247,7 +246,7 @@ def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: st
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NATIVE.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_none_and_all_selected(model: Transformer, dtype: str) -> None:
     ids = ids_of(13)
     dense, _ = decode(engine_of(model, dtype=dtype), ids)
@@ -341,7 +340,7 @@ def test_full_cache_refuses_and_recovers(tiny: Tiny) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NATIVE.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_are_not_finite_are_an_error(tiny: Tiny, dtype: str) -> None:
     model = tiny("opt")
     model.blocks[1].norm1.bias[3] = torch.nan  # pyrefly: ignore[unsupported-operation]
@@ -368,8 +367,8 @@ def test_bad_options_are_refused(tiny: Tiny) -> None:
         engine_of(model, threads=0)
     with pytest.raises(ValueError, match="cannot run the instruction set abacus; choose one of .*scalar"):
         engine_of(model, instruction_set="abacus")
-    with pytest.raises(ValueError, match="dtype 'fp16' is not available .* choose one of fp32, bf16, int8, int4"):
-        engine_of(model, dtype="fp16")
+    with pytest.raises(ValueError, match="dtype 'q4_k' is not available .* choose one of fp32, fp16, bf16, int8, int4, stored"):
+        engine_of(model, dtype="q4_k")
     with pytest.raises(ValueError, match="loaded as fp32 on the cpu"):
         engine_of(tiny("opt").to(torch.bfloat16))
     with pytest.raises(ValueError, match="3 layers and the model 2"):

@@ -15,14 +15,13 @@ from conftest import Tiny
 from dejavu.config import RopeConfig
 from dejavu.engine.interface import LayerSelection, StepResult
 from dejavu.engine.native import weights as native_weights
-from dejavu.engine.native.capabilities import NATIVE
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels import native
 from dejavu.model.selectors import POINTS, AllHeads, GateThreshold, InputThresholds, LayerAdapter, column_norms
 from dejavu.model.transformer import Block, Transformer
 from helpers.engines import decode, ids_of, masked_forward, random_layers
-from helpers.native import ISAS, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
+from helpers.native import DTYPES, ISAS, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
 from helpers.thresholds import gate_layers, input_layers
 
 METHOD_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,8 +33,8 @@ METHOD_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 Layers = tuple[LayerAdapter, ...]
 METHODS: dict[str, Callable[[Transformer, float], Layers]] = {"gate": gate_layers, "input": input_layers}
-INPUT_DTYPES = tuple(dtype for dtype in NATIVE.dtypes if dtype != "int4")
-CASES = [("gate", dtype) for dtype in NATIVE.dtypes] + [("input", dtype) for dtype in INPUT_DTYPES]
+INPUT_DTYPES = tuple(dtype for dtype in DTYPES if dtype != "int4")
+CASES = [("gate", dtype) for dtype in DTYPES] + [("input", dtype) for dtype in INPUT_DTYPES]
 
 pytestmark = needs_library
 
@@ -110,7 +109,7 @@ def test_every_dtype_equals_its_masked_evaluation(tiny: Tiny, name: str, method:
         assert float(kept) == pytest.approx(selection.counter.mlp_density(), abs=0.01)
 
 
-@pytest.mark.parametrize("dtype", NATIVE.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["opt", "opt-post-norm", "llama-relu-wide-heads", "llama-odd", "llama-fatrelu"])
 def test_exact_is_dense_bit_for_bit(tiny: Tiny, name: str, dtype: str) -> None:
     """A threshold of 0 leaves out true zeros: the same sums, of fewer rows."""

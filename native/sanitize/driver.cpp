@@ -1,6 +1,6 @@
 // Runs random models of many shapes through the C interface: for the sanitizers, and for what must hold whatever the shape.
 //
-// For each shape, dtype of weights and of the cache, way to select (predictors, gates, inputs), with and without a screen: a prefill, then sparse steps of a batch with one and
+// For each shape, dtype of weights (one, or one for each matrix) and of the cache, way to select (predictors, gates, inputs), with and without a screen: a prefill, then sparse steps of a batch with one and
 // with several threads (equal bit for bit), every logit written, no page of another sequence touched; instruction sets agree where the
 // same neurons are selected. Then bad input: a status, never a crash.
 #include <cmath>
@@ -26,68 +26,116 @@ std::mt19937 random_bits(1);
     }                                                                                      \
   } while (0)
 
-// One matrix with its own memory.
+bool is_gguf(int dtype) { return dtype >= DEJAVU_Q8_0; }
+
+// Bytes of a block of a type of GGUF, and where in it fp16 scales and minima lie.
+struct Block { int64_t values, bytes, scales, end; };
+Block block_of(int dtype) {
+  const Block blocks[] = {{32, 34, 0, 2}, {32, 18, 0, 2}, {32, 20, 0, 4}, {32, 22, 0, 2}, {32, 24, 0, 4}, {256, 144, 0, 4}, {256, 176, 0, 4}, {256, 210, 208, 210}};
+  return blocks[dtype - DEJAVU_Q8_0];
+}
+
+// One matrix with its own memory, every fifth with its rows in an order of their own. by_input: o or down, which fp16, bf16 and GGUF hold by output.
 struct Values {
-  Values(int64_t rows, int64_t columns, int dtype, bool biased) : integers((size_t)(rows * columns)), floats(integers.size()), scale((size_t)rows), bias((size_t)rows) {
+  Values(int64_t rows, int64_t columns, int dtype, bool biased, bool by_input = false) : scale((size_t)rows), bias((size_t)rows) {
+    const bool transposed = by_input && (dtype == DEJAVU_BF16 || dtype == DEJAVU_FP16 || is_gguf(dtype));
+    if (transposed) std::swap(rows, columns);
     std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt((float)columns));
-    for (auto &value : floats) value = normal(random_bits);
-    for (auto &value : integers) value = (int8_t)((int)(random_bits() % 255) - 127);
-    for (auto &value : scale) value = 0.01f / std::sqrt((float)columns);
+    const size_t size = (size_t)(rows * columns);
     for (auto &value : bias) value = normal(random_bits);
-    for (const float value : floats) {
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof bits);
-      upper.push_back((uint16_t)(bits >> 16));
+    const void *data = nullptr, *scales = nullptr;
+    if (dtype == DEJAVU_FP32) {
+      floats.resize(size);
+      for (auto &value : floats) value = normal(random_bits);
+      data = floats.data();
+    } else if (dtype == DEJAVU_BF16) {
+      for (size_t i = 0; i < size; i++) {
+        const float value = normal(random_bits);
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        halves.push_back((uint16_t)(bits >> 16));
+      }
+      data = halves.data();
+    } else if (dtype == DEJAVU_FP16) {
+      for (size_t i = 0; i < size; i++) halves.push_back(fp16(columns < 64 ? 11 : 9));
+      data = halves.data();
+    } else if (dtype == DEJAVU_INT8) {
+      for (size_t i = 0; i < size; i++) bytes.push_back((uint8_t)((int)(random_bits() % 255) - 127));
+      for (auto &value : scale) value = 0.01f / std::sqrt((float)columns);
+      data = bytes.data(), scales = scale.data();
+    } else if (dtype == DEJAVU_INT4) {
+      for (int64_t i = 0; i < rows * ((columns + 1) / 2); i++) bytes.push_back((uint8_t)random_bits());
+      for (int64_t g = 0; g < rows * ((columns + 31) / 32); g++) halves.push_back(fp16(columns < 64 ? 9 : 7));
+      data = bytes.data(), scales = halves.data();
+    } else {
+      const Block block = block_of(dtype);
+      for (int64_t b = 0; b < rows * columns / block.values; b++) {
+        for (int64_t i = 0; i < block.bytes; i++) bytes.push_back((uint8_t)random_bits());
+        for (int64_t at = block.scales; at < block.end; at += 2) {
+          const uint16_t bits = fp16(block.values > 32 ? 2 : 6);
+          std::memcpy(bytes.data() + bytes.size() - (size_t)(block.bytes - at), &bits, sizeof bits);
+        }
+      }
+      data = bytes.data();
     }
-    const void *data = floats.data(), *scales = nullptr;
-    if (dtype == DEJAVU_BF16) data = upper.data();
-    if (dtype == DEJAVU_INT8) data = integers.data(), scales = scale.data();
-    if (dtype == DEJAVU_INT4) {
-      for (auto &value : integers) value = (int8_t)(value & 15) - 8;
-      // fp16 of 2^-6, 2^-5.. with a few bits of mantissa, of either sign
-      for (int64_t g = 0; g < rows * ((columns + 31) / 32); g++)
-        halves.push_back((uint16_t)(random_bits() % 2 << 15 | (columns < 64 ? 9u : 7u) << 10 | random_bits() % 1024));
-      data = integers.data(), scales = halves.data();
-    }
-    matrix = {data, scales, biased ? bias.data() : nullptr, rows, columns, dtype};
+    if (random_bits() % 5 == 0)
+      for (int64_t r = 0; r < rows; r++) order.push_back((r * 7 + 3) % rows);
+    matrix = {data, scales, biased ? bias.data() : nullptr, order.empty() ? nullptr : order.data(), rows, columns, dtype, transposed};
   }
-  std::vector<int8_t> integers;
+  // 2^(exponent - 15) with a few bits of mantissa, of either sign.
+  static uint16_t fp16(unsigned exponent) { return (uint16_t)(random_bits() % 2 << 15 | exponent << 10 | random_bits() % 1024); }
+  std::vector<uint8_t> bytes;
   std::vector<float> floats, scale, bias;
-  std::vector<uint16_t> upper, halves;
+  std::vector<uint16_t> halves;
+  std::vector<int64_t> order;
   dejavu_matrix matrix;
 };
 
+// `dtype` where a matrix with rows of so many values can have it; another one of its bits where not.
+int fitting(int dtype, int64_t columns) { return is_gguf(dtype) && columns % block_of(dtype).values != 0 ? DEJAVU_INT4 : dtype; }
+
+// Models of several dtypes take one of these for each matrix in turn.
+constexpr int MIXED = -1;
+int turn = 0;
+int dtype_of(int dtype, int64_t rows, int64_t columns, bool by_input = false) {
+  const int all[] = {DEJAVU_Q6_K, DEJAVU_FP16, DEJAVU_Q4_K, DEJAVU_INT8, DEJAVU_Q5_1, DEJAVU_FP32, DEJAVU_Q8_0, DEJAVU_BF16, DEJAVU_Q4_1, DEJAVU_INT4, DEJAVU_Q5_K};
+  return fitting(dtype == MIXED ? all[turn++ % 11] : dtype, by_input ? rows : columns);
+}
+
 void set(dejavu_model *model, int part, int64_t layer, int64_t rows, int64_t columns, int dtype, int64_t bias = 0) {
-  Values values(rows, columns, dtype, bias == rows);
+  Values values(rows, columns, dtype, bias == rows, part == DEJAVU_O);
   std::vector<float> other((size_t)bias, 0.1f);
   if (bias > 0 && bias != rows) values.matrix.bias = other.data();
   EXPECT(dejavu_model_set(model, part, layer, &values.matrix) == DEJAVU_OK);
 }
 
-dejavu_model *new_model(const dejavu_config &c, bool biased) {
+dejavu_model *new_model(const dejavu_config &c, int dtype, bool biased) {
   dejavu_model *model = nullptr;
   EXPECT(dejavu_model_new(&c, &model) == DEJAVU_OK);
   const int64_t d = c.hidden_size, f = c.intermediate_size, q = c.num_heads * c.head_dim, k = c.num_kv_heads * c.head_dim;
-  set(model, DEJAVU_EMBED, -1, c.vocab_size, c.embed_size, c.dtype);
+  const auto of = [&](int64_t rows, int64_t columns, bool by_input = false) { return dtype_of(dtype, rows, columns, by_input); };
+  set(model, DEJAVU_EMBED, -1, c.vocab_size, c.embed_size, of(c.vocab_size, c.embed_size));
   const bool special = c.rotary_factor != 1;  // heads rotated in part, and normed
   if (c.rope) set(model, DEJAVU_INV_FREQ, -1, 1, special ? c.head_dim / 4 : c.head_dim / 2, DEJAVU_FP32);
   else set(model, DEJAVU_POSITION, -1, c.max_positions + c.position_offset, d, DEJAVU_FP32);
   if (c.embed_size != d) {
-    set(model, DEJAVU_PROJECT_IN, -1, d, c.embed_size, c.dtype);
-    set(model, DEJAVU_PROJECT_OUT, -1, c.embed_size, d, c.dtype);
+    set(model, DEJAVU_PROJECT_IN, -1, d, c.embed_size, of(d, c.embed_size));
+    set(model, DEJAVU_PROJECT_OUT, -1, c.embed_size, d, of(c.embed_size, d));
   }
-  if (!c.tied_head) set(model, DEJAVU_HEAD, -1, c.vocab_size, c.embed_size, c.dtype);
+  if (!c.tied_head) set(model, DEJAVU_HEAD, -1, c.vocab_size, c.embed_size, of(c.vocab_size, c.embed_size));
   if (c.final_norm) set(model, DEJAVU_FINAL_NORM, -1, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
   for (int64_t l = 0; l < c.num_layers; l++) {
     if (special)
       for (int part : {DEJAVU_Q_NORM, DEJAVU_K_NORM}) set(model, part, l, 1, c.head_dim, DEJAVU_FP32);
     for (int part : {DEJAVU_NORM1, DEJAVU_NORM2}) set(model, part, l, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
-    set(model, DEJAVU_Q, l, q, d, c.dtype, biased ? q : 0);
-    for (int part : {DEJAVU_K, DEJAVU_V}) set(model, part, l, k, d, c.dtype, biased ? k : 0);
-    set(model, DEJAVU_O, l, q, d, c.dtype, biased ? d : 0);
-    if (c.gated) set(model, DEJAVU_GATE, l, f, d, c.dtype, biased ? f : 0);
-    set(model, DEJAVU_UP, l, f, d, c.dtype, biased ? f : 0);
-    set(model, DEJAVU_DOWN, l, f, d, c.dtype, biased ? d : 0);
+    set(model, DEJAVU_Q, l, q, d, of(q, d), biased ? q : 0);
+    for (int part : {DEJAVU_K, DEJAVU_V}) set(model, part, l, k, d, of(k, d), biased ? k : 0);
+    set(model, DEJAVU_O, l, q, d, of(q, d, true), biased ? d : 0);
+    const Values gate(f, d, of(f, d), biased), up(f, d, of(f, d), biased);
+    Values down(f, d, of(f, d, true), false, true);
+    const std::vector<float> bias((size_t)d, 0.1f);
+    if (biased) down.matrix.bias = bias.data();
+    EXPECT(dejavu_model_set_mlp(model, l, c.gated ? &gate.matrix : nullptr, &up.matrix, &down.matrix) == DEJAVU_OK);
   }
   return model;
 }
@@ -114,7 +162,7 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     for (int kind : {DEJAVU_MLP, DEJAVU_HEADS}) {
       if (kind == DEJAVU_MLP && c.layout == DEJAVU_GATE_APART) continue;
       const int64_t outputs = kind == DEJAVU_MLP ? c.intermediate_size : c.num_kv_heads, rank = 5 + 70 * (l % 2);
-      Values A(rank, c.hidden_size, c.dtype == DEJAVU_FP32 ? DEJAVU_FP32 : DEJAVU_INT8, false), B(outputs, rank, (int)(l % 2), true);
+      Values A(rank, c.hidden_size, l == 0 ? DEJAVU_FP32 : DEJAVU_INT8, false), B(outputs, rank, (int)(l % 2), true);
       EXPECT(dejavu_engine_predictor(engine, l, kind, &A.matrix, &B.matrix, threshold, l == 0 ? 0 : 1 + (int)(l % 2 && kind == DEJAVU_MLP)) == DEJAVU_OK);
     }
   if (shortlist > 0) {
@@ -203,23 +251,40 @@ double difference(const std::vector<float> &a, const std::vector<float> &b) {
   return largest / std::sqrt(squares / (double)a.size());
 }
 
-void bad_input(const dejavu_config &good) {
+void bad_input(const dejavu_config &good, int dtype) {
   dejavu_model *model = nullptr;
   dejavu_config c = good;
   c.num_kv_heads = 0;
   EXPECT(dejavu_model_new(&c, &model) == DEJAVU_BAD_VALUE);
   c = good;
-  c.intermediate_size = c.hidden_size = 2147483647;
-  EXPECT(dejavu_model_new(&c, &model) == DEJAVU_NO_MEMORY);
+  c.intermediate_size = c.hidden_size = c.embed_size = 2147483647;
+  EXPECT(dejavu_model_new(&c, &model) == DEJAVU_OK);
+  const float nothing = 0.0f;
+  const dejavu_matrix huge = {&nothing, nullptr, nullptr, nullptr, c.intermediate_size, c.hidden_size, DEJAVU_FP32, 0};
+  EXPECT(dejavu_model_set_mlp(model, 0, c.gated ? &huge : nullptr, &huge, &huge) == DEJAVU_NO_MEMORY);
+  dejavu_model_free(model);
   EXPECT(dejavu_model_new(nullptr, &model) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_model_new(&good, &model) == DEJAVU_OK);
   dejavu_engine *engine = nullptr;
   EXPECT(dejavu_engine_new(model, 1, 8, nullptr, &engine) == DEJAVU_BAD_VALUE);  // it has no weights
-  Values wrong(3, 3, good.dtype, false);
-  for (int part = DEJAVU_EMBED; part <= DEJAVU_DOWN + 1; part++)
+  Values wrong(3, 3, DEJAVU_FP32, false);
+  for (int part = DEJAVU_EMBED; part <= DEJAVU_K_NORM + 1; part++)
     for (int64_t layer : {INT64_C(-1), INT64_C(0), good.num_layers}) EXPECT(dejavu_model_set(model, part, layer, &wrong.matrix) == DEJAVU_BAD_VALUE);
+  const int64_t f = good.intermediate_size, d = good.hidden_size;
+  const Values fine(f, d, DEJAVU_FP32, false);
+  const dejavu_matrix *gate = good.gated ? &fine.matrix : nullptr;
+  for (int64_t layer : {INT64_C(-1), good.num_layers}) EXPECT(dejavu_model_set_mlp(model, layer, gate, &fine.matrix, &fine.matrix) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_model_set_mlp(model, 0, gate, &wrong.matrix, &fine.matrix) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_model_set_mlp(model, 0, gate, &fine.matrix, &wrong.matrix) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_model_set_mlp(model, 0, good.gated ? nullptr : &fine.matrix, &fine.matrix, &fine.matrix) == DEJAVU_BAD_VALUE);
+  for (int bad = -1; bad <= DEJAVU_Q6_K + 1; bad++) {  // dtypes that are none, or have scales or blocks that these do not
+    dejavu_matrix other = fine.matrix;
+    other.dtype = bad, other.transposed = bad == DEJAVU_FP32;
+    if (bad != DEJAVU_FP16 && bad != DEJAVU_BF16 && fitting(bad, d) == bad) continue;
+    if (bad != DEJAVU_FP16 && bad != DEJAVU_BF16) EXPECT(dejavu_model_set_mlp(model, 0, gate, &other, &fine.matrix) == DEJAVU_BAD_VALUE);
+  }
   dejavu_model_free(model);
-  model = new_model(good, true);
+  model = new_model(good, dtype, true);
   EXPECT(dejavu_engine_new(model, 0, 8, nullptr, &engine) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_new(model, 1, 8, "abacus", &engine) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_new(model, 2, 8, nullptr, &engine) == DEJAVU_OK);
@@ -260,27 +325,35 @@ void bad_input(const dejavu_config &good) {
 }  // namespace
 
 int main() {
-  EXPECT(std::string(dejavu_layouts()).find("dejavu_matrix data:p8@0 scale:p8@8 bias:p8@16 rows:i8@24 columns:i8@32 dtype:i4@40 size:48\n") != std::string::npos);
+  EXPECT(std::string(dejavu_layouts()).find("dejavu_matrix data:p8@0 scale:p8@8 bias:p8@16 order:p8@24 rows:i8@32 columns:i8@40 dtype:i4@48 transposed:i4@52 size:56\n") != std::string::npos);
   const dejavu_config configs[] = {
-      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | dtype, act, gated, rms, pre, final, rope, tied, layout, eps, threshold, of rotation, of scores
-      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, 0, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 1e-5f, 0, 1, 0.3f},
-      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, 0, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 0, 1e-5f, 0, 1, 0.3f},
-      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 1e-5f, 0, 1, 0.3f},
-      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 0, 1e-5f, 0, 1, 0.3f},
-      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 0, 1e-5f, 0, 1, 0.3f},
-      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 0, 1e-5f, 0.01f, 1.2f, 0.2f},
+      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | act, gated, rms, pre, final, rope, tied, layout, eps, threshold, of rotation, of scores
+      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 1e-5f, 0, 1, 0.3f},
+      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 0, 1e-5f, 0, 1, 0.3f},
+      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 1e-5f, 0, 1, 0.3f},
+      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 0, 1e-5f, 0, 1, 0.3f},
+      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 0, 1e-5f, 0, 1, 0.3f},
+      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 0, 1e-5f, 0.01f, 1.2f, 0.2f},
+      {70, 96, 96, 224, 3, 5, 5, 32, 11, 0, DEJAVU_RELU, 1, 1, 1, 1, 1, 0, 0, 1e-5f, 0, 1, 0.3f},
+      {50, 512, 256, 768, 2, 4, 2, 64, 9, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 1e-5f, 0, 1, 0.1f},
   };
   int runs = 0, models = 0;
+  const int dtypes[] = {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, MIXED, DEJAVU_FP16, DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K};
   for (dejavu_config config : configs)
-    for (int way = 0; way < 12; way++) {  // dtype by layout
-      const int dtypes[] = {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4}, dtype = dtypes[way % 4];
-      config.dtype = dtype, config.layout = way / 4;
-      if (dtype == DEJAVU_INT4 && config.layout == DEJAVU_INPUT_MAJOR) {
+    for (int way = 0; way < 14 * 3; way++) {  // dtype by layout
+      const int dtype = dtypes[way % 14];
+      config.layout = way / 14;
+      if (dtype == MIXED && config.layout == DEJAVU_INPUT_MAJOR) continue;
+      if (is_gguf(dtype) && (config.hidden_size % block_of(dtype).values != 0 || config.intermediate_size % block_of(dtype).values != 0)) continue;
+      if ((dtype == DEJAVU_INT4 || is_gguf(dtype)) && config.layout == DEJAVU_INPUT_MAJOR) {
         dejavu_model *none = nullptr;
-        EXPECT(dejavu_model_new(&config, &none) == DEJAVU_BAD_VALUE);
+        const Values refused(config.num_heads * config.head_dim, config.hidden_size, dtype, false);
+        EXPECT(dejavu_model_new(&config, &none) == DEJAVU_OK);
+        EXPECT(dejavu_model_set(none, DEJAVU_Q, 0, &refused.matrix) == DEJAVU_BAD_VALUE);
+        dejavu_model_free(none);
         continue;
       }
-      dejavu_model *model = new_model(config, models % 2 == 0);
+      dejavu_model *model = new_model(config, dtype, models % 2 == 0);
       const float thresholds[] = {0.0f, INFINITY, -INFINITY}, plain_thresholds[] = {0.0f, 1e30f, 0.3f};
       for (int t = 0; t < 3; t++) {
         const float threshold = (config.layout == DEJAVU_BY_NEURON ? thresholds : plain_thresholds)[t];
@@ -293,13 +366,13 @@ int main() {
           EXPECT(one.size() == three.size() && std::memcmp(one.data(), three.data(), one.size() * sizeof(float)) == 0);
           if (first.empty()) first = one;
           // At threshold 0 a score that is rounded otherwise may select another neuron, as may a screen; a cache rounds further.
-          const double limit = dtype == DEJAVU_FP32 || dtype == DEJAVU_BF16 ? 1e-3 : 2e-2;  // activations are rounded as well
+          const double limit = dtype == DEJAVU_FP32 || dtype == DEJAVU_BF16 || dtype == DEJAVU_FP16 ? 1e-3 : 2e-2;  // activations are rounded as well
           if ((std::isinf(threshold) || threshold == 1e30f) && cache == DEJAVU_FP32 && shortlist == 0) EXPECT(difference(first, one) < limit);
           runs++;
         }
       }
       dejavu_model_free(model);
-      bad_input(config);
+      bad_input(config, dtype);
       models++;
     }
   std::printf("%d runs with %s: no error\n", runs, dejavu_instruction_sets());

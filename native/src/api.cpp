@@ -62,6 +62,14 @@ int dejavu_model_set(dejavu_model *model, int part, int64_t layer, const dejavu_
   });
 }
 
+int dejavu_model_set_mlp(dejavu_model *model, int64_t layer, const dejavu_matrix *gate, const dejavu_matrix *up, const dejavu_matrix *down) {
+  return guarded([&] {
+    require(model != nullptr && up != nullptr && down != nullptr, "a pointer is missing");
+    model->set_mlp(layer, gate, *up, *down);
+    return DEJAVU_OK;
+  });
+}
+
 void dejavu_model_free(dejavu_model *model) { delete model; }
 
 int dejavu_engine_new(const dejavu_model *model, int threads, int64_t max_rows, const char *instruction_set, dejavu_engine **out) {

@@ -55,7 +55,7 @@ Attention::Attention(const dejavu_model &model, int threads, int64_t max_rows)
       scratch_((size_t)threads) {
   const dejavu_config &c = model.config;
   for (Scratch &own : scratch_) {
-    own.head = Vectors(max_rows, round_up(c.head_dim, PAD), DEJAVU_FP32);
+    own.head = Vectors(max_rows, round_up(c.head_dim, PAD), Forms());
     own.probabilities = Buffer<float>(c.max_positions + PAD);
     own.mixed = Buffer<float>(model.head_width);
     own.cached = Buffer<int16_t>(model.head_width);

@@ -38,7 +38,7 @@ struct Context {
 // What every thread computes for itself, alike in all: cheaper than another barrier.
 struct alignas(64) Replicated {
   Replicated(const dejavu_model &model, int64_t max_rows) : groups(max_rows * model.config.num_kv_heads) {
-    for (Vectors *vectors : {&x, &attention_in, &mlp_in}) *vectors = Vectors(max_rows, model.width, model.config.dtype);
+    for (Vectors *vectors : {&x, &attention_in, &mlp_in}) *vectors = Vectors(max_rows, model.width, model.forms());
     for (Kept *kept : {&attention_kept, &mlp_kept})
       if (model.input_major()) *kept = Kept(max_rows, model.config.hidden_size);
   }

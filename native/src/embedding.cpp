@@ -2,7 +2,7 @@
 #include "embedding.h"
 
 Embedding::Embedding(const dejavu_model &model, int threads, int64_t max_rows) {
-  for (int thread = 0; thread < threads; thread++) embedded_.emplace_back(max_rows, model.embed_width, model.config.dtype);
+  for (int thread = 0; thread < threads; thread++) embedded_.emplace_back(max_rows, model.embed_width, model.forms());
   projected_ = Buffer<float>(product({max_rows, model.width}));
 }
 

@@ -18,10 +18,9 @@ const dejavu_model *complete(const dejavu_model *model) {
   require(c.embed_size == c.hidden_size || (model->project_in.present() && model->project_out.present()), "the model has no project_in and project_out");
   require(c.rope ? !model->inv_freq.empty() : model->position.present(), "the model has no positions");
   require(!c.final_norm || !model->final_norm.weight.empty(), "the model has no final norm");
-  const uint32_t mlp = 1u << DEJAVU_UP | (c.gated ? 1u << DEJAVU_GATE : 0u);
   for (const Layer &layer : model->layers)
     require((layer.given & QKV) == QKV && layer.o.present() && !layer.norm1.weight.empty() &&
-                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && (layer.given & mlp) == mlp && layer.down.filled(),
+                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && layer.down.present(),
             "a layer of the model lacks a part");
   return model;
 }
@@ -57,10 +56,12 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   std::lock_guard<std::mutex> lock(mutex);  // of the arena, too
   Predictor made;
   for (const dejavu_matrix *given : {&A, &B}) require(given->dtype == DEJAVU_FP32 || given->dtype == DEJAVU_INT8, "a predictor must be fp32 or int8");
-  made.A.allocate(arena, A.dtype, A.rows, c.hidden_size);
-  made.A.fill(A, "a predictor's A");
-  made.B.allocate(arena, B.dtype, mlp ? c.intermediate_size : c.num_kv_heads, A.rows);
-  made.B.fill(B, "a predictor's B");
+  check_matrix(A, A.rows, c.hidden_size, "a predictor's A");
+  check_matrix(B, mlp ? c.intermediate_size : c.num_kv_heads, A.rows, "a predictor's B");
+  made.A.allocate(arena, A.dtype, A.rows, A.columns);
+  made.A.fill(A);
+  made.B.allocate(arena, B.dtype, B.rows, B.columns);
+  made.B.fill(B);
   made.threshold = threshold, made.lookahead = lookahead;
   LayerSelectors &selector = selectors[(size_t)layer];
   require(!mlp || selector.gate < 0, "the MLP of layer " + std::to_string(layer) + " selects by its gate: it takes no predictor");

@@ -5,8 +5,8 @@
 
 Head::Head(const dejavu_model &model, int threads, int64_t max_rows) : projected_(product({max_rows, model.embed_width})), scratch_((size_t)threads) {
   for (Scratch &own : scratch_) {
-    own.normed = Vectors(max_rows, model.width, model.config.dtype);
-    own.projected = Vectors(max_rows, model.embed_width, model.config.dtype);
+    own.normed = Vectors(max_rows, model.width, model.forms());
+    own.projected = Vectors(max_rows, model.embed_width, model.forms());
   }
 }
 

@@ -1,7 +1,7 @@
 // The arithmetic of a decode step as a table of functions, one table for each instruction set.
 //
-// Rows lie `stride` bytes apart from `base`; idx lists row numbers (NULL: 0, 1, 2...). Lengths n are padded: vectors of
-// weights to a multiple of PAD values, heads to a multiple of HEAD_PAD, the padding being zero.
+// Rows lie `stride` bytes apart from `base`; idx lists row numbers (NULL: 0, 1, 2...); those of few bits are described in grids.h. Lengths n
+// are padded: vectors of weights to a multiple of PAD values, heads to a multiple of HEAD_PAD, the padding being zero.
 // While rows are computed, others are prefetched, evenly: `fetch` bytes (0: none) of the row that idx lists `ahead` rows later,
 // or where idx is NULL `fetch` bytes from `next` on. In the order of addresses and in step with the computation
 // memory delivers twice as much as in bursts (docs/log.md).
@@ -9,24 +9,21 @@
 #pragma once
 #include <stdint.h>
 
-constexpr int64_t PAD = 64, HEAD_PAD = 16;
+#include "grids.h"
+
+constexpr int64_t HEAD_PAD = 16;
 
 // 16-bit floats as they lie in memory.
 struct bf16 { uint16_t bits; };
 struct half { uint16_t bits; };
 
-// int4: a row is n / 2 bytes of nibbles, then an fp16 scale for each GROUP values; a nibble is value + 8. The nibbles of group g
-// are bytes 16 g ... : value i of the group is nibble i / 4 % 2 (0: low) of byte i % 4 * 4 + i / 8, so that 4 values in order
-// are nibbles at the same place of 4 words of 32 bits. Scales may be read up to INT4_SLACK bytes past the last row.
-constexpr int64_t GROUP = 32, INT4_SLACK = 64;
-inline int64_t int4_bytes(int64_t n) { return n / 2 + n / GROUP * 2; }
-
-// A vector as int8 with a scale for each GROUP values, for products with int4: x[i] = scale[g] * q[...]. Of each PAD values the
-// low nibbles' lie first, then the high nibbles', in the order of the bytes of an int4 row. sum[g] = -8 * (q summed over g).
+// A vector as int8 with a scale for each GROUP values, for products with grids: x[i] = scale[g] * q[...]. The bytes are in the order
+// of a pair's vectors (grids.h). sum[g] is q summed over g, halves[2 g] over its first 16 values and halves[2 g + 1] over the others.
 // scale and sum are zero from the last group up to the next multiple of 8 groups.
 struct Grouped {
   int8_t *q;
   float *scale, *sum;
+  int16_t *halves;
 };
 
 struct RowList {
@@ -34,6 +31,15 @@ struct RowList {
   int64_t stride;
   const int32_t *idx;
   int64_t count, fetch, ahead;
+  const void *next;
+};
+
+// Rows of panels (grids.h): those of inputs idx[0], idx[1], ... in ascending order, or first, first + 1, ... `fetch` as in RowList, of
+// listed rows those of the SUMMED inputs that come next.
+struct PanelList {
+  const uint8_t *base;
+  const int32_t *idx;
+  int64_t first, count, fetch;
   const void *next;
 };
 
@@ -48,13 +54,18 @@ struct Kernels {
   void (*dots_i8)(const RowList &rows, const float *x, int64_t n, float *out);
   // The same with x[i] = scale * xq[i]. No int32 overflows as long as |xq| <= int16_limit(n).
   void (*dots_i8_i16)(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out);
-  void (*dots_i4)(const RowList &rows, const Grouped &x, int64_t n, float *out);
+  void (*dots_grid[NUM_GRIDS])(const RowList &rows, const Grouped &x, int64_t n, float *out);
   // y[i] = y[i] + coef[0] row_0[i] + coef[1] row_1[i] + ..., added in this order
   void (*axpys_f32)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*axpys_bf16)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*axpys_f16)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*axpys_i8)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*axpys_i4)(const RowList &rows, const float *coef, int64_t n, float *y);
+  // As those: for a few rows, slowly.
+  void (*axpys_grid[NUM_GRIDS])(const RowList &rows, const float *coef, int64_t n, float *y);
+  // The same of rows of panels, whose sum is cut where the number of an input is a multiple of SUMMED:
+  // y[i] = y[i] + scale[i] * (coef[0] (q_0[i] - zero) + ...) + minimum[i] * (coef[0] + ...) of each part. A row of coefficient 0 changes no bit.
+  void (*panels[NUM_GRIDS])(const PanelList &rows, const float *coef, int64_t n, float *y);
   void (*add)(float *y, const float *x, int64_t n);
   // p = softmax(p); room for PAD values past n
   void (*softmax)(float *p, int64_t n);

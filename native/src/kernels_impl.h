@@ -157,9 +157,29 @@ template <class W> void axpys(const RowList &rows, const float *coef, int64_t n,
   }
 }
 
+// The PAD quants of a pair of groups, or of outputs, of a row of n quants that are nibbles.
+template <int PLANE> inline N::Bytes quants(const uint8_t *row, int64_t n, int64_t pair) {
+  const N::Bytes low = N::nibbles(row + pair * (PAD / 2));
+  if constexpr (PLANE == 1) return N::add_bits(low, row + n / 2 + pair * (PAD / 8));
+  if constexpr (PLANE == 2) return N::add_two_bits(low, row + n / 2 + pair * (PAD / 4));
+  return low;
+}
+
+// acc + products of a pair of groups. sub: sub-scales of halves of groups, of Q6_K.
+template <int GRID> inline F::T pair_step(F::T acc, const uint8_t *row, int64_t n, const int8_t *q, const N::Scales &s, int64_t g, int pair, const int8_t *sub) {
+  constexpr Grid G = GRIDS[GRID];
+  if constexpr (G.bytes())
+    return N::step(acc, (const int8_t *)row + g * GROUP + pair * PAD, q + pair * PAD, s, pair);
+  else if constexpr (G.shared < GROUP)
+    return N::step(acc, quants<G.plane>(row, n, g / 2 + pair), q + pair * PAD, s, pair, sub);
+  else
+    return N::step(acc, quants<G.plane>(row, n, g / 2 + pair), q + pair * PAD, s, pair);
+}
+
 // Groups are taken 8 at a time: their scales are one vector.
-void dots_i4(const RowList &rows, const Grouped &x, int64_t n, float *out) {
-  const int64_t groups = n / GROUP;
+template <int GRID> void dots_grid(const RowList &rows, const Grouped &x, int64_t n, float *out) {
+  constexpr Grid G = GRIDS[GRID];
+  const int64_t groups = n / GROUP, quant_bytes = G.quant_bytes(n);
   Ahead ahead(rows, groups / 2);
   for (int64_t k = 0; k < rows.count; k += 4) {
     ahead.start(k);
@@ -170,20 +190,33 @@ void dots_i4(const RowList &rows, const Grouped &x, int64_t n, float *out) {
     for (int64_t g = 0; g < groups; g += 8) {
       const int64_t count = groups - g < 8 ? groups - g : 8;
       N::Scales s[4];
+      const int8_t *sub[4] = {nullptr, nullptr, nullptr, nullptr};
       for (int j = 0; j < 4; j++) {
-        s[j] = N::scales((const half *)(r[j] + n / 2) + g, x.scale + g, count);
-        a[j] = N::bias(a[j], s[j], x.sum + g);
+        const uint8_t *at = r[j] + quant_bytes + G.scale_bytes(g * GROUP);
+        if constexpr (!G.levels) {
+          const half *scales = (const half *)(r[j] + quant_bytes) + g;
+          s[j] = N::scales(scales, x.scale + g, count);
+          if constexpr (G.zero != 0) a[j] = N::bias(a[j], s[j], x.sum + g, (float)-G.zero);
+          if constexpr (G.minima) a[j] = N::bias(a[j], N::scales(scales + groups, x.scale + g, count), x.sum + g, 1.0f);
+        } else if constexpr (G.minima) {
+          s[j] = N::scales(*(const half *)at, at + 4, x.scale + g);
+          a[j] = N::bias(a[j], N::scales(*(const half *)(at + 2), at + 12, x.scale + g), x.sum + g, -1.0f);
+        } else {
+          sub[j] = (const int8_t *)at;
+          s[j] = N::scales(*(const half *)(at + 16), x.scale + g);
+          a[j] = N::bias(a[j], s[j], sub[j], x.halves + 2 * g, (float)-G.zero);
+        }
       }
       const int8_t *q = x.q + g * GROUP;
       if (count == 8)
         for (int pair = 0; pair < 4; pair++) {
           ahead.step();
-          for (int j = 0; j < 4; j++) a[j] = N::step(a[j], r[j] + (g + 2 * pair) * (GROUP / 2), q + pair * PAD, s[j], pair);
+          for (int j = 0; j < 4; j++) a[j] = pair_step<GRID>(a[j], r[j], n, q, s[j], g, pair, sub[j]);
         }
       else
         for (int pair = 0; pair < count / 2; pair++) {
           ahead.step();
-          for (int j = 0; j < 4; j++) a[j] = N::step(a[j], r[j] + (g + 2 * pair) * (GROUP / 2), q + pair * PAD, s[j], pair);
+          for (int j = 0; j < 4; j++) a[j] = pair_step<GRID>(a[j], r[j], n, q, s[j], g, pair, sub[j]);
         }
     }
     ahead.finish();
@@ -191,6 +224,130 @@ void dots_i4(const RowList &rows, const Grouped &x, int64_t n, float *out) {
     const bool whole = k + 4 <= rows.count;
     F::sum4(a[0], a[1], a[2], a[3], whole ? out + k : four);
     if (!whole) put4(four, k, rows.count, out);
+  }
+}
+
+inline float float_at(const uint8_t *p) {
+  float eight[8];
+  N::times((const half *)p, 1.0f, eight);  // reads 16 bytes, as much as lies behind every scale
+  return eight[0];
+}
+
+template <int GRID> void axpys_grid(const RowList &rows, const float *coef, int64_t n, float *y) {
+  constexpr Grid G = GRIDS[GRID];
+  for (int64_t k = 0; k < rows.count; k++) {
+    const uint8_t *r = row_of<uint8_t>(rows, k), *scales = r + G.quant_bytes(n);
+    for (int64_t first = 0; first < n; first += PAD) {
+      int8_t q[PAD];
+      if constexpr (G.bytes())
+        for (int b = 0; b < PAD; b++) q[b] = (int8_t)r[first + b];
+      else
+        N::store((uint8_t *)q, quants<G.plane>(r, n, first / PAD));
+      for (int b = 0; b < PAD; b++) {  // byte b of the low vector, then of the high one
+        const int64_t i = first + b % 32 / 16 * GROUP + b % 4 * 8 + b % 16 / 4 + b / 32 * 4, g = i / GROUP;
+        float scale, minimum = 0.0f;
+        if constexpr (!G.levels) {
+          scale = float_at(scales + 2 * g);
+          if constexpr (G.minima) minimum = float_at(scales + n / GROUP * 2 + 2 * g);
+        } else {
+          const uint8_t *at = scales + G.scale_bytes(i / SUPER * SUPER);
+          if constexpr (G.minima) {
+            scale = float_at(at) * (float)at[4 + g % 8];
+            minimum = -(float_at(at + 2) * (float)at[12 + g % 8]);
+          } else {
+            scale = float_at(at + 16) * (float)(int8_t)at[i % SUPER / G.shared];
+          }
+        }
+        y[i] += coef[k] * (scale * (float)(q[b] - G.zero) + minimum);
+      }
+    }
+  }
+}
+
+// Memory that is fetched in a number of steps, piece by piece.
+class Pieces {
+ public:
+  void add(const void *p, int64_t bytes) {
+    if (bytes > 0) at_[count_] = (const char *)p, end_[count_++] = (const char *)p + bytes, lines_ += (bytes + 127) / 64;
+  }
+  void start(int64_t steps) { each_ = (lines_ + steps - 1) / steps; }
+  void step() {
+    for (int64_t i = 0; i < each_ && now_ < count_; i++) {
+      prefetch(at_[now_]);
+      at_[now_] += 64;
+      if (at_[now_] < end_[now_]) continue;
+      prefetch(end_[now_] - 1);  // a row need not start a cache line
+      now_++;
+    }
+  }
+
+ private:
+  const char *at_[SUMMED + 2], *end_[SUMMED + 2];
+  int64_t lines_ = 0, each_ = 0;
+  int count_ = 0, now_ = 0;
+};
+
+// PAD outputs of up to SUMMED rows are summed up in registers.
+template <int GRID> void panels(const PanelList &rows, const float *coef, int64_t n, float *y) {
+  constexpr Grid G = GRIDS[GRID];
+  constexpr int PARTS = PAD / F::W;
+  const Panel panel(G, n);
+  const auto number = [&](int64_t k) { return rows.idx == nullptr ? rows.first + k : (int64_t)rows.idx[k]; };
+  const auto end_of = [&](int64_t k) {  // of the rows that are summed with row k
+    const int64_t part = number(k) / SUMMED;
+    while (k < rows.count && number(k) / SUMMED == part) k++;
+    return k;
+  };
+  const auto fetch_listed = [&](int64_t k, Pieces &next) {
+    if (rows.idx == nullptr || rows.fetch == 0 || k >= rows.count) return;
+    const int64_t input = number(k);
+    if constexpr (G.levels) next.add(rows.base + panel.sub_scales_at(input), panel.sub_scales);
+    else next.add(rows.base + panel.scales_at(input), panel.scales);
+    for (const int64_t end = end_of(k); k < end; k++) next.add(rows.base + panel.row_at(number(k)), panel.row);
+  };
+  const int64_t steps = n / PAD;
+  Pieces next;
+  if (rows.idx == nullptr) {
+    next.add(rows.next, rows.fetch);
+    next.start(steps * (number(rows.count - 1) / SUMMED - rows.first / SUMMED + 1));
+  } else {
+    fetch_listed(0, next);
+    next.start(1), next.step();
+  }
+  for (int64_t k = 0; k < rows.count;) {
+    const int64_t input = number(k), end = end_of(k);
+    const uint8_t *scales = rows.base + panel.scales_at(input), *sub = rows.base + panel.sub_scales_at(input), *r[SUMMED];
+    F::T c[SUMMED];
+    float total = 0.0f;
+    const int count = (int)(end - k);
+    for (int j = 0; j < count; j++, k++) r[j] = rows.base + panel.row_at(number(k)), c[j] = F::set(coef[k]), total += coef[k];
+    if (rows.idx != nullptr) next = Pieces(), fetch_listed(k, next), next.start(steps);
+    const F::T zero = F::set((float)G.zero * total), minimum = F::set(G.levels ? -total : total);
+    for (int64_t i = 0; i < n; i += PAD) {
+      next.step();
+      F::T v[PARTS];
+      for (int p = 0; p < PARTS; p++) v[p] = F::zero();
+      for (int j = 0; j < count; j++) {
+        if constexpr (G.bytes())
+          for (int p = 0; p < PARTS; p++) v[p] = F::fma(F::load((const int8_t *)r[j] + i + p * F::W), c[j], v[p]);
+        else
+          N::add(v, quants<G.plane>(r[j], n, i / PAD), c[j]);
+      }
+      for (int p = 0; p < PARTS; p++) {
+        const int64_t o = i + p * F::W;
+        F::T s = F::load((const half *)scales + o), to = F::load(y + o);
+        if constexpr (G.zero != 0) v[p] = F::sub(v[p], zero);
+        if constexpr (G.levels && G.minima) s = F::mul(s, F::load(sub + o));
+        if constexpr (G.levels && !G.minima) s = F::mul(s, F::load((const int8_t *)sub + o));
+        to = F::fma(s, v[p], to);
+        if constexpr (G.minima) {
+          F::T m = F::load((const half *)scales + n + o);
+          if constexpr (G.levels) m = F::mul(m, F::load(sub + n + o));
+          to = F::fma(m, minimum, to);
+        }
+        F::store(y + o, to);
+      }
+    }
   }
 }
 
@@ -235,7 +392,7 @@ void group(const float *x, int64_t n, const Grouped &out) {
   const int64_t groups = n / GROUP, padded = (groups + 7) / 8 * 8;
   const bool whole = finite(x, n);
   for (int64_t i = 0; !whole && i < n; i++) out.q[i] = 0;
-  for (int64_t g = 0; !whole && g < groups; g++) out.scale[g] = NAN, out.sum[g] = 0.0f;
+  for (int64_t g = 0; !whole && g < groups; g++) out.scale[g] = NAN, out.sum[g] = 0.0f, out.halves[2 * g] = out.halves[2 * g + 1] = 0;
   for (int64_t g = 0; whole && g < groups; g++) {
     const float *from = x + g * GROUP;
     int8_t *low = out.q + g / 2 * PAD + g % 2 * 16, *high = low + PAD / 2;
@@ -243,10 +400,14 @@ void group(const float *x, int64_t n, const Grouped &out) {
     for (int64_t i = 0; i < GROUP; i += F::W) m = F::max(m, F::abs(F::load(from + i)));
     const float scale = fmaxf(F::largest(m) / 127.0f, 1e-30f);
     N::pack(from, 1.0f / scale, low, high);
-    int32_t total = 0;
-    for (int i = 0; i < 16; i++) total += (int32_t)low[i] + (int32_t)high[i];
+    int32_t first = 0, second = 0;  // bytes 0 and 1 of each four are of the first half
+    for (int i = 0; i < 16; i += 4) {
+      first += (int32_t)low[i] + (int32_t)low[i + 1] + (int32_t)high[i] + (int32_t)high[i + 1];
+      second += (int32_t)low[i + 2] + (int32_t)low[i + 3] + (int32_t)high[i + 2] + (int32_t)high[i + 3];
+    }
     out.scale[g] = scale;
-    out.sum[g] = (float)(-8 * total);
+    out.sum[g] = (float)(first + second);
+    out.halves[2 * g] = (int16_t)first, out.halves[2 * g + 1] = (int16_t)second;
   }
   for (int64_t g = groups; g < padded; g++) out.scale[g] = out.sum[g] = 0.0f;
 }
@@ -373,9 +534,13 @@ void activate(float *x, int64_t n, int activation, float threshold) {
   }
 }
 
+#define EACH_GRID(kernel) {kernel<0>, kernel<1>, kernel<2>, kernel<3>, kernel<4>, kernel<5>, kernel<6>, kernel<7>}
+static_assert(NUM_GRIDS == 8, "EACH_GRID names them");
+
 const Kernels TABLE = {
-    DEJAVU_ISA_NAME, fetch,       dots<float>, dots<bf16>,    dots<half>,    dots<int8_t>, dots_i8_i16, dots_i4,
-    axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, axpys_i4,      add,          softmax,     layer_norm,
-    rms_norm,        quantize,    group,       narrow,        activate,      finite,       sum};
+    DEJAVU_ISA_NAME, fetch,       dots<float>, dots<bf16>,    dots<half>, dots<int8_t>,          dots_i8_i16,       EACH_GRID(dots_grid),
+    axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, axpys_i4,   EACH_GRID(axpys_grid), EACH_GRID(panels), add,
+    softmax,         layer_norm,  rms_norm,    quantize,      group,      narrow,                activate,          finite,
+    sum};
 
 }  // namespace

@@ -23,7 +23,7 @@ std::string config() {
   using Struct = dejavu_config;
   return line("dejavu_config",
               FIELD(vocab_size) + FIELD(hidden_size) + FIELD(embed_size) + FIELD(intermediate_size) + FIELD(num_layers) + FIELD(num_heads) +
-                  FIELD(num_kv_heads) + FIELD(head_dim) + FIELD(max_positions) + FIELD(position_offset) + FIELD(dtype) + FIELD(activation) +
+                  FIELD(num_kv_heads) + FIELD(head_dim) + FIELD(max_positions) + FIELD(position_offset) + FIELD(activation) +
                   FIELD(gated) + FIELD(rms) + FIELD(pre_norm) + FIELD(final_norm) + FIELD(rope) + FIELD(tied_head) + FIELD(layout) +
                   FIELD(norm_eps) + FIELD(activation_threshold) + FIELD(rotary_factor) + FIELD(attention_scale),
               sizeof(Struct));
@@ -31,7 +31,8 @@ std::string config() {
 
 std::string matrix() {
   using Struct = dejavu_matrix;
-  return line("dejavu_matrix", FIELD(data) + FIELD(scale) + FIELD(bias) + FIELD(rows) + FIELD(columns) + FIELD(dtype), sizeof(Struct));
+  return line("dejavu_matrix", FIELD(data) + FIELD(scale) + FIELD(bias) + FIELD(order) + FIELD(rows) + FIELD(columns) + FIELD(dtype) + FIELD(transposed),
+              sizeof(Struct));
 }
 
 std::string block() {

@@ -17,15 +17,15 @@ RowList list_of(const Matrix &m, const int32_t *idx, int64_t first, int64_t coun
 
 }  // namespace
 
-Vectors::Vectors(int64_t rows, int64_t width, int dtype) {
-  const bool int4 = dtype == DEJAVU_INT4, int8 = dtype == DEJAVU_INT8 || int4;
+Vectors::Vectors(int64_t rows, int64_t width, Forms forms) {
   const int64_t groups = round_up(width / GROUP, 8);
   floats_ = Buffer<float>(rows * width);
-  if (int8) ints_ = Buffer<int16_t>(rows * width);
-  if (int4) bytes_ = Buffer<int8_t>(rows * width), scales_ = Buffer<float>(2 * rows * groups);
+  if (forms.int16) ints_ = Buffer<int16_t>(rows * width);
+  if (forms.groups) bytes_ = Buffer<int8_t>(rows * width), scales_ = Buffer<float>(2 * rows * groups), halves_ = Buffer<int16_t>(2 * rows * groups);
   for (int64_t r = 0; r < rows; r++) {
-    Vector vector = {floats_.data() + r * width, int8 ? ints_.data() + r * width : nullptr, 0.0f, {nullptr, nullptr, nullptr}};
-    if (int4) vector.groups = {bytes_.data() + r * width, scales_.data() + 2 * r * groups, scales_.data() + (2 * r + 1) * groups};
+    Vector vector = {floats_.data() + r * width, forms.int16 ? ints_.data() + r * width : nullptr, 0.0f, {nullptr, nullptr, nullptr, nullptr}};
+    if (forms.groups)
+      vector.groups = {bytes_.data() + r * width, scales_.data() + 2 * r * groups, scales_.data() + (2 * r + 1) * groups, halves_.data() + 2 * r * groups};
     list_.push_back(vector);
   }
 }
@@ -34,10 +34,11 @@ void dots(const Kernels &kernels, const Matrix &m, const Vector &x, const int32_
   if (count == 0) return;
   const RowList list = list_of(m, idx, first, count, fetch);
   switch (m.dtype) {
-    case DEJAVU_INT4: kernels.dots_i4(list, x.groups, m.width, out); break;
-    case DEJAVU_INT8: x.q == nullptr ? kernels.dots_i8(list, x.f, m.width, out) : kernels.dots_i8_i16(list, x.q, x.scale, m.width, out); break;
+    case DEJAVU_FP32: kernels.dots_f32(list, x.f, m.width, out); break;
+    case DEJAVU_FP16: kernels.dots_f16(list, x.f, m.width, out); break;
     case DEJAVU_BF16: kernels.dots_bf16(list, x.f, m.width, out); break;
-    default: kernels.dots_f32(list, x.f, m.width, out);
+    case DEJAVU_INT8: x.q == nullptr ? kernels.dots_i8(list, x.f, m.width, out) : kernels.dots_i8_i16(list, x.q, x.scale, m.width, out); break;
+    default: kernels.dots_grid[grid_number(m.dtype)](list, x.groups, m.width, out);
   }
   m.scale_rows(idx, first, count, out);
   if (!m.bias.empty())
@@ -46,12 +47,15 @@ void dots(const Kernels &kernels, const Matrix &m, const Vector &x, const int32_
 
 void axpys(const Kernels &kernels, const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, Fetch fetch) {
   if (count == 0) return;
+  if (m.panels) return kernels.panels[grid_number(m.dtype)]({m.data, idx, first, count, fetch.bytes, fetch.next}, coef, m.width, y);
   const RowList list = list_of(m, idx, first, count, fetch);
   switch (m.dtype) {
-    case DEJAVU_INT4: return kernels.axpys_i4(list, coef, m.width, y);
-    case DEJAVU_INT8: return kernels.axpys_i8(list, coef, m.width, y);
+    case DEJAVU_FP32: return kernels.axpys_f32(list, coef, m.width, y);
+    case DEJAVU_FP16: return kernels.axpys_f16(list, coef, m.width, y);
     case DEJAVU_BF16: return kernels.axpys_bf16(list, coef, m.width, y);
-    default: return kernels.axpys_f32(list, coef, m.width, y);
+    case DEJAVU_INT8: return kernels.axpys_i8(list, coef, m.width, y);
+    case DEJAVU_INT4: case DEJAVU_Q4_0: return kernels.axpys_i4(list, coef, m.width, y);
+    default: return kernels.axpys_grid[grid_number(m.dtype)](list, coef, m.width, y);
   }
 }
 

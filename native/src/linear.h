@@ -2,6 +2,8 @@
 //
 // Nothing here knows of layers or threads: what a caller asks for is computed, into the memory that it gives.
 #pragma once
+#include <algorithm>
+
 #include "model.h"
 
 // A padded vector; where some matrix that it meets is of integers, also in the form that their products take.
@@ -9,29 +11,27 @@ struct Vector {
   float *f;
   int16_t *q;    // int16 times a scale, for int8
   float scale;
-  Grouped groups;  // for int4
+  Grouped groups;  // for grids
 };
 
-// `rows` vectors of `width` values that meet matrices of this dtype; those that meet int4 meet int8, too: predictors.
+// `rows` vectors of `width` values, of which these integers are made.
 class Vectors {
  public:
   Vectors() = default;
-  Vectors(int64_t rows, int64_t width, int dtype);
+  Vectors(int64_t rows, int64_t width, Forms forms);
   Vector &operator[](int64_t row) { return list_[(size_t)row]; }
   const Vector &operator[](int64_t row) const { return list_[(size_t)row]; }
 
  private:
   Buffer<float> floats_;
-  Buffer<int16_t> ints_;
+  Buffer<int16_t> ints_, halves_;
   Buffer<int8_t> bytes_;
   Buffer<float> scales_;
   std::vector<Vector> list_;
 };
 
-// The integers that sums of a rank become in a model of this dtype: those of int8 in an int4 model, too.
-inline int predictor_dtype(const dejavu_config &config) {
-  return config.dtype == DEJAVU_INT8 || config.dtype == DEJAVU_INT4 ? DEJAVU_INT8 : DEJAVU_FP32;
-}
+// What sums of a rank become, which meet predictors: where matrices of the model are integers, those of int8.
+inline Forms rank_forms(const dejavu_model &model) { return {model.forms().int16, false}; }
 
 // What is prefetched while rows are computed: `bytes` of each listed row later on, or, of rows in order, from `next` on.
 struct Fetch {
@@ -41,12 +41,13 @@ struct Fetch {
 
 // The rows of a matrix in memory of its own that come after rows [first, first + count): as many again.
 inline Fetch rows_after(const Matrix &matrix, int64_t first, int64_t count) {
-  const int64_t stop = first + count, rows = stop + count <= matrix.rows ? count : matrix.rows - stop;
-  return {rows * matrix.stride, matrix.data + stop * matrix.stride};
+  const int64_t stop = first + count, begin = matrix.begin_of(stop), end = matrix.begin_of(std::min(stop + count, matrix.rows));
+  return {end - begin, matrix.data + begin};
 }
 
 // Rows of a matrix that are read for one token after another while they are in the first-level cache.
 constexpr int64_t TILE = 16;
+static_assert(TILE % SUMMED == 0, "a tile of neurons does not cut a sum of panels");
 
 // Rows in order come from memory about 1.5 times as fast as selected ones (docs/log.md): above this share all are read, and what the
 // others are multiplied by set to zero, which leaves the sum as it is, bit for bit.

@@ -35,32 +35,41 @@ void Mlp::compute(const Run &run, int64_t r, const Neurons &neurons, bool skip_z
   float *values = run.own.values.data();
   float *gate = config.gated && known != Known::ALL ? values + config.intermediate_size + PAD : values;
   // Selected rows are fetched as whole records, ahead of their first use; of rows in order each matrix fetches its share of the
-  // records that come next, and a gate that lies apart its own rows.
+  // records that come next. What lies apart, a gate or panels of down, fetches its own rows.
   const bool reads_gate = config.gated && known == Known::NOTHING, reads_up = known == Known::NOTHING || gate != values;
   const bool skipped_late = skip_zeros && known == Known::NOTHING;  // which rows of down are read is known once those of up were
-  const int64_t bytes = layer.up.row_bytes(), matrices = 1 + reads_gate + reads_up, whole = (skipped_late ? matrices - 1 : matrices) * bytes;
-  const Matrix &leading = reads_gate ? layer.gate : reads_up ? layer.up : layer.down;
-  const int64_t apart = known == Known::NOTHING && config.layout == DEJAVU_GATE_APART;
-  const Matrix &record = !apart ? leading : config.gated ? layer.up : layer.down;
-  int64_t matrix = 0;
-  const auto fetched = [&]() -> Fetch {
-    const int64_t part = matrix++ - apart, parts = matrices - apart;
-    if (idx != nullptr) return {part + apart == 0 ? whole : 0};
+  const auto apart = [&](const Matrix &matrix) {
+    return matrix.panels || (config.layout == DEJAVU_GATE_APART && &matrix == &run.ctx.model.gate_of(layer));
+  };
+  const Matrix *record[3];
+  int64_t parts = 0, part = 0, whole = 0;
+  const auto is_read = [&](const Matrix &matrix, bool reads, bool late) {
+    if (!reads || apart(matrix)) return;
+    record[parts++] = &matrix;
+    whole += late ? 0 : matrix.row_bytes();
+  };
+  is_read(layer.gate, reads_gate, false);
+  is_read(layer.up, reads_up, false);
+  is_read(layer.down, true, skipped_late);
+  const auto fetched = [&](const Matrix &matrix) -> Fetch {
+    if (apart(matrix)) return idx != nullptr ? Fetch{matrix.row_bytes()} : run.ctx.rows > 1 ? Fetch{} : rows_after(matrix, first, count);
+    const int64_t here = part++;
+    if (idx != nullptr) return {here == 0 ? whole : 0};
     if (run.ctx.rows > 1) return {};
-    if (part < 0) return rows_after(leading, first, count);
-    const Fetch after = rows_after(record, first, count);
-    const int64_t begin = after.bytes * part / parts, end = after.bytes * (part + 1) / parts;
+    const Fetch after = rows_after(*record[0], first, count);
+    const int64_t begin = after.bytes * here / parts, end = after.bytes * (here + 1) / parts;
     return {end - begin, after.next + begin};
   };
   if (known == Known::NOTHING) {
-    dots(kernels, config.gated ? layer.gate : layer.up, x, idx, first, count, gate, fetched());
+    const Matrix &first_matrix = run.ctx.model.gate_of(layer);
+    dots(kernels, first_matrix, x, idx, first, count, gate, fetched(first_matrix));
     kernels.activate(gate, count, config.activation, config.activation_threshold);
   } else {
     const float *found = run.selected.activated(r);
     for (int64_t k = 0; k < count; k++) gate[k] = found[idx == nullptr ? first + k : idx[k]];
   }
   if (gate != values) {
-    dots(kernels, layer.up, x, idx, first, count, values, fetched());
+    dots(kernels, layer.up, x, idx, first, count, values, fetched(layer.up));
     for (int64_t k = 0; k < count; k++) values[k] = gate[k] * values[k];
   }
   if (kept != nullptr) {
@@ -76,7 +85,7 @@ void Mlp::compute(const Run &run, int64_t r, const Neurons &neurons, bool skip_z
   layer.down.scale_rows(idx, first, count, values);
   // An activation of exactly zero adds nothing: its row of down is not read.
   const bool lists = skip_zeros && (idx != nullptr || !dense_is_faster(count - std::count(values, values + count, 0.0f), count));
-  if (!lists) return axpys(kernels, layer.down, values, idx, first, count, y, fetched());
+  if (!lists) return axpys(kernels, layer.down, values, idx, first, count, y, fetched(layer.down));
   int32_t *fired = run.own.fired.data();
   int64_t n = 0;
   for (int64_t k = 0; k < count; k++) {
@@ -85,15 +94,17 @@ void Mlp::compute(const Run &run, int64_t r, const Neurons &neurons, bool skip_z
     n += values[k] != 0.0f;
   }
   run.ctx.profiler.mark_fired(fired, n);
-  axpys(kernels, layer.down, values, fired, 0, n, y, skipped_late ? Fetch{bytes} : fetched());
+  axpys(kernels, layer.down, values, fired, 0, n, y, skipped_late ? Fetch{layer.down.row_bytes()} : fetched(layer.down));
 }
 
 void Mlp::fetch(const Context &ctx, int64_t index, const Selected &selected, int64_t part, int64_t parts) {
   const Predictor &predictor = ctx.selector(index).mlp;
   if (ctx.rows > 1 || !predictor.present() || predictor.lookahead == 0) return;
-  const Matrix &first = ctx.model.gate_of(ctx.model.layers[(size_t)index]);
+  const Layer &layer = ctx.model.layers[(size_t)index];
+  const Matrix &first = ctx.model.gate_of(layer);
   const int64_t begin = ctx.share(selected.chunks), end = ctx.share_end(selected.chunks);
-  const int64_t matrices = (ctx.config.gated ? 2 : 1) + (ctx.config.activation > DEJAVU_FATRELU), bytes = matrices * first.row_bytes();
+  const int64_t down = ctx.config.activation > DEJAVU_FATRELU && !layer.down.panels ? layer.down.row_bytes() : 0;
+  const int64_t bytes = (ctx.config.gated ? layer.gate.row_bytes() : 0) + layer.up.row_bytes() + down;
   for (int64_t c = begin; c < end; c++) {
     const int64_t count = std::min(selected.count(index, 0, c), FETCHED_BYTES / bytes / (end - begin));
     const int32_t *list = selected.list(index, 0) + selected.start(c);
@@ -105,11 +116,11 @@ void Mlp::fetch(const Context &ctx, int64_t index, const Selected &selected, int
 // How many eighths of the neurons must be selected for all of them to be read in order, as measured (docs/log.md). Where a predictor selects
 // for one row and most activations are zero, rows of down are few and those of up never enough: 8 is more than there can be.
 // For several rows, of int8 above all, what is near is computed for one after another, and lists cost little.
-int64_t Mlp::eighths_in_order(const Context &ctx, Known known) {
+int64_t Mlp::eighths_in_order(const Context &ctx, const Layer &layer, Known known) {
   const bool skip_zeros = ctx.config.activation <= DEJAVU_FATRELU;
   if (known != Known::NOTHING) return 5;
   if (ctx.rows == 1) return skip_zeros ? 8 : 5;
-  return ctx.config.dtype == DEJAVU_INT8 ? 7 : 5;
+  return layer.up.dtype == DEJAVU_INT8 ? 7 : 5;
 }
 
 void Mlp::run(const Context &ctx, int64_t index, const Vectors &in, const Kept &in_kept, Selected &selected, InputMaps &inputs) {
@@ -117,8 +128,9 @@ void Mlp::run(const Context &ctx, int64_t index, const Vectors &in, const Kept &
   const int64_t rows = ctx.rows, chunks = selected.chunks;
   const bool sparse = selector.lists(), skip_zeros = ctx.config.activation <= DEJAVU_FATRELU, input_major = ctx.model.input_major();
   const Known known = input_major || (selector.by_gate() && !ctx.config.gated) ? Known::ALL : selector.by_gate() ? Known::GATES : Known::NOTHING;
-  const int64_t eighths = eighths_in_order(ctx, known);
-  const Run run = {ctx, ctx.model.layers[(size_t)index], in, selected, known, scratch_[(size_t)ctx.thread]};
+  const Layer &layer = ctx.model.layers[(size_t)index];
+  const int64_t eighths = eighths_in_order(ctx, layer, known);
+  const Run run = {ctx, layer, in, selected, known, scratch_[(size_t)ctx.thread]};
   for (int64_t c = ctx.share(chunks); c < ctx.share_end(chunks); c++) {
     const int64_t begin = selected.start(c), end = selected.start(c + 1);
     parts_.clear(c, rows);

@@ -48,7 +48,7 @@ class Mlp {
     int64_t num_kept = 0;
   };
   static void compute(const Run &run, int64_t row, const Neurons &neurons, bool skip_zeros, float *y);
-  static int64_t eighths_in_order(const Context &context, Known known);
+  static int64_t eighths_in_order(const Context &context, const Layer &layer, Known known);
   static int64_t sum(const Buffer<int64_t> &of_chunk);
 
   Parts parts_;

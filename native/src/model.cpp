@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "packing.h"
+
 namespace {
 
 void check_config(const dejavu_config &c) {
@@ -15,10 +17,8 @@ void check_config(const dejavu_config &c) {
     require(size.value > 0 && size.value < INT64_C(1) << 31, std::string(size.name) + " must lie in 1 .. 2^31, not " + std::to_string(size.value));
   require(c.num_heads % c.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads");
   require(!c.rope || c.head_dim % 2 == 0, "head_dim must be even for rotary positions");
-  require(c.dtype >= DEJAVU_FP32 && c.dtype <= DEJAVU_INT4, "unknown dtype " + std::to_string(c.dtype));
   require(c.activation >= DEJAVU_RELU && c.activation <= DEJAVU_GELU_TANH, "unknown activation " + std::to_string(c.activation));
   require(c.layout >= DEJAVU_BY_NEURON && c.layout <= DEJAVU_INPUT_MAJOR, "unknown layout " + std::to_string(c.layout));
-  require(c.layout != DEJAVU_INPUT_MAJOR || c.dtype != DEJAVU_INT4, "selection by inputs is not computed in int4, whose scales belong to groups of inputs; take int8");
   require(c.position_offset >= 0, "position_offset must not be negative");
 }
 
@@ -28,86 +28,123 @@ void copy_vector(Buffer<float> &to, int64_t padded, const float *from, int64_t c
   to = static_cast<Buffer<float> &&>(values);
 }
 
-const char *name_of(int dtype) {
+std::string name_of(int dtype) {
   switch (dtype) {
-    case DEJAVU_INT4: return "int4 groups with scales";
-    case DEJAVU_INT8: return "int8 rows with scales";
+    case DEJAVU_FP32: return "fp32";
+    case DEJAVU_FP16: return "fp16";
     case DEJAVU_BF16: return "bf16";
-    default: return "fp32";
+    case DEJAVU_INT8: return "int8";
+    case DEJAVU_INT4: return "int4";
+    default: return grid_of(dtype).name;
   }
 }
 
 constexpr const char *NOT_FINITE = " has values that are not finite; integers cannot hold them";
 
-// One row of int4: see kernels.h. Padding is zero.
-void pack_int4(const int8_t *values, const uint16_t *scales, int64_t columns, int64_t width, const std::string &what, unsigned char *row) {
-  std::memset(row, 0x88, (size_t)(width / 2));
-  for (int64_t i = 0; i < columns; i++) {
-    if (values[i] < -8 || values[i] > 7) throw BadValue(what + " has an int4 value outside -8 .. 7");  // no message made for each value
-    const int64_t at = i / GROUP * (GROUP / 2) + i % 4 * 4 + i % GROUP / 8, shift = i / 4 % 2 * 4;
-    row[at] = (unsigned char)((row[at] & ~(15 << shift)) | (values[i] + 8) << shift);
+int64_t stored_row(const dejavu_matrix &m, int64_t row) { return m.order == nullptr ? row : m.order[row]; }
+
+// Bytes of one row as it is given.
+int64_t given_bytes(const dejavu_matrix &m) { return has_grid(m.dtype) ? file_row_bytes(m.dtype, m.columns) : bytes_of(m.dtype, m.columns); }
+
+const unsigned char *given_row(const dejavu_matrix &m, int64_t row) { return (const unsigned char *)m.data + stored_row(m, row) * given_bytes(m); }
+
+const uint16_t *given_scales(const dejavu_matrix &m, int64_t row) {
+  return m.scale == nullptr ? nullptr : (const uint16_t *)m.scale + stored_row(m, row) * ((m.columns + GROUP - 1) / GROUP);
+}
+
+// to[c, first + r - from] = row r of the matrix at c, for rows [from, from + count): a block of rows at a time, so that whole cache lines are written.
+template <class Value> void transpose(const dejavu_matrix &m, int64_t from, int64_t count, int64_t first, unsigned char *to, int64_t stride) {
+  const Value *rows[PAD];
+  for (int64_t block = 0; block < count; block += PAD) {
+    const int64_t here = std::min(PAD, count - block);
+    for (int64_t r = 0; r < here; r++) rows[r] = (const Value *)given_row(m, from + block + r);
+    for (int64_t c = 0; c < m.columns; c++) {
+      Value *out = (Value *)(to + c * stride) + first + block;
+      for (int64_t r = 0; r < here; r++) out[r] = rows[r][c];
+    }
   }
-  for (int64_t g = 0; g * GROUP < columns; g++)
-    if ((scales[g] & 0x7c00) == 0x7c00) throw BadValue(what + NOT_FINITE);
-  std::memcpy(row + width / 2, scales, (size_t)((columns + GROUP - 1) / GROUP * 2));
+}
+
+void transpose(const dejavu_matrix &m, int64_t from, int64_t count, int64_t first, unsigned char *to, int64_t stride) {
+  switch (bytes_of(m.dtype, 1)) {
+    case 1: return transpose<uint8_t>(m, from, count, first, to, stride);
+    case 2: return transpose<uint16_t>(m, from, count, first, to, stride);
+    default: return transpose<uint32_t>(m, from, count, first, to, stride);
+  }
+}
+
+// Selection by inputs reads single values of what is stored by output.
+void check_input_major(const dejavu_matrix &m, const std::string &what) {
+  require(!has_grid(m.dtype), what + ": selection by inputs is not computed in " + name_of(m.dtype) + ", whose scales belong to groups of inputs; take int8");
 }
 
 }  // namespace
+
+void check_matrix(const dejavu_matrix &m, int64_t rows, int64_t columns, const std::string &what, bool by_input) {
+  require(m.dtype >= DEJAVU_FP32 && m.dtype <= DEJAVU_Q6_K, what + " is of an unknown dtype " + std::to_string(m.dtype));
+  require(m.data != nullptr, what + " has no data");
+  require(!m.transposed || (by_input && m.dtype != DEJAVU_INT8 && m.dtype != DEJAVU_INT4), what + " cannot be transposed in " + name_of(m.dtype));
+  if (m.transposed) std::swap(rows, columns);
+  require(m.rows == rows && m.columns == columns, what + " is " + std::to_string(m.rows) + " x " + std::to_string(m.columns) + ", expected " +
+                                                      std::to_string(rows) + " x " + std::to_string(columns));
+  require((m.scale != nullptr) == (m.dtype == DEJAVU_INT8 || m.dtype == DEJAVU_INT4), what + " must have scales in int8 and int4, and in no other dtype");
+  for (int64_t r = 0; m.order != nullptr && r < rows; r++)
+    if (m.order[r] < 0) throw BadValue(what + " has a row in its order that is none: " + std::to_string(m.order[r]));
+  if (is_gguf(m.dtype))
+    require(columns % grid_of(m.dtype).block() == 0, what + " has rows of " + std::to_string(columns) + " values, which " + name_of(m.dtype) + " does not have: they are a multiple of " +
+                                                         std::to_string(grid_of(m.dtype).block()));
+  for (int64_t r = 0; m.dtype == DEJAVU_INT8 && r < rows; r++)
+    if (!std::isfinite(((const float *)m.scale)[r])) throw BadValue(what + NOT_FINITE);
+  for (int64_t r = 0; has_grid(m.dtype) && r < rows; r++)
+    if (!finite_scales(m.dtype, given_row(m, r), given_scales(m, r), columns)) throw BadValue(what + NOT_FINITE);
+}
 
 void Matrix::view(int new_dtype, int64_t new_rows, int64_t new_columns, unsigned char *new_data, int64_t new_stride) {
   dtype = new_dtype, rows = new_rows, columns = new_columns, width = round_up(new_columns, PAD);
   data = new_data, stride = new_stride;
 }
 
-void Matrix::allocate(Arena &arena, int new_dtype, int64_t new_rows, int64_t new_columns) {
-  const int64_t bytes = bytes_of(new_dtype, round_up(new_columns, PAD));
-  view(new_dtype, new_rows, new_columns, arena.take(product({new_rows, bytes}) + (new_dtype == DEJAVU_INT4 ? INT4_SLACK : 0)), bytes);
+void Matrix::allocate(Arena &arena, int new_dtype, int64_t new_rows, int64_t new_columns, bool new_panels) {
+  const int64_t padded = round_up(new_columns, PAD), bytes = new_panels ? grid_of(new_dtype).quant_bytes(padded) : bytes_of(new_dtype, padded);
+  const int64_t total = new_panels ? product({2, Panel(grid_of(new_dtype), padded).bytes(new_rows)}) / 2 : product({new_rows, bytes});
+  view(new_dtype, new_rows, new_columns, arena.take(total + SLACK), bytes);
+  panels = new_panels;
 }
 
-void Matrix::check(const dejavu_matrix &source, int64_t expected_rows, int64_t expected_columns, const std::string &what) const {
-  require(source.data != nullptr, what + " has no data");
-  require(source.rows == expected_rows && source.columns == expected_columns,
-          what + " is " + std::to_string(source.rows) + " x " + std::to_string(source.columns) + ", expected " + std::to_string(expected_rows) + " x " +
-              std::to_string(expected_columns));
-  require(source.dtype == dtype && (source.scale != nullptr) == (dtype == DEJAVU_INT8 || dtype == DEJAVU_INT4), what + " must be " + name_of(dtype));
-  if (dtype != DEJAVU_INT8) return;
-  for (int64_t r = 0; r < source.rows; r++) require(std::isfinite(((const float *)source.scale)[r]), what + NOT_FINITE);
-}
-
-void Matrix::fill(const dejavu_matrix &source, const std::string &what) {
-  check(source, rows, columns, what);
-  if (dtype == DEJAVU_INT4) {
-    const int64_t groups = (columns + GROUP - 1) / GROUP;
-    for (int64_t r = 0; r < rows; r++)
-      pack_int4((const int8_t *)source.data + r * columns, (const uint16_t *)source.scale + r * groups, columns, width, what, data + r * stride);
+void Matrix::fill(const dejavu_matrix &source) {
+  if (panels) {
+    for (int64_t first = 0; first < columns; first += PAD) {
+      const unsigned char *outputs[PAD];
+      const int64_t count = std::min(PAD, columns - first);
+      for (int64_t o = 0; o < count; o++) outputs[o] = given_row(source, first + o);
+      pack_outputs(dtype, outputs, first, count, rows, width, data);
+    }
+  } else if (source.transposed) {
+    transpose(source, 0, columns, 0, data, stride);
   } else {
-    const int64_t bytes = bytes_of(dtype, columns);
-    for (int64_t r = 0; r < rows; r++) std::memcpy(data + r * stride, (const unsigned char *)source.data + r * bytes, (size_t)bytes);
+    const int64_t bytes = given_bytes(source);
+    for (int64_t r = 0; r < rows; r++) {
+      if (has_grid(dtype)) pack_row(dtype, given_row(source, r), given_scales(source, r), columns, width, data + r * stride);
+      else std::memcpy(data + r * stride, given_row(source, r), (size_t)bytes);
+    }
   }
-  if (dtype == DEJAVU_INT8) copy_vector(scale, rows, (const float *)source.scale, rows);
-  filled_ = true;
+  if (dtype == DEJAVU_INT8) {
+    scale = Buffer<float>(rows);
+    for (int64_t r = 0; r < rows; r++) scale[r] = ((const float *)source.scale)[stored_row(source, r)];
+  }
   if (source.bias != nullptr) copy_vector(bias, rows, source.bias, rows);
 }
 
 void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first) {
-  const auto transpose = [&](auto *to, const auto *values) {  // a block of outputs at a time: whole cache lines are written
-    const int64_t step = stride / (int64_t)sizeof(*to);
-    for (int64_t block = 0; block < count; block += PAD)
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t o = block; o < std::min(block + PAD, count); o++) to[i * step + first + o] = values[(from + o) * rows + i];
-  };
-  switch (dtype) {
-    case DEJAVU_INT8: transpose((int8_t *)data, (const int8_t *)source.data); break;
-    case DEJAVU_BF16: transpose((uint16_t *)data, (const uint16_t *)source.data); break;
-    default: transpose((float *)data, (const float *)source.data);
+  transpose(source, from, count, first, data, stride);
+  if (source.scale != nullptr) {
+    if (scale.empty()) scale = Buffer<float>(width);
+    for (int64_t o = 0; o < count; o++) scale[first + o] = ((const float *)source.scale)[stored_row(source, from + o)];
   }
-  const auto by_column = [&](Buffer<float> &to, const float *values) {
-    if (values == nullptr) return;
-    if (to.empty()) to = Buffer<float>(width);
-    std::copy_n(values + from, count, to.data() + first);
-  };
-  by_column(scale, (const float *)source.scale);
-  by_column(bias, source.bias);
+  if (source.bias != nullptr) {
+    if (bias.empty()) bias = Buffer<float>(width);
+    std::copy_n(source.bias + from, count, bias.data() + first);
+  }
 }
 
 // Enough chunks to share among threads, few enough that adding them up stays cheap. A power of two.
@@ -124,56 +161,110 @@ dejavu_model::dejavu_model(const dejavu_config &given) : config(given) {
   embed_width = round_up(config.embed_size, PAD);
   head_width = round_up(config.head_dim, HEAD_PAD);
   layers.resize((size_t)config.num_layers);
-  for (Layer &layer : layers) {
-    if (input_major()) {
-      make_panels(layer);
-      layer.down.allocate(arena, config.dtype, config.intermediate_size, config.hidden_size);
-      continue;
-    }
-    std::vector<Matrix *> record = {&layer.up, &layer.down};
-    if (config.gated) record.insert(record.begin(), &layer.gate);
-    if (config.layout == DEJAVU_GATE_APART) {
-      record.front()->allocate(arena, config.dtype, config.intermediate_size, config.hidden_size);
-      record.erase(record.begin());
-    }
-    const int64_t bytes = bytes_of(config.dtype, width), parts = (int64_t)record.size();
-    unsigned char *data = arena.take(product({config.intermediate_size, parts, bytes}) + (config.dtype == DEJAVU_INT4 ? INT4_SLACK : 0));
-    for (int64_t part = 0; part < parts; part++)
-      record[(size_t)part]->view(config.dtype, config.intermediate_size, config.hidden_size, data + part * bytes, parts * bytes);
-  }
 }
 
-void dejavu_model::make_panels(Layer &layer) {
+Forms dejavu_model::forms() const {
+  Forms forms;
+  const auto meets = [&](const Matrix &matrix) {
+    forms.groups = forms.groups || has_grid(matrix.dtype);
+    forms.int16 = forms.int16 || has_grid(matrix.dtype) || matrix.dtype == DEJAVU_INT8;  // predictors are int8 where matrices are integers
+  };
+  if (input_major()) {  // the others are sums of rows
+    for (const Matrix *matrix : {&output_head(), &project_in, &project_out}) meets(*matrix);
+    return forms;
+  }
+  for (const Matrix *matrix : {&output_head(), &project_in, &project_out}) meets(*matrix);
+  for (const Layer &layer : layers)
+    for (const Matrix *matrix : {&layer.q, &layer.k, &layer.v, &layer.gate, &layer.up}) meets(*matrix);
+  return forms;
+}
+
+// The heads' panels, of the dtype of the first of q, k and v that is given.
+void dejavu_model::allocate_heads(Layer &layer, int dtype) {
   const int64_t heads = config.num_heads + 2 * config.num_kv_heads, groups = std::max<int64_t>(std::min<int64_t>(heads, 4), heads / 4);
-  const int64_t chunks = chunks_of_neurons(config), matrices = config.gated ? 2 : 1;
   layer.head_panels.resize((size_t)groups);
   for (int64_t p = 0; p < groups; p++)
-    layer.head_panels[(size_t)p].allocate(arena, config.dtype, config.hidden_size, (chunk_start(heads, p + 1, groups) - chunk_start(heads, p, groups)) * config.head_dim);
-  layer.neuron_panels.resize((size_t)chunks);
-  for (int64_t c = 0; c < chunks; c++) {
-    const int64_t count = chunk_start(config.intermediate_size, c + 1, chunks) - chunk_start(config.intermediate_size, c, chunks);
-    layer.neuron_panels[(size_t)c].allocate(arena, config.dtype, config.hidden_size, matrices * round_up(count, LANES));
-  }
+    layer.head_panels[(size_t)p].allocate(arena, dtype, config.hidden_size, (chunk_start(heads, p + 1, groups) - chunk_start(heads, p, groups)) * config.head_dim);
 }
 
 // One of q, k and v.
 void dejavu_model::set_heads(Layer &layer, const dejavu_matrix &source, int64_t first_head, int64_t heads, const std::string &what) {
-  const int64_t size = config.head_dim, all = config.num_heads + 2 * config.num_kv_heads, panels = (int64_t)layer.head_panels.size();
-  layer.head_panels[0].check(source, heads * size, config.hidden_size, what);
+  const int64_t size = config.head_dim, all = config.num_heads + 2 * config.num_kv_heads;
+  check_matrix(source, heads * size, config.hidden_size, what);
+  check_input_major(source, what);
+  if (layer.head_panels.empty()) allocate_heads(layer, source.dtype);
+  require(source.dtype == layer.head_panels[0].dtype, what + " must be " + name_of(layer.head_panels[0].dtype) + ": where inputs are selected q, k and v have one dtype");
+  const int64_t panels = (int64_t)layer.head_panels.size();
   for (int64_t p = 0; p < panels; p++) {
     const int64_t begin = chunk_start(all, p, panels), from = std::max(begin, first_head), to = std::min(chunk_start(all, p + 1, panels), first_head + heads);
     if (from < to) layer.head_panels[(size_t)p].fill_columns(source, (from - first_head) * size, (to - from) * size, (from - begin) * size);
   }
 }
 
-// gate or, `second` where there is one, up.
-void dejavu_model::set_neurons(Layer &layer, const dejavu_matrix &source, bool second, const std::string &what) {
-  const int64_t total = config.intermediate_size, panels = (int64_t)layer.neuron_panels.size();
-  layer.neuron_panels[0].check(source, total, config.hidden_size, what);
-  for (int64_t c = 0; c < panels; c++) {
-    const int64_t begin = chunk_start(total, c, panels), count = chunk_start(total, c + 1, panels) - begin;
-    layer.neuron_panels[(size_t)c].fill_columns(source, begin, count, second ? round_up(count, LANES) : 0);
+// gate and up, for selection by inputs.
+void dejavu_model::set_neurons(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up) {
+  const int64_t total = config.intermediate_size, chunks = chunks_of_neurons(config), matrices = config.gated ? 2 : 1;
+  require(gate == nullptr || gate->dtype == up.dtype, "where inputs are selected gate and up have one dtype, not " + name_of(gate == nullptr ? 0 : gate->dtype) + " and " + name_of(up.dtype));
+  layer.neuron_panels.resize((size_t)chunks);
+  for (int64_t c = 0; c < chunks; c++) {
+    const int64_t begin = first_neuron(total, c, chunks), count = first_neuron(total, c + 1, chunks) - begin, second = round_up(count, LANES);
+    Matrix &panel = layer.neuron_panels[(size_t)c];
+    panel.allocate(arena, up.dtype, config.hidden_size, matrices * second);
+    if (gate != nullptr) panel.fill_columns(*gate, begin, count, 0);
+    panel.fill_columns(up, begin, count, gate != nullptr ? second : 0);
   }
+}
+
+// Neurons as records.
+void dejavu_model::set_records(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &down) {
+  struct Part { Matrix *matrix; const dejavu_matrix *source; int64_t bytes; };
+  const auto part = [&](Matrix &matrix, const dejavu_matrix &source) {
+    return Part{&matrix, &source, round_up(bytes_of(source.dtype, width), 4)};  // whatever lies behind it is aligned
+  };
+  std::vector<Part> record;
+  if (gate != nullptr) record.push_back(part(layer.gate, *gate));
+  record.push_back(part(layer.up, up));
+  if (!in_panels(down)) record.push_back(part(layer.down, down));
+  const std::vector<Part> parts = record;
+  if (config.layout == DEJAVU_GATE_APART) {
+    record.front().matrix->allocate(arena, record.front().source->dtype, config.intermediate_size, config.hidden_size);
+    record.erase(record.begin());
+  }
+  int64_t bytes = 0, at = 0;
+  for (const Part &each : record) bytes += each.bytes;
+  unsigned char *data = record.empty() ? nullptr : arena.take(product({config.intermediate_size, bytes}) + SLACK);
+  for (const Part &each : record) {
+    each.matrix->view(each.source->dtype, config.intermediate_size, config.hidden_size, data + at, bytes);
+    at += each.bytes;
+  }
+  for (const Part &each : parts) each.matrix->fill(*each.source);
+}
+
+void dejavu_model::set_mlp(int64_t index, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &given_down) {
+  Layer &layer = layer_at(index);
+  const std::string where = " of layer " + std::to_string(index);
+  const int64_t neurons = config.intermediate_size, size = config.hidden_size;
+  require((gate != nullptr) == (config.gated != 0), config.gated ? "this model has a gate, which is missing" + where : "this model has no gate");
+  if (gate != nullptr) check_matrix(*gate, neurons, size, "gate" + where);
+  check_matrix(up, neurons, size, "up" + where);
+  check_matrix(given_down, neurons, size, "down" + where, true);
+  dejavu_matrix down = given_down;
+  down.bias = nullptr;
+  for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) *matrix = Matrix();
+  layer.neuron_panels.clear();
+  if (input_major()) {
+    if (gate != nullptr) check_input_major(*gate, "gate" + where);
+    check_input_major(up, "up" + where);
+    check_input_major(down, "down" + where);
+    set_neurons(layer, gate, up);
+  } else {
+    set_records(layer, gate, up, down);
+  }
+  if (input_major() || in_panels(down)) {
+    layer.down.allocate(arena, down.dtype, neurons, size, in_panels(down));
+    layer.down.fill(down);
+  }
+  set_output_bias(layer.down_bias, given_down);
 }
 
 void dejavu_model::set_norm(Norm &norm, const dejavu_matrix &matrix, const std::string &what) {
@@ -184,25 +275,31 @@ void dejavu_model::set_norm(Norm &norm, const dejavu_matrix &matrix, const std::
 }
 
 // o and down: a row per input, so their bias is one of the residual stream and not of a row.
-void dejavu_model::set_output(Matrix &matrix, Buffer<float> &bias, const dejavu_matrix &source, const std::string &what) {
-  dejavu_matrix rows = source;
-  rows.bias = nullptr;
-  matrix.fill(rows, what);
+void dejavu_model::set_output_bias(Buffer<float> &bias, const dejavu_matrix &source) {
   if (source.bias != nullptr) copy_vector(bias, width, source.bias, config.hidden_size);
+}
+
+Layer &dejavu_model::layer_at(int64_t index) {
+  require(index >= 0 && index < config.num_layers, "layer " + std::to_string(index) + " is none of " + std::to_string(config.num_layers));
+  return layers[(size_t)index];
 }
 
 void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   const dejavu_config &c = config;
-  const auto own = [&](Matrix &matrix, int dtype, int64_t rows, int64_t columns, const char *what) {
-    matrix.allocate(arena, dtype, rows, columns);
-    matrix.fill(m, what);
+  const auto own = [&](Matrix &matrix, int64_t rows, int64_t columns, const std::string &what) {
+    check_matrix(m, rows, columns, what);
+    matrix = Matrix();
+    matrix.allocate(arena, m.dtype, rows, columns);
+    matrix.fill(m);
   };
   switch (part) {
-    case DEJAVU_EMBED: return own(embed, c.dtype, c.vocab_size, c.embed_size, "the embedding");
-    case DEJAVU_POSITION: return own(position, DEJAVU_FP32, c.max_positions + c.position_offset, c.hidden_size, "the position table");
-    case DEJAVU_PROJECT_IN: return own(project_in, c.dtype, c.hidden_size, c.embed_size, "project_in");
-    case DEJAVU_PROJECT_OUT: return own(project_out, c.dtype, c.embed_size, c.hidden_size, "project_out");
-    case DEJAVU_HEAD: return own(head, c.dtype, c.vocab_size, c.embed_size, "the head");
+    case DEJAVU_EMBED: return own(embed, c.vocab_size, c.embed_size, "the embedding");
+    case DEJAVU_POSITION:
+      require(m.dtype == DEJAVU_FP32, "the position table must be fp32");
+      return own(position, c.max_positions + c.position_offset, c.hidden_size, "the position table");
+    case DEJAVU_PROJECT_IN: return own(project_in, c.hidden_size, c.embed_size, "project_in");
+    case DEJAVU_PROJECT_OUT: return own(project_out, c.embed_size, c.hidden_size, "project_out");
+    case DEJAVU_HEAD: return own(head, c.vocab_size, c.embed_size, "the head");
     case DEJAVU_FINAL_NORM: return set_norm(final_norm, m, "the final norm");
     case DEJAVU_INV_FREQ:
       require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns >= 1 && m.columns <= c.head_dim / 2,
@@ -211,16 +308,11 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
       return copy_vector(inv_freq, m.columns, (const float *)m.data, m.columns);
     default: break;
   }
-  require(index >= 0 && index < c.num_layers, "layer " + std::to_string(index) + " is none of " + std::to_string(c.num_layers));
-  Layer &layer = layers[(size_t)index];
+  Layer &layer = layer_at(index);
   const std::string where = " of layer " + std::to_string(index);
   const int64_t queries = c.num_heads * c.head_dim;
   const auto projection = [&](Matrix &matrix, int64_t first_head, int64_t heads, const char *what) {
-    input_major() ? set_heads(layer, m, first_head, heads, what + where) : own(matrix, c.dtype, heads * c.head_dim, c.hidden_size, (what + where).c_str());
-    layer.given |= UINT32_C(1) << part;
-  };
-  const auto of_neurons = [&](Matrix &matrix, const char *what) {
-    input_major() ? set_neurons(layer, m, part == DEJAVU_UP && c.gated, what + where) : matrix.fill(m, what + where);
+    input_major() ? set_heads(layer, m, first_head, heads, what + where) : own(matrix, heads * c.head_dim, c.hidden_size, what + where);
     layer.given |= UINT32_C(1) << part;
   };
   switch (part) {
@@ -234,14 +326,16 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
     case DEJAVU_Q: return projection(layer.q, 0, c.num_heads, "q");
     case DEJAVU_K: return projection(layer.k, c.num_heads, c.num_kv_heads, "k");
     case DEJAVU_V: return projection(layer.v, c.num_heads + c.num_kv_heads, c.num_kv_heads, "v");
-    case DEJAVU_O:
-      layer.o.allocate(arena, c.dtype, queries, c.hidden_size);
-      return set_output(layer.o, layer.o_bias, m, "o" + where);
-    case DEJAVU_GATE:
-      require(c.gated != 0, "this model has no gate");
-      return of_neurons(layer.gate, "gate");
-    case DEJAVU_UP: return of_neurons(layer.up, "up");
-    case DEJAVU_DOWN: return set_output(layer.down, layer.down_bias, m, "down" + where);
+    case DEJAVU_O: {
+      check_matrix(m, queries, c.hidden_size, "o" + where, true);
+      if (input_major()) check_input_major(m, "o" + where);
+      dejavu_matrix rows = m;
+      rows.bias = nullptr;
+      layer.o = Matrix();
+      layer.o.allocate(arena, m.dtype, queries, c.hidden_size, in_panels(m));
+      layer.o.fill(rows);
+      return set_output_bias(layer.o_bias, m);
+    }
     default: throw BadValue("unknown part " + std::to_string(part));
   }
 }

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
-Predictors::Predictors(const dejavu_model &model, int threads) : dtype_(predictor_dtype(model.config)), scratch_((size_t)threads) {
+Predictors::Predictors(const dejavu_model &model, int threads) : forms_(rank_forms(model)), scratch_((size_t)threads) {
   for (Scratch &own : scratch_) {
-    own.low = Vectors(1, PAD, dtype_);
+    own.low = Vectors(1, PAD, forms_);
     own.scores = Buffer<float>(std::max(model.config.intermediate_size, model.config.num_kv_heads) + PAD);
   }
 }
@@ -13,7 +13,7 @@ Predictors::Predictors(const dejavu_model &model, int threads) : dtype_(predicto
 void Predictors::make_room(const std::vector<LayerSelectors> &selectors) {
   int64_t widest = PAD;
   for (const LayerSelectors &each : selectors) widest = std::max({widest, each.mlp.B.width, each.heads.B.width});
-  for (Scratch &own : scratch_) own.low = Vectors(1, widest, dtype_);
+  for (Scratch &own : scratch_) own.low = Vectors(1, widest, forms_);
 }
 
 void Predictors::score(const Context &ctx, const Predictor &predictor, const Vector &x, int64_t first, int64_t count, Scratch &own) {

@@ -25,6 +25,6 @@ class Predictors {
   // own.scores[0 .. count) of outputs first, first + 1, ...
   static void score(const Context &context, const Predictor &predictor, const Vector &x, int64_t first, int64_t count, Scratch &own);
 
-  int dtype_;  // predictor_dtype
+  Forms forms_;  // rank_forms
   std::vector<Scratch> scratch_;
 };

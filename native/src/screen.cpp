@@ -35,12 +35,14 @@ void Screen::check(const dejavu_model &model, const dejavu_matrix &A, const deja
 
 Screen::Screen(const dejavu_model &model, Arena &arena, int threads, int64_t max_rows, const dejavu_matrix &A, const dejavu_matrix &B, int64_t count)
     : count_(count), best_(product({max_rows, threads, count})), found_(max_rows * threads), scratch_((size_t)threads) {
-  A_.allocate(arena, A.dtype, A.rows, model.config.embed_size);
-  A_.fill(A, "a screen's A");
-  B_.allocate(arena, B.dtype, model.config.vocab_size, A.rows);
-  B_.fill(B, "a screen's B");
+  check_matrix(A, A.rows, model.config.embed_size, "a screen's A");
+  check_matrix(B, model.config.vocab_size, A.rows, "a screen's B");
+  A_.allocate(arena, A.dtype, A.rows, A.columns);
+  A_.fill(A);
+  B_.allocate(arena, B.dtype, B.rows, B.columns);
+  B_.fill(B);
   for (Scratch &own : scratch_) {
-    own.low = Vectors(1, B_.width, predictor_dtype(model.config));
+    own.low = Vectors(1, B_.width, rank_forms(model));
     own.ranks = Buffer<uint64_t>(std::max<int64_t>(2 * count, threads * count));
     own.tokens = Buffer<int32_t>(count);
     own.exact = Buffer<float>(count);

@@ -56,7 +56,7 @@ class Selected {
     if (activated_.empty()) activated_ = Buffer<float>(product({max_rows_, neurons}));
   }
 
-  int64_t start(int64_t chunk) const { return chunk_start(neurons, chunk, chunks); }
+  int64_t start(int64_t chunk) const { return first_neuron(neurons, chunk, chunks); }
   // Of one row: the list of a chunk starts at the chunk's first neuron and has `count` of them.
   int32_t *list(int64_t layer, int64_t row) const { return lists_[layer & 1].data() + row * neurons; }
   int64_t &count(int64_t layer, int64_t row, int64_t chunk) const { return counts_[layer & 1][row * chunks + chunk]; }

@@ -13,6 +13,7 @@ struct F {
   static T zero() { return _mm256_setzero_ps(); }
   static T load(const float *p) { return _mm256_loadu_ps(p); }
   static T load(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+  static T load(const uint8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
   static T load(const bf16 *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
   }
@@ -69,16 +70,79 @@ struct I {
 struct N {
   typedef __m256 Scales;
   static Scales scales(const half *w, const float *x, int64_t count) { return scales8(w, x, count); }
-  static F::T bias(F::T acc, Scales s, const float *sum) { return F::fma(s, F::load(sum), acc); }
-  // Pairs of products stay within int16: 4 * 15 * 127.
-  static F::T step(F::T acc, const uint8_t *w, const int8_t *x, Scales s, int pair) {
-    const __m256i packed = _mm256_loadu_si256((const __m256i *)w), nibble = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_and_si256(packed, nibble), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
-    const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_loadu_si256((const __m256i *)x)),
-                                          _mm256_maddubs_epi16(high, _mm256_loadu_si256((const __m256i *)(x + 32))));
-    const __m256i lanes = _mm256_setr_epi32(2 * pair, 2 * pair, 2 * pair, 2 * pair, 2 * pair + 1, 2 * pair + 1, 2 * pair + 1, 2 * pair + 1);
-    const __m256 total = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
-    return F::fma(total, _mm256_permutevar8x32_ps(s, lanes), acc);
+  static Scales scales(half d, const uint8_t *sub, const float *x) { return scales8(d, sub, x); }
+  static Scales scales(half d, const float *x) { return _mm256_mul_ps(one(d), _mm256_loadu_ps(x)); }
+  static F::T bias(F::T acc, Scales s, const float *sum, float factor) { return F::fma(s, F::mul(F::load(sum), F::set(factor)), acc); }
+  static F::T bias(F::T acc, Scales s, const int8_t *sub, const int16_t *halves, float factor) {
+    return F::fma(s, F::mul(halves8(sub, halves), F::set(factor)), acc);
+  }
+  struct Bytes { __m256i low, high; };
+  static Bytes nibbles(const uint8_t *p) {
+    const __m256i packed = _mm256_loadu_si256((const __m256i *)p), nibble = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(packed, nibble), _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble)};
+  }
+  // 16 where the bit of a byte is set: its byte of the word to every place, and there its bit.
+  static __m256i sixteens(const uint8_t *word) {
+    int32_t bits;
+    __builtin_memcpy(&bits, word, sizeof bits);
+    const __m256i place = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), place), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(16));
+  }
+  static Bytes add_bits(Bytes w, const uint8_t *plane) {
+    return {_mm256_or_si256(w.low, sixteens(plane)), _mm256_or_si256(w.high, sixteens(plane + 4))};
+  }
+  static Bytes add_two_bits(Bytes w, const uint8_t *plane) {
+    const __m128i p = _mm_loadu_si128((const __m128i *)plane);
+    const __m256i bits = _mm256_set1_epi8(0x30);
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_slli_epi16(p, 4)), _mm_slli_epi16(p, 2), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(p), _mm_srli_epi16(p, 2), 1);
+    return {_mm256_or_si256(w.low, _mm256_and_si256(low, bits)), _mm256_or_si256(w.high, _mm256_and_si256(high, bits))};
+  }
+  static void store(uint8_t *p, Bytes w) {
+    _mm256_storeu_si256((__m256i *)p, w.low);
+    _mm256_storeu_si256((__m256i *)(p + 32), w.high);
+  }
+  // Of groups 2 pair and 2 pair + 1, four words each.
+  static __m256i lanes(int pair) {
+    const int a = 2 * pair, b = a + 1;
+    return _mm256_setr_epi32(a, a, a, a, b, b, b, b);
+  }
+  static F::T scaled(F::T acc, __m256i total, Scales s, int pair) {
+    return F::fma(_mm256_cvtepi32_ps(total), _mm256_permutevar8x32_ps(s, lanes(pair)), acc);
+  }
+  // Pairs of products stay within int16: 4 * 63 * 127.
+  static __m256i pairs(Bytes w, const int8_t *x) {
+    return _mm256_add_epi16(_mm256_maddubs_epi16(w.low, _mm256_loadu_si256((const __m256i *)x)),
+                            _mm256_maddubs_epi16(w.high, _mm256_loadu_si256((const __m256i *)(x + 32))));
+  }
+  static F::T step(F::T acc, Bytes w, const int8_t *x, Scales s, int pair) {
+    return scaled(acc, _mm256_madd_epi16(pairs(w, x), _mm256_set1_epi16(1)), s, pair);
+  }
+  // A pair of products is of one half of its group: even ones of the first.
+  static F::T step(F::T acc, Bytes w, const int8_t *x, Scales s, int pair, const int8_t *sub) {
+    const __m256i halves = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)sub));
+    return scaled(acc, _mm256_madd_epi16(pairs(w, x), _mm256_permutevar8x32_epi32(halves, lanes(pair))), s, pair);
+  }
+  // |w| times x with the sign of w: pairs of products stay within int16, 2 * 128 * 127, but not two of them.
+  static __m256i signed_words(const int8_t *w, const int8_t *x) {
+    const __m256i row = _mm256_loadu_si256((const __m256i *)w), signs = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)x), row);
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(row), signs), _mm256_set1_epi16(1));
+  }
+  static F::T step(F::T acc, const int8_t *w, const int8_t *x, Scales s, int pair) {
+    return scaled(acc, _mm256_add_epi32(signed_words(w, x), signed_words(w + 32, x + 32)), s, pair);
+  }
+  static F::T floats(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
+  static void add_sixteen(F::T *sums, __m128i bytes, F::T c) {
+    sums[0] = F::fma(floats(bytes), c, sums[0]);
+    sums[1] = F::fma(floats(_mm_srli_si128(bytes, 8)), c, sums[1]);
+  }
+  static void add(F::T *sums, Bytes w, F::T c) {
+    add_sixteen(sums, _mm256_castsi256_si128(w.low), c);
+    add_sixteen(sums + 2, _mm256_extracti128_si256(w.low, 1), c);
+    add_sixteen(sums + 4, _mm256_castsi256_si128(w.high), c);
+    add_sixteen(sums + 6, _mm256_extracti128_si256(w.high, 1), c);
   }
   static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
   // Every word of the group twice, as it is and 16 bits down.

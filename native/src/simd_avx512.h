@@ -18,6 +18,7 @@ struct F {
   static T zero() { return _mm512_setzero_ps(); }
   static T load(const float *p) { return _mm512_loadu_ps(p); }
   static T load(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+  static T load(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))); }
   static T load(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
   }
@@ -69,20 +70,65 @@ struct I {
 struct N {
   typedef __m512 Scales;
   static Scales scales(const half *w, const float *x, int64_t count) { return _mm512_zextps256_ps512(scales8(w, x, count)); }
-  static F::T bias(F::T acc, Scales s, const float *sum) { return F::fma(s, _mm512_zextps256_ps512(_mm256_loadu_ps(sum)), acc); }
-  // Low nibbles in the lower half, high ones in the upper half.
-  static F::T step(F::T acc, const uint8_t *w, const int8_t *x, Scales s, int pair) {
-    const __m256i packed = _mm256_loadu_si256((const __m256i *)w);
+  static Scales scales(half d, const uint8_t *sub, const float *x) { return _mm512_zextps256_ps512(scales8(d, sub, x)); }
+  static Scales scales(half d, const float *x) { return _mm512_zextps256_ps512(_mm256_mul_ps(one(d), _mm256_loadu_ps(x))); }
+  static F::T bias(F::T acc, Scales s, const float *sum, float factor) {
+    return F::fma(s, _mm512_zextps256_ps512(_mm256_mul_ps(_mm256_loadu_ps(sum), _mm256_set1_ps(factor))), acc);
+  }
+  static F::T bias(F::T acc, Scales s, const int8_t *sub, const int16_t *halves, float factor) {
+    return F::fma(s, _mm512_zextps256_ps512(_mm256_mul_ps(halves8(sub, halves), _mm256_set1_ps(factor))), acc);
+  }
+  // The low vector in the lower half, the high one in the upper half.
+  typedef __m512i Bytes;
+  static Bytes nibbles(const uint8_t *p) {
+    const __m256i packed = _mm256_loadu_si256((const __m256i *)p);
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(packed), _mm256_srli_epi16(packed, 4), 1);
-    const __m512i nibbles = _mm512_and_si512(both, _mm512_set1_epi8(15)), values = _mm512_loadu_si512(x);
-#ifdef DEJAVU_VNNI
-    const __m512i total = _mm512_dpbusd_epi32(_mm512_setzero_si512(), nibbles, values);
-#else
-    const __m512i total = _mm512_madd_epi16(_mm512_maddubs_epi16(nibbles, values), _mm512_set1_epi16(1));
-#endif
+    return _mm512_and_si512(both, _mm512_set1_epi8(15));
+  }
+  static Bytes add_bits(Bytes w, const uint8_t *plane) {
+    __mmask64 bits;
+    __builtin_memcpy(&bits, plane, sizeof bits);
+    return _mm512_mask_add_epi8(w, bits, w, _mm512_set1_epi8(16));
+  }
+  static Bytes add_two_bits(Bytes w, const uint8_t *plane) {
+    const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)plane));
+    const __m512i turns = _mm512_setr_epi32(4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0, 30, 30, 30, 30);
+    return _mm512_or_si512(w, _mm512_and_si512(_mm512_rolv_epi32(four, turns), _mm512_set1_epi8(0x30)));
+  }
+  static void store(uint8_t *p, Bytes w) { _mm512_storeu_si512(p, w); }
+  // Of groups 2 pair and 2 pair + 1, four words each, twice.
+  static __m512i lanes(int pair) {
     const int a = 2 * pair, b = a + 1;
-    const __m512i lanes = _mm512_setr_epi32(a, a, a, a, b, b, b, b, a, a, a, a, b, b, b, b);
-    return F::fma(_mm512_cvtepi32_ps(total), _mm512_permutexvar_ps(lanes, s), acc);
+    return _mm512_setr_epi32(a, a, a, a, b, b, b, b, a, a, a, a, b, b, b, b);
+  }
+  static F::T scaled(F::T acc, __m512i total, Scales s, int pair) {
+    return F::fma(_mm512_cvtepi32_ps(total), _mm512_permutexvar_ps(lanes(pair), s), acc);
+  }
+  static __m512i products(__m512i w, __m512i x) {
+#ifdef DEJAVU_VNNI
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x);
+#else
+    return _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1));
+#endif
+  }
+  static F::T step(F::T acc, Bytes w, const int8_t *x, Scales s, int pair) { return scaled(acc, products(w, _mm512_loadu_si512(x)), s, pair); }
+  // A pair of products is of one half of its group: even ones of the first.
+  static F::T step(F::T acc, Bytes w, const int8_t *x, Scales s, int pair, const int8_t *sub) {
+    const __m512i halves = _mm512_zextsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)sub)));
+    const __m512i pairs = _mm512_maddubs_epi16(w, _mm512_loadu_si512(x));
+    return scaled(acc, _mm512_madd_epi16(pairs, _mm512_permutexvar_epi32(lanes(pair), halves)), s, pair);
+  }
+  // |w| times x with the sign of w.
+  static F::T step(F::T acc, const int8_t *w, const int8_t *x, Scales s, int pair) {
+    const __m512i row = _mm512_loadu_si512(w), values = _mm512_loadu_si512(x);
+    const __m512i signs = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(row), _mm512_setzero_si512(), values);
+    return scaled(acc, products(_mm512_abs_epi8(row), signs), s, pair);
+  }
+  static void add(F::T *sums, Bytes w, F::T c) {
+    sums[0] = F::fma(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(w))), c, sums[0]);
+    sums[1] = F::fma(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(w, 1))), c, sums[1]);
+    sums[2] = F::fma(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(w, 2))), c, sums[2]);
+    sums[3] = F::fma(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(w, 3))), c, sums[3]);
   }
   static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
   // Every word of the group four times. The lowest four bits of a lane choose its value.

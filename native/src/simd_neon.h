@@ -19,6 +19,10 @@ struct F {
     const int16x8_t wide = vmovl_s8(vld1_s8(p));
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
   }
+  static T load(const uint8_t *p) {
+    const uint16x8_t wide = vmovl_u8(vld1_u8(p));
+    return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide)))};
+  }
   static T load(const bf16 *p) {
     const uint16x8_t bits = vld1q_u16((const uint16_t *)p);
     return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(bits), 16)), vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(bits), 16))};
@@ -71,19 +75,86 @@ struct N {
     for (int64_t g = count; g < 8; g++) s.v[g] = 0.0f;
     return s;
   }
-  static F::T bias(F::T acc, const Scales &s, const float *sum) { return F::fma(F::load(s.v), F::load(sum), acc); }
-  // Pairs of products stay within int16: 4 * 15 * 127.
-  static float32x4_t half_step(float32x4_t acc, const uint8_t *w, const int8_t *x, float scale) {
-    const uint8x16_t packed = vld1q_u8(w);
-    const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(packed, vdupq_n_u8(15))), high = vreinterpretq_s8_u8(vshrq_n_u8(packed, 4));
-    const int8x16_t xl = vld1q_s8(x), xh = vld1q_s8(x + 32);
-    const int16x8_t first = vmlal_s8(vmull_s8(vget_low_s8(low), vget_low_s8(xl)), vget_low_s8(high), vget_low_s8(xh));
-    const int16x8_t second = vmlal_s8(vmull_s8(vget_high_s8(low), vget_high_s8(xl)), vget_high_s8(high), vget_high_s8(xh));
-    const int32x4_t total = vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second));
-    return vfmaq_n_f32(acc, vcvtq_f32_s32(total), scale);
+  static float32x4_t one(half h) { return vdupq_n_f32(vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h.bits))), 0)); }
+  static Scales scales(half d, const uint8_t *sub, const float *x) {
+    Scales s;
+    F::store(s.v, F::mul(F::mul({one(d), one(d)}, F::load(sub)), F::load(x)));
+    return s;
   }
-  static F::T step(F::T acc, const uint8_t *w, const int8_t *x, const Scales &s, int pair) {
-    return {half_step(acc.a, w, x, s.v[2 * pair]), half_step(acc.b, w + 16, x + 16, s.v[2 * pair + 1])};
+  static Scales scales(half d, const float *x) {
+    Scales s;
+    F::store(s.v, F::mul({one(d), one(d)}, F::load(x)));
+    return s;
+  }
+  static F::T bias(F::T acc, const Scales &s, const float *sum, float factor) { return F::fma(F::load(s.v), F::mul(F::load(sum), F::set(factor)), acc); }
+  static int32x4_t halves4(int8x8_t sub, const int16_t *halves) {
+    const int16x8_t wide = vmovl_s8(sub), sums = vld1q_s16(halves);
+    return vpaddq_s32(vmull_s16(vget_low_s16(wide), vget_low_s16(sums)), vmull_s16(vget_high_s16(wide), vget_high_s16(sums)));
+  }
+  static F::T bias(F::T acc, const Scales &s, const int8_t *sub, const int16_t *halves, float factor) {
+    const F::T sums = {vcvtq_f32_s32(halves4(vld1_s8(sub), halves)), vcvtq_f32_s32(halves4(vld1_s8(sub + 8), halves + 8))};
+    return F::fma(F::load(s.v), F::mul(sums, F::set(factor)), acc);
+  }
+  struct Bytes { uint8x16_t v[4]; };  // of the first group and the second, low; then high
+  static Bytes nibbles(const uint8_t *p) {
+    const uint8x16_t first = vld1q_u8(p), second = vld1q_u8(p + 16), nibble = vdupq_n_u8(15);
+    return {{vandq_u8(first, nibble), vandq_u8(second, nibble), vshrq_n_u8(first, 4), vshrq_n_u8(second, 4)}};
+  }
+  static Bytes add_bits(Bytes w, const uint8_t *plane) {
+    static const uint8_t bit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8x16_t bits = vcombine_u8(vld1_u8(bit), vld1_u8(bit));
+    for (int i = 0; i < 4; i++) {
+      const uint8x16_t spread = vcombine_u8(vdup_n_u8(plane[2 * i]), vdup_n_u8(plane[2 * i + 1]));
+      w.v[i] = vorrq_u8(w.v[i], vandq_u8(vtstq_u8(spread, bits), vdupq_n_u8(16)));
+    }
+    return w;
+  }
+  static Bytes add_two_bits(Bytes w, const uint8_t *plane) {
+    const uint8x16_t p = vld1q_u8(plane), bits = vdupq_n_u8(0x30);
+    w.v[0] = vorrq_u8(w.v[0], vandq_u8(vshlq_n_u8(p, 4), bits));
+    w.v[1] = vorrq_u8(w.v[1], vandq_u8(vshlq_n_u8(p, 2), bits));
+    w.v[2] = vorrq_u8(w.v[2], vandq_u8(p, bits));
+    w.v[3] = vorrq_u8(w.v[3], vandq_u8(vshrq_n_u8(p, 2), bits));
+    return w;
+  }
+  static void store(uint8_t *p, const Bytes &w) { for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, w.v[i]); }
+  // Products of one group, two by two, bytes 0 .. 7 and 8 .. 15: within int16, 2 * 128 * 127.
+  static int16x8_t two(int8x8_t low, int8x8_t high, const int8_t *x) { return vmlal_s8(vmull_s8(low, vld1_s8(x)), high, vld1_s8(x + 32)); }
+  static int32x4_t words(int8x16_t low, int8x16_t high, const int8_t *x) {
+    const int16x8_t first = two(vget_low_s8(low), vget_low_s8(high), x), second = two(vget_high_s8(low), vget_high_s8(high), x + 8);
+    return vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second));
+  }
+  static float32x4_t scaled(float32x4_t acc, int32x4_t total, float scale) { return vfmaq_n_f32(acc, vcvtq_f32_s32(total), scale); }
+  static int8x16_t as_signed(uint8x16_t v) { return vreinterpretq_s8_u8(v); }
+  static F::T step(F::T acc, const Bytes &w, const int8_t *x, const Scales &s, int pair) {
+    return {scaled(acc.a, words(as_signed(w.v[0]), as_signed(w.v[2]), x), s.v[2 * pair]),
+            scaled(acc.b, words(as_signed(w.v[1]), as_signed(w.v[3]), x + 16), s.v[2 * pair + 1])};
+  }
+  static F::T step(F::T acc, const int8_t *w, const int8_t *x, const Scales &s, int pair) {
+    return {scaled(acc.a, words(vld1q_s8(w), vld1q_s8(w + 32), x), s.v[2 * pair]),
+            scaled(acc.b, words(vld1q_s8(w + 16), vld1q_s8(w + 48), x + 16), s.v[2 * pair + 1])};
+  }
+  // Of each four bytes the first two are of the first half of the group.
+  static int32x4_t words_of_halves(int8x16_t low, int8x16_t high, const int8_t *x, const int8_t *sub) {
+    const int16x8_t first = two(vget_low_s8(low), vget_low_s8(high), x), second = two(vget_high_s8(low), vget_high_s8(high), x + 8);
+    const int16_t scales[4] = {sub[0], sub[0], sub[1], sub[1]};
+    const int16x4_t scale = vld1_s16(scales);
+    const int32x4_t total = vmlal_s16(vmull_s16(vget_low_s16(first), scale), vget_high_s16(first), scale);
+    return vmlal_s16(vmlal_s16(total, vget_low_s16(second), scale), vget_high_s16(second), scale);
+  }
+  static F::T step(F::T acc, const Bytes &w, const int8_t *x, const Scales &s, int pair, const int8_t *sub) {
+    return {scaled(acc.a, words_of_halves(as_signed(w.v[0]), as_signed(w.v[2]), x, sub + 4 * pair), s.v[2 * pair]),
+            scaled(acc.b, words_of_halves(as_signed(w.v[1]), as_signed(w.v[3]), x + 16, sub + 4 * pair + 2), s.v[2 * pair + 1])};
+  }
+  static F::T floats(uint8x8_t bytes) {
+    const uint16x8_t wide = vmovl_u8(bytes);
+    return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide)))};
+  }
+  static void add(F::T *sums, const Bytes &w, F::T c) {
+    for (int i = 0; i < 4; i++) {
+      sums[2 * i] = F::fma(floats(vget_low_u8(w.v[i])), c, sums[2 * i]);
+      sums[2 * i + 1] = F::fma(floats(vget_high_u8(w.v[i])), c, sums[2 * i + 1]);
+    }
   }
   static void times(const half *w, float coef, float *out) { F::store(out, F::mul(F::load(w), F::set(coef))); }
   typedef uint32x4_t Group;
@@ -95,14 +166,14 @@ struct N {
   }
   static F::T values(Group g, int part) { return {nibble(g, 2 * part), nibble(g, 2 * part + 1)}; }
   // Byte b of word j is value 8 b + j (high: + 4): bytes are inserted above those below them.
-  static int8x16_t words(const float *x, float inverse) {
+  static int8x16_t rounded(const float *x, float inverse) {
     uint32x4_t value[4];
     for (int b = 0; b < 4; b++) value[b] = vreinterpretq_u32_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 8 * b), inverse)));
     return vreinterpretq_s8_u32(vsliq_n_u32(vsliq_n_u32(vsliq_n_u32(value[0], value[1], 8), value[2], 16), value[3], 24));
   }
   static void pack(const float *x, float inverse, int8_t *low, int8_t *high) {
-    vst1q_s8(low, words(x, inverse));
-    vst1q_s8(high, words(x + 4, inverse));
+    vst1q_s8(low, rounded(x, inverse));
+    vst1q_s8(high, rounded(x + 4, inverse));
   }
 };
 

@@ -1,7 +1,7 @@
 // Vectors without instruction sets: eight floats in an array. The definition that the other simd_*.h follow.
 //
 // F: W floats; loads from fp32, bf16, fp16 and int8, arithmetic, sums in a fixed order. I: products of int8 and int16 summed in
-// int32. N: nibbles of int4 rows, laid out as kernels.h says.
+// int32. N: rows of few bits, laid out as grids.h says.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -41,6 +41,7 @@ struct F {
   static T zero() { return set(0.0f); }
   static T load(const float *p) { return each([&](int i) { return p[i]; }); }
   static T load(const int8_t *p) { return each([&](int i) { return (float)p[i]; }); }
+  static T load(const uint8_t *p) { return each([&](int i) { return (float)p[i]; }); }
   static T load(const bf16 *p) { return each([&](int i) { return float_of((uint32_t)p[i].bits << 16); }); }
   static T load(const half *p) { return each([&](int i) { return value_of(p[i]); }); }
   static void store(half *p, T a) { for (int i = 0; i < W; i++) p[i] = half_of(a.v[i]); }
@@ -84,19 +85,74 @@ struct N {
     for (int g = 0; g < 8; g++) s.v[g] = g < count ? value_of(w[g]) * x[g] : 0.0f;
     return s;
   }
-  // acc + scale * sum of 8 groups, side by side
-  static F::T bias(F::T acc, const Scales &s, const float *sum) {
-    for (int g = 0; g < 8; g++) acc.v[g] += s.v[g] * sum[g];
+  // One scale times the sub-scales of 8 groups, or alone, times x's.
+  static Scales scales(half d, const uint8_t *sub, const float *x) {
+    Scales s;
+    for (int g = 0; g < 8; g++) s.v[g] = value_of(d) * (float)sub[g] * x[g];
+    return s;
+  }
+  static Scales scales(half d, const float *x) {
+    Scales s;
+    for (int g = 0; g < 8; g++) s.v[g] = value_of(d) * x[g];
+    return s;
+  }
+  // acc + factor * scale * sum of 8 groups, side by side
+  static F::T bias(F::T acc, const Scales &s, const float *sum, float factor) {
+    for (int g = 0; g < 8; g++) acc.v[g] += s.v[g] * (sum[g] * factor);
     return acc;
   }
-  // acc + products of the PAD values of groups 2 pair and 2 pair + 1, nibbles as 0 .. 15
-  static F::T step(F::T acc, const uint8_t *w, const int8_t *x, const Scales &s, int pair) {
+  // The same of sums of halves of groups, each times its sub-scale.
+  static F::T bias(F::T acc, const Scales &s, const int8_t *sub, const int16_t *halves, float factor) {
+    for (int g = 0; g < 8; g++) acc.v[g] += s.v[g] * ((float)(sub[2 * g] * halves[2 * g] + sub[2 * g + 1] * halves[2 * g + 1]) * factor);
+    return acc;
+  }
+  // The vectors of a pair of groups, 0 .. 63: low, then high.
+  struct Bytes { uint8_t v[PAD]; };
+  static Bytes nibbles(const uint8_t *p) {
+    Bytes w;
+    for (int b = 0; b < 32; b++) w.v[b] = p[b] & 15, w.v[b + 32] = p[b] >> 4;
+    return w;
+  }
+  // 16 more where the bit of a byte is set
+  static Bytes add_bits(Bytes w, const uint8_t *plane) {
+    for (int b = 0; b < 64; b++) w.v[b] = (uint8_t)(w.v[b] + (plane[b / 8] >> b % 8 & 1) * 16);
+    return w;
+  }
+  // 16 times the two bits of a byte more
+  static Bytes add_two_bits(Bytes w, const uint8_t *plane) {
+    for (int b = 0; b < 64; b++) w.v[b] = (uint8_t)(w.v[b] + (plane[b % 16] >> b / 16 * 2 & 3) * 16);
+    return w;
+  }
+  static void store(uint8_t *p, const Bytes &w) { for (int b = 0; b < 64; b++) p[b] = w.v[b]; }
+  // acc + products of the PAD values of groups 2 pair and 2 pair + 1: of unsigned bytes, with sub-scales of halves, of signed bytes
+  static F::T step(F::T acc, const Bytes &w, const int8_t *x, const Scales &s, int pair) {
     for (int lane = 0; lane < 8; lane++) {
       int32_t total = 0;
-      for (int b = 4 * lane; b < 4 * lane + 4; b++) total += (int32_t)(w[b] & 15) * x[b] + (int32_t)(w[b] >> 4) * x[b + 32];
+      for (int b = 4 * lane; b < 4 * lane + 4; b++) total += (int32_t)w.v[b] * x[b] + (int32_t)w.v[b + 32] * x[b + 32];
       acc.v[lane] += (float)total * s.v[2 * pair + lane / 4];
     }
     return acc;
+  }
+  static F::T step(F::T acc, const Bytes &w, const int8_t *x, const Scales &s, int pair, const int8_t *sub) {
+    for (int lane = 0; lane < 8; lane++) {
+      int32_t total = 0;
+      for (int b = 4 * lane; b < 4 * lane + 4; b++)
+        total += ((int32_t)w.v[b] * x[b] + (int32_t)w.v[b + 32] * x[b + 32]) * sub[4 * pair + lane / 4 * 2 + b % 4 / 2];
+      acc.v[lane] += (float)total * s.v[2 * pair + lane / 4];
+    }
+    return acc;
+  }
+  static F::T step(F::T acc, const int8_t *w, const int8_t *x, const Scales &s, int pair) {
+    for (int lane = 0; lane < 8; lane++) {
+      int32_t total = 0;
+      for (int b = 4 * lane; b < 4 * lane + 4; b++) total += (int32_t)w[b] * x[b] + (int32_t)w[b + 32] * x[b + 32];
+      acc.v[lane] += (float)total * s.v[2 * pair + lane / 4];
+    }
+    return acc;
+  }
+  // sums[..] = sums[..] + c * bytes, in their order
+  static void add(F::T *sums, const Bytes &w, F::T c) {
+    for (int p = 0; p < PAD / F::W; p++) sums[p] = F::fma(F::load(w.v + p * F::W), c, sums[p]);
   }
   // out = coef * scale of 8 groups; those past the last one of a row are what lies there
   static void times(const half *w, float coef, float *out) { for (int g = 0; g < 8; g++) out[g] = value_of(w[g]) * coef; }

@@ -19,6 +19,20 @@ inline __m256 scales8(const half *w, const float *x, int64_t count) {
   return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(_mm_loadu_si128((const __m128i *)w), mask)), _mm256_loadu_ps(x));
 }
 
+inline __m256 one(half h) { return _mm256_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h.bits)))); }
+
+// One scale times the sub-scales of eight groups, times x's.
+inline __m256 scales8(half d, const uint8_t *sub, const float *x) {
+  const __m256 eight = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)sub)));
+  return _mm256_mul_ps(_mm256_mul_ps(one(d), eight), _mm256_loadu_ps(x));
+}
+
+// Of eight groups the sums of their halves, each times its sub-scale.
+inline __m256 halves8(const int8_t *sub, const int16_t *halves) {
+  const __m256i scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)sub));
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(scales, _mm256_loadu_si256((const __m256i *)halves)));
+}
+
 inline void times8(const half *w, float coef, float *out) { _mm256_storeu_ps(out, _mm256_mul_ps(eight(w), _mm256_set1_ps(coef))); }
 
 // Byte b of word j is value 8 b + j: four vectors of eight values, low byte each, shifted into place.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dejavu.engine.native.capabilities import NATIVE
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels import native
@@ -15,9 +16,10 @@ from dejavu.model.transformer import Transformer
 from helpers.engines import MODELS
 
 MISSING = native.missing_reason()
+DTYPES = tuple(dtype for dtype in NATIVE.dtypes if dtype != "stored")  # of a model in fp32 that is fp32
 ISAS = native.instruction_sets() if MISSING is None else []
 # How near an engine is to the same weights in fp32: what is left is how it rounds activations and cache.
-NEARNESS = {"bf16": 2e-3, "int8": 2e-3, "int4": 3e-2}
+NEARNESS = {"fp16": 2e-3, "bf16": 2e-3, "int8": 2e-3, "int4": 3e-2}
 # Sizes that are no multiple of any vector, and the rest of the architecture's values.
 NATIVE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **MODELS,

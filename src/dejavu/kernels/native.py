@@ -16,12 +16,13 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 6  # DEJAVU_ABI_VERSION: what the layouts of structures do not show
+ABI_VERSION = 7  # DEJAVU_ABI_VERSION: what the layouts of structures do not show
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
-DTYPE_CODES = {"fp32": 0, "int8": 1, "bf16": 2, "int4": 3, "fp16": 4}  # dejavu_dtype
-EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(16)
-QUERY_NORM, KEY_NORM = 16, 17
+DTYPES = ("fp32", "int8", "bf16", "int4", "fp16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}  # dejavu_dtype
+EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT = range(13)
+QUERY_NORM, KEY_NORM = 13, 14
 MLP, HEADS = range(2)
 LAYOUTS = {"by-neuron": 0, "gate-apart": 1, "input-major": 2}  # dejavu_layout
 HEAD_PAD = 16  # a head takes a multiple of this many values in the cache
@@ -34,7 +35,7 @@ class ConfigStruct(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("vocab_size", "hidden_size", "embed_size", "intermediate_size", "num_layers", "num_heads")),
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "max_positions", "position_offset")),
-        *((name, c_int32) for name in ("dtype", "activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head", "layout")),
+        *((name, c_int32) for name in ("activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head", "layout")),
         ("norm_eps", c_float),
         *((name, c_float) for name in ("activation_threshold", "rotary_factor", "attention_scale")),
     )
@@ -43,7 +44,11 @@ class ConfigStruct(Structure):
 class MatrixStruct(Structure):
     """dejavu_matrix: addresses of data that live at least as long as the call."""
 
-    _fields_ = (*((name, c_void_p) for name in ("data", "scale", "bias")), ("rows", c_int64), ("columns", c_int64), ("dtype", c_int32))
+    _fields_ = (
+        *((name, c_void_p) for name in ("data", "scale", "bias", "order")),
+        *((name, c_int64) for name in ("rows", "columns")),
+        *((name, c_int32) for name in ("dtype", "transposed")),
+    )
 
 
 class BlockStruct(Structure):
@@ -79,6 +84,7 @@ _SIGNATURES = {
     "dejavu_instruction_sets": (c_char_p, ()),
     "dejavu_model_new": (c_int, (POINTER(ConfigStruct), POINTER(c_void_p))),
     "dejavu_model_set": (c_int, (c_void_p, c_int, c_int64, POINTER(MatrixStruct))),
+    "dejavu_model_set_mlp": (c_int, (c_void_p, c_int64, *(POINTER(MatrixStruct),) * 3)),
     "dejavu_model_free": (None, (c_void_p,)),
     "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
     "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(MatrixStruct), POINTER(MatrixStruct), c_float, c_int)),

@@ -6,7 +6,7 @@ from dejavu.engine.capabilities import Capabilities
 
 NATIVE = Capabilities(
     backend="native",
-    dtypes=("fp32", "bf16", "int8", "int4"),
+    dtypes=("fp32", "fp16", "bf16", "int8", "int4", "stored"),
     packs=True,
     cache_dtypes=("fp32", "fp16", "int8"),
     parts=frozenset(

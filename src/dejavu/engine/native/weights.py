@@ -1,14 +1,14 @@
 """A model's weights as the native library packs them, made once for each model and dtype.
 
-In: a Transformer on the CPU, fp32 or quantised. Out: a handle of the library. fp32 takes the values as they are, bf16 rounds them;
-int8 and int4 quantise every matrix per row and per group of a row (kernels/quantize.py), and take what is stored so as it is; norms,
-biases and the position table stay fp32.
+In: a Transformer on the CPU, fp32 or quantised. Out: a handle of the library. fp32 takes the values as they are, fp16 and bf16 round
+them; int8 and int4 quantise every matrix per row and per group of a row (kernels/quantize.py), and take what is stored so as it is.
+stored takes each matrix in the grid that it is held in, blocks of GGUF as they lie in the file; those of a type that the library does not
+compute with become fp16. Norms, biases and the position table stay fp32.
 """
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,10 @@ from dejavu.config import ModelConfig, require
 from dejavu.engine.native.capabilities import NATIVE
 from dejavu.kernels import native
 from dejavu.kernels.activation import ACTIVATION_CODES
-from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, wide
+from dejavu.kernels.memory import give_back_pages
+from dejavu.kernels.quantized import FLOATS, Matrix, QuantizedMatrix, rounded_to, wide
 from dejavu.kernels.screen import low_rank, screen_rank
-from dejavu.model.layers import Held, InputMajorLinear, Linear, Norm, Rows
+from dejavu.model.layers import Held, InputMajorLinear, Norm, Rows
 from dejavu.model.selectors import column_norms
 from dejavu.model.transformer import Block, Transformer
 from dejavu.model.versions import weights_version
@@ -31,28 +32,57 @@ from dejavu.model.versions import weights_version
 class MatrixView:
     """A `native.MatrixStruct` and the tensors that it points into."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: str = "fp32", scale: Tensor | None = None) -> None:
-        self.tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in (weight, scale, bias)]
-        data, scales, biases = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
-        rows, columns = weight.shape if weight.dim() == 2 else (1, weight.shape[0])
-        self.matrix = native.MatrixStruct(data, scales, biases, rows, columns, native.DTYPE_CODES[dtype])
+    def __init__(self, matrix: Matrix, bias: Tensor | None = None) -> None:
+        """matrix: in a grid that the library knows, or fp32, [rows, columns] or one row."""
+        held = matrix if isinstance(matrix, QuantizedMatrix) else None
+        values = matrix if isinstance(matrix, Tensor) else matrix.values
+        scales, order = (None, None) if held is None else (held.scales, held.order)
+        self.tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in (values, scales, bias, order)]
+        data, scale, biases, stored_rows = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
+        rows = 1 if values.dim() == 1 else len(values) if order is None else len(order)
+        columns = values.shape[-1] if held is None else held.columns
+        dtype, transposed = ("fp32", False) if held is None else (held.grid, held.transposed)
+        self.matrix = native.MatrixStruct(data, scale, biases, stored_rows, rows, columns, native.DTYPE_CODES[dtype], transposed)
+
+    def let_go(self) -> None:
+        """Give back the pages of a file that the values were read from."""
+        for tensor in self.tensors[:2]:
+            if tensor is not None:
+                give_back_pages(tensor)
 
 
 def matrix_view(dtype: str, matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
     """The matrix as that dtype stores it: what is stored so already as it is."""
-    held = rounded_to(matrix.detach() if isinstance(matrix, Tensor) else matrix, dtype)
-    if dtype == "fp32" or isinstance(held, Tensor):
-        return MatrixView(wide(held), bias)
-    held = held.in_order()
-    if held.transposed:
-        held = dataclasses.replace(held, values=held.values.T, columns=held.shape[1], transposed=False)
-    return MatrixView(held.values if dtype == "bf16" else held.integers(), bias, dtype=dtype, scale=held.scales)
+    return MatrixView(_in_dtype(matrix.detach() if isinstance(matrix, Tensor) else matrix, dtype), bias)
+
+
+def _in_dtype(matrix: Matrix, dtype: str) -> Matrix:
+    if isinstance(matrix, Tensor):
+        return rounded_to(matrix, dtype)
+    if dtype == "stored":
+        return matrix if _is_known(matrix) else _in_dtype(matrix, "fp16")
+    if dtype == "fp32":
+        return matrix.dequantize()
+    if matrix.transposed and dtype in FLOATS:  # rounded a block of stored rows at a time
+        return _rounded(matrix.swapped(), dtype).swapped()
+    return rounded_to(matrix, dtype)
+
+
+def _rounded(matrix: QuantizedMatrix, dtype: str) -> QuantizedMatrix:
+    rounded = rounded_to(matrix, dtype)
+    assert isinstance(rounded, QuantizedMatrix)
+    return rounded
+
+
+def _is_known(matrix: QuantizedMatrix) -> bool:
+    """Whether the library computes with it as it is stored. Rows of int8 and int4 have to be those that it reads."""
+    return matrix.grid in native.DTYPE_CODES and not (matrix.transposed and matrix.grid in ("int8", "int4"))
 
 
 def predictor_view(matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
     """A predictor's matrix int8, as every stored adapter's is, or fp32."""
     if isinstance(matrix, QuantizedMatrix):
-        return matrix_view(matrix.grid, matrix.to(torch.device("cpu")), bias)
+        return MatrixView(matrix.to(torch.device("cpu")), bias)
     return MatrixView(matrix.detach().float().cpu(), bias)
 
 
@@ -64,8 +94,6 @@ class NativeModel:
 
     def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron", *, screened: bool = False, take: bool = False) -> None:
         model.require_weights()
-        if dtype == "stored":
-            dtype = model.stored_as if model.stored_as in NATIVE.dtypes else "fp32"
         require(dtype in NATIVE.dtypes, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE.dtypes)}")
         require(
             model.dtype == torch.float32 and model.device.type == "cpu",
@@ -75,14 +103,25 @@ class NativeModel:
         self.dtype, self.layout = dtype, layout
         self.handle = ctypes.c_void_p()
         self._library = native.library()
-        native.check(self._library.dejavu_model_new(native_config(model.config, dtype, layout), ctypes.byref(self.handle)))
+        native.check(self._library.dejavu_model_new(native_config(model.config, layout), ctypes.byref(self.handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
         self._screen: tuple[MatrixView, MatrixView] | None = None
         self._norms: dict[int, dict[str, Tensor]] = {}
         if take:
             self.prepare(model, screened=screened)
-        for part, layer, view in _parts(model, dtype, take=take):
-            native.check(self._library.dejavu_model_set(self.handle, part, layer, view.matrix))
+        for part, layer, views in _parts(model, dtype, take=take):
+            self._set(part, layer, views)
+
+    def _set(self, part: int | None, layer: int, views: Sequence[MatrixView | None]) -> None:
+        """One part, or (None) the MLP of a layer: its gate, where there is one, up and down."""
+        matrices = [None if view is None else view.matrix for view in views]
+        if part is None:
+            native.check(self._library.dejavu_model_set_mlp(self.handle, layer, *matrices))
+        else:
+            native.check(self._library.dejavu_model_set(self.handle, part, layer, *matrices))
+        for view in views:
+            if view is not None:
+                view.let_go()
 
     def prepare(self, model: Transformer, *, screened: bool) -> None:
         """Work out what engines need besides, while there are weights to work it out from."""
@@ -141,14 +180,13 @@ def hand_over(model: Transformer, dtype: str, layouts: Sequence[str], *, screene
     kept[dtype, last] = state, NativeModel(model, dtype, last, screened=screened, take=True)
 
 
-def native_config(config: ModelConfig, dtype: str, layout: str) -> native.ConfigStruct:
+def native_config(config: ModelConfig, layout: str) -> native.ConfigStruct:
     """The architecture for the library."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
     return native.ConfigStruct(
         **{name: getattr(config, name) for name in sizes},
         embed_size=config.embed_width,
         position_offset=config.position_offset,
-        dtype=native.DTYPE_CODES[dtype],
         activation=ACTIVATION_CODES[config.activation],
         gated=config.gated,
         rms=config.norm == "rmsnorm",
@@ -164,47 +202,58 @@ def native_config(config: ModelConfig, dtype: str, layout: str) -> native.Config
     )
 
 
-def _parts(model: Transformer, dtype: str, *, take: bool) -> Iterator[tuple[int, int, MatrixView]]:
-    """(part, layer, values) of everything that the model has. take: let go what was yielded before."""
-    view = _reusing(functools.partial(matrix_view, dtype))
+def _parts(model: Transformer, dtype: str, *, take: bool) -> Iterator[tuple[int | None, int, tuple[MatrixView | None, ...]]]:
+    """(part, layer, values) of everything that the model has, as `NativeModel._set` takes them. take: let go what was yielded before."""
+    view = functools.partial(matrix_view, dtype)
+    reused = _reusing(view) if _share(model.blocks) else lambda part, matrix, bias: view(matrix, bias)
     size = model.config.hidden_size
-    yield native.EMBED, -1, matrix_view(dtype, model.embed.matrix)
+    yield native.EMBED, -1, (matrix_view(dtype, model.embed.matrix),)
     for part, module in ((native.PROJECT_IN, model.project_in), (native.PROJECT_OUT, model.project_out), (native.HEAD, model.head)):
         if module is not None:
-            yield part, -1, matrix_view(dtype, module.matrix)
+            yield part, -1, (matrix_view(dtype, module.matrix),)
     if model.position is not None:
-        yield native.POSITION, -1, MatrixView(wide(model.position.matrix))
+        yield native.POSITION, -1, (MatrixView(wide(model.position.matrix)),)
     if model.inv_freq is not None:
-        yield native.INV_FREQ, -1, MatrixView(model.inv_freq)
+        yield native.INV_FREQ, -1, (MatrixView(model.inv_freq),)
     if model.final_norm is not None:
-        yield native.FINAL_NORM, -1, _norm(model.final_norm, size)
+        yield native.FINAL_NORM, -1, (_norm(model.final_norm, size),)
     if take:
         model.hand_over(*(child for child in model.children() if isinstance(child, Held)))
     for index, block in enumerate(model.blocks):
-        yield native.NORM1, index, _norm(block.norm1, size)
+        yield native.NORM1, index, (_norm(block.norm1, size),)
         assert block.norm2 is not None, "see Capabilities.check_architecture"
-        yield native.NORM2, index, _norm(block.norm2, size)
+        yield native.NORM2, index, (_norm(block.norm2, size),)
         for part, norm in ((native.QUERY_NORM, block.q_norm), (native.KEY_NORM, block.k_norm)):
             if norm is not None:
-                yield part, index, _norm(norm, model.config.head_dim)
-        linear: tuple[tuple[int, Rows | Linear | InputMajorLinear | None], ...] = (
+                yield part, index, (_norm(norm, model.config.head_dim),)
+        attention: tuple[tuple[int, Rows | InputMajorLinear], ...] = (
             *((native.QUERY, block.q), (native.KEY, block.k), (native.VALUE, block.v), (native.OUTPUT, block.o)),
-            *((native.GATE, block.gate), (native.UP, block.up), (native.DOWN, block.down)),
         )
-        for part, module in linear:
-            if module is not None:
-                yield part, index, view(part, module.matrix, module.bias)
+        for part, module in attention:
+            yield part, index, (reused(str(part), module.matrix, module.bias),)
+        mlp = {"gate": block.gate, "up": block.up, "down": block.down}
+        yield None, index, tuple(None if module is None else reused(name, module.matrix, module.bias) for name, module in mlp.items())
         if take:
             model.hand_over(block)
 
 
-def _reusing(view: Callable[[Matrix, Tensor | None], MatrixView]) -> Callable[..., MatrixView]:
-    """`view` of a part's matrix and bias, made once where layers share them (bench/models/random.py) and not for each of them."""
-    last: dict[int, tuple[tuple[int, int], MatrixView]] = {}
+def _share(blocks: Sequence[Block]) -> bool:
+    """Whether the first layers have the same weights (bench/models/random.py)."""
+    first, second = (_address(block.up.matrix) for block in (blocks[0], blocks[min(1, len(blocks) - 1)]))
+    return len(blocks) > 1 and first == second
 
-    def reuse(part: int, matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
-        values = matrix if isinstance(matrix, Tensor) else matrix.values
-        key = (values.data_ptr(), 0 if bias is None else bias.data_ptr())
+
+def _address(matrix: Matrix) -> tuple[int, ...]:
+    tensors = (matrix,) if isinstance(matrix, Tensor) else (matrix.values, matrix.order)
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _reusing(view: Callable[[Matrix, Tensor | None], MatrixView]) -> Callable[..., MatrixView]:
+    """`view` of a part's matrix and bias, made once where layers share them and not for each of them."""
+    last: dict[str, tuple[tuple[int, ...], MatrixView]] = {}
+
+    def reuse(part: str, matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
+        key = *_address(matrix), 0 if bias is None else bias.data_ptr()
         if part not in last or last[part][0] != key:
             last[part] = key, view(matrix, bias)
         return last[part][1]
