@@ -23,13 +23,16 @@ from dejavu.bench.bytes_read import (
 from dejavu.engine.backends import make_engine
 from dejavu.engine.options import EngineOptions
 from dejavu.generation.generation import GeneratedText, StepCounts
+from dejavu.kernels.quantized import QuantizedMatrix
 from dejavu.model.adapter import quantized
 from dejavu.model.counts import Counts
+from dejavu.model.layers import Held
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import GateThreshold, InputPoints, InputThresholds, LayerAdapter, Scoring
 from dejavu.model.transformer import Transformer
 from helpers.adapters import predicted
-from helpers.native import NATIVE_MODELS, needs_library
+from helpers.grids import ALL, blocks_of, floats_of, held_as, sizes_of
+from helpers.native import NATIVE_MODELS, engine_of, needs_library
 
 FP32 = Formats(weights="fp32", cache="fp32", vectors="fp32", int8_predictors=False)
 INT8 = Formats(weights="int8", cache="fp32", vectors="fp32", int8_predictors=True)
@@ -128,6 +131,23 @@ def test_predictors_count_as_they_are_stored() -> None:
 
 def test_rows_of_the_small_formats() -> None:
     assert [STORAGE_FORMATS[dtype].row(33) for dtype in ("fp32", "bf16", "int8", "int4")] == [132, 66, 37, 16.5 + 2 * 2]
+
+
+@needs_library
+def test_each_matrix_counts_in_its_own_grid(tiny: Tiny) -> None:
+    """A dense token of a model of many grids reads as many bytes as they are, and one row of the embedding."""
+    parts = dict(zip(ALL, ("q4_1", "q8_0", "q5_0", "fp16", "q8_0", "bf16", "q5_1", "q4_0", "q4_1"), strict=True))
+    sizes = sizes_of("q4_0") | {"num_kv_heads": 1}
+    model = held_as(tiny("llama", **sizes), parts, lambda grid, *shape: blocks_of(grid, *shape) if "q" in grid else floats_of(grid, *shape))
+    total = sum(4 * parameter.numel() for _, parameter in model.named_weights() if parameter.dim() == 1)
+    table = model.embed.matrix
+    assert isinstance(table, QuantizedMatrix)
+    total += table.values[0].nbytes
+    for module in model.modules():
+        if isinstance(module, Held) and module is not model.embed:
+            total += sum(tensor.nbytes for tensor in module.held.tensors) if not isinstance(module.held, torch.Tensor) else 0
+    info = engine_of(model, dtype="stored").info
+    assert weight_bytes(model.config, formats_of(info)) == total
 
 
 @needs_library

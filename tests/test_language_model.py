@@ -177,8 +177,10 @@ def test_load_refuses(folder: Path, options: dict, message: str) -> None:
 def test_low_precision(folder: Path) -> None:
     bf16, fp16 = load(folder, dtype="bf16"), load(folder, dtype="fp16")
     assert bf16.dtype == "bf16" and bf16.logits([2, 5, 7]).dtype == torch.float32
-    assert fp16.dtype == "fp32" and "fp16" in fp16.notes[0]
-    assert (bf16.backend, fp16.backend) == ("torch" if missing_reason() else "native", "torch")
+    if missing_reason() is None:
+        assert (fp16.dtype, bf16.backend, fp16.backend) == ("fp16", "native", "native") and not fp16.notes
+    else:
+        assert (fp16.dtype, bf16.backend, fp16.backend) == ("fp32", "torch", "torch") and "fp16" in fp16.notes[0]
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bf16", 0.05), ("int8", 0.2), ("int4", 1.0)])

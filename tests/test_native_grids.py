@@ -19,7 +19,7 @@ from dejavu.model.selectors import InputThresholds, LayerAdapter
 from dejavu.model.transformer import Transformer
 from helpers.adapters import predicted
 from helpers.engines import decode, ids_of, masked_forward, random_layers
-from helpers.grids import ALL, GRIDS, blocks_of, held_as, in_grid, sizes_of
+from helpers.grids import ALL, GRIDS, blocks_of, floats_of, held_as, in_grid, sizes_of
 from helpers.native import ISAS, engine_of, needs_library
 
 pytestmark = needs_library
@@ -34,10 +34,7 @@ MIXTURES = {name: dict(zip(ALL, grids, strict=True)) for name, grids in _MIXED.i
 
 
 def made(grid: str, rows: int, columns: int, seed: int) -> QuantizedMatrix:
-    if grid in GRIDS:
-        return blocks_of(grid, rows, columns, seed)
-    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * columns**-0.5
-    return QuantizedMatrix.of(values, grid)
+    return (blocks_of if grid in GRIDS else floats_of)(grid, rows, columns, seed)
 
 
 def mixed(tiny: Tiny, name: str, **overrides: Any) -> Transformer:
@@ -111,7 +108,7 @@ def test_every_matrix_may_be_in_a_grid_of_its_own(tiny: Tiny, grid: str) -> None
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXTURES])
 def test_a_row_of_a_batch_is_what_it_is_alone(tiny: Tiny, grid: str, activation: str) -> None:
     """Bit for bit, whatever its batch mates, the number of threads, and how its neurons were listed."""
-    changes = {"activation": activation, "intermediate_size": 1024 if grid.endswith("k") else 480}
+    changes: dict[str, Any] = {"activation": activation, "intermediate_size": 1024 if grid.endswith("k") else 480}
     model = mixed(tiny, grid, **changes) if grid in MIXTURES else in_grid(tiny("llama", **{**sizes_of(grid), **changes}), grid)
     layers = random_layers(model, mlp=1, heads=0, threshold=0.2)
     prompts, continuations = [ids_of(seed, 4 + 3 * seed) for seed in range(3)], [ids_of(9 + seed, 4) for seed in range(3)]

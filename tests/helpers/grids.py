@@ -36,6 +36,12 @@ def blocks_of(grid: str, rows: int, columns: int, seed: int) -> QuantizedMatrix:
     return dataclasses.replace(made, values=raw.flatten(1))
 
 
+def floats_of(grid: str, rows: int, columns: int, seed: int) -> QuantizedMatrix:
+    """The same of fp16, bf16, int8 or int4, drawn as fp32 and rounded."""
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * columns**-0.5
+    return QuantizedMatrix.of(values, grid)
+
+
 def in_grid(model: Transformer, grid: str, parts: Sequence[str] = ALL) -> Transformer:
     """The model, these matrices of it in that grid: o and down with a row for each output, q and k with their rows in another order."""
     return held_as(model, {part: grid for part in parts}, blocks_of)

@@ -5,15 +5,16 @@ its scales, v those of one value of a vector (norms, biases, positions), c(K) th
 layer N neurons and U heads that some row of the batch selected and M neurons whose row of down some row needed:
 
     predictor   R row(D) + O row(R) + O v for each predictor of rank R with O outputs
-    attention   2 U K row(D) + 2 G K row(D) (q, o; k, v) + biases + 2 c(K) sum over rows of (its groups x its tokens)
-    mlp         N (1 or 2 row(D) + biases) + M row(D) + D v          (2 where gated)
+    attention   U K row(D) of q and of o + G K row(D) of k and of v + biases + 2 c(K) sum over rows of (its groups x its tokens)
+    mlp         N (row(D) of up and, where gated, of the gate + biases) + M row(D) of down + D v
                 where the gate selects, its matrix (where not gated: up) is read for all F neurons
     head        V row(E) + E row(D) where the embedding is narrower; with a shortlist of S tokens by scores of rank R, int8,
                 R row(E) + V row(R) + S row(E) instead of V row(E)
     other       B row(E) + B D v (positions) + norms + D row(E) where the embedding is narrower
 
-Where inputs are selected, of the rows of q, k, v, gate and up only the values of the C inputs that some row of the batch kept at that
-point, and the scales of the rows; of o and down the C rows; and 4 bytes for the norm of each input of a point (op predictor).
+Each matrix may be stored in a format of its own. Where inputs are selected, of the rows of q, k, v, gate and up only the values of the
+C inputs that some row of the batch kept at that point, and the scales of the rows; of o and down the C rows; and 4 bytes for the norm
+of each input of a point (op predictor).
 
 Rows of a batch share what they read of the weights, so it counts once; each reads its own cache. Padding, writes and
 activations do not count, and neither do rows that an engine reads without need.
@@ -24,7 +25,7 @@ E embedding width  R predictor rank  O outputs of a predictor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ from dejavu.generation.generation import GeneratedText
 from dejavu.kernels.quantized import QuantizedMatrix
 from dejavu.kernels.screen import screen_rank
 from dejavu.model.counts import Counts
+from dejavu.model.grids import Grids
 from dejavu.model.selectors import InputPoints, LayerAdapter, Scoring
 
 OPS = ("predictor", "attention", "mlp", "head", "other")
@@ -66,25 +68,56 @@ STORAGE_FORMATS = {
     "bf16": StorageFormat(2),
     "int8": StorageFormat(1, row_scale=4),
     "int4": StorageFormat(0.5, group=32, group_scale=2),
+    "q8_0": StorageFormat(1, group=32, group_scale=2),
+    "q4_0": StorageFormat(0.5, group=32, group_scale=2),
+    "q4_1": StorageFormat(0.5, group=32, group_scale=4),
+    "q5_0": StorageFormat(0.625, group=32, group_scale=2),
+    "q5_1": StorageFormat(0.625, group=32, group_scale=4),
+    "q4_k": StorageFormat(0.5, group=256, group_scale=16),
+    "q5_k": StorageFormat(0.625, group=256, group_scale=16),
+    "q6_k": StorageFormat(0.75, group=256, group_scale=18),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Formats:
     """Dtypes of the matrices, the cache, and vectors; predictors may be int8 where their values are. screened: tokens of the
-    shortlist of a screened head, 0 without one."""
+    shortlist of a screened head, 0 without one. grids: of each matrix, where they are not all of the dtype `weights`."""
 
     weights: str
     cache: str
     vectors: str
     int8_predictors: bool
     screened: int = 0
+    grids: Grids | None = None
+
+    def of_layer(self, index: int) -> Callable[[str], StorageFormat]:
+        """How a matrix of a layer is stored, by the names of LayerGrids."""
+        grids = self.grids
+        return lambda part: STORAGE_FORMATS[self.weights if grids is None else getattr(grids.layers[index], part) or self.weights]
+
+    @property
+    def embed(self) -> StorageFormat:
+        return STORAGE_FORMATS[self.weights if self.grids is None else self.grids.embed]
+
+    @property
+    def head(self) -> StorageFormat:
+        return STORAGE_FORMATS[self.weights if self.grids is None else self.grids.head]
+
+    @property
+    def projections(self) -> tuple[StorageFormat, StorageFormat]:
+        """Into the model's width and out of it."""
+        names = None if self.grids is None else self.grids.projections
+        first, second = names or (self.weights, self.weights)
+        return STORAGE_FORMATS[first], STORAGE_FORMATS[second]
 
 
 def formats_of(info: EngineInfo) -> Formats:
     """How an engine stores what it reads: native and cuda keep predictors int8; native vectors fp32; torch has one dtype for all."""
     if info.backend == "native":
-        return Formats(weights=info.dtype, cache=info.cache_dtype, vectors="fp32", int8_predictors=True, screened=info.screened_head)
+        return Formats(
+            weights=info.dtype, cache=info.cache_dtype, vectors="fp32", int8_predictors=True, screened=info.screened_head, grids=info.grids
+        )
     return Formats(weights=info.dtype, cache=info.cache_dtype, vectors=info.dtype, int8_predictors=info.backend == "cuda")
 
 
@@ -109,39 +142,44 @@ def dense_reads(config: ModelConfig, *, rows: int = 1, tokens: float = 0) -> Rea
 
 def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequence[LayerAdapter] | None = None) -> dict[str, float]:
     """Useful bytes of a step by op, with what `layers` select (None: it runs dense)."""
-    matrix, vector, cache = STORAGE_FORMATS[formats.weights], STORAGE_FORMATS[formats.vectors].value, STORAGE_FORMATS[formats.cache]
+    vector, cache = STORAGE_FORMATS[formats.vectors].value, STORAGE_FORMATS[formats.cache]
     size, head_dim, groups, embed = config.hidden_size, config.head_dim, config.num_kv_heads, config.embed_width
-    row = matrix.row(size)
     attention = mlp = predictor = 0.0
     sizes, chosen_L = InputPoints.of(config).sizes, layers or (LayerAdapter(),) * config.num_layers
     kept_LP = [sizes] * config.num_layers if reads.counts.kept_inputs is None else reads.counts.kept_inputs.tolist()
     neurons_L, heads_L = reads.counts.neurons.tolist(), reads.counts.heads.tolist()
     by_layer = zip(neurons_L, reads.fired_L, heads_L, reads.cached_L, chosen_L, kept_LP, strict=True)
-    for neurons, fired, heads, cached, chosen, kept in by_layer:
+    for index, (neurons, fired, heads, cached, chosen, kept) in enumerate(by_layer):
+        stored = formats.of_layer(index)
         at_attention, at_output, at_mlp, at_down = kept
         outputs = heads + 2 * groups
-        attention += outputs * head_dim * matrix.part(size, at_attention) + heads * head_dim * at_output / sizes[1] * row
+        for part, number in (("q", heads), ("k", groups), ("v", groups)):
+            attention += number * head_dim * stored(part).part(size, at_attention)
+        attention += heads * head_dim * at_output / sizes[1] * stored("o").row(size)
         attention += 2 * cached * cache.row(head_dim)
         attention += config.qkv_bias * outputs * head_dim * vector + config.out_bias * size * vector
         rows_in = chosen.neurons.rows_in(config, neurons)
-        mlp += rows_in * (matrix.part(size, at_mlp) + config.mlp_bias * vector) + config.mlp_bias * size * vector
-        mlp += chosen.inputs.rows_down(fired, at_down) * row
+        rows_up = neurons if config.gated else rows_in  # whatever else is read is of the gate
+        mlp += rows_up * stored("up").part(size, at_mlp) + (rows_in - rows_up) * stored("gate").part(size, at_mlp)
+        mlp += (rows_in + size) * config.mlp_bias * vector
+        mlp += chosen.inputs.rows_down(fired, at_down) * stored("down").row(size)
         scorings = [selector.scoring(config) for selector in chosen.selectors]
         predictor += sum(scoring_bytes(each, may_be_int8=formats.int8_predictors) for each in scorings)
     norms = (2 * config.num_layers + config.final_norm) * size * vector * (1 + (config.norm == "layernorm")) * config.norm_affine
     narrow = embed != size
     positions = (config.positions == "learned") * size * vector
+    project_in, project_out = formats.projections
     return {
         "predictor": predictor,
         "attention": attention,
         "mlp": mlp,
-        "head": _head_rows(config, formats) + narrow * embed * row,
-        "other": reads.rows * (matrix.row(embed) + positions) + norms + narrow * size * matrix.row(embed),
+        "head": _head_rows(config, formats) + narrow * embed * project_out.row(size),
+        "other": reads.rows * (formats.embed.row(embed) + positions) + norms + narrow * size * project_in.row(embed),
     }
 
 
 def _head_rows(config: ModelConfig, formats: Formats) -> float:
-    width, row = config.embed_width, STORAGE_FORMATS[formats.weights].row(config.embed_width)
+    width, row = config.embed_width, formats.head.row(config.embed_width)
     if not formats.screened:
         return config.vocab_size * row
     rank, int8 = screen_rank(width), STORAGE_FORMATS["int8"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from dejavu.config import ModelConfig, SamplingConfig
 from dejavu.engine.options import EngineOptions
 from dejavu.model.counts import Counts
+from dejavu.model.grids import Grids
 from dejavu.model.selectors import InputPoints, LayerAdapter
 
 
@@ -106,7 +107,8 @@ class EngineInfo:
 
     cache_dtype is of keys and values. screened_head: how many tokens of the vocabulary get logits, those of the others being -inf;
     0: all do. max_positions is the model's context, cache_tokens what the key/value pool holds over all slots, both in tokens.
-    input_points: of the model, where some layer selects inputs; else None.
+    input_points: of the model, where some layer selects inputs; else None. grids: of its matrices, where the engine computes with them as
+    they are stored and `dtype` is but a word for them; else None.
     """
 
     backend: str
@@ -125,6 +127,7 @@ class EngineInfo:
     num_pages: int
     screened_head: int = 0
     input_points: InputPoints | None = None
+    grids: Grids | None = None
 
     @classmethod
     def of(

@@ -10,6 +10,7 @@ Letters: B rows of a step  N blocks of rows  V vocabulary  L layers  F neurons  
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -76,6 +77,7 @@ class NativeEngine(PagedEngine):
         super().__init__(model, layers, options, threads=self.threads, head_dim=head_dim)
         self._library = native.library()
         self._model = packed_model(model, "stored" if options.dtype == "auto" else options.dtype, layout_of(self.layers))
+        self._info = dataclasses.replace(self._info, grids=self._model.grids)
         self._handle = ctypes.c_void_p()
         name = None if instruction_set is None else instruction_set.encode()
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, name, ctypes.byref(self._handle)))

@@ -23,6 +23,7 @@ from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.memory import give_back_pages
 from dejavu.kernels.quantized import FLOATS, Matrix, QuantizedMatrix, rounded_to, wide
 from dejavu.kernels.screen import low_rank, screen_rank
+from dejavu.model.grids import grid_of, grids_of
 from dejavu.model.layers import Held, InputMajorLinear, Norm, Rows
 from dejavu.model.selectors import column_norms
 from dejavu.model.transformer import Block, Transformer
@@ -79,6 +80,10 @@ def _is_known(matrix: QuantizedMatrix) -> bool:
     return matrix.grid in native.DTYPE_CODES and not (matrix.transposed and matrix.grid in ("int8", "int4"))
 
 
+def _stored_grid(matrix: Matrix) -> str:
+    return grid_of(matrix) if isinstance(matrix, Tensor) or _is_known(matrix) else "fp16"
+
+
 def predictor_view(matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
     """A predictor's matrix int8, as every stored adapter's is, or fp32."""
     if isinstance(matrix, QuantizedMatrix):
@@ -89,7 +94,8 @@ def predictor_view(matrix: Matrix, bias: Tensor | None = None) -> MatrixView:
 class NativeModel:
     """A packed model, which stands alone once it is made. Freed with the last engine that uses it.
 
-    take: whether the model is the caller's to give away: its matrices are let go one by one as they are packed.
+    take: whether the model is the caller's to give away: its matrices are let go one by one as they are packed. grids: of its
+    matrices, where they are packed as they are stored; else None.
     """
 
     def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron", *, screened: bool = False, take: bool = False) -> None:
@@ -101,6 +107,7 @@ class NativeModel:
         )
         NATIVE.check_architecture(model.config)
         self.dtype, self.layout = dtype, layout
+        self.grids = grids_of(model, _stored_grid) if dtype == "stored" else None
         self.handle = ctypes.c_void_p()
         self._library = native.library()
         native.check(self._library.dejavu_model_new(native_config(model.config, layout), ctypes.byref(self.handle)))
