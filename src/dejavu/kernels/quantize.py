@@ -5,7 +5,7 @@ int8: a matrix [rows, columns] becomes q int8 [rows, columns] and scale fp32 [ro
     scale_r = max_c |x_rc| / 127, rounded to 16 significant bits        q_rc = round(x_rc / scale_r)        x_rc ~ q_rc * scale_r
 
 int4: q int8 [rows, columns] of -8 .. 7 and scale fp16 [rows, groups], a group being GROUP values of a row in order (the last
-one fewer). With m the value of the group that is largest in size
+one fewer). With m the value of the group that is largest in size, the positive one of two
 
     scale_g = m / -8 as fp16        q_rc = round(x_rc / scale_g), at most 7        x_rc ~ q_rc * scale_g
 
@@ -48,12 +48,14 @@ def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
 def quantize_groups(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """q int8 [rows, columns] of -8 .. 7 and scale fp16 [rows, groups] of a matrix [rows, columns]; a group of zeros has scale 0."""
     rows, columns = matrix.shape
-    grouped = F.pad(matrix.float(), (0, -columns % GROUP)).view(rows, -1, GROUP)
-    largest = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True))
+    padded = F.pad(matrix, (0, -columns % GROUP)) if columns % GROUP else matrix
+    grouped = padded.float().reshape(rows, -1, GROUP)
+    low, high = torch.aminmax(grouped, dim=2, keepdim=True)
+    largest = torch.where(high >= -low, high, low)
     scale = (largest / -8).half()
     scale = torch.where(scale.abs() < LEAST_INT4_SCALE, torch.zeros_like(scale), scale)
     inverse = torch.where(scale == 0, torch.zeros_like(largest), 1 / scale.float())
-    q = (grouped * inverse).round().clamp(-8, 7).to(torch.int8)
+    q = (grouped * inverse).round_().clamp_(-8, 7).to(torch.int8)
     return q.view(rows, -1)[:, :columns].contiguous(), scale.squeeze(2)
 
 

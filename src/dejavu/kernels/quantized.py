@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dejavu.kernels.memory import give_back_pages
 from dejavu.kernels.quantize import GROUP, dequantize_groups, dequantize_rows, quantize_groups, quantize_rows
 
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,6 +55,9 @@ class QuantizedMatrix:
             parts = [QuantizedMatrix._of(whole[rows], grid) for rows in blocks(*matrix.shape)]
         else:
             parts = [QuantizedMatrix._of(matrix.dequantize(rows), grid) for rows in blocks(*matrix.shape)]
+        if isinstance(matrix, QuantizedMatrix):  # read once
+            for tensor in matrix.tensors:
+                give_back_pages(tensor)
         found = parts[0] if len(parts) == 1 else stacked(parts)
         assert isinstance(found, QuantizedMatrix)
         return found
