@@ -45,7 +45,7 @@ def test_a_quantised_model_is_nearer_than_a_rounded_one(tiny: Tiny, family: str,
     model = tiny(family, **flags)
     before = {name: values.clone() for name, values in model.named_weights()}
     ids = torch.randint(3, 96, (40, 32), generator=torch.Generator().manual_seed(0))
-    made = quantized(model, ids[:32], QuantizeConfig(embed="int4"))
+    made = quantized(model, ids[:32], QuantizeConfig(int8=()))
     assert divergence(model, made, ids[32:]) < 0.8 * divergence(model, model.rounded("int4"), ids[32:])
     assert {grid for name, grid in grids(made).items() if not name.startswith("position")} == {"int4"}
     assert all(torch.equal(values, before[name]) for name, values in model.named_weights()), "the model stays as it is"
@@ -54,7 +54,7 @@ def test_a_quantised_model_is_nearer_than_a_rounded_one(tiny: Tiny, family: str,
 def test_the_command(call, work: Path) -> None:
     result = obj(call("quantize", "model", "--text", "text.txt", "-o", "few", "--json"))
     assert result["ppl_after"] / result["ppl_before"] - 1 == pytest.approx(result["rise"]) and abs(result["rise"]) < 0.1
-    assert result["dtype"] == "int4" and result["embed"] == "int8" and result["bytes"] < 60_000 and result["adapter"] is False
+    assert result["dtype"] == "int4" and result["int8"] == ["embed"] and result["bytes"] < 60_000 and result["adapter"] is False
     found = load_checkpoint(work / "few", dtype=None)
     held = grids(found.model)
     assert held.pop("embed.weight") == "int8" and set(held.values()) == {"int4"} and found.base_hash == model_hash(found.model)
@@ -63,8 +63,12 @@ def test_the_command(call, work: Path) -> None:
     card = (work / "few" / "README.md").read_text()
     for part in (f"{result['ppl_before']:.4f}", f"{result['ppl_after']:.4f}", result["calibration_text_hash"], "base_model: model"):
         assert part in card
-    shown = call("quantize", "model", "--text", "text.txt", "--eval-text", "other.txt", "-o", "few", "--dtype", "int8")
-    assert "unseen tokens" in shown and "int8" in shown and "SHA-256" in (work / "few" / "README.md").read_text()
+    shown = call("quantize", "model", "--text", "text.txt", "--eval-text", "other.txt", "-o", "few", "--int8", "o,down")
+    assert "unseen tokens" in shown and "Matrices are int4, o, down int8" in (work / "few" / "README.md").read_text()
+    assert {name.split(".")[-2] for name, grid in grids(load_checkpoint(work / "few", dtype=None).model).items() if grid == "int8"} == {
+        "o",
+        "down",
+    }
 
 
 def test_an_adapter_comes_along_where_the_model_is_nearly_the_same(call, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +88,7 @@ def test_an_adapter_comes_along_where_the_model_is_nearly_the_same(call, work: P
     ("arguments", "message"),
     [
         (("--dtype", "bf16"), "dtype 'bf16' is no grid to quantise to; choose one of int4, int8"),
-        (("--embed-dtype", "fp32"), "embed 'fp32' is no grid to quantise to; choose one of int4, int8"),
+        (("--int8", "down,norm"), "'norm' is no kind of matrix; choose of embed, qkv, o, up, down"),
         (("--max-tokens", "0"), "max_tokens must be at least 1, not 0"),
         (("--max-tokens", "70"), "training needs at least 3; give a longer text"),
     ],

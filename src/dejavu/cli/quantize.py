@@ -20,8 +20,10 @@ def quantize(
     model: Model,
     text: Texts,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="int4 or int8: of the layers.")] = "int4",
-    embed_dtype: Annotated[str, typer.Option("--embed-dtype", metavar="NAME", help="int8 or int4: of embedding and head.")] = "int8",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="int4 or int8.")] = "int4",
+    int8: Annotated[
+        str, typer.Option("--int8", metavar="KINDS", help="What gets int8 all the same, of embed, qkv, o, up, down; joined by commas.")
+    ] = "embed",
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens used, spread evenly over the text.")] = 32_768,
     eval_text: Annotated[
         list[str] | None, typer.Option("--eval-text", metavar="FILE", help="What to measure on; not set: a part of the text; may repeat.")
@@ -41,7 +43,7 @@ def quantize(
     from dejavu.offline.quantize import QuantizeConfig, calibration_windows, quantized, quantized_card, window_perplexity
 
     out = Output(as_json)
-    config = QuantizeConfig(dtype=dtype, embed=embed_dtype, max_tokens=max_tokens)
+    config = QuantizeConfig(dtype=dtype, int8=tuple(kind for kind in int8.split(",") if kind), max_tokens=max_tokens)
     target = absolute(output)
     check_replaceable(target)
     texts = list(named_texts(text).values())
@@ -65,13 +67,12 @@ def quantize(
             write_grids(made, lm.tokenizer, folder, adapter=adapter, sampling=lm.checkpoint.sampling)
             (folder / "README.md").write_text(quantized_card(lm.name, lm.checkpoint.stored_dtype, found), encoding="utf-8")
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    size_line = f"{size / 1e6:,.1f} MB, {config.dtype}, embedding {config.embed}"
     out.show(
         f"perplexity of {found['eval_tokens']:,} unseen tokens {before:.3f} before, {after:.3f} after: [bold]{found['rise']:+.2%}[/bold]"
     )
     if note is not None:
         out.show(f"[yellow]note:[/yellow] {escape(note)}")
-    out.say(f"Wrote {target} ({size_line}). Use it: dejavu generate {output} --prompt ...")
+    out.say(f"Wrote {target} ({size / 1e6:,.1f} MB, {config.dtype}). Use it: dejavu generate {output} --prompt ...")
     out.finish(found | {"folder": str(target), "bytes": size, "adapter": adapter is not None, "note": note, "model": lm.name})
 
 

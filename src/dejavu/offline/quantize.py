@@ -35,6 +35,7 @@ from dejavu.offline.split import split_windows
 from dejavu.version import __version__
 
 GRIDS = ("int4", "int8")
+KINDS = ("embed", "qkv", "o", "up", "down")
 WINDOW = 512  # tokens
 BATCH_TOKENS = 2048
 EVAL_TOKENS = 32 * WINDOW
@@ -44,34 +45,39 @@ SHIFTS = torch.linspace(-3, 1, 33)  # of a bias before a ReLU, in deviations of 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeConfig(Config):
-    """dtype: of the maps of the layers. embed: of the embedding and the head. max_tokens: of the calibration text."""
+    """dtype: of every matrix but those of the kinds `int8`, which get that: of KINDS, where up is up and gate, and embed the embedding, the
+    head and what is beside them. max_tokens: of the calibration text."""
 
     dtype: str = "int4"
-    embed: str = "int8"
+    int8: tuple[str, ...] = ("embed",)
     max_tokens: int = 64 * WINDOW
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "embed"):
-            found = getattr(self, name)
-            require(found in GRIDS, f"{name} {found!r} is no grid to quantise to; choose one of {', '.join(GRIDS)}")
+        require(self.dtype in GRIDS, f"dtype {self.dtype!r} is no grid to quantise to; choose one of {', '.join(GRIDS)}")
+        for kind in self.int8:
+            require(kind in KINDS, f"{kind!r} is no kind of matrix; choose of {', '.join(KINDS)}")
         require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
+
+    def grid(self, kind: str) -> str:
+        """That of a kind of matrix."""
+        return "int8" if kind in self.int8 else self.dtype
 
 
 @torch.no_grad()
 def quantized(model: Transformer, ids_WT: Tensor, config: QuantizeConfig, progress: Progress | None = None) -> Transformer:
     """The model in those grids, for these windows of its tokens, a BOS included where it takes one. model: on the CPU, fp32 or as held."""
     made = sharing(model, lambda held: held.held)
-    made.embed.hold(_table(model.embed.matrix, config.embed))
+    made.embed.hold(_table(model.embed.matrix, config.grid("embed")))
     for module in (made.head, made.project_in, made.project_out):
         if module is not None:
-            module.hold(_table(module.matrix, config.embed))
+            module.hold(_table(module.matrix, config.grid("embed")))
     streams = _Streams(model, made, ids_WT)
     for index, (dense, rounded) in enumerate(zip(model.blocks, made.blocks, strict=True)):
         if progress is not None:
             progress("layers quantised", index, len(made.blocks))
         wide_block = sharing(dense, lambda held: wide(held.held))
         wide_block.cache_dtype = rounded.cache_dtype = None
-        _quantize_layer(wide_block, rounded, streams, model.frequencies(index), config.dtype)
+        _quantize_layer(wide_block, rounded, streams, model.frequencies(index), config)
         del wide_block
         give_back_freed()
     made.label = config.dtype
@@ -90,7 +96,7 @@ class _Streams:
         self.parts = [slice(first, first + step) for first in range(0, len(ids_WT), step)]
 
 
-def _quantize_layer(dense: Block, rounded: Block, streams: _Streams, inv_freq: Tensor | None, grid: str) -> None:
+def _quantize_layer(dense: Block, rounded: Block, streams: _Streams, inv_freq: Tensor | None, grids: QuantizeConfig) -> None:
     """Round the layer, and take both streams to its end. dense: with its matrices as tensors."""
     config, x, x_q, place = dense.config, streams.dense, streams.rounded, streams.position_T
     weight_WT = x.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
@@ -105,7 +111,7 @@ def _quantize_layer(dense: Block, rounded: Block, streams: _Streams, inv_freq: T
         wanted = dense.qkv(dense.attention_input(x[part]))
         sums = sums or moments(inputs, wanted, dense.qkv.bias)
         sums.add(inputs, wanted, weight_WT[part])
-    _round_rows([rounded.qkv], [dense.qkv], sums, grid)
+    _round_rows([rounded.qkv], [dense.qkv], sums, grids.grid("qkv"))
 
     sums = None
     added, mixed_q = torch.empty_like(x), []
@@ -115,7 +121,7 @@ def _quantize_layer(dense: Block, rounded: Block, streams: _Streams, inv_freq: T
         added[part] = dense.o(mixed)
         sums = sums or moments(mixed, x[part], dense.o.bias)
         sums.add(mixed_q[-1], _restoring(dense, dense.norm1_out, added[part], x[part], x_q[part]), weight_WT[part])
-    _round_inputs(rounded.o, dense.o, sums, grid)
+    _round_inputs(rounded.o, dense.o, sums, grids.grid("o"))
 
     sums = None
     inputs, inputs_q = torch.empty_like(x), torch.empty_like(x)
@@ -127,7 +133,7 @@ def _quantize_layer(dense: Block, rounded: Block, streams: _Streams, inv_freq: T
         sums = sums or moments(inputs, wanted, dense.up.bias)
         sums.add(inputs_q[part], wanted, weight_WT[part])
     del added, mixed_q
-    _round_rows([each for each, _ in maps], [of for _, of in maps], sums, grid)
+    _round_rows([each for each, _ in maps], [of for _, of in maps], sums, grids.grid("up"))
     if config.activation == "relu" and not config.gated and rounded.up.bias is not None:
         _shift_bias(dense.up, rounded.up, inputs, inputs_q, streams.parts)
 
@@ -138,7 +144,7 @@ def _quantize_layer(dense: Block, rounded: Block, streams: _Streams, inv_freq: T
         sums = sums or moments(active, y, dense.down.bias)
         sums.add(active_q, _restoring(dense, dense.norm2_out, y, x[part], x_q[part]), weight_WT[part])
         x[part] = dense.after_mlp(x[part], y)
-    _round_inputs(rounded.down, dense.down, sums, grid)
+    _round_inputs(rounded.down, dense.down, sums, grids.grid("down"))
     for part in streams.parts:
         x_q[part] = rounded.after_mlp(x_q[part], rounded.down(rounded.activations(inputs_q[part])))
 
@@ -215,6 +221,7 @@ def calibration_windows(
 def quantized_card(base: str, stored_dtype: str, found: Mapping[str, Any]) -> str:
     """The README.md of a folder: what it was made of, how, and what that costs. found: the object that the command prints."""
     text = "a part of the text that was left out" if found["eval_text_hash"] is None else f"a text of SHA-256 `{found['eval_text_hash']}`"
+    kept = f", {', '.join(found['int8'])} int8" if found["int8"] and found["dtype"] != "int8" else ""
     return f"""---
 library_name: dejavu
 base_model: {base}
@@ -222,7 +229,7 @@ base_model_relation: quantized
 ---
 # {base} in {found["dtype"]}
 
-Every matrix of the layers is {found["dtype"]}, embedding and head are {found["embed"]}; made from {stored_dtype} by
+Matrices are {found["dtype"]}{kept}, vectors fp32; made from {stored_dtype} by
 `dejavu quantize`, dejavu {__version__}, on {found["tokens"]:,} tokens of a text of SHA-256
 `{found["calibration_text_hash"]}`. Only dejavu reads this folder.
 
