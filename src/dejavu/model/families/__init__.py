@@ -17,10 +17,13 @@ from dejavu.config import ModelConfig, require
 from dejavu.model.families.falcon import FALCON
 from dejavu.model.families.family import Family, Fused, TensorTarget, is_norm_weight, is_transposed
 from dejavu.model.families.gemma import GEMMA2, GEMMA3
+from dejavu.model.families.granite import GRANITE
 from dejavu.model.families.llama import ARCEE, LLAMA, MINICPM, MISTRAL, QWEN2, QWEN3
 from dejavu.model.families.nemotron import NEMOTRON
 from dejavu.model.families.opt import OPT
 from dejavu.model.families.phi3 import PHI3
+from dejavu.model.families.stablelm import STABLELM
+from dejavu.model.families.starcoder2 import STARCODER2
 from dejavu.model.transformer import Transformer
 
 __all__ = [
@@ -43,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": FALCON,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "granite": GRANITE,
     "llama": LLAMA,
     "minicpm": MINICPM,
     "mistral": MISTRAL,
@@ -51,6 +55,8 @@ FAMILIES: dict[str, Family] = {
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "stablelm": STABLELM,
+    "starcoder2": STARCODER2,
 }
 
 
