@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from dejavu.config import RopeConfig
 from dejavu.kernels.native import missing_reason
 from dejavu.loading import load
 from dejavu.model.fingerprint import model_hash
+from dejavu.model.gguf.header import Header
+from dejavu.model.source import read_config
 from helpers.gguf_files import Types, write_gguf
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19]])
@@ -72,12 +76,27 @@ def test_the_tokenizer_of_the_metadata(tmp_path: Path, tiny: Tiny, tok96: tokeni
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "mamba"}, r"GGUF architecture 'mamba' is not supported; supported: llama"),
-        ({"tokenizer": "llama"}, r"GGUF tokenizer 'llama' is not supported"),
-        ({"pre": "tekken"}, r"GGUF pre-tokenizer 'tekken' is not supported; supported: gpt-2, smollm"),
-        ({"extra": {"rope_freqs.weight": np.ones(4, dtype=np.float32)}}, r"tensor 'rope_freqs.weight' is not supported"),
+        ({"architecture": "mamba"}, r"GGUF architecture 'mamba' is not supported: it needs state-space or linear-attention layers"),
+        ({"architecture": "qwen3moe"}, r"GGUF architecture 'qwen3moe' is not supported: it needs mixtures of experts"),
+        ({"architecture": "gemma3n"}, r"'gemma3n' is not supported: it needs embeddings for each layer"),
+        ({"architecture": "bert"}, r"'bert' is not supported: it needs attention to both sides \(an encoder\)"),
+        ({"architecture": "clip"}, r"'clip' is not supported: it needs the layers of a vision model"),
+        ({"architecture": "gpt2"}, r"GGUF architecture 'gpt2' is not supported; supported: arcee, falcon, .*, stablelm, starcoder2"),
+        ({"keys": {"expert_count": 8}}, r"GGUF architecture 'llama' is not supported: it needs mixtures of experts"),
+        ({"keys": {"attention.clamp_kqv": 8.0}}, r"GGUF key 'llama.attention.clamp_kqv' is 8.0, which is not understood"),
+        ({"keys": {"a.new.key": 1}}, r"GGUF key 'llama.a.new.key' is 1, which is not understood and may change the numbers"),
+        ({"keys": {"rope.scaling.type": "magic"}}, r"llama.rope.scaling.type 'magic' has no tensors of factors"),
+        ({"keys": {"block_count": None}}, r"GGUF metadata has no 'llama.block_count'"),
+        ({"keys": {"attention.head_count": "four"}}, r"llama.attention.head_count must be a positive whole number, not 'four'"),
+        ({"keys": {"attention.value_length": 4}}, r"keys of 8 numbers and values of 4 are not supported"),
+        ({"keys": {"feed_forward_length": [48, 32]}}, r"llama.feed_forward_length differs by layer"),
+        ({"tokenizer": "rwkv"}, r"GGUF tokenizer 'rwkv' is not supported; supported: gpt2, llama, t5"),
+        ({"pre": "kimi-k2"}, r"GGUF pre-tokenizer 'kimi-k2' is not supported; supported: .*, gpt-2, .*, llama-bpe, .*, smollm"),
+        ({"extra": {"blk.0.attn_sinks.weight": np.ones(4, dtype=np.float32)}}, r"tensor 'blk.0.attn_sinks.weight' is not supported"),
+        ({"extra": {"rope_freqs.weight": np.zeros(4, dtype=np.float32)}}, r"tensor 'rope_freqs.weight' has values that are no positive"),
+        ({"extra": {"x": np.ones(4, dtype=np.int32)}}, r"tensor 'x' is of type I32, which is not read"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_what_is_not_supported_is_named(
     tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer, changes: dict[str, Any], message: str
@@ -87,14 +106,100 @@ def test_what_is_not_supported_is_named(
         open_fp32(tmp_path / "m.gguf")
 
 
+def test_keys_that_change_nothing_and_the_older_spelling_of_a_factor(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> None:
+    neutral = {
+        "expert_count": 0,
+        "attention.causal": True,
+        "logit_scale": 1.0,
+        "rope.scaling.finetuned": False,
+        "attention.sliding_window": 0,
+    }
+    write_gguf(tiny("llama"), tok96, tmp_path / "m.gguf", keys=neutral | {"rope.scale_linear": 4.0})
+    assert read_config(tmp_path / "m.gguf").rope == RopeConfig(type="linear", factor=4.0)
+
+
+def test_the_parts_of_a_split_file(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> None:
+    model = tiny("llama")
+    write_gguf(model, tok96, tmp_path / "m.gguf", parts=3)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"m-0000{index}-of-00003.gguf" for index in (1, 2, 3)]
+    for name in names:
+        loaded = open_fp32(tmp_path / name)
+        assert torch.equal(loaded.model(IDS), model(IDS)) and loaded.tokenizer.vocab_size == 96
+    (tmp_path / names[1]).rename(tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match=rf"part 3 of 3, and {names[1]} is not beside it"):
+        open_fp32(tmp_path / names[2])
+    with pytest.raises(ValueError, match=r"other.gguf is part 2 of 3; its name has to end in -00002-of-00003.gguf"):
+        open_fp32(tmp_path / "other.gguf")
+    (tmp_path / names[1]).write_bytes((tmp_path / names[2]).read_bytes())
+    with pytest.raises(ValueError, match=rf"{names[1]} says that it is part 2 of 3, counted from 0"):
+        open_fp32(tmp_path / names[0])
+
+
+def test_a_file_that_does_not_say_how_words_are_split_is_taken_as_llama_cpp_takes_it(
+    tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer
+) -> None:
+    write_gguf(tiny("llama"), tok96, tmp_path / "m.gguf", pre=None)
+    loaded = open_fp32(tmp_path / "m.gguf")
+    assert [note for note in loaded.notes if "tokenizer.ggml.pre" in note and "default is used" in note]
+    pieces = [piece for piece, _ in loaded.tokenizer.backend.pre_tokenizer.pre_tokenize_str("it's 12345")]
+    assert pieces == ["it", "'", "s", "Ġ", "123", "45"]
+
+
+def test_every_end_is_one(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> None:
+    """That of the text, of a turn and of a message by their keys, and control tokens that are known to be ends: </s> here."""
+    write_gguf(tiny("llama"), tok96, tmp_path / "m.gguf", ends={"eos": 1, "eot": 7, "eom": 9})
+    loaded = open_fp32(tmp_path / "m.gguf")
+    assert loaded.tokenizer.eos_token_ids == loaded.config.eos_token_ids == (1, 7, 9, 2)
+
+
 def test_truncated_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(tiny("llama"), tok96, path)
     content = path.read_bytes()
-    for length in (len(content) - 5000, len(content) // 2, 1000, 20, 2, 0):
+    for length in (len(content) - 5000, len(content) // 2, 1000, 500, 100, 20, 2, 0):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"m\.gguf is no readable GGUF file"):
             open_fp32(path)
+
+
+HUGE = struct.pack("<Q", 1 << 62)
+KEY = struct.pack("<Q", 1) + b"k"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"GGML" + bytes(40), r"begins with b'GGML'"),
+        (b"GGUF" + struct.pack("<I", 1) + bytes(40), r"its version is 1; versions 2 and 3 are read"),
+        (b"GGUF" + struct.pack(">I", 3) + bytes(40), r"big-endian"),
+        (b"GGUF" + struct.pack("<I", 3) + HUGE + HUGE, r"do not fit into 24 bytes"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + HUGE + bytes(40), r"truncated"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + KEY + struct.pack("<I", 99) + bytes(40), r"'k' has a value of type 99"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + KEY + struct.pack("<II", 9, 8) + HUGE + bytes(40),
+            r"array of 4611686018427387904 strings",
+        ),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + KEY + struct.pack("<II", 9, 4) + HUGE + bytes(40), r"truncated"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + KEY + struct.pack("<II", 9, 9) + HUGE + bytes(40), r"array of type 9, which is not read"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * (KEY + struct.pack("<IB", 0, 1)), r"the key 'k' twice"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 8, 999, 0) + bytes(99), r"type 999, which is not known"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 77, 8, 0, 0) + bytes(99), r"tensor 'k' has 77 axes"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 1 << 62, 0, 0) + bytes(99), r"within tensor 'k'"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 8, 0, 1 << 62) + bytes(99), r"within tensor 'k'"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 33, 8, 0) + bytes(99), r"rows of 33 in blocks of 32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_hostile_header_is_named_and_nothing_is_made_of_its_counts(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"m\.gguf is no readable GGUF file: .*{message}"):
+            Header(tmp_path / "m.gguf")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")

@@ -25,15 +25,20 @@ IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19, 23, 29], [2, 31, 37, 41, 43, 47, 5
 
 
 def saved(model: PreTrainedModel, tokenizer: tokenizers.Tokenizer, folder: Path) -> PreTrainedModel:
-    """Random values in *every* parameter (transformers starts biases at 0 and norms at 1), saved with a tokenizer."""
+    """A model of random values, saved with a tokenizer."""
+    randomise(model).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return model
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Random values in *every* parameter: transformers starts biases at 0 and norms at 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.normal_(centre, 0.2 if parameter.dim() == 1 else 0.3, generator=generator)
-    model.eval().save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return model
+    return model.eval()
 
 
 def reference_of(kind: str, fields: dict[str, Any]) -> PreTrainedModel:

@@ -113,6 +113,7 @@ def load_checkpoint(
     if file is not None:
         stored = (StoredTensor(tensor_name, values, source.stored_dtype) for tensor_name, values in file.tensors())
         targets = foreign_targets(config)
+        notes += file.notes
     else:
         generation = read_generation_config(path)
         sampling = generation.sampling

@@ -23,9 +23,11 @@ TOKENIZER_FILE = "tokenizer.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def byte_level_bpe(vocabulary: dict[str, int], merges: Iterable[tuple[str, str]], pre: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
-    """A byte-level BPE (the GPT-2 kind) without special tokens."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), fuse_unk=False))
+def byte_level_bpe(
+    vocabulary: dict[str, int], merges: Iterable[tuple[str, str]], pre: pre_tokenizers.PreTokenizer, *, whole: bool = False
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE (the GPT-2 kind) without special tokens. whole: a piece that is a token is taken as it is, whatever merges say."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), fuse_unk=False, ignore_merges=whole))
     backend.pre_tokenizer = pre  # pyrefly: ignore[bad-assignment]  # properties of the compiled class
     backend.decoder = decoders.ByteLevel()  # pyrefly: ignore[bad-assignment]
     return backend
