@@ -16,9 +16,10 @@ import torch
 from conftest import Tiny, open_fp32
 from dejavu.config import RopeConfig
 from dejavu.kernels.native import missing_reason
+from dejavu.kernels.quantized import QuantizedMatrix
 from dejavu.loading import load
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.gguf.header import Header
+from dejavu.model.gguf.header import Header, require_readable
 from dejavu.model.source import read_config
 from helpers.gguf_files import Types, write_gguf
 
@@ -200,6 +201,34 @@ def test_a_hostile_header_is_named_and_nothing_is_made_of_its_counts(tmp_path: P
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+READABLE = [kind for kind in Types if kind.name not in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0")]
+
+
+def test_every_type_that_gguf_turns_into_numbers_is_read_as_a_view_of_the_file(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    stored = {}
+    for kind in READABLE:
+        size, size_bytes = gguf.GGML_QUANT_SIZES[kind]
+        rows = generator.integers(0, 64, (3, 512 // size * size_bytes), dtype=np.uint8)  # small enough for finite scales
+        stored[kind.name] = rows.view({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
+        writer.add_tensor(kind.name, stored[kind.name], raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = Header(tmp_path / "m.gguf")
+    assert [(info.type, info.shape) for info in header.tensors.values()] == [(kind.name, (3, 512)) for kind in READABLE]
+    for name, info in header.tensors.items():
+        require_readable(header.path, info)
+        held = header.view(info)
+        assert held.data_ptr() == header.view(info).data_ptr(), "no copy"
+        want = gguf.quants.dequantize(stored[name], Types[name])
+        grid = {"F16": "fp16"}.get(name, name.lower())
+        found = held if name == "F32" else QuantizedMatrix(grid, held, None, 512).dequantize()
+        assert np.array_equal(found.numpy(), want, equal_nan=True), name
 
 
 @pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")

@@ -104,6 +104,27 @@ def test_a_file_of_the_family_equals_transformers(
         torch.testing.assert_close(torch.stack(found), logits[0, 4:], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_minicpm_is_llama_with_scales(tmp_path: Path, tok96: tokenizers.Tokenizer, stated: bool) -> None:
+    """transformers has no such class: its Llama, with the embedding, what blocks add and the logits scaled in the weights. Files of before
+    state no scales: those of MiniCPM 2B then."""
+    reference = randomise(reference_of("llama", WIDE))
+    round_weights(reference, Types.Q8_0)
+    embedding, depth, base = (3.0, 1.2, 32) if stated else (12.0, 1.4, 256)
+    keys = {"embedding_scale": embedding, "residual_scale": depth / 3**0.5, "logit_scale": 64 / base} if stated else {}
+    path = tmp_path / "m.gguf"
+    write_converted(reference, tok96, path, architecture="minicpm", kind=Types.Q8_0, keys=keys)
+    config = open_fp32(path).config
+    assert (config.embed_scale, config.logit_scale) == (embedding, pytest.approx(base / 64))
+    with torch.no_grad():
+        reference.model.embed_tokens.weight *= embedding
+        reference.lm_head.weight *= base / 64
+        for layer in reference.model.layers:
+            layer.self_attn.o_proj.weight *= depth / 3**0.5
+            layer.mlp.down_proj.weight *= depth / 3**0.5
+        torch.testing.assert_close(open_fp32(path).model(IDS), reference(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_every_family_has_a_map_or_no_architecture_of_gguf() -> None:
     assert set(FAMILIES) - {family.model_type for family in GGUF_FAMILIES.values()} == {"opt"}
     tested = {case[1] for case in CASES} | {"minicpm"}
