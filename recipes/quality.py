@@ -72,7 +72,7 @@ def rows(options: argparse.Namespace) -> Iterator[QualityRow]:
         subject = opened(options, "auto")
         lm = model_of(subject)
         passage = passage_of(lm, options)
-        with opened_peers(peer_names(options.against), subject, None, notes) as peers:
+        with opened_peers(peer_names(options.against), subject, options.gguf, notes) as peers:
             for peer in peers:
                 row = peer_quality(peer, passage, vocab_size=lm.config.vocab_size)
                 told = "tells no logits of this vocabulary" if row is None else f"perplexity {row.ppl:.3f}"
@@ -92,9 +92,12 @@ def main() -> None:
     parser.add_argument("--cache-dtype", default="auto")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--against", action="append", help="other programs, as of `dejavu bench`; may repeat")
+    parser.add_argument("--gguf", type=Path, help="the file that llama.cpp runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are appended")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of each text")
-    for row in rows(parser.parse_args()):
-        append_rows(RESULTS, [row])
+    options = parser.parse_args()
+    for row in rows(options):
+        append_rows(options.results, [row])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dejavu.engine.backends import CAPABILITIES
 from dejavu.files import write_json
 from dejavu.model.bundle import MODELS_FOLDER
 from dejavu.model.families import config_from_hf
+from dejavu.model.gguf.families import GGUF_FAMILIES
 from dejavu.model.rounding import ROUNDING_FILE
 from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_ops, gpu_speed
 from records import QUALITY, CurveResult, EvalResult, MethodResult, ProfileResult, Record, Result, TrainResult, records
@@ -149,7 +150,8 @@ LONG_ROPE = {"rope_type": "longrope", "long_factor": [1.0] * 8, "short_factor": 
 KINDS: list[tuple[str, str, dict[str, object]]] = [
     ("opt", "OPT 125M to 66B but 350M, opt-mini", {"ffn_dim": 48, "head_dim": None, "word_embed_proj_dim": 64}),
     ("opt", "OPT 350M", {"ffn_dim": 48, "head_dim": None, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
-    ("llama", "Llama 2 and 3, SmolLM2, ReluLLaMA, ProSparse (`sparsellama`)", {}),
+    ("llama", "Llama 2 and 3, SmolLM2", {}),
+    ("llama", "ReluLLaMA, ProSparse (`sparsellama`)", {"hidden_act": "relu"}),
     ("llama", "Llama with yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
     ("mistral", "Mistral 7B from v0.2", {"sliding_window": None}),
     ("mistral", "Mistral 7B v0.1", {"sliding_window": 8}),
@@ -164,20 +166,42 @@ KINDS: list[tuple[str, str, dict[str, object]]] = [
     ("gemma2", "Gemma 2", {"sliding_window": 8}),
     ("gemma3_text", "Gemma 3, text", {"sliding_window": 8}),
     ("falcon", "Falcon 7B, 40B, 180B", {"head_dim": None}),
-    ("minicpm", "MiniCPM, MiniCPM-S", {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}),
+    ("minicpm", "MiniCPM", {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}),
+    ("minicpm", "MiniCPM-S", {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "hidden_act": "relu"}),
+    ("granite", "Granite 3, dense", {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "logits_scaling": 8.0}),
+    ("starcoder2", "StarCoder2", {"hidden_act": "gelu_pytorch_tanh"}),
+    ("stablelm", "StableLM 2 1.6B", {"use_qkv_bias": True, "head_dim": None}),
+    ("stablelm", "StableLM, blocks side by side", {"use_parallel_residual": True, "head_dim": None}),
 ]
+# Of these models: how GGUF has them where the family's map does not say it, or why it has them not.
+GGUF_FORMS = {"Mistral 7B from v0.2": "`llama`, `mistral3`", "Mistral 7B v0.1": "`llama`, if the file states the window"}
+NO_ACTIVATION = "GGUF names no activation, and llama.cpp takes another"
+NO_GGUF = {
+    "OPT 125M to 66B but 350M, opt-mini": "llama.cpp has no OPT",
+    "OPT 350M": "llama.cpp has no OPT",
+    "ReluLLaMA, ProSparse (`sparsellama`)": NO_ACTIVATION,
+    "any with `drelu`": NO_ACTIVATION,
+    "MiniCPM-S": NO_ACTIVATION,
+}
 
 
 def families() -> str:
-    """Which architectures are read, and which backends compute them: what a config of that kind says of itself."""
+    """Which architectures are read from which form, and which backends compute them: what a config of that kind says of itself. A model is
+    the same from a folder and from a GGUF file, so a backend computes both or neither."""
     table = []
     for kind, models, fields in KINDS:
         config = config_from_hf(PLAIN | {"model_type": kind} | fields)
-        lacking = list(CAPABILITIES["cuda"].beyond(config))
-        native = "yes" if not CAPABILITIES["native"].beyond(config) else "no"
-        cuda = "yes" if not lacking else "no"
-        table.append([f"`{kind}`", models, "yes", native, cuda, ", ".join(lacking)])
-    return markdown(["model_type", "models", "torch", "native", "cuda", "what cuda does not compute"], table)
+        names = ", ".join(f"`{name}`" for name, family in GGUF_FAMILIES.items() if family.model_type == kind)
+        reasons = [f"GGUF: {NO_GGUF[models]}"] if models in NO_GGUF else []
+        form = "no" if reasons else GGUF_FORMS.get(models, names)
+        assert form, f"{models} are in no GGUF file: say why in NO_GGUF"
+        cells = []
+        for backend in ("torch", "native", "cuda"):
+            lacking = CAPABILITIES[backend].beyond(config)
+            cells.append("no" if lacking else "yes")
+            reasons += [f"{backend}: {', '.join(lacking)}"] if lacking else []
+        table.append([f"`{kind}`", models, "yes", form, *cells, "; ".join(reasons) or "nothing is lacking"])
+    return markdown(["model_type", "models", "folder", "GGUF", "torch", "native", "cuda", "why not"], table)
 
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

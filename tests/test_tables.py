@@ -13,6 +13,7 @@ import pytest
 
 from dejavu.bench import rows
 from dejavu.bench.rows import Measured, QualityRow, SpeedRow, read_rows
+from dejavu.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +37,16 @@ def test_pages_show_what_results_hold(tables: ModuleType) -> None:
         assert tables.rendered(text) == text, f"{page.name} is stale; run `make tables`"
         found += len(tables.MARK.findall(text))
     assert found >= 3
+
+
+def test_the_table_of_families_has_them_all_and_a_reason_for_every_no(tables: ModuleType) -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.families().splitlines()[2:]]
+    assert {row[0].strip("`") for row in rows} == set(FAMILIES)
+    for row in rows:
+        assert all(row), f"an empty cell: {row}"
+        lacking = [name for name, cell in zip(("GGUF", "torch", "native", "cuda"), row[3:7], strict=True) if cell == "no"]
+        told = [reason.split(": ")[0] for reason in row[7].split("; ") if ": " in reason]
+        assert lacking == told, row
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").iterdir()), ids=lambda path: path.name)

@@ -28,6 +28,7 @@ SPACE = "▁"  # SentencePiece's sign for one
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2, "padding": 0}, "gpt2": {}}  # llama.cpp's
 ENDS = ("eos", "eot", "eom")
+ODD = 0x9E3779B97F4A7C15  # any odd number of many bits
 END_TOKENS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>",
     "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>", "<eos>", "<end_of_utterance>", "<\uff5cend▁of▁sentence\uff5c>",
@@ -150,17 +151,39 @@ def _sentencepiece_bpe(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Every pair of tokens whose union is a token, the highest score of the union first; of one union the shortest first token first."""
-    ids = vocabulary.ids
-    texts = np.isin(vocabulary.types, (NORMAL, USER_DEFINED, UNUSED))
+    """Every pair of tokens whose union is a token, the highest score of the union first; of one union the shortest first token first.
+
+    A vocabulary of 262,144 tokens has a million places to cut one, so parts of tokens are looked up by numbers, all at once: by the sum of
+    their characters times powers of an odd number, modulo 2^64. Two of the same number would be refused by the library as no union.
+    """
     order = np.argsort(-np.asarray(vocabulary.scores), kind="stable")
-    unions = [vocabulary.tokens[index] for index in order[texts[order]].tolist()]
-    return [  # a million of them, so one expression
-        (first, second)
-        for union in unions
-        for cut in range(1, len(union))
-        if (first := union[:cut]) in ids and (second := union[cut:]) in ids
-    ]
+    tokens = [vocabulary.tokens[index] for index in order.tolist()]
+    texts = np.isin(vocabulary.types, (NORMAL, USER_DEFINED, UNUSED))[order]
+    lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    characters = np.frombuffer("".join(tokens).encode("utf-32-le"), "<u4").astype(np.uint64) + 1
+    powers, inverses = (np.cumprod(np.full(len(characters) + 1, each, np.uint64)) for each in (ODD, pow(ODD, -1, 1 << 64)))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(characters * powers[:-1])])
+
+    def number(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        return (sums[end] - sums[start]) * inverses[start]
+
+    numbers = number(starts, ends)
+    sorted_ids = np.argsort(numbers)
+    sorted_numbers = numbers[sorted_ids]
+
+    def token_of(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = np.searchsorted(sorted_numbers, part).clip(max=len(tokens) - 1)
+        return sorted_ids[at], sorted_numbers[at] == part
+
+    owner = np.repeat(np.arange(len(tokens)), lengths)
+    inside = np.repeat(texts, lengths)
+    inside[starts[lengths > 0]] = False
+    cuts = np.flatnonzero(inside)
+    (first, found), (second, also) = token_of(number(starts[owner[cuts]], cuts)), token_of(number(cuts, ends[owner[cuts]]))
+    pairs = np.flatnonzero(found & also)
+    return [(tokens[one], tokens[other]) for one, other in zip(first[pairs].tolist(), second[pairs].tolist(), strict=True)]
 
 
 def _unigram(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
