@@ -29,6 +29,7 @@ from dejavu.kernels.quantize import GROUP, dequantize_groups, dequantize_rows, q
 
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 VALUE_BYTES = {"fp64": 8.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / GROUP}
+GGUF_ROW = 1 << 14  # values of a row that the gguf package is given, at most
 BLOCK = 1 << 22  # values that are dequantised at a time where a product is made row by row
 
 
@@ -352,9 +353,12 @@ def _by_gguf(grid: str) -> Callable[[Tensor], Tensor]:
     def dequantized(raw: Tensor) -> Tensor:
         import gguf
 
+        size, size_bytes = gguf_block(grid)
+        # The package takes 16 rows at a time, whatever their length: short ones are put behind one another.
+        together = math.gcd(raw.numel() // size_bytes, max(1, GGUF_ROW // size)) * size_bytes
         with np.errstate(all="ignore"):  # infinite scales are the caller's to find
-            values = gguf.quants.dequantize(raw.cpu().numpy(), gguf.GGMLQuantizationType[grid.upper()])
-        return torch.from_numpy(values).to(raw.device)
+            values = gguf.quants.dequantize(raw.cpu().numpy().reshape(-1, together), gguf.GGMLQuantizationType[grid.upper()])
+        return torch.from_numpy(values).view(len(raw), -1).to(raw.device)
 
     return dequantized
 

@@ -161,6 +161,12 @@ class SeparateQueryKeyValue(nn.Module):
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """inv_freq fp32 [half of a head's rotated values], by rope type (the rules of transformers' modeling_rope_utils)."""
+    with torch.device("cpu"):  # worked out on the meta device these few numbers load torch's compiler, which takes seconds
+        found = _frequencies(rope, head_dim)
+    return found.to(torch.get_default_device())
+
+
+def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     size = rope.size(head_dim)
     inv_freq = 1.0 / rope.theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
     match rope.type:
