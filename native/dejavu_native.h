@@ -48,11 +48,11 @@ enum dejavu_op { /* parts of a block, for its profile */
   DEJAVU_OP_PREDICTOR = 0, DEJAVU_OP_ATTENTION, DEJAVU_OP_MLP, DEJAVU_OP_HEAD, DEJAVU_OP_OTHER, DEJAVU_OPS
 };
 
-/* rotary_factor: of what is rotated; attention_scale: of scores. */
+/* rotary_factor: of what is rotated; attention_scale: of scores. threads: that pack matrices. */
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
   int64_t position_offset;
-  int32_t activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout;
+  int32_t activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout, threads;
   float norm_eps, activation_threshold, rotary_factor, attention_scale;
 } dejavu_config;
 

@@ -20,7 +20,7 @@ const dejavu_model *complete(const dejavu_model *model) {
   require(!c.final_norm || !model->final_norm.weight.empty(), "the model has no final norm");
   for (const Layer &layer : model->layers)
     require((layer.given & QKV) == QKV && layer.o.present() && !layer.norm1.weight.empty() &&
-                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && layer.down.present(),
+                !layer.norm2.weight.empty() && layer.q_norm.empty() == layer.k_norm.empty() && layer.has_mlp,
             "a layer of the model lacks a part");
   return model;
 }
@@ -59,9 +59,9 @@ void dejavu_engine::set_predictor(int64_t layer, int predicted, const dejavu_mat
   check_matrix(A, A.rows, c.hidden_size, "a predictor's A");
   check_matrix(B, mlp ? c.intermediate_size : c.num_kv_heads, A.rows, "a predictor's B");
   made.A.allocate(arena, A.dtype, A.rows, A.columns);
-  made.A.fill(A);
+  made.A.fill(A, "a predictor's A");
   made.B.allocate(arena, B.dtype, B.rows, B.columns);
-  made.B.fill(B);
+  made.B.fill(B, "a predictor's B");
   made.threshold = threshold, made.lookahead = lookahead;
   LayerSelectors &selector = selectors[(size_t)layer];
   require(!mlp || selector.gate < 0, "the MLP of layer " + std::to_string(layer) + " selects by its gate: it takes no predictor");

@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "packing.h"
@@ -19,6 +20,7 @@ void check_config(const dejavu_config &c) {
   require(!c.rope || c.head_dim % 2 == 0, "head_dim must be even for rotary positions");
   require(c.activation >= DEJAVU_RELU && c.activation <= DEJAVU_GELU_TANH, "unknown activation " + std::to_string(c.activation));
   require(c.layout >= DEJAVU_BY_NEURON && c.layout <= DEJAVU_INPUT_MAJOR, "unknown layout " + std::to_string(c.layout));
+  require(c.threads >= 1 && c.threads <= 1024, "threads must lie between 1 and 1024, not " + std::to_string(c.threads));
   require(c.position_offset >= 0, "position_offset must not be negative");
 }
 
@@ -95,8 +97,6 @@ void check_matrix(const dejavu_matrix &m, int64_t rows, int64_t columns, const s
                                                          std::to_string(grid_of(m.dtype).block()));
   for (int64_t r = 0; m.dtype == DEJAVU_INT8 && r < rows; r++)
     if (!std::isfinite(((const float *)m.scale)[r])) throw BadValue(what + NOT_FINITE);
-  for (int64_t r = 0; has_grid(m.dtype) && r < rows; r++)
-    if (!finite_scales(m.dtype, given_row(m, r), given_scales(m, r), columns)) throw BadValue(what + NOT_FINITE);
 }
 
 void Matrix::view(int new_dtype, int64_t new_rows, int64_t new_columns, unsigned char *new_data, int64_t new_stride) {
@@ -111,23 +111,35 @@ void Matrix::allocate(Arena &arena, int new_dtype, int64_t new_rows, int64_t new
   panels = new_panels;
 }
 
-void Matrix::fill(const dejavu_matrix &source) {
+void Matrix::fill(const dejavu_matrix &source, const std::string &what, int threads) {
+  std::atomic<bool> finite{true};
+  if (rows * columns < 1 << 18) threads = 1;  // a thread takes longer to start
   if (panels) {
-    for (int64_t first = 0; first < columns; first += PAD) {
-      const unsigned char *outputs[PAD];
-      const int64_t count = std::min(PAD, columns - first);
-      for (int64_t o = 0; o < count; o++) outputs[o] = given_row(source, first + o);
-      pack_outputs(dtype, outputs, first, count, rows, width, data);
-    }
+    in_parallel(threads, (columns + OUTPUTS - 1) / OUTPUTS, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * OUTPUTS; first < std::min(end * OUTPUTS, columns); first += OUTPUTS) {
+        const unsigned char *outputs[OUTPUTS];
+        const int64_t count = std::min(OUTPUTS, columns - first);
+        for (int64_t o = 0; o < count; o++) outputs[o] = given_row(source, first + o);
+        if (!pack_outputs(dtype, outputs, first, count, rows, width, data)) finite.store(false);
+      }
+    });
   } else if (source.transposed) {
-    transpose(source, 0, columns, 0, data, stride);
+    in_parallel(threads, (columns + PAD - 1) / PAD, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * PAD;
+      transpose(source, first, std::min(end * PAD, columns) - first, first, data, stride);
+    });
   } else {
     const int64_t bytes = given_bytes(source);
-    for (int64_t r = 0; r < rows; r++) {
-      if (has_grid(dtype)) pack_row(dtype, given_row(source, r), given_scales(source, r), columns, width, data + r * stride);
-      else std::memcpy(data + r * stride, given_row(source, r), (size_t)bytes);
-    }
+    in_parallel(threads, rows, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        const unsigned char *row = given_row(source, r);
+        unsigned char *to = data + r * stride;
+        if (!has_grid(dtype)) std::memcpy(to, row, (size_t)bytes);
+        else if (!pack_row(dtype, row, given_scales(source, r), columns, width, to)) finite.store(false);
+      }
+    });
   }
+  if (!finite.load()) throw BadValue(what + NOT_FINITE);
   if (dtype == DEJAVU_INT8) {
     scale = Buffer<float>(rows);
     for (int64_t r = 0; r < rows; r++) scale[r] = ((const float *)source.scale)[stored_row(source, r)];
@@ -216,15 +228,15 @@ void dejavu_model::set_neurons(Layer &layer, const dejavu_matrix *gate, const de
 }
 
 // Neurons as records.
-void dejavu_model::set_records(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &down) {
-  struct Part { Matrix *matrix; const dejavu_matrix *source; int64_t bytes; };
-  const auto part = [&](Matrix &matrix, const dejavu_matrix &source) {
-    return Part{&matrix, &source, round_up(bytes_of(source.dtype, width), 4)};  // whatever lies behind it is aligned
+void dejavu_model::set_records(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &down, const std::string &where) {
+  struct Part { Matrix *matrix; const dejavu_matrix *source; const char *name; int64_t bytes; };
+  const auto part = [&](Matrix &matrix, const dejavu_matrix &source, const char *name) {
+    return Part{&matrix, &source, name, round_up(bytes_of(source.dtype, width), 4)};  // whatever lies behind it is aligned
   };
   std::vector<Part> record;
-  if (gate != nullptr) record.push_back(part(layer.gate, *gate));
-  record.push_back(part(layer.up, up));
-  if (!in_panels(down)) record.push_back(part(layer.down, down));
+  if (gate != nullptr) record.push_back(part(layer.gate, *gate, "gate"));
+  record.push_back(part(layer.up, up, "up"));
+  if (!in_panels(down)) record.push_back(part(layer.down, down, "down"));
   const std::vector<Part> parts = record;
   if (config.layout == DEJAVU_GATE_APART) {
     record.front().matrix->allocate(arena, record.front().source->dtype, config.intermediate_size, config.hidden_size);
@@ -237,7 +249,7 @@ void dejavu_model::set_records(Layer &layer, const dejavu_matrix *gate, const de
     each.matrix->view(each.source->dtype, config.intermediate_size, config.hidden_size, data + at, bytes);
     at += each.bytes;
   }
-  for (const Part &each : parts) each.matrix->fill(*each.source);
+  for (const Part &each : parts) each.matrix->fill(*each.source, each.name + where, config.threads);
 }
 
 void dejavu_model::set_mlp(int64_t index, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &given_down) {
@@ -251,20 +263,21 @@ void dejavu_model::set_mlp(int64_t index, const dejavu_matrix *gate, const dejav
   dejavu_matrix down = given_down;
   down.bias = nullptr;
   for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) *matrix = Matrix();
-  layer.neuron_panels.clear();
+  layer.neuron_panels.clear(), layer.has_mlp = false;
   if (input_major()) {
     if (gate != nullptr) check_input_major(*gate, "gate" + where);
     check_input_major(up, "up" + where);
     check_input_major(down, "down" + where);
     set_neurons(layer, gate, up);
   } else {
-    set_records(layer, gate, up, down);
+    set_records(layer, gate, up, down, where);
   }
   if (input_major() || in_panels(down)) {
     layer.down.allocate(arena, down.dtype, neurons, size, in_panels(down));
-    layer.down.fill(down);
+    layer.down.fill(down, "down" + where, config.threads);
   }
   set_output_bias(layer.down_bias, given_down);
+  layer.has_mlp = true;
 }
 
 void dejavu_model::set_norm(Norm &norm, const dejavu_matrix &matrix, const std::string &what) {
@@ -288,9 +301,10 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   const dejavu_config &c = config;
   const auto own = [&](Matrix &matrix, int64_t rows, int64_t columns, const std::string &what) {
     check_matrix(m, rows, columns, what);
-    matrix = Matrix();
-    matrix.allocate(arena, m.dtype, rows, columns);
-    matrix.fill(m);
+    Matrix made;
+    made.allocate(arena, m.dtype, rows, columns);
+    made.fill(m, what, c.threads);
+    matrix = std::move(made);
   };
   switch (part) {
     case DEJAVU_EMBED: return own(embed, c.vocab_size, c.embed_size, "the embedding");
@@ -331,9 +345,10 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
       if (input_major()) check_input_major(m, "o" + where);
       dejavu_matrix rows = m;
       rows.bias = nullptr;
-      layer.o = Matrix();
-      layer.o.allocate(arena, m.dtype, queries, c.hidden_size, in_panels(m));
-      layer.o.fill(rows);
+      Matrix made;
+      made.allocate(arena, m.dtype, queries, c.hidden_size, in_panels(m));
+      made.fill(rows, "o" + where, c.threads);
+      layer.o = std::move(made);
       return set_output_bias(layer.o_bias, m);
     }
     default: throw BadValue("unknown part " + std::to_string(part));

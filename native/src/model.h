@@ -58,8 +58,9 @@ struct Matrix {
   // Copies rows [from, from + count) of a matrix, one for each output, into columns first, first + 1, ... of this one, whose rows are of
   // inputs: scale and bias are then by column. Takes what `check_matrix` let pass.
   void fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first);
-  // Copies or packs values, scales and bias of what `check_matrix` let pass.
-  void fill(const dejavu_matrix &source);
+  // Copies or packs values, scales and bias of what `check_matrix` let pass. Raises BadValue naming `what` where values are not finite that
+  // a grid cannot hold; the matrix is then of no use.
+  void fill(const dejavu_matrix &source, const std::string &what, int threads = 1);
   // values[k] *= scale of row idx[k], or of row first + k: of dtypes with a scale for each row.
   void scale_rows(const int32_t *idx, int64_t first, int64_t count, float *values) const {
     if (dtype != DEJAVU_INT8) return;
@@ -82,6 +83,7 @@ struct Layer {
   // Input-major, in place of q, k, v, gate and up: of some heads (queries, then keys, then values), and of a chunk's neurons (gate | up).
   std::vector<Matrix> head_panels, neuron_panels;
   uint32_t given = 0;  // bits of q, k and v where they are set
+  bool has_mlp = false;
   Buffer<float> o_bias, down_bias, q_norm, k_norm;  // norms of heads: empty where there are none
 };
 
@@ -121,7 +123,7 @@ struct dejavu_model {
   void allocate_heads(Layer &layer, int dtype);
   void set_heads(Layer &layer, const dejavu_matrix &source, int64_t first_head, int64_t heads, const std::string &what);
   void set_neurons(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up);
-  void set_records(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &down);
+  void set_records(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &down, const std::string &where);
   void set_norm(Norm &norm, const dejavu_matrix &matrix, const std::string &what);
   void set_output_bias(Buffer<float> &bias, const dejavu_matrix &source);
 };

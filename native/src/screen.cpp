@@ -38,9 +38,9 @@ Screen::Screen(const dejavu_model &model, Arena &arena, int threads, int64_t max
   check_matrix(A, A.rows, model.config.embed_size, "a screen's A");
   check_matrix(B, model.config.vocab_size, A.rows, "a screen's B");
   A_.allocate(arena, A.dtype, A.rows, A.columns);
-  A_.fill(A);
+  A_.fill(A, "a screen's A");
   B_.allocate(arena, B.dtype, B.rows, B.columns);
-  B_.fill(B);
+  B_.fill(B, "a screen's B");
   for (Scratch &own : scratch_) {
     own.low = Vectors(1, B_.width, rank_forms(model));
     own.ranks = Buffer<uint64_t>(std::max<int64_t>(2 * count, threads * count));

@@ -202,6 +202,7 @@ def native_config(config: ModelConfig, layout: str) -> native.ConfigStruct:
         rope=config.positions == "rope",
         tied_head=config.tied_head,
         layout=native.LAYOUTS[layout],
+        threads=native.default_threads(),
         norm_eps=config.norm_eps,
         activation_threshold=config.activation_threshold,
         rotary_factor=1.0 if config.rope is None else config.rope.attention_factor,
