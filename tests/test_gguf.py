@@ -88,6 +88,7 @@ def test_the_tokenizer_of_the_metadata(tmp_path: Path, tiny: Tiny, tok96: tokeni
         ({"keys": {"a.new.key": 1}}, r"GGUF key 'llama.a.new.key' is 1, which is not understood and may change the numbers"),
         ({"keys": {"rope.scaling.type": "magic"}}, r"llama.rope.scaling.type 'magic' has no tensors of factors"),
         ({"keys": {"block_count": None}}, r"GGUF metadata has no 'llama.block_count'"),
+        ({"keys": {"block_count": 1 << 31}}, r"has 2147483648 layers by its metadata and tensors of 2"),
         ({"keys": {"attention.head_count": "four"}}, r"llama.attention.head_count must be a positive whole number, not 'four'"),
         ({"keys": {"attention.value_length": 4}}, r"keys of 8 numbers and values of 4 are not supported"),
         ({"keys": {"feed_forward_length": [48, 32]}}, r"llama.feed_forward_length differs by layer"),
@@ -188,7 +189,8 @@ KEY = struct.pack("<Q", 1) + b"k"
         (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 77, 8, 0, 0) + bytes(99), r"tensor 'k' has 77 axes"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 1 << 62, 0, 0) + bytes(99), r"within tensor 'k'"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 8, 0, 1 << 62) + bytes(99), r"within tensor 'k'"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 33, 8, 0) + bytes(99), r"rows of 33 in blocks of 32"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 33, 8, 0) + bytes(99), r"is \[33\] in blocks of 32"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + KEY + struct.pack("<IQIQ", 1, 0, 0, 0) + bytes(99), r"is \[0\] in blocks of 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -144,6 +144,8 @@ class GGUFFamily:
     def config(self, source: Source) -> dict[str, Any]:
         """The Hugging Face config that the metadata stand for. ValueError names a key that is missing or not understood."""
         self._check_keys(source)
+        layers, held = source.whole("block_count"), len({name.split(".")[1] for name in source.tensors if name.startswith("blk.")})
+        require(layers <= held, f"{source.path} has {layers} layers by its metadata and tensors of {held}; incomplete?")
         stated = {field: source.get(key) for key, field in self.keys.items()}
         key, epsilon = self.epsilon
         found: dict[str, Any] = {

@@ -101,16 +101,21 @@ class GGUFFile:
             else:
                 module = parts[2] if len(parts) == 4 else ""
                 prefix, modules = f"layers.{parts[1]}.", self.family.fused.get(module) or (renamed.get(module),)
-            rows = _rows_of(modules, config)
-            for own, part in zip(modules, [slice(None)] if rows is None else rows, strict=True):
+            first = 0
+            for own in modules:
                 plain = None if own is None else _plain_name(f"{prefix}{own}.{parts[-1]}", config)
                 require(plain is not None, f"{self.path}: tensor {name!r} is not supported for architecture {self.source.architecture!r}")
                 assert own is not None and plain is not None
-                yield plain, self._matrix(f"{prefix}{own}.{parts[-1]}", own, info, part, config)
+                last = first + _num_rows(own, config) if len(modules) > 1 else info.shape[0]
+                yield plain, self._matrix(f"{prefix}{own}.{parts[-1]}", own, info, slice(first, last), config)
+                first = last
 
     def _matrix(self, name: str, own: str, info: TensorInfo, rows: slice, config: ModelConfig) -> Matrix:
+        """Some rows of a tensor: those of one module."""
         order = _halves_apart(own, config) if self.family.pairs else None
-        if len(info.shape) != 2 or info.type == "F32":
+        whole = rows.stop <= info.shape[0] and (order is None or len(order) == rows.stop - rows.start) and len(info.shape) <= 2
+        require(whole, f"{self.path}: tensor {info.name!r} is {list(info.shape)}, which does not fit the sizes in the metadata")
+        if len(info.shape) == 1 or info.type == "F32":
             values = self._plain(info)[rows]
             values = values if order is None else values[order]
             return values - self.family.norm_shift if self.family.norm_shift and is_norm_weight(name) else values
@@ -118,12 +123,12 @@ class GGUFFile:
         return matrix if order is None else matrix.rows(order)
 
     def _quantized(self, info: TensorInfo) -> QuantizedMatrix:
-        return QuantizedMatrix(FLOATS.get(info.type, info.type.lower()), self._view(info), None, info.shape[-1])
+        held = self._view(info)
+        return QuantizedMatrix(FLOATS.get(info.type, info.type.lower()), held.view(-1, held.shape[-1]), None, info.shape[-1])
 
     def _plain(self, info: TensorInfo) -> Tensor:
         """Its values fp32: a view where they are stored so."""
-        held = self._view(info)
-        return held if held.dtype == torch.float32 else wide(self._quantized(info)) if held.dim() == 2 else held.float()
+        return self._view(info) if info.type == "F32" else wide(self._quantized(info)).view(info.shape)
 
     def _view(self, info: TensorInfo) -> Tensor:
         return self.owner[info.name].view(info)
@@ -137,18 +142,14 @@ def _plain_name(ours: str, config: ModelConfig) -> str | None:
         return None
 
 
-def _rows_of(modules: tuple[str | None, ...], config: ModelConfig) -> list[slice] | None:
-    """Which rows of a stored matrix each of the modules is; None of one that is not fused."""
-    if len(modules) == 1:
-        return None
-    heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    sizes = {"q": heads, "k": groups, "v": groups, "gate": config.intermediate_size, "up": config.intermediate_size}
-    found, first = [], 0
-    for module in modules:
-        assert module is not None
-        found.append(slice(first, first + sizes[module]))
-        first += sizes[module]
-    return found
+def _num_rows(module: str, config: ModelConfig) -> int:
+    """Of a module that may be stored within another: its outputs."""
+    match module:
+        case "q":
+            return config.num_heads * config.head_dim
+        case "k" | "v":
+            return config.num_kv_heads * config.head_dim
+    return config.intermediate_size
 
 
 def _halves_apart(module: str, config: ModelConfig) -> Tensor | None:

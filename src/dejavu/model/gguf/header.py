@@ -81,7 +81,7 @@ class Header:
     def view(self, info: TensorInfo) -> Tensor:
         """The tensor without a copy: fp32, fp16 and bf16 in their shape, any other type as the bytes of its rows, uint8 [.., bytes]."""
         held = self._bytes[info.start : info.start + info.size].view(TORCH_TYPES.get(info.type, torch.uint8))
-        return held.view(*info.shape[:-1], -1) if info.count else held.new_empty(info.shape)
+        return held.view(*info.shape[:-1], -1)
 
 
 class Strings(Sequence[str]):
@@ -213,8 +213,8 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInf
     found: dict[str, TensorInfo] = {}
     for name, (shape, kind, place) in told.items():
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        if shape[-1] % block or place % alignment:
-            raise DamagedError(f"tensor {name!r} has rows of {shape[-1]} in blocks of {block}, at byte {place}")
+        if shape[-1] % block or place % alignment or 0 in shape:
+            raise DamagedError(f"tensor {name!r} is {list(shape)} in blocks of {block} of a row, at byte {place}")
         info = TensorInfo(name, kind.name, shape, data + place, 0)
         size = info.count // block * block_bytes
         if info.start + size > cursor.size:
