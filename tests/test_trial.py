@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Tiny
-from dejavu.bench.trial import DENSITIES, TrialRow, advise, memory_needed, trial, ways, weights_of
+from dejavu.bench.trial import DENSITIES, TrialRow, advise, memory_needed, trial, ways
 from dejavu.cli import trial as command
 from dejavu.cli.main import run
 from dejavu.engine.options import EngineOptions
@@ -145,8 +145,9 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
     error = capsys.readouterr().err
     assert "model in fp32 takes about 0.0 GB, and 0.0 GB are free on this machine; take a smaller model" in error and error.count("\n") == 1
     config = tiny("llama").config
-    assert memory_needed(config, backend="torch", dtype="fp32") == weights_of(config, "fp32")
-    assert memory_needed(config, backend="native", dtype="int8") == 4 * weights_of(config, "int8")
+    sizes = {"fp16": 1000, "q4_1": 320}
+    assert memory_needed(sizes, config, backend="torch", dtype="fp32") == 4 * 1320
+    assert memory_needed(sizes, config, backend="native", dtype="stored") == 4 * (2000 + 200)
     assert (command.peak_bytes("torch") or 0) > 1e7
 
 

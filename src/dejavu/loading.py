@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,12 +21,13 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
 from dejavu.model.checkpoint import load_checkpoint, resolve_model
 from dejavu.model.download import Download
+from dejavu.model.families import parameter_shapes
 from dejavu.model.hub import adapter_folder, packaged_file
 from dejavu.model.hub_name import hub_name
 from dejavu.model.rounding import rounding_note
-from dejavu.model.source import open_source
+from dejavu.model.source import ModelSource, open_source
 
-BeforeWeights = Callable[[ModelConfig, str, str], object]
+BeforeWeights = Callable[[ModelConfig, str, str, Mapping[str, int]], object]
 
 
 def load(
@@ -54,8 +56,9 @@ def load(
     values, likewise: auto (on the native backend fp32 with fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
     native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine. backend: auto takes torch for an architecture or an adapter's
-    method that the other one does not compute, with a note. before_weights: called with the architecture, the backend and the dtype
-    before any weight is read, and also before any is fetched (but of a GGUF file); what it raises ends the loading. Raises ValueError for
+    method that the other one does not compute, with a note. before_weights: called with the architecture, the backend, the dtype (or
+    "stored") and how many values the file stores as which type, before any weight is read, and also before any is fetched (but of a GGUF
+    file); what it raises ends the loading. Raises ValueError for
     what is not found, not fetched, damaged, unavailable or of another model.
     """
     requested = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
@@ -63,14 +66,16 @@ def load(
     if threads is not None:
         set_threads(threads)
 
-    def settle(config: ModelConfig, stored: str | None = None) -> tuple[str, tuple[str, ...]]:
+    def settle(config: ModelConfig, source: ModelSource | None = None) -> tuple[str, tuple[str, ...]]:
         """The backend, and what keeps it from being the one requested. What is wrong is said here, before weights."""
         lacking = CAPABILITIES[requested].beyond(config)
         require(backend == "auto" or not lacking, f"backend {requested!r} does not compute {', '.join(lacking)}; use --backend torch")
         settled = "torch" if lacking else requested
         _check_dtype(dtype, settled)
         if before_weights is not None:
-            before_weights(config, settled, own_dtype(stored or "fp32", settled) if dtype == "auto" else dtype)
+            stored = "fp32" if source is None else source.stored_dtype  # of what is not fetched yet nothing is known
+            sizes = {stored: sum(map(math.prod, parameter_shapes(config).values()))} if source is None else source.sizes
+            before_weights(config, settled, held_dtype(dtype, stored, settled), sizes)
         return settled, lacking
 
     name = str(name)
@@ -84,13 +89,13 @@ def load(
         adapter = adapter_folder(adapter, download=download)  # found before the weights are read
     source = open_source(path)
     stored = source.stored_dtype
-    backend, lacking = settle(source.config, stored)
+    backend, lacking = settle(source.config, source)
     capabilities = CAPABILITIES[backend]
     device = "cuda" if backend == "cuda" else "cpu"
     a_path = name not in bundled_models() and Path(name).expanduser().exists()  # else it is what bundles and the hub call it
     hub = None if a_path else hub_name(name)
     called = None if a_path else name if hub is None else hub.model
-    held = dtype if dtype != "auto" else "stored" if capabilities.packs else own_dtype(stored, backend)
+    held = held_dtype(dtype, stored, backend)
     check_fits(called or path.name, source.sizes, dtypes=capabilities.dtypes, dtype=held, free=free_bytes(backend))
     computed = None if capabilities.packs else TORCH_DTYPES[held]
     checkpoint = load_checkpoint(source, dtype=computed, device=device, name=called)
@@ -138,6 +143,13 @@ def set_threads(threads: int) -> None:
     cores = os.cpu_count() or 1
     require(1 <= threads <= cores, f"threads must lie between 1 and {cores} (the cores of this machine), not {threads}")
     torch.set_num_threads(threads)
+
+
+def held_dtype(dtype: str, stored: str, backend: str) -> str:
+    """In what the weights are held there, for a value of --dtype: one of DTYPES, or stored."""
+    if dtype != "auto":
+        return dtype
+    return "stored" if CAPABILITIES[backend].packs else own_dtype(stored, backend)
 
 
 def own_dtype(stored: str, backend: str) -> str:

@@ -107,8 +107,8 @@ class Formats:
     @property
     def projections(self) -> tuple[StorageFormat, StorageFormat]:
         """Into the model's width and out of it."""
-        names = None if self.grids is None else self.grids.projections
-        first, second = names or (self.weights, self.weights)
+        grids = self.grids
+        first, second = (self.weights, self.weights) if grids is None else grids.projections or (grids.embed, grids.embed)
         return STORAGE_FORMATS[first], STORAGE_FORMATS[second]
 
 

@@ -8,17 +8,16 @@ Speeds come from the benchmark's own steps and checks, all ways in turns; perple
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dejavu.bench.bytes_read import STORAGE_FORMATS
 from dejavu.bench.decode import bench
 from dejavu.bench.fastest import room
 from dejavu.bench.models.density import rethresholded
 from dejavu.bench.variants import DENSE_VARIANT, Layers, Variant, check_mode
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, Config, ModelConfig, Progress, require
+from dejavu.engine.footprint import weight_bytes
 from dejavu.engine.options import EngineOptions
-from dejavu.model.families import parameter_shapes
 from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, dense_selection, paired_rise, perplexity
@@ -71,21 +70,16 @@ class _Way:
     keeps: float | None = None
 
 
-def weights_of(config: ModelConfig, dtype: str) -> int:
-    """Bytes of a model's weights in a dtype of STORAGE_FORMATS, scales included."""
-    shapes = parameter_shapes(config).values()
-    return round(sum(shape[0] * STORAGE_FORMATS[dtype].row(shape[1]) if len(shape) == 2 else 4 * shape[0] for shape in shapes))
-
-
-def memory_needed(config: ModelConfig, *, backend: str, dtype: str) -> int:
+def memory_needed(sizes: Mapping[str, int], config: ModelConfig, *, backend: str, dtype: str) -> int:
     """Bytes that a trial takes at least: the model and, on the native engine, a packed copy for each layout of the ways to select.
 
-    The native engine's model holds its weights in the engine's dtype, too.
+    sizes, dtype: as of `weight_bytes` (engine/footprint.py). The native engine's model holds its weights in the engine's dtype, too.
     """
+    weights = weight_bytes(sizes, dtype)
     if backend != "native":
-        return weights_of(config, dtype)
+        return weights
     layouts = 2 if config.activation in EXACT_ZERO_ACTIVATIONS else 3
-    return (1 + layouts) * weights_of(config, dtype)
+    return (1 + layouts) * weights
 
 
 def ways(model: Transformer, ids: Sequence[int], own: Layers | None) -> list[_Way]:
@@ -157,7 +151,7 @@ def trial(
         )  # fmt: skip
     rows += notes.values()
     advice, command = advise(rows, called, chatted, zeros=model.config.activation in EXACT_ZERO_ACTIVATIONS)
-    return Trial(rows=tuple(rows), advice=advice, command=command, weight_bytes=weights_of(model.config, options.dtype))
+    return Trial(rows=tuple(rows), advice=advice, command=command, weight_bytes=weight_bytes(model.sizes(), options.dtype))
 
 
 def advise(rows: Sequence[TrialRow], called: str, chatted: str, *, zeros: bool) -> tuple[str, str]:

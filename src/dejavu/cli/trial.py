@@ -55,7 +55,7 @@ def trial(
     lm = open_model(
         model, out, options, seed=seed, adapter=adapter,
         download=download, offline=offline,
-        before_weights=lambda config, picked, held: check_fits(model, config, picked, held),
+        before_weights=lambda config, picked, held, sizes: check_fits(model, config, picked, held, sizes),
     )  # fmt: skip
     engine = {"--backend": backend, "--dtype": dtype}
     called = " ".join([model, *_given(engine)])  # for the command to run next
@@ -99,7 +99,7 @@ def _given(options: Mapping[str, object]) -> list[str]:
     return [f"{name} {value}" for name, value in options.items() if value not in (None, "auto")]
 
 
-def check_fits(name: str, config: ModelConfig, backend: str, dtype: str) -> None:
+def check_fits(name: str, config: ModelConfig, backend: str, dtype: str, sizes: Mapping[str, int]) -> None:
     """Raise ValueError where this machine's free memory is less than a trial takes, before weights are read."""
     import torch
 
@@ -108,13 +108,14 @@ def check_fits(name: str, config: ModelConfig, backend: str, dtype: str) -> None
     from dejavu.files import absolute
     from dejavu.kernels.memory import available_bytes
 
-    needed = memory_needed(config, backend=backend, dtype=dtype)
+    needed = memory_needed(sizes, config, backend=backend, dtype=dtype)
     free = torch.cuda.mem_get_info()[0] if backend == "cuda" else available_bytes(absolute("/"))
     where = "on the GPU" if backend == "cuda" else "on this machine"
     fix = "give --dtype int8 or close other programs" if backend == "native" and dtype != "int8" else "take a smaller model"
     short = free is not None and needed > free
     gigabytes = f"about {needed / 1e9:.1f} GB, and {(free or 0) / 1e9:.1f} GB are free {where}"
-    require(not short, f"{name} in {dtype} takes {gigabytes}; {fix}")
+    held = "as it is stored" if dtype == "stored" else f"in {dtype}"
+    require(not short, f"{name} {held} takes {gigabytes}; {fix}")
 
 
 def peak_bytes(backend: str) -> int | None:

@@ -47,10 +47,6 @@ from dejavu.model.layers import (
 M = TypeVar("M", bound=nn.Module)
 
 
-def _parts(matrix: AnyMatrix) -> tuple[Matrix, ...]:
-    return matrix.parts if isinstance(matrix, Stacked) else (matrix,)
-
-
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
     """What exists when a layer selects. In a post-norm model these are the un-normed inputs of the two blocks.
@@ -292,13 +288,18 @@ class Transformer(nn.Module):
     @property
     def stored_as(self) -> str:
         """The form that its matrices are held in, most of them: fp32, fp16, bf16, int8, int4, or a file's own word, such as q4_k_m."""
-        if self.label is not None:
-            return self.label
+        return self.label or self.sizes().most_common(1)[0][0]
+
+    def sizes(self) -> Counter[str]:
+        """How many values of it are held as which type."""
         sizes: Counter[str] = Counter()
+        for parameter in self.parameters():
+            sizes[DTYPE_NAMES[parameter.dtype]] += parameter.numel()
         for module in self.modules():
-            for part in _parts(module.held) if isinstance(module, Held) else ():
+            quantized = module.quantized if isinstance(module, Held) else None
+            for part in () if quantized is None else quantized.parts if isinstance(quantized, Stacked) else (quantized,):
                 sizes[part.grid if isinstance(part, QuantizedMatrix) else DTYPE_NAMES[part.dtype]] += part.numel()
-        return sizes.most_common(1)[0][0]
+        return sizes
 
     @property
     def num_parameters(self) -> int:
