@@ -54,7 +54,8 @@ class LlamaCppPeer:
                 raise ValueError(f"llama.cpp cannot start on {file.name}: {_last(errors)}")
         description = ctypes.create_string_buffer(128)
         self._library.llama_model_desc(self._model, description, len(description))
-        self.dtype = description.value.decode().split()[-1].lower()  # "llama 256M Q4_1"
+        kind, *size = description.value.decode().split(" - ")  # "llama 256M Q4_1", "gemma3 270M Q4_K - Medium"
+        self.dtype = "_".join([kind.split()[-1], *(each[0] for each in size)]).lower()
 
     def _requantised(self, source: Path, target: Path, file_type: str, errors: list[str]) -> Path:
         options = self._library.llama_model_quantize_default_params()
