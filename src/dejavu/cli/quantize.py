@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dejavu.cli.options import AsJson, Download, Model, Offline, Seed, Texts, Threads, open_model
+from dejavu.cli.options import AsJson, Backend, Download, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, progress_bars, resumable
 from dejavu.engine.options import EngineOptions
 
@@ -28,6 +28,7 @@ def quantize(
     eval_text: Annotated[
         list[str] | None, typer.Option("--eval-text", metavar="FILE", help="What to measure on; not set: a part of the text; may repeat.")
     ] = None,
+    backend: Backend = "auto",
     threads: Threads = None,
     seed: Seed = 0,
     download: Download = False,
@@ -36,6 +37,7 @@ def quantize(
 ) -> None:
     """Round a model to few bits with its activations in view; writes a folder that loads as it is, and says what it costs."""
     from dejavu.cli.accept import TOLERANCE
+    from dejavu.config import require
     from dejavu.files import absolute, check_replaceable, new_folder
     from dejavu.kernels.native import missing_reason
     from dejavu.model.bundle import write_grids
@@ -44,13 +46,14 @@ def quantize(
 
     out = Output(as_json)
     config = QuantizeConfig(dtype=dtype, int8=tuple(kind for kind in int8.split(",") if kind), max_tokens=max_tokens)
+    require(backend != "cuda", "a model is quantised on the CPU; choose --backend native or torch")
     target = absolute(output)
     check_replaceable(target)
     texts = list(named_texts(text).values())
     unseen = None if eval_text is None else list(named_texts(eval_text).values())
-    # The native backend leaves matrices as they are stored; keys and values are not rounded while one calibrates.
-    backend = "torch" if missing_reason() is not None else "native"
-    options = EngineOptions(backend=backend, cache_dtype="fp32", threads=threads)
+    # Native leaves matrices as they are stored; torch makes them fp32, for architectures that native lacks. No rounded keys and values.
+    picked = backend if backend != "auto" else "native" if missing_reason() is None else "torch"
+    options = EngineOptions(backend=picked, dtype="auto" if picked == "native" else "fp32", cache_dtype="fp32", threads=threads)
     lm = open_model(model, out, options, seed=seed, download=download, offline=offline)
     calibration, check = calibration_windows(lm.tokenizer, lm.config, texts, unseen, config)
     with resumable("nothing was written; run the command again"), progress_bars() as progress:
