@@ -52,16 +52,16 @@ def load(
 
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder or hub id, an Adapter,
     or None to run dense. dtype: auto (what the file stores, see own_dtype), fp32, fp16, bf16, and on the native backend int8 and int4;
-    there the matrices are rounded to what the dtype holds, for evaluation too. cache_dtype: of keys and
-    values, likewise: auto (on the native backend fp32 with fp32 weights, else fp16), fp32, fp16, int8. screened_head: of the
-    native backend, how many tokens a step gives exact logits (0: all), see kernels/screen.py; evaluation has the full head.
+    there the matrices are rounded to what the dtype holds, for evaluation too; stored keeps each as it is on backend torch, too, and
+    computes in fp32: little memory, slowly. cache_dtype: of keys and values, likewise: auto (on the native backend fp32 with fp32
+    weights, else fp16), fp32, fp16, int8. screened_head: of the native backend, how many tokens a step gives exact logits (0: all), see
+    kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine. backend: auto takes torch for an architecture or an adapter's
     method that the other one does not compute, with a note. before_weights: called with the architecture, the backend, the dtype (or
     "stored") and how many values the file stores as which type, before any weight is read, and also before any is fetched (but of a GGUF
-    file); what it raises ends the loading. Raises ValueError for
-    what is not found, not fetched, damaged, unavailable or of another model.
+    file); what it raises ends the loading. Raises ValueError for what is not found, not fetched, damaged, unavailable or of another model.
     """
-    requested = pick_backend(backend, dtype="fp32" if dtype == "auto" else dtype)
+    requested = pick_backend(backend, dtype="fp32" if dtype in ("auto", "stored") else dtype)
     _check_dtype(dtype, requested)
     if threads is not None:
         set_threads(threads)
@@ -97,7 +97,7 @@ def load(
     called = None if a_path else name if hub is None else hub.model
     held = held_dtype(dtype, stored, backend)
     check_fits(called or path.name, source.sizes, dtypes=capabilities.dtypes, dtype=held, free=free_bytes(backend))
-    computed = None if capabilities.packs else TORCH_DTYPES[held]
+    computed = None if held == "stored" or capabilities.packs else TORCH_DTYPES[held]
     checkpoint = load_checkpoint(source, dtype=computed, device=device, name=called)
     if adapter == "bundled":
         adapter = named or checkpoint.adapter_folder
@@ -105,13 +105,13 @@ def load(
         adapter = Adapter.load(adapter, model=checkpoint.config, base_hash=checkpoint.base_hash)
     options = EngineOptions(
         backend=backend,
-        dtype=dtype if capabilities.packs else "auto",
+        dtype=dtype if capabilities.packs and dtype != "stored" else "auto",
         cache_dtype=cache_dtype,
         screened_head=screened_head,
         threads=threads,
     )
     if capabilities.packs:  # what is evaluated has the values that the engine computes with
-        cached = capabilities.cache_dtype(cache_dtype, dtype=checkpoint.model.stored_as if dtype == "auto" else dtype)
+        cached = capabilities.cache_dtype(cache_dtype, dtype=checkpoint.model.stored_as if held == "stored" else dtype)
         model = checkpoint.model.rounded(held, cache_dtype=cached)
         checkpoint = dataclasses.replace(checkpoint, model=model)
     lm = LanguageModel(checkpoint, options, adapter=adapter)
@@ -146,10 +146,11 @@ def set_threads(threads: int) -> None:
 
 
 def held_dtype(dtype: str, stored: str, backend: str) -> str:
-    """In what the weights are held there, for a value of --dtype: one of DTYPES, or stored."""
-    if dtype != "auto":
+    """In what the weights are held there, for a value of --dtype: one of DTYPES, or stored: each matrix as the file has it."""
+    packs = CAPABILITIES[backend].packs
+    if dtype not in ("auto", "stored"):
         return dtype
-    return "stored" if CAPABILITIES[backend].packs else own_dtype(stored, backend)
+    return "stored" if packs or (dtype == "stored" and backend == "torch") else own_dtype(stored, backend)
 
 
 def own_dtype(stored: str, backend: str) -> str:
@@ -163,8 +164,8 @@ def own_dtype(stored: str, backend: str) -> str:
 
 
 def _check_dtype(dtype: str, backend: str) -> None:
-    if dtype == "auto":
+    if dtype in ("auto", "stored"):
         return
-    require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
+    require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, stored, {', '.join(DTYPES)}")
     offered = [name for name in CAPABILITIES[backend].dtypes if name in DTYPES]
     require(dtype in offered, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(offered)}")

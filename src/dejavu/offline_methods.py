@@ -59,7 +59,7 @@ class OfflineMethods:
         texts = {"text": text} if isinstance(text, str) else text
         ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
         with self._on_cpu():
-            return cast(Profile, profile(self.model.widened(), ids, bos=self.tokenizer.document_bos, progress=progress))
+            return cast(Profile, profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress))
 
     def train(
         self,
@@ -126,7 +126,7 @@ class OfflineMethods:
         windows = self.training_windows(texts, max_tokens=config.max_tokens)
         with self._on_cpu():
             found = train_adapters(
-                dataclasses.replace(self.checkpoint, model=self.model.widened()),
+                self.checkpoint,
                 windows,
                 config,
                 text_hash=corpus_hash(texts),

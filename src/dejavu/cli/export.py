@@ -44,7 +44,7 @@ def export(
     out = Output(as_json)
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
     lm = open_model(
-        model, out, EngineOptions(dtype="fp32"), seed=0, adapter=adapter, dense=dense, download=download, offline=offline
+        model, out, EngineOptions(dtype="stored"), seed=0, adapter=adapter, dense=dense, download=download, offline=offline
     )  # fmt: skip
     if peft is not None and lm.adapter is None:
         raise ValueError("--peft writes an adapter's changes of weights, and there is no adapter; give one with --adapter DIR")
@@ -70,9 +70,8 @@ def _merged(lm: LanguageModel) -> Transformer:
     """The model with its adapter's changed weights. Raises ValueError where there are none."""
     from dejavu.model.lora import adapted_model
 
-    layers = lm.layers()
-    if lm.adapter is None or lm.adapter.lora is None or layers is None:
+    if lm.adapter is None or lm.adapter.lora is None:
         raise ValueError(
             "--merge writes an adapter's changed weights, and there are none; give an adapter of dejavu adapt, or leave it out"
         )
-    return adapted_model(lm.model, layers)
+    return adapted_model(lm.model, lm.adapter.attached(lm.model))  # merged in fp32, whatever the base is held in

@@ -77,7 +77,9 @@ def export(
     hf_dtype, stored_as = PLAIN_DTYPES[dtype]
     family = FAMILIES[model.config.family]
     assert model.dtype == torch.float32, "export an fp32 model"
-    plain = family.stored({name: parameter.detach().cpu() for name, parameter in model.named_weights()}, model.config)
+    # Matrices are cast one by one: only these of a model that is held in fewer bits are ever fp32.
+    weights = {name: values.detach().cpu().to(stored_as if values.dim() == 2 else values.dtype) for name, values in model.named_weights()}
+    plain = family.stored(weights, model.config)
     tensors = {family.full_name(name): values.to(stored_as).contiguous() for name, values in plain.items()}
     with new_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
