@@ -162,7 +162,7 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, lm: LanguageModel,
     [
         ({"backend": "cuda"}, "backend 'cuda' is not available"),
         ({"backend": "x"}, "unknown backend 'x'"),
-        ({"dtype": "foo"}, "unknown dtype 'foo'; choose one of auto, fp32, fp16, bf16, int8, int4"),
+        ({"dtype": "foo"}, "unknown dtype 'foo'; choose one of auto, stored, fp32, fp16, bf16, int8, int4"),
         ({"dtype": "int8", "backend": "torch"}, "dtype 'int8' is not available on backend 'torch'"),
         ({"threads": 0}, "threads must lie between 1 and"),
         ({"threads": 100_000}, "not 100000"),

@@ -78,13 +78,15 @@ def rounded_vectors(x: Tensor, dtype: str) -> Tensor:
 
 
 def rounded(matrix: Tensor, dtype: str) -> Tensor:
-    """The matrix fp32 [rows, columns] with the values that an engine of that dtype (fp32, bf16, int8, int4) computes with."""
+    """The matrix fp32 [rows, columns] with the values that an engine of that dtype (fp32, fp16, bf16, int8, int4) computes with."""
     match dtype:
         case "int8":
             return dequantize_rows(*quantize_rows(matrix))
         case "int4":
             return dequantize_groups(*quantize_groups(matrix))
+        case "fp16":
+            return matrix.half().float()
         case "bf16":
             return matrix.bfloat16().float()
-    assert dtype == "fp32", f"{dtype=}"
+    assert dtype in ("fp32", "stored"), f"{dtype=}"
     return matrix.float()
