@@ -79,6 +79,13 @@ def test_a_gguf_grid_is_read_as_its_package_reads_it(grid: str) -> None:
     assert turned.shape == (96, 12) and torch.equal(turned.dequantize(torch.tensor([5, 90])), expected.T[[5, 90]])
 
 
+@pytest.mark.parametrize("grid", ["q4_1", "q8_0", "q4_k", "q5_k", "q6_k"])
+def test_any_bits_of_a_block_are_read_as_the_package_reads_them(grid: str) -> None:
+    held = random_blocks(grid, 3, 1024)
+    expected = gguf.quants.dequantize(held.values.numpy(), gguf.GGMLQuantizationType[grid.upper()])
+    assert np.array_equal(held.dequantize().numpy(), expected)
+
+
 @pytest.mark.parametrize("grid", ["int8", "int4", "fp16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q4_k", "q6_k", "iq4_nl"])
 def test_single_values_and_damage_are_found_without_dequantising_all(grid: str) -> None:
     """Rows in another order, the transpose, values at places: all those of the whole matrix; one bad scale or value makes it not finite."""

@@ -329,6 +329,41 @@ def _q8_0(raw: Tensor) -> Tensor:
     return q.view(torch.int8).float().mul_(_halves(scale)).flatten(1)
 
 
+def _q4_k(raw: Tensor) -> Tensor:
+    """Blocks of 256 values: fp16 scales of scales and of minima, 8 + 8 of 6 bits each, then nibbles, of 64 values in 32 bytes."""
+    scale, minimum, sub, q = raw.unflatten(1, (-1, 144)).split((2, 2, 12, 128), dim=2)
+    q = q.unflatten(2, (4, 32))
+    values = torch.stack([q & 15, q >> 4], dim=3).flatten(2, 3).float()
+    return _two_levels(values, scale, minimum, sub)
+
+
+def _q5_k(raw: Tensor) -> Tensor:
+    """The same with a fifth bit: bit b of byte i belongs to value i of the b-th 32."""
+    scale, minimum, sub, high, q = raw.unflatten(1, (-1, 176)).split((2, 2, 12, 32, 128), dim=2)
+    q = q.unflatten(2, (4, 32))
+    bits = high[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None] & 1
+    values = (torch.stack([q & 15, q >> 4], dim=3).flatten(2, 3) | bits << 4).float()
+    return _two_levels(values, scale, minimum, sub)
+
+
+def _two_levels(values: Tensor, scale: Tensor, minimum: Tensor, sub: Tensor) -> Tensor:
+    """values [.., 8, 32] times their scales, less their minima. Four of each have a byte, whose upper bits belong to the other four."""
+    first, second, rest = sub.split(4, dim=2)
+    scales = torch.cat([first & 63, (rest & 15) | (first >> 6) << 4], dim=2).float() * _halves(scale)
+    minima = torch.cat([second & 63, (rest >> 4) | (second >> 6) << 4], dim=2).float() * _halves(minimum)
+    return values.mul_(scales[..., None]).sub_(minima[..., None]).flatten(1)
+
+
+def _q6_k(raw: Tensor) -> Tensor:
+    """Blocks of 256 values in two halves: nibbles, two more bits, an int8 scale for each 16 values, and one fp16 for all."""
+    low, high, sub, scale = raw.unflatten(1, (-1, 210)).split((128, 64, 16, 2), dim=2)
+    low, high = low.unflatten(2, (2, 2, 32)), high.unflatten(2, (2, 1, 32))
+    nibbles = torch.stack([low & 15, low >> 4], dim=3).flatten(3, 4)  # [.., half, 4, 32]
+    bits = high >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=raw.device)[:, None] & 3
+    values = (nibbles | bits << 4).flatten(2).float().sub_(32).unflatten(2, (16, 16))
+    return values.mul_((sub.view(torch.int8).float() * _halves(scale))[..., None]).flatten(1)
+
+
 def gguf_block(grid: str) -> tuple[int, int]:
     """How many values, and how many bytes, a block of a type of GGUF has."""
     import gguf  # whoever has such values has the package that knows them
@@ -363,7 +398,8 @@ def _by_gguf(grid: str) -> Callable[[Tensor], Tensor]:
     return dequantized
 
 
-_GGUF: dict[str, Callable[[Tensor], Tensor]] = {"q4_1": _q4_1, "q8_0": _q8_0}  # the others by the package itself, which is slower
+# The others are read by the package itself, which is slower.
+_GGUF: dict[str, Callable[[Tensor], Tensor]] = {"q4_1": _q4_1, "q8_0": _q8_0, "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k}
 
 # Where in a block the fp16 lie that all of its values are multiples of.
 SCALES_AT = {
