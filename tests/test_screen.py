@@ -8,7 +8,6 @@ import torch
 from conftest import Tiny
 from dejavu.bench.bytes_read import formats_of, weight_bytes
 from dejavu.engine.backends import make_engine
-from dejavu.engine.native.capabilities import NATIVE
 from dejavu.engine.native.weights import packed_model
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels.quantize import rounded as rounded_matrix
@@ -16,7 +15,7 @@ from dejavu.kernels.screen import low_rank, screen_rank, screened_logits
 from dejavu.model.transformer import Transformer
 from dejavu.quality.head_agreement import head_agreement
 from helpers.engines import decode, ids_of, random_layers
-from helpers.native import ISAS, NATIVE_MODELS, engine_of, needs_library
+from helpers.native import DTYPES, ISAS, NATIVE_MODELS, engine_of, needs_library
 
 SHORTLIST = 17
 
@@ -49,7 +48,7 @@ def test_the_definition_keeps_the_largest_scores_and_of_equal_ones_the_first() -
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NATIVE.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_shortlist_has_the_exact_logits_of_the_best_scores(model: Transformer, dtype: str) -> None:
     """Bit for bit those of the full head; and no token left out scores higher than one kept, but for how scores are rounded."""
     ids, layers = ids_of(3, 9), random_layers(model, mlp=0, heads=0)
@@ -71,7 +70,7 @@ def test_a_shortlist_has_the_exact_logits_of_the_best_scores(model: Transformer,
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", NATIVE.dtypes)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 5, 95])
 def test_threads_and_batch_mates_change_no_bit(tiny: Tiny, dtype: str, count: int, isa: str) -> None:
     model = tiny("llama")
