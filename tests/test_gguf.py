@@ -17,7 +17,7 @@ from conftest import Tiny, open_fp32
 from dejavu.config import RopeConfig
 from dejavu.kernels.native import missing_reason
 from dejavu.kernels.quantized import QuantizedMatrix
-from dejavu.loading import load
+from dejavu.loading import load, wider_note
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.gguf.header import Header, require_readable
 from dejavu.model.source import read_config
@@ -244,3 +244,10 @@ def test_the_native_engine_of_a_quantised_gguf(tmp_path: Path, tiny: Tiny, tok96
     engine.prefill(0, ids[:3])
     found = torch.stack([engine.step([token], [0]).logits_BV[0] for token in ids[3:]])
     torch.testing.assert_close(found, lm.logits(ids)[3:], rtol=0, atol=1e-4 if dtype in ("fp32", "bf16") else 0.1)
+
+
+def test_what_the_native_engine_holds_wider_than_the_file_is_said() -> None:
+    assert wider_note({"fp32": 10, "q4_k": 100, "q6_k": 50}) is None
+    assert wider_note({"fp32": 10, "q2_k": 60, "iq3_s": 30}) == (
+        "90% of the weights (q2_k, iq3_s) are held in fp16: the native engine has no kernels for them"
+    )

@@ -16,6 +16,7 @@ from dejavu.engine.footprint import check_fits, free_bytes
 from dejavu.engine.options import EngineOptions
 from dejavu.files import read_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
+from dejavu.kernels.native import DTYPE_CODES
 from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
@@ -120,6 +121,8 @@ def load(
     digest = None if adapter is None else adapter.digest
     note = rounding_note(checkpoint.base_hash, dtype, stored_dtype=stored, adapter=digest)
     lm.notes = lm.notes if note is None else (*lm.notes, note)
+    widened = wider_note(source.sizes) if capabilities.packs and held == "stored" else None
+    lm.notes = lm.notes if widened is None else (*lm.notes, widened)
     if lacking:
         lm.notes = (*lm.notes, f"backend torch on the CPU: {requested} does not compute {', '.join(lacking)}")
     lm.layers()
@@ -151,6 +154,15 @@ def held_dtype(dtype: str, stored: str, backend: str) -> str:
     if dtype not in ("auto", "stored"):
         return dtype
     return "stored" if packs or (dtype == "stored" and backend == "torch") else own_dtype(stored, backend)
+
+
+def wider_note(sizes: Mapping[str, int]) -> str | None:
+    """A sentence where the native engine holds types of a file in fp16, having no kernels for them."""
+    unknown = [kind for kind in sizes if kind not in DTYPE_CODES]
+    if not unknown:
+        return None
+    share = sum(sizes[kind] for kind in unknown) / sum(sizes.values())
+    return f"{share:.0%} of the weights ({', '.join(unknown)}) are held in fp16: the native engine has no kernels for them"
 
 
 def own_dtype(stored: str, backend: str) -> str:
