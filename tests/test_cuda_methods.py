@@ -97,8 +97,9 @@ def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, method: str, opti
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [
-        *((name, method, {}) for name in ("opt", "llama, relu, wide heads", "llama, biased") for method in METHODS),
-        *(("llama", method, {"deterministic": True}) for method in METHODS),
+        *((name, method, {}) for name in ("opt", "llama, biased") for method in METHODS),
+        *(pytest.param("llama, relu, wide heads", method, {}, marks=pytest.mark.slow) for method in METHODS),
+        *(pytest.param("llama", method, {"deterministic": True}, marks=pytest.mark.slow) for method in METHODS),
     ],
     ids=str,
 )
@@ -151,7 +152,7 @@ def test_a_point_without_a_threshold_keeps_everything(tiny: Tiny, point: str, de
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ["opt", "llama, relu, wide heads", "fatrelu, no biases"])
+@pytest.mark.parametrize("name", ["opt", pytest.param("llama, relu, wide heads", marks=pytest.mark.slow), "fatrelu, no biases"])
 def test_what_a_threshold_of_zero_leaves_out_is_nothing(tiny: Tiny, name: str, rows: int, device: str) -> None:
     """The method exact: the dense engine's logits, from the neurons that fire."""
     model = on(made(tiny, name), device)
