@@ -241,6 +241,8 @@ def rounded_to(matrix: Matrix, dtype: str) -> Matrix:
     as_held = dtype in FLOATS or not (isinstance(matrix, QuantizedMatrix) and matrix.transposed)
     if dtype in ("fp32", "stored") or (isinstance(matrix, QuantizedMatrix) and matrix.grid == dtype and as_held):
         return matrix
+    if isinstance(matrix, QuantizedMatrix) and matrix.transposed and dtype in FLOATS:  # a block of stored rows at a time
+        return QuantizedMatrix.of(matrix.swapped(), dtype).swapped()
     return QuantizedMatrix.of(matrix, dtype)
 
 

@@ -21,7 +21,7 @@ from dejavu.engine.native.capabilities import NATIVE
 from dejavu.kernels import native
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.memory import give_back_pages
-from dejavu.kernels.quantized import FLOATS, Matrix, QuantizedMatrix, rounded_to, wide
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, wide
 from dejavu.kernels.screen import low_rank, screen_rank
 from dejavu.model.grids import grid_of, grids_of
 from dejavu.model.layers import Held, InputMajorLinear, Norm, Rows
@@ -64,15 +64,7 @@ def _in_dtype(matrix: Matrix, dtype: str) -> Matrix:
         return matrix if _is_known(matrix) else _in_dtype(matrix, "fp16")
     if dtype == "fp32":
         return matrix.dequantize()
-    if matrix.transposed and dtype in FLOATS:  # rounded a block of stored rows at a time
-        return _rounded(matrix.swapped(), dtype).swapped()
     return rounded_to(matrix, dtype)
-
-
-def _rounded(matrix: QuantizedMatrix, dtype: str) -> QuantizedMatrix:
-    rounded = rounded_to(matrix, dtype)
-    assert isinstance(rounded, QuantizedMatrix)
-    return rounded
 
 
 def _is_known(matrix: QuantizedMatrix) -> bool:
