@@ -112,7 +112,9 @@ def serve(
 
             cached, free = config.cached(lm.config.max_positions), free_bytes(lm.backend)
             per_token = cache_bytes(lm.config, backend=lm.backend, cache_dtype=lm.cache_dtype)
-            room = None if free is None else cached + free // per_token
+            # On the CPU memory of the cache that was not written to yet is still free.
+            taken = cached if lm.backend == "cuda" else 0
+            room = None if free is None else max(cached, taken + free // per_token)
 
             def announce() -> None:
                 url = url_of(bound)
