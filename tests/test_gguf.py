@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import tracemalloc
 from pathlib import Path
@@ -20,7 +21,9 @@ from dejavu.kernels.quantized import QuantizedMatrix
 from dejavu.loading import load, wider_note
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.gguf.header import Header, require_readable
+from dejavu.model.lora import quantized_lora
 from dejavu.model.source import read_config
+from helpers.adapters import changing_weights, make_adapter
 from helpers.gguf_files import Types, write_gguf
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19]])
@@ -251,3 +254,15 @@ def test_what_the_native_engine_holds_wider_than_the_file_is_said() -> None:
     assert wider_note({"fp32": 10, "q2_k": 60, "iq3_s": 30}) == (
         "90% of the weights (q2_k, iq3_s) are held in fp16: the native engine has no kernels for them"
     )
+
+
+@pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")
+def test_what_an_adapter_changes_leaves_the_grid_of_the_file_and_says_so(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer) -> None:
+    write_gguf(tiny("llama", intermediate_size=96), tok96, tmp_path / "m.gguf", kind=Types.Q4_1)
+    base = load(tmp_path / "m.gguf", backend="native")
+    adapter = changing_weights(make_adapter(base.config, base.base_hash), base.config)
+    adapter = dataclasses.replace(adapter, lora=tuple(map(quantized_lora, adapter.lora or ())))
+    lm = load(tmp_path / "m.gguf", backend="native", adapter=adapter)
+    assert base.notes == () and lm.notes == ("what the adapter changes is held in bf16: in q4_1 a sum has no place",)
+    grids = lm.engine(num_slots=1, cache_tokens=16).info.grids
+    assert grids is not None and (grids.layers[0].up, grids.layers[0].q) == ("bf16", "q4_1")

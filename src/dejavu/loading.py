@@ -25,6 +25,7 @@ from dejavu.model.download import Download
 from dejavu.model.families import parameter_shapes
 from dejavu.model.hub import adapter_folder, packaged_file
 from dejavu.model.hub_name import hub_name
+from dejavu.model.lora import adapted_model
 from dejavu.model.rounding import rounding_note
 from dejavu.model.source import ModelSource, open_source
 
@@ -125,7 +126,11 @@ def load(
     lm.notes = lm.notes if widened is None else (*lm.notes, widened)
     if lacking:
         lm.notes = (*lm.notes, f"backend torch on the CPU: {requested} does not compute {', '.join(lacking)}")
-    lm.layers()
+    layers = lm.layers()
+    running = lm.model if layers is None else adapted_model(lm.model, layers)
+    others = sorted(set(running.sizes()) - set(lm.model.sizes()))
+    if held == "stored" and others:
+        lm.notes = (*lm.notes, f"what the adapter changes is held in {', '.join(others)}: in {lm.model.stored_as} a sum has no place")
     return lm
 
 

@@ -131,6 +131,7 @@ def adapted_model(model: Transformer, layers: Sequence[LayerAdapter]) -> Transfo
         return model
     adapted = sharing(model, lambda module: module.held)
     adapted.config = changed[0].config
+    adapted.label = None  # what the base's file calls its form is no longer that of most matrices
     adapted.layers = nn.ModuleList(layer.block or own for layer, own in zip(layers, adapted.blocks, strict=True))
     return adapted
 
