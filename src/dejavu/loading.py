@@ -53,7 +53,7 @@ def load(
     else, and HF_HUB_OFFLINE of huggingface_hub is obeyed.
 
     adapter: "bundled" takes the one that came with the model, if any; else an adapter's folder or hub id, an Adapter,
-    or None to run dense. dtype: auto (what the file stores, see own_dtype), fp32, fp16, bf16, and on the native backend int8 and int4;
+    or None to run dense. dtype: auto (what the file stores, see held_dtype), fp32, fp16, bf16, and on the native backend int8 and int4;
     there the matrices are rounded to what the dtype holds, for evaluation too; stored keeps each as it is on backend torch, too, and
     computes in fp32: little memory, slowly. cache_dtype: of keys and values, likewise: auto (on the native backend fp32 with fp32
     weights, else fp16), fp32, fp16, int8. screened_head: of the native backend, how many tokens a step gives exact logits (0: all), see
@@ -154,11 +154,18 @@ def set_threads(threads: int) -> None:
 
 
 def held_dtype(dtype: str, stored: str, backend: str) -> str:
-    """In what the weights are held there, for a value of --dtype: one of DTYPES, or stored: each matrix as the file has it."""
-    packs = CAPABILITIES[backend].packs
+    """In what the weights are held there, for a value of --dtype: one of DTYPES, or stored: each matrix as the file has it.
+
+    auto is stored where the engine packs its own. On a GPU it is fp16, and bf16 of what bf16 or the few bits of a GGUF file was made of,
+    whose range fp16 has not; for torch on the CPU bf16 of bf16, else fp32. stored: what most matrices of the file are.
+    """
     if dtype not in ("auto", "stored"):
         return dtype
-    return "stored" if packs or (dtype == "stored" and backend == "torch") else own_dtype(stored, backend)
+    if CAPABILITIES[backend].packs or (dtype == "stored" and backend == "torch"):
+        return "stored"
+    if backend == "cuda":
+        return "fp16" if stored in ("fp32", "fp16", "int8", "int4") else "bf16"
+    return "bf16" if stored == "bf16" else "fp32"
 
 
 def wider_note(sizes: Mapping[str, int]) -> str | None:
@@ -168,16 +175,6 @@ def wider_note(sizes: Mapping[str, int]) -> str | None:
         return None
     share = sum(sizes[kind] for kind in unknown) / sum(sizes.values())
     return f"{share:.0%} of the weights ({', '.join(unknown)}) are held in fp16: the native engine has no kernels for them"
-
-
-def own_dtype(stored: str, backend: str) -> str:
-    """What --dtype auto is on a backend, of a model whose matrices are stored so: as stored where the engine packs them; else fp16 on a
-    GPU, and bf16 of what bf16 or the few bits of a GGUF file was made of, whose range fp16 has not; on the CPU bf16 of bf16, and fp32."""
-    if CAPABILITIES[backend].packs:
-        return stored
-    if backend == "cuda":
-        return "fp16" if stored in ("fp32", "fp16", "int8", "int4") else "bf16"
-    return "bf16" if stored == "bf16" else "fp32"
 
 
 def _check_dtype(dtype: str, backend: str) -> None:

@@ -60,7 +60,7 @@ def _model_info(name: str, out: Output) -> None:
     from dejavu.engine.backends import CAPABILITIES, backends
     from dejavu.engine.footprint import footprint, free_bytes
     from dejavu.files import read_json
-    from dejavu.loading import bundled_adapters, own_dtype
+    from dejavu.loading import bundled_adapters, held_dtype
     from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER
     from dejavu.model.checkpoint import resolve_model
     from dejavu.model.hub import packaged_file
@@ -77,7 +77,7 @@ def _model_info(name: str, out: Output) -> None:
         if lacking or missing is not None:
             continue
         free = free_bytes(backend)
-        auto = "stored" if capabilities.packs else own_dtype(source.stored_dtype, backend)
+        auto = held_dtype("auto", source.stored_dtype, backend)
         computed = [each for each in DTYPES if each in capabilities.dtypes and (backend, each) != ("torch", "fp16")]
         for dtype in dict.fromkeys((auto, *computed)):
             shown = source.stored_dtype if dtype == "stored" else dtype
