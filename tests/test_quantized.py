@@ -22,6 +22,7 @@ from dejavu.kernels import quantized
 from dejavu.kernels.memory import give_back_freed, give_back_pages, mapped_file
 from dejavu.kernels.quantize import quantize_groups, rounded
 from dejavu.kernels.quantized import (
+    BLOCKS,
     SCALES_AT,
     QuantizedMatrix,
     Stacked,
@@ -31,6 +32,7 @@ from dejavu.kernels.quantized import (
     linear,
     linear_by_input,
     packed_nibbles,
+    rounded_by_output,
     rounded_to,
     stacked,
     unpacked_nibbles,
@@ -65,6 +67,19 @@ def test_values_are_those_of_the_definition(rows: int, columns: int, seed: int, 
     assert torch.equal(held.dequantize(some), expected[some]) and torch.equal(held.rows(some).dequantize(), expected[some])
     assert torch.equal(held.dequantize(chosen), expected[chosen])
     assert torch.equal(wide(stacked([held, held.rows(some)])), torch.cat([expected, expected[some]]))
+
+
+@pytest.mark.parametrize("grid", BLOCKS)
+def test_rounding_to_blocks_is_that_of_the_package_and_changes_nothing_twice(grid: str) -> None:
+    matrix = random_matrix(12, 96, 4)
+    held, kind = QuantizedMatrix.of(matrix, grid), gguf.GGMLQuantizationType[grid.upper()]
+    assert np.array_equal(held.values.numpy(), gguf.quants.quantize(matrix.numpy(), kind)) and rounded_to(held, grid) is held
+    by_output = rounded_by_output(matrix.T, grid)  # [inputs, outputs]: blocks lie along the inputs
+    assert isinstance(by_output, QuantizedMatrix) and by_output.transposed and torch.equal(by_output.values, held.values)
+    again = rounded_to(held.dequantize(), grid)
+    assert torch.equal(wide(again), held.dequantize()), "quantising again changes no value"
+    with pytest.raises(ValueError, match=f"rows of 33 values are not cut into the blocks of 32 that {grid} has; choose int8 or int4"):
+        QuantizedMatrix.of(random_matrix(2, 33, 0), grid)
 
 
 @pytest.mark.parametrize("grid", GGUF_GRIDS)

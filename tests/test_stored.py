@@ -38,7 +38,7 @@ def same_matrices(one: Transformer, other: Transformer) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "q8_0", "q4_1"])
 @pytest.mark.parametrize(("family", "flags"), [("opt", {"tied_head": False}), ("llama", {})])
 def test_an_export_of_few_bits_loads_as_what_was_rounded(
     tmp_path: Path, tiny: Tiny, tokenizer: Tokenizer, dtype: str, family: str, flags: dict[str, Any]
@@ -50,7 +50,7 @@ def test_an_export_of_few_bits_loads_as_what_was_rounded(
     assert same_matrices(found.model, rounded) and found.stored_dtype == open_source(tmp_path / "few").stored_dtype == dtype
     assert found.base_hash == model_hash(rounded) and found.config == model.config and found.notes == ()
     size = (tmp_path / "few" / "model.safetensors").stat().st_size / (tmp_path / "plain" / "model.safetensors").stat().st_size
-    assert size < (0.4 if dtype == "int8" else 0.3)
+    assert size < (0.4 if dtype in ("int8", "q8_0") else 0.3)
     lm = load(tmp_path / "few", backend="torch")
     assert lm.adapter is not None and lm.adapter.config.base_hashes == (model_hash(model), found.base_hash)
     assert torch.equal(lm.logits(IDS[0].tolist(), dense=True), rounded.widened()(IDS)[0])

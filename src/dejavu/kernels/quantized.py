@@ -28,6 +28,7 @@ from dejavu.kernels.memory import give_back_pages
 from dejavu.kernels.quantize import GROUP, dequantize_groups, dequantize_rows, quantize_groups, quantize_rows
 
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")  # types of GGUF that a matrix is rounded to: 32 values of a row have a scale
 VALUE_BYTES = {"fp64": 8.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / GROUP}
 GGUF_ROW = 1 << 14  # values of a row that the gguf package is given, at most
 BLOCK = 1 << 22  # values that are dequantised at a time where a product is made row by row
@@ -50,7 +51,7 @@ class QuantizedMatrix:
 
     @staticmethod
     def of(matrix: Matrix, grid: str) -> QuantizedMatrix:
-        """A matrix [rows, columns] rounded to int8, int4, fp16 or bf16, a block of rows at a time."""
+        """A matrix [rows, columns] rounded to int8, int4, fp16, bf16 or one of BLOCKS, some rows at a time."""
         if isinstance(matrix, Tensor) or matrix.transposed:
             whole = wide(matrix)
             parts = [QuantizedMatrix._of(whole[rows], grid) for rows in blocks(*matrix.shape)]
@@ -73,7 +74,9 @@ class QuantizedMatrix:
             case "int4":
                 q, scale = quantize_groups(matrix)
                 return QuantizedMatrix(grid, packed_nibbles(q), scale, columns)
-        return QuantizedMatrix(grid, matrix.to(FLOATS[grid]), None, columns)
+            case "fp16" | "bf16":
+                return QuantizedMatrix(grid, matrix.to(FLOATS[grid]), None, columns)
+        return QuantizedMatrix(grid, _blocks_of(matrix, grid), None, columns)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -235,10 +238,10 @@ def wide(matrix: AnyMatrix) -> Tensor:
 def rounded_to(matrix: Matrix, dtype: str) -> Matrix:
     """The matrix with the values that an engine of that dtype computes with; itself where it has them.
 
-    dtype: fp32, fp16, bf16, int8, int4, or stored: as the matrix is held.
+    dtype: fp32, fp16, bf16, int8, int4, one of BLOCKS, or stored: as the matrix is held.
     """
     # Scales of int8 and int4 belong to rows: those of a matrix that is held by columns are others.
-    as_held = dtype in FLOATS or not (isinstance(matrix, QuantizedMatrix) and matrix.transposed)
+    as_held = dtype in (*FLOATS, *BLOCKS) or not (isinstance(matrix, QuantizedMatrix) and matrix.transposed)
     if dtype in ("fp32", "stored") or (isinstance(matrix, QuantizedMatrix) and matrix.grid == dtype and as_held):
         return matrix
     if isinstance(matrix, QuantizedMatrix) and matrix.transposed and dtype in FLOATS:  # a block of stored rows at a time
@@ -252,6 +255,14 @@ def all_rounded_to(matrix: AnyMatrix, dtype: str) -> AnyMatrix:
         return rounded_to(matrix, dtype)
     parts = tuple(rounded_to(part, dtype) for part in matrix.parts)
     return matrix if all(new is old for new, old in zip(parts, matrix.parts, strict=True)) else Stacked(parts)
+
+
+def rounded_by_output(matrix: AnyMatrix, dtype: str) -> AnyMatrix:
+    """`rounded_to` of a matrix [inputs, outputs]: blocks of GGUF lie along the inputs, so it becomes the transpose of their rows."""
+    assert not isinstance(matrix, Stacked), "a map with a row for each input is one matrix"
+    if dtype not in BLOCKS or (isinstance(matrix, QuantizedMatrix) and matrix.transposed and matrix.grid == dtype):
+        return rounded_to(matrix, dtype)
+    return QuantizedMatrix.of(matrix.T if isinstance(matrix, Tensor) else matrix.swapped(), dtype).swapped()
 
 
 def same_values(one: Matrix, other: Matrix) -> bool:
@@ -318,6 +329,19 @@ def unpacked_nibbles(packed: Tensor, columns: int) -> Tensor:
     return (torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :columns].to(torch.int8) - 8).contiguous()
 
 
+def packed_blocks(grid: str, q: Tensor, scale: Tensor, minimum: Tensor) -> QuantizedMatrix:
+    """Blocks of q4_0, q4_1 or q8_0 of int8 [rows, columns] (-8 .. 7, 0 .. 15, any), fp16 scales and minima [rows, blocks]."""
+    heads = [scale, minimum] if grid == "q4_1" else [scale]
+    body = q.unflatten(1, (-1, 32))
+    if grid == "q8_0":
+        quants = body.view(torch.uint8)
+    else:
+        low, high = (body + (8 if grid == "q4_0" else 0)).view(torch.uint8).split(16, dim=2)
+        quants = low | high << 4
+    raw = torch.cat([*(part.half()[:, :, None].view(torch.uint8) for part in heads), quants], dim=2)
+    return QuantizedMatrix(grid, raw.flatten(1), None, q.shape[1])
+
+
 def _q4_1(raw: Tensor) -> Tensor:
     """Blocks of 32 values: scale and minimum fp16, then 16 bytes, whose low halves are the first 16 values."""
     scale, minimum, q = raw.unflatten(1, (-1, 20)).split((2, 2, 16), dim=2)
@@ -379,6 +403,17 @@ def bytes_of_value(kind: str) -> float:
         return VALUE_BYTES[kind]
     size, size_bytes = gguf_block(kind)
     return size_bytes / size + (1 / 64 if kind in ("q4_k", "q5_k") else 0)
+
+
+def _blocks_of(matrix: Tensor, grid: str) -> Tensor:
+    """uint8 [rows, bytes] of a matrix rounded to one of BLOCKS by the package's rule."""
+    import gguf
+
+    columns, (size, _) = matrix.shape[1], gguf_block(grid)
+    if columns % size:
+        raise ValueError(f"rows of {columns} values are not cut into the blocks of {size} that {grid} has; choose int8 or int4")
+    raw = gguf.quants.quantize(matrix.float().cpu().numpy(), gguf.GGMLQuantizationType[grid.upper()])
+    return torch.from_numpy(raw).to(matrix.device)
 
 
 def _halves(pairs: Tensor) -> Tensor:

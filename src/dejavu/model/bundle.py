@@ -3,7 +3,7 @@
 A bundled model is a folder with Hugging Face's `config.json` plus `"dejavu_format": "int8-rows"`, the tokenizer, and a
 `model.safetensors` with *our* tensor names in *our* layout (stored.py). So each scale belongs to one output of q, k, v, up and gate, to one
 neuron of `down`, to one head dimension of `o`, to one token or position of the embeddings: a row that is skipped takes its scale with it.
-`"grids"` is the same with int8, int4 or another grid for each matrix by itself, and the position table as the model has it.
+`"grids"` is the same with int8, int4, blocks of GGUF or another grid for each matrix by itself, and the position table as the model has it.
 
 A plain folder has transformers' names and layout in fp32 or bf16. Either has the adapter, where there is one, in `adapter/`.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from dejavu.config import SamplingConfig, require
 from dejavu.files import new_folder, write_json
 from dejavu.kernels.quantize import quantize_rows
+from dejavu.kernels.quantized import BLOCKS
 from dejavu.model.adapter import Adapter, write_adapter
 from dejavu.model.families import FAMILIES, config_to_hf
 from dejavu.model.fingerprint import model_hash
@@ -30,7 +31,7 @@ from dejavu.model.transformer import Transformer
 MODELS_FOLDER = Path(__file__).resolve().parents[1] / "models"
 ADAPTER_FOLDER = "adapter"
 PLAIN_DTYPES = {"fp32": ("float32", torch.float32), "bf16": ("bfloat16", torch.bfloat16)}
-EXPORT_DTYPES = (*PLAIN_DTYPES, "int8", "int4")
+EXPORT_DTYPES = (*PLAIN_DTYPES, "int8", "int4", *BLOCKS)
 
 
 def bundled_models() -> list[str]:
@@ -63,7 +64,7 @@ def export(
     model: Transformer, tokenizer: Tokenizer, folder: str | Path, *, dtype: str = "fp32", adapter: Adapter | None = None,
     sampling: SamplingConfig | None = None,
 ) -> None:  # fmt: skip
-    """Write a model as a folder: in fp32 or bf16 one that transformers loads with equal logits, in int8 or int4 one that `load` reads
+    """Write a model as a folder: in fp32 or bf16 one that transformers loads with equal logits, in fewer bits one that `load` reads
     without rounding again; its adapter in `adapter/`.
 
     sampling: of the model itself, for its generation_config.json; an adapter has its own. The adapter's base_hashes gain the hash of

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, RopeConfig
-from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, linear, linear_by_input
+from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, all_rounded_to, linear, linear_by_input, rounded_by_output
 
 
 class Norm(nn.Module):
@@ -53,6 +53,10 @@ class Held(nn.Module):
         """The one matrix that is held."""
         assert not isinstance(self.quantized, Stacked), "these are several matrices: take `held`"
         return self.weight if self.quantized is None else self.quantized
+
+    def rounded(self, dtype: str) -> AnyMatrix:
+        """What is held with the values that an engine of that dtype computes with."""
+        return all_rounded_to(self.held, dtype)
 
     def hold(self, matrix: AnyMatrix) -> None:
         """Hold another matrix from now on."""
@@ -106,6 +110,9 @@ class InputMajorLinear(Held):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size_in, size_out))
         self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
+
+    def rounded(self, dtype: str) -> AnyMatrix:
+        return rounded_by_output(self.held, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_by_input(x, self.matrix, self.bias)

@@ -6,6 +6,8 @@ their own. In such a folder a matrix `<name>` [rows, columns] of our names and l
     int8 [rows, columns]                with `<name>.scale` fp32 [rows]
     uint8 [rows, half the columns]      with `<name>.scale` fp16 [rows, groups] (int4), and `<name>.columns` where these are odd
     fp16, bf16 or fp32 [rows, columns]
+    uint8 [rows, bytes of a row]        named `<name>.q8_0` or another type of GGUF, the blocks as such a file has them;
+                                        `<name>.transposed.q8_0` for the rows of the matrix's transpose, as o and down have them
 
 the grids of kernels/quantized.py; vectors are fp32. `int8-rows` has no matrix but int8 ones, `grids` any of these.
 """
@@ -23,7 +25,7 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.quantize import GROUP
-from dejavu.kernels.quantized import FLOATS, Matrix, QuantizedMatrix
+from dejavu.kernels.quantized import BLOCKS, FLOATS, Matrix, QuantizedMatrix, gguf_block
 from dejavu.model.mapped import mapped_safetensors
 
 FILE_DTYPES = ("fp32", "fp16", "bf16")
@@ -33,6 +35,7 @@ WEIGHTS_FILE = "model.safetensors"
 INTEGERS = {torch.int8: "int8", torch.uint8: "int4"}
 SCALES = {"int8": torch.float32, "int4": torch.float16}
 ENDS = (".scale", ".columns")  # of the names of what belongs to a matrix
+TRANSPOSED = ".transposed"
 
 
 class StoredTensor(NamedTuple):
@@ -68,6 +71,10 @@ def our_tensors(folder: Path) -> Iterator[StoredTensor]:
     tensors = mapped_safetensors(path)
     scales, columns = ({name.removesuffix(end): tensors.pop(name) for name in list(tensors) if name.endswith(end)} for end in ENDS)
     for name, tensor in tensors.items():
+        own, kind = _block_type(name)
+        if kind is not None:
+            yield StoredTensor(own.removesuffix(TRANSPOSED), _blocks(name, kind, tensor, path, transposed=own.endswith(TRANSPOSED)), kind)
+            continue
         grid = INTEGERS.get(tensor.dtype)
         if grid is None:
             yield as_stored(name, tensor, path)
@@ -83,11 +90,28 @@ def our_tensors(folder: Path) -> Iterator[StoredTensor]:
     require(not left, f"{path}: scales without their tensor: {', '.join(left[:5])}")
 
 
+def _block_type(name: str) -> tuple[str, str | None]:
+    """The name of a tensor without a type of GGUF behind it, and that type."""
+    own, _, kind = name.rpartition(".")
+    return (own, kind) if kind in BLOCKS else (name, None)
+
+
+def _blocks(name: str, kind: str, tensor: Tensor, path: Path, *, transposed: bool) -> QuantizedMatrix:
+    size, size_bytes = gguf_block(kind)
+    if tensor.dtype != torch.uint8 or tensor.dim() != 2 or tensor.shape[1] % size_bytes:
+        raise ValueError(f"{path}: {name!r} is {tensor.dtype} {list(tensor.shape)}, not rows of blocks of {size_bytes} bytes")
+    return QuantizedMatrix(kind, tensor, None, tensor.shape[1] // size_bytes * size, transposed)
+
+
 def our_sizes(folder: Path) -> Counter[str]:
     """How many values a folder in our format stores as which type, without reading them."""
     sizes: Counter[str] = Counter()
     for name, tensor in mapped_safetensors(folder / WEIGHTS_FILE).items():
-        if not name.endswith(ENDS):
+        kind = _block_type(name)[1]
+        if kind is not None:
+            size, size_bytes = gguf_block(kind)
+            sizes[kind] += tensor.numel() // size_bytes * size
+        elif not name.endswith(ENDS):
             grid = INTEGERS.get(tensor.dtype) or DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
             sizes[grid] += tensor.numel() * (2 if grid == "int4" else 1)
     require(sizes.total() > 0, f"{folder / WEIGHTS_FILE} holds no weights; copy or download it again")
@@ -99,6 +123,8 @@ def as_our_tensors(name: str, matrix: Matrix) -> dict[str, Tensor]:
     if isinstance(matrix, Tensor):
         return {name: matrix.detach().cpu().contiguous()}
     held = matrix.in_order()
+    if held.grid in BLOCKS:
+        return {f"{name}{TRANSPOSED if held.transposed else ''}.{held.grid}": held.values.cpu().contiguous()}
     assert held.grid in (*SCALES, *FLOATS) and not held.transposed, f"{name} is {held.grid}"
     found = {name: held.values.cpu().contiguous()}
     if held.scales is not None:

@@ -30,7 +30,7 @@ from dejavu.kernels.attention import ScoreConfig, attend_tokens
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.memory import give_back_freed
 from dejavu.kernels.quantize import rounded_vectors
-from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, all_rounded_to, linear, wide
+from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, linear, wide
 from dejavu.model.layers import (
     Embedding,
     Held,
@@ -340,11 +340,11 @@ class Transformer(nn.Module):
                 setattr(self, name, inverse_frequencies(rope, self.config.head_dim).to(device))
 
     def rounded(self, dtype: str, *, cache_dtype: str = "fp32") -> Transformer:
-        """The model with the values that an engine of that dtype (fp32, fp16, bf16, int8, int4, or stored: its own) computes with, and
-        keys and values as a cache of cache_dtype (fp32, fp16, int8) holds them: quality and speed are then of the same weights. It shares
-        what stays as it is."""
+        """The model with the values that an engine of that dtype (fp32, fp16, bf16, int8, int4, a block type of GGUF, or stored: its
+        own) computes with, and keys and values as a cache of cache_dtype (fp32, fp16, int8) holds them: quality and speed are then of the
+        same weights. It shares what stays as it is."""
         self.require_weights()
-        made = sharing(self, lambda module: module.held if module is self.position else all_rounded_to(module.held, dtype))
+        made = sharing(self, lambda module: module.held if module is self.position else module.rounded(dtype))
         made.label = self.label if dtype == "stored" else dtype
         for block in made.blocks:
             block.cache_dtype = None if cache_dtype == "fp32" else cache_dtype
