@@ -40,14 +40,16 @@ def grids(model: Transformer) -> dict[str, str]:
     return {name: held.grid for name, held in model.named_matrices() if isinstance(held, QuantizedMatrix)}
 
 
-@pytest.mark.parametrize(("family", "flags"), FAMILIES, ids=str)
-def test_a_quantised_model_is_nearer_than_a_rounded_one(tiny: Tiny, family: str, flags: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("family", "flags", "dtype"), [*((*each, "int4") for each in FAMILIES), *(("opt", {}, each) for each in ("q4_0", "q4_1"))], ids=str
+)
+def test_a_quantised_model_is_nearer_than_a_rounded_one(tiny: Tiny, family: str, flags: dict[str, Any], dtype: str) -> None:
     model = tiny(family, **flags)
     before = {name: values.clone() for name, values in model.named_weights()}
     ids = torch.randint(3, 96, (40, 32), generator=torch.Generator().manual_seed(0))
-    made = quantized(model, ids[:32], QuantizeConfig(int8=()))
-    assert divergence(model, made, ids[32:]) < 0.8 * divergence(model, model.rounded("int4"), ids[32:])
-    assert {grid for name, grid in grids(made).items() if not name.startswith("position")} == {"int4"}
+    made = quantized(model, ids[:32], QuantizeConfig(dtype=dtype, int8=()))
+    assert divergence(model, made, ids[32:]) < 0.8 * divergence(model, model.rounded(dtype), ids[32:])
+    assert {grid for name, grid in grids(made).items() if not name.startswith("position")} == {dtype}
     assert all(torch.equal(values, before[name]) for name, values in model.named_weights()), "the model stays as it is"
 
 
@@ -89,7 +91,7 @@ def test_an_adapter_comes_along_where_the_model_is_nearly_the_same(call, work: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--dtype", "bf16"), "dtype 'bf16' is no grid to quantise to; choose one of int4, int8"),
+        (("--dtype", "bf16"), "dtype 'bf16' is no grid to quantise to; choose one of int4, int8, q4_0, q4_1, q8_0"),
         (("--int8", "down,norm"), "'norm' is no kind of matrix; choose of embed, qkv, o, up, down"),
         (("--backend", "cuda"), "a model is quantised on the CPU; choose --backend native or torch"),
         (("--max-tokens", "0"), "max_tokens must be at least 1, not 0"),

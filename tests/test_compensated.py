@@ -88,6 +88,6 @@ def test_scales_that_are_chosen_err_less_than_the_plain_ones() -> None:
     matrix = drawn(31, 70, 13)
     plain = rounded_to(matrix, "int4")
     assert isinstance(plain, QuantizedMatrix)
-    found = rounded_alone(matrix)
+    found = rounded_alone(matrix, "int4")
     assert (found.dequantize() - matrix).square().mean() < 0.95 * (plain.dequantize() - matrix).square().mean()
-    assert torch.equal(rounded_alone(torch.zeros(3, 40)).dequantize(), torch.zeros(3, 40))
+    assert torch.equal(rounded_alone(torch.zeros(3, 40), "int4").dequantize(), torch.zeros(3, 40))

@@ -29,12 +29,12 @@ from dejavu.model.texts import spread_windows
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Block, Transformer, sharing
 from dejavu.offline.collect import pack_windows
-from dejavu.offline.compensated import Moments, rounded_alone, rounded_by_input, rounded_by_output
+from dejavu.offline.compensated import BLOCK_GRIDS, Moments, rounded_alone, rounded_by_input, rounded_by_output
 from dejavu.offline.fidelity import token_nll
 from dejavu.offline.split import split_windows
 from dejavu.version import __version__
 
-GRIDS = ("int4", "int8")
+GRIDS = ("int4", "int8", *BLOCK_GRIDS)
 KINDS = ("embed", "qkv", "o", "up", "down")
 WINDOW = 512  # tokens
 BATCH_TOKENS = 2048
@@ -45,8 +45,8 @@ SHIFTS = torch.linspace(-3, 1, 33)  # of a bias before a ReLU, in deviations of 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeConfig(Config):
-    """dtype: of every matrix but those of the kinds `int8`, which get that: of KINDS, where up is up and gate, and embed the embedding, the
-    head and what is beside them. max_tokens: of the calibration text."""
+    """dtype: of every matrix but those of the kinds `int8`, of KINDS, where up is up and gate, and embed the embedding, the head and what
+    is beside them: these get int8, or q8_0 where dtype is a type of GGUF. max_tokens: of the calibration text."""
 
     dtype: str = "int4"
     int8: tuple[str, ...] = ("embed",)
@@ -60,7 +60,8 @@ class QuantizeConfig(Config):
 
     def grid(self, kind: str) -> str:
         """That of a kind of matrix."""
-        return "int8" if kind in self.int8 else self.dtype
+        eight = "q8_0" if self.dtype in BLOCK_GRIDS else "int8"
+        return eight if kind in self.int8 else self.dtype
 
 
 @torch.no_grad()
@@ -172,7 +173,10 @@ def _round_inputs(module: InputMajorLinear, dense: InputMajorLinear, sums: Momen
     """A map with a row for each input."""
     assert sums is not None, "there are tokens"
     fitted_OI, moment_II = sums.fitted(dense.weight.T)
-    held = rounded_by_input(fitted_OI.T.contiguous(), moment_II, grid)
+    if grid in BLOCK_GRIDS:
+        held = rounded_by_output(fitted_OI, moment_II, grid).swapped()
+    else:
+        held = rounded_by_input(fitted_OI.T.contiguous(), moment_II, grid)
     module.hold(held)
     if sums.centred:
         module.bias = nn.Parameter(sums.bias(held.dequantize().T), requires_grad=False)
@@ -190,9 +194,9 @@ def _shift_bias(dense: Linear, rounded: Linear, inputs: Tensor, inputs_q: Tensor
 
 def _table(matrix: Matrix, grid: str) -> Matrix:
     """The embedding, the head or a projection beside them: rounded by itself."""
-    if grid == "int8" or (isinstance(matrix, QuantizedMatrix) and matrix.grid == grid):
+    if grid in ("int8", "q8_0") or (isinstance(matrix, QuantizedMatrix) and matrix.grid == grid):
         return rounded_to(matrix, grid)
-    parts = [rounded_alone(matrix[rows] if isinstance(matrix, Tensor) else matrix.dequantize(rows)) for rows in blocks(*matrix.shape)]
+    parts = [rounded_alone(matrix[rows] if isinstance(matrix, Tensor) else matrix.dequantize(rows), grid) for rows in blocks(*matrix.shape)]
     return stacked(parts)
 
 
