@@ -167,3 +167,10 @@ def test_a_relu_model_is_written_out_as_one(call, work: Path) -> None:
     say = ("generate", "--prompt", "the cat", "-n", "8", "--ignore-eos", "--dtype", "fp32")
     assert call(*say, "model", "--adapter", "relu")["text"] == call(*say, "merged")["text"]
     call("export", "merged", "twice", "--merge", status=2, error="there are none; give an adapter of dejavu adapt")
+    few = call("quantize", "model", "--adapter", "relu", "--merge", "--text", "text.txt", "-o", "few", "--dtype", "q8_0")
+    lm, whole = load(work / "few", backend="torch"), load(work / "model", adapter=work / "relu", backend="torch")
+    assert few["adapter"] is few["merged"] is True and abs(few["rise"]) < 0.01 and lm.adapter is not None
+    assert lm.adapter.config.method == "exact" and lm.adapter.config.base_hashes == (lm.base_hash,)
+    ids = lm.tokenizer.encode("the cat sat on the mat")
+    torch.testing.assert_close(lm.logits(ids), whole.logits(ids), atol=0.05, rtol=0)
+    call("quantize", "merged", "--text", "text.txt", "-o", "no", "--merge", status=2, error="there are none; give an adapter")

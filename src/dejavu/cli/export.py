@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -12,15 +12,13 @@ from dejavu.cli.options import AdapterFolder, AsJson, Dense, Download, Model, Of
 from dejavu.cli.output import Output
 from dejavu.engine.options import EngineOptions
 
-if TYPE_CHECKING:
-    from dejavu.language_model import LanguageModel
-    from dejavu.model.transformer import Transformer
-
 
 def export(
     model: Model,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="fp32 or bf16; int8 or int4 for dejavu alone.")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="NAME", help="fp32 or bf16; for dejavu alone int8, int4, q8_0, q4_0, q4_1, q5_0 or q5_1.")
+    ] = "fp32",
     adapter: AdapterFolder = None,
     dense: Dense = False,
     merge: Annotated[
@@ -33,9 +31,10 @@ def export(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a folder that transformers loads, or one of int8 or int4; its adapter goes to DIR/adapter, which loading DIR uses."""
+    """Write a folder that transformers loads, or one of few bits; its adapter goes to DIR/adapter, which loading DIR uses."""
     from dejavu.config import require
     from dejavu.files import absolute
+    from dejavu.model.adapter import merged_model
     from dejavu.model.bundle import EXPORT_DTYPES
     from dejavu.model.bundle import export as write_export
     from dejavu.model.peft import write_peft
@@ -50,7 +49,7 @@ def export(
         raise ValueError("--peft writes an adapter's changes of weights, and there is no adapter; give one with --adapter DIR")
     if peft is not None and lm.adapter is not None:
         write_peft(lm.adapter, lm.config, peft)
-    merged = _merged(lm) if merge else None
+    merged = merged_model(lm.model, lm.adapter) if merge else None
     written = lm.adapter if merged is None else None
     sampling = lm.checkpoint.sampling if merged is None else lm.sampling
     write_export(merged or lm.model, lm.tokenizer, folder, dtype=dtype, adapter=written, sampling=sampling)
@@ -64,14 +63,3 @@ def export(
     out.say(f"Wrote {path} ({size / 1e6:,.1f} MB, {dtype}), {with_adapter}")
     about = {"folder": str(path), "dtype": dtype, "bytes": size, "adapter": written is not None, "merged": merge}
     out.finish(about | {"model": lm.name, "note": note})
-
-
-def _merged(lm: LanguageModel) -> Transformer:
-    """The model with its adapter's changed weights. Raises ValueError where there are none."""
-    from dejavu.model.lora import adapted_model
-
-    if lm.adapter is None or lm.adapter.lora is None:
-        raise ValueError(
-            "--merge writes an adapter's changed weights, and there are none; give an adapter of dejavu adapt, or leave it out"
-        )
-    return adapted_model(lm.model, lm.adapter.attached(lm.model))  # merged in fp32, whatever the base is held in

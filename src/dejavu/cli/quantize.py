@@ -1,4 +1,4 @@
-"""`dejavu quantize`: a folder of int4 or int8, rounded with the activations of a text in view, and what that costs on unseen text."""
+"""`dejavu quantize`: a folder of few bits, rounded with the activations of a text in view, and what that costs on unseen text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dejavu.cli.options import AsJson, Backend, Download, Model, Offline, Seed, Texts, Threads, open_model
+from dejavu.cli.options import AdapterFolder, AsJson, Backend, Download, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, progress_bars, resumable
 from dejavu.engine.options import EngineOptions
 
@@ -20,14 +20,18 @@ def quantize(
     model: Model,
     text: Texts,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="int4 or int8.")] = "int4",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="int4, int8, q4_0, q4_1 or q8_0.")] = "int4",
     int8: Annotated[
-        str, typer.Option("--int8", metavar="KINDS", help="What gets int8 all the same, of embed, qkv, o, up, down; joined by commas.")
+        str, typer.Option("--int8", metavar="KINDS", help="What gets 8 bits all the same, of embed, qkv, o, up, down; joined by commas.")
     ] = "embed",
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens used, spread evenly over the text.")] = 32_768,
     eval_text: Annotated[
         list[str] | None, typer.Option("--eval-text", metavar="FILE", help="What to measure on; not set: a part of the text; may repeat.")
     ] = None,
+    adapter: AdapterFolder = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter's changes of weights first; what it selects goes along in any case.")
+    ] = False,
     backend: Backend = "auto",
     threads: Threads = None,
     seed: Seed = 0,
@@ -40,6 +44,7 @@ def quantize(
     from dejavu.config import require
     from dejavu.files import absolute, check_replaceable, new_folder
     from dejavu.kernels.native import missing_reason
+    from dejavu.model.adapter import merged_model
     from dejavu.model.bundle import write_grids
     from dejavu.model.texts import corpus_hash, named_texts
     from dejavu.offline.quantize import QuantizeConfig, calibration_windows, quantized, quantized_card, window_perplexity
@@ -54,20 +59,21 @@ def quantize(
     # Native leaves matrices as they are stored; torch makes them fp32, for architectures that native lacks. No rounded keys and values.
     picked = backend if backend != "auto" else "native" if missing_reason() is None else "torch"
     options = EngineOptions(backend=picked, dtype="auto" if picked == "native" else "fp32", cache_dtype="fp32", threads=threads)
-    lm = open_model(model, out, options, seed=seed, download=download, offline=offline)
+    lm = open_model(model, out, options, seed=seed, adapter=adapter, download=download, offline=offline)
     calibration, check = calibration_windows(lm.tokenizer, lm.config, texts, unseen, config)
+    base = merged_model(lm.model, lm.adapter) if merge else lm.model
     with resumable("nothing was written; run the command again"), progress_bars() as progress:
-        before = window_perplexity(lm.model, check)
-        made = quantized(lm.model, calibration, config, progress)
+        before = window_perplexity(base, check)
+        made = quantized(base, calibration, config, progress)
         after = window_perplexity(made, check)
         found: dict[str, Any] = {
             "ppl_before": before, "ppl_after": after, "rise": after / before - 1, "eval_tokens": check[:, 1:].numel(),
             "tokens": calibration.numel(), "calibration_text_hash": corpus_hash(texts),
             "eval_text_hash": None if unseen is None else corpus_hash(unseen), **config.to_dict(),
         }  # fmt: skip
-        adapter, note = _adapter(lm.adapter, found["rise"], TOLERANCE)
+        kept, note = (lm.adapter.merged(), None) if merge and lm.adapter else _fitting(lm.adapter, found["rise"], TOLERANCE)
         with new_folder(target) as folder:
-            write_grids(made, lm.tokenizer, folder, adapter=adapter, sampling=lm.checkpoint.sampling)
+            write_grids(made, lm.tokenizer, folder, adapter=kept, sampling=lm.sampling if merge else lm.checkpoint.sampling)
             (folder / "README.md").write_text(quantized_card(lm.name, lm.checkpoint.stored_dtype, found), encoding="utf-8")
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     out.show(
@@ -76,10 +82,10 @@ def quantize(
     if note is not None:
         out.show(f"[yellow]note:[/yellow] {escape(note)}")
     out.say(f"Wrote {target} ({size / 1e6:,.1f} MB, {config.dtype}). Use it: dejavu generate {output} --prompt ...")
-    out.finish(found | {"folder": str(target), "bytes": size, "adapter": adapter is not None, "note": note, "model": lm.name})
+    out.finish(found | {"folder": str(target), "bytes": size, "adapter": kept is not None, "merged": merge, "note": note, "model": lm.name})
 
 
-def _adapter(adapter: Adapter | None, rise: float, tolerance: float) -> tuple[Adapter | None, str | None]:
+def _fitting(adapter: Adapter | None, rise: float, tolerance: float) -> tuple[Adapter | None, str | None]:
     """The adapter that came with the model, where it may run on the rounded one by the rule of --accept-base, and why not."""
     if adapter is None or abs(rise) <= tolerance:
         return adapter, None

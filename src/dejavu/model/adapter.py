@@ -23,11 +23,11 @@ from torch import Tensor
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, SamplingConfig, require
 from dejavu.files import new_folder, read_json, read_safetensors, write_json
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, wide
-from dejavu.model.adapter_config import AdapterConfig, LayerConfig
+from dejavu.model.adapter_config import SCHEMA_VERSIONS, AdapterConfig, LayerConfig
 from dejavu.model.card import card
 from dejavu.model.fingerprint import tensor_digest
 from dejavu.model.generation_config import GENERATION_FILE, generation_values, read_generation_config
-from dejavu.model.lora import LayerLora, lora_tensors, merged_block, read_lora
+from dejavu.model.lora import LayerLora, adapted_model, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import SELECTORS, LayerAdapter
 from dejavu.model.transformer import Transformer
@@ -103,6 +103,14 @@ class Adapter:
         config = dataclasses.replace(self.config, base_hashes=(*self.config.base_hashes, base_hash))
         return dataclasses.replace(self, config=config)
 
+    def merged(self) -> Adapter:
+        """The same selection for the model that the changes of weights make (`adapted_model`), of which no hash is known yet."""
+        assert self.config.lora is not None, "an adapter that changes weights"
+        method = "predicted" if self.config.lora.activation is None else "exact"
+        version = SCHEMA_VERSIONS[method]
+        config = dataclasses.replace(self.config, method=method, schema_version=version, lora=None, base_hashes=())
+        return dataclasses.replace(self, config=config, lora=None)
+
     def attached(self, model: Transformer, *, dtype: str | None = None) -> tuple[LayerAdapter, ...]:
         """The layers to run the model with, on its device, changed weights merged into copies of its own.
 
@@ -153,6 +161,15 @@ class Adapter:
         require(not tensors, f"{folder / TENSOR_FILE} has tensors that its {CONFIG_FILE} does not list: {', '.join(sorted(tensors)[:5])}")
         generation = read_generation_config(folder, of=" of the adapter")
         return Adapter(layers=layers, config=config, lora=lora, sampling=generation.sampling, notes=generation.notes)
+
+
+def merged_model(model: Transformer, adapter: Adapter | None) -> Transformer:
+    """The model with the adapter's changes of weights, merged in fp32. Raises ValueError where there are none."""
+    if adapter is None or adapter.lora is None:
+        raise ValueError(
+            "--merge writes an adapter's changed weights, and there are none; give an adapter of dejavu adapt, or leave it out"
+        )
+    return adapted_model(model, adapter.attached(model))
 
 
 def quantized(predictor: Predictor, mean_D: Tensor | None = None) -> Predictor:
