@@ -16,7 +16,7 @@ from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token
 from dejavu.kernels.cuda.rows import combine_rows
 from dejavu.kernels.cuda.select import select_definition
 from dejavu.model.layers import rotate
-from helpers.cuda import DEVICES
+from helpers.cuda import DEVICES, slow
 from helpers.kernel_memory import Memory, check_rule, poisoned_rows
 from helpers.kernels import BF16, FP16, FP32, check_list, neuron_scores, with_room
 
@@ -70,7 +70,9 @@ def rotated(x_HK: Tensor, position: int, inv_freq: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [slow(case) if max(case.positions) > 100 or case.splits > 4 else case for case in ATTENTION_CASES[:-1]], ids=str
+)
 def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
     """attend, then output_token for one row and combine_rows for any number."""
     memory, dtype = Memory(device, case.dtype), case.dtype

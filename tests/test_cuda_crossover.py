@@ -12,7 +12,7 @@ from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import AllHeads, AllNeurons, LayerAdapter
-from helpers.cuda import DEVICES, on, prefilled
+from helpers.cuda import DEVICES, on, prefilled, slow
 from helpers.engines import ids_of, random_layers
 
 
@@ -22,6 +22,7 @@ def batch_step(engine: CudaEngine) -> BatchStep:
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("layers", "heads"), [((), True), ((0,), False), ((0, 1), True)])
 def test_what_runs_dense(tiny: Tiny, device: str, layers: tuple[int, ...], heads: bool) -> None:
@@ -45,7 +46,7 @@ def test_what_runs_dense(tiny: Tiny, device: str, layers: tuple[int, ...], heads
         torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("slower", [False, True])
+@pytest.mark.parametrize("slower", [slow(False), True])
 def test_heads_are_timed_both_ways(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, slower: bool) -> None:
     model = on(tiny("opt"), "cpu")
     engine = prefilled(CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(num_slots=2)))

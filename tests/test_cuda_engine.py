@@ -12,7 +12,7 @@ from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.transformer import Transformer
-from helpers.cuda import DEVICES, cuda_engine_of, on
+from helpers.cuda import DEVICES, cuda_engine_of, on, slow
 from helpers.engines import decode, ids_of, masked_forward, random_layers
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,13 +33,14 @@ def made(tiny: Tiny, name: str) -> Transformer:
 @pytest.mark.parametrize(
     ("name", "mlp", "heads", "options"),
     [
-        *((name, 1, 1, {}) for name in MODELS),
-        ("opt", None, None, {}),
-        ("llama", 0, 0, {}),
+        ("llama", 1, 1, {}),
         ("opt", 2, None, {}),
-        ("opt", 1, None, {"ahead": "in-line"}),
-        ("opt", 1, 1, {"ahead": "branch"}),
-        ("llama", 1, 1, {"deterministic": True}),
+        *(slow(name, 1, 1, {}) for name in MODELS if name != "llama"),
+        slow("opt", None, None, {}),
+        slow("llama", 0, 0, {}),
+        slow("opt", 1, None, {"ahead": "in-line"}),
+        slow("opt", 1, 1, {"ahead": "branch"}),
+        slow("llama", 1, 1, {"deterministic": True}),
     ],
     ids=str,
 )
@@ -144,6 +145,7 @@ def test_rows_of_a_batch_equal_the_torch_engine(
                     assert a is None or b is None or a.tolist() == b.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_that_fill_a_bucket_write_nowhere_that_matters(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt"), device)

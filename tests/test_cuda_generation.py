@@ -120,6 +120,7 @@ def test_greedy_text_is_that_of_single_steps(tiny: Tiny, device: str) -> None:
     assert (full.new_tokens, full.finish_reason) == (6, "length")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_full_cache_ends_both_at_the_same_token(tiny: Tiny, device: str) -> None:
     """Another sequence holds 3 of 6 pages: of the text's 12 tokens 5 are the prompt."""
@@ -182,6 +183,7 @@ def test_an_engine_that_records_is_stepped(tiny: Tiny, device: str) -> None:
     assert text.trace is not None and text.trace[1] is not None and engine._bucket(1).decode_rows is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_model_writes_one_text_after_the_other_on_one_engine(
     tiny: Tiny, tokenizer: Tokenizer, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -140,7 +140,7 @@ def test_mlp_token(case: MlpCase, device: str) -> None:
     check_mlp_token(case, device)
 
 
-@settings(max_examples=15)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_mlp_token_of_any_size(data: st.DataObject) -> None:
     """On the CPU alone: a GPU would compile a kernel for each."""

@@ -19,7 +19,7 @@ from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Selection, Transformer
-from helpers.cuda import DEVICES, Recorded, cuda_engine_of, on
+from helpers.cuda import DEVICES, Recorded, cuda_engine_of, on, slow
 from helpers.engines import decode, ids_of, random_layers, reselect
 from helpers.kernel_memory import check_rule
 from helpers.thresholds import gate_layers, input_layers
@@ -73,9 +73,10 @@ def check_same(want: StepResult, found: StepResult) -> None:
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [
-        *((name, method, {}) for name in MODELS for method in METHODS),
-        *(("llama", method, {"deterministic": True}) for method in METHODS),
-        *(("opt", method, {"ahead": "branch"}) for method in METHODS),
+        *(("llama, biased", method, {}) for method in METHODS),
+        *(slow(name, method, {}) for name in MODELS for method in METHODS if name != "llama, biased"),
+        *(slow("llama", method, {"deterministic": True}) for method in METHODS),
+        *(slow("opt", method, {"ahead": "branch"}) for method in METHODS),
     ],
     ids=str,
 )
@@ -97,9 +98,10 @@ def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, method: str, opti
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [
-        *((name, method, {}) for name in ("opt", "llama, biased") for method in METHODS),
-        *(pytest.param("llama, relu, wide heads", method, {}, marks=pytest.mark.slow) for method in METHODS),
-        *(pytest.param("llama", method, {"deterministic": True}, marks=pytest.mark.slow) for method in METHODS),
+        ("opt", "input", {}),
+        slow("opt", "gate", {}),
+        *(slow(name, method, {}) for name in ("llama, biased", "llama, relu, wide heads") for method in METHODS),
+        *(slow("llama", method, {"deterministic": True}) for method in METHODS),
     ],
     ids=str,
 )
@@ -118,6 +120,7 @@ def test_rows_of_a_batch_equal_the_torch_engine(tiny: Tiny, name: str, method: s
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2])
 def test_layers_of_different_methods(tiny: Tiny, rows: int, device: str) -> None:
     model = tiny("llama", num_layers=4)
@@ -130,7 +133,7 @@ def test_layers_of_different_methods(tiny: Tiny, rows: int, device: str) -> None
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", ["down", *(slow(point) for point in POINTS if point != "down")])
 def test_a_point_without_a_threshold_keeps_everything(tiny: Tiny, point: str, device: str) -> None:
     model, ids = tiny("llama", num_layers=1), ids_of(6, 2)
     layers = input_layers(model, 0.5, without=point)
@@ -151,8 +154,8 @@ def test_a_point_without_a_threshold_keeps_everything(tiny: Tiny, point: str, de
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ["opt", pytest.param("llama, relu, wide heads", marks=pytest.mark.slow), "fatrelu, no biases"])
+@pytest.mark.parametrize("rows", [slow(1), 3])
+@pytest.mark.parametrize("name", [slow("opt"), slow("llama, relu, wide heads"), "fatrelu, no biases"])
 def test_what_a_threshold_of_zero_leaves_out_is_nothing(tiny: Tiny, name: str, rows: int, device: str) -> None:
     """The method exact: the dense engine's logits, from the neurons that fire."""
     model = on(made(tiny, name), device)
@@ -225,7 +228,7 @@ def test_a_deterministic_engine_repeats_bit_for_bit(tiny: Tiny, method: str, row
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, slow(3)])
 @pytest.mark.parametrize("method", METHODS)
 def test_decoded_tokens_have_the_counts_of_their_steps(tiny: Tiny, method: str, rows: int, device: str) -> None:
     model = tiny("llama", num_layers=1)

@@ -161,6 +161,7 @@ def test_every_size_against_fp64(name: str, rows: int) -> None:
     check_engine(engine, ids_BT, copy.deepcopy(made.model).double())
 
 
+@pytest.mark.slow
 def test_the_check_sees_a_wrong_engine(tiny: Tiny) -> None:
     """A neuron's row of down, other than the one that the forward passes read."""
     model = tiny("opt").half()

@@ -28,7 +28,7 @@ from dejavu.kernels.cuda.sample import (
     sample_scratch,
 )
 from dejavu.model.counts import Counts
-from helpers.cuda import DEVICES, on, prefilled
+from helpers.cuda import DEVICES, on, prefilled, slow
 from helpers.engines import random_layers
 
 SETTINGS = ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (2.0, 40, 0.6), (1e-30, 3, 0.5), (5.0, 10**6, 1.0))
@@ -77,7 +77,7 @@ def test_greedy_is_the_first_of_the_best(device: str, vocab: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("vocab", [13, 1301])
+@pytest.mark.parametrize("vocab", [13, slow(1301)])
 def test_draws_equal_the_definition_given_the_same_numbers(device: str, vocab: int) -> None:
     """Greedy, free, top_k, top_p and both, over logits full of ties."""
     logits_BV, settings = logits_of(14, vocab, device), settings_of(device, 14)
@@ -174,11 +174,11 @@ def test_the_definition_follows_the_softmax() -> None:
     [
         ((9.0, 3, 1.0), {1, 3, 6}),
         ((9.0, 1, 1.0), {1}),
-        ((1.0, 0, 0.42), {1}),
-        ((1.0, 0, 0.46), {1, 3}),
+        slow((1.0, 0, 0.42), {1}),
+        slow((1.0, 0, 0.46), {1, 3}),
         ((1.0, 2, 0.6), {1}),  # the share is taken of what top_k left: 0.62 of two, 0.44 of seven
-        ((1.0, 0, 0.6), {1, 3}),
-        ((9.0, 0, 1e-9), {1}),
+        slow((1.0, 0, 0.6), {1, 3}),
+        slow((9.0, 0, 1e-9), {1}),
     ],
     ids=str,
 )
@@ -188,11 +188,12 @@ def test_cuts_keep_exactly_what_they_should(device: str, kind: tuple[float, int,
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", [(1.0, 2, 1.0), (1.0, 0, 0.17), (1.0, 8, 0.2)], ids=str)
+@pytest.mark.parametrize("kind", [(1.0, 2, 1.0), slow((1.0, 0, 0.17)), slow((1.0, 8, 0.2))], ids=str)
 def test_of_equals_no_more_are_kept_than_needed(device: str, kind: tuple[float, int, float]) -> None:
     assert set(sampled(torch.zeros(10, 9, device=device), settings_of(device, 10, (kind,)))) == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_rows_token_depends_on_its_seed_and_step_alone(device: str) -> None:
     logits_BV, settings = logits_of(7, 1301, device), settings_of(device, 7)
@@ -248,7 +249,7 @@ def test_parts_are_joined_by_token_and_by_row() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("family", "rows", "crossing"), [("opt", 3, 8), ("llama", 1, 7)])
+@pytest.mark.parametrize(("family", "rows", "crossing"), [slow("opt", 3, 8), ("llama", 1, 7)])
 def test_decode_equals_greedy_steps(
     tiny: Tiny, device: str, family: str, rows: int, crossing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
+from helpers.cuda import slow
 from helpers.engines import ids_of, random_layers
 from helpers.native import engine_of, needs_library
 from helpers.thresholds import gate_layers, input_layers
@@ -130,7 +131,7 @@ def test_a_prefix_serves_both(tiny: Tiny, kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [slow(1), 2])
 def test_dense_calls_on_the_gpu(tiny: Tiny, method: str, rows: int) -> None:
     """Steps and tokens that it decodes by itself, and sparse ones after them; of a step that records, too."""
     pytest.importorskip("triton")

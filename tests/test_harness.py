@@ -103,6 +103,7 @@ def test_what_is_not_there_is_said(lm: LanguageModel, tmp_path: Path) -> None:
         harness_results(lm, [str(tmp_path / "empty.yaml")])
 
 
+@pytest.mark.slow
 def test_the_command_runs_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

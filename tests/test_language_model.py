@@ -396,12 +396,14 @@ def test_a_text_in_a_cycle_may_be_collected_at_any_time(lm: LanguageModel, monke
     monkeypatch.setattr(lm._engines, "_entries", Collecting(lm._engines._entries))
     thread = threading.Thread(target=run, daemon=True)  # one that waits for itself would hang
     gc.disable()
+    gc.freeze()  # what other tests left is not looked through at each collection
     try:
         leave()
         leave(record=True)
         thread.start()
         thread.join(20)
     finally:
+        gc.unfreeze()
         gc.enable()
     assert not thread.is_alive() and found == [expected] * 2 and 1 <= len(lm._engines._entries) <= KEPT
     assert not any(entry.engine in engines for entry in lm._engines._entries.values()) or held

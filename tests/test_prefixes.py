@@ -302,6 +302,7 @@ def test_a_prefix_goes_when_its_pages_are_needed(tiny: Tiny) -> None:
     assert engine.reuse(1, prompt) == 4
 
 
+@pytest.mark.slow
 def test_cuda_goes_on_behind_a_reused_prefix(tiny: Tiny) -> None:
     check_cuda(tiny, "cpu")
 

@@ -54,6 +54,7 @@ def train_opt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("train_opt")
 
 
+@pytest.mark.slow
 def test_recipe_trains_resumes_and_bundles(text: Path, train_opt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = ("--steps", "24", "--control-interval", "2")
     stopped = run(text, *steps, "--max-minutes", "0.00001")

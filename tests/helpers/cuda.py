@@ -20,6 +20,11 @@ from helpers.engines import ids_of
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+def slow(*values: Any) -> Any:
+    """A case of a parametrised test that takes long under the interpreter, and whose like is among the quick ones."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def on(model: Transformer, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
     return copy.deepcopy(model).to(device, dtype)
 
