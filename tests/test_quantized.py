@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from conftest import Tiny
 from dejavu.kernels import quantized
-from dejavu.kernels.memory import give_back_freed, give_back_pages, mapped_file
+from dejavu.kernels.memory import give_back_freed, give_back_pages, mapped_file, take_pages
 from dejavu.kernels.quantize import quantize_groups, rounded
 from dejavu.kernels.quantized import (
     BLOCKS,
@@ -169,7 +169,11 @@ def test_pages_of_a_mapped_file_go_and_come_again(tmp_path: Path) -> None:
     give_back_pages(other)
     assert int(other.sum()) == 4 << 20, "memory that no file is behind stays"
     give_back_pages(data[4096:-4096])
-    assert before - _resident() > 3 << 20, "of 8 MiB read, and 4 of another tensor that came since"
+    after = _resident()
+    assert before - after > 3 << 20, "of 8 MiB read, and 4 of another tensor that came since"
+    take_pages(data)
+    take_pages(other)
+    assert _resident() - after > 6 << 20, "they are there before anybody reads them"
     assert int(data.long().sum()) == total and bytes(data[8192 : 8192 + 4096].tolist()) == expected
 
 

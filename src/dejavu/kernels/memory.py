@@ -6,6 +6,7 @@ goes back to the system. What is given back of a mapped file is read again the n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+POPULATE_READ = 22  # of Linux 5.14, which Python has no name for
 _mapped: dict[int, tuple[int, weakref.ref[mmap.mmap]]] = {}  # by its first address: how many bytes, and the mapping
 
 
@@ -41,17 +43,27 @@ def _forget(start: int, gone: weakref.ref[mmap.mmap]) -> None:
         del _mapped[start]
 
 
+def take_pages(tensor: Tensor) -> None:
+    """Map all pages of a view of a mapped file at once, which takes less time than one by one; nothing happens to any other tensor."""
+    _advise(tensor, POPULATE_READ if sys.platform == "linux" else None)
+
+
 def give_back_pages(tensor: Tensor) -> None:
     """Let the pages go that a view of a mapped file was read into; nothing happens to any other tensor."""
+    _advise(tensor, getattr(mmap, "MADV_DONTNEED", None))  # not everywhere
+
+
+def _advise(tensor: Tensor, advice: int | None) -> None:
+    """For the whole pages of the view."""
     first, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     for start, (length, found) in tuple(_mapped.items()):
         mapping = found()
         if mapping is not None and start <= first and first + size <= start + length and tensor.is_contiguous():
-            advice = getattr(mmap, "MADV_DONTNEED", None)  # not everywhere
             begin = -(-(first - start) // mmap.PAGESIZE) * mmap.PAGESIZE
             end = (first - start + size) // mmap.PAGESIZE * mmap.PAGESIZE
             if advice is not None and begin < end:
-                mapping.madvise(advice, begin, end - begin)
+                with contextlib.suppress(OSError):  # a kernel that does not know it
+                    mapping.madvise(advice, begin, end - begin)
 
 
 def free_gpu_bytes(device: str) -> int | None:

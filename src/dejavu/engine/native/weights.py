@@ -20,7 +20,7 @@ from dejavu.config import ModelConfig, require
 from dejavu.engine.native.capabilities import NATIVE
 from dejavu.kernels import native
 from dejavu.kernels.activation import ACTIVATION_CODES
-from dejavu.kernels.memory import give_back_pages
+from dejavu.kernels.memory import give_back_pages, take_pages
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, wide
 from dejavu.kernels.screen import low_rank, screen_rank
 from dejavu.model.grids import grid_of, grids_of
@@ -44,6 +44,12 @@ class MatrixView:
         columns = values.shape[-1] if held is None else held.columns
         dtype, transposed = ("fp32", False) if held is None else (held.grid, held.transposed)
         self.matrix = native.MatrixStruct(data, scale, biases, stored_rows, rows, columns, native.DTYPE_CODES[dtype], transposed)
+
+    def take(self) -> None:
+        """Have the pages of a file that the values are read from."""
+        for tensor in self.tensors[:2]:
+            if tensor is not None:
+                take_pages(tensor)
 
     def let_go(self) -> None:
         """Give back the pages of a file that the values were read from."""
@@ -114,6 +120,9 @@ class NativeModel:
     def _set(self, part: int | None, layer: int, views: Sequence[MatrixView | None]) -> None:
         """One part, or (None) the MLP of a layer: its gate, where there is one, up and down."""
         matrices = [None if view is None else view.matrix for view in views]
+        for view in views:
+            if view is not None:
+                view.take()
         if part is None:
             native.check(self._library.dejavu_model_set_mlp(self.handle, layer, *matrices))
         else:
