@@ -68,7 +68,11 @@ def _model_info(name: str, out: Output) -> None:
 
     base = read_json(MODELS_FOLDER / name / ADAPTER_FOLDER / "config.json")["base_id"] if name in bundled_adapters() else name
     source = open_source((packaged_file(base) if base != name else None) or resolve_model(base))
-    config, tokenizer = source.config, source.tokenizer()
+    config = source.config
+    try:
+        template, lacks = source.tokenizer().chat_template is not None, None
+    except ValueError as error:  # the rest is worth telling all the same
+        template, lacks = None, str(error)
     states = {status.name: status for status in backends()}
     runs, memory = [], []
     for backend, capabilities in CAPABILITIES.items():
@@ -98,8 +102,8 @@ def _model_info(name: str, out: Output) -> None:
         "model": name, "path": str(source.path), "family": config.family, "parameters": sum(source.sizes.values()),
         "stored_dtype": source.stored_dtype, "types": dict(source.sizes), "layers": config.num_layers, "hidden_size": config.hidden_size,
         "neurons": config.intermediate_size, "heads": config.num_heads, "kv_heads": config.num_kv_heads, "activation": config.activation,
-        "vocabulary": config.vocab_size, "context": config.max_positions, "chat_template": tokenizer.chat_template is not None,
-        "backends": runs, "memory": memory,
+        "vocabulary": config.vocab_size, "context": config.max_positions, "chat_template": template,
+        "tokenizer_error": lacks, "backends": runs, "memory": memory,
     }  # fmt: skip
     out.show(_about(result), _runs(runs), _memory(memory, config.max_positions))
     out.say("room: for keys and values of one text, and of how many texts of the whole context, in the memory that is free now")
@@ -119,6 +123,7 @@ def _about(result: dict[str, Any]) -> Table:
         ("shape", f"{gated}, {result['kv_heads']} of keys and values"),
         ("vocabulary", f"{result['vocabulary']:,} tokens"),
         ("context", f"{result['context']:,} tokens"),
+        ("tokenizer", result["tokenizer_error"] or "read"),
         ("chat template", "yes" if result["chat_template"] else "none"),
         ("lies at", result["path"]),
     ):
