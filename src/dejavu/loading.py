@@ -12,7 +12,7 @@ import torch
 
 from dejavu.config import DTYPES, ModelConfig, require
 from dejavu.engine.backends import CAPABILITIES, pick_backend
-from dejavu.engine.footprint import check_fits, free_bytes
+from dejavu.engine.footprint import check_fits, free_bytes, packed_sizes
 from dejavu.engine.options import EngineOptions
 from dejavu.files import read_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
@@ -98,7 +98,8 @@ def load(
     hub = None if a_path else hub_name(name)
     called = None if a_path else name if hub is None else hub.model
     held = held_dtype(dtype, stored, backend)
-    check_fits(called or path.name, source.sizes, dtypes=capabilities.dtypes, dtype=held, free=free_bytes(backend))
+    sizes = packed_sizes(source.sizes) if capabilities.packs and held == "stored" else source.sizes
+    check_fits(called or path.name, sizes, dtypes=capabilities.dtypes, dtype=held, free=free_bytes(backend))
     computed = None if held == "stored" or capabilities.packs else TORCH_DTYPES[held]
     checkpoint = load_checkpoint(source, dtype=computed, device=device, name=called)
     if adapter == "bundled":

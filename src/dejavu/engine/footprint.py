@@ -18,7 +18,7 @@ import torch
 
 from dejavu.config import ModelConfig
 from dejavu.kernels.memory import available_bytes, free_gpu_bytes
-from dejavu.kernels.native import HEAD_PAD
+from dejavu.kernels.native import DTYPE_CODES, HEAD_PAD
 from dejavu.kernels.quantized import VALUE_BYTES, bytes_of_value
 
 RUNTIME = 400 << 20
@@ -38,7 +38,15 @@ class Footprint:
 
 def footprint(sizes: Mapping[str, int], config: ModelConfig, *, backend: str, dtype: str, cache_dtype: str) -> Footprint:
     """Of a model whose matrices are held in `dtype`, or, where it is none of ours, as they are stored."""
+    sizes = packed_sizes(sizes) if backend == "native" and dtype == "stored" else sizes
     return Footprint(weights=weight_bytes(sizes, dtype), per_token=cache_bytes(config, backend=backend, cache_dtype=cache_dtype))
+
+
+def packed_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Values of each type as the native engine holds a stored model: fp16 in the place of types that it has no kernels for."""
+    found = {kind: count for kind, count in sizes.items() if kind in DTYPE_CODES}
+    others = sum(sizes.values()) - sum(found.values())
+    return found | {"fp16": found.get("fp16", 0) + others} if others else found
 
 
 def weight_bytes(sizes: Mapping[str, int], dtype: str) -> int:
