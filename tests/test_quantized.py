@@ -94,7 +94,7 @@ def test_a_gguf_grid_is_read_as_its_package_reads_it(grid: str) -> None:
     assert turned.shape == (96, 12) and torch.equal(turned.dequantize(torch.tensor([5, 90])), expected.T[[5, 90]])
 
 
-@pytest.mark.parametrize("grid", ["q4_1", "q8_0", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("grid", ["q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k"])
 def test_any_bits_of_a_block_are_read_as_the_package_reads_them(grid: str) -> None:
     held = random_blocks(grid, 3, 1024)
     expected = gguf.quants.dequantize(held.values.numpy(), gguf.GGMLQuantizationType[grid.upper()])

@@ -342,6 +342,12 @@ def packed_blocks(grid: str, q: Tensor, scale: Tensor, minimum: Tensor) -> Quant
     return QuantizedMatrix(grid, raw.flatten(1), None, q.shape[1])
 
 
+def _q4_0(raw: Tensor) -> Tensor:
+    """Blocks of 32 values: scale fp16, then 16 bytes, whose low halves are the first 16 values, each 8 more."""
+    scale, q = raw.unflatten(1, (-1, 18)).split((2, 16), dim=2)
+    return torch.stack([q & 15, q >> 4], dim=2).flatten(2).float().sub_(8).mul_(_halves(scale)).flatten(1)
+
+
 def _q4_1(raw: Tensor) -> Tensor:
     """Blocks of 32 values: scale and minimum fp16, then 16 bytes, whose low halves are the first 16 values."""
     scale, minimum, q = raw.unflatten(1, (-1, 20)).split((2, 2, 16), dim=2)
@@ -436,7 +442,9 @@ def _by_gguf(grid: str) -> Callable[[Tensor], Tensor]:
 
 
 # The others are read by the package itself, which is slower.
-_GGUF: dict[str, Callable[[Tensor], Tensor]] = {"q4_1": _q4_1, "q8_0": _q8_0, "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k}
+_GGUF: dict[str, Callable[[Tensor], Tensor]] = {
+    "q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0, "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k,
+}  # fmt: skip
 
 # Where in a block the fp16 lie that all of its values are multiples of.
 SCALES_AT = {
