@@ -17,13 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dejavu.bench.rows import QualityRow, append_rows
+from dejavu.bench.rows import QualityRow, append_rows, read_rows
 from dejavu.engine.backends import CAPABILITIES
 from dejavu.files import write_json
 from dejavu.model.bundle import MODELS_FOLDER
 from dejavu.model.families import config_from_hf
 from dejavu.model.gguf.families import GGUF_FAMILIES
 from dejavu.model.rounding import ROUNDING_FILE
+from forms import RESULTS as FORMS
+from forms import FormRow
 from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_ops, gpu_speed
 from records import QUALITY, CurveResult, EvalResult, MethodResult, ProfileResult, Record, Result, TrainResult, records
 from speeds import EXACT, Refused, headline, markdown, origins, percent, programs, qualities, second
@@ -143,6 +145,37 @@ def layers() -> str:
     return markdown(header, rows) + origins([train])
 
 
+def few_bits(base: str) -> str:
+    """Forms of a model: what each takes, costs and gains. All of one run, so that their speeds are of the same minutes."""
+    found = [row for row in read_rows(FORMS, FormRow) if row.base == base and row.repeatable]
+    if not found:
+        raise Refused(f"no forms of {base} in results/ may be shown: run recipes/forms.py on a clean commit")
+    last = [row for row in found if row.run == found[-1].run]
+    dense = {row.form: row for row in last if not row.sparse}
+    sparse = {row.form: row for row in last if row.sparse}
+    exact = dense["fp32"]
+    table = []
+    for form, row in dense.items():
+        other = sparse.get(form)
+        with_adapter = ["", "", ""]
+        if other is not None:
+            rise = f"{100 * (other.ppl / sparse['fp32'].ppl - 1):+.1f} %"
+            with_adapter = [f"{other.ppl:.2f}", rise, f"{other.tok_s:.0f} ({other.tok_s / row.tok_s:.2f})"]
+        cost = f"{100 * (row.ppl / exact.ppl - 1):+.2f} %"
+        table.append([form, f"{row.weight_bytes / 1e6:.0f}", f"{row.ppl:.2f}", cost, f"{row.tok_s:.0f}", *with_adapter])
+    header = [
+        "form",
+        "MB",
+        "perplexity, dense",
+        "beside fp32",
+        "tokens/s",
+        "perplexity, sparse",
+        "beside fp32",
+        "tokens/s (times its own dense)",
+    ]
+    return markdown(header, table) + origins([exact])
+
+
 PLAIN = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}
 PLAIN |= {"num_key_value_heads": 2, "intermediate_size": 48, "hidden_act": "silu", "head_dim": 16}
 LONG_ROPE = {"rope_type": "longrope", "long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 16}
@@ -214,6 +247,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "second": lambda: second(SMOLLM2, "SmolLM2-135M-Instruct (its Q4_1 file) with `smollm2-sparse`"),
     "programs-opt-mini": lambda: programs("opt-mini"),
     "programs-smollm": lambda: programs(SMOLLM2),
+    "few-bits": lambda: few_bits("SmolLM2-135M-Instruct"),
+    "few-bits-opt-mini": lambda: few_bits("opt-mini"),
     "texts": texts,
     "tasks": tasks,
     "layers": layers,

@@ -52,6 +52,7 @@ def test_the_table_of_families_has_them_all_and_a_reason_for_every_no(tables: Mo
 @pytest.mark.parametrize("path", sorted((ROOT / "results").iterdir()), ids=lambda path: path.name)
 def test_every_line_of_results_is_a_row_of_its_class(tables: ModuleType, path: Path) -> None:
     kinds: dict[str, type[Measured]] = {"bench.jsonl": SpeedRow, "perplexity.jsonl": QualityRow, "quality.jsonl": tables.Record}
+    kinds["forms.jsonl"] = tables.FormRow
     assert len(read_rows(path, kinds[path.name])) == len(path.read_text().splitlines()) > 0
 
 
@@ -70,6 +71,28 @@ def test_a_record_with_another_key_or_type_is_refused(tables: ModuleType, tmp_pa
         path.write_text(json.dumps(line | change) + "\n")
         with pytest.raises(ValueError, match=reason):
             read_rows(path, tables.Record)
+
+
+def form(name: str, ppl: float, tok_s: float, *, sparse: bool = False, run: str = "b", **changes: Any) -> dict[str, Any]:
+    where = {"device": "CPU", "device_kind": "cpu", "versions": {"torch": "9.9"}, "commit": "1" * 40, "time": "2030-01-01T00:00:00+00:00"}
+    quality = {"backend": "native", "mode": "sparse" if sparse else "dense", "model": name, "dtype": name, "sparse": sparse, "rule": "r"}
+    speed = {"threads": 2, "weight_bytes": 9_000_000, "tok_s": tok_s, "p20_us": 1.0, "p50_us": 2.0, "p80_us": 3.0}
+    return where | quality | {"texts_hash": "h", "tokens": 9, "ppl": ppl} | speed | {"form": name, "base": "m", "run": run} | changes
+
+
+def test_forms_of_a_model_stand_beside_its_fp32_form(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only those of the newest run, and none of a changed tree."""
+    monkeypatch.setattr(tables, "FORMS", tmp_path / "forms.jsonl")
+    lines = [form("fp32", 99.0, 1.0, run="a"), form("fp32", 20.0, 50.0), form("fp32", 22.0, 100.0, sparse=True), form("int4", 21.0, 200.0)]
+    lines += [form("int4", 24.2, 300.0, sparse=True), form("new", 1.0, 1.0, run="c", dirty=True)]
+    tables.FORMS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in tables.few_bits("m").splitlines()[2:4]]
+    assert shown == [
+        ["fp32", "9", "20.00", "+0.00 %", "50", "22.00", "+0.0 %", "100 (2.00)"],
+        ["int4", "9", "21.00", "+5.00 %", "200", "24.20", "+10.0 %", "300 (1.50)"],
+    ]
+    with pytest.raises(SystemExit, match="no forms of other"):
+        tables.few_bits("other")
 
 
 def test_a_stale_number_is_replaced(tables: ModuleType) -> None:
