@@ -12,7 +12,7 @@
 
 /* Raised by hand where a caller of the last version would be misunderstood though no layout differs: another meaning of a field or code,
  * other arguments of a function. The layouts of structs tell themselves: dejavu_layouts. */
-#define DEJAVU_ABI_VERSION 7
+#define DEJAVU_ABI_VERSION 8
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -27,7 +27,8 @@ extern "C" {
 enum dejavu_status { DEJAVU_OK = 0, DEJAVU_BAD_VALUE = 1, DEJAVU_NO_MEMORY = 2, DEJAVU_NOT_FINITE = 3, DEJAVU_INTERNAL = 4 };
 enum dejavu_dtype {
   DEJAVU_FP32 = 0, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, DEJAVU_FP16,
-  DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K /* types of GGUF */
+  DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K, /* types of GGUF */
+  DEJAVU_W4_FP16, DEJAVU_W4_BF16, DEJAVU_W8_FP16, DEJAVU_W8_BF16 /* of 4 and 8 bits with zero points, by the type of their scales */
 };
 enum dejavu_activation { DEJAVU_RELU = 0, DEJAVU_RELU2 = 1, DEJAVU_FATRELU = 2, DEJAVU_SILU = 3, DEJAVU_GELU = 4, DEJAVU_GELU_TANH = 5 };
 enum dejavu_part { /* of a model; layer is -1 for those without one */
@@ -61,9 +62,10 @@ typedef struct dejavu_engine dejavu_engine;
 
 /* One matrix of a model or predictor, row-major: fp32, fp16, bf16, int8 with an fp32 scale for each row, int4 as nibbles (value + 8, the
  * first of two in the low half of a byte; a row is (columns + 1) / 2 bytes) with an fp16 scale for each 32 values of a row (the last ones
- * fewer), or the blocks of a type of GGUF as a file has them. scale is NULL where there is none; bias may be NULL. Row r is stored as
+ * fewer), the blocks of a type of GGUF as a file has them, or such blocks with zero points: for 32 values scale * (q - zero) of a row a
+ * scale (fp16 or bf16), a signed byte zero, and q as 16 bytes of nibbles (low halves are the first 16 values) or 32 signed bytes. scale is NULL where there is none; bias may be NULL. Row r is stored as
  * row order[r]; NULL: r. `transposed` o and down are given as rows of outputs, [hidden, inputs], in place of rows of inputs (fp32, fp16,
- * bf16 and GGUF, whose scales then belong to groups of inputs). Nothing is kept of the memory that is given. */
+ * bf16 and blocks, whose scales then belong to groups of inputs). Nothing is kept of the memory that is given. */
 typedef struct {
   const void *data, *scale;
   const float *bias;

@@ -20,6 +20,7 @@ from dejavu.model.transformer import Transformer
 from helpers.adapters import predicted
 from helpers.engines import decode, ids_of, masked_forward, random_layers
 from helpers.grids import ALL, GRIDS, blocks_of, floats_of, held_as, in_grid, sizes_of
+from helpers.matrices import scale_type
 from helpers.native import ISAS, engine_of, needs_library
 
 pytestmark = needs_library
@@ -173,7 +174,8 @@ def test_what_a_grid_cannot_be_is_refused(tiny: Tiny, grid: str) -> None:
     assert isinstance(q, QuantizedMatrix)
     block, size = gguf_block(grid)
     raw = q.values.unflatten(1, (-1, size)).clone()
-    raw[-1, -1, SCALES_AT[grid][1] - 2 : SCALES_AT[grid][1]] = torch.tensor([torch.inf], dtype=torch.float16).view(torch.uint8)
+    end = SCALES_AT.get(grid, (0, 2))[1]
+    raw[-1, -1, end - 2 : end] = torch.tensor([torch.inf], dtype=scale_type(grid)).view(torch.uint8)
     packed = NativeModel(model, "stored")
 
     def put(matrix: QuantizedMatrix) -> None:

@@ -39,7 +39,7 @@ from dejavu.kernels.quantized import (
     wide,
 )
 from dejavu.model.masked import MaskedSelection
-from helpers.matrices import random_blocks, random_matrix
+from helpers.matrices import random_blocks, random_matrix, scale_type
 
 GRIDS = ("int8", "int4", "bf16")
 GGUF_GRIDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16")
@@ -101,7 +101,9 @@ def test_any_bits_of_a_block_are_read_as_the_package_reads_them(grid: str) -> No
     assert np.array_equal(held.dequantize().numpy(), expected)
 
 
-@pytest.mark.parametrize("grid", ["int8", "int4", "fp16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q4_k", "q6_k", "iq4_nl"])
+@pytest.mark.parametrize(
+    "grid", ["int8", "int4", "fp16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q4_k", "q6_k", "iq4_nl", "w4_fp16", "w8_bf16"]
+)
 def test_single_values_and_damage_are_found_without_dequantising_all(grid: str) -> None:
     """Rows in another order, the transpose, values at places: all those of the whole matrix; one bad scale or value makes it not finite."""
     columns, order = 512, torch.tensor([6, 0, 5, 1, 4])
@@ -129,7 +131,7 @@ def _break_last_value(grid: str, tensors: list[torch.Tensor]) -> None:
         tensors[-1].view(-1)[-1] = torch.inf
         return
     at = tensors[0].shape[1] - gguf_block(grid)[1] + SCALES_AT.get(grid, (0, 2))[0]
-    tensors[0][-1, at : at + 2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+    tensors[0][-1, at : at + 2] = torch.tensor([torch.inf], dtype=scale_type(grid)).view(torch.uint8)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -26,19 +26,19 @@ std::mt19937 random_bits(1);
     }                                                                                      \
   } while (0)
 
-bool is_gguf(int dtype) { return dtype >= DEJAVU_Q8_0; }
+bool of_blocks(int dtype) { return dtype >= DEJAVU_Q8_0; }
 
-// Bytes of a block of a type of GGUF, and where in it fp16 scales and minima lie.
+// Bytes of a block, and where in it fp16 scales and minima lie. As bf16 the same bits are about 2^-80: what is added up is no less finite.
 struct Block { int64_t values, bytes, scales, end; };
 Block block_of(int dtype) {
-  const Block blocks[] = {{32, 34, 0, 2}, {32, 18, 0, 2}, {32, 20, 0, 4}, {32, 22, 0, 2}, {32, 24, 0, 4}, {256, 144, 0, 4}, {256, 176, 0, 4}, {256, 210, 208, 210}};
+  const Block blocks[] = {{32, 34, 0, 2}, {32, 18, 0, 2}, {32, 20, 0, 4}, {32, 22, 0, 2}, {32, 24, 0, 4}, {256, 144, 0, 4}, {256, 176, 0, 4}, {256, 210, 208, 210}, {32, 19, 0, 2}, {32, 19, 0, 2}, {32, 35, 0, 2}, {32, 35, 0, 2}};
   return blocks[dtype - DEJAVU_Q8_0];
 }
 
-// One matrix with its own memory, every fifth with its rows in an order of their own. by_input: o or down, which fp16, bf16 and GGUF hold by output.
+// One matrix with its own memory, every fifth with its rows in an order of their own. by_input: o or down, which fp16, bf16 and blocks hold by output.
 struct Values {
   Values(int64_t rows, int64_t columns, int dtype, bool biased, bool by_input = false) : scale((size_t)rows), bias((size_t)rows) {
-    const bool transposed = by_input && (dtype == DEJAVU_BF16 || dtype == DEJAVU_FP16 || is_gguf(dtype));
+    const bool transposed = by_input && (dtype == DEJAVU_BF16 || dtype == DEJAVU_FP16 || of_blocks(dtype));
     if (transposed) std::swap(rows, columns);
     std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt((float)columns));
     const size_t size = (size_t)(rows * columns);
@@ -92,14 +92,14 @@ struct Values {
 };
 
 // `dtype` where a matrix with rows of so many values can have it; another one of its bits where not.
-int fitting(int dtype, int64_t columns) { return is_gguf(dtype) && columns % block_of(dtype).values != 0 ? DEJAVU_INT4 : dtype; }
+int fitting(int dtype, int64_t columns) { return of_blocks(dtype) && columns % block_of(dtype).values != 0 ? DEJAVU_INT4 : dtype; }
 
 // Models of several dtypes take one of these for each matrix in turn.
 constexpr int MIXED = -1;
 int turn = 0;
 int dtype_of(int dtype, int64_t rows, int64_t columns, bool by_input = false) {
-  const int all[] = {DEJAVU_Q6_K, DEJAVU_FP16, DEJAVU_Q4_K, DEJAVU_INT8, DEJAVU_Q5_1, DEJAVU_FP32, DEJAVU_Q8_0, DEJAVU_BF16, DEJAVU_Q4_1, DEJAVU_INT4, DEJAVU_Q5_K};
-  return fitting(dtype == MIXED ? all[turn++ % 11] : dtype, by_input ? rows : columns);
+  const int all[] = {DEJAVU_Q6_K, DEJAVU_FP16, DEJAVU_Q4_K, DEJAVU_INT8, DEJAVU_Q5_1, DEJAVU_FP32, DEJAVU_Q8_0, DEJAVU_BF16, DEJAVU_Q4_1, DEJAVU_INT4, DEJAVU_Q5_K, DEJAVU_W4_FP16, DEJAVU_W8_BF16};
+  return fitting(dtype == MIXED ? all[turn++ % 13] : dtype, by_input ? rows : columns);
 }
 
 void set(dejavu_model *model, int part, int64_t layer, int64_t rows, int64_t columns, int dtype, int64_t bias = 0) {
@@ -277,8 +277,8 @@ void bad_input(const dejavu_config &good, int dtype) {
   EXPECT(dejavu_model_set_mlp(model, 0, gate, &wrong.matrix, &fine.matrix) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_model_set_mlp(model, 0, gate, &fine.matrix, &wrong.matrix) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_model_set_mlp(model, 0, good.gated ? nullptr : &fine.matrix, &fine.matrix, &fine.matrix) == DEJAVU_BAD_VALUE);
-  for (int bad : {-1, (int)DEJAVU_Q6_K + 1, (int)DEJAVU_INT8, (int)DEJAVU_INT4, (int)DEJAVU_Q4_1, (int)DEJAVU_Q6_K}) {
-    if (bad > DEJAVU_INT4 && bad <= DEJAVU_Q6_K && fitting(bad, d) == bad) continue;
+  for (int bad : {-1, (int)DEJAVU_W8_BF16 + 1, (int)DEJAVU_INT8, (int)DEJAVU_INT4, (int)DEJAVU_Q4_1, (int)DEJAVU_Q6_K}) {
+    if (bad > DEJAVU_INT4 && bad <= DEJAVU_W8_BF16 && fitting(bad, d) == bad) continue;
     dejavu_matrix other = fine.matrix;  // a dtype that is none, or has scales or blocks that this has not
     other.dtype = bad;
     EXPECT(dejavu_model_set_mlp(model, 0, gate, &other, &fine.matrix) == DEJAVU_BAD_VALUE);
@@ -341,16 +341,16 @@ int main() {
       {50, 256, 256, 512, 2, 4, 2, 64, 5, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 0.1f},
   };
   int runs = 0, models = 0;
-  const int dtypes[] = {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, MIXED, DEJAVU_FP16, DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K};
+  const int dtypes[] = {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, MIXED, DEJAVU_FP16, DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K, DEJAVU_W4_FP16, DEJAVU_W4_BF16, DEJAVU_W8_FP16, DEJAVU_W8_BF16};
   for (dejavu_config config : configs)
-    for (int way = 0; way < 14 * 3; way++) {  // dtype by layout
-      const int dtype = dtypes[way % 14];
-      config.layout = way / 14;
-      const bool of_blocks = config.hidden_size % 32 == 0 && config.hidden_size > 64;  // these two are for grids, large and slow
-      if (of_blocks && dtype != MIXED && !is_gguf(dtype)) continue;
+    for (int way = 0; way < 18 * 3; way++) {  // dtype by layout
+      const int dtype = dtypes[way % 18];
+      config.layout = way / 18;
+      const bool for_blocks = config.hidden_size % 32 == 0 && config.hidden_size > 64;  // these two are for grids, large and slow
+      if (for_blocks && dtype != MIXED && !of_blocks(dtype)) continue;
       if (dtype == MIXED && config.layout == DEJAVU_INPUT_MAJOR) continue;
-      if (is_gguf(dtype) && (config.hidden_size % block_of(dtype).values != 0 || config.intermediate_size % block_of(dtype).values != 0)) continue;
-      if ((dtype == DEJAVU_INT4 || is_gguf(dtype)) && config.layout == DEJAVU_INPUT_MAJOR) {
+      if (of_blocks(dtype) && (config.hidden_size % block_of(dtype).values != 0 || config.intermediate_size % block_of(dtype).values != 0)) continue;
+      if ((dtype == DEJAVU_INT4 || of_blocks(dtype)) && config.layout == DEJAVU_INPUT_MAJOR) {
         dejavu_model *none = nullptr;
         const Values refused(config.num_heads * config.head_dim, config.hidden_size, dtype, false);
         EXPECT(dejavu_model_new(&config, &none) == DEJAVU_OK);

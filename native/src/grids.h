@@ -1,6 +1,7 @@
 // The grids that matrices of few bits are packed in, by dejavu_dtype, and where their parts lie. In: a dtype and sizes. Out: bytes and offsets.
 //
-// A value is scale * (q - zero), or scale * q + minimum. Scales and minima are fp16 and belong to GROUP values; where there are two levels
+// A value is scale * (q - zero), or scale * q + minimum. The zero is one for all values, or a signed byte for each GROUP values. Scales and
+// minima are fp16 (scales may be bf16) and belong to GROUP values; where there are two levels
 // they belong to SUPER values, and each GROUP (Q6_K: half of one) has its sub-scale as a byte, and its sub-minimum, which is taken off:
 // value = scale * sub-scale * q - minimum * sub-minimum. q is a signed byte (Q8_0), or a nibble with the rest of its bits in a plane.
 //
@@ -10,12 +11,12 @@
 //     nibbles  n / 2 bytes: of each group 16, low bytes in the low halves (Q8_0: n bytes, vectors of pairs)
 //     plane    of one bit (n / 8): of a pair two words, bit i for byte i of the low vector and of the high one
 //              of two bits (n / 4): of a pair 16 bytes; byte j has from its lowest bits on low byte j, low byte 16 + j, and so the high ones
-//     scales   of each group one, then the minima of each group; with two levels for each SUPER values scale, minimum, 8 sub-scales and 8
+//     scales   of each group one, then the minima, or the zeros, of each group; with two levels for each SUPER values scale, minimum, 8 sub-scales and 8
 //              sub-minima, or (Q6_K) 16 signed sub-scales and the scale
 // Scales may be read up to SLACK bytes past the last row. int4 is Q4_0.
 //
 // A panel, for sums of rows that are stored by output, so that scales belong to groups of *rows*: of GROUP (SUPER) inputs and W outputs.
-//     scales of all outputs, minima of all outputs; with two levels then for each sub-scale's inputs: sub-scales, sub-minima
+//     scales of all outputs, minima or zeros of all outputs; with two levels then for each sub-scale's inputs: sub-scales, sub-minima
 //     a row of quants for each input: nibbles and plane of each PAD outputs as above, but of bytes in order: the low vector is outputs 0
 //     .. 31, the high one 32 .. 63; bytes (Q8_0) in order
 // Everything here has internal linkage: it is compiled for each instruction set.
@@ -27,7 +28,7 @@
 namespace {
 
 constexpr int64_t PAD = 64, GROUP = 32, SUPER = 256, SLACK = 64;
-constexpr int NUM_GRIDS = DEJAVU_Q6_K - DEJAVU_Q8_0 + 1;
+constexpr int NUM_GRIDS = DEJAVU_W8_BF16 - DEJAVU_Q8_0 + 1;
 
 struct Grid {
   const char *name;
@@ -36,11 +37,12 @@ struct Grid {
   bool minima, levels;
   int shared;      // values of a scale, or of a sub-scale
   int file_bytes;  // of a block of a file
+  bool zeros = false, bf16_scales = false;  // whether each group has its zero, and scales are bf16
 
   constexpr int block() const { return levels ? (int)SUPER : (int)GROUP; }
   constexpr bool bytes() const { return plane < 0; }
   constexpr int64_t quant_bytes(int64_t n) const { return bytes() ? n : n / 2 + n / 8 * plane; }
-  constexpr int64_t scale_bytes(int64_t n) const { return levels ? n / SUPER * (minima ? 20 : 18) : n / GROUP * 2 * (1 + minima); }
+  constexpr int64_t scale_bytes(int64_t n) const { return levels ? n / SUPER * (minima ? 20 : 18) : n / GROUP * (2 * (1 + minima) + zeros); }
   constexpr int64_t row_bytes(int64_t n) const { return quant_bytes(n) + scale_bytes(n); }
 };
 
@@ -48,11 +50,14 @@ struct Grid {
 constexpr Grid GRIDS[NUM_GRIDS] = {
     {"q8_0", -1, 0, false, false, 32, 34}, {"q4_0", 0, 8, false, false, 32, 18}, {"q4_1", 0, 0, true, false, 32, 20},
     {"q5_0", 1, 16, false, false, 32, 22}, {"q5_1", 1, 0, true, false, 32, 24},  {"q4_k", 0, 0, true, true, 32, 144},
-    {"q5_k", 1, 0, true, true, 32, 176},   {"q6_k", 2, 32, false, true, 16, 210}};
+    {"q5_k", 1, 0, true, true, 32, 176},   {"q6_k", 2, 32, false, true, 16, 210},
+    {"w4_fp16", 0, 0, false, false, 32, 19, true, false},  {"w4_bf16", 0, 0, false, false, 32, 19, true, true},
+    {"w8_fp16", -1, 0, false, false, 32, 35, true, false}, {"w8_bf16", -1, 0, false, false, 32, 35, true, true}};
 
-constexpr bool is_gguf(int dtype) { return dtype >= DEJAVU_Q8_0 && dtype <= DEJAVU_Q6_K; }
+// Whether it is given as blocks, each of which has its scales within.
+constexpr bool of_blocks(int dtype) { return dtype >= DEJAVU_Q8_0 && dtype <= DEJAVU_W8_BF16; }
 // Whether products with it take a Grouped vector.
-constexpr bool has_grid(int dtype) { return dtype == DEJAVU_INT4 || is_gguf(dtype); }
+constexpr bool has_grid(int dtype) { return dtype == DEJAVU_INT4 || of_blocks(dtype); }
 constexpr int grid_number(int dtype) { return (dtype == DEJAVU_INT4 ? (int)DEJAVU_Q4_0 : dtype) - DEJAVU_Q8_0; }
 constexpr const Grid &grid_of(int dtype) { return GRIDS[grid_number(dtype)]; }
 
@@ -60,14 +65,14 @@ constexpr const Grid &grid_of(int dtype) { return GRIDS[grid_number(dtype)]; }
 constexpr int64_t SUMMED = 16;
 struct Panel {
   int64_t block, shared;                 // inputs of a panel, and of what has scales of its own in it
-  int64_t row, scales, sub_scales;       // bytes of a row of quants, of a panel's scales and minima, and of sub-scales and sub-minima
+  int64_t row, scales, sub_scales;       // bytes of a row of quants, of a panel's scales, minima and zeros, and of sub-scales and sub-minima
   int64_t inner, outer;                  // bytes of `shared` inputs, and of a panel
 
   constexpr Panel(const Grid &grid, int64_t width)
       : block(grid.block()),
         shared(grid.shared),
         row(grid.quant_bytes(width)),
-        scales(width * 2 * (1 + grid.minima)),
+        scales(width * (2 * (1 + grid.minima) + grid.zeros)),
         sub_scales(grid.levels ? width * (1 + grid.minima) : 0),
         inner(sub_scales + shared * row),
         outer(scales + block / shared * inner) {}

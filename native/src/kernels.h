@@ -64,7 +64,7 @@ struct Kernels {
   // As those: for a few rows, slowly.
   void (*axpys_grid[NUM_GRIDS])(const RowList &rows, const float *coef, int64_t n, float *y);
   // The same of rows of panels, whose sum is cut where the number of an input is a multiple of SUMMED:
-  // y[i] = y[i] + scale[i] * (coef[0] (q_0[i] - zero) + ...) + minimum[i] * (coef[0] + ...) of each part. A row of coefficient 0 changes no bit.
+  // y[i] = y[i] + scale[i] * (coef[0] (q_0[i] - zero[i]) + ...) + minimum[i] * (coef[0] + ...) of each part. A row of coefficient 0 changes no bit.
   void (*panels[NUM_GRIDS])(const PanelList &rows, const float *coef, int64_t n, float *y);
   void (*add)(float *y, const float *x, int64_t n);
   // p = softmax(p); room for PAD values past n

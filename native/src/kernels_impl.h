@@ -195,9 +195,11 @@ template <int GRID> void dots_grid(const RowList &rows, const Grouped &x, int64_
         const uint8_t *at = r[j] + quant_bytes + G.scale_bytes(g * GROUP);
         if constexpr (!G.levels) {
           const half *scales = (const half *)(r[j] + quant_bytes) + g;
-          s[j] = N::scales(scales, x.scale + g, count);
+          if constexpr (G.bf16_scales) s[j] = N::scales((const bf16 *)scales, x.scale + g, count);
+          else s[j] = N::scales(scales, x.scale + g, count);
           if constexpr (G.zero != 0) a[j] = N::bias(a[j], s[j], x.sum + g, (float)-G.zero);
           if constexpr (G.minima) a[j] = N::bias(a[j], N::scales(scales + groups, x.scale + g, count), x.sum + g, 1.0f);
+          if constexpr (G.zeros) a[j] = N::bias(a[j], s[j], (const int8_t *)(r[j] + quant_bytes + groups * 2) + g, x.sum + g);
         } else if constexpr (G.minima) {
           s[j] = N::scales(*(const half *)at, at + 4, x.scale + g);
           a[j] = N::bias(a[j], N::scales(*(const half *)(at + 2), at + 12, x.scale + g), x.sum + g, -1.0f);
@@ -233,6 +235,12 @@ inline float float_at(const uint8_t *p) {
   return eight[0];
 }
 
+inline float float_at_bf16(const uint8_t *p) {
+  union { uint32_t bits; float value; } both;
+  both.bits = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 24;
+  return both.value;
+}
+
 template <int GRID> void axpys_grid(const RowList &rows, const float *coef, int64_t n, float *y) {
   constexpr Grid G = GRIDS[GRID];
   for (int64_t k = 0; k < rows.count; k++) {
@@ -246,8 +254,10 @@ template <int GRID> void axpys_grid(const RowList &rows, const float *coef, int6
       for (int b = 0; b < PAD; b++) {  // byte b of the low vector, then of the high one
         const int64_t i = first + b % 32 / 16 * GROUP + b % 4 * 8 + b % 16 / 4 + b / 32 * 4, g = i / GROUP;
         float scale, minimum = 0.0f;
+        int zero = G.zero;
         if constexpr (!G.levels) {
-          scale = float_at(scales + 2 * g);
+          scale = G.bf16_scales ? float_at_bf16(scales + 2 * g) : float_at(scales + 2 * g);
+          if constexpr (G.zeros) zero = (int8_t)scales[n / GROUP * 2 + g];
           if constexpr (G.minima) minimum = float_at(scales + n / GROUP * 2 + 2 * g);
         } else {
           const uint8_t *at = scales + G.scale_bytes(i / SUPER * SUPER);
@@ -258,7 +268,7 @@ template <int GRID> void axpys_grid(const RowList &rows, const float *coef, int6
             scale = float_at(at + 16) * (float)(int8_t)at[i % SUPER / G.shared];
           }
         }
-        y[i] += coef[k] * (scale * (float)(q[b] - G.zero) + minimum);
+        y[i] += coef[k] * (scale * (float)(q[b] - zero) + minimum);
       }
     }
   }
@@ -335,8 +345,9 @@ template <int GRID> void panels(const PanelList &rows, const float *coef, int64_
       }
       for (int p = 0; p < PARTS; p++) {
         const int64_t o = i + p * F::W;
-        F::T s = F::load((const half *)scales + o), to = F::load(y + o);
+        F::T s = G.bf16_scales ? F::load((const bf16 *)scales + o) : F::load((const half *)scales + o), to = F::load(y + o);
         if constexpr (G.zero != 0) v[p] = F::sub(v[p], zero);
+        if constexpr (G.zeros) v[p] = F::fma(F::load((const int8_t *)scales + 2 * n + o), F::set(-total), v[p]);
         if constexpr (G.levels && G.minima) s = F::mul(s, F::load(sub + o));
         if constexpr (G.levels && !G.minima) s = F::mul(s, F::load((const int8_t *)sub + o));
         to = F::fma(s, v[p], to);
@@ -534,8 +545,8 @@ void activate(float *x, int64_t n, int activation, float threshold) {
   }
 }
 
-#define EACH_GRID(kernel) {kernel<0>, kernel<1>, kernel<2>, kernel<3>, kernel<4>, kernel<5>, kernel<6>, kernel<7>}
-static_assert(NUM_GRIDS == 8, "EACH_GRID names them");
+#define EACH_GRID(kernel) {kernel<0>, kernel<1>, kernel<2>, kernel<3>, kernel<4>, kernel<5>, kernel<6>, kernel<7>, kernel<8>, kernel<9>, kernel<10>, kernel<11>}
+static_assert(NUM_GRIDS == 12, "EACH_GRID names them");
 
 const Kernels TABLE = {
     DEJAVU_ISA_NAME, fetch,       dots<float>, dots<bf16>,    dots<half>, dots<int8_t>,          dots_i8_i16,       EACH_GRID(dots_grid),

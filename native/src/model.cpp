@@ -83,7 +83,7 @@ void check_input_major(const dejavu_matrix &m, const std::string &what) {
 }  // namespace
 
 void check_matrix(const dejavu_matrix &m, int64_t rows, int64_t columns, const std::string &what, bool by_input) {
-  require(m.dtype >= DEJAVU_FP32 && m.dtype <= DEJAVU_Q6_K, what + " is of an unknown dtype " + std::to_string(m.dtype));
+  require(m.dtype >= DEJAVU_FP32 && m.dtype <= DEJAVU_W8_BF16, what + " is of an unknown dtype " + std::to_string(m.dtype));
   require(m.data != nullptr, what + " has no data");
   require(!m.transposed || (by_input && m.dtype != DEJAVU_INT8 && m.dtype != DEJAVU_INT4), what + " cannot be transposed in " + name_of(m.dtype));
   if (m.transposed) std::swap(rows, columns);
@@ -92,7 +92,7 @@ void check_matrix(const dejavu_matrix &m, int64_t rows, int64_t columns, const s
   require((m.scale != nullptr) == (m.dtype == DEJAVU_INT8 || m.dtype == DEJAVU_INT4), what + " must have scales in int8 and int4, and in no other dtype");
   for (int64_t r = 0; m.order != nullptr && r < rows; r++)
     if (m.order[r] < 0) throw BadValue(what + " has a row in its order that is none: " + std::to_string(m.order[r]));
-  if (is_gguf(m.dtype))
+  if (of_blocks(m.dtype))
     require(columns % grid_of(m.dtype).block() == 0, what + " has rows of " + std::to_string(columns) + " values, which " + name_of(m.dtype) + " does not have: they are a multiple of " +
                                                          std::to_string(grid_of(m.dtype).block()));
   for (int64_t r = 0; m.dtype == DEJAVU_INT8 && r < rows; r++)

@@ -1,7 +1,7 @@
 // The weights of a model, packed for decoding. In: parts, one dejavu_model_set each. Out: rows that the kernels read.
 //
 // Each matrix has a dtype of its own. Matrices hold a row for each output (q, k, v, up, gate, head) or each input (o, down), padded to PAD
-// values; o and down of GGUF types that are given by output are panels (grids.h). The rows of one neuron lie side by side (gate | up |
+// values; o and down of blocks that are given by output are panels (grids.h). The rows of one neuron lie side by side (gate | up |
 // down, where that has rows): a selected neuron is one stream of memory. Where gates select, all gates are read:
 // they lie in order, apart (gate; up | down), or the processor fetches what lies between them as well. Where inputs are selected, every
 // matrix of a layer holds a row for each input; those of q, k, v, gate and up lie in panels of columns, each a matrix in memory of its
@@ -71,7 +71,7 @@ struct Matrix {
 // Raises BadValue naming `what` where a matrix is not of rows x columns (by_input: or, transposed, columns x rows), or its values are none.
 void check_matrix(const dejavu_matrix &source, int64_t rows, int64_t columns, const std::string &what, bool by_input = false);
 // Whether o or down is kept in panels.
-inline bool in_panels(const dejavu_matrix &source) { return source.transposed && is_gguf(source.dtype); }
+inline bool in_panels(const dejavu_matrix &source) { return source.transposed && of_blocks(source.dtype); }
 
 struct Norm {
   Buffer<float> weight, bias;  // bias empty: none

@@ -1,4 +1,4 @@
-// Blocks of files into rows and panels: see packing.h.
+// Blocks into rows and panels: see packing.h.
 #include "packing.h"
 
 #include <algorithm>
@@ -11,16 +11,19 @@ namespace {
 uint16_t word(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 
 bool is_finite(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
+bool is_finite_bf16(uint16_t bits) { return (bits & 0x7f80) != 0x7f80; }
 
 // Where the parts of a block lie in a file. -1: there is none.
 struct Block {
-  int scale, minimum, sub, plane, quants;
+  int scale, minimum, sub, plane, quants, zero = -1;
 };
 constexpr Block BLOCKS[NUM_GRIDS] = {{0, -1, -1, -1, 2}, {0, -1, -1, -1, 2},  {0, 2, -1, -1, 4},   {0, -1, -1, 2, 6},
-                                     {0, 2, -1, 4, 8},   {0, 2, 4, -1, 16},   {0, 2, 4, 16, 48},   {208, -1, 192, 128, 0}};
+                                     {0, 2, -1, 4, 8},   {0, 2, 4, -1, 16},   {0, 2, 4, 16, 48},   {208, -1, 192, 128, 0},
+                                     {0, -1, -1, -1, 3, 2}, {0, -1, -1, -1, 3, 2}, {0, -1, -1, -1, 3, 2},  {0, -1, -1, -1, 3, 2}};
 
 template <int GRID> bool finite_block(const uint8_t *block) {
   constexpr Block B = BLOCKS[GRID];
+  if constexpr (GRIDS[GRID].bf16_scales) return is_finite_bf16(word(block + B.scale));
   return is_finite(word(block + B.scale)) && (B.minimum < 0 || is_finite(word(block + B.minimum)));
 }
 
@@ -145,6 +148,7 @@ template <int GRID> bool pack_row_of(const uint8_t *row, int64_t columns, int64_
     if constexpr (!G.levels) {
       std::memcpy(scales + 2 * b, block + B.scale, 2);
       if constexpr (G.minima) std::memcpy(scales + width / GROUP * 2 + 2 * b, block + B.minimum, 2);
+      if constexpr (G.zeros) scales[width / GROUP * 2 + b] = block[B.zero];
     } else if constexpr (G.minima) {
       std::memcpy(scales + 20 * b, block + B.scale, 4);
       unpack_sub_scales(block + B.sub, scales + 20 * b + 4, scales + 20 * b + 12);
@@ -232,6 +236,7 @@ template <int GRID> bool pack_outputs_of(const uint8_t *const *rows, int64_t fir
       finite = finite && finite_block<GRID>(block);
       std::memcpy(scales + 2 * (first + o), block + B.scale, 2);
       if constexpr (G.minima) std::memcpy(scales + 2 * (width + first + o), block + B.minimum, 2);
+      if constexpr (G.zeros) scales[2 * width + first + o] = block[B.zero];
       if constexpr (G.levels) {
         uint8_t sub[8], minima[8];
         if constexpr (G.minima) unpack_sub_scales(block + B.sub, sub, minima);
@@ -269,7 +274,7 @@ bool pack_int4(const uint8_t *row, const uint16_t *scales, int64_t columns, int6
   return std::all_of(scales, scales + groups, is_finite);
 }
 
-#define EACH_GRID(kernel) {kernel<0>, kernel<1>, kernel<2>, kernel<3>, kernel<4>, kernel<5>, kernel<6>, kernel<7>}
+#define EACH_GRID(kernel) {kernel<0>, kernel<1>, kernel<2>, kernel<3>, kernel<4>, kernel<5>, kernel<6>, kernel<7>, kernel<8>, kernel<9>, kernel<10>, kernel<11>}
 constexpr decltype(&pack_row_of<0>) PACK_ROW[NUM_GRIDS] = EACH_GRID(pack_row_of);
 constexpr decltype(&pack_outputs_of<0>) PACK_OUTPUTS[NUM_GRIDS] = EACH_GRID(pack_outputs_of);
 

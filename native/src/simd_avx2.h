@@ -70,12 +70,14 @@ struct I {
 struct N {
   typedef __m256 Scales;
   static Scales scales(const half *w, const float *x, int64_t count) { return scales8(w, x, count); }
+  static Scales scales(const bf16 *w, const float *x, int64_t count) { return scales8(w, x, count); }
   static Scales scales(half d, const uint8_t *sub, const float *x) { return scales8(d, sub, x); }
   static Scales scales(half d, const float *x) { return _mm256_mul_ps(one(d), _mm256_loadu_ps(x)); }
   static F::T bias(F::T acc, Scales s, const float *sum, float factor) { return F::fma(s, F::mul(F::load(sum), F::set(factor)), acc); }
   static F::T bias(F::T acc, Scales s, const int8_t *sub, const int16_t *halves, float factor) {
     return F::fma(s, F::mul(halves8(sub, halves), F::set(factor)), acc);
   }
+  static F::T bias(F::T acc, Scales s, const int8_t *zero, const float *sum) { return F::fma(s, zeros8(zero, sum), acc); }
   struct Bytes { __m256i low, high; };
   static Bytes nibbles(const uint8_t *p) {
     const __m256i packed = _mm256_loadu_si256((const __m256i *)p), nibble = _mm256_set1_epi8(15);

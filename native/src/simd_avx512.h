@@ -70,6 +70,7 @@ struct I {
 struct N {
   typedef __m512 Scales;
   static Scales scales(const half *w, const float *x, int64_t count) { return _mm512_zextps256_ps512(scales8(w, x, count)); }
+  static Scales scales(const bf16 *w, const float *x, int64_t count) { return _mm512_zextps256_ps512(scales8(w, x, count)); }
   static Scales scales(half d, const uint8_t *sub, const float *x) { return _mm512_zextps256_ps512(scales8(d, sub, x)); }
   static Scales scales(half d, const float *x) { return _mm512_zextps256_ps512(_mm256_mul_ps(one(d), _mm256_loadu_ps(x))); }
   static F::T bias(F::T acc, Scales s, const float *sum, float factor) {
@@ -77,6 +78,9 @@ struct N {
   }
   static F::T bias(F::T acc, Scales s, const int8_t *sub, const int16_t *halves, float factor) {
     return F::fma(s, _mm512_zextps256_ps512(_mm256_mul_ps(halves8(sub, halves), _mm256_set1_ps(factor))), acc);
+  }
+  static F::T bias(F::T acc, Scales s, const int8_t *zero, const float *sum) {
+    return F::fma(s, _mm512_zextps256_ps512(zeros8(zero, sum)), acc);
   }
   // The low vector in the lower half, the high one in the upper half.
   typedef __m512i Bytes;

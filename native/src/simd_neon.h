@@ -68,7 +68,7 @@ struct I {
 
 struct N {
   struct Scales { float v[8]; };
-  static Scales scales(const half *w, const float *x, int64_t count) {
+  template <class W> static Scales scales(const W *w, const float *x, int64_t count) {
     Scales s;
     const F::T product = F::mul(F::load(w), F::load(x));
     F::store(s.v, product);
@@ -87,6 +87,9 @@ struct N {
     return s;
   }
   static F::T bias(F::T acc, const Scales &s, const float *sum, float factor) { return F::fma(F::load(s.v), F::mul(F::load(sum), F::set(factor)), acc); }
+  static F::T bias(F::T acc, const Scales &s, const int8_t *zero, const float *sum) {
+    return F::sub(acc, F::mul(F::load(s.v), F::mul(F::load(sum), F::load(zero))));
+  }
   static int32x4_t halves4(int8x8_t sub, const int16_t *halves) {
     const int16x8_t wide = vmovl_s8(sub), sums = vld1q_s16(halves);
     return vpaddq_s32(vmull_s16(vget_low_s16(wide), vget_low_s16(sums)), vmull_s16(vget_high_s16(wide), vget_high_s16(sums)));

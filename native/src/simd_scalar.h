@@ -85,6 +85,11 @@ struct N {
     for (int g = 0; g < 8; g++) s.v[g] = g < count ? value_of(w[g]) * x[g] : 0.0f;
     return s;
   }
+  static Scales scales(const bf16 *w, const float *x, int64_t count) {
+    Scales s;
+    for (int g = 0; g < 8; g++) s.v[g] = g < count ? float_of((uint32_t)w[g].bits << 16) * x[g] : 0.0f;
+    return s;
+  }
   // One scale times the sub-scales of 8 groups, or alone, times x's.
   static Scales scales(half d, const uint8_t *sub, const float *x) {
     Scales s;
@@ -104,6 +109,11 @@ struct N {
   // The same of sums of halves of groups, each times its sub-scale.
   static F::T bias(F::T acc, const Scales &s, const int8_t *sub, const int16_t *halves, float factor) {
     for (int g = 0; g < 8; g++) acc.v[g] += s.v[g] * ((float)(sub[2 * g] * halves[2 * g] + sub[2 * g + 1] * halves[2 * g + 1]) * factor);
+    return acc;
+  }
+  // acc - zero * scale * sum of 8 groups
+  static F::T bias(F::T acc, const Scales &s, const int8_t *zero, const float *sum) {
+    for (int g = 0; g < 8; g++) acc.v[g] -= s.v[g] * (sum[g] * (float)zero[g]);
     return acc;
   }
   // The vectors of a pair of groups, 0 .. 63: low, then high.

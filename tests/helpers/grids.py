@@ -1,4 +1,4 @@
-"""Tiny models whose matrices are blocks of GGUF, as a file would have them: random bytes, at the size that keeps activations near 1."""
+"""Tiny models whose matrices are blocks, of GGUF or with zero points: random bytes, at the size that keeps activations near 1."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from dejavu.kernels.quantized import SCALES_AT, Matrix, QuantizedMatrix, gguf_block, joined
 from dejavu.model.layers import Held
 from dejavu.model.transformer import Transformer
-from helpers.matrices import random_blocks
+from helpers.matrices import random_blocks, scale_type
 
-GRIDS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+GRIDS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "w4_fp16", "w8_bf16")
 ALL = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down")
 # No size is another one, and but for the K types none is a multiple of a vector.
 _SIZES = {"hidden_size": 96, "num_heads": 5, "num_kv_heads": 5, "head_dim": 32, "intermediate_size": 224, "vocab_size": 101}
@@ -29,10 +29,10 @@ def sizes_of(grid: str) -> dict[str, Any]:
 def blocks_of(grid: str, rows: int, columns: int, seed: int) -> QuantizedMatrix:
     """`random_blocks` with values of about columns^-0.5."""
     made = random_blocks(grid, rows, columns, seed)
-    begin, end = SCALES_AT[grid]
+    begin, end = SCALES_AT.get(grid, (0, 2))
     raw = made.values.unflatten(1, (-1, gguf_block(grid)[1])).clone()
-    scales = raw[:, :, begin:end].contiguous().view(torch.float16).float() * (columns**-0.5 / made.dequantize().std())
-    raw[:, :, begin:end] = scales.half().view(torch.uint8)
+    scales = raw[:, :, begin:end].contiguous().view(scale_type(grid)).float() * (columns**-0.5 / made.dequantize().std())
+    raw[:, :, begin:end] = scales.to(scale_type(grid)).view(torch.uint8)
     return dataclasses.replace(made, values=raw.flatten(1))
 
 

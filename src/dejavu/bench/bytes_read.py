@@ -76,6 +76,10 @@ STORAGE_FORMATS = {
     "q4_k": StorageFormat(0.5, group=256, group_scale=16),
     "q5_k": StorageFormat(0.625, group=256, group_scale=16),
     "q6_k": StorageFormat(0.75, group=256, group_scale=18),
+    "w4_fp16": StorageFormat(0.5, group=32, group_scale=3),
+    "w4_bf16": StorageFormat(0.5, group=32, group_scale=3),
+    "w8_fp16": StorageFormat(1, group=32, group_scale=3),
+    "w8_bf16": StorageFormat(1, group=32, group_scale=3),
 }
 
 

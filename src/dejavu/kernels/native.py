@@ -16,10 +16,13 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 7  # DEJAVU_ABI_VERSION: what the layouts of structures do not show
+ABI_VERSION = 8  # DEJAVU_ABI_VERSION: what the layouts of structures do not show
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
-DTYPES = ("fp32", "int8", "bf16", "int4", "fp16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+DTYPES = (
+    *("fp32", "int8", "bf16", "int4", "fp16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
+    *("w4_fp16", "w4_bf16", "w8_fp16", "w8_bf16"),
+)
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}  # dejavu_dtype
 EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT = range(13)
 QUERY_NORM, KEY_NORM = 13, 14

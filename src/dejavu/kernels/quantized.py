@@ -7,6 +7,8 @@ In: the numbers of a grid as a file, an adapter or an engine's dtype has them. O
     fp16      fp16 [rows, columns]
     bf16      bf16 [rows, columns]
     q4_1 ...  any type of GGUF by its name in lower case: the bytes of each row as the file has them, uint8 [rows, bytes]
+    w4_fp16   and w4_bf16, w8_fp16, w8_bf16, with zero points, as GPTQ, AWQ and compressed-tensors have them: uint8 [rows, bytes], for 32
+              values scale * (q - zero) the scale, fp16 or bf16, zero as int8, and q: 16 bytes of 0 .. 15 as in q4_1, or int8
 
 What only has these fp32 values computes with the same numbers as what reads the grid. What is stored may be a view of a mapped file:
 nobody writes into it.
@@ -30,6 +32,12 @@ from dejavu.kernels.quantize import GROUP, dequantize_groups, dequantize_rows, q
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")  # types of GGUF that a matrix is rounded to: 32 values of a row have a scale
 VALUE_BYTES = {"fp64": 8.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / GROUP}
+ZERO_POINTS = {  # grids with zero points: bits of a value, and the type of its scale
+    "w4_fp16": (4, torch.float16),
+    "w4_bf16": (4, torch.bfloat16),
+    "w8_fp16": (8, torch.float16),
+    "w8_bf16": (8, torch.bfloat16),
+}
 GGUF_ROW = 1 << 14  # values of a row that the gguf package is given, at most
 BLOCK = 1 << 22  # values that are dequantised at a time where a product is made row by row
 
@@ -342,6 +350,29 @@ def packed_blocks(grid: str, q: Tensor, scale: Tensor, minimum: Tensor) -> Quant
     return QuantizedMatrix(grid, raw.flatten(1), None, q.shape[1])
 
 
+def packed_groups(q: Tensor, scale: Tensor, zero: Tensor, bits: int) -> QuantizedMatrix:
+    """A grid with zero points of int8 q [rows, columns] (of 4 bits 0 .. 15), fp16 or bf16 scales and int8 zeros [rows, blocks]."""
+    grid = next(name for name, form in ZERO_POINTS.items() if form == (bits, scale.dtype))
+    quants = q.unflatten(1, (-1, 32)).view(torch.uint8)
+    if bits == 4:
+        low, high = quants.split(16, dim=2)
+        quants = low | high << 4
+    raw = torch.cat([scale.contiguous()[:, :, None].view(torch.uint8), zero.contiguous()[:, :, None].view(torch.uint8), quants], dim=2)
+    return QuantizedMatrix(grid, raw.flatten(1), None, q.shape[1])
+
+
+def _zero_points(grid: str) -> Callable[[Tensor], Tensor]:
+    """Blocks of 32 values: scale, zero as int8, then 16 bytes, whose low halves are the first 16 values, or int8."""
+    bits, kind = ZERO_POINTS[grid]
+
+    def dequantized(raw: Tensor) -> Tensor:
+        scale, zero, q = raw.unflatten(1, (-1, 3 + 4 * bits)).split((2, 1, 4 * bits), dim=2)
+        values = torch.stack([q & 15, q >> 4], dim=2).flatten(2) if bits == 4 else q.view(torch.int8)
+        return values.float().sub_(zero.view(torch.int8).float()).mul_(scale.contiguous().view(kind).float()).flatten(1)
+
+    return dequantized
+
+
 def _q4_0(raw: Tensor) -> Tensor:
     """Blocks of 32 values: scale fp16, then 16 bytes, whose low halves are the first 16 values, each 8 more."""
     scale, q = raw.unflatten(1, (-1, 18)).split((2, 16), dim=2)
@@ -397,7 +428,9 @@ def _q6_k(raw: Tensor) -> Tensor:
 
 
 def gguf_block(grid: str) -> tuple[int, int]:
-    """How many values, and how many bytes, a block of a type of GGUF has."""
+    """How many values, and how many bytes, a block of a type of GGUF, or of a grid with zero points, has."""
+    if grid in ZERO_POINTS:
+        return 32, 3 + 4 * ZERO_POINTS[grid][0]
     import gguf  # whoever has such values has the package that knows them
 
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[grid.upper()]]
@@ -445,6 +478,7 @@ def _by_gguf(grid: str) -> Callable[[Tensor], Tensor]:
 _GGUF: dict[str, Callable[[Tensor], Tensor]] = {
     "q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0, "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k,
 }  # fmt: skip
+_GGUF |= {grid: _zero_points(grid) for grid in ZERO_POINTS}
 
 # Where in a block the fp16 lie that all of its values are multiples of.
 SCALES_AT = {
@@ -458,4 +492,6 @@ SCALES_AT = {
     "q4_k": (0, 4),
     "q5_k": (0, 4),
     "q6_k": (208, 210),
+    "w4_fp16": (0, 2),
+    "w8_fp16": (0, 2),
 }
