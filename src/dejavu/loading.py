@@ -157,8 +157,8 @@ def set_threads(threads: int) -> None:
 def held_dtype(dtype: str, stored: str, backend: str) -> str:
     """In what the weights are held there, for a value of --dtype: one of DTYPES, or stored: each matrix as the file has it.
 
-    auto is stored where the engine packs its own. On a GPU it is fp16, and bf16 of what bf16 or the few bits of a GGUF file was made of,
-    whose range fp16 has not; for torch on the CPU bf16 of bf16, else fp32. stored: what most matrices of the file are.
+    auto is stored where the engine packs its own. On a GPU it is fp16, and bf16 of what bf16, or the few bits of a GGUF file or a packed
+    folder, was made of, whose range fp16 has not; for torch on the CPU bf16 of bf16, else fp32. stored: what most matrices of the file are.
     """
     if dtype not in ("auto", "stored"):
         return dtype

@@ -32,6 +32,7 @@ from dejavu.model.hub import from_hub, in_cache, packaged_file
 from dejavu.model.hub_name import hub_name
 from dejavu.model.layers import Held
 from dejavu.model.mapped import mapped_safetensors
+from dejavu.model.packed_tensors import packed_tensors
 from dejavu.model.source import ModelSource, open_source
 from dejavu.model.stored import StoredTensor, as_stored, in_our_format, our_tensors
 from dejavu.model.tokenizer import Tokenizer
@@ -119,7 +120,13 @@ def load_checkpoint(
         sampling = generation.sampling
         notes += generation.notes
         bundle = in_our_format(source.hf, path)
-        stored = our_tensors(path) if bundle else _folder_tensors(path, notes)
+        if bundle:
+            stored = our_tensors(path)
+        elif source.scheme is not None:
+            stored = packed_tensors(_folder_tensors(path, notes), source.scheme)
+            notes += source.scheme.notes
+        else:
+            stored = (as_stored(*each) for each in _folder_tensors(path, notes))
         targets = {own: TensorTarget(own, False) for own in parameter_shapes(config)} if bundle else foreign_targets(config)
     assembler = Assembler(config, targets, dtype=dtype, device=device, where=path, foreign=not bundle)
     for tensor in stored:
@@ -143,6 +150,7 @@ def assembled(
     hf: Mapping[str, Any], tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str | torch.device, where: str
 ) -> tuple[Transformer, str]:
     """A model and its base_hash from a config and named tensors in memory, copied: as `load_checkpoint` from files."""
+    require(not hf.get("quantization_config"), f"{where} is quantised (quantization_config): load its folder with dejavu.load instead")
     config = config_from_hf(hf)
     assembler = Assembler(config, foreign_targets(config), dtype=dtype, device=device, where=Path(where))
     for name, values in tensors.items():
@@ -185,7 +193,8 @@ class Assembler:
     def _add(self, plain: str, stored: StoredTensor) -> None:
         target = self.targets.get(plain)
         if target is None:
-            if not self.family.is_ignored(plain):
+            empty = plain.endswith(".bias") and isinstance(stored.values, Tensor) and not stored.values.any()  # GPTQ's, of maps without one
+            if not empty and not self.family.is_ignored(plain):
                 self.unused.append(stored.name)
             return
         require(target.name not in self.digests, f"{self.where} holds tensor {plain!r} twice (second: {stored.name!r}); remove one")
@@ -269,8 +278,8 @@ def _is_finite(values: Matrix) -> bool:
     return bool(torch.stack(torch.aminmax(values)).isfinite().all())  # one pass without temporaries: weights are large
 
 
-def _folder_tensors(folder: Path, notes: list[str]) -> Iterator[StoredTensor]:
-    """Tensors of a Hugging Face folder: safetensors (sharded or not), else .bin files."""
+def _folder_tensors(folder: Path, notes: list[str]) -> Iterator[tuple[str, Tensor, Path]]:
+    """(name, tensor, file) of all tensors of a Hugging Face folder: safetensors (sharded or not), else .bin files."""
     for index, pattern in (("model.safetensors.index.json", "*.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model*.bin")):
         files = sorted(folder.glob(pattern))
         if (folder / index).is_file():
@@ -298,7 +307,7 @@ def _read_index(folder: Path, index: str) -> dict[str, set[str]]:
     return promised
 
 
-def _indexed_tensors(folder: Path, index: str, promised: Mapping[str, set[str]]) -> Iterator[StoredTensor]:
+def _indexed_tensors(folder: Path, index: str, promised: Mapping[str, set[str]]) -> Iterator[tuple[str, Tensor, Path]]:
     for shard in sorted(promised):
         tensors = _read_weights(safe_member(folder, shard))
         lacking = sorted(promised[shard] - set(tensors))
@@ -306,10 +315,10 @@ def _indexed_tensors(folder: Path, index: str, promised: Mapping[str, set[str]])
             not lacking, f"{folder / index} promises {', '.join(map(repr, lacking[:5]))} in {shard!r}, which lacks it; download both again"
         )
         for tensor in sorted(promised[shard]):
-            yield as_stored(tensor, tensors[tensor], folder / shard)
+            yield tensor, tensors[tensor], folder / shard
 
 
-def _unindexed_tensors(files: list[Path]) -> Iterator[StoredTensor]:
+def _unindexed_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor, Path]]:
     seen: dict[str, str] = {}
     for path in files:
         for tensor, values in _read_weights(path).items():
@@ -317,7 +326,7 @@ def _unindexed_tensors(files: list[Path]) -> Iterator[StoredTensor]:
                 tensor not in seen, f"tensor {tensor!r} is in {seen.get(tensor)!r} and in {path.name!r} of {path.parent}; remove one file"
             )
             seen[tensor] = path.name
-            yield as_stored(tensor, values, path)
+            yield tensor, values, path
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

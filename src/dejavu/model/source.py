@@ -19,6 +19,8 @@ from dejavu.model.families import config_from_hf, parameter_shapes
 from dejavu.model.generation_config import read_generation_config
 from dejavu.model.gguf import GGUFFile
 from dejavu.model.mapped import mapped_safetensors
+from dejavu.model.packed_tensors import packed_sizes
+from dejavu.model.quantization_config import PackedScheme, packed_scheme
 from dejavu.model.stored import in_our_format, our_sizes
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,7 +30,8 @@ CONFIG_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}  # of config.json; any o
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
     """hf: its config.json, or what stands for it. sizes: values by the type that they are stored as (fp32, fp16, bf16, int8, int4, or
-    GGUF's own word, such as q4_k). stored_dtype: what most are, or the file's name for its mixture, such as q4_k_m. gguf: the open file."""
+    GGUF's own word, such as q4_k), or that packed ones are held as (w4_fp16). stored_dtype: what most are, or the file's name for its
+    mixture, such as q4_k_m or gptq-int4. gguf: the open file. scheme: of a folder of packed weights."""
 
     path: Path
     hf: Mapping[str, Any]
@@ -36,6 +39,7 @@ class ModelSource:
     sizes: Mapping[str, int]
     stored_dtype: str
     gguf: GGUFFile | None = None
+    scheme: PackedScheme | None = None
 
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError where there is none, or it is not supported."""
@@ -54,8 +58,10 @@ def open_source(path: str | Path) -> ModelSource:
         return ModelSource(path=path, hf=hf, config=config_from_hf(hf), sizes=file.sizes(), stored_dtype=file.stored_dtype(), gguf=file)
     hf = read_hf_config(path)
     config = config_from_hf(hf)
-    sizes = _folder_sizes(path, hf, config)
-    return ModelSource(path=path, hf=hf, config=config, sizes=sizes, stored_dtype=sizes.most_common(1)[0][0])
+    scheme = packed_scheme(hf)
+    sizes = _folder_sizes(path, hf, config, scheme)
+    stored = sizes.most_common(1)[0][0] if scheme is None else scheme.label
+    return ModelSource(path=path, hf=hf, config=config, sizes=sizes, stored_dtype=stored, scheme=scheme)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -72,13 +78,16 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return hf | read_generation_config(folder).token_ids
 
 
-def _folder_sizes(folder: Path, hf: Mapping[str, Any], config: ModelConfig) -> Counter[str]:
+def _folder_sizes(folder: Path, hf: Mapping[str, Any], config: ModelConfig, scheme: PackedScheme | None) -> Counter[str]:
     if in_our_format(hf, folder):
         return our_sizes(folder)
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in mapped_safetensors(file).items()}
+    if scheme is not None:
+        require(bool(tensors), f"{folder} has no *.safetensors, from which alone weights of {scheme.method} are read; incomplete download?")
+        return packed_sizes(tensors, scheme)
     sizes: Counter[str] = Counter()
-    for file in folder.glob("*.safetensors"):
-        for tensor in mapped_safetensors(file).values():
-            sizes[DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.numel()
+    for tensor in tensors.values():
+        sizes[DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.numel()
     if not sizes:  # .bin files tell nothing before they are read
         named = CONFIG_DTYPES.get(str(hf.get("dtype") or hf.get("torch_dtype")), "fp32")
         sizes[named] = sum(math.prod(shape) for shape in parameter_shapes(config).values())

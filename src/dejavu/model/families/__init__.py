@@ -24,6 +24,7 @@ from dejavu.model.families.opt import OPT
 from dejavu.model.families.phi3 import PHI3
 from dejavu.model.families.stablelm import STABLELM
 from dejavu.model.families.starcoder2 import STARCODER2
+from dejavu.model.quantization_config import packed_scheme
 from dejavu.model.transformer import Transformer
 
 __all__ = [
@@ -105,10 +106,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     require(kind != "gemma3", "model_type 'gemma3' holds a vision model; give the text model in it (text_config, model_type 'gemma3_text')")
     family, hf = find_family(kind), dict(hf) | {"model_type": kind}
-    require(
-        not hf.get("quantization_config"),
-        "the checkpoint is quantised (quantization_config in config.json); use an unquantised one, or a GGUF file of it",
-    )
+    packed_scheme(hf)  # refused by name, where it is none that is read
     return family.read_config(hf)
 
 
