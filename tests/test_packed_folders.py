@@ -15,7 +15,7 @@ from conftest import Tiny, open_fp32
 from dejavu.kernels.quantized import QuantizedMatrix, wide
 from dejavu.loading import load
 from dejavu.model.bundle import export
-from dejavu.model.checkpoint import load_checkpoint
+from dejavu.model.checkpoint import assembled, load_checkpoint
 from dejavu.model.families import config_from_hf
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.grids import grid_of
@@ -158,7 +158,11 @@ def damaged(folder: Path, changes: dict[str, torch.Tensor | None]) -> Path:
         ("awq", {"up_proj.scales": torch.full((2, 128), 1 / 3)}, "up_proj.*neither fp16 nor bf16 holds"),
         ("awq", {"up_proj.bias": torch.ones(128)}, "bias tensors that the model has no place for"),
         ("w4a16", {"up_proj.weight_shape": torch.tensor([128, 65])}, "up_proj.*does not hold 128 x 65"),
-        ("w4a16", {"up_proj.weight_scale": None}, "up_proj.*lacks a part"),
+        ("w4a16", {"up_proj.weight_scale": None}, "up_proj.*has of a compressed matrix only weight_packed, weight_shape; incomplete"),
+        ("w4a16, zero points", {"up_proj.weight_zero_point": torch.ones(128, 1)}, "weight_zero_point of .*up_proj.* does not fit"),
+        ("gptq", {"up_proj.g_idx": torch.tensor(0)}, "up_proj.*act-order"),
+        ("gptq", {"up_proj.qweight": torch.zeros(8).int()}, r"qweight of .*up_proj.* is torch.int32 \[8\], no packed matrix"),
+        ("awq", {"up_proj.scales": torch.ones(2, 128).int()}, "up_proj.*scales of torch.int32; the checkpoint is damaged"),
         ("w4a16", {"up_proj.weight_scale": torch.ones(128, 4).bfloat16()}, "up_proj.*16 inputs to a scale, no multiple of 32"),
     ],
 )  # fmt: skip
@@ -166,6 +170,11 @@ def test_damaged_parts_are_named(tmp_path: Path, plain: Path, name: str, changes
     folder = damaged(packed_folder(plain, tmp_path / "packed", FORMS[name][0]), changes)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(folder, dtype=None)
+
+
+def test_a_quantised_model_in_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Net is quantised \(quantization_config\): load its folder"):
+        assembled({"model_type": "llama", "quantization_config": awq()}, {}, dtype=torch.float32, device="cpu", where="Net")
 
 
 def test_weights_of_several_schemes_are_told_apart_by_their_shapes(tmp_path: Path, plain: Path) -> None:

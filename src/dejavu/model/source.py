@@ -81,12 +81,12 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 def _folder_sizes(folder: Path, hf: Mapping[str, Any], config: ModelConfig, scheme: PackedScheme | None) -> Counter[str]:
     if in_our_format(hf, folder):
         return our_sizes(folder)
-    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in mapped_safetensors(file).items()}
+    tensors = [(name, tensor, file) for file in folder.glob("*.safetensors") for name, tensor in mapped_safetensors(file).items()]
     if scheme is not None:
         require(bool(tensors), f"{folder} has no *.safetensors, from which alone weights of {scheme.method} are read; incomplete download?")
         return packed_sizes(tensors, scheme)
     sizes: Counter[str] = Counter()
-    for tensor in tensors.values():
+    for _, tensor, _ in tensors:
         sizes[DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.numel()
     if not sizes:  # .bin files tell nothing before they are read
         named = CONFIG_DTYPES.get(str(hf.get("dtype") or hf.get("torch_dtype")), "fp32")
