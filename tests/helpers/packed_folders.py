@@ -41,6 +41,7 @@ def awq(**changes: Any) -> dict[str, Any]:
 
 def compressed(form: str = "pack-quantized", top: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
     found = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, "actorder": None} | weights
+    found["group_size"] = found["group_size"] if found["strategy"] == "group" else None
     group = {"targets": ["Linear"], "weights": found, "input_activations": None}
     return {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"], "config_groups": {"group_0": group}} | (top or {})
 
@@ -90,10 +91,10 @@ def _parts(form: Form, q_OI: Tensor, zero_OG: Tensor, scale_OG: Tensor, group_I:
     middle = 1 << form.bits - 1
     match form.config["quant_method"]:
         case "gptq":
-            stored_OG = (zero_OG - form.zero_offset) % (2 * middle)
+            less = form.zero_offset * (0x11111111 if form.bits == 4 else 0x01010101)  # one of each value of a word
             return {
                 "qweight": words(q_OI.T, form.bits, 0),
-                "qzeros": words(stored_OG.T, form.bits, 1),
+                "qzeros": words(zero_OG.T, form.bits, 1) - less,
                 "scales": scale_OG.T.contiguous(),
                 "g_idx": group_I.int(),
                 "bias": torch.zeros(len(q_OI), dtype=torch.float16),

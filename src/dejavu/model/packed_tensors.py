@@ -118,8 +118,8 @@ def _gptq(parts: Parts, scheme: PackedScheme, where: str) -> Packed:
         _check_order(parts["g_idx"], inputs, group, where)
 
     def zero_points() -> Tensor:
-        stored_GO = _unpacked(zeros, bits)[:, :outputs]
-        return _signed((stored_GO + scheme.zero_offset) & (1 << bits) - 1, bits).T
+        one = 0x11111111 if bits == 4 else 0x01010101  # of each value of a word, from which it was taken as one number, borrowing
+        return _signed(_unpacked(zeros + scheme.zero_offset * one, bits)[:, :outputs], bits).T
 
     def integers(rows: slice) -> Tensor:
         return _signed(_unpacked(words[:, rows].T.contiguous(), bits), bits)
