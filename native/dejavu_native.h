@@ -62,10 +62,11 @@ typedef struct dejavu_engine dejavu_engine;
 
 /* One matrix of a model or predictor, row-major: fp32, fp16, bf16, int8 with an fp32 scale for each row, int4 as nibbles (value + 8, the
  * first of two in the low half of a byte; a row is (columns + 1) / 2 bytes) with an fp16 scale for each 32 values of a row (the last ones
- * fewer), the blocks of a type of GGUF as a file has them, or such blocks with zero points: for 32 values scale * (q - zero) of a row a
- * scale (fp16 or bf16), a signed byte zero, and q as 16 bytes of nibbles (low halves are the first 16 values) or 32 signed bytes. scale is NULL where there is none; bias may be NULL. Row r is stored as
- * row order[r]; NULL: r. `transposed` o and down are given as rows of outputs, [hidden, inputs], in place of rows of inputs (fp32, fp16,
- * bf16 and blocks, whose scales then belong to groups of inputs). Nothing is kept of the memory that is given. */
+ * fewer), the blocks of a type of GGUF as a file has them, or blocks with zero points: for 32 values scale * (q - zero) the scale (fp16 or
+ * bf16), the zero as a signed byte, and q as 16 bytes of nibbles (low halves are the first 16 values) or as 32 signed bytes. scale is NULL
+ * where there is none; bias may be NULL. Row r is stored as row order[r]; NULL: r. `transposed` o and down are given as rows of outputs,
+ * [hidden, inputs], in place of rows of inputs (fp32, fp16, bf16 and blocks, whose scales then belong to groups of inputs). Nothing is kept
+ * of the memory that is given. */
 typedef struct {
   const void *data, *scale;
   const float *bias;

@@ -1,9 +1,9 @@
 // The grids that matrices of few bits are packed in, by dejavu_dtype, and where their parts lie. In: a dtype and sizes. Out: bytes and offsets.
 //
-// A value is scale * (q - zero), or scale * q + minimum. The zero is one for all values, or a signed byte for each GROUP values. Scales and
-// minima are fp16 (scales may be bf16) and belong to GROUP values; where there are two levels
-// they belong to SUPER values, and each GROUP (Q6_K: half of one) has its sub-scale as a byte, and its sub-minimum, which is taken off:
-// value = scale * sub-scale * q - minimum * sub-minimum. q is a signed byte (Q8_0), or a nibble with the rest of its bits in a plane.
+// A value is scale * (q - zero), or scale * q + minimum. The zero is one for all values, or a signed byte for each GROUP of them. Scales and
+// minima are fp16 (scales may be bf16) and belong to GROUP values; where there are two levels they belong to SUPER values, and each GROUP
+// (Q6_K: half of one) has its sub-scale as a byte, and its sub-minimum, which is taken off:
+// value = scale * sub-scale * q - minimum * sub-minimum. q is a signed byte (of 8 bits), or a nibble with the rest of its bits in a plane.
 //
 // A row, for products. The quants of a group are in an order of their own: low byte b of 16 is value b % 4 * 8 + b / 4, high byte b
 // that value + 4, so that 4 values in order are bytes at the same place of 4 words of 32 bits. Of a pair of groups the low bytes come
@@ -11,8 +11,8 @@
 //     nibbles  n / 2 bytes: of each group 16, low bytes in the low halves (Q8_0: n bytes, vectors of pairs)
 //     plane    of one bit (n / 8): of a pair two words, bit i for byte i of the low vector and of the high one
 //              of two bits (n / 4): of a pair 16 bytes; byte j has from its lowest bits on low byte j, low byte 16 + j, and so the high ones
-//     scales   of each group one, then the minima, or the zeros, of each group; with two levels for each SUPER values scale, minimum, 8 sub-scales and 8
-//              sub-minima, or (Q6_K) 16 signed sub-scales and the scale
+//     scales   of each group one, then the minima, or the zeros, of each group; with two levels for each SUPER values scale, minimum, 8
+//              sub-scales and 8 sub-minima, or (Q6_K) 16 signed sub-scales and the scale
 // Scales may be read up to SLACK bytes past the last row. int4 is Q4_0.
 //
 // A panel, for sums of rows that are stored by output, so that scales belong to groups of *rows*: of GROUP (SUPER) inputs and W outputs.
