@@ -57,7 +57,7 @@ def _refuse(method: str, setting: str) -> ValueError:
 
 def _bits(method: str, found: Mapping[str, Any], key: str, allowed: tuple[int, ...]) -> int:
     bits = found.get(key)
-    if bits not in allowed:
+    if not isinstance(bits, int) or bits not in allowed:
         raise _refuse(method, f"{key} {bits!r}")
     return bits
 
@@ -77,8 +77,9 @@ def _gptq(found: Mapping[str, Any]) -> PackedScheme:
         raise _refuse("gptq", f"checkpoint_format {form!r}")
     if found.get("pack_dtype", "int32") != "int32":
         raise _refuse("gptq", f"pack_dtype {found['pack_dtype']!r}")
-    changed = [key for key in found.get("dynamic") or {} if not str(key).startswith("-:")]  # those only leave modules out
-    if changed:
+    dynamic = found.get("dynamic") or {}
+    changed = [key for key in dynamic if not str(key).startswith("-:")] if isinstance(dynamic, Mapping) else [dynamic]
+    if changed:  # what begins so only leaves modules out
         raise _refuse("gptq", f"settings by module (dynamic {changed[0]!r})")
     bits = _bits("gptq", found, "bits", (4, 8))
     symmetric = bool(found.get("sym", True))
@@ -101,7 +102,7 @@ def _compressed(found: Mapping[str, Any]) -> PackedScheme:
     name = "compressed-tensors"
     for key in ("sparsity_config", "transform_config"):
         inner = found.get(key) or {}
-        if inner and inner.get("format") != "dense":
+        if inner and (not isinstance(inner, Mapping) or inner.get("format") != "dense"):
             raise _refuse(name, key)
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(group, Mapping) for group in groups.values()):
