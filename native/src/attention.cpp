@@ -57,7 +57,8 @@ Attention::Attention(const dejavu_model &model, int threads, int64_t max_rows)
   for (Scratch &own : scratch_) {
     own.head = Vectors(max_rows, round_up(c.head_dim, PAD), Forms());
     own.probabilities = Buffer<float>(c.max_positions + PAD);
-    own.mixed = Buffer<float>(model.head_width);
+    own.mixed = Buffer<float>(max_rows * model.head_width);
+    own.coef.resize((size_t)max_rows), own.y.resize((size_t)max_rows);
     own.cached = Buffer<int16_t>(model.head_width);
     own.units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
   }
@@ -169,7 +170,7 @@ void Attention::attend(const Context &ctx, int64_t layer, int64_t c, const Buffe
       if (!selected[r * groups + group]) continue;
       const int64_t length = block.position[r] + 1, page = block.page_size;
       const float *q = query_.data() + (r * heads + h) * padded;
-      float *p = own.probabilities.data(), *mixed = own.mixed.data();
+      float *p = own.probabilities.data(), *mixed = own.mixed.data() + r * padded;
       // A page's keys of a head lie apart from the next page's: each is fetched while the one before is computed.
       const auto vectors = [&](const void *pool, int64_t t) { return (const unsigned char *)pool + cache_row(ctx, layer, r, group, t) * bytes; };
       for (int64_t t = 0; t < length; t += page) {
@@ -186,16 +187,22 @@ void Attention::attend(const Context &ctx, int64_t layer, int64_t c, const Buffe
         for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.v_scale[first + i];
         axpys_of(cache_rows(block.v_pool, bytes, first, count, next), p + t, padded, mixed);
       }
-      float *part = parts_.of(c, r);
       if (selects_outputs) {
-        inputs.add_outputs(ctx, layer, r, h, mixed, part);
+        inputs.add_outputs(ctx, layer, r, h, mixed, parts_.of(c, r));
         continue;
       }
       o.scale_rows(nullptr, h * size, size, mixed);
-      for (int64_t tile = 0; tile < size; tile += TILE) {
-        const int64_t first_row = h * size + tile, count = std::min(TILE, size - tile);
-        axpys(kernels, o, mixed + tile, nullptr, first_row, count, part, ctx.after(o, first_row, count));
-      }
+    }
+    if (selects_outputs) continue;
+    for (int64_t tile = 0; tile < size; tile += TILE) {
+      const int64_t first_row = h * size + tile, count = std::min(TILE, size - tile);
+      size_t tokens = 0;
+      for (int64_t r = 0; r < ctx.rows; r++)
+        if (selected[r * groups + group]) own.coef[tokens] = own.mixed.data() + r * padded + tile, own.y[tokens++] = parts_.of(c, r);
+      if (tokens == 1)
+        axpys(kernels, o, own.coef[0], nullptr, first_row, count, own.y[0], ctx.after(o, first_row, count));
+      else
+        sums(kernels, o, {own.coef.data(), own.y.data(), (int64_t)tokens}, first_row, count);
     }
   }
 }

@@ -27,7 +27,9 @@ class Attention {
  private:
   struct alignas(64) Scratch {
     Vectors head;  // of each row, the one head that is being placed
-    Buffer<float> probabilities, mixed;
+    Buffer<float> probabilities, mixed;  // mixed: of each row, one head
+    std::vector<const float *> coef;     // of the rows that o is added up for
+    std::vector<float *> y;
     Buffer<int16_t> cached;
     std::vector<int64_t> units;  // heads to project: queries, then keys, then values
   };

@@ -43,6 +43,13 @@ struct PanelList {
   const void *next;
 };
 
+// Tokens that the same rows are added up for: y[t] += coef[t][0] row_0 + coef[t][1] row_1 + ...
+struct Tokens {
+  const float *const *coef;
+  float *const *y;
+  int64_t count;
+};
+
 struct Kernels {
   const char *name;
   // Prefetches `fetch` bytes of each row.
@@ -66,6 +73,13 @@ struct Kernels {
   // The same of rows of panels, whose sum is cut where the number of an input is a multiple of SUMMED:
   // y[i] = y[i] + scale[i] * (coef[0] (q_0[i] - zero[i]) + ...) + minimum[i] * (coef[0] + ...) of each part. A row of coefficient 0 changes no bit.
   void (*panels[NUM_GRIDS])(const PanelList &rows, const float *coef, int64_t n, float *y);
+  // The same bits for several tokens, of at most SUMMED rows in order (idx NULL), which become floats once. Nothing is fetched.
+  void (*sums_f32)(const RowList &rows, const Tokens &tokens, int64_t n);
+  void (*sums_bf16)(const RowList &rows, const Tokens &tokens, int64_t n);
+  void (*sums_f16)(const RowList &rows, const Tokens &tokens, int64_t n);
+  void (*sums_i8)(const RowList &rows, const Tokens &tokens, int64_t n);
+  void (*sums_i4)(const RowList &rows, const Tokens &tokens, int64_t n);
+  void (*sums_panels[NUM_GRIDS])(const PanelList &rows, const Tokens &tokens, int64_t n);
   void (*add)(float *y, const float *x, int64_t n);
   // p = softmax(p); room for PAD values past n
   void (*softmax)(float *p, int64_t n);

@@ -297,6 +297,39 @@ class Pieces {
   int count_ = 0, now_ = 0;
 };
 
+// What PAD outputs of a panel, from output i on, become of v, sums of integers times coefficients of that total:
+// y += scale (v - zero total) + minimum total.
+template <int GRID> inline void add_scaled(const uint8_t *base, const Panel &panel, int64_t input, int64_t n, int64_t i, F::T *v, float total, float *y) {
+  constexpr Grid G = GRIDS[GRID];
+  const uint8_t *scales = base + panel.scales_at(input), *sub = base + panel.sub_scales_at(input);
+  const F::T zero = F::set((float)G.zero * total), minimum = F::set(G.levels ? -total : total);
+  for (int p = 0; p < PAD / F::W; p++) {
+    const int64_t o = i + p * F::W;
+    F::T s = G.bf16_scales ? F::load((const bf16 *)scales + o) : F::load((const half *)scales + o), to = F::load(y + o);
+    if constexpr (G.zero != 0) v[p] = F::sub(v[p], zero);
+    if constexpr (G.zeros) v[p] = F::fma(F::load((const int8_t *)scales + 2 * n + o), F::set(-total), v[p]);
+    if constexpr (G.levels && G.minima) s = F::mul(s, F::load(sub + o));
+    if constexpr (G.levels && !G.minima) s = F::mul(s, F::load((const int8_t *)sub + o));
+    to = F::fma(s, v[p], to);
+    if constexpr (G.minima) {
+      F::T m = F::load((const half *)scales + n + o);
+      if constexpr (G.levels) m = F::mul(m, F::load(sub + n + o));
+      to = F::fma(m, minimum, to);
+    }
+    F::store(y + o, to);
+  }
+}
+
+// The integers of PAD outputs of a row of a panel.
+template <int GRID> inline void panel_floats(const uint8_t *row, int64_t n, int64_t i, float *out) {
+  constexpr Grid G = GRIDS[GRID];
+  constexpr int PARTS = PAD / F::W;
+  F::T v[PARTS];
+  for (int p = 0; p < PARTS; p++) v[p] = G.bytes() ? F::load((const int8_t *)row + i + p * F::W) : F::zero();
+  if constexpr (!G.bytes()) N::add(v, quants<G.plane>(row, n, i / PAD), F::set(1.0f));
+  for (int p = 0; p < PARTS; p++) F::store(out + p * F::W, v[p]);
+}
+
 // PAD outputs of up to SUMMED rows are summed up in registers.
 template <int GRID> void panels(const PanelList &rows, const float *coef, int64_t n, float *y) {
   constexpr Grid G = GRIDS[GRID];
@@ -326,13 +359,12 @@ template <int GRID> void panels(const PanelList &rows, const float *coef, int64_
   }
   for (int64_t k = 0; k < rows.count;) {
     const int64_t input = number(k), end = end_of(k);
-    const uint8_t *scales = rows.base + panel.scales_at(input), *sub = rows.base + panel.sub_scales_at(input), *r[SUMMED];
+    const uint8_t *r[SUMMED];
     F::T c[SUMMED];
     float total = 0.0f;
     const int count = (int)(end - k);
     for (int j = 0; j < count; j++, k++) r[j] = rows.base + panel.row_at(number(k)), c[j] = F::set(coef[k]), total += coef[k];
     if (rows.idx != nullptr) next = Pieces(), fetch_listed(k, next), next.start(steps);
-    const F::T zero = F::set((float)G.zero * total), minimum = F::set(G.levels ? -total : total);
     for (int64_t i = 0; i < n; i += PAD) {
       next.step();
       F::T v[PARTS];
@@ -343,21 +375,7 @@ template <int GRID> void panels(const PanelList &rows, const float *coef, int64_
         else
           N::add(v, quants<G.plane>(r[j], n, i / PAD), c[j]);
       }
-      for (int p = 0; p < PARTS; p++) {
-        const int64_t o = i + p * F::W;
-        F::T s = G.bf16_scales ? F::load((const bf16 *)scales + o) : F::load((const half *)scales + o), to = F::load(y + o);
-        if constexpr (G.zero != 0) v[p] = F::sub(v[p], zero);
-        if constexpr (G.zeros) v[p] = F::fma(F::load((const int8_t *)scales + 2 * n + o), F::set(-total), v[p]);
-        if constexpr (G.levels && G.minima) s = F::mul(s, F::load(sub + o));
-        if constexpr (G.levels && !G.minima) s = F::mul(s, F::load((const int8_t *)sub + o));
-        to = F::fma(s, v[p], to);
-        if constexpr (G.minima) {
-          F::T m = F::load((const half *)scales + n + o);
-          if constexpr (G.levels) m = F::mul(m, F::load(sub + n + o));
-          to = F::fma(m, minimum, to);
-        }
-        F::store(y + o, to);
-      }
+      add_scaled<GRID>(rows.base, panel, input, n, i, v, total, y);
     }
   }
 }
@@ -396,6 +414,84 @@ void axpys_i4(const RowList &rows, const float *coef, int64_t n, float *y) {
   for (; k < rows.count; k++) {
     const uint8_t *r = row_of<uint8_t>(rows, k);
     axpy_i4<1>(&r, coef + k, n, y, ahead);
+  }
+}
+
+// The sums of PAD outputs of each token, of rows that are floats by now; c[j], d[j]: what row j is multiplied by in either half.
+inline void add_up(const float (*rows)[PAD], const float *c, const float *d, int64_t count, F::T *v) {
+  constexpr int PARTS = PAD / F::W;
+  for (int64_t j = 0; j < count; j++) {
+    const F::T first = F::set(c[j]), second = F::set(d[j]);
+    for (int p = 0; p < PARTS; p++) v[p] = F::fma(F::load(rows[j] + p * F::W), p < PARTS / 2 ? first : second, v[p]);
+  }
+}
+
+template <class W> void sums(const RowList &rows, const Tokens &tokens, int64_t n) {
+  constexpr int PARTS = PAD / F::W;
+  float wide[SUMMED][PAD];
+  for (int64_t i = 0; i < n; i += PAD) {
+    for (int64_t j = 0; j < rows.count; j++)
+      for (int p = 0; p < PARTS; p++) F::store(wide[j] + p * F::W, F::load(row_of<W>(rows, j) + i + p * F::W));
+    for (int64_t t = 0; t < tokens.count; t++) {
+      float *y = tokens.y[t] + i;
+      F::T v[PARTS];
+      for (int p = 0; p < PARTS; p++) v[p] = F::load(y + p * F::W);
+      add_up(wide, tokens.coef[t], tokens.coef[t], rows.count, v);
+      for (int p = 0; p < PARTS; p++) F::store(y + p * F::W, v[p]);
+    }
+  }
+}
+
+void sums_i4(const RowList &rows, const Tokens &tokens, int64_t n) {
+  constexpr int PARTS = PAD / F::W;
+  const int64_t groups = n / GROUP;
+  float wide[4][SUMMED][PAD];
+  for (int64_t first = 0; first < groups; first += 8) {
+    const int64_t pairs = (groups - first < 8 ? groups - first : 8) / 2;
+    for (int64_t j = 0; j < rows.count; j++)
+      for (int64_t g = 0; g < 2 * pairs; g++) {
+        const N::Group group = N::group(row_of<uint8_t>(rows, j) + (first + g) * (GROUP / 2));
+        for (int part = 0; part < GROUP / F::W; part++) F::store(wide[g / 2][j] + g % 2 * GROUP + part * F::W, N::values(group, part));
+      }
+    for (int64_t t = 0; t < tokens.count; t++) {
+      float c[8][SUMMED];
+      for (int64_t j = 0; j < rows.count; j++) {
+        float eight[8];
+        N::times((const half *)(row_of<uint8_t>(rows, j) + n / 2) + first, tokens.coef[t][j], eight);
+        for (int g = 0; g < 8; g++) c[g][j] = eight[g];
+      }
+      for (int64_t pair = 0; pair < pairs; pair++) {
+        float *y = tokens.y[t] + first * GROUP + pair * PAD;
+        F::T v[PARTS];
+        for (int p = 0; p < PARTS; p++) v[p] = F::load(y + p * F::W);
+        add_up(wide[pair], c[2 * pair], c[2 * pair + 1], rows.count, v);
+        for (int p = 0; p < PARTS; p++) F::store(y + p * F::W, v[p]);
+      }
+    }
+  }
+}
+
+template <int GRID> void sums_panels(const PanelList &rows, const Tokens &tokens, int64_t n) {
+  constexpr Grid G = GRIDS[GRID];
+  constexpr int PARTS = PAD / F::W;
+  const Panel panel(G, n);
+  float wide[SUMMED][PAD];
+  for (int64_t k = 0; k < rows.count;) {
+    const int64_t input = rows.first + k, end = input / SUMMED * SUMMED + SUMMED, left = rows.first + rows.count;
+    const int64_t count = (end < left ? end : left) - input;
+    for (int64_t i = 0; i < n; i += PAD) {
+      for (int64_t j = 0; j < count; j++) panel_floats<GRID>(rows.base + panel.row_at(input + j), n, i, wide[j]);
+      for (int64_t t = 0; t < tokens.count; t++) {
+        const float *c = tokens.coef[t] + k;
+        float total = 0.0f;
+        for (int64_t j = 0; j < count; j++) total += c[j];
+        F::T v[PARTS];
+        for (int p = 0; p < PARTS; p++) v[p] = F::zero();
+        add_up(wide, c, c, count, v);
+        add_scaled<GRID>(rows.base, panel, input, n, i, v, total, tokens.y[t]);
+      }
+    }
+    k += count;
   }
 }
 
@@ -550,7 +646,8 @@ static_assert(NUM_GRIDS == 12, "EACH_GRID names them");
 
 const Kernels TABLE = {
     DEJAVU_ISA_NAME, fetch,       dots<float>, dots<bf16>,    dots<half>, dots<int8_t>,          dots_i8_i16,       EACH_GRID(dots_grid),
-    axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, axpys_i4,   EACH_GRID(axpys_grid), EACH_GRID(panels), add,
+    axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, axpys_i4,   EACH_GRID(axpys_grid), EACH_GRID(panels),
+    sums<float>, sums<bf16>, sums<half>, sums<int8_t>, sums_i4, EACH_GRID(sums_panels), add,
     softmax,         layer_norm,  rms_norm,    quantize,      group,      narrow,                activate,          finite,
     sum};
 

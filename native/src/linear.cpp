@@ -59,6 +59,19 @@ void axpys(const Kernels &kernels, const Matrix &m, const float *coef, const int
   }
 }
 
+void sums(const Kernels &kernels, const Matrix &m, const Tokens &tokens, int64_t first, int64_t count) {
+  if (count == 0 || tokens.count == 0) return;
+  if (m.panels) return kernels.sums_panels[grid_number(m.dtype)]({m.data, nullptr, first, count, 0, nullptr}, tokens, m.width);
+  const RowList list = list_of(m, nullptr, first, count, {});
+  switch (m.dtype) {
+    case DEJAVU_FP32: return kernels.sums_f32(list, tokens, m.width);
+    case DEJAVU_FP16: return kernels.sums_f16(list, tokens, m.width);
+    case DEJAVU_BF16: return kernels.sums_bf16(list, tokens, m.width);
+    case DEJAVU_INT8: return kernels.sums_i8(list, tokens, m.width);
+    default: return kernels.sums_i4(list, tokens, m.width);
+  }
+}
+
 void quantize(const Kernels &kernels, Vector &vector, int64_t width) {
   if (vector.groups.q != nullptr) kernels.group(vector.f, width, vector.groups);
   if (vector.q != nullptr) vector.scale = kernels.quantize(vector.f, width, int16_limit(width), vector.q);

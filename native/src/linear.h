@@ -47,7 +47,7 @@ inline Fetch rows_after(const Matrix &matrix, int64_t first, int64_t count) {
 
 // Rows of a matrix that are read for one token after another while they are in the first-level cache.
 constexpr int64_t TILE = 16;
-static_assert(TILE % SUMMED == 0, "a tile of neurons does not cut a sum of panels");
+static_assert(TILE == SUMMED, "a tile of neurons does not cut a sum of panels, and is summed up at once");
 
 // Rows in order come from memory about 1.5 times as fast as selected ones (docs/log.md): above this share all are read, and what the
 // others are multiplied by set to zero, which leaves the sum as it is, bit for bit.
@@ -57,6 +57,8 @@ inline bool dense_is_faster(int64_t selected, int64_t total, int64_t eighths = 5
 void dots(const Kernels &kernels, const Matrix &matrix, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, Fetch fetch = {});
 // y += coef[0] row_0 + coef[1] row_1 + ..., the same rows. Scales of int8 rows are the caller's: Matrix::scale_rows.
 void axpys(const Kernels &kernels, const Matrix &matrix, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, Fetch fetch = {});
+// The same for several tokens, of rows first .. first + count - 1, count <= SUMMED.
+void sums(const Kernels &kernels, const Matrix &matrix, const Tokens &tokens, int64_t first, int64_t count);
 // The integers of a vector, from its floats; nothing where it meets none.
 void quantize(const Kernels &kernels, Vector &vector, int64_t width);
 // y = the model's kind of norm of x, one residual stream.

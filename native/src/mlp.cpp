@@ -18,10 +18,47 @@ Mlp::Mlp(const dejavu_model &model, int threads, int64_t max_rows)
   for (Scratch &own : scratch_) {
     own.values = Buffer<float>(2 * (model.config.intermediate_size + PAD));
     own.fired = Buffer<int32_t>(model.config.intermediate_size);
+    own.tile = Buffer<float>(max_rows * TILE);
+    own.coef.resize((size_t)max_rows), own.y.resize((size_t)max_rows);
   }
 }
 
 int64_t Mlp::sum(const Buffer<int64_t> &of_chunk) { return std::accumulate(of_chunk.data(), of_chunk.data() + of_chunk.size(), INT64_C(0)); }
+
+float *Mlp::values_of(const Run &run, int64_t r, const Neurons &neurons, Fetch of_gate, Fetch of_up) {
+  const Kernels &kernels = run.ctx.kernels;
+  const dejavu_config &config = run.ctx.config;
+  const Layer &layer = run.layer;
+  const int32_t *idx = neurons.idx;
+  const int64_t first = neurons.first, count = neurons.count;
+  const Vector &x = run.in[r];
+  float *values = run.own.values.data();
+  float *gate = reads_both(run) ? values + config.intermediate_size + PAD : values;
+  if (run.known == Known::NOTHING) {
+    dots(kernels, run.ctx.model.gate_of(layer), x, idx, first, count, gate, of_gate);
+    kernels.activate(gate, count, config.activation, config.activation_threshold);
+  } else {
+    const float *found = run.selected.activated(r);
+    for (int64_t k = 0; k < count; k++) gate[k] = found[idx == nullptr ? first + k : idx[k]];
+  }
+  if (gate != values) {
+    dots(kernels, layer.up, x, idx, first, count, values, of_up);
+    for (int64_t k = 0; k < count; k++) values[k] = gate[k] * values[k];
+  }
+  return values;
+}
+
+void Mlp::compute_tile(const Run &run, int64_t c, int64_t first, int64_t count) {
+  Scratch &own = run.own;
+  const int64_t rows = run.ctx.rows;
+  for (int64_t r = 0; r < rows; r++) {
+    float *values = values_of(run, r, {nullptr, first, count}, {}, {}), *to = own.tile.data() + r * TILE;
+    run.layer.down.scale_rows(nullptr, first, count, values);
+    std::copy_n(values, count, to);
+    own.coef[(size_t)r] = to, own.y[(size_t)r] = parts_.of(c, r);
+  }
+  sums(run.ctx.kernels, run.layer.down, {own.coef.data(), own.y.data(), rows}, first, count);
+}
 
 // y += the neurons of one token.
 void Mlp::compute(const Run &run, int64_t r, const Neurons &neurons, bool skip_zeros, float *y) {
@@ -31,12 +68,9 @@ void Mlp::compute(const Run &run, int64_t r, const Neurons &neurons, bool skip_z
   const Known known = run.known;
   const int32_t *idx = neurons.idx, *kept = neurons.kept;
   const int64_t first = neurons.first, count = neurons.count;
-  const Vector &x = run.in[r];
-  float *values = run.own.values.data();
-  float *gate = config.gated && known != Known::ALL ? values + config.intermediate_size + PAD : values;
   // Selected rows are fetched as whole records, ahead of their first use; of rows in order each matrix fetches its share of the
   // records that come next. What lies apart, a gate or panels of down, fetches its own rows.
-  const bool reads_gate = config.gated && known == Known::NOTHING, reads_up = known == Known::NOTHING || gate != values;
+  const bool reads_gate = config.gated && known == Known::NOTHING, reads_up = known == Known::NOTHING || reads_both(run);
   const bool skipped_late = skip_zeros && known == Known::NOTHING;  // which rows of down are read is known once those of up were
   const auto apart = [&](const Matrix &matrix) {
     return matrix.panels || (config.layout == DEJAVU_GATE_APART && &matrix == &run.ctx.model.gate_of(layer));
@@ -60,18 +94,9 @@ void Mlp::compute(const Run &run, int64_t r, const Neurons &neurons, bool skip_z
     const int64_t begin = after.bytes * here / parts, end = after.bytes * (here + 1) / parts;
     return {end - begin, after.next + begin};
   };
-  if (known == Known::NOTHING) {
-    const Matrix &first_matrix = run.ctx.model.gate_of(layer);
-    dots(kernels, first_matrix, x, idx, first, count, gate, fetched(first_matrix));
-    kernels.activate(gate, count, config.activation, config.activation_threshold);
-  } else {
-    const float *found = run.selected.activated(r);
-    for (int64_t k = 0; k < count; k++) gate[k] = found[idx == nullptr ? first + k : idx[k]];
-  }
-  if (gate != values) {
-    dots(kernels, layer.up, x, idx, first, count, values, fetched(layer.up));
-    for (int64_t k = 0; k < count; k++) values[k] = gate[k] * values[k];
-  }
+  const Fetch of_gate = known == Known::NOTHING ? fetched(run.ctx.model.gate_of(layer)) : Fetch{};
+  const Fetch of_up = reads_both(run) ? fetched(layer.up) : Fetch{};
+  float *values = values_of(run, r, neurons, of_gate, of_up);
   if (kept != nullptr) {
     for (int64_t k = 0, next = 0; k < count; k++) {
       const bool keep = next < neurons.num_kept && kept[next] == first + k;
@@ -149,6 +174,10 @@ void Mlp::run(const Context &ctx, int64_t index, const Vectors &in, const Kept &
     for (int64_t first = begin; first < end; first += tile) {
       const int64_t stop = std::min(first + tile, end);
       uint64_t some = 0;  // selected by some row, a bit for each neuron of the tile
+      if (!sparse && rows > 1) {
+        compute_tile(run, c, first, stop - first);
+        continue;
+      }
       for (int64_t r = 0; r < rows; r++) {
         if (!sparse) {
           compute(run, r, {nullptr, first, stop - first}, false, parts_.of(c, r));

@@ -30,6 +30,9 @@ class Mlp {
   struct alignas(64) Scratch {
     Buffer<float> values;   // [2, neurons]: of up, of the gate
     Buffer<int32_t> fired;  // neurons whose row of down is read
+    Buffer<float> tile;     // [rows, TILE]: values of a tile's neurons
+    std::vector<const float *> coef;
+    std::vector<float *> y;
   };
   // One layer as a thread computes it.
   struct Run {
@@ -47,7 +50,13 @@ class Mlp {
     const int32_t *kept = nullptr;
     int64_t num_kept = 0;
   };
+  // Whether a neuron's value is a product of two.
+  static bool reads_both(const Run &run) { return run.ctx.config.gated && run.known != Known::ALL; }
+  // Values of the neurons of one token, in own.values. gate, up: what is fetched meanwhile.
+  static float *values_of(const Run &run, int64_t row, const Neurons &neurons, Fetch gate, Fetch up);
   static void compute(const Run &run, int64_t row, const Neurons &neurons, bool skip_zeros, float *y);
+  // y of every token += neurons first, first + 1, ..., count <= TILE.
+  void compute_tile(const Run &run, int64_t chunk, int64_t first, int64_t count);
   static int64_t eighths_in_order(const Context &context, const Layer &layer, Known known);
   static int64_t sum(const Buffer<int64_t> &of_chunk);
 
