@@ -39,19 +39,17 @@ INT = torch.int32
 @pytest.mark.parametrize("activation", ["relu", "fatrelu", "silu", "gelu_tanh"])
 @pytest.mark.parametrize(("neurons", "count"), [(7, 0), (7, 7), (256, 1), (300, 150), (515, 100)])
 def test_select_gate(neurons: int, count: int, activation: str, device: str) -> None:
-    """Negative values exceed a threshold by their size, where an activation has them. There a product that is NaN is selected."""
+    """Negative values exceed a threshold by their size, where an activation has them. A product that is NaN is selected."""
     memory = Memory(device, seed=neurons + count)
     product_F = memory.normal(neurons)
-    smooth = activation not in ("relu", "fatrelu")
-    if not smooth:
+    if activation in ("relu", "fatrelu"):
         product_F = product_F.abs() + 0.5
     size_F = select_gate_definition(product_F, 0.0, activation, 0.4)[0].abs()
     threshold = midway(size_F, count)
-    if smooth:
-        product_F[3] = torch.nan
+    product_F[3] = torch.nan
     value_F, keep_F = select_gate_definition(product_F, threshold, activation, 0.4)
     expected = keep_F.nonzero().squeeze(1).tolist()
-    assert (3 in expected and count <= len(expected) <= count + 1) if smooth else len(expected) == count
+    assert 3 in expected and count <= len(expected) <= count + 1
     gate = GateNeurons(
         threshold=memory.given(torch.tensor([threshold])), product=memory.given(product_F), value=memory.room(neurons),
         neurons=memory.room(neurons, dtype=INT), count=memory.room(1, dtype=INT, holds=0.0),

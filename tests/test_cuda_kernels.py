@@ -298,6 +298,18 @@ def test_select_token_and_order_list(neurons: int, rank: int, count: int, int8: 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_neuron_whose_score_is_nan_is_selected(device: str) -> None:
+    memory = Memory(device)
+    scores = neuron_scores(memory, 127, 17, 10, int8=False)
+    scores.bias[[3, 90]] = torch.nan
+    expected = select_definition(scores).tolist()
+    assert {3, 90} <= set(expected) and len(expected) < 20
+    found = with_room(scores, memory)
+    select_token(found)
+    check_list(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_order_list_of_more_than_a_block(device: str) -> None:
     memory = Memory(device)
     chosen = memory.choice(2500, 1300)

@@ -634,7 +634,7 @@ void activate(float *x, int64_t n, int activation, float threshold) {
     switch (activation) {
       case DEJAVU_RELU: x[i] = v < 0.0f ? 0.0f : v; break;  // NaN stays NaN, as in torch
       case DEJAVU_RELU2: x[i] = v < 0.0f ? 0.0f : v * v; break;
-      case DEJAVU_FATRELU: x[i] = v > threshold ? v : 0.0f; break;
+      case DEJAVU_FATRELU: x[i] = v <= threshold ? 0.0f : v; break;
       case DEJAVU_GELU: x[i] = 0.5f * v * (1.0f + erff(v * 0.70710678f)); break;
       default: x[i] = 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
     }

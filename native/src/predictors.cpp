@@ -37,7 +37,7 @@ void Predictors::select_groups(const Context &ctx, int64_t layer, const Vectors 
     const float *found = own.scores.data();
     int64_t best = 0;
     for (int64_t g = 0; g < groups; g++) {
-      selected[r * groups + g] = found[g] > predictor.threshold;
+      selected[r * groups + g] = !(found[g] <= predictor.threshold);  // NaN is kept
       if (found[g] > found[best]) best = g;
     }
     selected[r * groups + best] = 1;
@@ -60,7 +60,7 @@ void Predictors::select_neurons(const Context &ctx, int64_t layer, int lookahead
       int64_t n = 0;
       for (int64_t f = begin; f < end; f++) {
         list[n] = (int32_t)f;
-        n += found[f] > predictor.threshold;
+        n += !(found[f] <= predictor.threshold);
       }
       selected.count(layer, r, c) = n;
     }

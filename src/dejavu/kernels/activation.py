@@ -1,6 +1,6 @@
 """Activation functions of the MLP. In: pre-activations of any shape. Out: the same shape.
 
-relu(x) = max(x, 0); relu2(x) = relu(x)^2; fatrelu(x) = x if x > t else 0 (ProSparse); silu(x) = x sigmoid(x).
+relu(x) = max(x, 0); relu2(x) = relu(x)^2; fatrelu(x) = 0 if x <= t else x (ProSparse); silu(x) = x sigmoid(x). NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def activate(x: Tensor, name: str, threshold: float = 0.0) -> Tensor:
         case "relu2":
             return F.relu(x).square()
         case "fatrelu":
-            return torch.where(x > threshold, x, torch.zeros_like(x))
+            return torch.where(x <= threshold, torch.zeros_like(x), x)
         case "silu":
             return F.silu(x)
         case "gelu":

@@ -1,8 +1,8 @@
 """Predictors: which neurons and heads a token needs, from an input that exists before they are needed.
 
 In: an input x [.., D] of the layer (which one is the predictor's lookahead). Out: scores [.., O] = B (A x) + b and the
-selection scores > threshold, O being the neurons F of an MLP or the key/value head groups G of an attention block.
-selectors/predicted.py selects with them. Source: Deja Vu, section 4 (arXiv 2310.17157).
+selection not (scores <= threshold), so that NaN is kept and seen in the output, O being the neurons F of an MLP or the key/value head
+groups G of an attention block. selectors/predicted.py selects with them. Source: Deja Vu, section 4 (arXiv 2310.17157).
 
 Letters: D model  R predictor rank  O outputs (neurons F, or head groups G)
 """
@@ -63,11 +63,11 @@ class Predictor:
         return (x.float() @ wide(self.A_RD).T) @ wide(self.B_OR).T + self.bias_O
 
     def neuron_mask(self, x: Tensor) -> Tensor:
-        """Boolean [.., F]: the neurons whose score exceeds the threshold; may be none."""
-        return self.scores(x) > self.threshold
+        """Boolean [.., F]: the neurons whose score exceeds the threshold; may be none. A score that is NaN selects."""
+        return ~(self.scores(x) <= self.threshold)
 
     def group_mask(self, x: Tensor) -> Tensor:
         """Boolean [.., G]: the head groups whose score exceeds the threshold, and always the best one."""
         scores = self.scores(x)
         best = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.argmax(-1, keepdim=True), True)
-        return (scores > self.threshold) | best
+        return ~(scores <= self.threshold) | best

@@ -30,6 +30,7 @@ from dejavu.model.counts import DensityCounter
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import DENSE, Selection, Transformer
+from dejavu.quality.finite import require_finite
 
 SelectionFactory = Callable[[Tensor | None], Selection]
 """From sparse_BT (the tokens that run sparse; None means all) to the selection of one forward pass."""
@@ -220,12 +221,14 @@ def scored_windows(
     window_nll: list[float] = []
     for start in range(0, len(windows), per_batch):
         batch = windows[start : start + per_batch]
-        hidden_BTD = model.hidden(torch.tensor([window.inputs for window in batch], device=device), selection_factory(None))
+        ids_BT = torch.tensor([window.inputs for window in batch], device=device)
+        hidden_BTD = model.hidden(ids_BT, selection_factory(None))
         counts = [len(window.targets) for window in batch]
         rows_ND = torch.cat([hidden[-count:] for hidden, count in zip(hidden_BTD, counts, strict=True)])
         targets_N = torch.tensor([target for window in batch for target in window.targets], device=device)
         nll_N, _ = score_targets(model, rows_ND, targets_N)
-        require(bool(nll_N.isfinite().all()), "the model's loss is not finite (NaN or infinite weights); check the checkpoint")
+        places = [f"window {start + row + 1}" for row in range(len(batch))]
+        require_finite(nll_N, model, ids_BT, selection_factory(None), places)
         window_nll += [math.fsum(part.tolist()) for part in nll_N.split(counts)]
         done += sum(counts)
         if progress is not None:

@@ -32,6 +32,7 @@ from dejavu.figures import TaskScore
 from dejavu.files import read_text
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.quality.finite import require_finite
 from dejavu.quality.perplexity import MaskedSelections, SelectionFactory, dense_selection, score_targets
 
 NOTHING_SPARSE = "no token ran sparse: every continuation is one token, which the dense prefill scores; strict masks the context too"
@@ -200,7 +201,7 @@ def _run(model: Transformer, batch: Batch, requests: Sequence[Request], factory:
     parts = [hidden_BTD[row, requests[index].first : len(requests[index].inputs)] for row, index in order]
     targets = [target for _, index in order for target in requests[index].targets]
     nll_N, greedy_N = score_targets(model, torch.cat(parts), torch.tensor(targets, device=hidden_BTD.device))
-    require(bool(nll_N.isfinite().all()), "the model's loss is not finite (NaN or infinite weights); check the checkpoint")
+    require_finite(nll_N, model, batch.ids_BT, factory(batch.sparse_BT), [f"request {indices[0] + 1}" for indices in batch.rows])
     counts = [len(part) for part in parts]
     split = zip(order, nll_N.split(counts), greedy_N.split(counts), strict=True)
     return {index: Score(-math.fsum(nll.tolist()), bool(greedy.all())) for (_, index), nll, greedy in split}

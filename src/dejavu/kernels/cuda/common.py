@@ -283,15 +283,21 @@ def side_rows(matrix, scale, out, first, step, count, x1, x2, x3, D: tl.constexp
 
 
 @triton.jit
+def exceeds(v, threshold):
+    """Whether what has this score or size is selected; NaN is, so that it is seen in the output."""
+    return (v > threshold) | (v != v)
+
+
+@triton.jit
 def activate(v, CODE: tl.constexpr, threshold):
     """The activation of that code (ACTIVATION_CODES), of fp32 values."""
     if CODE == 0:
-        return tl.maximum(v, 0.0)
+        return tl.where(v <= 0.0, 0.0, v)  # not tl.maximum, which makes 0 of NaN
     elif CODE == 1:
-        r = tl.maximum(v, 0.0)
+        r = tl.where(v <= 0.0, 0.0, v)
         return r * r
     elif CODE == 2:
-        return tl.where(v > threshold, v, 0.0)
+        return tl.where(v <= threshold, 0.0, v)
     elif CODE == 3:
         return v / (1.0 + tl.exp(-v))
     elif CODE == 4:

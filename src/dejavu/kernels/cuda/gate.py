@@ -27,6 +27,7 @@ from dejavu.kernels.cuda.common import (
     NormWeights,
     activate,
     add_part,
+    exceeds,
     launch,
     norm_definition,
     norm_parts,
@@ -56,12 +57,6 @@ class GateNeurons:
     value: Tensor
     neurons: Tensor
     count: Tensor
-
-
-@triton.jit
-def exceeds(v, threshold):
-    """Whether a value that is selected by its size is kept; NaN is."""
-    return (v > threshold) | (v != v)
 
 
 @triton.jit

@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.activation import ACTIVATION_CODES
-from dejavu.kernels.cuda.common import activate, launch, multiprocessors, or_any, row_bias
-from dejavu.kernels.cuda.gate import exceeds
+from dejavu.kernels.cuda.common import activate, exceeds, launch, multiprocessors, or_any, row_bias
 from dejavu.kernels.cuda.mlp_rows import UpShape, padded_rows
 from dejavu.kernels.cuda.rows import MAX_ROWS
 from dejavu.kernels.sparse_mlp import MlpWeights

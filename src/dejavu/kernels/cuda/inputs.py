@@ -29,6 +29,7 @@ from dejavu.kernels.cuda.attention import Partials, combined
 from dejavu.kernels.cuda.common import (
     NormWeights,
     activate,
+    exceeds,
     launch,
     multiprocessors,
     norm_parts,
@@ -37,7 +38,6 @@ from dejavu.kernels.cuda.common import (
     parts,
     residual,
 )
-from dejavu.kernels.cuda.gate import exceeds
 
 BLOCK = 256
 CLEARED = 1024

@@ -29,6 +29,7 @@ from dejavu.kernels.cuda.common import (
     PredictorScores,
     Side,
     begin,
+    exceeds,
     launch,
     multiprocessors,
     norm_definition,
@@ -66,7 +67,7 @@ def selected_groups(matrix, scale, bias, threshold, h, G: tl.constexpr, GP: tl.c
     s = tl.sum(m * tl.load(h + p, mask=p < P, other=0.0)[None, :], 1)
     s = s * tl.load(scale + g, mask=g < G, other=0.0) + tl.load(bias + g, mask=g < G, other=0.0)
     s = tl.where(g < G, s, float("-inf"))
-    chosen = ((s > tl.load(threshold)) & (g < G)) | (g == tl.argmax(s, 0))
+    chosen = (exceeds(s, tl.load(threshold)) & (g < G)) | (g == tl.argmax(s, 0))
     chosen = chosen.to(tl.int32)
     return chosen, tl.cumsum(chosen, 0) - 1
 
@@ -194,7 +195,7 @@ def project_token_definition(y_D: Tensor, delta_D: Tensor, norm: NormWeights, ma
 def selected_groups_definition(scores: GroupScores) -> Tensor:
     """The selected groups, int64, in order."""
     s_G = (scores.matrix.float() @ scores.h) * scores.scale + scores.bias
-    mask_G = s_G > scores.threshold
+    mask_G = ~(s_G <= scores.threshold)
     mask_G[s_G.argmax()] = True
     return mask_G.nonzero().squeeze(1)
 

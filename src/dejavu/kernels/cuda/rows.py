@@ -24,6 +24,7 @@ from dejavu.kernels.cuda.common import (
     NormWeights,
     PredictorScores,
     Side,
+    exceeds,
     launch,
     norm_parts,
     normed,
@@ -109,7 +110,7 @@ def _select_rows(
     for b in range(0, B):
         s = tl.sum(m * tl.load(h + b * h_stride + p, mask=p < P, other=0.0)[None, :], 1) * row_scale + row_bias
         # A row that only fills the bucket selects nothing: it would widen the union.
-        chosen = ((s > least) & live & (tl.load(slots + b) != padding)).to(tl.int32)
+        chosen = (exceeds(s, least) & live & (tl.load(slots + b) != padding)).to(tl.int32)
         mask_bits = mask_bits | (chosen << b)
         tl.atomic_add(row_count + b * row_stride, tl.sum(chosen, 0), sem="relaxed")
     tl.store(row_mask_F + f, mask_bits, mask=live)
@@ -195,4 +196,4 @@ def combine_rows(partials: Partials, groups_BG: Tensor | None, count_B: Tensor |
 def select_rows_definition(scores: UnionScores) -> Tensor:
     """Which neuron each row selects, bool [B, F]."""
     score_BF = (scores.h @ scores.matrix.float().T) * scores.scale + scores.bias
-    return score_BF > scores.threshold
+    return ~(score_BF <= scores.threshold)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.cuda.common import PredictorScores, begin, launch
+from dejavu.kernels.cuda.common import PredictorScores, begin, exceeds, launch
 
 SCORES = 4096  # products that a warp makes at a time
 WARPS = 4
@@ -48,7 +48,7 @@ def select_block(
     least = tl.load(threshold)
     begin(programmatic)
     s = tl.sum(m.to(tl.float32) * tl.load(h + p, mask=p < P, other=0.0)[None, :], 1) * row_scale + row_bias
-    chosen = ((s > least) & live).to(tl.int32)
+    chosen = (exceeds(s, least) & live).to(tl.int32)
     place = tl.cumsum(chosen, 0) - 1
     first = tl.atomic_add(count, tl.sum(chosen, 0), sem="relaxed")
     tl.store(neurons + first + place, f, mask=chosen == 1)
@@ -113,4 +113,4 @@ def order_list(listed_F: Tensor, count: Tensor, marks_F: Tensor, out_F: Tensor) 
 def select_definition(scores: NeuronScores) -> Tensor:
     """The selected neurons, int64, in order."""
     score_F = (scores.matrix.float() @ scores.h) * scores.scale + scores.bias
-    return (score_F > scores.threshold).nonzero().squeeze(1)
+    return (~(score_F <= scores.threshold)).nonzero().squeeze(1)

@@ -53,7 +53,7 @@ class GateThreshold(NeuronSelector):
         return self.threshold > 0
 
     def mask(self, inputs: LayerInputs) -> Tensor:
-        return gate_of(inputs).abs() > self.threshold
+        return ~(gate_of(inputs).abs() <= self.threshold)  # NaN is kept
 
     def at_density(self, inputs: LayerInputs, density: float) -> Self:
         values = gate_of(inputs).float().abs()

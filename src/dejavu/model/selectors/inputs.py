@@ -173,8 +173,8 @@ class InputPoints:
 
 
 def input_mask(x: Tensor, norm_I: Tensor, threshold: float) -> Tensor:
-    """Boolean [.., I]: the inputs that are kept."""
-    return x.float().abs() * norm_I > threshold
+    """Boolean [.., I]: the inputs that are kept, NaN among them."""
+    return ~(x.float().abs() * norm_I <= threshold)
 
 
 def input_reads(config: ModelConfig, point: str, density: float | None) -> float:
