@@ -133,7 +133,7 @@ def test_a_peer_that_is_wrong_means_no_number(work: Path, peers: list[tuple[Any,
 
 
 def test_a_synthetic_model_against_peers(call, peers: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dejavu.kernels.native.default_threads", lambda: 77)  # of the native engine, which does not run here
+    monkeypatch.setattr("dejavu.kernels.processors.default_threads", lambda: 77)  # of the native engine, which does not run here
     arguments = ("bench", "--synthetic", "opt-small", "--backend", "torch", "--dense", *SHORT)
     result = obj(call(*arguments, "--against", "transformers,ctranslate2,llama.cpp", "--gguf", "a.gguf", "--json"))
     assert peers[0] == (["llama.cpp"], None, Path("a.gguf"), result["rows"][0]["threads"]) and peers[0][3] < 77

@@ -23,38 +23,6 @@ from dejavu.kernels.quantized import QuantizedMatrix
 from helpers.native import needs_library
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"a/cpu.max": "150000 100000"}, 1.5),
-        ({"a/cpu.max": "max 100000"}, None),
-        ({"a/cpu.max": "max 100000", "cpu.max": "300000 100000"}, 3.0),
-        ({"a/b/cpu.max": "50000 100000", "a/cpu.max": "200000 100000"}, 0.5),
-        ({}, None),
-    ],
-)
-def test_the_quota_of_control_groups(tmp_path: Path, files: dict[str, str], expected: float | None) -> None:
-    for name, text in files.items():
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / name).write_text(text + "\n", encoding="ascii")
-    (tmp_path / "cgroup").write_text("0::/a/b\n", encoding="ascii")
-    assert native.cgroup_quota(tmp_path / "cgroup", tmp_path / "root") == expected
-    assert native.cgroup_quota(tmp_path / "nothing", tmp_path / "root") is None
-
-
-def test_the_older_control_groups(tmp_path: Path) -> None:
-    folder = tmp_path / "root" / "cpu" / "a"
-    folder.mkdir(parents=True)
-    (folder / "cpu.cfs_quota_us").write_text("200000\n", encoding="ascii")
-    (folder / "cpu.cfs_period_us").write_text("100000\n", encoding="ascii")
-    (tmp_path / "cgroup").write_text("4:memory:/a\n3:cpu,cpuacct:/a\n", encoding="ascii")
-    assert native.cgroup_quota(tmp_path / "cgroup", tmp_path / "root") == 2.0
-
-
-def test_default_threads_is_at_least_one() -> None:
-    assert native.default_threads() >= 1
-
-
 def test_an_absent_library_is_said_and_nothing_else_breaks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Tiny) -> None:
     monkeypatch.setattr(native, "library_folders", lambda: [tmp_path])
     native._load.cache_clear()

@@ -235,13 +235,15 @@ def test_available_memory_is_the_least_that_is_said(tmp_path: Path) -> None:
 
     write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
     assert available_bytes(tmp_path) == 8000 * 1024
-    write("proc/self/cgroup", "0::/a/b\n")
+    write("proc/self/cgroup", "no line of the kernel's\n0::/a/b\n")
     write("sys/fs/cgroup/a/b/memory.max", "max\n")
     write("sys/fs/cgroup/a/memory.max", "5000000\n")
     for folder in ("a/b", "a"):
         write(f"sys/fs/cgroup/{folder}/memory.current", "3000000\n")
         write(f"sys/fs/cgroup/{folder}/memory.stat", "anon 1\ninactive_file 500000\n")
     assert available_bytes(tmp_path) == 2_500_000
+    write("sys/fs/cgroup/a/memory.max", "many\n")
+    assert available_bytes(tmp_path) == 8000 * 1024
     write("sys/fs/cgroup/a/memory.max", "1000\n")
     assert available_bytes(tmp_path) == 0
 

@@ -24,7 +24,7 @@ from dejavu.engine.options import EngineOptions
 from dejavu.generation.engine_cache import EngineCache
 from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
 from dejavu.kernels.dtypes import DTYPE_NAMES
-from dejavu.kernels.native import default_threads
+from dejavu.kernels.processors import default_threads
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.masked import MaskedSelection

@@ -17,6 +17,7 @@ from dejavu.engine.options import EngineOptions
 from dejavu.files import read_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.kernels.native import DTYPE_CODES
+from dejavu.kernels.processors import limit_torch, threads_note
 from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import ADAPTER_FOLDER, MODELS_FOLDER, bundled_models
@@ -58,14 +59,17 @@ def load(
     computes in fp32: little memory, slowly. cache_dtype: of keys and values, likewise: auto (on the native backend fp32 with fp32
     weights, else fp16), fp32, fp16, int8. screened_head: of the native backend, how many tokens a step gives exact logits (0: all), see
     kernels/screen.py; evaluation has the full head.
-    threads: of torch, for the whole process, and of the native engine. backend: auto takes torch for an architecture or an adapter's
+    threads: of torch, for the whole process, and of the native engine; None: as many as the process has processors, by its affinity and the
+    quota of its control group, and for torch no more than it has. backend: auto takes torch for an architecture or an adapter's
     method that the other one does not compute, with a note. before_weights: called with the architecture, the backend, the dtype (or
     "stored") and how many values the file stores as which type, before any weight is read, and also before any is fetched (but of a GGUF
     file); what it raises ends the loading. Raises ValueError for what is not found, not fetched, damaged, unavailable or of another model.
     """
     requested = pick_backend(backend, dtype="fp32" if dtype in ("auto", "stored") else dtype)
     _check_dtype(dtype, requested)
-    if threads is not None:
+    if threads is None:
+        limit_torch()
+    else:
         set_threads(threads)
 
     def settle(config: ModelConfig, source: ModelSource | None = None) -> tuple[str, tuple[str, ...]]:
@@ -118,6 +122,8 @@ def load(
         model = checkpoint.model.rounded(held, cache_dtype=cached)
         checkpoint = dataclasses.replace(checkpoint, model=model)
     lm = LanguageModel(checkpoint, options, adapter=adapter)
+    crowded = threads_note(threads)
+    lm.notes = lm.notes if crowded is None else (*lm.notes, crowded)
     if lm.adapter is not None:
         lm.notes = (*lm.notes, *lm.adapter.notes)
     digest = None if adapter is None else adapter.digest

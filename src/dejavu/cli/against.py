@@ -68,7 +68,7 @@ def _on_an_export(names: Sequence[str], subject: Subject, gguf: Path | None, tem
     from dejavu.bench.peers.cpu import open_peers
     from dejavu.bench.variants import export_name
     from dejavu.config import require
-    from dejavu.kernels.native import default_threads
+    from dejavu.kernels.processors import default_threads
     from dejavu.model.bundle import export
 
     lm, exported = subject.lm, [name for name in names if name != "llama.cpp"]

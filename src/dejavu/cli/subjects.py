@@ -107,6 +107,7 @@ def made_up(
     from dejavu.bench.models.random import shape_of
     from dejavu.config import require
     from dejavu.engine.backends import CAPABILITIES, pick_backend
+    from dejavu.kernels.processors import limit_torch
     from dejavu.loading import set_threads
 
     picked = pick_backend(options.backend, dtype="int8" if options.dtype == "auto" else options.dtype)
@@ -119,7 +120,9 @@ def made_up(
         f"dtype {dtype!r} is not available for a synthetic model on backend {picked!r}; choose one of {', '.join(offered)}",
     )
     _check_ahead(options, picked)
-    if options.threads is not None:
+    if options.threads is None:
+        limit_torch()
+    else:
         set_threads(options.threads)
     cached = capabilities.cache_dtype(options.cache_dtype, dtype=dtype)
     capabilities.check_screened_head(options.screened_head, vocab_size=shape_of(name).vocab_size)

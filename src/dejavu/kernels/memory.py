@@ -84,7 +84,8 @@ def available_bytes(root: Path) -> int | None:
         for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-        groups = [line.split(":", 2)[2].lstrip("/") for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()]
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+        groups = [line.split(":", 2)[2].lstrip("/") for line in lines if line.count(":") >= 2]
     except OSError:
         groups = []
     top = root / "sys/fs/cgroup"
@@ -106,8 +107,6 @@ def _left(folder: Path, limit: str, used: str) -> list[int]:
         most = (folder / limit).read_text(encoding="ascii").strip()
         taken = int((folder / used).read_text(encoding="ascii"))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return [] if most == "max" else [max(0, int(most) - taken + int(stat.get("inactive_file", 0)))]
     except (OSError, ValueError):
         return []
-    if most == "max":
-        return []
-    return [max(0, int(most) - taken + int(stat.get("inactive_file", 0)))]

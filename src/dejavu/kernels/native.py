@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
-import os
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -177,45 +175,3 @@ def check(status: int) -> None:
     if status in (BAD_VALUE, NOT_FINITE):
         raise ValueError(message)
     raise RuntimeError(f"native engine: {message}")
-
-
-def default_threads() -> int:
-    """Processors that this process may use: its affinity, and the quota of its control group."""
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # no such call on this system
-        allowed = os.cpu_count() or 1
-    quota = cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
-
-
-def cgroup_quota(membership: Path, root: Path) -> float | None:
-    """Processors that the control groups of this process grant it (the least of all levels); None without a limit."""
-    try:
-        lines = membership.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    quotas: list[float] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root if not controllers else root / "cpu"
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(top):
-                break
-            quotas += _quota_of(folder)
-    return min(quotas, default=None)
-
-
-def _quota_of(folder: Path) -> list[float]:
-    """The quota of one control group, version 2 (cpu.max) or 1 (cpu.cfs_quota_us)."""
-    try:
-        if (folder / "cpu.max").is_file():
-            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period"))
-    except (OSError, ValueError):
-        return []
-    return [int(quota) / int(period)] if quota != "max" and int(quota) > 0 else []

@@ -26,6 +26,7 @@ from dejavu.engine.native.weights import packed_model
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
 from dejavu.kernels import native
+from dejavu.kernels.processors import default_threads
 from dejavu.model.counts import Counts
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
@@ -72,7 +73,7 @@ class NativeEngine(PagedEngine):
         *,
         instruction_set: str | None = None,
     ) -> None:
-        self.threads = native.default_threads() if options.threads is None else options.threads
+        self.threads = default_threads() if options.threads is None else options.threads
         head_dim = -(-model.config.head_dim // native.HEAD_PAD) * native.HEAD_PAD
         super().__init__(model, layers, options, threads=self.threads, head_dim=head_dim)
         self._library = native.library()

@@ -21,6 +21,7 @@ from dejavu.engine.native.capabilities import NATIVE
 from dejavu.kernels import native
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.memory import give_back_pages, take_pages
+from dejavu.kernels.processors import default_threads
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, wide
 from dejavu.kernels.screen import low_rank, screen_rank
 from dejavu.model.grids import grid_of, grids_of
@@ -203,7 +204,7 @@ def native_config(config: ModelConfig, layout: str) -> native.ConfigStruct:
         rope=config.positions == "rope",
         tied_head=config.tied_head,
         layout=native.LAYOUTS[layout],
-        threads=native.default_threads(),
+        threads=default_threads(),
         norm_eps=config.norm_eps,
         activation_threshold=config.activation_threshold,
         rotary_factor=1.0 if config.rope is None else config.rope.attention_factor,
