@@ -76,6 +76,9 @@ class Words:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(f" {token_id}" for token_id in ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id]).encode()
+
 
 def written(engine: CudaEngine | Stepped, prompt: list[int], **options: Any) -> tuple[list[Piece], GeneratedText]:
     """The pieces and the text; the slot is empty afterwards, and its pages are back."""

@@ -147,6 +147,21 @@ def test_minus_infinity_is_a_number(facts: Served) -> None:
     assert entry["logprob"] == -9999.0 and [top["logprob"] for top in entry["top_logprobs"]] == [0.0, -9999.0]
 
 
+def test_the_bytes_of_log_probabilities_are_those_of_the_text(facts: Served) -> None:
+    """A special token has a name and adds nothing to a text."""
+    event = Event(text="-", tokens=(token(10, -0.5), token(2, -0.5)), finish_reason="stop", summary=summary(3, 2))
+    (choice,) = whole(chat(facts, logprobs=True), facts, [event])["choices"]
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["-", "</s>"]
+    assert bytes(byte for entry in choice["logprobs"]["content"] for byte in entry["bytes"]).decode() == choice["message"]["content"]
+
+
+def test_an_echoed_prompt_that_ends_within_a_character_is_finished_by_its_answer() -> None:
+    facts, prompt = dataclasses.replace(served(byte_tokenizer()), vocab_size=257), [97, *"€".encode()[:2]]
+    assert whole(completion(facts, prompt=prompt, echo=True), facts, spoken("€"))["choices"][0]["text"] == "a€"
+    end = Event(finish_reason="length", summary=summary(3, 0))
+    assert whole(completion(facts, prompt=prompt, echo=True, max_tokens=0), facts, [end])["choices"][0]["text"] == "a\ufffd"
+
+
 def test_a_chat_tells_logprobs_in_its_own_form(facts: Served) -> None:
     event = Event(text="-", tokens=(token(10, -0.5, (10, -0.5), (11, -1.0)),), finish_reason="stop", summary=summary(3, 1))
     (choice,) = whole(chat(facts, logprobs=True, top_logprobs=2), facts, [event])["choices"]
@@ -290,6 +305,7 @@ def test_tokens_of_a_byte_level_vocabulary() -> None:
     assert [vocabulary.raw(byte) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
     assert vocabulary.text(ord("a")) == "a" and vocabulary.text(ord(" ")) == " " and vocabulary.text(0xE2) == "bytes:\\xe2"
     assert vocabulary.text(256) == "</s>" and vocabulary.text(999) == "<999>"
+    assert vocabulary.written(256) == b"" and vocabulary.written(0xE2) == b"\xe2"
     assert len({vocabulary.text(token_id) for token_id in range(257)}) == 257
     offsets = vocabulary.offsets(first=True)
     assert [offsets.begin(byte) for byte in (256, *"a€b".encode())] == [0, 0, 1, 1, 1, 2]

@@ -1,7 +1,9 @@
 """From tokens to text: stop strings, UTF-8 borders, and spaces where a text continues its prompt."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from dejavu.generation.generation import generate_tokens
 from dejavu.generation.pieces import Piece
 from dejavu.generation.text import StopStrings, TextStream
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer
+from dejavu.model.token_bytes import BYTE_LEVEL
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
 from helpers.scripted import LETTERS, ByteTokenizer, ScriptedEngine, run
 
 
@@ -111,9 +114,58 @@ def test_characters_are_sent_whole(text: str, tail: bytes) -> None:
     for token_id in ids:
         sent += stream.push(token_id)
     final = (text.encode() + tail).decode("utf-8", errors="replace")
-    assert final.startswith(sent)
+    assert sent == codecs.getincrementaldecoder("utf-8")(errors="replace").decode(text.encode() + tail), "held back without need"
     assert sent + stream.flush() == final
     assert stream.flush() == ""
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """GPT-2-like: 256 tokens, one for each byte, and </s>."""
+    backend = byte_level_bpe({character: byte for character, byte in BYTE_LEVEL.items()}, [], pre_tokenizers.ByteLevel())
+    backend.add_special_tokens(["</s>"])
+    return build_tokenizer(backend, special_tokens={"eos_token": "</s>"})
+
+
+KINDS: dict[str, tuple[Callable[[], Any], int]] = {
+    "bytes": (ByteTokenizer, 0),
+    "byte level": (byte_level_tokenizer, 0),
+    "byte tokens": (lambda: metaspace_tokenizer(), 2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("pattern", "pieces"), [(b"\xef\xbf\xbd", ["", "", "\ufffd"]), (b"\x80", ["\ufffd"]), (b"\xff", ["\ufffd"])])
+def test_replacement_characters_are_sent_as_they_come(kind: str, pattern: bytes, pieces: list[str]) -> None:
+    """A real U+FFFD, and a byte that can begin no character: neither can become anything else."""
+    make, first = KINDS[kind]
+    stream = TextStream(make(), [])
+    assert [stream.push(byte + first) for byte in 40 * pattern] == 40 * pieces
+    assert stream.flush() == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_that_the_prompt_began_is_text_once_it_is_finished(kind: str) -> None:
+    make, first = KINDS[kind]
+    before, s = (259, 261) if kind == "byte tokens" else (ord("a"), ord("s"))
+    prompt = [before, *(byte + first for byte in "😀".encode()[:2])]
+    stream = TextStream(make(), prompt)
+    assert [stream.push(token_id) for token_id in (*(byte + first for byte in "😀".encode()[2:]), s)] == ["", "😀", "s"]
+    stream = TextStream(make(), prompt)
+    assert [stream.push(token_id) for token_id in (s, s)] == ["s", "s"], "what the prompt began belongs to the prompt"
+    stream = TextStream(make(), prompt, echoed=True)
+    begun = make().decode(prompt).removeprefix(make().decode([before]))
+    assert begun and stream.push(s) == begun + "s"
+
+
+def test_a_character_taken_back_by_a_wrong_byte_stays_sent() -> None:
+    """A decoder of byte tokens writes replacements for a whole run of bytes once one of them is wrong."""
+    tokenizer = metaspace_tokenizer()
+    stream = TextStream(tokenizer, [259])
+    assert [stream.push(byte + 2) for byte in "€".encode() + b"\x80a"] == ["", "", "€", "\ufffd", "a"]
+    stream = TextStream(tokenizer, [259])
+    assert [stream.push(token_id) for token_id in (0x80 + 2, 260, 258, 259)] == ["\ufffd", " cat", " ", " the"], "spaces stay"
+    stream = TextStream(tokenizer, [259])
+    assert [stream.push(byte + 2) for byte in "€€".encode()] == ["", "", "€", "", "", "€"]
 
 
 def test_an_unfinished_character_is_sent_when_it_is_whole() -> None:

@@ -129,6 +129,9 @@ class WordTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.words[i] for i in ids if i < len(self.words))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id]).encode()
+
 
 class ByteTokenizer:
     """Token i is the byte i; 256 is EOS."""
@@ -137,6 +140,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id] if token_id < 256 else [])
 
 
 def run(words: Sequence[str], *, stop: Sequence[str] = (), max_new_tokens: int | None = None) -> tuple[list[Piece], GeneratedText]:

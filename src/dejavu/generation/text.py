@@ -1,12 +1,13 @@
 """Token ids to text that can be sent at once: nothing sent is ever taken back.
 
-`TextStream` holds back what ends within a UTF-8 character; `StopStrings` holds back the tail that may become a stop
+`TextStream` holds back bytes that can still become a UTF-8 character; `StopStrings` holds back the tail that may become a stop
 string, and cuts the text where the first one completes. Whatever the token borders, the pieces joined are the same text.
 `Writing` is a text in the making: both, and what ends it.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -23,34 +24,90 @@ class Detokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, none for one that is not written."""
+        ...
+
+
+def unfinished(tail: bytes) -> int:
+    """How many bytes at the end are the beginning of a UTF-8 character that could still be finished: 0 to 3."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(tail)
+    return len(decoder.getstate()[0])
+
 
 class TextStream:
     """Text of a growing list of tokens, piece by piece.
 
-    A window of tokens is decoded twice, without and with the new ones; the difference is new text. The window begins with
-    the end of the prompt, since the text of a token can depend on the one before it (a leading space, for one).
+    A window of tokens is decoded each time; what it has beyond the text that was sent is new. The window begins with the end of the
+    prompt, since the text of a token can depend on the one before it (a leading space, for one). A character that is finished here
+    and begun by the prompt is text; where it is not finished, what the prompt began is none, unless it is echoed.
     """
 
-    def __init__(self, tokenizer: Detokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Detokenizer, prompt_ids: Sequence[int], *, echoed: bool = False) -> None:
         self._tokenizer = tokenizer
         self._window = self._prompt_end(list(prompt_ids))
-        self._read = len(self._window)
+        self._read = len(self._window)  # tokens of it whose text was sent
+        self._alone = False  # whether tokens before the window are out of sight
+        text = self._text()
+        sent = len(text) - self._open_end(text)
+        self._sent, self._begun = text[:sent], "" if echoed else text[sent:]
+
+    @property
+    def begun(self) -> str:
+        """The replacements at the end of the prompt's text for a character that can still be finished."""
+        return self._begun
 
     def push(self, token_id: int) -> str:
-        """New text after one more token; empty while a character is unfinished."""
+        """New text after one more token: all but what can still become a character."""
         self._window.append(token_id)
-        new = self._new_text()
-        if not new or new.endswith(REPLACEMENT):
+        text = self._text()
+        if not text.startswith(self._sent):  # some decoders take a character back where bytes follow that are none
+            self._begin(self._window[self._read :])
+            text = self._text()
+        end = len(text) - self._open_end(text)
+        new = text[:end].removeprefix(self._sent).removeprefix(self._begun)
+        if not new:
             return ""
-        self._window = self._window[self._read :]
-        self._read = len(self._window)
+        self._sent, self._begun = text[:end], ""
+        if text.endswith(REPLACEMENT) and end == len(text):  # such a decoder would join what follows to it
+            self._begin([])
+        elif end == len(text):
+            self._window = self._window[self._read :]
+            self._read, self._sent = len(self._window), self._text()
         return new
 
     def flush(self) -> str:
         """What is left at the end, unfinished characters as U+FFFD."""
-        new = self._new_text()
-        self._read = len(self._window)
+        text = self._text()
+        new = text.removeprefix(self._sent).removeprefix(self._begun)
+        self._sent, self._begun = text, ""
         return new
+
+    def _begin(self, window: list[int]) -> None:
+        """Go on with a window of tokens that are not sent."""
+        self._window, self._read, self._sent, self._begun, self._alone = window, 0, "", "", True
+
+    def _text(self) -> str:
+        """The window's text, with the space that some decoders drop at the beginning where the text does not begin here."""
+        text = self._tokenizer.decode(self._window)
+        if not self._alone:
+            return text
+        whole = b"".join(map(self._tokenizer.token_bytes, self._window))
+        return " " * (len(whole) - len(whole.lstrip(b" ")) - (len(text) - len(text.lstrip(" ")))) + text
+
+    def _open_end(self, text: str) -> int:
+        """Replacements at the end of the window's text that stand for a character which can still be finished."""
+        if not text.endswith(REPLACEMENT):
+            return 0
+        tokens = [self._tokenizer.token_bytes(token_id) for token_id in self._window[-PROMPT_TOKENS:]]
+        count = unfinished(b"".join(tokens))
+        taken = 1
+        while count > 0 and len(b"".join(tokens[-taken:])) < count:
+            taken += 1
+        # Decoders write one replacement for all that is unfinished, or one for each byte.
+        written = self._tokenizer.decode(self._window[-taken:])
+        return min(count, len(written) - len(written.rstrip(REPLACEMENT)))
 
     def _prompt_end(self, prompt_ids: list[int]) -> list[int]:
         """The last tokens of the prompt, some more where they would begin within a character (of at most 4 bytes)."""
@@ -58,10 +115,6 @@ class TextStream:
             if not self._tokenizer.decode(prompt_ids[-count:]).startswith(REPLACEMENT):
                 return prompt_ids[-count:]
         return prompt_ids[-PROMPT_TOKENS:]
-
-    def _new_text(self) -> str:
-        known = self._tokenizer.decode(self._window[: self._read])
-        return self._tokenizer.decode(self._window)[len(known) :]
 
 
 class StopStrings:
@@ -108,14 +161,17 @@ class Writing:
     """The text of one sequence, token by token, until something ends it.
 
     finish_reason: "stop" (a stop string or one of stop_ids), "length" (max_tokens), None while it goes on. tokens: so far. The prompt is
-    not searched for stop strings. Raises ValueError for an empty stop string.
+    not searched for stop strings. echoed: a character that the prompt began is in the text though nothing finishes it.
+
+    Raises ValueError for an empty stop string.
     """
 
     def __init__(
-        self, tokenizer: Detokenizer, prompt_ids: Sequence[int], *, stop: Sequence[str], stop_ids: frozenset[int], max_tokens: int
-    ) -> None:
+        self, tokenizer: Detokenizer, prompt_ids: Sequence[int], *, stop: Sequence[str], stop_ids: frozenset[int], max_tokens: int,
+        echoed: bool = False,
+    ) -> None:  # fmt: skip
         assert max_tokens >= 0
-        self._stream, self._stops = TextStream(tokenizer, prompt_ids), StopStrings(stop)
+        self._stream, self._stops = TextStream(tokenizer, prompt_ids, echoed=echoed), StopStrings(stop)
         self._stop_ids, self._max_tokens = stop_ids, max_tokens
         self.tokens = 0
         self.finish_reason: FinishReason | None = "length" if max_tokens == 0 else None

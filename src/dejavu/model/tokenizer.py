@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from dejavu.files import read_json, write_json
+from dejavu.model.token_bytes import token_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -82,6 +83,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens. An unfinished UTF-8 sequence at the end decodes to U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; none of a special one."""
+        return token_bytes(self.backend, token_id)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers' PreTrainedTokenizerFast reads them."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dejavu.generation.pieces import Token
+from dejavu.generation.text import TextStream
 from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.endpoint import TextEndpoint
@@ -29,12 +30,20 @@ def parse_completion(body: CompletionBody, served: Served) -> ParsedRequest:
         ids.append(served.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
         check_ids(ids[-1], served, new=max_tokens, param=param)
     echo = bool(body.echo)
-    texts = tuple(prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt) for prompt in prompts) if echo else ()
+    texts = tuple(_echoed(prompt, served, ends=max_tokens == 0) for prompt in prompts) if echo else ()
     return ParsedRequest(
         model=body.model, dense=dense, n=n, logprobs=body.logprobs, echo=echo, texts=texts,
         sequences=sequences_of(body, ids, n, served, dense=dense, max_tokens=max_tokens, logprobs=body.logprobs, echo=echo),
         **streaming_of(body),
     )  # fmt: skip
+
+
+def _echoed(prompt: str | list[int], served: Served, *, ends: bool) -> str:
+    """The text of a prompt; unless the whole text ends with it, without a character that it begins and the answer may finish."""
+    if isinstance(prompt, str):
+        return prompt
+    text = served.tokenizer.decode(prompt)
+    return text if ends else text.removesuffix(TextStream(served.tokenizer, prompt).begun)
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:

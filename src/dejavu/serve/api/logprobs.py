@@ -45,7 +45,7 @@ def of_chat(tokens: Sequence[Token], vocabulary: Vocabulary) -> schemas.ChatLogp
 
     def told(token_id: int, logprob: float | None) -> dict[str, Any]:
         assert logprob is not None, "log-probabilities were asked for"
-        return {"token": vocabulary.text(token_id), "logprob": finite(logprob), "bytes": list(vocabulary.raw(token_id))}
+        return {"token": vocabulary.text(token_id), "logprob": finite(logprob), "bytes": list(vocabulary.written(token_id))}
 
     return schemas.ChatLogprobs(
         content=[

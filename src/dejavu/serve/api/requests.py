@@ -162,6 +162,7 @@ def sequences_of(
             ignore_eos=bool(body.ignore_eos),
             top_logprobs=logprobs,
             prompt_logprobs=echo and logprobs is not None,
+            echo=echo,
             dense=dense,
             trace=body.dejavu is not None and bool(body.dejavu.trace),
         )

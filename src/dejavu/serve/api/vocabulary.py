@@ -7,25 +7,9 @@ its bytes in hexadecimal, as OpenAI's API does. A special token is its own name 
 from __future__ import annotations
 
 import codecs
-import json
-import re
-from collections.abc import Iterable
-from typing import Any
 
+from dejavu.model.token_bytes import bytes_of, decoder_kinds
 from dejavu.model.tokenizer import Tokenizer
-
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-SPACE = "▁"
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The character that a byte-level tokenizer writes for each byte: itself where it can be seen, else one from 256 on."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
-BYTE_LEVEL = _byte_level_alphabet()
 
 
 class Vocabulary:
@@ -35,9 +19,7 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._added = {token_id: added.content for token_id, added in tokenizer.backend.get_added_tokens_decoder().items()}
         self._special = {token_id for token_id, added in tokenizer.backend.get_added_tokens_decoder().items() if added.special}
-        kinds = set(_kinds(json.loads(tokenizer.backend.to_str()).get("decoder")))
-        self._byte_level = "ByteLevel" in kinds
-        self._spaced = bool(kinds & {"Metaspace", "Replace"})
+        self._kinds = decoder_kinds(tokenizer.backend)
 
     def raw(self, token_id: int) -> bytes:
         """The bytes of a token; of a special one those of its name."""
@@ -47,12 +29,11 @@ class Vocabulary:
         name = self._tokenizer.backend.id_to_token(token_id)
         if name is None:  # an embedding may have more rows than the tokenizer has tokens
             return f"<{token_id}>".encode()
-        if self._byte_level:
-            return bytes(BYTE_LEVEL[character] for character in name) if set(name) <= BYTE_LEVEL.keys() else name.encode()
-        byte = BYTE_TOKEN.fullmatch(name)
-        if byte is not None:
-            return bytes.fromhex(byte[1])
-        return (name.replace(SPACE, " ") if self._spaced else name).encode()
+        return bytes_of(name, self._kinds)
+
+    def written(self, token_id: int) -> bytes:
+        """The bytes of a token in a text: none of a special one."""
+        return b"" if token_id in self._special else self.raw(token_id)
 
     def text(self, token_id: int) -> str:
         """The string of a token; no other token of the same bytes has another one."""
@@ -90,10 +71,3 @@ class Offsets:
         self._first = self._first and not raw
         self._length += len(self._decoder.decode(raw))
         return offset
-
-
-def _kinds(decoder: dict[str, Any] | None) -> Iterable[str]:
-    """The kinds of decoders that a tokenizer chains."""
-    if decoder is None:
-        return []
-    return [decoder["type"], *(kind for part in decoder.get("decoders", []) for kind in _kinds(part))]

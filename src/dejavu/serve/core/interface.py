@@ -19,7 +19,8 @@ class SequenceRequest:
 
     logit_bias: token id -> what is added to its logit before sampling; log-probabilities are those before it. stop: strings that end the
     text before them. ignore_eos: go on behind an EOS. top_logprobs: None for no log-probabilities, n >= 0 for the token's own and the
-    n likeliest; prompt_logprobs: of the prompt too (echo). dense: without the adapter. trace: report what fired, per token.
+    n likeliest; prompt_logprobs: of the prompt too. echo: the prompt's text comes before this one. dense: without the adapter. trace:
+    report what fired, per token.
     """
 
     prompt_ids: tuple[int, ...]
@@ -31,6 +32,7 @@ class SequenceRequest:
     ignore_eos: bool = False
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    echo: bool = False
     dense: bool = False
     trace: bool = False
 

@@ -30,7 +30,7 @@ class TextSequence(ScheduledSequence):
         self.request, self.stream = request, stream
         self.writing = Writing(
             tokenizer, request.prompt_ids, stop=request.stop, max_tokens=request.max_new_tokens,
-            stop_ids=stop_ids_of(tokenizer, ignore_eos=request.ignore_eos),
+            stop_ids=stop_ids_of(tokenizer, ignore_eos=request.ignore_eos), echoed=request.echo,
         )  # fmt: skip
         self._prompt: list[Token] = []
         self._unsent: list[Token] = []
