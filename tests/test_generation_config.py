@@ -163,7 +163,7 @@ def test_generate_says_how_it_draws_and_whose_word_that_is(folder: Path, capsys:
     assert "greedy (temperature as asked, else of the adapter)" in shown(capsys, model, "--temperature", 0)
     result = json.loads(shown(capsys, model, "--top-k", 3, "--seed", 5, "--json"))
     assert result["sampling"] == {
-        "temperature": 1.5, "top_k": 3, "top_p": 0.25, "seed": 5, "source": "adapter", "asked": ["top_k"]
+        "temperature": 1.5, "top_k": 3, "top_p": 0.25, "min_p": None, "seed": 5, "source": "adapter", "asked": ["top_k"]
     }  # fmt: skip
 
 

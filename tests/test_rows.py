@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dejavu.attached import GenerateCall, decode
-from dejavu.config import SamplingConfig
+from dejavu.config import Penalties, SamplingConfig
 from dejavu.engine.interface import StepResult
-from dejavu.engine.sampling import Sampler
+from dejavu.engine.sampling import Distribution, Sampler
 from dejavu.generation.pieces import Token
 from dejavu.generation.rows import CHUNK, Row, advance, draw, draws, tokens_at_once
 from helpers.stub_engine import EOS, HEADS, LAYERS, NEURONS, DrawingEngine, StubEngine
@@ -48,7 +49,10 @@ def test_an_engine_draws_unless_it_records() -> None:
     assert draws(DrawingEngine()) and not draws(DrawingEngine(record=True)) and not draws(StubEngine()) and not draws(None)
 
 
-@pytest.mark.parametrize("options", [{"top": 0}, {"top": 2}, {"bias": {65: -1.0}}, {"trace": True}])
+HOST = [{"top": 0}, {"top": 2}, {"bias": {65: -1.0}}, {"trace": True}, {"forbidden": {EOS}}, {"penalties": Penalties(presence=0.1)}]
+
+
+@pytest.mark.parametrize("options", HOST)
 def test_rows_that_want_more_than_tokens_are_drawn_on_the_host(options: dict[str, Any]) -> None:
     engine = DrawingEngine("abcdefgh")
     plain, more = begun(engine)[0], Row(slot=1, sampler=Sampler(SamplingConfig()), **options)
@@ -59,6 +63,25 @@ def test_rows_that_want_more_than_tokens_are_drawn_on_the_host(options: dict[str
     steps = advance(engine, [plain], 3)
     assert [ids(step.tokens_B) for step in steps] == [[ord(c)] for c in "cde"] and engine.requested == [(3, 1)] and plain.last == ord("e")
     assert [(row.slot, row.last) for row in (plain, more)] == [(0, ord("e")), (1, ord("b"))]
+
+
+def test_penalties_count_what_was_drawn_and_what_the_prompt_has() -> None:
+    """Each token's logit after the bias: divided by the repetition penalty where it is positive, else multiplied; then less the others."""
+    logits_V = torch.tensor([4.0, 3.9, -1.0, 3.0, -torch.inf])
+    row = Row(
+        slot=0, sampler=Sampler(SamplingConfig()), bias={1: 0.2}, prompt=frozenset({3}), forbidden=frozenset({0}),
+        penalties=Penalties(presence=0.5, frequency=0.25, repetition=2.0),
+    )  # fmt: skip
+    assert row.added(Distribution(logits_V)) == {0: -math.inf, 1: 0.2, 3: -1.5}
+    row.forbidden = frozenset()
+    assert [draw(row, logits_V).token_id for _ in range(4)] == [1, 0, 3, 1]
+    assert row.drawn == {1: 2, 0: 1, 3: 1}
+    found = row.added(Distribution(logits_V))
+    assert found[1] == pytest.approx((3.9 + 0.2) / 2 - 0.5 - 0.5 - 3.9) and found[0] == pytest.approx(4.0 / 2 - 0.75 - 4.0)
+    row.drawn[2] += 1
+    assert row.added(Distribution(logits_V))[2] == pytest.approx(-2.0 - 0.75 + 1.0)
+    row.drawn[4] += 1
+    assert 4 not in row.added(Distribution(logits_V)), "what is impossible stays so"
 
 
 @pytest.mark.parametrize("kind", [StubEngine, DrawingEngine])

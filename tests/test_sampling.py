@@ -141,3 +141,15 @@ def test_a_bias_is_in_the_logits_before_temperature_and_cuts() -> None:
     one, other = Sampler(settings), Sampler(settings)
     drawn = [one.choose(Distribution(LOGITS), {5: 3.0}) for _ in range(100)]
     assert drawn == [other.choose(Distribution(biased)) for _ in range(100)] and 5 in drawn
+
+
+def test_min_p_keeps_what_is_at_least_so_likely_as_the_likeliest() -> None:
+    """By probabilities at the temperature: at 1 half of 0.4 keeps 0.4 and 0.3, at 2 they lie nearer, and 0.1 has half of it too."""
+    logits_V = torch.tensor([0.4, 0.3, 0.19, 0.11]).log()
+    for temperature, kept in ((1.0, {0, 1}), (2.0, {0, 1, 2, 3})):
+        sampler = Sampler(SamplingConfig(temperature=temperature, min_p=0.5, seed=0))
+        assert {sampler.draw(logits_V).token_id for _ in range(200)} == kept
+    both = Sampler(SamplingConfig(temperature=2.0, min_p=0.5, top_k=2, top_p=0.999, seed=0))
+    assert {both.draw(logits_V).token_id for _ in range(200)} == {0, 1}
+    with pytest.raises(ValueError, match="min_p must lie in"):
+        SamplingConfig(min_p=2.0)

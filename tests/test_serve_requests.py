@@ -60,16 +60,21 @@ ACCEPTED = [
     completion(max_tokens=5.0),  # JSON has one kind of number
     completion(max_tokens=None, temperature=None, stop=None, stream=None, logprobs=None, stream_options=None, dejavu=None, suffix=None),
     completion(temperature=0, top_p=1, top_k=3, n=2, seed=-7, logprobs=20, echo=True, ignore_eos=True, user="me"),
+    completion(top_k=0),
+    completion(top_k=-1, min_p=0.1, stop_token_ids=[5, 95], min_tokens=2),
+    completion(presence_penalty=2, frequency_penalty=-2.0, repetition_penalty=1.1, max_completion_tokens=5, max_tokens=5),
     completion(stop="x"),
     completion(stop=["x"] * 16),
     completion(stop=[]),
     completion(logit_bias={"5": -100, "95": 100}),
     completion(presence_penalty=0, frequency_penalty=0.0, best_of=1),
-    completion(frobnicate={"unknown": [1]}, metadata=3),
+    completion(metadata=3, store=True, request_id="r", service_tier="auto", stream_options=None),  # these change no text
+    completion(frobnicate=None, tool_choice="none", min_p=0, length_penalty=1.0, use_beam_search=False, bad_words=[], suffix=""),
     completion(model="tiny:dense"),
-    completion(stop=None, repetition_penalty=1.1, max_completion_tokens=5, max_tokens=5, best_of=1),  # load tests send such
     completion(prompt="\U0001f408 \u0000"),
-    completion(dejavu={"trace": False, "unknown": 1}),
+    completion(dejavu={"trace": False}),
+    chat({**USER, "name": "me"}, {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "tool_calls": None}, USER),
+    chat(USER, continue_final_message=False, add_generation_prompt=True, modalities=["text"]),
 ]
 
 REFUSED: list[tuple[dict[str, Any], str, int]] = [
@@ -111,7 +116,13 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
     (completion(temperature=2.1), "temperature", 400),
     (completion(top_p=0), "top_p", 400),
     (completion(top_p=1.5), "top_p", 400),
-    (completion(top_k=-1), "top_k", 400),
+    (completion(top_k=-2), "top_k", 400),
+    (completion(min_p=1.5), "min_p", 400),
+    (completion(stop_token_ids=[96]), "stop_token_ids", 400),
+    (completion(stop_token_ids="x"), "stop_token_ids", 400),
+    (completion(min_tokens=17), "min_tokens", 400),
+    (completion(min_tokens=1, stop="x"), "min_tokens", 400),
+    (completion(repetition_penalty=0), "repetition_penalty", 400),
     (completion(n=0), "n", 400),
     (completion(n=9), "n", 400),
     (completion(n=1000), "n", 400),
@@ -133,7 +144,9 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
     (completion(logit_bias={"96": 1}), "logit_bias", 400),
     (completion(best_of=2), "best_of", 400),
     (completion(suffix="x"), "suffix", 400),
-    (completion(presence_penalty=0.5), "presence_penalty", 400),
+    (completion(presence_penalty=2.5), "presence_penalty", 400),
+    (completion(dejavu={"trace": False, "unknown": 1}), "dejavu.unknown", 400),
+    (completion(stream=True, stream_options={"continuous_usage_stats": True}), "stream_options.continuous_usage_stats", 400),
     (completion(dejavu=True), "dejavu", 400),
     (completion(dejavu={"trace": 1}), "dejavu.trace", 400),
     (completion(dejavu={"trace": True}), "dejavu.trace", 400),
@@ -156,8 +169,28 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
     (chat(USER, max_completion_tokens="5"), "max_completion_tokens", 400),
     (chat(USER, tools=[{"type": "function"}]), "tools", 400),
     (chat(USER, functions=[{}]), "functions", 400),
+    (chat(USER, {"role": "assistant", "content": "x", "tool_calls": [{}]}), "messages[1].tool_calls", 400),
+    (chat({**USER, "cache_control": {}}), "messages[0].cache_control", 400),
+    (chat(USER, continue_final_message=True), "continue_final_message", 400),
+    (chat(USER, add_generation_prompt=False), "add_generation_prompt", 400),
     (chat(USER, response_format={"type": "json_object"}), "response_format.type", 400),
 ]
+
+
+# What other servers take and what changes the text: each is refused by its name, where it is not obeyed.
+OTHERS = {
+    "chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False, "reasoning_effort": "low", "allowed_token_ids": [5],
+    "guided_json": {}, "guided_regex": "x", "grammar": "root ::= x", "json_schema": {}, "bad_words": ["x"], "length_penalty": 0.5,
+    "use_beam_search": True, "skip_special_tokens": False, "include_stop_str_in_output": True, "logits_processors": ["x"],
+    "truncate_prompt_tokens": 4, "typical_p": 0.5, "mirostat": 2, "n_predict": 3, "frobnicate": {"unknown": [1]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_field_that_might_change_the_text_is_refused_by_name(client: httpx.Client, name: str) -> None:
+    for body in (completion(), chat(USER)):
+        error = error_of(client.post(path_of(body), json=body | {name: OTHERS[name]}))
+        assert error["param"] == name and name in error["message"] and "leave it out" in error["message"]
 
 
 def path_of(body: dict[str, Any], param: str = "") -> str:
@@ -168,7 +201,8 @@ def path_of(body: dict[str, Any], param: str = "") -> str:
 def test_accepted(client: httpx.Client, body: dict[str, Any]) -> None:
     response = client.post(path_of(body), json=body)
     assert response.status_code == 200, response.text
-    assert response.json()["choices"][0]["text"].endswith("Hello")
+    choice = response.json()["choices"][0]
+    assert (choice["text"] if "text" in choice else choice["message"]["content"]).endswith("Hello")
 
 
 @pytest.mark.parametrize(("body", "param", "status"), REFUSED, ids=lambda part: json.dumps(part)[:60])
@@ -217,8 +251,8 @@ def test_only_json_is_read(client: httpx.Client) -> None:
 
 
 def test_a_body_has_a_largest_size(client: httpx.Client) -> None:
-    body = json.dumps(completion(unknown="")).encode()
-    full = body.replace(b'"unknown": ""', b'"unknown": "' + b"x" * (MAX_BODY - len(body)) + b'"')
+    body = json.dumps(completion(metadata="")).encode()
+    full = body.replace(b'"metadata": ""', b'"metadata": "' + b"x" * (MAX_BODY - len(body)) + b'"')
     kind = {"Content-Type": "application/json"}
     assert len(full) == MAX_BODY and client.post("/v1/completions", content=full, headers=kind).status_code == 200
     longer = full.replace(b"xx", b"xxx", 1)

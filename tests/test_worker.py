@@ -45,6 +45,17 @@ def test_a_request_is_answered_token_by_token() -> None:
         assert state.tok_s is not None and state.tok_s > 0
 
 
+@pytest.mark.parametrize("engine", [StubEngine, DrawingEngine])
+def test_tokens_that_end_a_text_are_the_requests_own_too_and_none_ends_it_early(engine: type[StubEngine]) -> None:
+    model = StubModel("abcabc", engine=engine)
+    with serving(model) as worker:
+        (events,) = run(worker, request(stop_ids=(ord("c"),)))
+        assert (text_of(events), events[-1].finish_reason, summary_of(events).completion_tokens) == ("ab", "stop", 3)
+        (events,) = run(worker, request(new=9, stop_ids=(ord("c"),), min_tokens=4))
+        found = [info.token_id for info in tokens_of(events)]
+        assert len(found) >= 5 and not {ord("c"), EOS} & set(found[:4]), "so many tokens come before one that may end it"
+
+
 LETTERS = st.text(alphabet="abé", min_size=1, max_size=4)
 
 

@@ -219,7 +219,8 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig(Config):
-    """How the next token is drawn. temperature 0 is greedy; top_k and top_p cut the tail before drawing (None: no cut).
+    """How the next token is drawn. temperature 0 is greedy; min_p, top_k and top_p cut the tail before drawing (None: no cut). min_p keeps
+    what is at least so likely, at that temperature, as the likeliest token times it.
 
     seed: repeats the draws, and with the same logits the text, on the same backend. Backends draw from different streams of random
     numbers: on another one the same seed may give another text. A greedy text is the same on all, but for rounding.
@@ -228,23 +229,27 @@ class SamplingConfig(Config):
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, f"temperature must be 0 (greedy) or positive, not {self.temperature}")
         require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, not {self.top_k}")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
+        require(self.min_p is None or 0 < self.min_p <= 1, f"min_p must lie in (0, 1], not {self.min_p}")
 
     def overridden(
-        self, *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, seed: int | None = None
-    ) -> SamplingConfig:
-        """This sampling with the given values in place of its own, each by itself: None leaves it, a top_k of 0 and a top_p of 1 take a
-        cut away. The seed is the given one. Raises ValueError for a value out of range.
+        self, *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        seed: int | None = None,
+    ) -> SamplingConfig:  # fmt: skip
+        """This sampling with the given values in place of its own, each by itself: None leaves it, a top_k or min_p of 0 and a top_p of 1
+        take a cut away. The seed is the given one. Raises ValueError for a value out of range.
         """
         return SamplingConfig(
             temperature=self.temperature if temperature is None else temperature,
             top_k=self.top_k if top_k is None else top_k or None,
             top_p=self.top_p if top_p is None else None if top_p == 1 else top_p,
+            min_p=self.min_p if min_p is None else min_p or None,
             seed=seed,
         )
 
@@ -253,5 +258,25 @@ class SamplingConfig(Config):
         """For people: greedy, or such as "temperature 0.6, top_p 0.9"."""
         if self.temperature == 0:
             return "greedy"
-        parts = (("temperature", self.temperature), ("top_k", self.top_k), ("top_p", self.top_p))
+        parts = (("temperature", self.temperature), ("top_k", self.top_k), ("top_p", self.top_p), ("min_p", self.min_p))
         return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Penalties(Config):
+    """What is taken from the logits of tokens that a text has already: frequency times how often, presence once, of those written.
+    repetition divides positive logits of those written or of the prompt, and multiplies negative ones (CTRL, arXiv 1909.05858)."""
+
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.repetition > 0, f"a repetition penalty must be positive, not {self.repetition}")
+
+    @property
+    def any(self) -> bool:
+        return self != NO_PENALTIES
+
+
+NO_PENALTIES = Penalties()

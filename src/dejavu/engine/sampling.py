@@ -65,6 +65,9 @@ class Distribution:
     def _log_total(self) -> float:
         return math.log(float(np.exp(self.below_V).sum()))
 
+    def logit(self, token_id: int) -> float:
+        return float(self._value_V[token_id])
+
     def logprob(self, token_id: int) -> float:
         return float(self.below_V[token_id]) - self._log_total
 
@@ -119,7 +122,9 @@ class Sampler:
     def _draw(self, below_V: NDArray[np.float64]) -> int:
         """Draw from logits given as differences to the best."""
         config = self.config
-        weight_V = np.exp(below_V / config.temperature)
+        weight_V = np.exp(below_V / config.temperature)  # the likeliest weighs 1
+        if config.min_p is not None:
+            weight_V[weight_V < config.min_p] = 0
         if config.top_k is None and config.top_p is None:
             return self._pick(weight_V)
         if config.top_k is not None and config.top_k < len(weight_V):

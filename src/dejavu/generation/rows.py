@@ -9,12 +9,15 @@ Letters: N steps  B rows  V vocabulary  L layers
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from torch import Tensor
 
+from dejavu.config import NO_PENALTIES, Penalties
 from dejavu.engine.interface import DecodesTokens, Engine, EngineInfo
 from dejavu.engine.sampling import NOT_NUMBERS, Distribution, Sampler
 from dejavu.generation.pieces import Token
@@ -27,7 +30,8 @@ class Row:
     """A sequence that decodes. last: the token that its next step appends; -1 before the first is drawn.
 
     scored: return log-probabilities of its tokens. top: None, or how many of the likeliest tokens to return with each. bias: token id ->
-    what is added to its logit before sampling. trace: return what its steps select. sparse: False runs its steps dense.
+    what is added to its logit before sampling. trace: return what its steps select. sparse: False runs its steps dense. forbidden: tokens
+    that are not drawn now. penalties: by what was drawn (`drawn`, token id -> how often) and what the prompt has (`prompt`).
     """
 
     slot: int
@@ -38,11 +42,28 @@ class Row:
     bias: Mapping[int, float] = field(default_factory=dict)
     trace: bool = False
     sparse: bool = True
+    forbidden: frozenset[int] = frozenset()
+    penalties: Penalties = NO_PENALTIES
+    prompt: frozenset[int] = frozenset()
+    drawn: Counter[int] = field(default_factory=Counter)
 
     @property
     def plain(self) -> bool:
-        """Whether an engine may draw its tokens: it wants nothing but them."""
-        return self.top is None and not self.bias and not self.trace
+        """Whether an engine may draw its tokens: it wants nothing but them, by what every engine does."""
+        adds = self.bias or self.forbidden or self.penalties.any or self.sampler.config.min_p is not None
+        return self.top is None and not self.trace and not adds
+
+    def added(self, found: Distribution) -> Mapping[int, float]:
+        """What is added to logits: the bias, then penalties on what comes of it, and minus infinity for what is forbidden."""
+        added = dict(self.bias)
+        if self.penalties.any:
+            for token_id in self.prompt | self.drawn.keys() if self.penalties.repetition != 1 else self.drawn.keys():
+                own = found.logit(token_id)
+                value, count = own + added.get(token_id, 0.0), self.drawn[token_id]
+                if math.isfinite(value):
+                    scaled = value / self.penalties.repetition if value > 0 else value * self.penalties.repetition
+                    added[token_id] = scaled - self.penalties.presence * (count > 0) - self.penalties.frequency * count - own
+        return added | dict.fromkeys(self.forbidden, -math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +108,9 @@ def advance(engine: Engine, rows: Sequence[Row], count: int = 1) -> list[DecodeS
 def _draw(row: Row, logits_V: Tensor) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
     """The next token, its log-probability and the likeliest tokens, as far as they were requested."""
     found = Distribution(logits_V)
-    row.last = token_id = row.sampler.choose(found, row.bias)
+    row.last = token_id = row.sampler.choose(found, row.added(found))
+    if row.penalties.any:
+        row.drawn[token_id] += 1
     if row.top is not None:
         return token_id, found.logprob(token_id), found.top(row.top)
     return token_id, found.logprob(token_id) if row.scored else None, ()

@@ -29,14 +29,18 @@ def parse_chat(body: ChatBody, served: Served) -> ParsedRequest:
     if served.tokenizer.chat_template is None:
         raise invalid(NO_TEMPLATE, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # a newer name, which templates do not know
-    messages = [{"role": roles.get(message.role, message.role), "content": text_of(message.content)} for message in body.messages]
+    messages = [
+        {"role": roles.get(message.role, message.role), "content": text_of(message.content)}
+        | ({} if message.name is None else {"name": message.name})
+        for message in body.messages
+    ]
     try:
         text = rendered(served.tokenizer, messages)
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
     check_characters(len(text), served, param="messages")
     ids = served.tokenizer.encode_plain(text)
-    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    given = body.length
     if given is None and len(ids) >= served.limit:
         raise invalid(f"the messages have {len(ids)} tokens and leave no room for an answer; shorten them", param="messages", code=TOO_LONG)
     max_tokens = served.limit - len(ids) if given is None else given

@@ -21,7 +21,7 @@ def parse_completion(body: CompletionBody, served: Served) -> ParsedRequest:
     dense = served.is_dense(body.model)
     prompts = _prompts(body.prompt)
     n = choices_of(body, served, prompts=len(prompts))
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    max_tokens = DEFAULT_MAX_TOKENS if body.length is None else body.length
     ids = []
     for place, prompt in enumerate(prompts):
         param = f"prompt[{place}]" if len(prompts) > 1 else "prompt"

@@ -1,7 +1,8 @@
 """From the bytes of a request to a checked body: JSON as the standard has it, types taken at their word, one mistake named at a time.
 
 In: raw bytes and a pydantic class. Out: an instance of it, or an ApiError of status 400 whose `param` is the path of the field at fault,
-such as messages[0].content. A boolean is no number, a string of digits is none either, and a field that nobody knows is ignored.
+such as messages[0].content. A boolean is no number, a string of digits is none either. A field that nobody knows is refused, as it might
+change the text, unless it is null.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, WrapValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, WrapValidator, model_validator
 
 from dejavu.serve.api.errors import ApiError, invalid
 
@@ -24,13 +25,28 @@ WORDS = {"valid dictionary or object to extract fields from": "object", "valid d
 
 
 class Schema(BaseModel):
-    """Base of every class that describes what is sent or received. unsupported: fields that are known, and refused."""
+    """Base of every class that describes what is sent or received."""
 
-    unsupported: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-Body = TypeVar("Body", bound=Schema)
+class Received(Schema):
+    """Base of every class that describes a part of a request. neutral: fields of which one value alone, which asks for nothing, is
+    taken."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset()
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        """Without what is null: that always means that it is not given. Fields that are required are left, to be told so."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
+
+
+Body = TypeVar("Body", bound=Received)
 
 
 def _whole(value: Any) -> Any:
@@ -93,7 +109,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return values
 
 
-def _mistake(error: ValidationError, values: dict[str, Any], kind: type[Schema]) -> ApiError:
+def _mistake(error: ValidationError, values: dict[str, Any], kind: type[Received]) -> ApiError:
     """The first thing wrong, in words."""
     found = error.errors(include_url=False)[0]
     param = _path(found["loc"], values, missing=found["type"] == "missing")
@@ -102,8 +118,10 @@ def _mistake(error: ValidationError, values: dict[str, Any], kind: type[Schema])
         return invalid(f"{param} is missing", param=param)
     if found["type"].startswith("union_tag"):  # of messages, which differ by their role
         return invalid(f"{param}.role must be one of {', '.join(ROLES)}, in each message", param=f"{param}.role")
-    if param in kind.unsupported:
-        return invalid(f"{param} is not supported here; leave it out", param=param)
+    if found["type"] == "extra_forbidden":
+        return invalid(f"{param} is not known here, and might change the text; leave it out", param=param)
+    if param in kind.neutral:
+        return invalid(f"{param} is not supported here, but for the value that asks for nothing; leave it out", param=param)
     own = found.get("ctx", {}).get("error")
     if isinstance(own, ValueError):
         return invalid(f"{param} {own}, not {_shown(found['input'])}", param=param)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dejavu.config import SamplingConfig
+from dejavu.config import Penalties, SamplingConfig
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.errors import TOO_LONG, ApiError, from_worker, invalid
 from dejavu.serve.api.request_schemas import MAX_CHOICES, Sampled
@@ -29,8 +29,8 @@ class Served:
 
     sparse: whether `name` runs sparse, as a model with an adapter does. limit: the longest prompt and answer together, in tokens.
     max_choices: of one request, prompts times n; max_traced: of one with a trace. max_characters: of a prompt that may
-    fit, None where that cannot be told. sampling, dense_sampling: of a request that names no temperature, top_p or top_k, sparse and
-    dense; OpenAI's own unless the model comes with another. created: when it began to be served, in seconds since 1970.
+    fit, None where that cannot be told. sampling, dense_sampling: of a request that names no temperature, top_p, top_k or min_p, sparse
+    and dense; OpenAI's own unless the model comes with another. created: when it began to be served, in seconds since 1970.
     """
 
     name: str
@@ -149,8 +149,22 @@ def sequences_of(
         if token_id >= served.vocab_size:
             raise invalid(f"logit_bias names token {token_id}, and the vocabulary has {served.vocab_size}", param="logit_bias")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop_ids = tuple(body.stop_token_ids or ())
+    if stop_ids and max(stop_ids) >= served.vocab_size:
+        raise invalid(f"stop_token_ids names token {max(stop_ids)}, and the vocabulary has {served.vocab_size}", param="stop_token_ids")
+    least = body.min_tokens or 0
+    if least > max_tokens:
+        raise invalid(f"min_tokens {least} exceeds the {max_tokens} tokens that the text may have", param="min_tokens")
+    if least and stop:
+        raise invalid("min_tokens is not supported together with stop: a stop string may come before; leave one out", param="min_tokens")
     own = served.dense_sampling if dense else served.sampling
-    sampling = own.overridden(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, seed=body.seed)
+    top_k = 0 if body.top_k == -1 else body.top_k
+    sampling = own.overridden(temperature=body.temperature, top_k=top_k, top_p=body.top_p, min_p=body.min_p, seed=body.seed)
+    penalties = Penalties(
+        presence=body.presence_penalty or 0.0,
+        frequency=body.frequency_penalty or 0.0,
+        repetition=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+    )
     return tuple(
         SequenceRequest(
             prompt_ids=tuple(ids),
@@ -159,6 +173,9 @@ def sequences_of(
             index=index,
             logit_bias=biases,
             stop=stop,
+            stop_ids=stop_ids,
+            min_tokens=least,
+            penalties=penalties,
             ignore_eos=bool(body.ignore_eos),
             top_logprobs=logprobs,
             prompt_logprobs=echo and logprobs is not None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dejavu.config import SamplingConfig
+from dejavu.config import NO_PENALTIES, Penalties, SamplingConfig
 from dejavu.generation.pieces import Piece, Token
 
 
@@ -18,7 +18,8 @@ class SequenceRequest:
     """One text that a client asks for. index: which choice of its prompt (see Sampler).
 
     logit_bias: token id -> what is added to its logit before sampling; log-probabilities are those before it. stop: strings that end the
-    text before them. ignore_eos: go on behind an EOS. top_logprobs: None for no log-probabilities, n >= 0 for the token's own and the
+    text before them, stop_ids: tokens that do. ignore_eos: go on behind an EOS. min_tokens: of which none ends the text, if not a stop
+    string. penalties: of tokens that the text has already. top_logprobs: None for no log-probabilities, n >= 0 for the token's own and the
     n likeliest; prompt_logprobs: of the prompt too. echo: the prompt's text comes before this one. dense: without the adapter. trace:
     report what fired, per token.
     """
@@ -29,6 +30,9 @@ class SequenceRequest:
     index: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    penalties: Penalties = NO_PENALTIES
     ignore_eos: bool = False
     top_logprobs: int | None = None
     prompt_logprobs: bool = False

@@ -28,9 +28,10 @@ class TextSequence(ScheduledSequence):
         # Where the prompt's log-probabilities are requested all of it has to be computed.
         super().__init__(prompt_ids=request.prompt_ids, new_tokens=request.max_new_tokens, share=share and not request.prompt_logprobs)
         self.request, self.stream = request, stream
+        self._stop_ids = stop_ids_of(tokenizer, request.stop_ids, ignore_eos=request.ignore_eos)
         self.writing = Writing(
             tokenizer, request.prompt_ids, stop=request.stop, max_tokens=request.max_new_tokens,
-            stop_ids=stop_ids_of(tokenizer, ignore_eos=request.ignore_eos), echoed=request.echo,
+            stop_ids=self._stop_ids, echoed=request.echo,
         )  # fmt: skip
         self._prompt: list[Token] = []
         self._unsent: list[Token] = []
@@ -57,6 +58,9 @@ class TextSequence(ScheduledSequence):
             bias=request.logit_bias,
             trace=request.trace,
             sparse=not request.dense,
+            forbidden=self._stop_ids if request.min_tokens > 0 else frozenset(),
+            penalties=request.penalties,
+            prompt=frozenset(request.prompt_ids if request.penalties.any else ()),
         )
 
     def score_prompt(self, start: int, logits_TV: Tensor) -> None:
@@ -79,6 +83,8 @@ class TextSequence(ScheduledSequence):
         if union is not None:
             self._unions.append(union)
         text = self.writing.push(token.token_id)
+        if 0 < self.request.min_tokens <= self.writing.tokens:
+            self.row.forbidden = frozenset()
         return self.event(text) if text or self.writing.finish_reason is not None else None
 
     def event(self, text: str = "") -> Event:
