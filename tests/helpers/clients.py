@@ -40,6 +40,12 @@ class Caller:
             assert part, self.heard
             self.heard += part
 
+    def hear_all(self) -> bytes:
+        """All that comes until the server closes the connection."""
+        while part := self._socket.recv(65536):
+            self.heard += part
+        return self.heard
+
     def leave(self, *, rudely: bool = False) -> None:
         if rudely:  # a reset in place of a goodbye
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -41,6 +41,12 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", metavar="N", help="The port; 0: any free one.")] = 8000,
     api_key: Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="What a request has to bring; not set: nothing.")] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option("--allowed-host", metavar="NAME", help="A name that requests may call this server by; '*': any.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option("--cors-origin", metavar="ORIGIN", help="Pages of this origin may ask; '*': of any.")
+    ] = None,
     slots: Annotated[int, typer.Option("--slots", metavar="N", help="Texts that are written at a time.")] = 8,
     cache_tokens: Annotated[
         int | None, typer.Option("--cache-tokens", metavar="N", help="Tokens that the key/value cache holds over all texts.")
@@ -74,6 +80,7 @@ def serve(
     from dejavu.files import read_text
     from dejavu.loading import bundled_adapters
     from dejavu.serve.api.app import create_app
+    from dejavu.serve.api.origins import checked_origins, host_names
     from dejavu.serve.api.requests import served_by
     from dejavu.serve.api.server import bound_socket, is_local, new_server, url_of
     from dejavu.serve.config import ServeConfig
@@ -85,6 +92,8 @@ def serve(
         prefix_reuse=not no_prefix_reuse,
     )  # fmt: skip
     require(api_key is None or api_key.strip() == api_key != "", "--api-key must be a word without spaces around it; give one, or none")
+    origins = checked_origins(cors_origin or [])
+    host_names(allowed_host or [], local=True, key=False, host=host)  # what is no name is said before a model is loaded
     template = None if chat_template is None else read_text(chat_template, kind="a file with a Jinja template")
     options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     with bound_socket(host, port) as bound:  # before the model is loaded, which may take minutes
@@ -138,7 +147,9 @@ def serve(
                 )  # fmt: skip
                 sys.stdout.flush()  # whoever waits for the address reads a pipe
 
-            new_server(create_app(served, worker, api_key=api_key), on_start=announce).run(sockets=[bound])
+            hosts = host_names(allowed_host or [], local=is_local(bound), key=api_key is not None, host=host)
+            app = create_app(served, worker, api_key=api_key, hosts=hosts, origins=origins)
+            new_server(app, on_start=announce).run(sockets=[bound])
         finally:
             worker.close()
 

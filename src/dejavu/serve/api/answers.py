@@ -26,6 +26,7 @@ from dejavu.serve.api.responses import DONE, Answer, server_sent, to_bytes
 from dejavu.serve.core.interface import EngineFailed, QueueFull, SequenceRequest, TooLong, WorkerState
 
 MAX_BODY = 4 << 20  # bytes of a request: a prompt of some 500,000 tokens
+ENDINGS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)  # of BaseException what is no failure of a request
 NO_READER = 400  # the status of what nobody reads any more
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -58,7 +59,9 @@ class TextHandler:
         except ClientDisconnect:
             self._ended("cancelled")
             return Response(status_code=NO_READER)
-        except Exception as error:  # answered here: where an exception leaves the app, the server closes the connection
+        except ENDINGS:
+            raise
+        except BaseException as error:  # answered here, a panic of a library too: else the server closes the connection
             log.error("a request failed", exc_info=error)
             self._ended("failed")
             raise internal() from error
@@ -128,7 +131,9 @@ class TextHandler:
             await send(_body(b"".join(server_sent(chunk) for chunk in answer.closing()) + DONE, more=False))
         except OSError:  # how some servers say that the client has gone
             return "cancelled"
-        except Exception as error:  # the status has been sent, so that no handler can tell the client
+        except ENDINGS:
+            raise
+        except BaseException as error:  # the status has been sent, so that no handler can tell the client
             running.cancel()
             log.error("a stream failed", exc_info=error)
             await send(_last(from_worker(error, param=self._endpoint.prompt) if isinstance(error, EngineFailed) else internal()))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from dejavu.serve.api import response_schemas as schemas
@@ -25,6 +26,7 @@ from dejavu.serve.api.completions import COMPLETIONS
 from dejavu.serve.api.errors import ApiError, internal, not_running
 from dejavu.serve.api.metrics import CONTENT_TYPE, Metrics
 from dejavu.serve.api.openapi import answers_of, body_of, describe, errors
+from dejavu.serve.api.origins import Gate
 from dejavu.serve.api.requests import Served
 from dejavu.serve.api.responses import to_bytes
 from dejavu.version import __version__
@@ -33,8 +35,12 @@ ENDPOINTS = (COMPLETIONS, CHAT)
 FAILURES = errors(400, 404, 413, 415, 429, 500, 503)
 
 
-def create_app(served: Served, worker: SequenceRunner, *, api_key: str | None = None, page: Path = FOLDER) -> FastAPI:
-    """The app. api_key: that a request under /v1 has to bring; None: none. page: the folder of the files at /.
+def create_app(
+    served: Served, worker: SequenceRunner, *, api_key: str | None = None, hosts: frozenset[str] | None = None,
+    origins: Sequence[str] = (), page: Path = FOLDER,
+) -> FastAPI:  # fmt: skip
+    """The app. api_key: that a request under /v1 has to bring; None: none. hosts: the names that it answers to; None: any. origins: of
+    pages elsewhere that may ask it. page: the folder of the files at /.
 
     Its `state.ending` is an event: once it is set, by `new_server` when that ends, the texts that are being written end with an error.
     """
@@ -88,6 +94,10 @@ def create_app(served: Served, worker: SequenceRunner, *, api_key: str | None = 
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     app.router.routes.extend(page_routes(page))
+    if origins:
+        headers = ["Authorization", "Content-Type"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
+    app.add_middleware(Gate, hosts=hosts)  # added last, asked first
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _our_error)

@@ -13,7 +13,7 @@ from dejavu.serve.core.interface import EngineFailed, NotRunning, QueueFull, Too
 
 PATH = re.compile(r"(?<![\w/.:-])(?:~|[A-Za-z]:)?[/\\][^\s'\",:;()]+")
 TOO_LONG = "context_length_exceeded"
-TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # others: by whose fault it is
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}  # others: by whose fault it is
 
 
 class ApiError(Exception):

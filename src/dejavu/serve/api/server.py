@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
 
 import uvicorn
 from fastapi import FastAPI
 
 from dejavu.config import require
+from dejavu.serve.api.connection import IDLE_S, Connection
 
 GRACE_S = 2  # for what is on its way to clients when the server is told to end
 
@@ -61,10 +65,27 @@ class Server(uvicorn.Server):
         self._app.state.ending.set()
         await super().shutdown(sockets)
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """A terminal that is closed (SIGHUP) ends it like SIGTERM, unless that is ignored, as by nohup."""
+        hangup = getattr(signal, "SIGHUP", None)
+        caught = hangup is not None and threading.current_thread() is threading.main_thread() and signal.getsignal(hangup) != signal.SIG_IGN
+        before = signal.signal(hangup, self._hang_up) if caught else None
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            if caught:
+                signal.signal(hangup, before)
+
+    def _hang_up(self, *_: object) -> None:
+        self.should_exit = True
+
 
 def new_server(app: FastAPI, *, on_start: Callable[[], None] = lambda: None) -> Server:
     """What runs an app of `create_app`: `run(sockets=[...])` until it is told to end. on_start: called once it listens."""
     config = uvicorn.Config(
-        app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_S
-    )
+        app, http=Connection, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
+        timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=GRACE_S,
+    )  # fmt: skip
     return Server(config, app, on_start)

@@ -58,7 +58,7 @@ class EngineLoop:
         self._failures: Counter[str] = Counter()  # of "prefill", "draw" and "step": steps in which it failed, since it last worked
         self._computed = 0  # tokens, in this step
         self._worked: set[str] = set()  # in this step, of the three
-        self._failed: dict[str, Exception] = {}  # likewise, by the last error for which no reason is given
+        self._failed: dict[str, BaseException] = {}  # likewise, by the last error for which no reason is given
 
     # What the scheduler asks of an engine. One that is to be made anew has all of its pages.
 
@@ -261,7 +261,13 @@ class EngineLoop:
 
     def _deliver(self, sequence: TextSequence, token: Token | None, union: float | None = None) -> None:
         """Send what is new, and end the sequence where this is its end: its slot is free before its reader hears of it."""
-        event = sequence.event() if token is None else sequence.push(token, union=union)
+        try:
+            event = sequence.event() if token is None else sequence.push(token, union=union)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # of the tokenizer, whose panics are no Exception: of this text alone
+            self._fail([sequence], error, "text")
+            return
         self._counts["tokens"] += token is not None
         if event is None:
             return
@@ -279,11 +285,11 @@ class EngineLoop:
             log.exception("the %s engine cannot free a slot and is made anew", self.mode)
             self.abandon(error)
 
-    def _fail(self, sequences: Sequence[TextSequence], error: Exception, what: str) -> None:
+    def _fail(self, sequences: Sequence[TextSequence], error: BaseException, what: str) -> None:
         """These end, and the engine goes on for now."""
         log.error("%s of the %s engine failed", "rows" if len(sequences) > 1 else "a row", self.mode, exc_info=error)
         forget_frames(error)
-        if not isinstance(error, ValueError):
+        if not isinstance(error, ValueError) and what != "text":
             self._failed[what] = error
         for sequence in sequences:
             if not sequence.over:  # else it was told: the engine was abandoned for one before it
