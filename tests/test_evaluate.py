@@ -76,7 +76,7 @@ def test_dense_and_sparse_side_by_side(model):
         assert {"ppl", "texts", "tasks", "mlp_density", "head_density"} <= set(side)
         assert set(side["texts"]) == set(TEXTS) and set(side["tasks"]) == set(TASKS)
         assert all({"ppl", "bits_per_byte", "stderr", "tokens"} <= set(text) for text in side["texts"].values())
-        assert all({"acc", "acc_norm", "stderr", "n"} <= set(task) for task in side["tasks"].values())
+        assert all({"acc", "acc_norm", "acc_bytes", "stderr", "n", "truncated"} <= set(task) for task in side["tasks"].values())
         assert [side["tasks"][name]["n"] for name in TASKS] == [6, 4, 5]
         nll = sum(math.log(text["ppl"]) * text["tokens"] for text in side["texts"].values())
         assert side["ppl"] == pytest.approx(math.exp(nll / sum(text["tokens"] for text in side["texts"].values())))

@@ -20,6 +20,7 @@ from dejavu.quality.tasks import (
     Score,
     encode_pair,
     evaluate_task,
+    item_requests,
     make_batches,
     make_request,
     parse_item,
@@ -208,18 +209,36 @@ def test_batches_hold_what_they_promise():
     assert sorted(seen) == list(range(30))
 
 
+def test_choices_of_an_item_are_judged_by_one_context():
+    tokenizer = tokenizer_of()
+    item = parse_item({"context": "a b c d a b c d", "choices": [" a", " b c d", " c"], "label": 0}, "here")
+    whole, cut = item_requests(tokenizer, item, 64, "here")
+    assert not cut and {request.inputs[: request.first + 1] for request in whole} == {tuple(tokenizer.encode("a b c d a b c d"))}
+    requests, cut = item_requests(tokenizer, item, 8, "here")
+    contexts = {request.inputs[: request.first + 1] for request in requests}
+    assert cut and contexts == {tuple(tokenizer.encode("a b c d a b c d"))[-(9 - len(requests[1].targets)) :]}
+    assert [len(request.inputs) for request in requests] == [8 - len(requests[1].targets) + len(each.targets) for each in requests]
+
+
+def test_items_whose_context_is_cut_are_counted(model):
+    short, long = ({"context": context, "choices": [" a", " b c"], "label": 0} for context in ("a", "a b c d " * 60))
+    assert [evaluate_task(model, tokenizer_of(), "quiz", records).dense["truncated"] for records in ([short], [long, short])] == [0, 1]
+
+
 def test_accuracies_from_scores():
     choices = [
         {"context": "q", "choices": [" aa", " aaaaaaaa"], "label": 1},
         {"context": "q", "choices": [" é", " aaa"], "label": 0},
         {"context": "q", "choices": [" a", " b"], "label": 1},
+        {"context": "q", "choices": [" éé", " aaa"], "label": 0},
     ]
     items = [parse_item(record, "here") for record in choices]
-    # the first is right only by length (-2/2 < -6/8), the second by both (é counts as one character), the tie goes to the first
-    scores = [[Score(-2.0, False), Score(-6.0, False)], [Score(-0.9, False), Score(-3.0, False)], [Score(-1.0, False)] * 2]
+    # the first is right only by length (-2/2 < -6/8), the second by both (é counts as one character), the tie goes to the first, and
+    # the last is wrong by characters (-2/2 < -2.4/3) and right by bytes (-2/4 > -2.4/3)
+    scores = [[Score(first, False), Score(second, False)] for first, second in ((-2.0, -6.0), (-0.9, -3.0), (-1.0, -1.0), (-2.0, -2.4))]
     result = summarize(items, scores)
-    assert result["acc"] == pytest.approx(1 / 3) and result["acc_norm"] == pytest.approx(2 / 3)
-    assert result["stderr"] == pytest.approx(math.sqrt(2 / 9 / 2)) and result["n"] == 3
+    assert (result["acc"], result["acc_norm"], result["acc_bytes"], result["n"]) == (1 / 2, 1 / 2, 3 / 4, 4)
+    assert result["stderr"] == pytest.approx(math.sqrt(1 / 4 / 3)) and result["stderr_bytes"] == pytest.approx(math.sqrt(3 / 16 / 3))
     partial = [parse_item({"contexts": ["a", "bbbbbbb"], "continuation": "c", "label": 0}, "here")]
     result = summarize(partial, [[Score(-2.0, False), Score(-3.0, False)]])
     assert (result["acc"], result["acc_norm"], result["stderr"]) == (1.0, 1.0, None)

@@ -123,9 +123,10 @@ class Training(Candidate):
 
 
 class TextScore(TypedDict):
-    """Of one text; densities in the sparse run alone."""
+    """Of one text; word_ppl per word between white space. Densities in the sparse run alone."""
 
     ppl: float
+    word_ppl: float
     bits_per_byte: float
     stderr: float | None
     tokens: int
@@ -135,13 +136,17 @@ class TextScore(TypedDict):
 
 
 class TaskScore(TypedDict):
-    """Of one task of n items. ppl, ppl_stderr: of targets, where items have one. Densities, tokens_sparse: of the sparse run."""
+    """Of one task of n items, of which `truncated` lost the start of a context. ppl, ppl_stderr: of targets, where items have one.
+    Densities, tokens_sparse: of the sparse run."""
 
     acc: float
     acc_norm: float
+    acc_bytes: float
     stderr: float | None
     stderr_norm: float | None
+    stderr_bytes: float | None
     n: int
+    truncated: int
     ppl: NotRequired[float | None]
     ppl_stderr: NotRequired[float | None]
     mlp_density: NotRequired[float | None]

@@ -152,7 +152,8 @@ def _identity(lm: LanguageModel) -> dict[str, Any]:
     from dejavu.files import text_hash
 
     adapter = None if lm.adapter is None else text_hash(json.dumps(lm.adapter.config.to_dict(), sort_keys=True))
-    return {"base_hash": lm.base_hash, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "adapter": adapter}
+    # form: of the parts; one more whenever they hold something else
+    return {"form": 2, "base_hash": lm.base_hash, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "adapter": adapter}
 
 
 def show(out: Output, result: dict[str, Any]) -> None:
@@ -162,6 +163,9 @@ def show(out: Output, result: dict[str, Any]) -> None:
         out.show(_text_table(dense, sparse))
     if dense["tasks"]:
         out.show(_task_table(dense, sparse))
+    for name, entry in dense["tasks"].items():
+        if entry["truncated"]:
+            out.show(f"{escape(name)}: {entry['truncated']:,} of {entry['n']:,} items lost the start of a context that is too long")
     if "harness" in result:
         out.show(_harness_table(result["harness"]))
     if "screen" in result:

@@ -32,12 +32,13 @@ BOS_NEVER = "none: the tokenizer adds no BOS, so the first token of a text is no
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPart:
-    """The start of a text that is scored: its ids without BOS, the BOS before them (or None) and the UTF-8 bytes of the
+    """The start of a text that is scored: its ids without BOS, the BOS before them (or None), and the UTF-8 bytes and the words of the
     original text that the predicted tokens cover."""
 
     ids: list[int]
     bos: int | None
     num_bytes: int
+    num_words: int
 
 
 def scored_part(tokenizer: Tokenizer, text: str, max_tokens: int) -> ScoredPart:
@@ -59,7 +60,7 @@ def scored_part(tokenizer: Tokenizer, text: str, max_tokens: int) -> ScoredPart:
     end = len(text) if kept == len(ids) else spans[kept - 1][1] if kept else begin
     if bos is None and kept:
         begin = spans[0][1]
-    return ScoredPart(ids=ids[:kept], bos=bos, num_bytes=len(text[begin:end].encode()))
+    return ScoredPart(ids=ids[:kept], bos=bos, num_bytes=len(text[begin:end].encode()), num_words=len(text[begin:end].split()))
 
 
 def evaluate(
@@ -110,7 +111,7 @@ def evaluate(
         require(len(part.ids) >= least, f"text {name!r} has {len(part.ids)} tokens to score, but needs {least}; give more text or tokens")
         settings: dict[str, Any] = {"bos": part.bos, "context": context, "stride": stride, "batch_tokens": batch_tokens}
         dense = perplexity(model, part.ids, **settings, progress=watch(f"{name} dense"))
-        found: dict[str, Any] = {"bytes": part.num_bytes, "dense": dataclasses.asdict(dense)}
+        found: dict[str, Any] = {"bytes": part.num_bytes, "words": part.num_words, "dense": dataclasses.asdict(dense)}
         if layers is not None:
             masked = MaskedSelections(layers)
             sparse = perplexity(model, part.ids, **settings, selection_factory=masked, progress=watch(f"{name} sparse"))
@@ -192,6 +193,7 @@ def _score(part: Mapping[str, Any], side: str) -> TextScore:
     found = _windows(part[side])
     return {
         "ppl": found.ppl,
+        "word_ppl": found.word_perplexity(max(1, part["words"])),  # of white space alone, one
         "bits_per_byte": found.bits_per_byte(part["bytes"]),
         "stderr": found.stderr,
         "tokens": found.tokens,

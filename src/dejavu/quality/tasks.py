@@ -4,11 +4,12 @@ In: the records of a JSONL file, in one of three forms (other keys are ignored):
     {"context", "choices", "label"}               the choice of highest log-probability given the context
     {"contexts", "continuation", "label"}         the context that makes the one continuation likeliest
     {"context", "target"}                         is the target the greedy continuation?
-Out: acc, acc_norm and their standard errors sqrt(p (1 - p) / (n - 1)). acc_norm divides a choice's log-probability by its
-characters without the leading space, as lm-evaluation-harness does; in the other forms it equals acc. LAMBADA also gets
-ppl = exp(-mean log p(target)).
+Out: acc, acc_norm, acc_bytes and their standard errors sqrt(p (1 - p) / (n - 1)). acc_norm divides a choice's log-probability by its
+characters without the leading space, acc_bytes by its UTF-8 bytes, as lm-evaluation-harness does; in the other forms they equal acc.
+LAMBADA also gets ppl = exp(-mean log p(target)).
 
-Tokens are cut as lm-evaluation-harness cuts them (`encode_pair`), contexts too long for the model lose their start. The
+Tokens are cut as lm-evaluation-harness cuts them (`encode_pair`). A context too long for the model loses its start, the same for all
+choices of an item, as if each were as long as the longest; `truncated` counts such items. The
 context is prefill and runs dense, its last token included, whose logits score the first token of the continuation; the
 continuation's tokens run sparse, but for the last, whose output nobody needs. `strict` runs the context sparse as well.
 
@@ -147,6 +148,16 @@ def make_request(context_ids: Sequence[int], continuation_ids: Sequence[int], li
     return Request(tuple(inputs), tuple(continuation_ids))
 
 
+def item_requests(tokenizer: Tokenizer, item: Item, limit: int, where: str) -> tuple[list[Request], bool]:
+    """The requests of an item's pairs, and whether a context lost its start. One context that several choices have is cut for all of
+    them as for the longest, or they would be judged by different texts."""
+    pairs = [encode_pair(tokenizer, *pair, where) for pair in item.pairs]
+    longest = max(len(continuation) for _, continuation in pairs)
+    kept = max(1, limit + 1 - longest)  # of a continuation beyond the limit make_request says so
+    requests = [make_request(context[-kept:], continuation, limit, where) for context, continuation in pairs]
+    return requests, any(len(context) > kept for context, _ in pairs)
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """Log-probability of a continuation in nats (float64), and whether every token of it is the greedy choice."""
@@ -245,21 +256,25 @@ def _first_best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def summarize(items: Sequence[Item], scores: Sequence[Sequence[Score]]) -> TaskScore:
-    """acc, acc_norm, stderr, stderr_norm, n of items (all of one form) from the scores of their pairs; LAMBADA: and ppl,
-    ppl_stderr."""
-    hits, hits_norm = [], []
+def summarize(items: Sequence[Item], scores: Sequence[Sequence[Score]], *, truncated: int = 0) -> TaskScore:
+    """acc, acc_norm, acc_bytes, their standard errors and n of items (all of one form) from the scores of their pairs; LAMBADA: and ppl,
+    ppl_stderr. truncated: items of which a context lost its start."""
+    hits, hits_norm, hits_bytes = [], [], []
     for item, row in zip(items, scores, strict=True):
         log_probs = [score.log_prob for score in row]
         hit = row[0].greedy if item.form == "target" else _first_best(log_probs) == item.label
         hits.append(hit)
-        if item.form == "choices":
-            lengths = [max(1, len(continuation.removeprefix(" "))) for _, continuation in item.pairs]
-            hit = _first_best([p / length for p, length in zip(log_probs, lengths, strict=True)]) == item.label
-        hits_norm.append(hit)
+        texts = [continuation.removeprefix(" ") for _, continuation in item.pairs]
+        for found, lengths in ((hits_norm, map(len, texts)), (hits_bytes, (len(text.encode()) for text in texts))):
+            normed = [p / max(1, length) for p, length in zip(log_probs, lengths, strict=True)]
+            found.append(_first_best(normed) == item.label if item.form == "choices" else hit)
     acc, stderr = _proportion(hits)
     acc_norm, stderr_norm = _proportion(hits_norm)
-    result: TaskScore = {"acc": acc, "acc_norm": acc_norm, "stderr": stderr, "stderr_norm": stderr_norm, "n": len(items)}
+    acc_bytes, stderr_bytes = _proportion(hits_bytes)
+    result: TaskScore = {
+        "acc": acc, "acc_norm": acc_norm, "acc_bytes": acc_bytes, "stderr": stderr, "stderr_norm": stderr_norm,
+        "stderr_bytes": stderr_bytes, "n": len(items), "truncated": truncated,
+    }  # fmt: skip
     if items[0].form == "target":
         nll = [-row[0].log_prob for row in scores]
         mean = math.fsum(nll) / len(nll)
@@ -298,11 +313,8 @@ def evaluate_task(
     items = [parse_item(record, place) for record, place in zip(records, where, strict=True)]
     require(len({item.form for item in items}) == 1, f"task {name!r} mixes items of several forms; split it into one file per form")
     limit = model.config.max_positions
-    requests = [
-        make_request(*encode_pair(tokenizer, *pair, place), limit, place)
-        for item, place in zip(items, where, strict=True)
-        for pair in item.pairs
-    ]
+    made = [item_requests(tokenizer, item, limit, place) for item, place in zip(items, where, strict=True)]
+    requests, truncated = [request for own, _ in made for request in own], sum(cut for _, cut in made)
     dense, sparse = score_requests(model, requests, masked=masked, strict=strict, batch_tokens=batch_tokens, progress=progress)
 
     def grouped(scores: Sequence[Score]) -> list[Sequence[Score]]:
@@ -314,9 +326,11 @@ def evaluate_task(
     if masked is not None and sparse is not None:
         counter = masked.counter
         tokens_sparse = tokens if strict else tokens - len(requests)
-        result_sparse = summarize(items, grouped(sparse))
+        result_sparse = summarize(items, grouped(sparse), truncated=truncated)
         result_sparse["mlp_density"], result_sparse["head_density"] = counter.mlp_density(), counter.head_density()
         result_sparse["tokens_sparse"] = tokens_sparse
         if counter.tokens == 0:
             result_sparse["note"] = NOTHING_SPARSE
-    return TaskResult(dense=summarize(items, grouped(dense)), sparse=result_sparse, tokens=tokens, tokens_sparse=tokens_sparse)
+    return TaskResult(
+        dense=summarize(items, grouped(dense), truncated=truncated), sparse=result_sparse, tokens=tokens, tokens_sparse=tokens_sparse
+    )
