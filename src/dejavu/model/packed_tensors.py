@@ -28,7 +28,7 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.memory import give_back_pages
-from dejavu.kernels.quantized import QuantizedMatrix, blocks, packed_blocks, packed_groups
+from dejavu.kernels.quantized import QuantizedMatrix, packed_blocks, packed_groups
 from dejavu.model.quantization_config import PackedScheme
 from dejavu.model.stored import StoredTensor, as_stored
 
@@ -38,8 +38,8 @@ BY_GROUP = ("qweight", "qzeros", "scales")
 COMPRESSED = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 # What belongs to a packed matrix, by method. `weight` is int8 where it is packed.
 PARTS = {"gptq": (*BY_GROUP, "g_idx"), "awq": BY_GROUP, "compressed-tensors": (*COMPRESSED, "weight")}
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each output's nibble in a word
 MIDDLE = {4: 8, 8: 0}  # the zero point of what is symmetric, by bits
+AT_ONCE = 128  # outputs whose values are unpacked together: in the cache of a core, and whole words of outputs
 GROUP = 32  # values of a row that share a scale in the grids that these become
 
 
@@ -133,11 +133,10 @@ def _awq(parts: Parts, scheme: PackedScheme, where: str) -> Packed:
     group = _group(inputs, scheme)
     _check_shapes(where, {"qzeros": zeros, "scales": scales}, inputs, group, (words.shape[1], outputs))
 
-    def by_output(held: Tensor) -> Tensor:
-        return _unpacked(held, 4).unflatten(1, (-1, 8))[:, :, AWQ_PLACES].flatten(1).T.contiguous().view(torch.int8)
+    def by_output(held: Tensor) -> Tensor:  # even outputs of a word come before odd ones
+        return _unpacked(held, 4).unflatten(1, (-1, 2, 4)).permute(1, 3, 2, 0).flatten(0, 2).view(torch.int8)
 
     def integers(rows: slice) -> Tensor:
-        assert rows.start % 8 == 0, "blocks of outputs are whole words"
         return by_output(words[:, rows.start // 8 : -(-rows.stop // 8)].contiguous())
 
     return Packed(bits=4, shape=(outputs, inputs), group=group, integers=integers, scale_OG=scales.T, zeros=lambda: by_output(zeros))
@@ -229,7 +228,8 @@ def _held(packed: Packed, where: str) -> QuantizedMatrix:
     plain = half == torch.float16 and bool((zero_OG == middle).all())
     group_B = torch.arange(0, inputs, GROUP) // packed.group  # of each block
     parts = []
-    for rows in blocks(outputs, inputs):
+    for first in range(0, outputs, AT_ONCE):
+        rows = slice(first, min(first + AT_ONCE, outputs))
         q, scale, zero = packed.integers(rows), packed.scale_OG[rows].to(half)[:, group_B], zero_OG[rows][:, group_B]
         if plain:
             parts.append(packed_blocks(f"q{packed.bits}_0", q - middle, scale, scale).values)
