@@ -28,7 +28,7 @@ from helpers.native import engine_of, needs_library
 from helpers.packed_folders import Form, awq, compressed, gptq, packed_folder
 
 IDS = ids_of(3, 12)
-SIZES = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "intermediate_size": 128}
+SIZES = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "intermediate_size": 192}
 BF16 = torch.bfloat16
 FORMS = {
     "gptq": (Form(config=gptq(), group=64, symmetric=True, zero_offset=1), "q4_0"),
@@ -154,20 +154,20 @@ def damaged(folder: Path, changes: dict[str, torch.Tensor | None]) -> Path:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("gptq", {"down_proj.g_idx": torch.arange(128).flip(0).int() // 64}, r"mlp.down_proj.*act-order \(desc_act\), which is not read"),
+        ("gptq", {"down_proj.g_idx": torch.arange(192).flip(0).int() // 64}, r"mlp.down_proj.*act-order \(desc_act\), which is not read"),
         ("gptq", {"up_proj.qzeros": None}, "up_proj.*lacks qzeros"),
-        ("gptq", {"up_proj.scales": torch.ones(2, 128).half()}, r"scales of .*up_proj.*\[2, 128\], expected \[1, 128\]"),
+        ("gptq", {"up_proj.scales": torch.ones(2, 192).half()}, r"scales of .*up_proj.*\[2, 192\], expected \[1, 192\]"),
         ("gptq", {"up_proj.qweight": torch.zeros(8, 100).int()}, "up_proj.* expected"),
-        ("awq", {"up_proj.scales": torch.full((2, 128), torch.inf).half()}, "up_proj.*NaN or infinite scales; the checkpoint is damaged"),
-        ("awq", {"up_proj.scales": torch.full((2, 128), 1 / 3)}, "up_proj.*neither fp16 nor bf16 holds"),
-        ("awq", {"up_proj.bias": torch.ones(128)}, "bias tensors that the model has no place for"),
-        ("w4a16", {"up_proj.weight_shape": torch.tensor([128, 65])}, "up_proj.*does not hold 128 x 65"),
+        ("awq", {"up_proj.scales": torch.full((2, 192), torch.inf).half()}, "up_proj.*NaN or infinite scales; the checkpoint is damaged"),
+        ("awq", {"up_proj.scales": torch.full((2, 192), 1 / 3)}, "up_proj.*neither fp16 nor bf16 holds"),
+        ("awq", {"up_proj.bias": torch.ones(192)}, "bias tensors that the model has no place for"),
+        ("w4a16", {"up_proj.weight_shape": torch.tensor([192, 65])}, "up_proj.*does not hold 192 x 65"),
         ("w4a16", {"up_proj.weight_scale": None}, "up_proj.*has of a compressed matrix only weight_packed, weight_shape; incomplete"),
-        ("w4a16, zero points", {"up_proj.weight_zero_point": torch.ones(128, 1)}, "weight_zero_point of .*up_proj.* does not fit"),
+        ("w4a16, zero points", {"up_proj.weight_zero_point": torch.ones(192, 1)}, "weight_zero_point of .*up_proj.* does not fit"),
         ("gptq", {"up_proj.g_idx": torch.tensor(0)}, "up_proj.*act-order"),
         ("gptq", {"up_proj.qweight": torch.zeros(8).int()}, r"qweight of .*up_proj.* is torch.int32 \[8\], no packed matrix"),
-        ("awq", {"up_proj.scales": torch.ones(2, 128).int()}, "up_proj.*scales of torch.int32; the checkpoint is damaged"),
-        ("w4a16", {"up_proj.weight_scale": torch.ones(128, 4).bfloat16()}, "up_proj.*16 inputs to a scale, no multiple of 32"),
+        ("awq", {"up_proj.scales": torch.ones(2, 192).int()}, "up_proj.*scales of torch.int32; the checkpoint is damaged"),
+        ("w4a16", {"up_proj.weight_scale": torch.ones(192, 4).bfloat16()}, "up_proj.*16 inputs to a scale, no multiple of 32"),
     ],
 )  # fmt: skip
 def test_damaged_parts_are_named(tmp_path: Path, plain: Path, name: str, changes: dict[str, torch.Tensor | None], message: str) -> None:
@@ -193,4 +193,4 @@ def test_weights_of_several_schemes_are_told_apart_by_their_shapes(tmp_path: Pat
     save_file({name: (second if "down_proj" in name else first)[name] for name in first}, four / "model.safetensors")
     found, down = load_checkpoint(four, dtype=None).model.blocks[0], load_checkpoint(eight, dtype=None).model.blocks[0].down.matrix
     assert torch.equal(wide(found.down.matrix), wide(down)) and grid_of(found.up.matrix) == "w4_fp16"
-    assert open_source(four).sizes["w8_fp16"] == 2 * 64 * 128
+    assert open_source(four).sizes["w8_fp16"] == 2 * 64 * 192
