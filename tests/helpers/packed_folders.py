@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,14 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """config: the quantization_config. group: 0: all inputs. symmetric: zero points in the middle. least: size of scales."""
+    """config: the quantization_config. group: 0: all inputs. symmetric: zero points in the middle. zero_offset: taken from stored ones."""
 
     config: dict[str, Any]
     bits: int = 4
     group: int = 0
     symmetric: bool = False
     scales: torch.dtype = torch.float16
-    least: float = 2**-6
     zero_offset: int = 0
-    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def gptq(**changes: Any) -> dict[str, Any]:
@@ -74,13 +72,13 @@ def packed_folder(plain: Path, folder: Path, form: Form, *, skip: tuple[str, ...
         zero_OG = torch.full((outputs, groups), middle)
         if not form.symmetric:
             zero_OG = torch.randint(0, 2 * middle, (outputs, groups), generator=generator)
-        scale_OG = (torch.rand(outputs, groups, generator=generator) + 0.5) * form.least * 8 / middle
+        scale_OG = (torch.rand(outputs, groups, generator=generator) + 0.5) / (8 * middle)
         scale_OG[0] *= 2**-20 if form.scales == torch.bfloat16 else 1  # which fp16 does not hold
         scale_OG = scale_OG.to(form.scales)
         group_I = torch.arange(inputs) // (form.group or inputs)
         wide[name] = (q_OI - zero_OG[:, group_I]).float() * scale_OG.float()[:, group_I]
         packed |= {f"{module}.{part}": values for part, values in _parts(form, q_OI, zero_OG, scale_OG, group_I).items()}
-    save_file(packed | form.extra, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(wide, beside / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": form.config}), encoding="utf-8")
