@@ -11,7 +11,8 @@ from tokenizers import pre_tokenizers
 from conftest import random_predictor
 from dejavu.figures import Evaluation, Quality
 from dejavu.model.selectors import LayerAdapter
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
+from dejavu.model.slow_tokenizer import byte_level_bpe
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.quality.evaluate import BOS_NEVER, BOS_ONCE, evaluate, scored_part
 from dejavu.quality.perplexity import perplexity

@@ -12,8 +12,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from dejavu.model.gguf.header import Header
-from dejavu.model.gguf.splitting import SPLITTINGS, splitting_of
 from dejavu.model.gguf.tokenizer import SPACE, Vocabulary, read_tokenizer
+from dejavu.model.splitting import SPLITTINGS, splitting_of
 from dejavu.model.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat and then the other cat ran to the hat there that the man had on his hand in the end"

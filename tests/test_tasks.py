@@ -12,7 +12,8 @@ from conftest import random_predictor
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import LayerAdapter
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
+from dejavu.model.slow_tokenizer import byte_level_bpe
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.quality.perplexity import MaskedSelections
 from dejavu.quality.tasks import (

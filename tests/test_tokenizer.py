@@ -54,7 +54,7 @@ def test_no_bos_where_the_tokenizer_has_no_such_default(folder: Path, tok96: tok
 
 
 def test_ids_of_the_model_config(folder: Path) -> None:
-    assert load_tokenizer(folder, bos_token_id=0, eos_token_ids=(1, 3)).eos_token_ids == (1, 3)
+    assert load_tokenizer(folder, bos_token_id=0, eos_token_ids=(1, 3)).eos_token_ids == (1, 3, 2), "the model's first"
     assert load_tokenizer(folder, bos_token_id=0).bos_token_id == 2, "the tokenizer's own word first"
     (folder / "tokenizer_config.json").unlink()
     assert load_tokenizer(folder, bos_token_id=2).adds_bos

@@ -12,7 +12,7 @@ Where what was said leaves too little room for an answer the oldest turns are le
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,20 @@ class Conversation:
     """What was said to a model and by it. turns: since the beginning or the last `reset`. dropped: how many of them it no longer reads.
 
     system: a message before all others, for a model with a chat template. max_new_tokens: of an answer; not given: MOST_TOKENS, or
-    MOST_TOKENS_OF_TEXT without a template. seed: of the first answer; each later one has the next. sampling: temperature, top_k, top_p of
-    `LanguageModel.start`. Raises ValueError for a system message that the model does not take, and for less than one token.
+    MOST_TOKENS_OF_TEXT without a template. seed: of the first answer; each later one has the next. chat_template_kwargs,
+    sanitize_control_tokens, sampling (temperature, top_k, top_p): of `LanguageModel.start`. Raises ValueError for a system message or
+    variables that the template does not take, and for less than one token.
     """
 
     def __init__(
-        self, lm: LanguageModel, *, system: str | None = None, max_new_tokens: int | None = None, seed: int | None = None, **sampling: Any
-    ) -> None:
+        self, lm: LanguageModel, *, system: str | None = None, max_new_tokens: int | None = None, seed: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, sanitize_control_tokens: bool = True, **sampling: Any,
+    ) -> None:  # fmt: skip
         self.lm, self.system = lm, system
-        self.has_template = lm.tokenizer.chat_template is not None
+        self.has_template = lm.tokenizer.has_template
+        self._reading: dict[str, Any] = {
+            "chat_template_kwargs": chat_template_kwargs, "sanitize_control_tokens": sanitize_control_tokens,
+        }  # fmt: skip
         usual = MOST_TOKENS if self.has_template else MOST_TOKENS_OF_TEXT
         self.max_new_tokens = usual if max_new_tokens is None else max_new_tokens
         require(self.max_new_tokens >= 1, f"an answer has at least 1 token, not {max_new_tokens}")
@@ -59,8 +64,13 @@ class Conversation:
             system is None or self.has_template,
             f"a system message ({system!r}) needs a model with a chat template, and {lm.name} has none; begin the first message with it",
         )
+        require(
+            self.has_template or not chat_template_kwargs,
+            f"chat_template_kwargs need a model with a chat template, and {lm.name} has none; leave them out",
+        )
         if self.has_template:
-            chat_ids(lm.tokenizer, self._messages([], "Hello"))  # a template that refuses a system message does so before any is asked
+            # A template that refuses a system message does so before any is asked.
+            chat_ids(lm.tokenizer, self._messages([], "Hello"), **self._reading)
         self._seed, self.sampling = seed, sampling
         self._asked = 0
         self.turns: list[Turn] = []
@@ -84,7 +94,9 @@ class Conversation:
         dropped, prompt = self._fitting(question)
         options = self.sampling if self._seed is None else {**self.sampling, "seed": (self._seed + self._asked) % 2**64}
         drawn = self.lm.sampling_of(dense=dense).overridden(**options)
-        running = self.lm.start(prompt, max_new_tokens=self.max_new_tokens, dense=dense, reuse_prefix=True, **options)
+        running = self.lm.start(
+            prompt, max_new_tokens=self.max_new_tokens, dense=dense, reuse_prefix=True, **self._reading, **options
+        )  # fmt: skip
         self._asked += 1
         try:
             for piece in running:
@@ -144,7 +156,7 @@ class Conversation:
         while True:
             kept = self.turns[dropped:]
             prompt = self._messages(kept, question) if self.has_template else self._text(kept, question)
-            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
+            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else chat_ids(tokenizer, prompt, **self._reading)
             if dropped == last or len(ids) + room <= context:
                 return dropped, prompt
             dropped += 1

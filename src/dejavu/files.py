@@ -114,13 +114,32 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The object in a JSON file. Raises ValueError where the file is missing or is no JSON."""
+    """The object in a JSON file. Raises ValueError where the file is missing or is no JSON, or has half a surrogate pair in it."""
     path = absolute(path)
     text = _decode(path, _read_bytes(path, "a JSON file"), "JSON")
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); mend or replace the file") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is no JSON, and where a string has half a surrogate pair."""
+    value = json.loads(text)
+    if "\\u" in text:
+        require_utf8(json.dumps(value, ensure_ascii=False), "a string")
+    return value
+
+
+def require_utf8(text: str, what: str = "the text") -> None:
+    """Raises ValueError for half a surrogate pair: what JSON makes of "\\ud800", and Python of an argument's bytes that are no UTF-8."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(f"{what} is not UTF-8 throughout: {shown!r} at character {error.start}; give it in UTF-8") from None
 
 
 @contextmanager

@@ -8,9 +8,9 @@ Letters: T tokens  V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -140,6 +140,8 @@ class LanguageModel(OfflineMethods):
         ignore_eos: bool = ...,
         adapter: Adapter | None = ...,
         dense: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
+        sanitize_control_tokens: bool = ...,
         stream: Literal[False] = ...,
     ) -> GeneratedText: ...
     @overload
@@ -156,6 +158,8 @@ class LanguageModel(OfflineMethods):
         ignore_eos: bool = ...,
         adapter: Adapter | None = ...,
         dense: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
+        sanitize_control_tokens: bool = ...,
         stream: Literal[True],
     ) -> Generator[str]: ...
     def generate(
@@ -171,11 +175,15 @@ class LanguageModel(OfflineMethods):
         ignore_eos: bool = False,
         adapter: Adapter | None = None,
         dense: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
         stream: bool = False,
     ) -> GeneratedText | Generator[str]:
         """Continue a prompt; the prompt runs dense, each new token sparse where there is an adapter (Deja Vu, section 4).
 
         prompt: a text, taken as it is, or messages such as [{"role": "user", "content": "..."}] for a model with a chat template.
+        chat_template_kwargs: variables of the template, such as {"enable_thinking": False}, tools or documents. sanitize_control_tokens:
+        control tokens that messages of users and tools spell out stay a text, so that nobody writes the turns of others.
         Returns the new text as a GeneratedText: a str with prompt_tokens, new_tokens, tok_s, prefill_tok_s (tokens a
         second), mlp_density, head_density, finish_reason. With `stream` an iterator over pieces of it, the joined pieces being the same
         text; its `close()` ends it early. temperature (0 is greedy), top_k, top_p: each that is None is `sampling`'s, that of the adapter
@@ -193,6 +201,8 @@ class LanguageModel(OfflineMethods):
             ignore_eos=ignore_eos,
             adapter=adapter,
             dense=dense,
+            chat_template_kwargs=chat_template_kwargs,
+            sanitize_control_tokens=sanitize_control_tokens,
         )
         return generation.texts() if stream else generation.result()
 
@@ -209,6 +219,8 @@ class LanguageModel(OfflineMethods):
         ignore_eos: bool = False,
         adapter: Adapter | None = None,
         dense: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
         record: bool = False,
         reuse_prefix: bool = False,
     ) -> Generation:
@@ -217,7 +229,12 @@ class LanguageModel(OfflineMethods):
         record: keep what every step selected, in the result's `trace`. reuse_prefix: do not read anew what the prompt has in common with
         one before that had reuse_prefix too; logits are then the same bit for bit on the native backend, on the others up to rounding.
         """
-        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else chat_ids(self.tokenizer, prompt)
+        if isinstance(prompt, str):
+            require(not chat_template_kwargs, "chat_template_kwargs are for messages, and the prompt is a text; leave them out")
+            prompt_ids = self.tokenizer.encode(prompt)
+        else:
+            options = {"chat_template_kwargs": chat_template_kwargs, "sanitize_control_tokens": sanitize_control_tokens}
+            prompt_ids = chat_ids(self.tokenizer, prompt, **options)
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
         own = self.sampling_of(adapter=adapter, dense=dense)
         sampling = own.overridden(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

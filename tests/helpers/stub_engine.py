@@ -24,7 +24,8 @@ from torch import Tensor
 from dejavu.config import ModelConfig, SamplingConfig
 from dejavu.engine.interface import Decoded, EngineInfo, LayerSelection, StepResult
 from dejavu.model.counts import Counts
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
+from dejavu.model.slow_tokenizer import byte_level_bpe
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 
 EOS = 256
 VOCAB = 257

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dejavu.cli.messages import ChatTemplateKwargs, ControlTokens, template_kwargs
 from dejavu.cli.options import (
     AdapterFolder,
     AsJson,
@@ -61,6 +62,8 @@ def chat(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    control_tokens: ControlTokens = False,
     adapter: AdapterFolder = None,
     dense: Dense = False,
     backend: Backend = "auto",
@@ -80,13 +83,17 @@ def chat(
     out = Output(as_json)
     require(max_new_tokens is None or max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {max_new_tokens}")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    kwargs = template_kwargs(chat_template_kwargs)
     SamplingConfig().overridden(**given)  # an impossible value is said before a model is loaded
     options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     lm = open_model(
         model, out, options, seed=seed,
         adapter=adapter, dense=dense, download=download, offline=offline, drawing=lambda lm: sampling_words(lm, **given),
     )  # fmt: skip
-    conversation = Conversation(lm, system=system, max_new_tokens=max_new_tokens, seed=seed, **given)
+    conversation = Conversation(
+        lm, system=system, max_new_tokens=max_new_tokens, seed=seed, chat_template_kwargs=kwargs,
+        sanitize_control_tokens=not control_tokens, **given,
+    )  # fmt: skip
     session = Session(conversation, out, interactive=sys.stdin.isatty())
     status = session.run()
     out.finish(

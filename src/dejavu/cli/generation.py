@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dejavu.cli.messages import ChatTemplateKwargs, ControlTokens, template_kwargs
 from dejavu.cli.options import (
     AcceptBase,
     AdapterFolder,
@@ -39,6 +40,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may repeat.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, also where the model has a chat template.")] = False,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    control_tokens: ControlTokens = False,
     adapter: AdapterFolder = None,
     accept_base: AcceptBase = False,
     text: BaseTexts = None,
@@ -64,6 +67,7 @@ def generate(
     overrides = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     SamplingConfig().overridden(**overrides)  # an impossible value is said before a model is loaded
     StopStrings(stop or ())
+    kwargs = template_kwargs(chat_template_kwargs)
     options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     lm = open_model(
         model, out, options, seed=seed,
@@ -71,7 +75,8 @@ def generate(
         drawing=lambda lm: sampling_words(lm, **overrides),
     )  # fmt: skip
     lm.hand_over(dense=lm.adapter is None)
-    chat = not raw and lm.tokenizer.chat_template is not None
+    chat = not raw and lm.tokenizer.has_template
+    require(chat or not kwargs, f"--chat-template-kwargs are for a chat template, which {lm.name} has none of or --raw leaves out")
     running = lm.start(
         [{"role": "user", "content": prompt}] if chat else prompt,
         max_new_tokens=max_new_tokens,
@@ -81,6 +86,8 @@ def generate(
         seed=seed,
         stop=stop or (),
         ignore_eos=ignore_eos,
+        chat_template_kwargs=kwargs,
+        sanitize_control_tokens=not control_tokens,
     )
     out.write(f"\n{prompt}" + ("\n\n" if chat else ""))
     try:

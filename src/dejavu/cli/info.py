@@ -70,7 +70,7 @@ def _model_info(name: str, out: Output) -> None:
     source = open_source((packaged_file(base) if base != name else None) or resolve_model(base))
     config = source.config
     try:
-        template, lacks = source.tokenizer().chat_template is not None, None
+        template, lacks = source.tokenizer().has_template, None
     except ValueError as error:  # the rest is worth telling all the same
         template, lacks = None, str(error)
     states = {status.name: status for status in backends()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dejavu.cli.messages import ChatTemplateKwargs, ControlTokens, template_kwargs
 from dejavu.cli.options import (
     AdapterFolder,
     AsJson,
@@ -62,6 +63,8 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja template for messages, in place of the model's own.")
     ] = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    control_tokens: ControlTokens = False,
     adapter: AdapterFolder = None,
     dense: Dense = False,
     backend: Backend = "auto",
@@ -95,6 +98,7 @@ def serve(
     origins = checked_origins(cors_origin or [])
     host_names(allowed_host or [], local=True, key=False, host=host)  # what is no name is said before a model is loaded
     template = None if chat_template is None else read_text(chat_template, kind="a file with a Jinja template")
+    kwargs = template_kwargs(chat_template_kwargs)
     options = EngineOptions(backend=backend, dtype=dtype, cache_dtype=cache_dtype, screened_head=screened_head, threads=threads)
     with bound_socket(host, port) as bound:  # before the model is loaded, which may take minutes
         lm = open_model(
@@ -116,7 +120,7 @@ def serve(
             name = model if model in bundled_adapters() and not dense and adapter is None else None
             served = served_by(
                 tokenizer, state, queue=config.queue, threads=lm.num_threads, name=name, sampling=lm.sampling,
-                dense_sampling=lm.sampling_of(dense=True),
+                dense_sampling=lm.sampling_of(dense=True), chat_template_kwargs=kwargs, sanitize_control_tokens=not control_tokens,
             )  # fmt: skip
 
             cached, free = config.cached(lm.config.max_positions), free_bytes(lm.backend)
@@ -173,7 +177,7 @@ def with_template(tokenizer: Tokenizer, template: str, path: str) -> Tokenizer:
     """The tokenizer with another chat template, that of a file. Raises ValueError for one that cannot even render a greeting."""
     from dejavu.model.template import rendered
 
-    changed = dataclasses.replace(tokenizer, chat_template=template)
+    changed = dataclasses.replace(tokenizer, chat_template=template, named_templates={})
     try:
         rendered(changed, [{"role": "user", "content": "Hello"}])
     except ValueError as error:

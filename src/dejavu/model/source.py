@@ -45,7 +45,11 @@ class ModelSource:
         """Raises ValueError where there is none, or it is not supported."""
         if self.gguf is not None:
             return self.gguf.tokenizer()
-        return load_tokenizer(self.path, bos_token_id=self.config.bos_token_id, eos_token_ids=self.config.eos_token_ids)
+        config = self.config
+        return load_tokenizer(
+            self.path, model_type=config.family, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids,
+            num_rows=config.vocab_size,
+        )  # fmt: skip
 
 
 def open_source(path: str | Path) -> ModelSource:
@@ -70,12 +74,15 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, with the BOS and EOS ids of generation_config.json where that file has its own."""
+    """config.json of a folder, with the BOS of generation_config.json where that file has its own. A text ends at the EOS ids of either."""
     file = folder / "config.json"
     require(file.is_file(), f"{folder} is no model folder: it has no config.json")
     hf = read_json(file)
     require(isinstance(hf, dict), f"{file} holds no JSON object")
-    return hf | read_generation_config(folder).token_ids
+    stated = read_generation_config(folder).token_ids
+    ends = [stated.get("eos_token_id"), hf.get("eos_token_id")]
+    listed = [each for held in ends if held is not None for each in (held if isinstance(held, list) else [held])]
+    return {**hf, **stated, "eos_token_id": listed or None}
 
 
 def _folder_sizes(folder: Path, hf: Mapping[str, Any], config: ModelConfig, scheme: PackedScheme | None) -> Counter[str]:

@@ -1,45 +1,153 @@
 """Chat templates: from messages to the text and the token ids of a prompt.
 
 In: a tokenizer with a Jinja template (as `chat_template` of a checkpoint or GGUF file) and messages {"role", "content"}. Out: the rendered
-text, whose special tokens the template itself spells, so that none is added when it is tokenised.
-Templates come with models, so they run in a sandbox that changes nothing.
+text, whose special tokens the template itself spells, so that none is added when it is tokenised. The text is that of
+`apply_chat_template` of transformers, byte for byte.
+
+Only what the template writes, and what the system and the model itself said, becomes control tokens: one that is spelled out in a message
+of anybody else stays a text, or a user could write the turns of others. Such a token is set between two marks on its way through the
+template. rendering.py has the template's environment; it runs in a process that can be ended (bounded.py).
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping, Sequence
-
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from dejavu.config import require
-from dejavu.model.tokenizer import Tokenizer
+from dejavu.model import bounded
+from dejavu.model.tokenizer import AddedTokens, Tokenizer
 
-Messages = Sequence[Mapping[str, str]]
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
+
+TRUSTED = ("system", "developer", "assistant")  # roles whose messages may hold control tokens
+BEGIN, END = "\ufdd0", "\ufdd1"  # two of the code points that are no characters, which no text holds
+MARK = re.compile(rf"[{BEGIN}{END}]|\\ufdd[01]")  # the latter where a template writes JSON in ASCII, or a list as Python shows it
+RESERVED = ("messages", "chat_template")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, by which one is found
+WHAT = "the chat template"
 
 
-def rendered(tokenizer: Tokenizer, messages: Messages) -> str:
-    """The messages as the model was trained to read them, up to where its answer begins.
+def rendered(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    sanitize_control_tokens: bool = True,
+) -> str:
+    """The messages as the model was trained to read them, up to where its answer begins; `rendered_ids` are its ids.
+
+    chat_template_kwargs: variables of the template, such as {"enable_thinking": False}; with `tools` the template named tool_use is used
+    where there is one; with `add_generation_prompt` false the text ends behind the last message. sanitize_control_tokens: put control
+    tokens that messages of users and tools, tools, documents and variables spell out between marks.
 
     Raises ValueError for a tokenizer without a template, no messages, and what the template refuses.
     """
     require(len(messages) > 0, "there are no messages; give at least one")
-    if tokenizer.chat_template is None:
-        raise ValueError("the model has no chat template, so it takes a text and no messages")
-
-    def refuse(message: str) -> None:  # what templates call where roles do not take turns, say
-        raise TemplateError(message)
-
-    special = {name: token for name, token in tokenizer.special_tokens.items() if name in ("bos_token", "eos_token")}
+    kwargs = dict(chat_template_kwargs or {})
+    wrong = [name for name in RESERVED if name in kwargs]
+    require(not wrong, f"{', '.join(wrong)} cannot be among chat_template_kwargs; leave it out")
+    template = template_of(tokenizer, tools=kwargs.get("tools") is not None)
+    prepared = [_prepared(message) for message in messages]
+    if sanitize_control_tokens:
+        tokens = _control_tokens(template, tokenizer.added_tokens)
+        kwargs = _marked(kwargs, tokens)
+        prepared = [message if message.get("role") in TRUSTED else _marked(message, tokens) for message in prepared]
+    variables = {
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        **tokenizer.special_tokens,
+        **kwargs,
+        "messages": prepared,
+    }
     try:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(tokenizer.chat_template)
-        template.globals["raise_exception"] = refuse
-        return template.render(messages=list(messages), add_generation_prompt=True, **special)
-    except Exception as error:  # a template is foreign code: besides its own errors it raises whatever its expressions do
-        line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
-        raise ValueError(f"the chat template cannot be rendered{line}: {error}") from error
+        return bounded.call("render", template, variables, characters=_characters(prepared) + _characters(kwargs), what=WHAT)
+    except ValueError as error:
+        raise ValueError(f"{WHAT} cannot be rendered: {error}") from error
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """Token ids of the rendered messages; nothing is added to them."""
-    return tokenizer.encode_plain(rendered(tokenizer, messages))
+def template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:
+    """The template for messages, with tools or without (the rule of transformers). ValueError where there is none."""
+    named = tokenizer.named_templates
+    if tools and "tool_use" in named:
+        return named["tool_use"]
+    if tokenizer.chat_template is None:
+        require(not named, f"the model has chat templates, but none named default: {', '.join(sorted(named))}; name one of them default")
+        raise ValueError("the model has no chat template, so it takes a text and no messages")
+    return tokenizer.chat_template
+
+
+def rendered_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a rendered text; nothing is added to them. What stands between marks is no control token (the rule of transformers)."""
+    if MARK.search(text) is None:
+        return tokenizer.encode_plain(text)
+    pieces = _marks(tokenizer.added_tokens).split(text)  # a text, a marked token, a text, ...; None for a mark without its other
+    ids = tokenizer.encode_plain(pieces[0])
+    for index, piece in enumerate(pieces[1:], start=1):
+        if piece:
+            ids += tokenizer.encode_after(piece, as_text=index % 2 == 1)
+    return ids
+
+
+def chat_ids(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    sanitize_control_tokens: bool = True,
+) -> list[int]:
+    """Token ids of the rendered messages; see `rendered`."""
+    text = rendered(tokenizer, messages, chat_template_kwargs=chat_template_kwargs, sanitize_control_tokens=sanitize_control_tokens)
+    return rendered_ids(tokenizer, text)
+
+
+def _prepared(message: Message) -> dict[str, Any]:
+    """A message without fields that are None, and its reasoning under each of the names that templates read."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((kept[name] for name in REASONING if name in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _marked(value: Any, tokens: re.Pattern[str]) -> Any:
+    """A value with marks around the control tokens of its strings; marks that it brings are dropped."""
+    if isinstance(value, str):
+        return tokens.sub(rf"{BEGIN}\g<0>{END}", MARK.sub("", value))
+    if isinstance(value, Mapping):
+        return {key: _marked(each, tokens) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(each, tokens) for each in value]
+    return value
+
+
+@functools.lru_cache(maxsize=4)
+def _control_tokens(template: str, added: AddedTokens) -> re.Pattern[str]:
+    """Special tokens, and added tokens that the template writes, unless they are white space."""
+    try:
+        written = "\0".join(bounded.call("literals", template, what=WHAT))
+    except ValueError as error:
+        raise ValueError(f"{WHAT} cannot be rendered: {error}") from error
+    return _any_of([token for token, special in added if special or (token in written and not token.isspace())])
+
+
+@functools.lru_cache(maxsize=4)
+def _marks(added: AddedTokens) -> re.Pattern[str]:
+    tokens = _any_of([token for token, _ in added]).pattern
+    return re.compile(rf"(?:{BEGIN}|\\ufdd0)({tokens})(?:{END}|\\ufdd1)|{MARK.pattern}")
+
+
+def _any_of(tokens: list[str]) -> re.Pattern[str]:
+    """A pattern of the tokens, the longest first; of none it matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or "(?!)")
+
+
+def _characters(value: Any) -> int:
+    """How much text a value holds."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0

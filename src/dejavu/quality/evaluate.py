@@ -47,8 +47,7 @@ def scored_part(tokenizer: Tokenizer, text: str, max_tokens: int) -> ScoredPart:
     BOS follows the tokenizer's own default and is not doubled where the text begins with it. Without BOS the first token
     is not predicted, so its bytes do not count.
     """
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-    ids, spans = encoding.ids, encoding.offsets
+    ids, spans = tokenizer.encode_spans(text)
     bos = tokenizer.document_bos
     begin = 0
     if bos is not None and ids[:1] == [bos]:

@@ -18,7 +18,6 @@ Letters: B batch  T tokens  D model  N rows to score
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from dejavu.config import require
 from dejavu.figures import TaskScore
-from dejavu.files import read_text
+from dejavu.files import parse_json, read_text
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.quality.finite import require_finite
@@ -47,8 +46,8 @@ def read_items(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
+            item = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); give one object per line") from error
         require(isinstance(item, dict), f"{path}, line {number}: not a JSON object; give one object per line")
         items.append(item)

@@ -49,9 +49,9 @@ def head_dim(hf: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
 
 def token_ids(value: object) -> tuple[int, ...]:
     values = [] if value is None else value if isinstance(value, list) else [value]
-    ids = tuple(token for token in values if isinstance(token, int))
+    ids = tuple(token for token in values if type(token) is int)  # true is none
     require(len(ids) == len(values), f"config.json: eos_token_id must be one id or a list of ids, not {value!r}")
-    return ids
+    return tuple(dict.fromkeys(ids))
 
 
 def common(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from dejavu.config import require
 from dejavu.model.gguf.header import Strings
-from dejavu.model.gguf.splitting import splitting_of
-from dejavu.model.tokenizer import Tokenizer, build_tokenizer, byte_level_bpe
+from dejavu.model.slow_tokenizer import byte_level_bpe
+from dejavu.model.splitting import splitting_of
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 
 KINDS = ("gpt2", "llama", "t5")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # of tokenizer.ggml.token_type

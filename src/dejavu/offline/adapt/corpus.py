@@ -43,8 +43,8 @@ def tokenized(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
     starts: list[bool] = []
 
     def flush() -> None:
-        for first, encoding in zip(starts, tokenizer.backend.encode_batch_fast(pending, add_special_tokens=False), strict=True):
-            parts.append(np.array([*bos, *encoding.ids] if first else encoding.ids, dtype=dtype))
+        for first, ids in zip(starts, tokenizer.encode_batch(pending), strict=True):
+            parts.append(np.array([*bos, *ids] if first else ids, dtype=dtype))
         pending.clear()
         starts.clear()
 

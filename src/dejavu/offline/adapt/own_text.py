@@ -29,7 +29,7 @@ MOST_ROWS, MOST_ROWS_CPU = 2048, 64
 
 def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids before and after the user's text: by the chat template, where there is one, else BOS and nothing."""
-    if tokenizer.chat_template is None:
+    if not tokenizer.has_template:
         return ([] if tokenizer.document_bos is None else [tokenizer.document_bos]), []
     try:
         text = rendered(tokenizer, [{"role": "user", "content": SLOT}])

@@ -125,7 +125,7 @@ def _card(name: str, served: Served) -> schemas.ModelCard:
     mode = "dense" if served.is_dense(name) else "sparse"
     facts = schemas.ModelFacts(
         mode=mode, layers=served.num_layers, neurons=served.num_neurons, heads=served.num_heads,
-        chat=served.tokenizer.chat_template is not None, backend=served.backend, dtype=served.dtype,
+        chat=served.tokenizer.has_template, backend=served.backend, dtype=served.dtype,
     )  # fmt: skip
     return schemas.ModelCard(id=name, object="model", created=served.created, owned_by="dejavu", max_model_len=served.limit, dejavu=facts)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from dejavu.generation.pieces import Token
-from dejavu.model.template import rendered
+from dejavu.model.template import rendered, rendered_ids
 from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.endpoint import TextEndpoint
 from dejavu.serve.api.errors import TOO_LONG, invalid
 from dejavu.serve.api.request_schemas import ChatBody, text_of
-from dejavu.serve.api.requests import ParsedRequest, Served, check_characters, check_ids, choices_of, sequences_of, streaming_of
+from dejavu.serve.api.requests import ParsedRequest, Served, check_characters, check_ids, choices_of, read, sequences_of, streaming_of
 from dejavu.serve.api.responses import Answer
 from dejavu.serve.core.interface import Event
 
@@ -26,7 +27,7 @@ def parse_chat(body: ChatBody, served: Served) -> ParsedRequest:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", param="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if served.tokenizer.chat_template is None:
+    if not served.tokenizer.has_template:
         raise invalid(NO_TEMPLATE, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # a newer name, which templates do not know
     messages = [
@@ -35,11 +36,14 @@ def parse_chat(body: ChatBody, served: Served) -> ParsedRequest:
         for message in body.messages
     ]
     try:
-        text = rendered(served.tokenizer, messages)
+        text = rendered(
+            served.tokenizer, messages, chat_template_kwargs={**served.chat_template_kwargs, **(body.chat_template_kwargs or {})},
+            sanitize_control_tokens=served.sanitize_control_tokens,
+        )  # fmt: skip
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
     check_characters(len(text), served, param="messages")
-    ids = served.tokenizer.encode_plain(text)
+    ids = read(partial(rendered_ids, served.tokenizer, text), param="messages")
     given = body.length
     if given is None and len(ids) >= served.limit:
         raise invalid(f"the messages have {len(ids)} tokens and leave no room for an answer; shorten them", param="messages", code=TOO_LONG)

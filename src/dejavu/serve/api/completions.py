@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from dejavu.generation.pieces import Token
@@ -11,7 +12,7 @@ from dejavu.serve.api import logprobs
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.endpoint import TextEndpoint
 from dejavu.serve.api.request_schemas import DEFAULT_MAX_TOKENS, CompletionBody
-from dejavu.serve.api.requests import ParsedRequest, Served, check_characters, check_ids, choices_of, sequences_of, streaming_of
+from dejavu.serve.api.requests import ParsedRequest, Served, check_characters, check_ids, choices_of, read, sequences_of, streaming_of
 from dejavu.serve.api.responses import Answer
 from dejavu.serve.core.interface import Event
 
@@ -27,7 +28,9 @@ def parse_completion(body: CompletionBody, served: Served) -> ParsedRequest:
         param = f"prompt[{place}]" if len(prompts) > 1 else "prompt"
         if isinstance(prompt, str):
             check_characters(len(prompt), served, param=param)
-        ids.append(served.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+            ids.append(read(partial(served.tokenizer.encode, prompt), param=param))
+        else:
+            ids.append(list(prompt))
         check_ids(ids[-1], served, new=max_tokens, param=param)
     echo = bool(body.echo)
     texts = tuple(_echoed(prompt, served, ends=max_tokens == 0) for prompt in prompts) if echo else ()

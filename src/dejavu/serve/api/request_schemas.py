@@ -193,6 +193,9 @@ class ChatBody(Sampled):
     add_special_tokens: No = None
     add_generation_prompt: Yes = None
     continue_final_message: No = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Not of OpenAI: variables of the chat template, such as enable_thinking, tools or documents."
+    )
 
 
 def text_of(content: str | list[TextPart] | None) -> str:

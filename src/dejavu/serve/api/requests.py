@@ -8,7 +8,7 @@ long (400).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +30,8 @@ class Served:
     sparse: whether `name` runs sparse, as a model with an adapter does. limit: the longest prompt and answer together, in tokens.
     max_choices: of one request, prompts times n; max_traced: of one with a trace. max_characters: of a prompt that may
     fit, None where that cannot be told. sampling, dense_sampling: of a request that names no temperature, top_p, top_k or min_p, sparse
-    and dense; OpenAI's own unless the model comes with another. created: when it began to be served, in seconds since 1970.
+    and dense; OpenAI's own unless the model comes with another. chat_template_kwargs: of a request that does not set them itself.
+    sanitize_control_tokens: see template.py. created: when it began to be served, in seconds since 1970.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Served:
     max_characters: int | None = None
     sampling: SamplingConfig = OPENAI
     dense_sampling: SamplingConfig = OPENAI
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sanitize_control_tokens: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -68,7 +71,8 @@ class Served:
 
 def served_by(
     tokenizer: Tokenizer, state: WorkerState, *, queue: int, threads: int, name: str | None = None,
-    sampling: SamplingConfig = OPENAI, dense_sampling: SamplingConfig = OPENAI,
+    sampling: SamplingConfig = OPENAI, dense_sampling: SamplingConfig = OPENAI, chat_template_kwargs: Mapping[str, Any] | None = None,
+    sanitize_control_tokens: bool = True,
 ) -> Served:  # fmt: skip
     """What a worker serves. name: for requests, where it is not the model's own. tokenizer: with the chat template to use. queue: sequences
     that may wait; no request may ask for more than that and the slots of its engine when that is free. sampling, dense_sampling: those
@@ -91,6 +95,8 @@ def served_by(
         max_traced=traced,
         sampling=sampling if sampling.temperature > 0 else OPENAI,
         dense_sampling=dense_sampling if dense_sampling.temperature > 0 else OPENAI,
+        chat_template_kwargs=chat_template_kwargs or {},
+        sanitize_control_tokens=sanitize_control_tokens,
         max_characters=None if (longest := tokenizer.longest_token) is None else longest * state.max_model_len,
     )
 
@@ -186,6 +192,14 @@ def sequences_of(
         for ids in prompts
         for index in range(n)
     )
+
+
+def read(encode: Callable[[], list[int]], *, param: str) -> list[int]:
+    """The ids of a text. Raises ApiError for one that the tokenizer does not take."""
+    try:
+        return encode()
+    except ValueError as error:
+        raise invalid(str(error), param=param) from error
 
 
 def check_characters(count: int, served: Served, *, param: str) -> None:

@@ -1,4 +1,4 @@
-r"""How texts are split before byte-level BPE, by the names of `tokenizer.ggml.pre`.
+r"""How texts are split before byte-level BPE, by the names that GGUF files give it (`tokenizer.ggml.pre`).
 
 In: a name. Out: a pre-tokenizer, and what else follows from the name. Each pattern cuts the pieces that those before it left; what it
 matches are pieces, and so is what lies between. The names and what they stand for are facts of llama.cpp (`src/llama-vocab.cpp`), which
