@@ -91,6 +91,7 @@ def test_transformers_reads_what_is_written_as_we_do(folder: Path) -> None:
         ({"do_sample": True, "temperature": True, "top_p": -1, "top_k": 2.5}, "temperature True, top_k 2.5, top_p -1"),
         ({"do_sample": True, "top_p": [0.9]}, "makes no sense: top_p [0.9]"),
         ({"eos_token_id": "</s>"}, "makes no sense: eos_token_id '</s>'"),
+        ({"eos_token_id": True}, "makes no sense: eos_token_id True"),
         ({"eos_token_id": [2, "x"], "bos_token_id": [1]}, "makes no sense: bos_token_id [1], eos_token_id [2, 'x']"),
         ({"temperature": 0.6, "top_p": 0.9, "min_p": 0.1}, "as do_sample is not true: temperature 0.6, top_p 0.9"),
         ({"do_sample": True, "repetition_penalty": 1.05, "min_p": 0.1, "top_k": 5}, "not applied: repetition_penalty 1.05, min_p 0.1"),

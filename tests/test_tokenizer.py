@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 import transformers
 
-from dejavu.model.tokenizer import build_tokenizer, load_tokenizer
+from conftest import Tiny
+from dejavu.model.bundle import export
+from dejavu.model.source import open_source
+from dejavu.model.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 
 TEXTS = ["the cat sat", " the  cat", "The hat!\n\nand 123", "", '(then) that\'s "it"']
 
@@ -24,6 +29,14 @@ def folder(tmp_path: Path, tok96: tokenizers.Tokenizer) -> Path:
 def without_post_processor(tok96: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     content = json.loads(tok96.to_str())
     return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
+
+
+def bytes_tokenizer(tok96: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """tok96 with a token for every byte."""
+    content = json.loads(tok96.to_str())
+    for symbol in sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()):
+        content["model"]["vocab"].setdefault(symbol, len(content["model"]["vocab"]))
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def gpt2_files(folder: Path, tok96: tokenizers.Tokenizer) -> None:
@@ -118,3 +131,98 @@ def test_missing_and_broken_files(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer in .*vocab\.json with merges\.txt"):
         load_tokenizer(folder)
+
+
+ADDED = ("<|endoftext|>", "<|im_start|>", "<tool>")
+UNICODE_TEXTS = [*TEXTS, "the<|im_start|>cat<tool> <|endoftext|>", "cafe\u0301 the", "12345 don't DON'T\r\n  x"]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_older_files_have_the_ids_of_the_class_that_they_were_saved_for(tmp_path: Path, tok96: tokenizers.Tokenizer, listed: bool) -> None:
+    whole = bytes_tokenizer(tok96)
+    gpt2_files(tmp_path, whole)
+    first = whole.get_vocab_size()
+    added = {token: first + place for place, token in enumerate(ADDED)}
+    config: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_start|>"}
+    if listed:
+        tokens = {str(index): {"content": token, "special": token != "<tool>", "normalized": False} for token, index in added.items()}
+        config["added_tokens_decoder"] = tokens
+    else:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, reference = load_tokenizer(tmp_path), transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
+    for text in UNICODE_TEXTS:
+        assert tokenizer.encode(text) == reference(text)["input_ids"], text
+    assert tokenizer.eos_token_ids == (reference.eos_token_id,) and tokenizer.special_tokens == reference.special_tokens_map
+    del config["tokenizer_class"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    by_kind = load_tokenizer(tmp_path, model_type="qwen2")
+    assert [by_kind.encode(text) for text in UNICODE_TEXTS] == [tokenizer.encode(text) for text in UNICODE_TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "message"),
+    [
+        ({"tokenizer_class": "RobertaTokenizerFast"}, ("vocab.json", "merges.txt"), r"merges.txt of the class RobertaTokenizer;"),
+        ({"tokenizer_class": "LlamaTokenizer"}, ("tokenizer.model",), r"is tokenizer.model of the class LlamaTokenizer; .*save_pretrained"),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, ("vocab.json",), r"is vocab.json of the class Qwen2Tokenizer"),
+        ({}, ("vocab.json", "merges.txt"), r"of a class that the folder does not name; dejavu reads"),
+    ],
+)  # fmt: skip
+def test_older_files_of_another_class_are_refused_by_its_name(tmp_path: Path, config: Any, files: tuple[str, ...], message: str) -> None:
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("vocab.json", '["a"]'),
+        ("vocab.json", '{"a": true}'),
+        ("added_tokens.json", '{"a": "x"}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {"7": 5}}'),
+        ("tokenizer_config.json", "[1]"),
+    ],
+)
+def test_damaged_older_files_are_named(tmp_path: Path, tok96: tokenizers.Tokenizer, file: str, content: str) -> None:
+    gpt2_files(tmp_path, tok96)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + r".*(mend or replace|damaged)"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_token_that_the_embedding_has_no_row_for_is_named_wherever_a_text_becomes_ids(folder: Path) -> None:
+    assert load_tokenizer(folder, num_rows=96).encode("the cat")
+    tokenizer = load_tokenizer(folder, num_rows=50)
+    assert tokenizer.encode_plain("?") and max(tokenizer.encode_plain("?")) < 50
+    for encode in (tokenizer.encode, tokenizer.encode_plain, tokenizer.encode_spans, lambda text: tokenizer.encode_batch(["?", text])):
+        with pytest.raises(ValueError, match=r"has the token 'the' of id \d+, and the model has 50 tokens"):
+            encode("the")
+
+
+def test_half_a_surrogate_pair_is_named_wherever_a_text_becomes_ids(tokenizer: Tokenizer) -> None:
+    with_it = "the caf\udce9"
+    encoders = (tokenizer.encode, tokenizer.encode_plain, tokenizer.encode_spans, lambda text: tokenizer.encode_batch(["?", text]))
+    for encode in (*encoders, lambda text: tokenizer.encode_after(text, as_text=True)):
+        with pytest.raises(ValueError, match=r"not UTF-8 throughout: .*\\udce9"):
+            encode(with_it)
+
+
+def test_a_text_ends_at_the_end_tokens_of_every_file(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tiny("opt", eos_token_ids=(7,)), tokenizer, tmp_path / "model")
+    for name, value in (("config.json", 7), ("generation_config.json", [5, 7])):
+        path = tmp_path / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": value}))
+    source = open_source(tmp_path / "model")
+    assert source.config.eos_token_ids == (5, 7) and source.tokenizer().eos_token_ids == (5, 7, 2)
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": true}')
+    assert open_source(tmp_path / "model").tokenizer().eos_token_ids == (7, 2), "true is no id"
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "model" / "config.json").read_text()) | {"eos_token_id": [7, True]})
+    )
+    with pytest.raises(ValueError, match=r"eos_token_id must be one id or a list of ids, not \[7, True\]"):
+        open_source(tmp_path / "model")

@@ -170,7 +170,7 @@ def _literals(template: str) -> list[str]:
     return literals(template)
 
 
-_known: dict[str, str] = {}  # of the tokenizers given last, by their digests
+_known: dict[str, Any] = {}  # the tokenizer given last, by its digest
 
 
 def _encode(digest: str, content: str | None, text: str, as_text: bool) -> tuple[list[int], list[tuple[int, int]]] | None:
@@ -179,10 +179,10 @@ def _encode(digest: str, content: str | None, text: str, as_text: bool) -> tuple
 
     if content is not None:
         _known.clear()
-        _known[digest] = content
+        _known[digest] = encoding.backend_of(content)
     if digest not in _known:
         return None
-    backend = encoding.backend_of(_known[digest])
+    backend = _known[digest]
     return (encoding.encode_as_text(backend, text), []) if as_text else encoding.encode(backend, text)
 
 

@@ -10,7 +10,6 @@ that can be ended (bounded.py), half a millisecond a text.
 from __future__ import annotations
 
 import base64
-import functools
 import math
 import re
 from collections.abc import Generator, Iterator, Mapping
@@ -28,22 +27,28 @@ BLOOM_OLD = BLOOM.replace("(\\s|", "(\\s|[").replace("\u060c)]", "\u060c])]")  #
 KNOWN = {pattern for splitting in SPLITTINGS.values() for pattern in splitting.patterns}
 KNOWN |= {GPT2 + "|", "^ +| +$", r"\s+$", r"[^\S\n]+|\n", BLOOM_OLD}
 SIMPLE = re.compile(r"(?:[^\\\[\](){}*+?|]|\\[pP]\{\^?\w+\}|\\.|\[(?:[^\[\]\\]|\\.)+\]|\{\d{1,3}\})*(?:[*+]|\{\d{1,3},?\d{0,3}\})?")
+DAMAGED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)  # what reading it raises
 PRIVATE = "PanicException"  # how a panic of the library arrives, by a class that nobody can import
 
 Spans = list[tuple[int, int]]
 
 
 def is_bounded(content: Mapping[str, Any]) -> bool:
-    """Whether texts may be encoded here by the tokenizer of this content. May raise TypeError and the like for what is no tokenizer."""
-    steps = [*_steps(content.get("normalizer"), "normalizers"), *_steps(content.get("pre_tokenizer"), "pretokenizers")]
-    return math.prod(map(_growth, steps)) <= GROWTH and all(map(_is_known, steps))
+    """Whether texts may be encoded here by the tokenizer of this content, which may be damaged."""
+    try:
+        steps = [*_steps(content.get("normalizer"), "normalizers"), *_steps(content.get("pre_tokenizer"), "pretokenizers")]
+        return math.prod(map(_growth, steps)) <= GROWTH and all(map(_is_known, steps))
+    except DAMAGED:
+        return False
 
 
 def is_bounded_decoder(content: Mapping[str, Any]) -> bool:
     """Likewise whether ids may be decoded."""
-    steps = list(_steps(content.get("decoder"), "decoders"))
-    plain = all("Regex" not in step.get("pattern", {}) for step in steps if step["type"] == "Replace")
-    return plain and math.prod(_growth(step) for step in steps if step["type"] == "Replace") <= GROWTH
+    try:
+        steps = [step for step in _steps(content.get("decoder"), "decoders") if step["type"] == "Replace"]
+        return all("String" in step["pattern"] for step in steps) and math.prod(map(_growth, steps)) <= GROWTH
+    except DAMAGED:
+        return False
 
 
 def encode(backend: tokenizers.Tokenizer, text: str) -> tuple[list[int], Spans]:
@@ -78,7 +83,6 @@ def no_panic() -> Generator[None]:
         raise ValueError(f"the tokenizer failed ({error}): tokenizer.json is damaged, or its patterns do not take this text") from error
 
 
-@functools.lru_cache(maxsize=1)
 def backend_of(content: str) -> tokenizers.Tokenizer:
     """The backend of a tokenizer.json. ValueError for what is none."""
     with no_panic():

@@ -254,11 +254,11 @@ def _file_backend(path: Path) -> tuple[tokenizers.Tokenizer, str | None]:
     try:
         content = json.loads(text)
         require(isinstance(content, dict), "it holds no JSON object")
-        require(encoding.is_bounded_decoder(content), "its decoder has patterns, or makes long texts of short ones, which is not supported")
+        require(encoding.is_bounded_decoder(content), "its decoder is damaged, has patterns, or makes long texts of short ones")
         if encoding.is_bounded(content):
             return encoding.backend_of(text), None
         bounded.call("check", text, characters=len(text), what="the tokenizer")
-        return encoding.backend_of(json.dumps(content | {"normalizer": None, "pre_tokenizer": None, "post_processor": None})), text
+        return encoding.backend_of(json.dumps(content | {"normalizer": None, "pre_tokenizer": None})), text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no tokenizer file: {error}") from error
 
