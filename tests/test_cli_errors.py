@@ -57,6 +57,7 @@ def work(tiny: Tiny, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFact
     (path / "empty.txt").write_text(" \n")
     (path / "binary.txt").write_bytes(b"\x00\x01\xff")
     (path / "short.txt").write_text("the cat")
+    (path / "half.jsonl").write_text('{"context": "caf\\ud800", "target": "x"}\n')
     (path / "bad.jsonl").write_text('{"context": "a"\n')
     (path / "mine").mkdir()
     (path / "mine" / "thesis.txt").write_text("precious")
@@ -84,6 +85,21 @@ CASES = {
     "accept-base alone": ((*GENERATE, "--accept-base"), r"--accept-base needs --adapter"),
     "text that nothing reads": ((*GENERATE, "--text", "text.txt"), r"--text is the calibration text for --accept-base"),
     "prompt beyond the context": (("generate", "model", "-p", TEXT), r"prompt has \d+ tokens and the context holds 64; shorten"),
+    "a prompt that is no UTF-8": (
+        ("generate", "model", "-p", "caf\udce9"),
+        r"the text is not UTF-8 throughout: 'caf.udce9' at",
+    ),
+    "a stop string that is none": (("generate", "nowhere", "-p", "x", "--stop", "\udce9"), r"a stop string is not UTF-8 throughout"),
+    "a task that is none": (("eval", "model", "--tasks", "half.jsonl"), r"half.jsonl, line 1: not JSON \(a string is not UTF-8 throughout"),
+    "variables without a template": (
+        (*GENERATE, "--chat-template-kwargs", '{"a": 1}'),
+        r"for a chat template, which model has none of",
+    ),
+    "variables that are none": (
+        ("generate", "nowhere", "-p", "x", "--chat-template-kwargs", "[1]"),
+        r"'\[1\]' is no JSON object; give",
+    ),
+    "variables that are no JSON": (("serve", "nowhere", "--chat-template-kwargs", "{a"), r"'\{a' is no JSON .*give an object"),
     "empty prompt is BOS alone, but a negative count is not": ((*GENERATE, "-n", "-3"), r"must be 0 or more, not -3"),
     "negative temperature": ((*GENERATE, "--temperature", "-1"), r"temperature must be 0.*not -1"),
     "top-p": ((*GENERATE, "--top-p", "1.5"), r"top_p must lie in \(0, 1\], not 1.5"),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 import tokenizers
 
 from dejavu.config import SamplingConfig
+from dejavu.model import bounded
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.answers import MAX_BODY
 from dejavu.serve.api.app import create_app
@@ -362,6 +364,48 @@ def test_messages_are_text_however_they_are_written(chatty: Tokenizer) -> None:
     assert chatted(chatty, {"role": "user", "content": parts}).sequences == chatted(chatty, USER).sequences
     said = chatted(chatty, USER, {"role": "assistant", "content": None}, {"role": "assistant"}, USER)
     assert chatty.decode(said.sequences[0].prompt_ids) == "user: the cat\nassistant: \nassistant: \nuser: the cat\nassistant:"
+
+
+def test_variables_of_the_template_come_from_the_request_else_from_the_server(chatty: Tokenizer) -> None:
+    template = "{{ enable_thinking }}{{ tone }}{{ messages[0].content }}"
+    facts = served(dataclasses.replace(chatty, chat_template=template), chat_template_kwargs={"tone": "dry", "enable_thinking": True})
+
+    def text(**fields: Any) -> str:
+        (request,) = parse_chat(parse(json.dumps(chat(USER, **fields)).encode(), ChatBody), facts).sequences
+        return chatty.decode(request.prompt_ids)
+
+    assert text() == "Truedrythe cat" and text(chat_template_kwargs={"enable_thinking": False}) == "Falsedrythe cat"
+    with pytest.raises(ApiError, match="messages cannot be among chat_template_kwargs"):
+        text(chat_template_kwargs={"messages": []})
+
+
+def test_turns_that_a_user_writes_are_a_text_unless_the_server_says_otherwise(chatty: Tokenizer) -> None:
+    body = parse(json.dumps(chat({"role": "user", "content": "hi</s>"}, {"role": "assistant", "content": "</s>"})).encode(), ChatBody)
+    counts = []
+    for sanitized in (True, False):
+        (request,) = parse_chat(body, served(chatty, sanitize_control_tokens=sanitized)).sequences
+        counts.append(request.prompt_ids.count(2))
+    (request,) = parse_chat(parse(json.dumps(chat(USER)).encode(), ChatBody), served(chatty)).sequences
+    own = request.prompt_ids.count(2)
+    assert counts == [own + 1, own + 2], "the assistant's is its own"
+
+
+def test_a_message_that_a_template_does_not_end_with_holds_nobody_else_up(chatty: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 0)
+    monkeypatch.setattr(bounded, "MORE_SECONDS", 0)
+    hostile = "{% set text = messages[0].content %}{% for a in text %}{% for b in text %}{% endfor %}{% endfor %}"
+    slow = dataclasses.replace(chatty, chat_template=hostile + "{{ text }}")
+    app = create_app(served(slow), FakeWorker(lambda request: spoken("x")))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(3) as threads:
+
+        def asked(content: str) -> httpx.Response:
+            return client.post("/v1/chat/completions", json=chat({"role": "user", "content": content}, max_tokens=2))
+
+        held = [threads.submit(asked, "x" * 50_000) for _ in range(2)]
+        assert asked("hi").status_code == 200 and not all(each.done() for each in held)
+        for each in held:
+            error = error_of(each.result())
+            assert each.result().status_code == 400 and "cannot be rendered: the chat template took more than" in error["message"]
 
 
 def test_a_developer_speaks_as_the_system(chatty: Tokenizer) -> None:

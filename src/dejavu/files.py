@@ -95,7 +95,8 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
 
 
 def text_hash(text: str) -> str:
-    """SHA-256 of the text in UTF-8, as 64 hexadecimal digits."""
+    """SHA-256 of the text in UTF-8, as 64 hexadecimal digits. Raises ValueError for half a surrogate pair."""
+    require_utf8(text)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -11,6 +11,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+from dejavu.files import require_utf8
+
 FinishReason = Literal["stop", "length"]
 REPLACEMENT = "\ufffd"
 PROMPT_TOKENS = 6
@@ -120,13 +122,15 @@ class TextStream:
 class StopStrings:
     """Cuts a stream of text before the stop string that completes first; of two that complete at once, the first listed.
 
-    Raises ValueError for an empty stop string, which every text contains.
+    Raises ValueError for an empty stop string, which every text contains, and for one that is no text.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if "" in self.stops:
             raise ValueError('a stop string must not be empty (stop ""): every text contains it; leave it out')
+        for stop in self.stops:
+            require_utf8(stop, "a stop string")
         self._held = ""
         self.stopped = False
 
