@@ -70,7 +70,8 @@ def test_the_tokenizer_of_the_metadata(tmp_path: Path, tiny: Tiny, tok96: tokeni
         assert tokenizer.encode(text) == tok96.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text.replace("</s>", "")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.vocab_size) == (2, (2,), 96)
-    assert tokenizer.chat_template == "{{ messages }}" and tokenizer.special_tokens["bos_token"] == "</s>"
+    assert tokenizer.chat_template == "{{ messages }}" and tokenizer.named_templates == {"tool_use": "{{ tools }}"}
+    assert tokenizer.num_rows == 96 and tokenizer.special_tokens["bos_token"] == "</s>"
     write_gguf(model, tok96, tmp_path / "n.gguf", add_bos=False, pre="smollm")
     tokenizer = open_fp32(tmp_path / "n.gguf").tokenizer
     assert not tokenizer.adds_bos and tokenizer.encode("the") == tok96.encode("the").ids[1:]

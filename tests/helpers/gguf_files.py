@@ -208,4 +208,4 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tok96: tokenizers.Tokenizer, changes
         writer.add_add_bos_token(changes.get("add_bos", True))
     for name, index in changes.get("ends", {}).items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
-    writer.add_chat_template("{{ messages }}")
+    writer.add_chat_template([{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "{{ tools }}"}])

@@ -76,7 +76,8 @@ class GGUFFile:
 
     @functools.cached_property
     def _tokenizer(self) -> tuple[Tokenizer, list[str]]:
-        return read_tokenizer(self._vocabulary)
+        embedding = self.source.tensors.get("token_embd.weight")
+        return read_tokenizer(self._vocabulary, num_rows=None if embedding is None else embedding.shape[0])
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the metadata. ValueError for a kind that is not supported."""

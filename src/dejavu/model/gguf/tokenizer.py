@@ -29,6 +29,7 @@ SPACE = "▁"  # SentencePiece's sign for one
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2, "padding": 0}, "gpt2": {}}  # llama.cpp's
 ENDS = ("eos", "eot", "eom")
+TEMPLATE = "tokenizer.chat_template"  # and behind a dot the name of one that is not the default
 ODD = 0x9E3779B97F4A7C15  # any odd number of many bits
 END_TOKENS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>",
@@ -96,8 +97,11 @@ class Vocabulary:
         return tuple(dict.fromkeys([*stated, *known]))
 
 
-def read_tokenizer(vocabulary: Vocabulary) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer, and lines for the user. ValueError names a splitting or a key that is not supported or missing."""
+def read_tokenizer(vocabulary: Vocabulary, *, num_rows: int | None = None) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer, and lines for the user. num_rows: of the embedding.
+
+    ValueError names a splitting or a key that is not supported or missing.
+    """
     notes: list[str] = []
     match vocabulary.model:
         case "gpt2":
@@ -116,13 +120,16 @@ def read_tokenizer(vocabulary: Vocabulary) -> tuple[Tokenizer, list[str]]:
     if vocabulary.key("add_eos_token", False):
         notes.append("the file asks for an end after every text (add_eos_token); texts are to be continued, so none is added")
     ids = {role: vocabulary.special_id(name) for role, name in ROLES.items()}
-    template = vocabulary.metadata.get("tokenizer.chat_template")
+    texts = {key: value for key, value in vocabulary.metadata.items() if isinstance(value, str)}
+    named = {key.removeprefix(f"{TEMPLATE}."): text for key, text in texts.items() if key.startswith(f"{TEMPLATE}.")}
     tokenizer = build_tokenizer(
         backend,
         special_tokens={role: vocabulary.tokens[index] for role, index in ids.items() if index is not None},
         eos_token_ids=vocabulary.ends,
         adds_bos=bool(vocabulary.key("add_bos_token", adds_bos)),
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=texts.get(TEMPLATE),
+        named_templates=named,
+        num_rows=num_rows,
     )
     return tokenizer, notes
 
