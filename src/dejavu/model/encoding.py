@@ -112,12 +112,15 @@ def _growth(step: Mapping[str, Any]) -> float:
         case "Prepend":
             return 1 + len(step["prepend"])
         case "Precompiled":
-            table = base64.b64decode(step["precompiled_charsmap"])
-            replaced = table[4 + int.from_bytes(table[:4], "little") :]
-            return max(map(len, replaced.split(b"\0")))
+            return charsmap_growth(base64.b64decode(step["precompiled_charsmap"]))
         case "Metaspace":
             return 1 + len(step.get("replacement", ""))
     return GROWTHS.get(step["type"], 1)
+
+
+def charsmap_growth(table: bytes) -> int:
+    """How many bytes SentencePiece's table of replacements makes of one, at most: a trie behind its size, then texts that end with 0."""
+    return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")))
 
 
 def _is_known(step: Mapping[str, Any]) -> bool:

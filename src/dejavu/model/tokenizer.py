@@ -140,11 +140,12 @@ class Tokenizer:
         """Ids of the text, led by one BOS where that is the tokenizer's default and `add_bos` is true."""
         ids = self.encode_plain(text)
         bos = self.document_bos if add_bos else None
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        return ids if bos is None or ids[:1] == [bos] else self._held([bos, *ids])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens. An unfinished UTF-8 sequence at the end decodes to U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with encoding.no_panic():
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text; none of a special one."""

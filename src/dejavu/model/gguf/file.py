@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, require
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, wide
+from dejavu.model.encoding import no_panic
 from dejavu.model.families import FAMILIES, config_from_hf, is_norm_weight
 from dejavu.model.gguf.families import IGNORED_MODULE, LAYER_MODULES, MODULES, ROPE_TENSORS, Source, gguf_family
 from dejavu.model.gguf.header import Header, TensorInfo, require_readable
@@ -77,7 +78,8 @@ class GGUFFile:
     @functools.cached_property
     def _tokenizer(self) -> tuple[Tokenizer, list[str]]:
         embedding = self.source.tensors.get("token_embd.weight")
-        return read_tokenizer(self._vocabulary, num_rows=None if embedding is None else embedding.shape[0])
+        with no_panic():
+            return read_tokenizer(self._vocabulary, num_rows=None if embedding is None else embedding.shape[0])
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the metadata. ValueError for a kind that is not supported."""

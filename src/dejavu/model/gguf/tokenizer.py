@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from dejavu.config import require
+from dejavu.model.encoding import GROWTH, charsmap_growth
 from dejavu.model.gguf.header import Strings
 from dejavu.model.slow_tokenizer import byte_level_bpe
 from dejavu.model.splitting import splitting_of
@@ -203,8 +204,11 @@ def _unigram(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
 def _with_spaces(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     """SentencePiece's way with them: each is a sign of its own, one more before a text, and, where the file says that spaces in excess are
     none, only one of a row and none at the ends."""
-    table = vocabulary.key("precompiled_charsmap", required=False)
-    steps: list[normalizers.Normalizer] = [] if table is None or not len(table) else [normalizers.Precompiled(np.asarray(table).tobytes())]
+    stated = vocabulary.key("precompiled_charsmap", required=False)
+    table = b"" if stated is None else np.asarray(stated).tobytes()
+    fits = charsmap_growth(table) <= GROWTH
+    require(fits, f"{vocabulary.where}: tokenizer.ggml.precompiled_charsmap makes over {GROWTH} bytes of one; the file is damaged")
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(table)] if table else []
     if vocabulary.key("remove_extra_whitespaces", False):
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     prefixed = bool(vocabulary.key("add_space_prefix", True))
