@@ -314,9 +314,9 @@ def test_what_does_not_fit_is_not_fetched(
 
 
 def test_a_model_without_a_tokenizer_is_not_fetched(fake: FakeHub, files: dict[str, bytes], refused: Refused) -> None:
-    fake.add("me/tiny", {name: content for name, content in files.items() if name != "tokenizer.json"} | {"tokenizer.model": b"x"})
+    fake.add("me/tiny", {name: content for name, content in files.items() if name != "tokenizer.json"} | {"spiece.model": b"x"})
     line = refused("me/tiny", "--download")
-    assert "no tokenizer.json, nor vocab.json with merges.txt, only the tokenizer.model of SentencePiece; take a copy" in line
+    assert "no tokenizer.json, nor vocab.json with merges.txt, nor tokenizer.model; take a copy" in line
     assert asked_for(fake) == []
 
 

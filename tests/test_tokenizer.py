@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,9 @@ def test_older_files_have_the_ids_of_the_class_that_they_were_saved_for(tmp_path
     ("config", "files", "message"),
     [
         ({"tokenizer_class": "RobertaTokenizerFast"}, ("vocab.json", "merges.txt"), r"merges.txt of the class RobertaTokenizer;"),
-        ({"tokenizer_class": "LlamaTokenizer"}, ("tokenizer.model",), r"is tokenizer.model of the class LlamaTokenizer; .*save_pretrained"),
+        ({"tokenizer_class": "GemmaTokenizer"}, ("tokenizer.model",), r"is tokenizer.model of the class GemmaTokenizer; .*save_pretrained"),
+        ({"tokenizer_class": "LlamaTokenizer"}, ("vocab.json", "merges.txt"), r"merges.txt of the class LlamaTokenizer; "),
+        ({"tokenizer_class": "LlamaTokenizer"}, ("tokenizer.model",), r"tokenizer.model is no SentencePiece model"),
         ({"tokenizer_class": "Qwen2Tokenizer"}, ("vocab.json",), r"is vocab.json of the class Qwen2Tokenizer"),
         ({}, ("vocab.json", "merges.txt"), r"of a class that the folder does not name; dejavu reads"),
     ],
@@ -174,6 +177,42 @@ def test_older_files_of_another_class_are_refused_by_its_name(tmp_path: Path, co
         (tmp_path / file).write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def sentencepiece_file(path: Path, pieces: list[tuple[str, int]], *, kind: int = 2) -> None:
+    """A tokenizer.model of pieces with their types, a score that falls with the id, and a trainer's kind of model."""
+
+    def field(number: int, content: bytes) -> bytes:
+        assert len(content) < 128
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    scored = [
+        field(1, piece.encode()) + b"\x15" + struct.pack("<f", -place) + bytes([24, type_]) for place, (piece, type_) in enumerate(pieces)
+    ]
+    path.write_bytes(b"".join(field(1, each) for each in scored) + field(2, bytes([24, kind])))
+
+
+PIECES = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("<turn>", 4), *((f"<0x{byte:02X}>", 6) for byte in range(256))]
+PIECES += [(piece, 1) for piece in "he at ▁t th ▁the the hat ▁c cat ▁cat ▁ th t h e a c s o n ▁o ▁on".split()]
+
+
+@pytest.mark.parametrize("config", [{}, {"legacy": True}, {"add_prefix_space": False, "add_bos_token": True}])
+def test_the_pieces_of_a_llama_tokenizer_have_the_ids_of_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
+    pieces = list(dict.fromkeys(PIECES))
+    sentencepiece_file(tmp_path / "tokenizer.model", pieces)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **config}))
+    tokenizer = load_tokenizer(tmp_path)
+    vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
+    added = [tokenizers.AddedToken(piece, normalized=False, special=kind == 3) for piece, kind in pieces if kind in (3, 4)]
+    merges: Any = transformers.tokenization_utils_base.generate_merges(vocabulary)
+    reference = transformers.LlamaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=added, **config)
+    for text in ("the cat sat on the hat", " the  cat", "caf\u00e9<turn> then", "", " ", "the</s>the", "thethehat<s> the"):
+        assert tokenizer.encode(text) == reference(text)["input_ids"], text
+        assert tokenizer.decode(tokenizer.encode(text)) == reference.decode(tokenizer.encode(text), skip_special_tokens=True)
+    assert tokenizer.special_tokens == reference.special_tokens_map and tokenizer.eos_token_ids == (2,)
+    sentencepiece_file(tmp_path / "tokenizer.model", pieces, kind=1)
+    with pytest.raises(ValueError, match=r"tokenizer.model is a model of kind Unigram"):
         load_tokenizer(tmp_path)
 
 

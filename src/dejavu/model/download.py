@@ -41,6 +41,7 @@ from dejavu.model.bundle import ADAPTER_FOLDER
 from dejavu.model.families import config_from_hf
 from dejavu.model.generation_config import GENERATION_FILE
 from dejavu.model.hub_name import HubName
+from dejavu.model.tokenizer import TEMPLATES_FOLDER
 
 HUB_S, REQUEST_S = 9.0, 5.0  # until a hub that does not answer a question is given up, in all and for one request of it
 LARGEST_CONFIG = 1_000_000  # bytes of a config.json, which is read before the consent
@@ -58,7 +59,8 @@ SMALL_FILES = (
     GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of them is needed
+SENTENCEPIECE = "tokenizer.model"
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), (SENTENCEPIECE,))  # one of them is needed
 ADAPTER_FILES = (TENSOR_FILE, GENERATION_FILE, CARD_FILE, CONFIG_FILE)
 # Weights in the order of preference: of each pair the first that the repository has any of. Shards go with their index.
 WEIGHTS = (
@@ -310,14 +312,15 @@ def _model_names(held: Collection[str], hub: HubName) -> list[str]:
         TENSOR_FILE not in held or weights != [TENSOR_FILE],
         f"{hub.repo!r} is an adapter, not a model; give the model that it was made for, and --adapter {hub.repo}",
     )
-    slow = ", only the tokenizer.model of SentencePiece" if "tokenizer.model" in held else ""
     require(
         any(all(name in held for name in names) for names in TOKENIZERS),
-        f"{hub.repo!r} holds no tokenizer that dejavu reads: no tokenizer.json, nor vocab.json with merges.txt{slow}; "
+        f"{hub.repo!r} holds no tokenizer that dejavu reads: no tokenizer.json, nor vocab.json with merges.txt, nor {SENTENCEPIECE}; "
         "take a copy of the model that has one",
     )
+    older = [] if "tokenizer.json" in held else [SENTENCEPIECE]
+    templates = sorted(name for name in held if name.startswith(f"{TEMPLATES_FOLDER}/") and name.endswith(".jinja"))
     adapter = [f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES]
-    return [*weights, *SMALL_FILES, *adapter, CONFIG_FILE]
+    return [*weights, *SMALL_FILES, *older, *templates, *adapter, CONFIG_FILE]
 
 
 def _weights(held: Collection[str]) -> list[str]:

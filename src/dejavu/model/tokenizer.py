@@ -234,8 +234,7 @@ def load_tokenizer(
     if (folder / TOKENIZER_FILE).is_file():
         backend, foreign = _file_backend(folder / TOKENIZER_FILE)
     else:
-        backend, special_tokens = slow_tokenizer(folder, config, special_tokens, model_type)
-        adds_bos = bool(config.get("add_bos_token", False))
+        backend, special_tokens, adds_bos = slow_tokenizer(folder, config, special_tokens, model_type)
     return build_tokenizer(
         backend,
         special_tokens=special_tokens,

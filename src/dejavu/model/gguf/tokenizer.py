@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from dejavu.config import require
 from dejavu.model.encoding import GROWTH, charsmap_growth
 from dejavu.model.gguf.header import Strings
+from dejavu.model.sentencepiece import scored_merges
 from dejavu.model.slow_tokenizer import byte_level_bpe
 from dejavu.model.splitting import splitting_of
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
@@ -31,7 +32,6 @@ ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_to
 DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2, "padding": 0}, "gpt2": {}}  # llama.cpp's
 ENDS = ("eos", "eot", "eom")
 TEMPLATE = "tokenizer.chat_template"  # and behind a dot the name of one that is not the default
-ODD = 0x9E3779B97F4A7C15  # any odd number of many bits
 END_TOKENS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>",
     "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>", "<eos>", "<end_of_utterance>", "<\uff5cend▁of▁sentence\uff5c>",
@@ -151,48 +151,12 @@ def _sentencepiece_bpe(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     unknown = vocabulary.special_id("unknown")
     model = models.BPE(
         vocab=vocabulary.ids,
-        merges=_scored_merges(vocabulary),
+        merges=scored_merges(vocabulary.tokens, np.asarray(vocabulary.scores), np.isin(vocabulary.types, (NORMAL, USER_DEFINED, UNUSED))),
         unk_token=None if unknown is None else vocabulary.tokens[unknown],
         fuse_unk=True,
         byte_fallback=True,
     )
     return _with_spaces(tokenizers.Tokenizer(model), vocabulary)
-
-
-def _scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Every pair of tokens whose union is a token, the highest score of the union first; of one union the shortest first token first.
-
-    A vocabulary of 262,144 tokens has a million places to cut one, so parts of tokens are looked up by numbers, all at once: by the sum of
-    their characters times powers of an odd number, modulo 2^64. Two of the same number would be refused by the library as no union.
-    """
-    order = np.argsort(-np.asarray(vocabulary.scores), kind="stable")
-    tokens = [vocabulary.tokens[index] for index in order.tolist()]
-    texts = np.isin(vocabulary.types, (NORMAL, USER_DEFINED, UNUSED))[order]
-    lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    characters = np.frombuffer("".join(tokens).encode("utf-32-le"), "<u4").astype(np.uint64) + 1
-    powers, inverses = (np.cumprod(np.full(len(characters) + 1, each, np.uint64)) for each in (ODD, pow(ODD, -1, 1 << 64)))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(characters * powers[:-1])])
-
-    def number(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-        return (sums[end] - sums[start]) * inverses[start]
-
-    numbers = number(starts, ends)
-    sorted_ids = np.argsort(numbers)
-    sorted_numbers = numbers[sorted_ids]
-
-    def token_of(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        at = np.searchsorted(sorted_numbers, part).clip(max=len(tokens) - 1)
-        return sorted_ids[at], sorted_numbers[at] == part
-
-    owner = np.repeat(np.arange(len(tokens)), lengths)
-    inside = np.repeat(texts, lengths)
-    inside[starts[lengths > 0]] = False
-    cuts = np.flatnonzero(inside)
-    (first, found), (second, also) = token_of(number(starts[owner[cuts]], cuts)), token_of(number(cuts, ends[owner[cuts]]))
-    pairs = np.flatnonzero(found & also)
-    return [(tokens[one], tokens[other]) for one, other in zip(first[pairs].tolist(), second[pairs].tolist(), strict=True)]
 
 
 def _unigram(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
