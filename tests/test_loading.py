@@ -247,11 +247,11 @@ def test_dtypes_and_gradients(folder: Folder) -> None:
     assert brain.model.blocks[1].down.weight.is_contiguous() and brain.name == "model"
 
 
-def test_eos_ids_of_generation_config_win(folder: Folder) -> None:
+def test_eos_ids_of_generation_config_come_first_and_those_of_config_stay(folder: Folder) -> None:
     path = folder()
     write_json(path / "generation_config.json", {"eos_token_id": [7, 9]})
     loaded = open_fp32(path)
-    assert loaded.config.eos_token_ids == loaded.tokenizer.eos_token_ids == (7, 9) and loaded.tokenizer.bos_token_id == 2
+    assert loaded.config.eos_token_ids == loaded.tokenizer.eos_token_ids == (7, 9, 2) and loaded.tokenizer.bos_token_id == 2
 
 
 def changed(model: Transformer, name: str, row: int) -> Transformer:
