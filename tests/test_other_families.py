@@ -287,7 +287,7 @@ def test_configs_as_published(hf: dict[str, Any], fields: dict[str, Any]) -> Non
     [
         ({"rope_scaling": "dynamic"}, "rope_scaling must be an object"),
         ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' has no factor"),
-        ({"rope_theta": "1e4"}, "theta of the rotary positions must be a number"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a number"),
         ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "1 short factors"),
         ({"model_type": "gemma3"}, "text_config"),

@@ -7,6 +7,10 @@ outside its range is a ValueError that names the value and the fix.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,23 +20,31 @@ DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 BACKENDS = ("auto", "torch", "native", "cuda")
 MAX_NEW_TOKENS = 256  # of a text, where nobody says how many
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+# Sizes beyond which a config is damaged: several times those of any model, and products of two of them have 64 bits.
+LARGEST = dict.fromkeys(("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"), 1 << 24)
+LARGEST |= {"vocab_size": 1 << 28, "num_layers": 1024, "max_positions": (1 << 31) - 1}
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): what is a step's name, e.g. "wiki.txt dense"; done and total count its tokens, pairs or rows."""
 
 
 class Config:
-    """Base of the configuration dataclasses: `from_dict` refuses keys that are no field."""
+    """Base of the configuration dataclasses: `from_dict` refuses keys that are no field, values of another type and what is missing."""
 
     __slots__ = ()
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        known = {field.name for field in dataclasses.fields(cls)}
+        require(isinstance(values, Mapping), f"{cls.__name__} must be an object, not {shown(values)}")
+        fields = dataclasses.fields(cls)
+        known = {field.name for field in fields}
         unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"unknown keys {unknown} for {cls.__name__}; it knows {sorted(known)}")
+        require(not unknown, f"unknown keys {shown(unknown)} for {cls.__name__}; it knows {sorted(known)}")
+        needed = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
+        missing = [name for name in needed if name not in values]
+        require(not missing, f"{cls.__name__} has no {', '.join(missing)}")
+        check_types(cls, values)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,6 +55,65 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds: for what a user or a file can get wrong."""
     if not condition:
         raise ValueError(message)
+
+
+def with_tuples(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """The values with the lists of these keys, as JSON has them, as tuples."""
+    lists = {key: tuple(values[key]) for key in keys if isinstance(values.get(key), list)}
+    return {**values, **lists}
+
+
+def shown(value: object, longest: int = 60) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def check_types(cls: type[Config], values: Mapping[str, Any]) -> None:
+    """Raise ValueError where a value is not of the type that its field is declared with.
+
+    Whole numbers stand for numbers, true and false do not; a number is finite, a whole one has at most 64 bits. What is within a tuple or a
+    dict is checked too.
+    """
+    hints = _hints(cls)
+    for name, value in values.items():
+        require(_fits(value, hints[name]), f"{name} must be {_words(hints[name])}, not {shown(value)}")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or origin is ClassVar:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(_fits(each, parts[0]) for each in value)
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_fits(key, parts[0]) and _fits(each, parts[1]) for key, each in value.items())
+    if hint in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
+        return whole or (hint is float and isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """A type as a message names it."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_words(part) for part in parts)
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin in (tuple, list):
+        return f"a list, each entry {_words(parts[0])}"
+    return plain.get(hint, "an object")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +140,24 @@ class RopeConfig(Config):
     long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(RopeConfig, {field.name: getattr(self, field.name) for field in dataclasses.fields(RopeConfig)})
         require(self.type in ROPE_TYPES, f"rope type {self.type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-        require(self.theta > 0, f"rope theta must be positive, not {self.theta}")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions", "attention_factor"):
+            require(getattr(self, name) > 0, f"rope {name} must be positive, not {getattr(self, name)}")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            below = 0 < getattr(self, low) < getattr(self, high)
+            require(below, f"rope {low} must be positive and less than {high}, not {getattr(self, low)} and {getattr(self, high)}")
+        for name in ("short_factors", "long_factors"):
+            odd = [each for each in getattr(self, name) if each <= 0]
+            require(not odd, f"rope {name} must be positive, not {odd[:1]}")
         require(0 < self.partial <= 1, f"partial_rotary_factor must lie in (0, 1], not {self.partial}")
-        require((self.type == "longrope") == bool(self.short_factors), "short factors belong to rope type 'longrope', and only there")
+        for name in ("short_factors", "long_factors"):
+            belongs = (self.type == "longrope") == bool(getattr(self, name))
+            require(belongs, f"{name.replace('_', ' ')} belong to rope type 'longrope', and only there")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        lists = {key: tuple(values[key]) for key in ("short_factors", "long_factors") if key in values}
-        return super(RopeConfig, cls).from_dict({**values, **lists})
+        return super(RopeConfig, cls).from_dict(with_tuples(values, "short_factors", "long_factors"))
 
     def size(self, head_dim: int) -> int:
         """How many values of a head are rotated."""
@@ -142,9 +222,22 @@ class ModelConfig(Config):
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
-        for name in sizes:
+        check_types(ModelConfig, {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)})
+        for name, most in LARGEST.items():
+            value = getattr(self, name)
+            require(0 < value <= most, f"{name} must be positive and at most {most:,}, not {value:,}")
+        width = self.num_heads * self.head_dim
+        require(width <= LARGEST["hidden_size"], f"{self.num_heads} heads of {self.head_dim} are wider than {LARGEST['hidden_size']:,}")
+        for name in ("norm_eps", "embed_scale", "residual_scale", "logit_scale"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("attention_cap", "logit_cap", "position_offset"):
+            require(getattr(self, name) >= 0, f"{name} must be 0 or positive, not {getattr(self, name)}")
+        require(self.embed_size is None or 0 < self.embed_size <= LARGEST["hidden_size"], f"embed_size {self.embed_size} is not possible")
+        require(self.attention_scale is None or self.attention_scale > 0, f"attention_scale must be positive, not {self.attention_scale}")
+        for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            require(0 <= token_id < 1 << 31, f"{token_id} is no token id")
+        outside = [index for index in self.windowed if not 0 <= index < self.num_layers]
+        require(not outside, f"windowed layers {outside[:3]} of {self.num_layers} layers")
         require(
             self.activation != "fatrelu" or self.activation_threshold > 0,
             f"activation fatrelu needs a positive threshold (hidden_act_param), not {self.activation_threshold}",
@@ -175,10 +268,7 @@ class ModelConfig(Config):
         for key in ("rope", "local_rope"):
             if isinstance(fields.get(key), Mapping):
                 fields[key] = RopeConfig.from_dict(fields[key])
-        for key in ("eos_token_ids", "windowed"):
-            if key in fields:
-                fields[key] = tuple(fields[key])
-        return super(ModelConfig, cls).from_dict(fields)
+        return super(ModelConfig, cls).from_dict(with_tuples(fields, "eos_token_ids", "windowed"))
 
     @property
     def embed_width(self) -> int:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from dejavu.config import ModelConfig, require
 from dejavu.model.families.falcon import FALCON
 from dejavu.model.families.family import Family, Fused, TensorTarget, is_norm_weight, is_transposed
+from dejavu.model.families.fields import checked
 from dejavu.model.families.gemma import GEMMA2, GEMMA3
 from dejavu.model.families.granite import GRANITE
 from dejavu.model.families.llama import ARCEE, LLAMA, MINICPM, MISTRAL, QWEN2, QWEN3
@@ -101,11 +102,12 @@ def find_family(model_type: object) -> Family:
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a Hugging Face config dict. ValueError names a missing field, an unsupported type or activation."""
+    hf = checked(hf)
     architecture = next(iter(hf.get("architectures") or ()), None)
     kind = hf.get("model_type") or ARCHITECTURES.get(str(architecture))
     kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     require(kind != "gemma3", "model_type 'gemma3' holds a vision model; give the text model in it (text_config, model_type 'gemma3_text')")
-    family, hf = find_family(kind), dict(hf) | {"model_type": kind}
+    family, hf = find_family(kind), hf | {"model_type": kind}
     packed_scheme(hf)  # refused by name, where it is none that is read
     return family.read_config(hf)
 

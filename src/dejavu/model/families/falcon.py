@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, require
 from dejavu.model.families.family import Fused
-from dejavu.model.families.fields import HF_ACTIVATION_NAMES, activation, common, size, written_rope
+from dejavu.model.families.fields import HF_ACTIVATION_NAMES, activation, common, positive, size, written_rope
 from dejavu.model.families.llama import LLAMA, whole_rope
 
 MODULES = {
@@ -47,7 +47,7 @@ def _read(given: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=4 * shared["hidden_size"] if hf.get("ffn_hidden_size") is None else size(hf, "ffn_hidden_size"),
         num_kv_heads=groups,
         activation=activation(hf.get("activation", "gelu")),
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        norm_eps=positive(hf, "layer_norm_epsilon", 1e-5),
         positions="rope",
         position_offset=0,
         rope=rotary,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dejavu.config import RopeConfig, require
+from dejavu.config import RopeConfig, require, shown
 
 # Ours on the right. fatrelu takes its threshold from `hidden_act_param`.
 ACTIVATION_NAMES = {
@@ -23,20 +23,85 @@ ACTIVATION_NAMES = {
 HF_ACTIVATION_NAMES = {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
+# What a family reads of a config.json beyond sizes: keys by the type of their values, of which null means none.
+FLAGS = (
+    "alibi", "attention_bias", "bias", "do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "mlp_bias", "multi_query",
+    "new_decoder_architecture", "parallel_attn", "qk_layernorm", "_remove_final_layer_norm", "tie_word_embeddings", "use_bias",
+    "use_bidirectional_attention", "use_parallel_residual", "use_qkv_bias", "use_sliding_window",
+)  # fmt: skip
+WHOLE = (
+    "ffn_hidden_size", "max_window_layers", "n_embed", "n_head", "n_layer", "num_kv_heads", "num_ln_in_parallel_attn",
+    "original_max_position_embeddings", "sliding_window", "sliding_window_pattern", "word_embed_proj_dim",
+)  # fmt: skip
+NUMBERS = (
+    "attention_factor", "attn_logit_softcapping", "beta_fast", "beta_slow", "dim_model_base", "factor", "final_logit_softcapping",
+    "hidden_act_param", "high_freq_factor", "layer_norm_epsilon", "low_freq_factor", "mscale", "mscale_all_dim", "norm_eps",
+    "partial_rotary_factor", "query_pre_attn_scalar", "rope_local_base_freq", "rope_percent", "rope_percentage", "rope_theta",
+    "scale_depth", "scale_emb",
+)  # fmt: skip
+NAMES = ("model_type", "rope_type", "type")
+LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architectures": (lambda each: isinstance(each, str), "names"),
+    "layer_types": (lambda each: isinstance(each, str), "names"),
+    "short_factor": (lambda each: _is_number(each), "numbers"),
+    "long_factor": (lambda each: _is_number(each), "numbers"),
+}
+OBJECTS = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
+MOST = (1 << 31) - 1  # of a whole number, and of the size of any other
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST and math.isfinite(value)
+
+
+def checked(hf: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """The config, once for all that families read of it besides `size`, `positive` and names of activations: each value is of its type, and
+    flags that are null are false. ValueError names the key and the value."""
+    found = dict(hf)
+
+    def hold(key: str, good: bool, kind: str) -> None:
+        require(good, f"config.json: {within}{key} must be {kind}, not {shown(found[key])}")
+
+    for key, value in hf.items():
+        if key in FLAGS:
+            hold(key, value is None or isinstance(value, bool), "true or false")
+            found[key] = bool(value)
+        elif value is None:
+            continue
+        elif key in WHOLE:
+            hold(key, type(value) is int and abs(value) <= MOST, "a whole number")
+        elif key in NUMBERS:
+            hold(key, _is_number(value), "a number")
+        elif key in NAMES:
+            hold(key, isinstance(value, str), "a name")
+        elif key in LISTS:
+            kind, named = LISTS[key]
+            hold(key, isinstance(value, list) and all(map(kind, value)), f"a list of {named}")
+        elif key in OBJECTS:
+            hold(key, isinstance(value, Mapping), "an object")
+            found[key] = checked(value, f"{within}{key}.")
+    return found
+
+
 def required(hf: Mapping[str, Any], key: str) -> Any:
     require(hf.get(key) is not None, f"config.json has no {key!r}")
     return hf[key]
 
 
+def given(hf: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value; the default where there is none, or null."""
+    return default if hf.get(key) is None else hf[key]
+
+
 def size(hf: Mapping[str, Any], key: str) -> int:
     value = required(hf, key)
-    require(isinstance(value, int) and value > 0, f"config.json: {key} must be a positive whole number, not {value!r}")
+    require(type(value) is int and 0 < value <= MOST, f"config.json: {key} must be a positive whole number, not {shown(value)}")
     return value
 
 
 def activation(name: object) -> str:
     if not isinstance(name, str) or name not in ACTIVATION_NAMES:
-        raise ValueError(f"activation {name!r} is not supported; supported: {', '.join(sorted(ACTIVATION_NAMES))}")
+        raise ValueError(f"activation {shown(name)} is not supported; supported: {', '.join(sorted(ACTIVATION_NAMES))}")
     return ACTIVATION_NAMES[name]
 
 
@@ -49,8 +114,8 @@ def head_dim(hf: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
 
 def token_ids(value: object) -> tuple[int, ...]:
     values = [] if value is None else value if isinstance(value, list) else [value]
-    ids = tuple(token for token in values if type(token) is int)  # true is none
-    require(len(ids) == len(values), f"config.json: eos_token_id must be one id or a list of ids, not {value!r}")
+    ids = tuple(token for token in values if type(token) is int and 0 <= token <= MOST)  # true is none
+    require(len(ids) == len(values), f"config.json: eos_token_id must be one id or a list of ids, not {shown(value)}")
     return tuple(dict.fromkeys(ids))
 
 
@@ -79,8 +144,7 @@ def one_of(new: Any, old: Any, name: str, places: str) -> Any:
 def positive(hf: Mapping[str, Any], key: str, default: float) -> float:
     """A positive number; the default where it is not there."""
     value = hf.get(key, default)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    require(good, f"config.json: {key} must be a positive number, not {value!r}")
+    require(_is_number(value) and value > 0, f"config.json: {key} must be a positive number, not {shown(value)}")
     return float(value)
 
 
@@ -91,9 +155,9 @@ def kv_heads(hf: Mapping[str, Any]) -> int:
 
 def windows(hf: Mapping[str, Any], window: int | None, windowed: list[int]) -> dict[str, Any]:
     """`window` and `windowed` of these layers; neither where no sequence is longer than the window."""
-    if window is None or not windowed or window >= hf["max_position_embeddings"]:
+    if window is None or not windowed or window >= size(hf, "max_position_embeddings"):
         return {}
-    require(isinstance(window, int) and window > 0, f"config.json: sliding_window must be a positive whole number, not {window!r}")
+    require(window > 0, f"config.json: sliding_window must be a positive whole number, not {window}")
     return {"window": window, "windowed": tuple(windowed)}
 
 
@@ -109,15 +173,9 @@ def sliding_layers(hf: Mapping[str, Any]) -> list[int] | None:
     return [index for index, each in enumerate(types) if each == "sliding_attention"]
 
 
-def _settings(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = hf.get(key) or {}
-    require(isinstance(value, Mapping), f"config.json: {key} must be an object, not {value!r}")
-    return value
-
-
 def rope(hf: Mapping[str, Any], *, partial: float = 1.0, theta: float = 10000.0) -> RopeConfig:
     """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before); defaults of the family."""
-    new, old = (_settings(hf, key) for key in ("rope_parameters", "rope_scaling"))
+    new, old = (hf.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     places = "rope_parameters against rope_theta and rope_scaling"
     base = one_of(new.get("rope_theta"), one_of(hf.get("rope_theta"), old.get("rope_theta"), "rope_theta", places), "rope_theta", places)
 
@@ -133,7 +191,7 @@ def rope(hf: Mapping[str, Any], *, partial: float = 1.0, theta: float = 10000.0)
     original = entry("original_max_position_embeddings", "original_max_position_embeddings")
     original = hf.get("original_max_position_embeddings") if original is None else original
     kind = "longrope" if kind == "su" else kind  # its first name
-    trained = size(hf, "max_position_embeddings") if original is None else int(original)  # before it was stretched
+    trained = size(hf, "max_position_embeddings") if original is None else original  # before it was stretched
     values: dict[str, Any] = {
         "theta": theta if base is None else base,
         "type": kind,
@@ -152,9 +210,6 @@ def rope(hf: Mapping[str, Any], *, partial: float = 1.0, theta: float = 10000.0)
         values["attention_factor"] = _attention_factor(hf, kind, trained, entry)
         if values["factor"] is None and kind == "yarn":
             values["factor"] = size(hf, "max_position_embeddings") / trained
-    for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-        good = isinstance(values[name], int | float | None) and not isinstance(values[name], bool)
-        require(good, f"config.json: {name} of the rotary positions must be a number, not {values[name]!r}")
     require(kind not in ("linear", "dynamic", "llama3") or values["factor"] is not None, f"config.json: rope type {kind!r} has no factor")
     return RopeConfig(**{key: value for key, value in values.items() if value is not None})
 
@@ -164,6 +219,7 @@ def _attention_factor(hf: Mapping[str, Any], kind: str, original: int, entry: Ca
     stated, factor = entry("attention_factor", "attention_factor"), entry("factor", "factor")
     if stated is not None:
         return float(stated)
+    require(original > 1, f"config.json: original_max_position_embeddings must be above 1, not {original}")
     factor = size(hf, "max_position_embeddings") / original if factor is None else factor
     if factor <= 1:
         return 1.0

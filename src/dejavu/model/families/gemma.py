@@ -8,7 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 from dejavu.config import ModelConfig, RopeConfig, require
-from dejavu.model.families.fields import activation_fields, rope, size, sliding_layers, windows, written_activation, written_rope
+from dejavu.model.families.fields import (
+    activation_fields,
+    given,
+    positive,
+    rope,
+    size,
+    sliding_layers,
+    windows,
+    written_activation,
+    written_rope,
+)
 from dejavu.model.families.llama import GATED, LLAMA, QK_NORMS, gated_rms, written_gated
 
 NORMS = {
@@ -22,6 +32,7 @@ LOCAL_THETA, GLOBAL_THETA = 10000.0, 1000000.0
 def _sliding(hf: Mapping[str, Any], full: int) -> list[int]:
     """Layers with a window: all but every `full`-th, unless layer_types says otherwise."""
     stated = sliding_layers(hf)
+    require(full > 0, f"config.json: sliding_window_pattern must be positive, not {full}")
     return [index for index in range(size(hf, "num_hidden_layers")) if (index + 1) % full] if stated is None else stated
 
 
@@ -33,7 +44,7 @@ def _fields(hf: Mapping[str, Any], rotary: RopeConfig, sliding: list[int]) -> di
     return fields | windows(hf, hf.get("sliding_window", 4096), sliding) | {
         "block_norms": True,
         "embed_scale": fields["hidden_size"] ** 0.5,
-        "attention_scale": float(hf.get("query_pre_attn_scalar", 256)) ** -0.5,
+        "attention_scale": positive(hf, "query_pre_attn_scalar", 256) ** -0.5,
         "qkv_bias": bias,
         "out_bias": bias,
         "tied_head": hf.get("tie_word_embeddings", True),
@@ -56,7 +67,7 @@ def _read3(hf: Mapping[str, Any]) -> ModelConfig:
     sizes = {key: hf[key] for key in ("max_position_embeddings",) if key in hf}
     rotary = rope(older | sizes | {"rope_parameters": whole}, theta=GLOBAL_THETA)
     local = rope(sizes | {"rope_theta": hf.get("rope_local_base_freq"), "rope_parameters": part}, theta=LOCAL_THETA)
-    sliding = _sliding(hf, hf.get("sliding_window_pattern", 6))
+    sliding = _sliding(hf, given(hf, "sliding_window_pattern", 6))
     fields = _fields(hf, rotary, sliding)
     caps = {
         "attention_cap": float(hf.get("attn_logit_softcapping") or 0),

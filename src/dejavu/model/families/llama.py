@@ -15,6 +15,7 @@ from dejavu.model.families.fields import (
     activation_fields,
     common,
     context,
+    given,
     kv_heads,
     positive,
     rope,
@@ -88,8 +89,8 @@ def _qwen_windows(hf: Mapping[str, Any]) -> dict[str, Any]:
         require(not sliding_layers(hf), "config.json: layer_types has sliding layers, and use_sliding_window is off")
         return {}
     layers = sliding_layers(hf)
-    first = hf.get("max_window_layers", 28)
-    layers = list(range(first, size(hf, "num_hidden_layers"))) if layers is None else layers
+    first = given(hf, "max_window_layers", 28)
+    layers = list(range(max(0, first), size(hf, "num_hidden_layers"))) if layers is None else layers
     return windows(hf, hf.get("sliding_window", 4096), layers)
 
 
@@ -126,9 +127,9 @@ def _read_minicpm(hf: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         **fields,
         tied_head=hf.get("tie_word_embeddings", True),
-        embed_scale=float(hf.get("scale_emb", 1.0)),
-        residual_scale=float(hf.get("scale_depth", 1.0)) / layers**0.5,
-        logit_scale=float(hf.get("dim_model_base", width)) / width,
+        embed_scale=float(given(hf, "scale_emb", 1.0)),
+        residual_scale=float(given(hf, "scale_depth", 1.0)) / layers**0.5,
+        logit_scale=float(given(hf, "dim_model_base", width)) / width,
     )
 
 

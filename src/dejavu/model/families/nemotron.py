@@ -7,7 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from dejavu.config import ModelConfig
-from dejavu.model.families.fields import activation_fields, common, context, kv_heads, rope, size, written_activation, written_rope
+from dejavu.model.families.fields import (
+    activation_fields,
+    common,
+    context,
+    given,
+    kv_heads,
+    positive,
+    rope,
+    size,
+    written_activation,
+    written_rope,
+)
 from dejavu.model.families.llama import LLAMA, UNGATED
 
 
@@ -15,14 +26,14 @@ def _read(hf: Mapping[str, Any]) -> ModelConfig:
     if (hf.get("rope_parameters") or {}).get("partial_rotary_factor") is not None:
         # transformers 5.17 writes its default next to the value that it computes with.
         hf = {key: value for key, value in hf.items() if key != "partial_rotary_factor"}
-    share = hf.get("rope_percent", hf.get("rope_percentage", 0.5))  # its names before partial_rotary_factor
+    share = given(hf, "rope_percent", given(hf, "rope_percentage", 0.5))  # its names before partial_rotary_factor
     rotary, bias = rope(hf, partial=share), hf.get("attention_bias", False)
     fields = common(hf) | activation_fields({"hidden_act": "relu2"} | dict(hf)) | context(hf, rotary)
     return ModelConfig(
         **fields,
         intermediate_size=size(hf, "intermediate_size"),
         num_kv_heads=kv_heads(hf),
-        norm_eps=hf.get("norm_eps", 1e-5),
+        norm_eps=positive(hf, "norm_eps", 1e-5),
         positions="rope",
         position_offset=0,
         rope=rotary,
