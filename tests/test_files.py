@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import lzma
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from dejavu.files import (
     MARKER,
+    UNPACKED_LEAST,
     expand_paths,
     new_folder,
     read_json,
@@ -21,6 +24,8 @@ from dejavu.files import (
     safe_member,
     text_hash,
     write_json,
+    write_safetensors,
+    write_text,
 )
 
 TEXT = "Línea one\r\nline two\n"
@@ -136,7 +141,7 @@ def test_write_json_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_read_json_names_the_broken_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"not valid JSON|not UTF-8") as caught:
+    with pytest.raises(ValueError, match=r"not valid JSON|not UTF-8|is empty \(0 bytes\)") as caught:
         read_json(path)
     assert str(path) in str(caught.value)
 
@@ -308,9 +313,64 @@ def test_read_safetensors(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for broken in (whole[:-1], whole[:20], whole[:4], b"", b"x" * 100, whole[:8] + b"!" * (len(whole) - 8)):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"truncated or not a safetensors file.*again") as caught:
+        with pytest.raises(ValueError, match=r"is (truncated|empty|damaged).*again") as caught:
             read_safetensors(path)
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "packed", [lzma.compress(bytes(UNPACKED_LEAST + 1)), lzma.compress(b"a" * 99) + lzma.compress(bytes(UNPACKED_LEAST))]
+)
+def test_a_text_that_unpacks_to_far_more_than_text_does_is_refused(tmp_path: Path, packed: bytes) -> None:
+    (tmp_path / "bomb.xz").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"bomb\.xz has [\d,]+ bytes and unpacks to more than 67,108,864"):
+        read_text(tmp_path / "bomb.xz")
+
+
+def test_an_xz_file_of_several_streams_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.xz").write_bytes(lzma.compress(b"one ") + lzma.compress(b"two") + b"\0" * 4)
+    assert read_text(tmp_path / "a.xz") == "one two"
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Within, no file of this process can grow beyond so many bytes: as on a full disk, writing fails half-way."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_safetensors(path, {"a": torch.zeros(10_000)}),
+        lambda path: write_json(path, "a" * 40_000),
+        lambda path: write_text(path, "a" * 40_000),
+    ],
+)
+def test_a_full_disk_names_path_and_bytes_and_leaves_what_was_there(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    path = tmp_path / "a"
+    path.write_text("before")
+    with (
+        room_for(1000),
+        pytest.raises(ValueError, match=r"/a cannot be written \(.*too large.*\): it takes 40,0\d\d bytes, and [\d,]+ are free"),
+    ):
+        write(path)
+    assert names(tmp_path) == ["a"] and path.read_text() == "before"
+
+
+def test_a_folder_on_a_full_disk_is_not_begun(tmp_path: Path) -> None:
+    with (
+        room_for(1000),
+        pytest.raises(ValueError, match=r"/out cannot be written \(File too large\); make room"),
+        new_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "a").write_bytes(bytes(2000))
+    assert names(tmp_path) == []
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind the superuser")

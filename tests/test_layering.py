@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "dejavu"
 RANKS = (
-    {"config", "figures", "files", "version"},
+    {"config", "damage", "figures", "files", "locks", "version"},
     {"kernels"},
     {"model"},
     {"offline", "engine"},

@@ -335,7 +335,7 @@ def test_adapter_keeps_its_budget_and_resumes(checkpoint: Checkpoint, tmp_path: 
     assert math.exp(float(nll.double().mean())) == pytest.approx(result["ppl_sparse"], rel=1e-6)
 
     # A second run takes finished layers from the work folder (one is lost) and gives the same adapter.
-    (tmp_path / "work" / "layer_1.json").unlink()
+    (tmp_path / "work" / "layer_1.safetensors").unlink()
     seen: list[str] = []
     again, _ = train_adapter(
         checkpoint, documents, config, text_hash="abc", work_folder=tmp_path / "work", progress=lambda what, done, total: seen.append(what)

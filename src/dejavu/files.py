@@ -6,26 +6,34 @@ cannot be read is a ValueError that names the absolute path and the fix.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import lzma
 import os
+import re
 import shutil
 import stat
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dejavu.damage import LFS, damaged, misplaced
+from dejavu.locks import in_use, kept
 from dejavu.version import __version__
 
 MARKER = ".dejavu"  # in every folder that new_folder wrote: such a folder may be replaced
+UNPACKED_RATIO, UNPACKED_LEAST = 100, 1 << 26  # a .xz file of text unpacks to less than either; plain text to about five times its size
+XZ_MEMORY = 1 << 28  # bytes that unpacking may take; `xz -9` asks for 65 MB
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def absolute(path: str | Path) -> Path:
@@ -35,7 +43,7 @@ def absolute(path: str | Path) -> Path:
 
 def _read_bytes(path: Path, kind: str) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give the path of {kind}") from None
     except IsADirectoryError:
@@ -44,6 +52,9 @@ def _read_bytes(path: Path, kind: str) -> bytes:
         ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of {kind}") from None
+    if content.startswith(LFS):
+        raise ValueError(misplaced(path))
+    return content
 
 
 def _decode(path: Path, content: bytes, kind: str) -> str:
@@ -64,7 +75,7 @@ def read_text(path: str | Path, *, kind: str = "a text file (.txt, .md or .xz)")
     content = _read_bytes(path, kind)
     if path.suffix == ".xz":
         try:
-            content = lzma.decompress(content)
+            content = _unpacked(path, content)
         except lzma.LZMAError as error:
             raise ValueError(f"{path} is not a whole .xz file ({error}); compress or copy it again") from None
     text = _decode(path, content, "plain text")
@@ -73,6 +84,26 @@ def read_text(path: str | Path, *, kind: str = "a text file (.txt, .md or .xz)")
     if not text.strip():
         raise ValueError(f"{path} holds no text; give a file with text in it")
     return text
+
+
+def _unpacked(path: Path, packed: bytes) -> bytes:
+    """What an .xz file holds, of one stream or several. ValueError for one that is no text: it unpacks to far more than text does."""
+    most = max(UNPACKED_LEAST, UNPACKED_RATIO * len(packed))
+    parts: list[bytes] = []
+    left = packed
+    while left or not parts:
+        decoder = lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+        while not decoder.eof:
+            parts.append(decoder.decompress(left, max_length=UNPACKED_LEAST))
+            left = b""
+            if not parts[-1] and decoder.needs_input:
+                raise lzma.LZMAError("it ends too early")
+            if sum(map(len, parts)) > most:
+                raise ValueError(
+                    f"{path} has {len(packed):,} bytes and unpacks to more than {most:,}, which no text does; unpack it yourself"
+                )
+        left = decoder.unused_data.lstrip(b"\0")
+    return b"".join(parts)
 
 
 def expand_paths(patterns: Sequence[str]) -> list[Path]:
@@ -102,16 +133,47 @@ def text_hash(text: str) -> str:
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write obj as indented JSON, whole or not at all. NaN and infinity are refused: they are no JSON."""
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    content = text.encode()
+    with new_file(path, len(content)) as partial:
+        partial.write_bytes(content)
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, whole or not at all."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with new_file(path, size) as partial:
+        safetensors.torch.save_file(dict(tensors), partial, metadata=metadata)
+
+
+@contextmanager
+def new_file(path: str | Path, size: int) -> Generator[Path]:
+    """Fill a file of about so many bytes and put it in place only when it is complete.
+
+    Yields a temporary path next to `path`. What goes wrong with writing is a ValueError that names the path and the bytes, and leaves what
+    was there.
+    """
     path = absolute(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    content = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        partial.write_text(content, encoding="utf-8")
+        yield partial
         partial.replace(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another path") from None
+    except (OSError, SafetensorError) as error:
+        raise unwritten(path, error, size) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def unwritten(path: Path, error: OSError | SafetensorError, size: int | None = None) -> ValueError:
+    """The error for a path that cannot be written. size: the bytes that it takes, where that is known."""
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    place = next((folder for folder in path.parents if folder.is_dir()), path.parent)
+    takes = "" if size is None else f": it takes {size:,} bytes, and {shutil.disk_usage(place).free:,} are free there"
+    return ValueError(f"{path} cannot be written ({reason}){takes}; make room, or choose another path")
 
 
 def read_json(path: str | Path) -> Any:
@@ -120,8 +182,17 @@ def read_json(path: str | Path) -> Any:
     text = _decode(path, _read_bytes(path, "a JSON file"), "JSON")
     try:
         return parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); mend or replace the file") from None
+    except (ValueError, RecursionError) as error:
+        told = misplaced(path)
+        raise ValueError(told or f"{path} is not valid JSON ({error}); mend or replace the file") from None
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """As `read_json`, of a file that holds a JSON object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{absolute(path)} holds no JSON object; mend or replace the file")
+    return value
 
 
 def parse_json(text: str) -> Any:
@@ -149,24 +220,69 @@ def new_folder(path: str | Path) -> Generator[Path]:
 
     Yields a temporary folder next to `path`; when the block ends it takes the place of `path`, and when the block raises
     it is removed and `path` stays as it was. An older folder is replaced, with everything in it, only if it is empty or
-    was written by new_folder. Raises ValueError for any other existing path, before the block runs. Files get the mode of
-    the process's umask, whatever library wrote them.
+    was written by new_folder. Raises ValueError for any other existing path, and where another process is filling one for
+    it, before the block runs; and for a full disk. Files get the mode of the process's umask, whatever library wrote them.
+    What a process that was killed has left of this is removed.
     """
     path = Path(os.path.realpath(absolute(path)))
+    _clear_away(path)
     check_replaceable(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir(parents=True)
+        mark(partial)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"{path} cannot be created ({error.strerror}); choose another folder") from None
     try:
-        yield partial
-        mark(partial)
-        _give_default_modes(partial)
-        check_replaceable(path)
-        _put_in_place(partial, path)
+        with kept(partial, MARKER):
+            yield partial
+            _give_default_modes(partial)
+            check_replaceable(path)
+            _put_in_place(partial, path)
+    except OSError as error:
+        if error.errno in FULL:
+            raise unwritten(path, error) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear_away(path: Path) -> None:
+    """Remove what `new_folder` left of this folder where it was killed. If that was while it replaced the old one by the new one, the
+    old one comes back. ValueError where it is at work in another process."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.(partial|old)")
+    for other in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+        match = ours.fullmatch(other.name)
+        if match is None or other.is_symlink() or not other.is_dir():
+            continue
+        holder = in_use(other, MARKER)
+        if holder is not None:
+            raise ValueError(f"{path} is {holder}; wait for its end, end it, or choose another folder")
+        if match[1] == "old" and not path.exists():
+            other.rename(path)
+        else:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+@contextmanager
+def working_in(folder: Path) -> Generator[None]:
+    """Keep a folder, made where it is not there, for what this process writes there piece by piece; one without anything in it goes again.
+
+    Raises ValueError where another process has it.
+    """
+    make_folder(folder)
+    try:
+        with kept(folder, MARKER):
+            for left in folder.glob(".*.partial"):  # of a process that was killed
+                left.unlink()
+            yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise unwritten(absolute(folder), error) from error
+        raise
+    if folder.is_dir() and [entry.name for entry in folder.iterdir()] == [MARKER]:
+        shutil.rmtree(folder)
 
 
 def mark(folder: Path) -> None:
@@ -250,6 +366,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that a safetensors file holds beside its tensors."""
+    with whole_safetensors(path) as path, safetensors.safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 @contextmanager
 def whole_safetensors(path: str | Path) -> Generator[Path]:
     """What goes wrong with a safetensors file meanwhile, as a ValueError."""
@@ -259,6 +381,6 @@ def whole_safetensors(path: str | Path) -> Generator[Path]:
     try:
         yield path
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); copy or download it again") from None
+        raise damaged(path, f"it is no safetensors file ({error})") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions") from None

@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from dejavu.config import Config, require
-from dejavu.files import read_text
+from dejavu.files import read_text, unwritten
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.version import __version__
 
@@ -263,12 +263,19 @@ def append_rows(path: Path, rows: Sequence[AnyRow]) -> list[AnyRow]:
     written = completed(rows)
     text = "".join(json.dumps(row.to_dict(), allow_nan=False) + "\n" for row in written)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() > 0:
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end > 0:
             file.seek(-1, os.SEEK_END)
             # A line cut short by a crash must not swallow the next row.
             text = text if file.read(1) == b"\n" else "\n" + text
-        file.write(text.encode())
+        content = text.encode()
+        try:
+            while content:  # on a full disk first a part of them is written, then nothing
+                content = content[file.write(content) :]
+        except OSError as error:
+            file.truncate(end)
+            raise unwritten(path, error, len(text)) from error
     return written
 
 

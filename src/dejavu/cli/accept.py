@@ -31,7 +31,7 @@ def accept(lm: LanguageModel, folder: Path, texts: list[str], out: Output) -> Ad
     perplexity on it differs by over 2 % from the one on record.
     """
     from dejavu.config import require
-    from dejavu.files import absolute, write_json
+    from dejavu.files import absolute, write_json, write_text
     from dejavu.model.adapter import CARD_FILE, CONFIG_FILE, Adapter
     from dejavu.model.card import card
     from dejavu.model.texts import corpus_hash, named_texts
@@ -52,7 +52,7 @@ def accept(lm: LanguageModel, folder: Path, texts: list[str], out: Output) -> Ad
         "they may differ by 2 %: train an adapter for this model",
     )
     accepted = adapter.with_base(lm.base_hash)
-    (folder / CARD_FILE).write_text(card(accepted.config), encoding="utf-8")
+    write_text(folder / CARD_FILE, card(accepted.config))
     write_json(folder / CONFIG_FILE, accepted.config.to_dict())
     out.say(f"{folder} now accepts {lm.name}: dense perplexity {ppl:.4f}, on record {expected:.4f}")
     return accepted

@@ -64,7 +64,7 @@ def adapt(
 ) -> None:
     """Distil a model into itself with predictors in the loop; writes an adapter. Resumes; runs under torchrun on several GPUs."""
     from dejavu.config import require
-    from dejavu.files import absolute, check_replaceable, make_folder, new_folder, write_json
+    from dejavu.files import absolute, check_replaceable, new_folder, write_json
     from dejavu.model.adapter import write_adapter
     from dejavu.model.texts import corpus_hash, documents, named_texts
     from dejavu.offline.adapt.ranks import joined_ranks
@@ -93,8 +93,6 @@ def adapt(
             download=download, offline=offline,
         )  # fmt: skip
         config = AdaptConfig.from_dict({**options, "length": length or min(1024, lm.config.max_positions)})
-        if place == 0:
-            make_folder(work)
         kept = f"the state is kept in {work}; run the same command again to go on"
         with resumable(kept), _stopping(pause) as stop, progress_bars(place == 0) as progress:
             found = run_adapt(

@@ -42,7 +42,7 @@ def quantize(
     """Round a model to few bits with its activations in view; writes a folder that loads as it is, and says what it costs."""
     from dejavu.cli.accept import TOLERANCE
     from dejavu.config import require
-    from dejavu.files import absolute, check_replaceable, new_folder
+    from dejavu.files import absolute, check_replaceable, new_folder, write_text
     from dejavu.kernels.native import missing_reason
     from dejavu.model.adapter import merged_model
     from dejavu.model.bundle import write_grids
@@ -74,7 +74,7 @@ def quantize(
         kept, note = (lm.adapter.merged(), None) if merge and lm.adapter else _fitting(lm.adapter, found["rise"], TOLERANCE)
         with new_folder(target) as folder:
             write_grids(made, lm.tokenizer, folder, adapter=kept, sampling=lm.sampling if merge else lm.checkpoint.sampling)
-            (folder / "README.md").write_text(quantized_card(lm.name, lm.checkpoint.stored_dtype, found), encoding="utf-8")
+            write_text(folder / "README.md", quantized_card(lm.name, lm.checkpoint.stored_dtype, found))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     out.show(
         f"perplexity of {found['eval_tokens']:,} unseen tokens {before:.3f} before, {after:.3f} after: [bold]{found['rise']:+.2%}[/bold]"

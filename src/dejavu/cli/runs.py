@@ -5,6 +5,8 @@ A run folder holds `results.json`: the sections of report/report.py. A later com
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +18,17 @@ if TYPE_CHECKING:
 
 PARTS = "eval-parts.json"
 
+_kept = contextlib.ExitStack()
+atexit.register(_kept.close)
+
 
 def open_run(path: Path) -> Path:
-    """The run folder, made if it is not there. Raises ValueError where it may not be written."""
-    from dejavu.files import absolute, check_replaceable, make_folder
+    """The run folder, made if it is not there, kept until this process ends. Raises ValueError where it may not be written."""
+    from dejavu.files import absolute, check_replaceable, working_in
 
     path = absolute(path)
     check_replaceable(path)
-    make_folder(path)
+    _kept.enter_context(working_in(path))
     return path
 
 
@@ -33,12 +38,13 @@ def write_sections(folder: Path, lm: LanguageModel, *, screen: HeadAgreement | N
     screen: what a screened head was measured to do, which belongs to what ran.
     """
     from dejavu.bench.rows import about
-    from dejavu.files import read_json, write_json
+    from dejavu.files import read_object, write_json
     from dejavu.report.report import RESULTS_FILE
 
     path = folder / RESULTS_FILE
-    held = read_json(path) if path.is_file() else {}
-    same = isinstance(held, dict) and held.get("model", {}).get("base_hash") == lm.base_hash
+    held = read_object(path) if path.is_file() else {}
+    model = held.get("model")
+    same = isinstance(model, dict) and model.get("base_hash") == lm.base_hash
     facts = about(lm.checkpoint, backend=lm.backend, dtype=lm.dtype, threads=lm.num_threads, cuda=lm.backend == "cuda")
     facts["environment"] |= {"cache_dtype": lm.cache_dtype, "screened_head": lm.screened_head}
     if screen is not None:

@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, SamplingConfig, require
-from dejavu.files import new_folder, read_json, read_safetensors, write_json
+from dejavu.files import new_folder, read_object, read_safetensors, write_json, write_safetensors, write_text
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, wide
 from dejavu.model.adapter_config import SCHEMA_VERSIONS, AdapterConfig, LayerConfig
 from dejavu.model.card import card
@@ -196,19 +195,18 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
             tensors |= selector.file_tensors(f"layers.{index}.{key}")
     for index, lora in enumerate(adapter.lora or ()):
         tensors |= lora_tensors(index, lora)
-    save_file(tensors, folder / TENSOR_FILE)
+    write_safetensors(folder / TENSOR_FILE, tensors)
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
     if adapter.sampling is not None:
         write_json(folder / GENERATION_FILE, generation_values(adapter.sampling))
-    (folder / CARD_FILE).write_text(card(adapter.config), encoding="utf-8")
+    write_text(folder / CARD_FILE, card(adapter.config))
 
 
 def _read_config(folder: Path) -> AdapterConfig:
-    values = read_json(folder / CONFIG_FILE)
-    require(isinstance(values, dict), f"{folder / CONFIG_FILE} holds no JSON object")
+    values = read_object(folder / CONFIG_FILE)
     try:
         return AdapterConfig.from_dict(values)
-    except (TypeError, ValueError) as error:  # TypeError: a field is absent
+    except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
 
 

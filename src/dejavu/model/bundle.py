@@ -13,11 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dejavu.config import SamplingConfig, require
-from dejavu.files import new_folder, write_json
+from dejavu.files import new_folder, write_json, write_safetensors
 from dejavu.kernels.quantize import quantize_rows
 from dejavu.kernels.quantized import BLOCKS
 from dejavu.model.adapter import Adapter, write_adapter
@@ -55,7 +54,7 @@ def write_bundle(model: Transformer, tokenizer: Tokenizer, folder: str | Path, *
         else:
             tensors[name] = values.contiguous()
     with new_folder(folder) as partial:
-        save_file(tensors, partial / WEIGHTS_FILE)
+        write_safetensors(partial / WEIGHTS_FILE, tensors)
         write_json(partial / "config.json", config_to_hf(model.config) | {"dtype": "float32", FORMAT_KEY: INT8_ROWS})
         _write_rest(model, tokenizer, partial, sampling)
 
@@ -83,7 +82,7 @@ def export(
     plain = family.stored(weights, model.config)
     tensors = {family.full_name(name): values.to(stored_as).contiguous() for name, values in plain.items()}
     with new_folder(folder) as partial:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_safetensors(partial / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
         write_json(partial / "config.json", config_to_hf(model.config) | {"dtype": hf_dtype})
         _write_rest(model, tokenizer, partial, sampling)
         if adapter is not None:
@@ -95,7 +94,7 @@ def write_grids(
 ) -> None:
     """Fill an empty folder with a model whose matrices are held in grids of stored.py, each as it is. adapter, sampling: as of `export`."""
     tensors = {key: part for name, held in model.named_matrices() for key, part in as_our_tensors(name, held).items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
+    write_safetensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / "config.json", config_to_hf(model.config) | {"dtype": "float32", FORMAT_KEY: GRIDS})
     _write_rest(model, tokenizer, folder, sampling)
     if adapter is not None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dejavu.config import ModelConfig, require
-from dejavu.files import new_folder, write_json
+from dejavu.files import new_folder, write_json, write_safetensors
 from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import Adapter
 from dejavu.model.families import FAMILIES
@@ -60,5 +59,5 @@ def write_peft(adapter: Adapter, model: ModelConfig, folder: str | Path, *, dtyp
         "modules_to_save": sorted(norms) or None,
     }
     with new_folder(folder) as partial:
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_safetensors(partial / "adapter_model.safetensors", tensors, metadata={"format": "pt"})
         write_json(partial / "adapter_config.json", config)

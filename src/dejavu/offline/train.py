@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, Progress, require
-from dejavu.files import text_hash
+from dejavu.files import text_hash, working_in
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import AdapterConfig
 from dejavu.model.checkpoint import Checkpoint
@@ -64,12 +65,13 @@ def train_adapters(
     split = split_windows(ids_WT)
     dense = DenseRuns.of(model, split)
     found: list[Trained] = []
-    for method in methods:
-        one = TrainConfig.from_dict(config.to_dict() | {"method": method})
-        key = _run_key(f"{checkpoint.base_hash} {model.dtype}", one, ids_WT)
-        said = _named(progress, method) if len(methods) > 1 else progress
-        adapter, result = _trained(checkpoint, split, dense, one, key, text_hash, work_folder, said)
-        found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": given}))
+    with nullcontext() if work_folder is None else working_in(work_folder):
+        for method in methods:
+            one = TrainConfig.from_dict(config.to_dict() | {"method": method})
+            key = _run_key(f"{checkpoint.base_hash} {model.dtype}", one, ids_WT)
+            said = _named(progress, method) if len(methods) > 1 else progress
+            adapter, result = _trained(checkpoint, split, dense, one, key, text_hash, work_folder, said)
+            found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": given}))
     return found
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, Progress, require
-from dejavu.files import make_folder, read_json, write_json
+from dejavu.damage import content_of
+from dejavu.files import read_object, write_json
 from dejavu.model.adapter_config import LayerConfig
 from dejavu.model.counts import DensityCounter
 from dejavu.model.selectors import POINTS, GateThreshold, InputConfig, InputsConfig, InputThresholds, LayerAdapter, column_norms
@@ -142,12 +143,10 @@ def priced(model: Transformer, options: Options, ids_WT: Tensor, measured: int, 
 
 def _stored_parts(path: Path, key: str) -> list[Part] | None:
     """Parts that an earlier, interrupted run of the same training has priced; None where there are none."""
-    if not path.exists() or (stored := read_json(path))["key"] != key:
+    if not path.exists() or (stored := read_object(path)).get("key") != key:
         return None
-    return [
-        Part(layer=part["layer"], kind=part["kind"], dense_reads=part["dense_reads"], candidates=tuple(map(_candidate, part["candidates"])))
-        for part in stored["parts"]
-    ]
+    with content_of(path, "remove it, and it is computed again"):
+        return [Part(**part | {"candidates": tuple(map(_candidate, part["candidates"]))}) for part in stored["parts"]]
 
 
 def _candidate(values: dict[str, Any]) -> ThresholdCandidate:
@@ -162,7 +161,6 @@ def _plain_parts(
     if parts is None:
         parts = priced(model, seen_options(model, split.train, method), split.calibrate, MEASURED[method], progress)
         if path is not None:
-            make_folder(path.parent)
             write_json(path, {"key": key, "parts": [dataclasses.asdict(part) for part in parts]})
     return parts
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dejavu.config import ModelConfig, Progress
-from dejavu.files import make_folder, read_json, read_safetensors, write_json
+from dejavu.damage import content_of
+from dejavu.files import read_metadata, read_safetensors, write_safetensors
 from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import quantized
 from dejavu.model.adapter_config import LayerConfig
@@ -110,28 +111,34 @@ def train_layer(data: LayerData, model: Transformer, config: TrainConfig, train:
 
 
 def _save_layer(folder: Path, layer: int, key: str, trained: TrainedLayer) -> None:
+    """In one file, so that tensors and what is said of them are always of one run."""
     tensors, parts = {}, {}
     for kind, predictor in trained.predictors.items():
         tensors |= {f"{kind}.A": wide(predictor.A_RD), f"{kind}.B": wide(predictor.B_OR), f"{kind}.bias": predictor.bias_O}
         options = [[threshold, *dataclasses.astuple(quality)] for threshold, quality in trained.options[kind]]
         parts[kind] = {"lookahead": predictor.lookahead, "options": options}
-    make_folder(folder)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"layer_{layer}.safetensors")
-    write_json(folder / f"layer_{layer}.json", {"key": key, "parts": parts})
+    made = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_safetensors(_layer_file(folder, layer), made, {"key": key, "parts": json.dumps(parts)})
 
 
-def _load_layer(folder: Path, layer: int, key: str) -> TrainedLayer | None:
+def _layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer}.safetensors"
+
+
+def _load_layer(folder: Path, layer: int, key: str, config: ModelConfig) -> TrainedLayer | None:
     """A layer finished by an earlier, interrupted run of the same training; None where there is none."""
-    path = folder / f"layer_{layer}.json"
-    if not path.exists() or (stored := read_json(path))["key"] != key:
+    path = _layer_file(folder, layer)
+    if not path.exists() or (stored := read_metadata(path)).get("key") != key:
         return None
-    tensors = read_safetensors(folder / f"layer_{layer}.safetensors")
-    predictors, options = {}, {}
-    for kind, part in stored["parts"].items():
-        A, B, bias = (tensors[f"{kind}.{name}"] for name in ("A", "B", "bias"))
-        predictors[kind] = quantized(Predictor(A_RD=A, B_OR=B, bias_O=bias, threshold=0.0, lookahead=part["lookahead"]))
-        options[kind] = [(row[0], SelectionQuality(*row[1:])) for row in part["options"]]
-    return TrainedLayer(predictors, options)
+    tensors = read_safetensors(path)
+    trained = TrainedLayer({}, {})
+    with content_of(path, "remove it, and the layer is trained again"):
+        for kind, part in json.loads(stored["parts"]).items():
+            A, B, bias = (tensors[f"{kind}.{name}"] for name in ("A", "B", "bias"))
+            trained.predictors[kind] = quantized(Predictor(A_RD=A, B_OR=B, bias_O=bias, threshold=0.0, lookahead=part["lookahead"]))
+            trained.options[kind] = [(row[0], SelectionQuality(*row[1:])) for row in part["options"]]
+            _selector(trained, kind, 0.0).check(layer, config)
+    return trained
 
 
 def _selector(trained: TrainedLayer, kind: str, threshold: float) -> PredictedNeurons | PredictedHeads:
@@ -224,7 +231,7 @@ def _trained_layers(
 ) -> list[TrainedLayer]:
     """Every layer's predictors: taken from the work folder where finished, trained otherwise."""
     num_layers = model.config.num_layers
-    layers = [None if work_folder is None else _load_layer(work_folder, layer, key) for layer in range(num_layers)]
+    layers = [None if work_folder is None else _load_layer(work_folder, layer, key, model.config) for layer in range(num_layers)]
     if all(trained is not None for trained in layers):
         return [trained for trained in layers if trained is not None]
     train = split.train.numel()

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dejavu.files import read_json, write_json
+from dejavu.damage import content_of
+from dejavu.files import read_object, write_json
 
 
 @dataclass
@@ -24,9 +25,10 @@ class PartStore:
 
     def __post_init__(self) -> None:
         if self.path is not None and self.path.is_file():
-            held = read_json(self.path)
-            if isinstance(held, dict) and held.get("settings") == dict(self.settings):
-                self.parts = held["parts"]
+            held = read_object(self.path)
+            if held.get("settings") == dict(self.settings):
+                with content_of(self.path, "remove it, and everything is measured again"):
+                    self.parts = dict(held["parts"])
 
     def get(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The part of this name, measured and kept if it is not there yet."""

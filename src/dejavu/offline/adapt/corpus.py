@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dejavu.config import require
+from dejavu.config import ModelConfig, require
+from dejavu.damage import damaged, foreign_reader
+from dejavu.files import new_file
 from dejavu.model.tokenizer import Tokenizer
 
 PIECE = 20_000  # characters that are tokenised at a time: a long text is cut at the end of a line
@@ -58,13 +60,24 @@ def tokenized(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
 
 
-def kept_ids(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The ids in the file, which is made first where it is not there."""
+def kept_ids(path: Path, make: Callable[[], np.ndarray]) -> None:
+    """Make the file of ids where it is not there."""
     if not path.exists():
-        fresh = path.with_suffix(".new.npy")
-        np.save(fresh, make())
-        fresh.rename(path)
-    return np.load(path, mmap_mode="r")
+        made = make()
+        with new_file(path, made.nbytes) as fresh, fresh.open("wb") as file:
+            np.save(file, made)
+
+
+def read_ids(path: Path, config: ModelConfig) -> np.ndarray:
+    """The ids of a file, mapped. Raises ValueError where it holds anything else, or ids that the model has not."""
+    fix = f"remove {path.parent} to begin anew"
+    with foreign_reader(path, fix):
+        ids = np.load(path, mmap_mode="r")
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+        raise damaged(path, "it holds no row of token ids", fix)
+    if len(ids) and int(ids.max()) >= config.vocab_size:
+        raise damaged(path, f"id {ids.max()} is beyond the {config.vocab_size} of the model", fix)
+    return ids
 
 
 class Windows:

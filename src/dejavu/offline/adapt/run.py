@@ -11,20 +11,21 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from dejavu.config import Progress, require
-from dejavu.files import make_folder, read_json, write_json
+from dejavu.config import ModelConfig, Progress, require
+from dejavu.damage import damaged
+from dejavu.files import read_object, working_in, write_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt import own_text
-from dejavu.offline.adapt.corpus import Mixture, Windows, kept_ids, tokenized
+from dejavu.offline.adapt.corpus import Mixture, Windows, kept_ids, read_ids, tokenized
 from dejavu.offline.adapt.finish import DENSITY_WINDOWS, make_adapter
 from dejavu.offline.adapt.ranks import wait, world
 from dejavu.offline.adapt.student import choose_lookaheads, residual_cosines
@@ -60,15 +61,32 @@ def adapt(
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     first = world()[0] == 0
+    with working_in(folder) if first else nullcontext():
+        return _adapted(checkpoint, documents, config, text_hash, folder, device, chat_tokens, report, stop, progress, started)
+
+
+def _adapted(
+    checkpoint: Checkpoint,
+    documents: Sequence[str],
+    config: AdaptConfig,
+    text_hash: str,
+    folder: Path,
+    device: str,
+    chat_tokens: int,
+    report: Callable[[StepReport], None] | None,
+    stop: Callable[[], bool] | None,
+    progress: Progress | None,
+    started: float,
+) -> tuple[Adapter, dict[str, Any]] | None:
+    model, first = checkpoint.model, world()[0] == 0
     if first:
-        make_folder(folder)
         settings = {**config.to_dict(), "base_hash": checkpoint.base_hash, "text_hash": text_hash}
         check_run(folder, settings | ({"chat_tokens": chat_tokens} if config.chat_share else {}))
         _prepare(checkpoint, documents, config, folder, device, chat_tokens, progress)
     wait()
-    text = Windows(np.load(folder / "tokens.npy", mmap_mode="r"), config.length, config.seed)
-    own = Windows(np.load(folder / "chat.npy", mmap_mode="r"), config.length, config.seed, held_out=False) if config.chat_share else None
-    cosine_L = read_json(folder / "lookahead.json")["cosine"]
+    text = Windows(read_ids(folder / "tokens.npy", model.config), config.length, config.seed)
+    own = Windows(read_ids(folder / "chat.npy", model.config), config.length, config.seed, held_out=False) if config.chat_share else None
+    cosine_L = _read_cosines(folder / "lookahead.json", model.config)
     lookahead_L = choose_lookaheads(cosine_L, config.lookahead_cosine)
     trainer = Trainer(model, config, Mixture(text, own, config.chat_share), lookahead_L=lookahead_L, device=device)
     trainer.resume(folder)
@@ -99,6 +117,14 @@ def adapt(
     return adapter, result | {"seconds": time.perf_counter() - started}
 
 
+def _read_cosines(path: Path, config: ModelConfig) -> list[float]:
+    cosine_L = read_object(path).get("cosine")
+    numbers = isinstance(cosine_L, list) and len(cosine_L) == config.num_layers and all(isinstance(each, float) for each in cosine_L)
+    if not numbers:
+        raise damaged(path, f"it has no cosine for each of {config.num_layers} layers", f"remove {path.parent} to begin anew")
+    return cosine_L
+
+
 def _prepare(
     checkpoint: Checkpoint,
     documents: Sequence[str],
@@ -109,8 +135,8 @@ def _prepare(
     progress: Progress | None,
 ) -> None:
     """What is made once: the ids of the text, text of the model's own, the cosines that decide on lookahead."""
-    ids = kept_ids(folder / "tokens.npy", lambda: tokenized(checkpoint.tokenizer, documents))
-    windows = Windows(ids, config.length, config.seed)
+    kept_ids(folder / "tokens.npy", lambda: tokenized(checkpoint.tokenizer, documents))
+    windows = Windows(read_ids(folder / "tokens.npy", checkpoint.config), config.length, config.seed)
     if config.chat_share and not (folder / "chat.npy").exists():
         writer = copy.deepcopy(checkpoint.model).to(device=device, dtype=TORCH_DTYPES[config.dtype])
         writer.fill_frequencies(device)

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dejavu.config import Config, require
-from dejavu.files import read_json, write_json
+from dejavu.config import Config, require, shown
+from dejavu.damage import content_of
+from dejavu.files import read_metadata, read_object, read_safetensors, write_json, write_safetensors
 from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.lora import check_activation
 from dejavu.model.transformer import Transformer
@@ -115,15 +114,26 @@ class StepReport:
         return math.fsum(self.density_L) / len(self.density_L)
 
 
+def _checked(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """A tensor of a saved state, which must be finite, and of the shape and type of the one that it is for."""
+    found = tensors[name]
+    require(
+        (found.shape, found.dtype) == (like.shape, like.dtype),
+        f"{name} is {found.dtype} {list(found.shape)}, not {like.dtype} {list(like.shape)}",
+    )
+    require(bool(found.isfinite().all()), f"{name} has NaN or infinite values")
+    return found
+
+
 def check_run(folder: Path, settings: dict[str, Any]) -> None:
     """Note what a run folder is for. Raises ValueError naming what differs where it is another run's."""
     path = folder / RUN_FILE
     if not path.exists():
         write_json(path, settings)
         return
-    held = read_json(path)
+    held = read_object(path)
     names = [name for name in sorted({*held, *settings}) if held.get(name) != settings.get(name)]
-    differs = "; ".join(f"{name} is {held.get(name)!r} there and {settings.get(name)!r} here" for name in names)
+    differs = "; ".join(f"{name} is {shown(held.get(name))} there and {settings.get(name)!r} here" for name in names)
     require(not names, f"{folder} is of another run: {differs}; give the same options, or another output folder")
 
 
@@ -274,28 +284,25 @@ class Trainer:
         for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter
             tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        fresh = folder / f"{STATE_FILE}.new"
         state = {"step": str(self.step), "elapsed": repr(self.elapsed + self.last_seconds)}
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, fresh, metadata=state)
-        fresh.rename(folder / STATE_FILE)
+        write_safetensors(folder / STATE_FILE, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, state)
 
     def resume(self, folder: Path) -> bool:
         """Take up what an earlier run saved in the folder; False where there is nothing."""
         path = folder / STATE_FILE
         if not path.exists():
             return False
-        with safe_open(path, "pt") as file:
-            state = file.metadata()
-        self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
-        tensors = load_file(path)
-        self.controller.restore(tensors["steering"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        with torch.no_grad():
+        fix = f"remove {folder} to begin anew"
+        state, tensors = read_metadata(path), read_safetensors(path)
+        with content_of(path, fix):
+            self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
+            require(self.step >= 0 and 0 <= self.elapsed < math.inf, f"step {self.step} after {self.elapsed} s is not possible")
+            self.controller.restore(_checked(tensors, "steering", self.controller.state()))
+            moments: dict[int, dict[str, Tensor]] = {}
             for index, (name, parameter) in enumerate(self.parameters.items()):
-                parameter.copy_(tensors[f"parameter.{name}"])
-                prefix = f"optimizer.{name}."
-                held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                if held:
-                    moments[index] = held
+                parameter.detach().copy_(_checked(tensors, f"parameter.{name}", parameter))
+                expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+                if self.step > 0:
+                    moments[index] = {key: _checked(tensors, f"optimizer.{name}.{key}", like) for key, like in expected.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         return True
