@@ -35,9 +35,9 @@ def another_process(folder: Path) -> Generator[None]:
 
 def test_a_second_run_in_a_folder_is_refused_and_names_the_first(tmp_path: Path) -> None:
     make_folder(tmp_path / "run")
-    with another_process(tmp_path / "run"), pytest.raises(ValueError, match=r"run is in use by process 4321 of there since noon; wait"):
-        with working_in(tmp_path / "run"):
-            raise AssertionError("it must not come in")
+    refused = pytest.raises(ValueError, match=r"run is in use by process 4321 of there since noon; wait")
+    with another_process(tmp_path / "run"), refused, working_in(tmp_path / "run"):
+        raise AssertionError("it must not come in")
     with working_in(tmp_path / "run"):
         (tmp_path / "run" / "kept").touch()
         assert f"in use by process {os.getpid()} of" in (tmp_path / "run" / MARKER).read_text()

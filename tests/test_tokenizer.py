@@ -127,7 +127,7 @@ def test_an_unfinished_character_and_foreign_ids_decode() -> None:
 
 def test_missing_and_broken_files(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer file"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
         load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer in .*vocab\.json with merges\.txt"):

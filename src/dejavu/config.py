@@ -18,6 +18,7 @@ ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "fatrelu")
 EXACT_ZERO_ACTIVATIONS = ("relu", "relu2", "fatrelu")
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 BACKENDS = ("auto", "torch", "native", "cuda")
+ROUNDING = 1e-5  # of sums in fp32 that make a fraction
 MAX_NEW_TOKENS = 256  # of a text, where nobody says how many
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 # Sizes beyond which a config is damaged: several times those of any model, and products of two of them have 64 bits.
@@ -92,7 +93,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in parts)
     if origin is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
+        return any(type(value) is type(part) for part in parts)  # which of them is for the class to say
     if origin in (tuple, list):
         return isinstance(value, origin) and all(_fits(each, parts[0]) for each in value)
     if origin is not None and issubclass(origin, Mapping):
@@ -114,6 +115,12 @@ def _words(hint: Any) -> str:
     if origin in (tuple, list):
         return f"a list, each entry {_words(parts[0])}"
     return plain.get(hint, "an object")
+
+
+def require_shares(**values: float) -> None:
+    """Raise ValueError for a fraction that is none."""
+    for name, value in values.items():
+        require(0 <= value <= 1 + ROUNDING, f"{name} must lie in [0, 1], not {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,11 +7,13 @@ web page, and a file cut off or with bytes behind its end are told apart from on
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 LFS = b"version https://git-lfs.github.com/spec/"
+ZIP = b"PK\x03\x04"  # of a file of PyTorch
 PAGES = (b"<!doctype html", b"<html")
 HEAD = 256  # bytes that tell what a file is
 MOST_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
@@ -37,7 +39,8 @@ def foreign_reader(path: Path, fix: str = AGAIN) -> Generator[None]:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; {fix}") from None
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        ours = isinstance(error, ValueError) and str(error).startswith(str(path))
+        if ours or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise damaged(path, " ".join(str(error).split()) or type(error).__name__, fix) from error
 
@@ -68,6 +71,8 @@ def misplaced(path: Path) -> str | None:
         return f"{path} is a pointer of git-lfs ({size} bytes{stands}), not the file; run `git lfs pull` in its folder"
     if head.lstrip().lower().startswith(PAGES):
         return f"{path} is a web page ({size} bytes), not the file: the address that it came from was of a page; {AGAIN}"
+    if head.startswith(ZIP) and not zipfile.is_zipfile(path):
+        return f"{path} is truncated: it has {size:,} bytes and no end; the download or copy was cut off; {AGAIN}"
     return _cut(path, size, head) if path.suffix == ".safetensors" else None
 
 

@@ -276,13 +276,15 @@ def working_in(folder: Path) -> Generator[None]:
         with kept(folder, MARKER):
             for left in folder.glob(".*.partial"):  # of a process that was killed
                 left.unlink()
-            yield
+            try:
+                yield
+            finally:
+                if folder.is_dir() and [entry.name for entry in folder.iterdir()] == [MARKER]:
+                    shutil.rmtree(folder)
     except OSError as error:
         if error.errno in FULL:
             raise unwritten(absolute(folder), error) from error
         raise
-    if folder.is_dir() and [entry.name for entry in folder.iterdir()] == [MARKER]:
-        shutil.rmtree(folder)
 
 
 def mark(folder: Path) -> None:

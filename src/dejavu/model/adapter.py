@@ -19,12 +19,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, SamplingConfig, require
+from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, SamplingConfig, require, shown
 from dejavu.files import new_folder, read_object, read_safetensors, write_json, write_safetensors, write_text
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, wide
 from dejavu.model.adapter_config import SCHEMA_VERSIONS, AdapterConfig, LayerConfig
 from dejavu.model.card import card
 from dejavu.model.fingerprint import tensor_digest
+from dejavu.model.foreign_lora import refuse_peft
 from dejavu.model.generation_config import GENERATION_FILE, generation_values, read_generation_config
 from dejavu.model.lora import LayerLora, adapted_model, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import Predictor
@@ -136,6 +137,7 @@ class Adapter:
         base, see `with_base`), the layer whose predictor is missing, a wrong shape, a truncated file, an unknown key.
         """
         folder = Path(folder).expanduser().absolute()
+        refuse_peft(folder)
         require((folder / CONFIG_FILE).is_file(), f"adapter not found: {folder} has no {CONFIG_FILE}")
         config = _read_config(folder)
         if base_hash not in config.base_hashes and not accept:
@@ -204,6 +206,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
 
 def _read_config(folder: Path) -> AdapterConfig:
     values = read_object(folder / CONFIG_FILE)
+    model = "model_type" in values and "base_hashes" not in values
+    require(not model, f"{folder} is a model ({shown(values.get('model_type'))}), not an adapter; give the folder of an adapter")
     try:
         return AdapterConfig.from_dict(values)
     except ValueError as error:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dejavu.config import Config, require
+from dejavu.config import Config, check_types, require, require_shares, shown, with_tuples
 from dejavu.model.lora import LoraConfig
 from dejavu.model.selectors import SELECTING_METHODS, SELECTORS, GateThreshold, LayerAdapter
 from dejavu.version import __version__
@@ -43,10 +43,12 @@ class LayerConfig(Config):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         known = {"layer", *SELECTORS}
+        require(isinstance(values, Mapping), f"{cls.__name__} must be an object, not {shown(values)}")
         unknown = sorted(set(values) - known)
-        require(not unknown, f"unknown keys {unknown} for {cls.__name__}; it knows {sorted(known)}")
+        require(not unknown, f"unknown keys {shown(unknown)} for {cls.__name__}; it knows {sorted(known)}")
+        check_types(cls, {"layer": values.get("layer")})
         entries = {key: kind.entry_type.from_dict(values[key]) for key, kind in SELECTORS.items() if values.get(key) is not None}
-        return cls(entries=entries, **{name: value for name, value in values.items() if name not in SELECTORS})
+        return cls(layer=values["layer"], entries=entries)
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written: keys of predictors always, others where there is something, so that readers of predictors alone know all."""
@@ -99,6 +101,7 @@ class AdapterConfig(Config):
             threshold = entry.entries[GateThreshold.key].threshold if GateThreshold.key in entry.entries else 0
             exact = self.method not in ("exact", "adapted") or threshold == 0
             require(exact, f"layer {entry.layer}: method {self.method} has a threshold of 0, not {threshold}")
+        require_shares(mlp_density=self.mlp_density, head_density=self.head_density)
         tokens = self.calibration_max_tokens
         require(tokens is None or tokens >= 1, f"calibration_max_tokens must be at least 1, not {tokens}")
 
@@ -107,11 +110,9 @@ class AdapterConfig(Config):
         fields = dict(values)
         if isinstance(fields.get("layers"), list):
             fields["layers"] = tuple(LayerConfig.from_dict(layer) for layer in fields["layers"])
-        if isinstance(fields.get("base_hashes"), list):
-            fields["base_hashes"] = tuple(fields["base_hashes"])
         if isinstance(fields.get("lora"), Mapping):
             fields["lora"] = LoraConfig.from_dict(fields["lora"])
-        return super(AdapterConfig, cls).from_dict(fields)
+        return super(AdapterConfig, cls).from_dict(with_tuples(fields, "base_hashes"))
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written: an adapter without changes has no `lora`, so that readers of schema 1 know all of its keys."""

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dejavu.config import ModelConfig, SamplingConfig, require
-from dejavu.files import read_json, safe_member
+from dejavu.damage import foreign_reader, misplaced
+from dejavu.files import read_object, safe_member
 from dejavu.kernels.memory import give_back_freed, give_back_pages
 from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, joined, same_values, wide
 from dejavu.model.bundle import ADAPTER_FOLDER, bundled_folder, bundled_models
@@ -198,17 +199,17 @@ class Assembler:
                 self.unused.append(stored.name)
             return
         require(target.name not in self.digests, f"{self.where} holds tensor {plain!r} twice (second: {stored.name!r}); remove one")
-        values = stored.values
+        values, expected = stored.values, self.shapes[target.name]
+        expected = expected[::-1] if target.transposed else expected
+        if tuple(values.shape) != expected:
+            shapes = f"shape {list(values.shape)}, config.json makes it {list(expected)}"
+            raise ValueError(f"tensor {stored.name!r} in {self.where} has {shapes}")
         if isinstance(values, QuantizedMatrix):
             values = values.swapped() if target.transposed else values
         elif self.shifted and is_norm_weight(target.name):
             values = values + self.shifted
-        elif target.transposed and values.dim() == 2:
+        elif target.transposed:
             values = values.T.contiguous()
-        expected = self.shapes[target.name]
-        if tuple(values.shape) != expected:
-            shape = list(reversed(expected)) if target.transposed else list(expected)
-            raise ValueError(f"tensor {stored.name!r} in {self.where} has shape {list(stored.values.shape)}, config.json makes it {shape}")
         if not _is_finite(values):
             bad = int((~wide(values).isfinite()).sum())
             raise ValueError(f"tensor {stored.name!r} in {self.where} has {bad} NaN or infinite values; the checkpoint is damaged")
@@ -295,8 +296,7 @@ def _folder_tensors(folder: Path, notes: list[str]) -> Iterator[tuple[str, Tenso
 
 def _read_index(folder: Path, index: str) -> dict[str, set[str]]:
     """Shard -> tensor names, all shards present and inside the folder."""
-    content = read_json(folder / index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()) or not weight_map:
         raise ValueError(f"{folder / index} has no weight_map of tensor names to files; download it again")
     promised: dict[str, set[str]] = {}
@@ -333,11 +333,19 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return mapped_safetensors(path)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than weights, or is damaged: it is not opened; convert it to safetensors") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no PyTorch file: {error}") from error
-    if not isinstance(held, dict) or not all(isinstance(values, Tensor) for values in held.values()):
+        with foreign_reader(path):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except ValueError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError) and misplaced(path) is None:
+            raise ValueError(f"{path} holds more than weights, or is damaged: it is not opened; convert it to safetensors") from error
+        raise
+    if not isinstance(held, dict) or not all(isinstance(name, str) and _is_whole(values) for name, values in held.items()):
         raise ValueError(f"{path} is no state dict: it holds other things than named tensors")
     return held
+
+
+def _is_whole(values: object) -> bool:
+    """Whether it is a tensor that has memory for every value: a view may say that it has more values than its file has bytes."""
+    if not isinstance(values, Tensor) or values.layout != torch.strided or values.device.type != "cpu" or values.is_quantized:
+        return False
+    return values.untyped_storage().nbytes() >= values.numel() * values.element_size()

@@ -18,6 +18,7 @@ Letters: R rank of the change  I inputs  O outputs  D model
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class LoraConfig(Config):
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora rank must be at least 1, not {self.rank}")
+        require(math.isfinite(self.scale), f"lora scale must be finite, not {self.scale}")
         check_activation(self.activation)
 
 

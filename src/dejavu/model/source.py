@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dejavu.config import ModelConfig, require
-from dejavu.files import read_json
+from dejavu.config import ModelConfig, require, shown
+from dejavu.files import read_object
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.model.families import config_from_hf, parameter_shapes
+from dejavu.model.foreign_lora import refuse_peft
 from dejavu.model.generation_config import read_generation_config
 from dejavu.model.gguf import GGUFFile
 from dejavu.model.mapped import mapped_safetensors
@@ -59,9 +60,9 @@ def open_source(path: str | Path) -> ModelSource:
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         hf = file.hf_config()
-        return ModelSource(path=path, hf=hf, config=config_from_hf(hf), sizes=file.sizes(), stored_dtype=file.stored_dtype(), gguf=file)
+        return ModelSource(path=path, hf=hf, config=_config(hf, path), sizes=file.sizes(), stored_dtype=file.stored_dtype(), gguf=file)
     hf = read_hf_config(path)
-    config = config_from_hf(hf)
+    config = _config(hf, path)
     scheme = packed_scheme(hf)
     sizes = _folder_sizes(path, hf, config, scheme)
     stored = sizes.most_common(1)[0][0] if scheme is None else scheme.label
@@ -70,15 +71,24 @@ def open_source(path: str | Path) -> ModelSource:
 
 def read_config(path: Path) -> ModelConfig:
     """The architecture alone."""
-    return config_from_hf(GGUFFile(path).hf_config() if path.suffix == ".gguf" else read_hf_config(path))
+    return _config(GGUFFile(path).hf_config() if path.suffix == ".gguf" else read_hf_config(path), path)
+
+
+def _config(hf: Mapping[str, Any], path: Path) -> ModelConfig:
+    try:
+        return config_from_hf(hf)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, with the BOS of generation_config.json where that file has its own. A text ends at the EOS ids of either."""
     file = folder / "config.json"
+    refuse_peft(folder)
     require(file.is_file(), f"{folder} is no model folder: it has no config.json")
-    hf = read_json(file)
-    require(isinstance(hf, dict), f"{file} holds no JSON object")
+    hf = read_object(file)
+    adapter = "base_hashes" in hf and "model_type" not in hf
+    require(not adapter, f"{folder} is an adapter for {shown(hf.get('base_id'))}; give that as the model, and this with --adapter")
     stated = read_generation_config(folder).token_ids
     ends = [stated.get("eos_token_id"), hf.get("eos_token_id")]
     listed = [each for held in ends if held is not None for each in (held if isinstance(held, list) else [held])]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dejavu.config import require
+from dejavu.config import require, shown
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.quantize import GROUP
 from dejavu.kernels.quantized import BLOCKS, FLOATS, Matrix, QuantizedMatrix, gguf_block
@@ -79,8 +79,13 @@ def our_tensors(folder: Path) -> Iterator[StoredTensor]:
         if grid is None:
             yield as_stored(name, tensor, path)
             continue
+        require(tensor.dim() == 2, f"{path}: {name!r} is {grid} {list(tensor.shape)}, which is no matrix")
         scale, wide = scales.pop(name, None), tensor.shape[-1] if grid == "int8" else 2 * tensor.shape[-1]
-        wide = int(columns.pop(name)) if name in columns else wide
+        if name in columns:
+            stated = columns.pop(name)
+            odd = grid == "int4" and stated.numel() == 1 and int(stated) == wide - 1
+            require(odd, f"{path}: {name + ENDS[1]!r} is {shown(stated.tolist())}, and {name!r} has {tensor.shape[-1]} bytes a row")
+            wide -= 1
         expected = tensor.shape[:1] if grid == "int8" else (*tensor.shape[:1], -(-wide // GROUP))
         if scale is None or scale.shape != expected or scale.dtype != SCALES[grid]:
             each = "each row" if grid == "int8" else f"each {GROUP} values of a row"

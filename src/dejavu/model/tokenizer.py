@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from dejavu.config import require
-from dejavu.files import read_json, read_text, require_utf8, write_json
+from dejavu.files import read_object, read_text, require_utf8, write_json
 from dejavu.model import bounded, encoding
 from dejavu.model.slow_tokenizer import slow_tokenizer
 from dejavu.model.token_bytes import token_bytes
@@ -264,11 +264,7 @@ def _file_backend(path: Path) -> tuple[tokenizers.Tokenizer, str | None]:
 
 
 def _optional_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = read_json(path)
-    require(isinstance(content, dict), f"{path} holds no JSON object; mend or replace the file")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _templates(folder: Path, stated: Any) -> tuple[str | None, dict[str, str]]:

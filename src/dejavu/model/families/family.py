@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig
+from dejavu.config import ModelConfig, require
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix
 
 TRANSPOSED_MODULES = ("o", "down")
@@ -96,6 +96,8 @@ class Family:
         if match is None or match[2] not in self.fused:
             return {plain: values}
         fused = self.fused[match[2]]
+        rows = sum(_num_rows(part, config) for part in fused.parts)
+        require(values.shape[:1] == (rows,), f"tensor {plain!r} is {list(values.shape)}, config.json makes it {rows} rows")
         if isinstance(values, QuantizedMatrix):
             rows = fused.split(config, torch.arange(values.shape[0])[:, None])
             parts = tuple(_rows(values, row[:, 0]) for row in rows)
@@ -122,6 +124,11 @@ class Family:
             fused = next(fused for module, fused in self.fused.items() if f".{module}." in name)
             found[name] = fused.join(config, tuple(held[part] for part in fused.parts))
         return found
+
+
+def _num_rows(part: str, config: ModelConfig) -> int:
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}.get(part)
+    return config.intermediate_size if heads is None else heads * config.head_dim
 
 
 def _rows(matrix: QuantizedMatrix, row_N: Tensor) -> QuantizedMatrix:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dejavu.config import ModelConfig, require
+from dejavu.damage import foreign_reader
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, wide
-from dejavu.model.encoding import no_panic
 from dejavu.model.families import FAMILIES, config_from_hf, is_norm_weight
 from dejavu.model.gguf.families import IGNORED_MODULE, LAYER_MODULES, MODULES, ROPE_TENSORS, Source, gguf_family
 from dejavu.model.gguf.header import Header, TensorInfo, require_readable
@@ -78,7 +78,7 @@ class GGUFFile:
     @functools.cached_property
     def _tokenizer(self) -> tuple[Tokenizer, list[str]]:
         embedding = self.source.tensors.get("token_embd.weight")
-        with no_panic():
+        with foreign_reader(self.path):
             return read_tokenizer(self._vocabulary, num_rows=None if embedding is None else embedding.shape[0])
 
     def tokenizer(self) -> Tokenizer:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from dejavu.config import Config, ModelConfig, require
+from dejavu.config import Config, ModelConfig, require, require_shares
 from dejavu.model.selectors.selector import NeuronSelector, threshold_below
 from dejavu.model.transformer import LayerInputs
 
@@ -30,6 +30,7 @@ class GateConfig(Config):
 
     def __post_init__(self) -> None:
         GateThreshold(threshold=self.threshold)
+        require_shares(density=self.density, mass=self.mass)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from dejavu.config import Config, ModelConfig, require
+from dejavu.config import Config, ModelConfig, require, require_shares
 from dejavu.kernels.quantized import Matrix, wide
 from dejavu.model.selectors.selector import HeadSelector, InputSelector, Scoring, threshold_below
 from dejavu.model.transformer import Block
@@ -33,6 +33,9 @@ class InputConfig(Config):
 
     threshold: float
     density: float
+
+    def __post_init__(self) -> None:
+        require_shares(density=self.density)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from dejavu.config import Config, ModelConfig, require
+from dejavu.config import Config, ModelConfig, require, require_shares
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix
 from dejavu.model.predictor import HEAD_LOOKAHEADS, MLP_LOOKAHEADS, Predictor, head_predictor_input, mlp_predictor_input
 from dejavu.model.selectors.dense import head_reads, mlp_reads
@@ -42,6 +42,7 @@ class PartConfig(Config):
     def __post_init__(self) -> None:
         require(self.rank > 0, f"predictor rank must be positive, not {self.rank}")
         require(math.isfinite(self.threshold), f"predictor threshold must be finite, not {self.threshold}")
+        require_shares(density=self.density, recall=self.recall, mass=self.mass)
 
 
 @dataclass(frozen=True, slots=True)
