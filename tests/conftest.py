@@ -71,6 +71,10 @@ TINY_FAMILIES = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=2000, help="Damaged files that test_fuzz.py tries, of all kinds together.")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interruptible() -> None:
     """^C raises KeyboardInterrupt, as at a terminal: a shell starts what it puts into the background with SIGINT ignored."""

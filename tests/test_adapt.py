@@ -16,6 +16,7 @@ from torch import Tensor
 from conftest import Tiny
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.files import read_metadata, read_safetensors, write_safetensors
 from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from dejavu.model.peft import write_peft
 from dejavu.model.selectors import GateThreshold, LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
-from dejavu.offline.adapt.corpus import Mixture, Windows, pieces, tokenized
+from dejavu.offline.adapt.corpus import Mixture, Windows, pieces, read_ids, tokenized
 from dejavu.offline.adapt.density_controller import DensityController
 from dejavu.offline.adapt.divergence import mean_divergence
 from dejavu.offline.adapt.finish import moved, shift_to
@@ -232,6 +233,28 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(checkpoint: Checkpoint,
         assert torch.equal(parameter, resumed.parameters[name]), name
     assert torch.equal(whole.controller.state(), resumed.controller.state())
     assert not trainer_of(checkpoint, CONFIG).resume(tmp_path / "nothing")
+
+
+def test_a_damaged_state_names_the_file_and_how_to_begin_anew(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    stops = iter([False, True])
+    assert not trainer_of(checkpoint, CONFIG).run(tmp_path, stop=lambda: next(stops))
+    path = tmp_path / "state.safetensors"
+    tensors, state = read_safetensors(path), read_metadata(path)
+    name = next(name for name in tensors if name.startswith("parameter."))
+    damages = (
+        (tensors | {name: tensors[name][:-1].contiguous()}, state, rf"{name} is torch\.float32 .*, not torch\.float32"),
+        (tensors | {name: torch.full_like(tensors[name], torch.nan)}, state, rf"{name} has NaN"),
+        ({key: value for key, value in tensors.items() if key != name}, state, f"there is no '{name}'"),
+        (tensors, {"elapsed": "1"}, "there is no 'step'"),
+        (tensors, state | {"step": "-3"}, "step -3"),
+    )
+    for damaged, said, message in damages:
+        write_safetensors(path, damaged, said)
+        with pytest.raises(ValueError, match=rf"state\.safetensors is damaged: {message}.*; remove {tmp_path} to begin anew"):
+            trainer_of(checkpoint, CONFIG).resume(tmp_path)
+    np.save(tmp_path / "tokens.npy", np.array([1, 96], dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"tokens\.npy is damaged: id 96 is beyond the 96 of the model"):
+        read_ids(tmp_path / "tokens.npy", checkpoint.config)
 
 
 def test_the_whole_road(checkpoint: Checkpoint, tmp_path: Path) -> None:

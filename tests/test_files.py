@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from dejavu.files import (
     write_safetensors,
     write_text,
 )
+from helpers.disks import room_for
 
 TEXT = "Línea one\r\nline two\n"
 
@@ -328,18 +328,6 @@ def test_a_text_that_unpacks_to_far_more_than_text_does_is_refused(tmp_path: Pat
 def test_an_xz_file_of_several_streams_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "a.xz").write_bytes(lzma.compress(b"one ") + lzma.compress(b"two") + b"\0" * 4)
     assert read_text(tmp_path / "a.xz") == "one two"
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """Within, no file of this process can grow beyond so many bytes: as on a full disk, writing fails half-way."""
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor
 from conftest import Tiny, open_fp32
 from dejavu.config import ModelConfig, RopeConfig
 from dejavu.files import write_json
+from dejavu.model.adapter import Adapter
 from dejavu.model.bundle import export
 from dejavu.model.checkpoint import load_checkpoint, resolve_model
 from dejavu.model.fingerprint import model_hash
@@ -166,6 +167,34 @@ def test_damaged_and_missing_files(folder: Folder, tmp_path: Path) -> None:
     (path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json"):
         open_fp32(path)
+
+
+def test_a_bin_file_whose_tensors_have_more_values_than_it_has_bytes_is_refused(folder: Folder) -> None:
+    path = folder()
+    (path / "model.safetensors").unlink()
+    for held in ({"a": torch.zeros(1).expand(1 << 40)}, {"a": torch.eye(3).to_sparse()}, {5: torch.ones(3)}, [torch.ones(3)]):
+        torch.save(held, path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin is no state dict"):
+            open_fp32(path)
+
+
+def test_an_adapter_a_lora_and_a_model_in_one_anothers_place_are_told(folder: Folder, tmp_path: Path) -> None:
+    path, lora = folder(), tmp_path / "lora"
+    lora.mkdir()
+    write_json(lora / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "some/base"})
+    model = open_fp32(path)
+    uses: list[Callable[[Path], object]] = [
+        open_fp32,
+        lambda place: Adapter.load(place, model=model.config, base_hash=model.base_hash),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=r"lora is a LoRA of PEFT .* for 'some/base', neither .*; merge it into its base"):
+            use(lora)
+    with pytest.raises(ValueError, match=r"model is a model \('opt'\), not an adapter"):
+        uses[1](path)
+    write_json(lora / "config.json", {"base_id": "some/base", "base_hashes": []})
+    with pytest.raises(ValueError, match=r"lora is an adapter for 'some/base'; give that as the model, and this with --adapter"):
+        open_fp32(lora)
 
 
 def test_integer_weights_without_a_known_format_are_refused(folder: Folder) -> None:

@@ -3,6 +3,7 @@ compute whole sequences, and go back to a folder that transformers loads."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,22 @@ def test_configs_as_published(hf: dict[str, Any], fields: dict[str, Any]) -> Non
         ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "1 short factors"),
         ({"model_type": "gemma3"}, "text_config"),
+        ({"num_hidden_layers": 20_000}, r"num_layers must be positive and at most 1,024, not 20,000"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive whole number, not True"),
+        ({"vocab_size": 1 << 63}, "vocab_size must be a positive whole number, not 9223372036854775808"),
+        ({"head_dim": 1 << 24}, "4 heads of 16777216 are wider"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps must be a positive number, not inf"),
+        ({"rope_theta": math.nan}, "rope_theta must be a number, not nan"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope factor must be positive, not 0.0"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope factor must be positive, not -2"),
+        ({"rope_scaling": {"type": "linear", "factor": [2]}}, r"rope_scaling\.factor must be a number, not \[2\]"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}}, "less than high_freq_factor"),
+        ({"rope_scaling": [1]}, r"rope_scaling must be an object, not \[1\]"),
+        ({"architectures": 5}, "architectures must be a list of names, not 5"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
+        ({"eos_token_id": True}, "eos_token_id must be one id or a list of ids, not True"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern must be positive"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}}, r"rope_parameters\.full_attention must be an object"),
     ],
 )
 def test_bad_values_of_a_config_are_named(changes: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dejavu.bench.rows import QualityRow, SpeedRow, append_rows, commit, commit_facts, device_facts, device_name, read_rows, versions
+from helpers.disks import room_for
 from helpers.rows import KEYS
 
 
@@ -50,6 +51,16 @@ def test_append_keeps_earlier_rows_byte_for_byte_and_fills_provenance(tmp_path):
 def test_values_that_are_set_are_kept(tmp_path):
     given = row(device="A card", versions={"peer": "1.2"}, commit="abc", time="2020-01-01T00:00:00+00:00")
     assert append_rows(tmp_path / "r.jsonl", [given]) == [given]
+
+
+def test_a_full_disk_leaves_no_half_row(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_rows(path, [row()])
+    before = path.read_bytes()
+    refused = pytest.raises(ValueError, match=r"r\.jsonl cannot be written \(File too large\): it takes [\d,]+ bytes")
+    with room_for(len(before) + 100), refused:
+        append_rows(path, [row(op="mlp"), row(op="attention")])
+    assert path.read_bytes() == before
 
 
 def test_line_cut_short_does_not_swallow_the_next_row(tmp_path):

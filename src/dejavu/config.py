@@ -60,6 +60,7 @@ def require(condition: bool, message: str) -> None:
 
 def with_tuples(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """The values with the lists of these keys, as JSON has them, as tuples."""
+    require(isinstance(values, Mapping), f"{shown(values)} is no object")
     lists = {key: tuple(values[key]) for key in keys if isinstance(values.get(key), list)}
     return {**values, **lists}
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from dejavu.config import Config, ModelConfig, require, require_shares
+from dejavu.config import Config, ModelConfig, require, require_shares, shown
 from dejavu.kernels.quantized import Matrix, wide
 from dejavu.model.selectors.selector import HeadSelector, InputSelector, Scoring, threshold_below
 from dejavu.model.transformer import Block
@@ -59,6 +59,7 @@ class InputsConfig(Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        require(isinstance(values, Mapping), f"inputs must be an object, not {shown(values)}")
         points = {point: InputConfig.from_dict(values[point]) for point in POINTS if isinstance(values.get(point), Mapping)}
         return super(InputsConfig, cls).from_dict({**values, **points})
 
