@@ -295,7 +295,7 @@ def run_case(samples: Path, kind: str, seed: int, place: Path) -> str:
         message = str(error)
         if isinstance(error, MemoryError) and "memory" not in message:
             raise RuntimeError("memory ran out") from error
-        if str(place) not in message and "the model's" not in message:
+        if str(place) not in message and "logits" not in message:  # those of weights that are too large are no file's
             raise AssertionError(f"the message names no file: {message}") from error
         return "refused"
     return "loaded"
