@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 
 from dejavu.damage import LFS, content_of, foreign_reader
 from dejavu.files import read_json, read_object, read_safetensors, read_text
+from dejavu.model.gguf.header import Header
 from dejavu.model.mapped import mapped_safetensors
+from dejavu.model.tokenizer import load_tokenizer
 
 POINTER = LFS + b"v1\noid sha256:0123\nsize 269060552\n"
 READERS: dict[str, Callable[[Path], object]] = {"a.json": read_json, "a.safetensors": read_safetensors, "b.safetensors": mapped_safetensors}
+READERS |= {"a.gguf": Header, "tokenizer.json": lambda path: load_tokenizer(path.parent)}
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -166,7 +166,7 @@ def test_truncated_gguf(tmp_path: Path, tiny: Tiny, tok96: tokenizers.Tokenizer)
     content = path.read_bytes()
     for length in (len(content) - 5000, len(content) // 2, 1000, 500, 100, 20, 2, 0):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"m\.gguf is no readable GGUF file"):
+        with pytest.raises(ValueError, match=r"m\.gguf is (no readable GGUF file|empty)"):
             open_fp32(path)
 
 

@@ -20,10 +20,13 @@ import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
@@ -35,6 +38,7 @@ from dejavu.model.bundle import export
 from dejavu.model.checkpoint import load_checkpoint
 from dejavu.model.families import FAMILIES, parameter_shapes
 from dejavu.model.fingerprint import model_hash
+from dejavu.model.gguf import header
 from dejavu.model.lora import LoraConfig, linear_shapes, quantized_lora
 from dejavu.model.source import read_config
 from dejavu.model.tokenizer import Tokenizer
@@ -57,6 +61,10 @@ ODD_VALUES: tuple[Any, ...] = (
 ODD_BYTES = (
     b"", b"\0", LFS + b"v1\nsize 99\n", b"<html>", b"[" * 10_000, b'{"a":' * 10_000, b"\xff\xfe{\0}\0", b"null", b"3", b"[]", b'""',
     b"PK\x03\x04",
+)  # fmt: skip
+ODD_METADATA: tuple[Any, ...] = (
+    True, False, 0, 1, 2, 95, 96, (1 << 32) - 1, (1 << 64) - 1, -1, 0.5, math.nan, math.inf, 1e30, "", "x", "yarn", "llama", "t5", "gpt2",
+    "qwen2", np.array([], np.float32), np.array([1, 2, 3], np.int32), np.array([math.nan] * 96, np.float32), np.full(96, 6, np.int32),
 )  # fmt: skip
 ODD_COUNTS = (0, 1, 255, 1 << 20, 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 MORE_KEYS = (
@@ -240,6 +248,21 @@ def damage_text(content: bytes, draw: random.Random) -> bytes:
     return damage_bytes(content, draw) if draw.random() < 0.2 else damage_json(content, draw)
 
 
+def damage_metadata(found: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Values of a GGUF file replaced by those of other keys, or by odd ones of the types that such a file has; or left out."""
+    kept = dict(found)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        key = draw.choice(list(kept))
+        match draw.randrange(4):
+            case 0:
+                del kept[key]
+            case 1:
+                kept[key] = kept[draw.choice(list(kept))]
+            case _:
+                kept[key] = draw.choice(ODD_METADATA)
+    return kept
+
+
 Damage = Callable[[bytes, random.Random], bytes]
 # By kind: samples, and the files of each that are damaged, and how.
 VICTIMS: dict[str, tuple[tuple[str, ...], dict[str, Damage]]] = {
@@ -281,14 +304,18 @@ def run_case(samples: Path, kind: str, seed: int, place: Path) -> str:
     there = [(made / name if name else made, damage) for name, damage in files.items() if (made / name if name else made).is_file()]
     victim, damage = draw.choice(there)
     content = victim.read_bytes()
-    victim.write_bytes(damage(content, draw))
+    by_value = kind == "gguf" and draw.random() < 0.6
+    victim.write_bytes(content if by_value else damage(content, draw))
+    read = header._metadata  # a damaged value in the place of each that is read, where no byte is damaged
+    changed = mock.patch.object(header, "_metadata", lambda *of: damage_metadata(read(*of), draw)) if by_value else nullcontext()
     try:
         if kind == "state":
             _run_state(made)
         elif sample.parent.name == "families":
             parameter_shapes(read_config(made))
         else:
-            lm = load(made, backend="torch" if draw.random() < 0.5 else "auto", download=False)
+            with changed:
+                lm = load(made, backend="torch" if draw.random() < 0.5 else "auto", download=False)
             text = lm.generate("the cat sat", max_new_tokens=3)
             assert isinstance(text, str)
     except HANDLED as error:

@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from dejavu.config import require
-from dejavu.files import read_object, read_text, require_utf8, write_json
+from dejavu.files import read_object, read_text, require_utf8, write_json, write_text
 from dejavu.model import bounded, encoding
 from dejavu.model.slow_tokenizer import slow_tokenizer
 from dejavu.model.token_bytes import token_bytes
@@ -159,7 +159,7 @@ class Tokenizer:
             backend.post_processor = tokenizers.processors.TemplateProcessing(  # pyrefly: ignore[bad-assignment]
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_token_id)]
             )
-        backend.save(str(folder / TOKENIZER_FILE))
+        write_text(folder / TOKENIZER_FILE, backend.to_str(pretty=True))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.named_templates:
             default = {} if self.chat_template is None else {"default": self.chat_template}

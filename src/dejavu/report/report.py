@@ -22,7 +22,6 @@ Everything in it is untrusted text: the template escapes all of it, and only fig
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -32,7 +31,7 @@ from markupsafe import Markup
 
 from dejavu.config import require
 from dejavu.figures import CurvePoint, Curves, Evaluation, LayerTraining, PartTraining, Profile
-from dejavu.files import absolute, read_json
+from dejavu.files import absolute, read_json, write_text
 from dejavu.report.activation_map import MARGIN, NATURAL_RGB, SELECTED_RGB, activation_svgs, columns_width
 from dejavu.version import __version__
 
@@ -114,16 +113,11 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
     """Write the page, whole or not at all; returns its path. Raises ValueError where it cannot be written or has nothing to show."""
     html = render(results)
     path = absolute(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(html, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}); choose another path") from None
+    write_text(path, html)
     return path
 
 

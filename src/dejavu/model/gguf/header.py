@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dejavu.damage import misplaced
 from dejavu.kernels.memory import give_back_pages, mapped_file
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -70,7 +71,7 @@ class Header:
             self.tensors = _tensors(cursor, tensor_count, self._alignment())
             give_back_pages(self._bytes[: cursor.at])
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is no readable GGUF file: {error}") from error
+            raise ValueError(misplaced(path) or f"{path} is no readable GGUF file: {error}") from error
 
     def _alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", 32)
