@@ -22,7 +22,7 @@ from dejavu.model.gguf import GGUFFile
 from dejavu.model.mapped import mapped_safetensors
 from dejavu.model.packed_tensors import packed_sizes
 from dejavu.model.quantization_config import PackedScheme, packed_scheme
-from dejavu.model.stored import in_our_format, our_sizes
+from dejavu.model.stored import FILE_DTYPES, in_our_format, our_sizes
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}  # of config.json; any other is taken for fp32
@@ -104,7 +104,9 @@ def _folder_sizes(folder: Path, hf: Mapping[str, Any], config: ModelConfig, sche
         return packed_sizes(tensors, scheme)
     sizes: Counter[str] = Counter()
     for _, tensor, _ in tensors:
-        sizes[DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.numel()
+        kind = DTYPE_NAMES.get(tensor.dtype)
+        if kind in FILE_DTYPES:  # any other is a buffer that is not read, or refused by its name when it is
+            sizes[kind] += tensor.numel()
     if not sizes:  # .bin files tell nothing before they are read
         named = CONFIG_DTYPES.get(str(hf.get("dtype") or hf.get("torch_dtype")), "fp32")
         sizes[named] = sum(math.prod(shape) for shape in parameter_shapes(config).values())

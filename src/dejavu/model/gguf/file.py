@@ -99,8 +99,8 @@ class GGUFFile:
             parts = name.split(".")
             if name in ROPE_TENSORS or (len(parts) == 4 and parts[2] == IGNORED_MODULE):
                 continue
-            if len(parts) == 2:
-                prefix, modules = "", (MODULES.get(parts[0]),)
+            if len(parts) <= 2:
+                prefix, modules = "", (MODULES.get(parts[0]) if len(parts) == 2 else None,)
             else:
                 module = parts[2] if len(parts) == 4 else ""
                 prefix, modules = f"layers.{parts[1]}.", self.family.fused.get(module) or (renamed.get(module),)
