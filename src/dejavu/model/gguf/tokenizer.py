@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
-from dejavu.config import require
+from dejavu.config import require, shown
 from dejavu.model.encoding import GROWTH, charsmap_growth
 from dejavu.model.gguf.header import Strings
 from dejavu.model.sentencepiece import scored_merges
@@ -27,6 +27,7 @@ from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 
 KINDS = ("gpt2", "llama", "t5")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # of tokenizer.ggml.token_type
+TYPES = {"model": str, "pre": str} | dict.fromkeys(("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"), bool)
 SPACE = "▁"  # SentencePiece's sign for one
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2, "padding": 0}, "gpt2": {}}  # llama.cpp's
@@ -66,6 +67,8 @@ class Vocabulary:
     def key(self, name: str, default: Any = None, *, required: bool = True) -> Any:
         value = self.metadata.get(f"tokenizer.ggml.{name}", default)
         require(value is not None or not required, f"{self.where}: GGUF metadata has no 'tokenizer.ggml.{name}'")
+        kind = TYPES.get(name, object)
+        require(value is None or isinstance(value, kind), f"{self.where}: tokenizer.ggml.{name} is no {kind.__name__} but {shown(value)}")
         return value
 
     def _numbers(self, name: str, default: float) -> np.ndarray:
