@@ -14,8 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from dejavu.generation.generation import generate_tokens
 from dejavu.generation.pieces import Piece
 from dejavu.generation.text import StopStrings, TextStream
-from dejavu.model.token_bytes import BYTE_LEVEL
 from dejavu.model.slow_tokenizer import byte_level_bpe
+from dejavu.model.token_bytes import BYTE_LEVEL
 from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 from helpers.scripted import LETTERS, ByteTokenizer, ScriptedEngine, run
 
