@@ -126,7 +126,7 @@ class TextScore(TypedDict):
     """Of one text; word_ppl per word between white space. Densities in the sparse run alone."""
 
     ppl: float
-    word_ppl: float
+    word_ppl: NotRequired[float]
     bits_per_byte: float
     stderr: float | None
     tokens: int
@@ -141,12 +141,12 @@ class TaskScore(TypedDict):
 
     acc: float
     acc_norm: float
-    acc_bytes: float
+    acc_bytes: NotRequired[float]
     stderr: float | None
     stderr_norm: float | None
-    stderr_bytes: float | None
+    stderr_bytes: NotRequired[float | None]
     n: int
-    truncated: int
+    truncated: NotRequired[int]
     ppl: NotRequired[float | None]
     ppl_stderr: NotRequired[float | None]
     mlp_density: NotRequired[float | None]
