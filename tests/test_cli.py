@@ -59,8 +59,9 @@ def test_info_of_a_model_reads_no_weights(call, work: Path, monkeypatch: pytest.
     assert row["cache_tokens"] == (free - RUNTIME - row["weights"]) // row["cache_per_token"]
     assert row["max_context"] == config.max_positions and row["max_batch"] == row["cache_tokens"] // config.max_positions
     assert found["tokenizer_error"] is None
-    (work / "model" / "tokenizer.json").write_text("{}")
-    found = obj(call("info", "model", "--json"))
+    shutil.copytree(work / "model", work / "unread")
+    (work / "unread" / "tokenizer.json").write_text("{}")
+    found = obj(call("info", "unread", "--json"))
     assert found["chat_template"] is None and "tokenizer.json" in found["tokenizer_error"] and found["memory"]
 
 

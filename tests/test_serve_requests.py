@@ -181,7 +181,7 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
 
 # What other servers take and what changes the text: each is refused by its name, where it is not obeyed.
 OTHERS = {
-    "chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False, "reasoning_effort": "low", "allowed_token_ids": [5],
+    "enable_thinking": False, "reasoning_effort": "low", "allowed_token_ids": [5],
     "guided_json": {}, "guided_regex": "x", "grammar": "root ::= x", "json_schema": {}, "bad_words": ["x"], "length_penalty": 0.5,
     "use_beam_search": True, "skip_special_tokens": False, "include_stop_str_in_output": True, "logits_processors": ["x"],
     "truncate_prompt_tokens": 4, "typical_p": 0.5, "mirostat": 2, "n_predict": 3, "frobnicate": {"unknown": [1]},

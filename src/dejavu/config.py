@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "fatrelu")
 EXACT_ZERO_ACTIVATIONS = ("relu", "relu2", "fatrelu")
@@ -89,7 +89,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or origin is ClassVar:
+    if hint is Any or origin is ClassVar or isinstance(hint, TypeVar):  # of a type variable its class checks
         return True
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in parts)

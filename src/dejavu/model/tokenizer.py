@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 
 from dejavu.config import require
+from dejavu.damage import damaged, misplaced
 from dejavu.files import read_object, read_text, require_utf8, write_json, write_text
 from dejavu.model import bounded, encoding
 from dejavu.model.slow_tokenizer import slow_tokenizer
@@ -250,6 +251,8 @@ def load_tokenizer(
 
 def _file_backend(path: Path) -> tuple[tokenizers.Tokenizer, str | None]:
     """The backend of a tokenizer.json, and the file's text where encoding is not for this process: the backend then has what ids mean."""
+    told = misplaced(path)
+    require(told is None, str(told))
     text = read_text(path, kind="a tokenizer.json")
     try:
         content = json.loads(text)
@@ -260,7 +263,7 @@ def _file_backend(path: Path) -> tuple[tokenizers.Tokenizer, str | None]:
         bounded.call("check", text, characters=len(text), what="the tokenizer")
         return encoding.backend_of(json.dumps(content | {"normalizer": None, "pre_tokenizer": None})), text
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no tokenizer file: {error}") from error
+        raise damaged(path, error) from error
 
 
 def _optional_object(path: Path) -> dict[str, Any]:
