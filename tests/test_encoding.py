@@ -89,17 +89,32 @@ def test_a_tokenizer_in_a_process_of_its_own_gives_the_ids_of_transformers(tmp_p
     assert [load_tokenizer(tmp_path / "copy").encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
 
 
+def test_a_text_is_neither_cut_nor_filled_up_wherever_it_is_encoded(tmp_path: Path, tok96: tokenizers.Tokenizer) -> None:
+    changes: dict[str, Any] = {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}}
+    changes |= {"padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+                            "pad_token": "<pad>"}}  # fmt: skip
+    for name, pre in (("here", None), ("elsewhere", split_by("(?:the|cat)*|."))):
+        (tmp_path / name).mkdir()
+        found = load_tokenizer(written(tmp_path / name, tok96, **changes, **({} if pre is None else {"pre_tokenizer": pre})))
+        assert (found.foreign is None) == (name == "here") and len(found.encode_plain("abcdefghij")) == 10
+
+
+def test_whether_a_pattern_is_bounded_is_told_in_no_time_and_repeats_are_not() -> None:
+    assert not encoding.is_bounded({"pre_tokenizer": split_by(r"\p{1}" * 2000 + "(")})
+    assert not encoding.is_bounded({"pre_tokenizer": split_by("a{999}{999}{9}b*")})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"decoder": replaced({"Regex": "(a+)+$"}, "")}, "its decoder is damaged, has patterns"),
         ({"decoder": replaced({"String": "a"}, "a" * 1000)}, "or makes long texts of short ones"),
-        ({"decoder": [5]}, "no tokenizer file"),
-        ({"normalizer": {"type": "NFD", "what": 5}, "model": 5}, "no tokenizer file"),
-        ({"pre_tokenizer": split_by("(a")}, "no tokenizer file"),
-        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "no tokenizer file"),
+        ({"decoder": [5]}, "tokenizer.json is damaged"),
+        ({"normalizer": {"type": "NFD", "what": 5}, "model": 5}, "tokenizer.json is damaged"),
+        ({"pre_tokenizer": split_by("(a")}, "tokenizer.json is damaged"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "tokenizer.json is damaged"),
         ({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<nobody>", "type_id": 0}}], "pair": [],
-                             "special_tokens": {}}}, "no tokenizer file|the tokenizer failed"),
+                             "special_tokens": {}}}, "tokenizer.json is damaged|the tokenizer failed"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_is_damaged_or_cannot_be_bounded_is_refused_when_it_is_loaded(

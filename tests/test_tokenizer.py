@@ -167,7 +167,7 @@ def test_older_files_have_the_ids_of_the_class_that_they_were_saved_for(tmp_path
         ({"tokenizer_class": "RobertaTokenizerFast"}, ("vocab.json", "merges.txt"), r"merges.txt of the class RobertaTokenizer;"),
         ({"tokenizer_class": "GemmaTokenizer"}, ("tokenizer.model",), r"is tokenizer.model of the class GemmaTokenizer; .*save_pretrained"),
         ({"tokenizer_class": "LlamaTokenizer"}, ("vocab.json", "merges.txt"), r"merges.txt of the class LlamaTokenizer; "),
-        ({"tokenizer_class": "LlamaTokenizer"}, ("tokenizer.model",), r"tokenizer.model is no SentencePiece model"),
+        ({"tokenizer_class": "LlamaTokenizer"}, ("tokenizer.model",), r"tokenizer.model is damaged: it is no SentencePiece model"),
         ({"tokenizer_class": "Qwen2Tokenizer"}, ("vocab.json",), r"is vocab.json of the class Qwen2Tokenizer"),
         ({}, ("vocab.json", "merges.txt"), r"of a class that the folder does not name; dejavu reads"),
     ],

@@ -40,9 +40,14 @@ def foreign_reader(path: Path, fix: str = AGAIN) -> Generator[None]:
         raise ValueError(f"{path} does not exist; {fix}") from None
     except BaseException as error:
         ours = isinstance(error, ValueError) and str(error).startswith(str(path))
-        if ours or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+        if ours or not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise damaged(path, " ".join(str(error).split()) or type(error).__name__, fix) from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked: no Exception, and of a class that nobody can import."""
+    return type(error).__name__ == "PanicException"
 
 
 @contextmanager

@@ -18,17 +18,16 @@ from typing import Any
 
 import tokenizers
 
+from dejavu.damage import is_panic
 from dejavu.model.splitting import BLOOM, GPT2, SPLITTINGS
 
 GROWTH = 64
 GROWTHS = {"NFKC": 18, "NFKD": 18, "NFD": 4, "NFC": 3, "Lowercase": 3, "BertNormalizer": 12, "ByteLevel": 4}  # characters of one, at most
-KEEP = ("Strip", "StripAccents", "Nmt")  # what adds nothing
 BLOOM_OLD = BLOOM.replace("(\\s|", "(\\s|[").replace("\u060c)]", "\u060c])]")  # as its tokenizer.json has it
 KNOWN = {pattern for splitting in SPLITTINGS.values() for pattern in splitting.patterns}
 KNOWN |= {GPT2 + "|", "^ +| +$", r"\s+$", r"[^\S\n]+|\n", BLOOM_OLD}
-SIMPLE = re.compile(r"(?:[^\\\[\](){}*+?|]|\\[pP]\{\^?\w+\}|\\.|\[(?:[^\[\]\\]|\\.)+\]|\{\d{1,3}\})*(?:[*+]|\{\d{1,3},?\d{0,3}\})?")
+SIMPLE = re.compile(r"(?:[^\\\[\](){}*+?|]|\\[pP]\{\^?\w+\}|\\.|\[(?:[^\[\]\\]|\\.)+\])*(?:[*+]|\{\d{1,3},?\d{0,3}\})?")
 DAMAGED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)  # what reading it raises
-PRIVATE = "PanicException"  # how a panic of the library arrives, by a class that nobody can import
 
 Spans = list[tuple[int, int]]
 
@@ -78,7 +77,7 @@ def no_panic() -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != PRIVATE:
+        if not is_panic(error):
             raise
         raise ValueError(f"the tokenizer failed ({error}): tokenizer.json is damaged, or its patterns do not take this text") from error
 
@@ -87,9 +86,12 @@ def backend_of(content: str) -> tokenizers.Tokenizer:
     """The backend of a tokenizer.json. ValueError for what is none."""
     with no_panic():
         try:
-            return tokenizers.Tokenizer.from_str(content)
+            backend = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(str(error)) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _steps(part: Any, name: str) -> Iterator[Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dejavu.config import require
+from dejavu.damage import damaged
 from dejavu.files import absolute
 
 ODD = 0x9E3779B97F4A7C15  # any odd number of many bits
@@ -48,8 +49,8 @@ def read_pieces(path: Path) -> Pieces:
                 stated = dict(_fields(value)).get(3, 1)
                 kind = stated if isinstance(stated, int) else 0
         require(0 < len(tokens) == len(set(tokens)), "pieces are missing, or there twice")
-    except (ValueError, IndexError, struct.error) as error:
-        raise ValueError(f"{path} is no SentencePiece model ({error}); copy or download it again") from error
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        raise damaged(absolute(path), f"it is no SentencePiece model ({error})") from error
     added = [(token, type_ == CONTROL) for token, type_ in zip(tokens, types, strict=True) if type_ in (CONTROL, USER_DEFINED)]
     return Pieces(kind=KINDS.get(kind, str(kind)), tokens=tokens, added=added)
 

@@ -9,6 +9,7 @@ tokenizer has no tokenizer.json (the rule of transformers). BOS is added once: a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -119,8 +120,7 @@ class Tokenizer:
     def _elsewhere(self, text: str, *, as_text: bool = False) -> tuple[list[int], encoding.Spans]:
         """Encoded in a process of its own, which is given the tokenizer where it does not have it yet."""
         assert self.foreign is not None
-        digest = hashlib.sha256(self.foreign.encode()).hexdigest()
-        what = "the tokenizer"
+        digest, what = _digest(self.foreign), "the tokenizer"
         answer = bounded.call("encode", digest, None, text, as_text, characters=len(text), what=what)
         if answer is None:
             answer = bounded.call("encode", digest, self.foreign, text, as_text, characters=len(text) + len(self.foreign), what=what)
@@ -247,6 +247,12 @@ def load_tokenizer(
         num_rows=num_rows,
         foreign=foreign,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(content: str) -> str:
+    """By which a process knows a tokenizer again."""
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _file_backend(path: Path) -> tuple[tokenizers.Tokenizer, str | None]:
