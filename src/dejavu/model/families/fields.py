@@ -47,11 +47,12 @@ LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "long_factor": (lambda each: _is_number(each), "numbers"),
 }
 OBJECTS = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
-MOST = (1 << 31) - 1  # of a whole number, and of the size of any other
+MOST = (1 << 31) - 1  # of a whole number
+LARGEST_FLOAT = 1e30  # of any other: rotary bases of long contexts are beyond 1e10
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= LARGEST_FLOAT
 
 
 def checked(hf: Mapping[str, Any], within: str = "") -> dict[str, Any]:
