@@ -27,9 +27,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dejavu.damage import LFS, damaged, misplaced
-from dejavu.locks import in_use, kept
+from dejavu.locks import UNKNOWN, in_use, kept
 from dejavu.version import __version__
 
+LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.partial")  # of `new_file` and `new_folder`
 MARKER = ".dejavu"  # in every folder that new_folder wrote: such a folder may be replaced
 UNPACKED_RATIO, UNPACKED_LEAST = 100, 1 << 26  # a .xz file of text unpacks to less than either; plain text to about five times its size
 XZ_MEMORY = 1 << 28  # bytes that unpacking may take; `xz -9` asks for 65 MB
@@ -257,6 +258,8 @@ def _clear_away(path: Path) -> None:
         if match is None or other.is_symlink() or not other.is_dir():
             continue
         holder = in_use(other, MARKER)
+        if holder == UNKNOWN:
+            continue  # it may be at work: what is left stays
         if holder is not None:
             raise ValueError(f"{path} is {holder}; wait for its end, end it, or choose another folder")
         if match[1] == "old" and not path.exists():
@@ -274,8 +277,9 @@ def working_in(folder: Path) -> Generator[None]:
     make_folder(folder)
     try:
         with kept(folder, MARKER):
-            for left in folder.glob(".*.partial"):  # of a process that was killed
-                left.unlink()
+            for left in folder.glob(".*.partial"):  # of a process that was killed, see `new_file`
+                if LEFT_OVER.fullmatch(left.name) and left.is_file():
+                    left.unlink()
             try:
                 yield
             finally:
@@ -325,13 +329,14 @@ def _put_in_place(partial: Path, path: Path) -> None:
         partial.rename(path)
         return
     old = partial.with_suffix(".old")
-    path.rename(old)
-    try:
-        partial.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+    with kept(path, MARKER):  # so that nobody takes the old one for a left-over
+        path.rename(old)
+        try:
+            partial.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def safe_member(folder: Path, name: str) -> Path:

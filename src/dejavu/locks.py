@@ -20,6 +20,7 @@ if sys.platform != "win32":
 
 _held: dict[Path, int] = {}  # by resolved folder: how often this process keeps it
 HOLDER = "in use by "
+UNKNOWN = "perhaps in use"  # where files cannot be locked
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def kept(folder: Path, marker: str) -> Generator[None]:
         return
     descriptor = _opened(folder, marker)
     try:
-        if not _lock(descriptor):
+        if _lock(descriptor) is False:
             raise ValueError(f"{folder} is {_holder(folder / marker)}; wait for its end, end it, or choose another folder")
         first = sum(len(line.encode()) + 1 for line in _lines(folder / marker)[:1])
         name = f"{HOLDER}process {os.getpid()} of {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
@@ -57,12 +58,19 @@ def kept(folder: Path, marker: str) -> Generator[None]:
 
 
 def in_use(folder: Path, marker: str) -> str | None:
-    """Who keeps the folder, in words; None where nobody does."""
+    """Who keeps the folder, in words; None where nobody does, UNKNOWN where that cannot be told."""
     if folder.resolve() in _held:
         return f"{HOLDER}this process"
+    if sys.platform == "win32":
+        return UNKNOWN
     descriptor = _opened(folder, marker)
     try:
-        return None if _lock(descriptor) else _holder(folder / marker)
+        match _lock(descriptor):
+            case True:
+                return None
+            case False:
+                return _holder(folder / marker)
+        return UNKNOWN
     finally:
         os.close(descriptor)
 
@@ -75,16 +83,16 @@ def _opened(folder: Path, marker: str) -> int:
         return os.open(folder, os.O_RDONLY)
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether nobody else has it. The lock goes with the descriptor."""
+def _lock(descriptor: int) -> bool | None:
+    """Whether nobody else has it; None on a file system without locks. The lock goes with the descriptor."""
     if sys.platform == "win32":
-        return True
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError:
+        return None
     return True
 
 
