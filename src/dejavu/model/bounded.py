@@ -4,7 +4,7 @@ In: the name of a function here and its arguments. Out: what it returns, or a Va
 than a text of that length needs. Processes start when first needed (a tenth of a second) and serve one call after the other, which costs
 some 0.1 ms; several calls at a time have one each, at most MOST.
 
-On the way there: pickle; on the way back: JSON, since nothing that foreign code may have touched is unpickled. Memory is bounded where the
+What goes there and back is JSON. Memory is bounded where the
 system can (Linux), processor time on POSIX, time everywhere.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import pickle
 import signal
 import struct
 import subprocess
@@ -44,7 +43,10 @@ def call(name: str, *arguments: Any, characters: int = 0, what: str) -> Any:
     Raises ValueError for what the function refuses, with its reason, and for a call that had to be ended.
     """
     seconds = SECONDS + int(characters * MORE_SECONDS)
-    message = pickle.dumps((name, arguments, seconds))
+    try:
+        message = json.dumps([name, arguments, seconds]).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} takes texts, numbers, lists and objects, nested a few hundred times at most: {error}") from error
     with _room:
         process = _taken()
         try:
@@ -53,7 +55,7 @@ def call(name: str, *arguments: Any, characters: int = 0, what: str) -> Any:
             status = process.end()
             if not isinstance(error, EndedError):
                 raise
-            assert status != FAILED, "python -m dejavu.model.bounded does not run"
+            assert process.expired or status != FAILED, "python -m dejavu.model.bounded does not run"
             most = f"{seconds} s or {MEMORY >> 30} GiB"
             raise ValueError(f"{what} took more than {most} for {characters:,} characters and was ended") from None
         _idle.append(process)
@@ -73,6 +75,7 @@ class _Process:
         )  # fmt: skip
         assert self._popen.stdin is not None and self._popen.stdout is not None, "both are pipes"
         self._in, self._out = self._popen.stdin, self._popen.stdout
+        self.expired = False  # ended for the time that it took
 
     @property
     def lives(self) -> bool:
@@ -80,7 +83,7 @@ class _Process:
 
     def answer(self, message: bytes, *, seconds: float) -> dict[str, Any]:
         """Raises EndedError."""
-        alarm = threading.Timer(seconds, self._popen.kill)
+        alarm = threading.Timer(seconds, self._expire)
         alarm.daemon = True
         alarm.start()
         try:
@@ -94,6 +97,10 @@ class _Process:
             raise EndedError from error
         finally:
             alarm.cancel()
+
+    def _expire(self) -> None:
+        self.expired = True
+        self._popen.kill()
 
     def end(self) -> int:
         """The exit status, or minus the signal that ended it."""
@@ -199,9 +206,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {"render": _render, "literals": _lite
 def serve(source: IO[bytes], target: IO[bytes]) -> None:
     """Answer messages until there are no more."""
     while (message := _read(source)) is not None:
-        name, arguments, seconds = pickle.loads(message)
-        _limit_time(seconds)
         try:
+            name, arguments, seconds = json.loads(message)
+            _limit_time(seconds)
             answer = json.dumps({"value": FUNCTIONS[name](*arguments)}).encode()
         except MemoryError:
             os._exit(OUT_OF_MEMORY)  # what is left of it may be in any state
