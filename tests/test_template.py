@@ -17,7 +17,7 @@ from conftest import Tiny
 from dejavu.cli.main import run
 from dejavu.model import bounded
 from dejavu.model.bundle import export
-from dejavu.model.template import chat_ids, rendered
+from dejavu.model.template import chat_ids, rendered, rendered_ids
 from dejavu.model.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATE = (
@@ -214,6 +214,21 @@ def test_a_template_that_does_not_end_or_fills_the_memory_is_ended_and_the_next_
         with pytest.raises(ValueError, match=r"cannot be rendered: (the chat template took more than|it makes a text of 20,000,000)"):
             rendered(dataclasses.replace(ours, chat_template=template), HELLO)
         assert rendered(dataclasses.replace(ours, chat_template="next"), HELLO) == "next"
+
+
+def test_what_only_looks_like_a_mark_stays_in_the_text(ours: Tokenizer) -> None:
+    said = r"the code point \ufdd0 in JSON, and \ufdd1"
+    assert said in rendered(dataclasses.replace(ours, chat_template=CHATML), [{"role": "user", "content": said}])
+    assert rendered_ids(ours, said) == ours.encode_plain(said)
+
+
+def test_values_that_no_template_takes_are_named(ours: Tokenizer) -> None:
+    message, deep = [{"role": "user", "content": "hi"}], dict[str, Any]()
+    for _ in range(3000):
+        deep = {"x": deep}
+    for value, reason in ((len, "not JSON serializable"), (deep, "nested too deeply")):
+        with pytest.raises(ValueError, match=reason):
+            rendered(dataclasses.replace(ours, chat_template="x"), message, chat_template_kwargs={"tools": [value]})
 
 
 def test_variables_that_are_not_the_callers_are_refused(ours: Tokenizer) -> None:

@@ -25,7 +25,8 @@ Messages = Sequence[Message]
 
 TRUSTED = ("system", "developer", "assistant")  # roles whose messages may hold control tokens
 BEGIN, END = "\ufdd0", "\ufdd1"  # two of the code points that are no characters, which no text holds
-MARK = re.compile(rf"[{BEGIN}{END}]|\\ufdd[01]")  # the latter where a template writes JSON in ASCII, or a list as Python shows it
+MARK = re.compile(f"[{BEGIN}{END}]")
+ESCAPED = r"\ufdd0"  # where a template writes JSON in ASCII, or a list as Python shows it
 RESERVED = ("messages", "chat_template")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, by which one is found
 WHAT = "the chat template"
@@ -52,10 +53,14 @@ def rendered(
     require(not wrong, f"{', '.join(wrong)} cannot be among chat_template_kwargs; leave it out")
     template = template_of(tokenizer, tools=kwargs.get("tools") is not None)
     prepared = [_prepared(message) for message in messages]
-    if sanitize_control_tokens:
-        tokens = _control_tokens(template, tokenizer.added_tokens)
-        kwargs = _marked(kwargs, tokens)
-        prepared = [message if message.get("role") in TRUSTED else _marked(message, tokens) for message in prepared]
+    try:
+        if sanitize_control_tokens:
+            tokens = _control_tokens(template, tokenizer.added_tokens)
+            kwargs = _marked(kwargs, tokens)
+            prepared = [message if message.get("role") in TRUSTED else _marked(message, tokens) for message in prepared]
+        characters = _characters(prepared) + _characters(kwargs)
+    except RecursionError:
+        raise ValueError("a message or chat_template_kwargs is nested too deeply; leave what is in it out") from None
     variables = {
         "tools": None,
         "documents": None,
@@ -65,7 +70,7 @@ def rendered(
         "messages": prepared,
     }
     try:
-        return bounded.call("render", template, variables, characters=_characters(prepared) + _characters(kwargs), what=WHAT)
+        return bounded.call("render", template, variables, characters=characters, what=WHAT)
     except ValueError as error:
         raise ValueError(f"{WHAT} cannot be rendered: {error}") from error
 
@@ -83,7 +88,7 @@ def template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:
 
 def rendered_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text; nothing is added to them. What stands between marks is no control token (the rule of transformers)."""
-    if MARK.search(text) is None:
+    if MARK.search(text) is None and ESCAPED not in text:
         return tokenizer.encode_plain(text)
     pieces = _marks(tokenizer.added_tokens).split(text)  # a text, a marked token, a text, ...; None for a mark without its other
     ids = tokenizer.encode_plain(pieces[0])
