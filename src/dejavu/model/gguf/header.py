@@ -35,6 +35,8 @@ SMALLEST_PAIR, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
 MOST_AXES = 4
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+CUT = "it was cut off; copy or download it again"
+
 
 class DamagedError(ValueError):
     """What is wrong with the bytes; the file's name is put before it."""
@@ -117,7 +119,7 @@ class _Cursor:
         """Step over so many bytes, and say where they start."""
         start = self.at
         if size > self.size - start:
-            raise DamagedError(f"it ends at byte {self.size}, within something of {size} bytes that starts at byte {start} (truncated?)")
+            raise DamagedError(f"it ends at byte {self.size}, within something of {size} bytes that starts at byte {start}; {CUT}")
         self.at = start + size
         return start
 
@@ -136,11 +138,11 @@ class _Cursor:
         edges = [at]
         for _ in range(count):
             if at + 8 > last:
-                raise DamagedError(f"it ends within an array of {count} strings (truncated?)")
+                raise DamagedError(f"it ends within an array of {count} strings; {CUT}")
             at += 8 + length_at(content, at)[0]
             edges.append(at)
         if at > last:
-            raise DamagedError(f"it ends within an array of {count} strings (truncated?)")
+            raise DamagedError(f"it ends within an array of {count} strings; {CUT}")
         self.at = at
         return Strings(content, edges)
 
@@ -163,7 +165,7 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
         raise DamagedError(f"its version is {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are read")
     tensors, pairs = cursor.number("Q"), cursor.number("Q")
     if tensors * SMALLEST_TENSOR + pairs * SMALLEST_PAIR > cursor.size - cursor.at:
-        raise DamagedError(f"{tensors} tensors and {pairs} pairs of metadata do not fit into {cursor.size} bytes (truncated?)")
+        raise DamagedError(f"{tensors} tensors and {pairs} pairs of metadata do not fit into {cursor.size} bytes; {CUT}")
     return tensors, pairs
 
 
@@ -219,7 +221,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInf
         info = TensorInfo(name, kind.name, shape, data + place, 0)
         size = info.count // block * block_bytes
         if info.start + size > cursor.size:
-            raise DamagedError(f"it ends at byte {cursor.size}, within tensor {name!r} of {size} bytes (truncated?)")
+            raise DamagedError(f"it ends at byte {cursor.size}, within tensor {name!r} of {size} bytes; {CUT}")
         found[name] = TensorInfo(name, kind.name, shape, info.start, size)
     return found
 
