@@ -65,9 +65,7 @@ def test_the_command(call, work: Path) -> None:
     card = (work / "few" / "README.md").read_text()
     for part in (f"{result['ppl_before']:.4f}", f"{result['ppl_after']:.4f}", result["calibration_text_hash"], "base_model: model"):
         assert part in card
-    shown = call(
-        "quantize", "model", "--text", "text.txt", "--eval-text", "other.txt", "-o", "few", "--int8", "o,down", "--backend", "torch"
-    )
+    shown = call("quantize", "model", "--text", "text.txt", "--eval-text", "other.txt", "-o", "few", "--int8", "o,down")
     assert "unseen tokens" in shown and "Matrices are int4, o, down int8" in (work / "few" / "README.md").read_text()
     assert {name.split(".")[-2] for name, grid in grids(load_checkpoint(work / "few", dtype=None).model).items() if grid == "int8"} == {
         "o",
@@ -88,12 +86,16 @@ def test_an_adapter_comes_along_where_the_model_is_nearly_the_same(call, work: P
     assert result["adapter"] is False and "the adapter is left out" in result["note"] and not (work / "with" / "adapter").exists()
 
 
+def test_rows_that_are_no_whole_blocks_are_refused_before_anything_is_rounded(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="rows of 72 values are not cut into the blocks of 32 that q4_1 has; choose int8 or int4"):
+        quantized(tiny("llama", intermediate_size=72), torch.zeros(2, 8, dtype=torch.long), QuantizeConfig(dtype="q4_1"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--dtype", "bf16"), "dtype 'bf16' is no grid to quantise to; choose one of int4, int8, q4_0, q4_1, q8_0"),
         (("--int8", "down,norm"), "'norm' is no kind of matrix; choose of embed, qkv, o, up, down"),
-        (("--backend", "cuda"), "a model is quantised on the CPU; choose --backend native or torch"),
         (("--max-tokens", "0"), "max_tokens must be at least 1, not 0"),
         (("--max-tokens", "70"), "training needs at least 3; give a longer text"),
     ],

@@ -43,7 +43,7 @@ def export(
     out = Output(as_json)
     require(dtype in EXPORT_DTYPES, f"dtype {dtype!r} cannot be exported; choose one of {', '.join(EXPORT_DTYPES)}")
     lm = open_model(
-        model, out, EngineOptions(dtype="stored"), seed=0, adapter=adapter, dense=dense, download=download, offline=offline
+        model, out, EngineOptions(backend="torch", dtype="stored"), seed=0, adapter=adapter, dense=dense, download=download, offline=offline
     )  # fmt: skip
     if peft is not None and lm.adapter is None:
         raise ValueError("--peft writes an adapter's changes of weights, and there is no adapter; give one with --adapter DIR")

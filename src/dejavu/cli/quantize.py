@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dejavu.cli.options import AdapterFolder, AsJson, Backend, Download, Model, Offline, Seed, Texts, Threads, open_model
+from dejavu.cli.options import AdapterFolder, AsJson, Download, Model, Offline, Seed, Texts, Threads, open_model
 from dejavu.cli.output import Output, progress_bars, resumable
 from dejavu.engine.options import EngineOptions
 
@@ -32,7 +32,6 @@ def quantize(
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the adapter's changes of weights first; what it selects goes along in any case.")
     ] = False,
-    backend: Backend = "auto",
     threads: Threads = None,
     seed: Seed = 0,
     download: Download = False,
@@ -41,9 +40,7 @@ def quantize(
 ) -> None:
     """Round a model to few bits with its activations in view; writes a folder that loads as it is, and says what it costs."""
     from dejavu.cli.accept import TOLERANCE
-    from dejavu.config import require
     from dejavu.files import absolute, check_replaceable, new_folder, write_text
-    from dejavu.kernels.native import missing_reason
     from dejavu.model.adapter import merged_model
     from dejavu.model.bundle import write_grids
     from dejavu.model.texts import corpus_hash, named_texts
@@ -51,14 +48,11 @@ def quantize(
 
     out = Output(as_json)
     config = QuantizeConfig(dtype=dtype, int8=tuple(kind for kind in int8.split(",") if kind), max_tokens=max_tokens)
-    require(backend != "cuda", "a model is quantised on the CPU; choose --backend native or torch")
     target = absolute(output)
     check_replaceable(target)
     texts = list(named_texts(text).values())
     unseen = None if eval_text is None else list(named_texts(eval_text).values())
-    # Native leaves matrices as they are stored; torch makes them fp32, for architectures that native lacks. No rounded keys and values.
-    picked = backend if backend != "auto" else "native" if missing_reason() is None else "torch"
-    options = EngineOptions(backend=picked, dtype="auto" if picked == "native" else "fp32", cache_dtype="fp32", threads=threads)
+    options = EngineOptions(backend="torch", dtype="stored", cache_dtype="fp32", threads=threads)
     lm = open_model(model, out, options, seed=seed, adapter=adapter, download=download, offline=offline)
     calibration, check = calibration_windows(lm.tokenizer, lm.config, texts, unseen, config)
     base = merged_model(lm.model, lm.adapter) if merge else lm.model

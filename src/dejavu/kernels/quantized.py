@@ -444,13 +444,18 @@ def bytes_of_value(kind: str) -> float:
     return size_bytes / size + (1 / 64 if kind in ("q4_k", "q5_k") else 0)
 
 
+def check_blocks(columns: int, grid: str) -> None:
+    """Raise ValueError where rows of so many values are not whole blocks of one of BLOCKS."""
+    size, _ = gguf_block(grid)
+    if columns % size:
+        raise ValueError(f"rows of {columns} values are not cut into the blocks of {size} that {grid} has; choose int8 or int4")
+
+
 def _blocks_of(matrix: Tensor, grid: str) -> Tensor:
     """uint8 [rows, bytes] of a matrix rounded to one of BLOCKS by the package's rule."""
     import gguf
 
-    columns, (size, _) = matrix.shape[1], gguf_block(grid)
-    if columns % size:
-        raise ValueError(f"rows of {columns} values are not cut into the blocks of {size} that {grid} has; choose int8 or int4")
+    check_blocks(matrix.shape[1], grid)
     raw = gguf.quants.quantize(matrix.float().cpu().numpy(), gguf.GGMLQuantizationType[grid.upper()])
     return torch.from_numpy(raw).to(matrix.device)
 

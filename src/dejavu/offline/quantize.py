@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dejavu.config import Config, ModelConfig, Progress, require
 from dejavu.kernels.memory import give_back_freed
-from dejavu.kernels.quantized import Matrix, QuantizedMatrix, blocks, rounded_to, stacked, wide
+from dejavu.kernels.quantized import Matrix, QuantizedMatrix, blocks, check_blocks, rounded_to, stacked, wide
 from dejavu.model.layers import InputMajorLinear, Linear
 from dejavu.model.texts import spread_windows
 from dejavu.model.tokenizer import Tokenizer
@@ -67,6 +67,14 @@ class QuantizeConfig(Config):
 @torch.no_grad()
 def quantized(model: Transformer, ids_WT: Tensor, config: QuantizeConfig, progress: Progress | None = None) -> Transformer:
     """The model in those grids, for these windows of its tokens, a BOS included where it takes one. model: on the CPU, fp32 or as held."""
+    for columns in {
+        model.config.hidden_size,
+        model.config.num_heads * model.config.head_dim,
+        model.config.intermediate_size,
+        model.embed.matrix.shape[1],
+    }:
+        if config.dtype in BLOCK_GRIDS:
+            check_blocks(columns, config.dtype)
     made = sharing(model, lambda held: held.held)
     made.embed.hold(_table(model.embed.matrix, config.grid("embed")))
     for module in (made.head, made.project_in, made.project_out):
