@@ -18,7 +18,7 @@ from dejavu.bench.rows import read_rows
 from dejavu.cli.main import run
 from dejavu.cli.output import Output, plain, ratio
 from dejavu.engine.backends import pick_backend
-from dejavu.engine.footprint import RUNTIME
+from dejavu.engine.footprint import RUNTIME, check_fits
 from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.families import parameter_shapes
@@ -63,6 +63,16 @@ def test_info_of_a_model_reads_no_weights(call, work: Path, monkeypatch: pytest.
     (work / "unread" / "tokenizer.json").write_text("{}")
     found = obj(call("info", "unread", "--json"))
     assert found["chat_template"] is None and "tokenizer.json" in found["tokenizer_error"] and found["memory"]
+
+
+def test_the_ways_out_of_too_little_memory_are_ways_out() -> None:
+    sizes, dtypes = {"q4_k": 9_200_000_000}, ["fp32", "bf16", "stored"]
+    with pytest.raises(ValueError, match=r"in fp32 takes about 37.2 GB of memory and 14.0 GB are free; take --dtype stored$"):
+        check_fits("m", sizes, dtypes=dtypes, dtype="fp32", free=14_000_000_000)
+    with pytest.raises(ValueError, match="take a smaller model$"):
+        check_fits("m", sizes, dtypes=dtypes, dtype="fp32", free=1_000_000_000)
+    with pytest.raises(ValueError, match="take a smaller model, or a file of fewer bits"):
+        check_fits("m", sizes, dtypes=["fp32"], dtype="stored", free=1_000_000_000)
 
 
 def test_what_does_not_fit_is_said_before_weights_are_read(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

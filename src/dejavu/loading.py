@@ -103,7 +103,12 @@ def load(
     called = None if a_path else name if hub is None else hub.model
     held = held_dtype(dtype, stored, backend)
     sizes = packed_sizes(source.sizes) if capabilities.packs and held == "stored" else source.sizes
-    check_fits(called or path.name, sizes, dtypes=capabilities.dtypes, dtype=held, free=free_bytes(backend))
+    smaller = [
+        each
+        for each in (*capabilities.dtypes, "stored")
+        if held_dtype(each, stored, backend) == each and (backend, each) != ("torch", "fp16")
+    ]
+    check_fits(called or path.name, sizes, dtypes=smaller, dtype=held, free=free_bytes(backend))
     computed = None if held == "stored" or capabilities.packs else TORCH_DTYPES[held]
     checkpoint = load_checkpoint(source, dtype=computed, device=device, name=called)
     if adapter == "bundled":
@@ -188,5 +193,5 @@ def _check_dtype(dtype: str, backend: str) -> None:
     if dtype in ("auto", "stored"):
         return
     require(dtype in DTYPES, f"unknown dtype {dtype!r}; choose one of auto, stored, {', '.join(DTYPES)}")
-    offered = [name for name in CAPABILITIES[backend].dtypes if name in DTYPES]
+    offered = ["auto", "stored", *(name for name in CAPABILITIES[backend].dtypes if name in DTYPES)]
     require(dtype in offered, f"dtype {dtype!r} is not available on backend {backend!r}; choose one of {', '.join(offered)}")

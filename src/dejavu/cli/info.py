@@ -83,9 +83,9 @@ def _model_info(name: str, out: Output) -> None:
         free = free_bytes(backend)
         auto = held_dtype("auto", source.stored_dtype, backend)
         computed = [each for each in DTYPES if each in capabilities.dtypes and (backend, each) != ("torch", "fp16")]
-        for dtype in dict.fromkeys((auto, *computed)):
+        for dtype in dict.fromkeys((auto, *computed, *(("stored",) if backend != "cuda" else ()))):
             shown = source.stored_dtype if dtype == "stored" else dtype
-            if auto == "stored" and dtype == source.stored_dtype:
+            if (auto == "stored" and dtype == source.stored_dtype) or (auto != "stored" and shown in computed and dtype == "stored"):
                 continue
             cache_dtype = capabilities.cache_dtype(dtype=shown)
             taken = footprint(source.sizes, config, backend=backend, dtype=dtype, cache_dtype=cache_dtype)

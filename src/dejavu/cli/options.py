@@ -20,7 +20,10 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model or 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout and nothing else there.")]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch, native or cuda.")]
 Dtype = Annotated[
-    str, typer.Option("--dtype", metavar="NAME", help="auto (as stored), fp32, fp16, bf16, int8 or int4 (the last two native).")
+    str,
+    typer.Option(
+        "--dtype", metavar="NAME", help="auto, stored (as the file has it), fp32, fp16, bf16, int8 or int4 (the last two native)."
+    ),
 ]
 CacheDtype = Annotated[str, typer.Option("--cache-dtype", metavar="NAME", help="Of keys and values: auto, fp32, fp16 or int8 (native).")]
 ScreenedHead = Annotated[
@@ -97,10 +100,12 @@ def open_model(
 def describe(lm: LanguageModel, *, adapter_matters: bool) -> str:
     """One line on what runs: model, size, backend, dtypes, threads, adapter."""
     parts = [f"[bold]{escape(lm.name)}[/bold]", f"{lm.num_parameters / 1e6:,.1f} M parameters", f"backend {lm.backend}", lm.dtype]
+    if lm.backend == "torch" and lm.model.stored_as != lm.dtype:
+        parts[-1] += f" (weights {lm.model.stored_as})"
     parts.append(f"cache {lm.cache_dtype}")
     if lm.screened_head:
         parts.append(f"screened head {lm.screened_head:,}")
-    parts.append(f"{lm.num_threads} threads")
+    parts.append(f"{lm.num_threads} thread{'s' * (lm.num_threads > 1)}")
     if adapter_matters and lm.adapter is None:
         parts.append("dense")
     elif adapter_matters and lm.adapter is not None:

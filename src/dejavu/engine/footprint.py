@@ -73,7 +73,7 @@ def check_fits(name: str, sizes: Mapping[str, int], *, dtypes: Sequence[str], dt
     if free is None or needed <= free:
         return
     smaller = [each for each in dtypes if weight_bytes(sizes, each) + RUNTIME <= free]
-    ways = f"take --dtype {' or '.join(smaller)}" if smaller else "take a smaller model, or a file of fewer bits"
+    ways = f"take --dtype {' or '.join(smaller)}" if smaller else f"take a smaller model{', or a file of fewer bits' * (dtype == 'stored')}"
     held = "as it is stored" if dtype == "stored" else f"in {dtype}"
     raise ValueError(f"{name} {held} takes about {_words(needed)} of memory and {_words(free)} are free; {ways}")
 
