@@ -46,7 +46,7 @@ def test_known(dtype: str, adapter: str | None, note: str | None) -> None:
 
 def test_not_known() -> None:
     note = rounding_note("other", "int4", stored_dtype="fp32", adapter=None)
-    assert note is not None and "is not known (others measured: +39%)" in note
+    assert note is not None and "is not known (others measured, in int4: +39%)" in note
     assert rounding_note("other", "int8", stored_dtype="fp32", adapter=None) is None
 
 

@@ -12,11 +12,12 @@ from dejavu.model.bundle import MODELS_FOLDER
 
 ROUNDING_FILE = MODELS_FOLDER / "rounding.json"
 NOTICEABLE = 0.03  # of perplexity
-ROUNDS = ("int8", "int4")  # dtypes whose cost depends on the model
+FOUR_BITS = ("int4", "q4_0", "q4_1")
+ROUNDS = ("int8", *FOUR_BITS)  # dtypes whose cost depends on the model
 
 
 def rounding_note(base_hash: str, dtype: str, *, stored_dtype: str, adapter: str | None) -> str | None:
-    """A sentence where the dtype is known to cost over NOTICEABLE, or is int4 and nobody knows what it costs this model.
+    """A sentence where the dtype is known to cost over NOTICEABLE, or is of four bits and nobody knows what it costs this model.
 
     adapter: its digest, None for dense. A sparse figure is of one adapter; another one gets the dense figure.
     """
@@ -29,8 +30,8 @@ def rounding_note(base_hash: str, dtype: str, *, stored_dtype: str, adapter: str
     if rise is not None:
         other = "" if adapter is None or mode == "sparse" else "; with this adapter it was not measured"
         return f"{dtype} costs this model {100 * rise:.0f} % of perplexity, {mode}, beside fp32{other}" if rise > NOTICEABLE else None
-    if dtype != "int4":
+    if dtype not in FOUR_BITS:
         return None
     seen = [each["rises"]["int4"]["dense"] for each in models if "dense" in each["rises"].get("int4", {})]
-    others = f" (others measured: {', '.join(f'{rise:+.0%}' for rise in seen)})" if seen else ""
-    return f"what int4 costs this model in perplexity is not known{others}; dejavu eval tells, with --dtype int4 and with fp32"
+    others = f" (others measured, in int4: {', '.join(f'{rise:+.0%}' for rise in seen)})" if seen else ""
+    return f"what {dtype} costs this model in perplexity is not known{others}; dejavu eval tells, beside --dtype fp32"
