@@ -17,6 +17,7 @@ from conftest import open_fp32
 from dejavu.engine.backends import CAPABILITIES, make_engine, pick_backend
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
+from dejavu.kernels.native import missing_reason
 from dejavu.model.bundle import export, write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.families import config_from_hf, config_to_hf
@@ -205,7 +206,18 @@ def test_it_is_loaded_for_a_backend_that_computes_it(opened: dict[str, Any], nam
             with pytest.raises(ValueError, match="backend 'native' does not compute norms of what blocks add"):
                 dejavu.load(folder, backend="native")
     else:
-        assert lm.backend == pick_backend() and lm.notes == ()
+        assert lm.backend != "torch" or pick_backend() == "torch"
+
+
+@pytest.mark.parametrize(("name", "backend"), [("qwen3", "native"), ("gemma2", "torch")])
+def test_what_the_gpu_does_not_compute_runs_on_the_cpu(
+    opened: dict[str, Any], name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing_reason() is not None:
+        pytest.skip("the native engine is not here")
+    monkeypatch.setattr("dejavu.loading.pick_backend", lambda *_, **__: "cuda")
+    lm = dejavu.load(opened[name][2])
+    assert lm.backend == backend and any(note.startswith(f"backend {backend} on the CPU: cuda does not compute") for note in lm.notes)
 
 
 def test_minicpm_is_llama_with_scales(tok96: tokenizers.Tokenizer, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dejavu.engine.footprint import check_fits, free_bytes, packed_sizes
 from dejavu.engine.options import EngineOptions
 from dejavu.files import read_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
-from dejavu.kernels.native import DTYPE_CODES
+from dejavu.kernels.native import DTYPE_CODES, missing_reason
 from dejavu.kernels.processors import limit_torch, threads_note
 from dejavu.language_model import LanguageModel
 from dejavu.model.adapter import Adapter
@@ -60,8 +60,8 @@ def load(
     weights, else fp16), fp32, fp16, int8. screened_head: of the native backend, how many tokens a step gives exact logits (0: all), see
     kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine; None: as many as the process has processors, by its affinity and the
-    quota of its control group, and for torch no more than it has. backend: auto takes torch for an architecture or an adapter's
-    method that the other one does not compute, with a note. before_weights: called with the architecture, the backend, the dtype (or
+    quota of its control group, and for torch no more than it has. backend: auto takes native or else torch for an
+    architecture that the other one does not compute, and torch for such an adapter's method, with a note. before_weights: called with the architecture, the backend, the dtype (or
     "stored") and how many values the file stores as which type, before any weight is read, and also before any is fetched (but of a GGUF
     file); what it raises ends the loading. Raises ValueError for what is not found, not fetched, damaged, unavailable or of another model.
     """
@@ -76,7 +76,7 @@ def load(
         """The backend, and what keeps it from being the one requested. What is wrong is said here, before weights."""
         lacking = CAPABILITIES[requested].beyond(config)
         require(backend == "auto" or not lacking, f"backend {requested!r} does not compute {', '.join(lacking)}; use --backend torch")
-        settled = "torch" if lacking else requested
+        settled = _instead_of(requested, config) if lacking else requested
         _check_dtype(dtype, settled)
         if before_weights is not None:
             stored = "fp32" if source is None else source.stored_dtype  # of what is not fetched yet nothing is known
@@ -137,13 +137,19 @@ def load(
     widened = wider_note(source.sizes) if capabilities.packs and held == "stored" else None
     lm.notes = lm.notes if widened is None else (*lm.notes, widened)
     if lacking:
-        lm.notes = (*lm.notes, f"backend torch on the CPU: {requested} does not compute {', '.join(lacking)}")
+        lm.notes = (*lm.notes, f"backend {backend} on the CPU: {requested} does not compute {', '.join(lacking)}")
     layers = lm.layers()
     running = lm.model if layers is None else adapted_model(lm.model, layers)
     others = sorted(set(running.sizes()) - set(lm.model.sizes()))
     if held == "stored" and others:
         lm.notes = (*lm.notes, f"what the adapter changes is held in {', '.join(others)}: in {lm.model.stored_as} a sum has no place")
     return lm
+
+
+def _instead_of(backend: str, config: ModelConfig) -> str:
+    """What runs an architecture that this backend does not compute: torch does all of them."""
+    native = backend != "native" and missing_reason() is None and not CAPABILITIES["native"].beyond(config)
+    return "native" if native else "torch"
 
 
 def bundled_adapters() -> list[str]:
