@@ -49,7 +49,7 @@ def accept(lm: LanguageModel, folder: Path, texts: list[str], out: Output) -> Ad
     require(
         abs(ppl / expected - 1) <= TOLERANCE,
         f"{lm.name} has a dense perplexity of {ppl:.4g} on the calibration text, but {folder} was made for one of {expected:.4g}; "
-        "they may differ by 2 %: train an adapter for this model",
+        "they may differ by at most 2 %: train an adapter for this model",
     )
     accepted = adapter.with_base(lm.base_hash)
     write_text(folder / CARD_FILE, card(accepted.config))
