@@ -59,11 +59,12 @@ def load(
     computes in fp32: little memory, slowly. cache_dtype: of keys and values, likewise: auto (on the native backend fp32 with fp32
     weights, else fp16), fp32, fp16, int8. screened_head: of the native backend, how many tokens a step gives exact logits (0: all), see
     kernels/screen.py; evaluation has the full head.
-    threads: of torch, for the whole process, and of the native engine; None: as many as the process has processors, by its affinity and the
-    quota of its control group, and for torch no more than it has. backend: auto takes native or else torch for an
-    architecture that the other one does not compute, and torch for such an adapter's method, with a note. before_weights: called with the architecture, the backend, the dtype (or
-    "stored") and how many values the file stores as which type, before any weight is read, and also before any is fetched (but of a GGUF
-    file); what it raises ends the loading. Raises ValueError for what is not found, not fetched, damaged, unavailable or of another model.
+    threads: of torch, for the whole process, and of the native engine; None: as many as the process has processors, by its affinity and
+    the quota of its control group, and for torch no more than it has. backend: auto takes native or else torch for an architecture that
+    the other one does not compute, and torch for such an adapter's method, with a note. before_weights: called with the architecture, the
+    backend, the dtype (or "stored") and how many values the file stores as which type, before any weight is read, and also before any is
+    fetched (but of a GGUF file); what it raises ends the loading. Raises ValueError for what is not found, not fetched, damaged,
+    unavailable or of another model.
     """
     requested = pick_backend(backend, dtype="fp32" if dtype in ("auto", "stored") else dtype)
     _check_dtype(dtype, requested)
