@@ -87,7 +87,7 @@ def _model_info(name: str, out: Output) -> None:
             shown = source.stored_dtype if dtype == "stored" else dtype
             if (auto == "stored" and dtype == source.stored_dtype) or (auto != "stored" and shown in computed and dtype == "stored"):
                 continue
-            cache_dtype = capabilities.cache_dtype(dtype=shown)
+            cache_dtype = capabilities.cache_dtype(dtype=shown if capabilities.packs or dtype != "stored" else "fp32")  # as it computes
             taken = footprint(source.sizes, config, backend=backend, dtype=dtype, cache_dtype=cache_dtype)
             tokens = None if free is None else taken.tokens(free)
             memory.append(
