@@ -192,6 +192,7 @@ def trainer_of(checkpoint: Checkpoint, config: AdaptConfig, lookahead_L: tuple[i
     return Trainer(checkpoint.model, config, windows_of(config, checkpoint.tokenizer), lookahead_L=lookahead_L)
 
 
+@pytest.mark.slow
 def test_densities_reach_the_target_and_no_layer_dies(checkpoint: Checkpoint) -> None:
     config = dataclasses.replace(CONFIG, density=0.25, steps=150, learning_rate=1e-2)
     trainer, reports = trainer_of(checkpoint, config), []

@@ -394,6 +394,7 @@ def test_without_httpx(command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (status, out) == (2, "") and "pip install 'dejavu-llm[serve]'" in err
 
 
+@pytest.mark.slow
 def test_dejavu_serve_under_load(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The real server as a process: every request is answered and no page is lost."""
     export(tiny("opt"), tokenizer, tmp_path / "model")

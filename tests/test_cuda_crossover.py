@@ -46,6 +46,7 @@ def test_what_runs_dense(tiny: Tiny, device: str, layers: tuple[int, ...], heads
         torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slower", [slow(False), True])
 def test_heads_are_timed_both_ways(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, slower: bool) -> None:
     model = on(tiny("opt"), "cpu")

@@ -94,6 +94,7 @@ def test_decode_equals_the_torch_engine(tiny: Tiny, name: str, method: str, opti
         check_same(want, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("name", "method", "options"),

@@ -187,6 +187,7 @@ def test_cuts_keep_exactly_what_they_should(device: str, kind: tuple[float, int,
     assert set(sampled(logits_BV, settings_of(device, 8, (kind,)))) == allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [(1.0, 2, 1.0), slow((1.0, 0, 0.17)), slow((1.0, 8, 0.2))], ids=str)
 def test_of_equals_no_more_are_kept_than_needed(device: str, kind: tuple[float, int, float]) -> None:
@@ -248,6 +249,7 @@ def test_parts_are_joined_by_token_and_by_row() -> None:
     assert later.cpu().fallback_layers == 1, "what is no tensor stays"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("family", "rows", "crossing"), [slow("opt", 3, 8), ("llama", 1, 7)])
 def test_decode_equals_greedy_steps(
