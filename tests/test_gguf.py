@@ -16,7 +16,7 @@ import torch
 
 from conftest import Tiny, open_fp32
 from dejavu.config import RopeConfig
-from dejavu.engine.footprint import packed_sizes
+from dejavu.engine.footprint import native_sizes
 from dejavu.kernels.native import missing_reason
 from dejavu.kernels.quantized import QuantizedMatrix
 from dejavu.loading import load, wider_note
@@ -256,8 +256,8 @@ def test_what_the_native_engine_holds_wider_than_the_file_is_said() -> None:
     assert wider_note({"fp32": 10, "q2_k": 60, "iq3_s": 30}) == (
         "90% of the weights (q2_k, iq3_s) are held in fp16: the native engine has no kernels for them"
     )
-    assert packed_sizes({"fp32": 10, "q2_k": 60, "iq3_s": 30}) == {"fp32": 10, "fp16": 90}
-    assert packed_sizes({"q4_k": 100}) == {"q4_k": 100}
+    assert native_sizes({"fp32": 10, "q2_k": 60, "iq3_s": 30}) == {"fp32": 10, "fp16": 90}
+    assert native_sizes({"q4_k": 100}) == {"q4_k": 100}
 
 
 @pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")

@@ -12,7 +12,7 @@ import torch
 
 from dejavu.config import DTYPES, ModelConfig, require
 from dejavu.engine.backends import CAPABILITIES, pick_backend
-from dejavu.engine.footprint import check_fits, free_bytes, packed_sizes
+from dejavu.engine.footprint import check_fits, free_bytes, native_sizes
 from dejavu.engine.options import EngineOptions
 from dejavu.files import read_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
@@ -103,7 +103,7 @@ def load(
     hub = None if a_path else hub_name(name)
     called = None if a_path else name if hub is None else hub.model
     held = held_dtype(dtype, stored, backend)
-    sizes = packed_sizes(source.sizes) if capabilities.packs and held == "stored" else source.sizes
+    sizes = native_sizes(source.sizes) if capabilities.packs and held == "stored" else source.sizes
     smaller = [
         each
         for each in (*capabilities.dtypes, "stored")

@@ -38,11 +38,11 @@ class Footprint:
 
 def footprint(sizes: Mapping[str, int], config: ModelConfig, *, backend: str, dtype: str, cache_dtype: str) -> Footprint:
     """Of a model whose matrices are held in `dtype`, or, where it is none of ours, as they are stored."""
-    sizes = packed_sizes(sizes) if backend == "native" and dtype == "stored" else sizes
+    sizes = native_sizes(sizes) if backend == "native" and dtype == "stored" else sizes
     return Footprint(weights=weight_bytes(sizes, dtype), per_token=cache_bytes(config, backend=backend, cache_dtype=cache_dtype))
 
 
-def packed_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+def native_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     """Values of each type as the native engine holds a stored model: fp16 in the place of types that it has no kernels for."""
     found = {kind: count for kind, count in sizes.items() if kind in DTYPE_CODES}
     others = sum(sizes.values()) - sum(found.values())

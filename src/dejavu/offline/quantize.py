@@ -67,14 +67,10 @@ class QuantizeConfig(Config):
 @torch.no_grad()
 def quantized(model: Transformer, ids_WT: Tensor, config: QuantizeConfig, progress: Progress | None = None) -> Transformer:
     """The model in those grids, for these windows of its tokens, a BOS included where it takes one. model: on the CPU, fp32 or as held."""
-    for columns in {
-        model.config.hidden_size,
-        model.config.num_heads * model.config.head_dim,
-        model.config.intermediate_size,
-        model.embed.matrix.shape[1],
-    }:
-        if config.dtype in BLOCK_GRIDS:
-            check_blocks(columns, config.dtype)
+    sizes = model.config
+    lengths = sizes.hidden_size, sizes.num_heads * sizes.head_dim, sizes.intermediate_size, model.embed.matrix.shape[1]
+    for columns in lengths if config.dtype in BLOCK_GRIDS else ():
+        check_blocks(columns, config.dtype)
     made = sharing(model, lambda held: held.held)
     made.embed.hold(_table(model.embed.matrix, config.grid("embed")))
     for module in (made.head, made.project_in, made.project_out):
