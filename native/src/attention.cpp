@@ -54,11 +54,12 @@ Attention::Attention(const dejavu_model &model, int threads, int64_t max_rows)
       parts_(chunks, max_rows, model.width),
       scratch_((size_t)threads) {
   const dejavu_config &c = model.config;
+  stride_ = c.max_positions + PAD;
   for (Scratch &own : scratch_) {
     own.head = Vectors(max_rows, round_up(c.head_dim, PAD), Forms());
-    own.probabilities = Buffer<float>(c.max_positions + PAD);
+    own.probabilities = Buffer<float>(TOGETHER * stride_);
     own.mixed = Buffer<float>(max_rows * model.head_width);
-    own.coef.resize((size_t)max_rows), own.y.resize((size_t)max_rows);
+    own.x.resize((size_t)max_rows), own.coef.resize((size_t)max_rows), own.y.resize((size_t)max_rows);
     own.cached = Buffer<int16_t>(model.head_width);
     own.units.reserve((size_t)(c.num_heads + 2 * c.num_kv_heads));
   }
@@ -105,12 +106,16 @@ void Attention::project(const Context &ctx, int64_t layer, const Vectors &in, co
     const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
     const int64_t head = is_query ? unit : (unit - heads) % groups;
     const Matrix &matrix = is_query ? weights.q : is_key ? weights.k : weights.v;
-    for (int64_t tile = 0; tile < size; tile += TILE)
+    for (int64_t tile = 0; tile < size; tile += TILE) {
+      const int64_t first = head * size + tile, rows_here = std::min(TILE, size - tile);
+      int64_t tokens = 0;
       for (int64_t r = 0; r < rows; r++)
-        if (!is_query || selects(r, head)) {
-          const int64_t first = head * size + tile, rows_here = std::min(TILE, size - tile);
-          dots(ctx.kernels, matrix, in[r], nullptr, first, rows_here, own.head[r].f + tile, ctx.after(matrix, first, rows_here));
-        }
+        if (!is_query || selects(r, head)) own.x[(size_t)tokens] = &in[r], own.y[(size_t)tokens++] = own.head[r].f + tile;
+      if (rows == 1 && tokens == 1)
+        dots(ctx.kernels, matrix, in[0], nullptr, first, rows_here, own.y[0], ctx.after(matrix, first, rows_here));
+      else
+        products(ctx.kernels, matrix, {own.x.data(), own.y.data(), tokens}, first, rows_here);
+    }
     place_head(ctx, layer, unit, selected, own);
   }
 }
@@ -152,46 +157,102 @@ void Attention::place_head(const Context &ctx, int64_t layer, int64_t unit, cons
   }
 }
 
-void Attention::attend(const Context &ctx, int64_t layer, int64_t c, const Buffer<uint8_t> &selected, InputMaps &inputs) {
-  const Matrix &o = ctx.model.layers[(size_t)layer].o;
+// How many rows from r on, all of which select the group, are tokens of one sequence, up to TOGETHER.
+int64_t Attention::together(const Context &ctx, int64_t r, int64_t group, const Buffer<uint8_t> &selected) {
+  int64_t count = 1;
+  while (count < TOGETHER && r + count < ctx.rows && ctx.block.table[r + count] == ctx.block.table[r] && selected[(r + count) * ctx.config.num_kv_heads + group])
+    count++;
+  return count;
+}
+
+// What a head reads of values, for `count` tokens of a sequence: a page of keys or values is read once for those that see all of it.
+void Attention::mix(const Context &ctx, int64_t layer, int64_t h, int64_t r, int64_t count, Scratch &own) {
   const Kernels &kernels = ctx.kernels;
   const dejavu_block &block = ctx.block;
-  const int64_t heads = ctx.config.num_heads, groups = ctx.config.num_kv_heads, size = ctx.config.head_dim, padded = ctx.model.head_width;
+  const int64_t heads = ctx.config.num_heads, group = h / (heads / ctx.config.num_kv_heads), padded = ctx.model.head_width, page = block.page_size;
   const int dtype = block.cache_dtype;
   const int64_t bytes = bytes_of(dtype, padded);
   const auto dots_of = dtype == DEJAVU_INT8 ? kernels.dots_i8 : dtype == DEJAVU_FP16 ? kernels.dots_f16 : kernels.dots_f32;
   const auto axpys_of = dtype == DEJAVU_INT8 ? kernels.axpys_i8 : dtype == DEJAVU_FP16 ? kernels.axpys_f16 : kernels.axpys_f32;
+  const auto products_of = dtype == DEJAVU_INT8 ? kernels.products_i8 : dtype == DEJAVU_FP16 ? kernels.products_f16 : kernels.products_f32;
+  const auto sums_of = dtype == DEJAVU_INT8 ? kernels.sums_i8 : dtype == DEJAVU_FP16 ? kernels.sums_f16 : kernels.sums_f32;
+  // A page's keys of a head lie apart from the next page's: each is fetched while the one before is computed.
+  const auto vectors = [&](const void *pool, int64_t t) { return (const unsigned char *)pool + cache_row(ctx, layer, r, group, t) * bytes; };
+  Vector query[TOGETHER];
+  const Vector *x[TOGETHER];
+  float *p[TOGETHER], *mixed[TOGETHER];
+  int64_t length[TOGETHER], longest = 0;
+  for (int64_t j = 0; j < count; j++) {
+    query[j] = {query_.data() + ((r + j) * heads + h) * padded, nullptr, 0.0f, {}};
+    x[j] = &query[j];
+    p[j] = own.probabilities.data() + j * stride_, mixed[j] = own.mixed.data() + (r + j) * padded;
+    length[j] = block.position[r + j] + 1, longest = std::max(longest, length[j]);
+    std::fill_n(mixed[j], padded, 0.0f);
+  }
+  // Calls shared(list, n, tokens) for a page's n vectors that all tokens see, or alone(list, n, token) for those that one token sees of them.
+  const auto each_page = [&](const void *pool, const unsigned char *after, const auto &shared, const auto &alone) {
+    for (int64_t t = 0; t < longest; t += page) {
+      const int64_t first = cache_row(ctx, layer, r, group, t);
+      const unsigned char *next = t + page < longest ? vectors(pool, t + page) : after;
+      bool whole = count > 1;
+      for (int64_t j = 0; j < count; j++) whole = whole && length[j] >= t + page;
+      if (whole) {
+        shared(t, first);
+        continue;
+      }
+      for (int64_t j = 0; j < count; j++)
+        if (t < length[j]) alone(t, first, cache_rows(pool, bytes, first, std::min(page, length[j] - t), count == 1 ? next : nullptr), j);
+    }
+  };
+  const auto scale = [&](const float *scales, int64_t t, int64_t first, int64_t n, int64_t j) {
+    for (int64_t i = 0; dtype == DEJAVU_INT8 && i < n; i++) p[j][t + i] *= scales[first + i];
+  };
+  each_page(
+      block.k_pool, vectors(block.v_pool, 0),
+      [&](int64_t t, int64_t first) {
+        float *out[TOGETHER];
+        for (int64_t j = 0; j < count; j++) out[j] = p[j] + t;
+        products_of(cache_rows(block.k_pool, bytes, first, page, nullptr), {x, out, count}, padded);
+        for (int64_t j = 0; j < count; j++) scale(block.k_scale, t, first, page, j);
+      },
+      [&](int64_t t, int64_t first, const RowList &rows, int64_t j) {
+        dots_of(rows, x[j]->f, padded, p[j] + t);
+        scale(block.k_scale, t, first, rows.count, j);
+      });
+  for (int64_t j = 0; j < count; j++) kernels.softmax(p[j], length[j]);
+  each_page(
+      block.v_pool, nullptr,
+      [&](int64_t t, int64_t first) {
+        const float *coef[TOGETHER];
+        for (int64_t j = 0; j < count; j++) scale(block.v_scale, t, first, page, j);
+        for (int64_t i = 0; i < page; i += SUMMED) {
+          for (int64_t j = 0; j < count; j++) coef[j] = p[j] + t + i;
+          sums_of(cache_rows(block.v_pool, bytes, first + i, std::min(SUMMED, page - i), nullptr), {coef, mixed, count}, padded);
+        }
+      },
+      [&](int64_t t, int64_t first, const RowList &rows, int64_t j) {
+        scale(block.v_scale, t, first, rows.count, j);
+        axpys_of(rows, p[j] + t, padded, mixed[j]);
+      });
+}
+
+void Attention::attend(const Context &ctx, int64_t layer, int64_t c, const Buffer<uint8_t> &selected, InputMaps &inputs) {
+  const Matrix &o = ctx.model.layers[(size_t)layer].o;
+  const Kernels &kernels = ctx.kernels;
+  const int64_t heads = ctx.config.num_heads, groups = ctx.config.num_kv_heads, size = ctx.config.head_dim, padded = ctx.model.head_width;
   const bool selects_outputs = ctx.selector(layer).inputs[DEJAVU_AT_OUTPUT].present();
   Scratch &own = scratch_[(size_t)ctx.thread];
   parts_.clear(c, ctx.rows);
   for (int64_t h = chunk_start(heads, c, chunks); h < chunk_start(heads, c + 1, chunks); h++) {
     const int64_t group = h / (heads / groups);
-    for (int64_t r = 0; r < ctx.rows; r++) {
-      if (!selected[r * groups + group]) continue;
-      const int64_t length = block.position[r] + 1, page = block.page_size;
-      const float *q = query_.data() + (r * heads + h) * padded;
-      float *p = own.probabilities.data(), *mixed = own.mixed.data() + r * padded;
-      // A page's keys of a head lie apart from the next page's: each is fetched while the one before is computed.
-      const auto vectors = [&](const void *pool, int64_t t) { return (const unsigned char *)pool + cache_row(ctx, layer, r, group, t) * bytes; };
-      for (int64_t t = 0; t < length; t += page) {
-        const int64_t count = std::min(page, length - t), first = cache_row(ctx, layer, r, group, t);
-        const unsigned char *next = t + page < length ? vectors(block.k_pool, t + page) : vectors(block.v_pool, 0);
-        dots_of(cache_rows(block.k_pool, bytes, first, count, next), q, padded, p + t);
-        for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.k_scale[first + i];
+    for (int64_t r = 0; r < ctx.rows;) {
+      const int64_t count = selected[r * groups + group] ? together(ctx, r, group, selected) : 0;
+      if (count > 0) mix(ctx, layer, h, r, count, own);
+      for (int64_t end = r + std::max<int64_t>(count, 1); r < end; r++) {
+        float *mixed = own.mixed.data() + r * padded;
+        if (count > 0 && selects_outputs) inputs.add_outputs(ctx, layer, r, h, mixed, parts_.of(c, r));
+        if (count > 0 && !selects_outputs) o.scale_rows(nullptr, h * size, size, mixed);
       }
-      kernels.softmax(p, length);
-      std::fill_n(mixed, padded, 0.0f);
-      for (int64_t t = 0; t < length; t += page) {
-        const int64_t count = std::min(page, length - t), first = cache_row(ctx, layer, r, group, t);
-        const unsigned char *next = t + page < length ? vectors(block.v_pool, t + page) : nullptr;
-        for (int64_t i = 0; dtype == DEJAVU_INT8 && i < count; i++) p[t + i] *= block.v_scale[first + i];
-        axpys_of(cache_rows(block.v_pool, bytes, first, count, next), p + t, padded, mixed);
-      }
-      if (selects_outputs) {
-        inputs.add_outputs(ctx, layer, r, h, mixed, parts_.of(c, r));
-        continue;
-      }
-      o.scale_rows(nullptr, h * size, size, mixed);
     }
     if (selects_outputs) continue;
     for (int64_t tile = 0; tile < size; tile += TILE) {

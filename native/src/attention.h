@@ -27,7 +27,9 @@ class Attention {
  private:
   struct alignas(64) Scratch {
     Vectors head;  // of each row, the one head that is being placed
-    Buffer<float> probabilities, mixed;  // mixed: of each row, one head
+    Buffer<float> probabilities;         // [TOGETHER, stride_]
+    Buffer<float> mixed;                 // of each row, one head
+    std::vector<const Vector *> x;       // of the rows that are multiplied together
     std::vector<const float *> coef;     // of the rows that o is added up for
     std::vector<float *> y;
     Buffer<int16_t> cached;
@@ -35,9 +37,13 @@ class Attention {
   };
   void place_head(const Context &context, int64_t layer, int64_t unit, const Buffer<uint8_t> &groups, Scratch &own);
   void rotate(const Context &context, int64_t row, float *head) const;
+  static constexpr int64_t TOGETHER = 4;  // tokens of a sequence that read keys and values together
+  static int64_t together(const Context &context, int64_t row, int64_t group, const Buffer<uint8_t> &groups);
+  void mix(const Context &context, int64_t layer, int64_t head, int64_t row, int64_t count, Scratch &own);
 
   Buffer<float> query_;         // shared: [rows, heads, padded head_dim]
   Buffer<float> cosine_, sine_;  // shared: [rows, pairs]
+  int64_t stride_ = 0;  // room for the probabilities of one token
   Parts parts_;
   std::vector<Scratch> scratch_;  // by thread
 };

@@ -7,6 +7,7 @@ Head::Head(const dejavu_model &model, int threads, int64_t max_rows) : projected
   for (Scratch &own : scratch_) {
     own.normed = Vectors(max_rows, model.width, model.forms());
     own.projected = Vectors(max_rows, model.embed_width, model.forms());
+    own.x.resize((size_t)max_rows), own.out.resize((size_t)max_rows);
   }
 }
 
@@ -43,12 +44,13 @@ void Head::run(const Context &ctx, const Vectors &x) {
   const int64_t begin = ctx.share(vocab_size, TILE), end = ctx.share_end(vocab_size, TILE);
   bool finite = true;
   for (int64_t tile = begin; tile < end; tile += TILE) {
-    const int64_t count = std::min(TILE, end - tile);
-    for (int64_t r = first_row; r < ctx.rows; r++) {
-      float *out = ctx.block.logits + (r - first_row) * vocab_size + tile;
-      dots(ctx.kernels, head, in[r], nullptr, tile, count, out, ctx.after(head, tile, count));
-      finite = finite && ctx.kernels.finite(out, count);
-    }
+    const int64_t count = std::min(TILE, end - tile), tokens = ctx.rows - first_row;
+    for (int64_t t = 0; t < tokens; t++) own.x[(size_t)t] = &in[first_row + t], own.out[(size_t)t] = ctx.block.logits + t * vocab_size + tile;
+    if (tokens == 1)
+      dots(ctx.kernels, head, in[first_row], nullptr, tile, count, own.out[0], ctx.after(head, tile, count));
+    else
+      products(ctx.kernels, head, {own.x.data(), own.out.data(), tokens}, tile, count);
+    for (int64_t t = 0; t < tokens; t++) finite = finite && ctx.kernels.finite(own.out[(size_t)t], count);
   }
   if (!finite) ctx.finite.store(false);
 }

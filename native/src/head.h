@@ -14,6 +14,8 @@ class Head {
  private:
   struct alignas(64) Scratch {
     Vectors normed, projected;
+    std::vector<const Vector *> x;  // of the rows whose logits are computed together, and where those go
+    std::vector<float *> out;
   };
   Buffer<float> projected_;       // shared: [rows, embed_width]
   std::vector<Scratch> scratch_;  // by thread

@@ -26,6 +26,14 @@ struct Grouped {
   int16_t *halves;
 };
 
+// A padded vector; where some matrix that it meets is of integers, also in the form that their products take.
+struct Vector {
+  float *f;
+  int16_t *q;    // int16 times a scale, for int8
+  float scale;
+  Grouped groups;  // for grids
+};
+
 struct RowList {
   const void *base;
   int64_t stride;
@@ -41,6 +49,13 @@ struct PanelList {
   const int32_t *idx;
   int64_t first, count, fetch;
   const void *next;
+};
+
+// Tokens that the same rows are multiplied with: out[t][k] = sum_i row_k[i] x[t][i]
+struct Batch {
+  const Vector *const *x;
+  float *const *out;
+  int64_t count;
 };
 
 // Tokens that the same rows are added up for: y[t] += coef[t][0] row_0 + coef[t][1] row_1 + ...
@@ -62,6 +77,13 @@ struct Kernels {
   // The same with x[i] = scale * xq[i]. No int32 overflows as long as |xq| <= int16_limit(n).
   void (*dots_i8_i16)(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out);
   void (*dots_grid[NUM_GRIDS])(const RowList &rows, const Grouped &x, int64_t n, float *out);
+  // The same bits for several tokens. Nothing is fetched.
+  void (*products_f32)(const RowList &rows, const Batch &batch, int64_t n);
+  void (*products_bf16)(const RowList &rows, const Batch &batch, int64_t n);
+  void (*products_f16)(const RowList &rows, const Batch &batch, int64_t n);
+  void (*products_i8)(const RowList &rows, const Batch &batch, int64_t n);
+  void (*products_i8_i16)(const RowList &rows, const Batch &batch, int64_t n);
+  void (*products_grid[NUM_GRIDS])(const RowList &rows, const Batch &batch, int64_t n);
   // y[i] = y[i] + coef[0] row_0[i] + coef[1] row_1[i] + ..., added in this order
   void (*axpys_f32)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*axpys_bf16)(const RowList &rows, const float *coef, int64_t n, float *y);

@@ -30,6 +30,17 @@ Vectors::Vectors(int64_t rows, int64_t width, Forms forms) {
   }
 }
 
+namespace {
+
+// What belongs to rows of a matrix beside their values.
+void finish(const Matrix &m, const int32_t *idx, int64_t first, int64_t count, float *out) {
+  m.scale_rows(idx, first, count, out);
+  if (!m.bias.empty())
+    for (int64_t k = 0; k < count; k++) out[k] += m.bias[idx == nullptr ? first + k : idx[k]];
+}
+
+}  // namespace
+
 void dots(const Kernels &kernels, const Matrix &m, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, Fetch fetch) {
   if (count == 0) return;
   const RowList list = list_of(m, idx, first, count, fetch);
@@ -40,9 +51,21 @@ void dots(const Kernels &kernels, const Matrix &m, const Vector &x, const int32_
     case DEJAVU_INT8: x.q == nullptr ? kernels.dots_i8(list, x.f, m.width, out) : kernels.dots_i8_i16(list, x.q, x.scale, m.width, out); break;
     default: kernels.dots_grid[grid_number(m.dtype)](list, x.groups, m.width, out);
   }
-  m.scale_rows(idx, first, count, out);
-  if (!m.bias.empty())
-    for (int64_t k = 0; k < count; k++) out[k] += m.bias[idx == nullptr ? first + k : idx[k]];
+  finish(m, idx, first, count, out);
+}
+
+void products(const Kernels &kernels, const Matrix &m, const Batch &batch, int64_t first, int64_t count) {
+  if (count == 0 || batch.count == 0) return;
+  if (batch.count == 1) return dots(kernels, m, *batch.x[0], nullptr, first, count, batch.out[0]);
+  const RowList list = list_of(m, nullptr, first, count, {});
+  switch (m.dtype) {
+    case DEJAVU_FP32: kernels.products_f32(list, batch, m.width); break;
+    case DEJAVU_FP16: kernels.products_f16(list, batch, m.width); break;
+    case DEJAVU_BF16: kernels.products_bf16(list, batch, m.width); break;
+    case DEJAVU_INT8: batch.x[0]->q == nullptr ? kernels.products_i8(list, batch, m.width) : kernels.products_i8_i16(list, batch, m.width); break;
+    default: kernels.products_grid[grid_number(m.dtype)](list, batch, m.width);
+  }
+  for (int64_t t = 0; t < batch.count; t++) finish(m, nullptr, first, count, batch.out[t]);
 }
 
 void axpys(const Kernels &kernels, const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, Fetch fetch) {

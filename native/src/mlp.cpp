@@ -18,7 +18,8 @@ Mlp::Mlp(const dejavu_model &model, int threads, int64_t max_rows)
   for (Scratch &own : scratch_) {
     own.values = Buffer<float>(2 * (model.config.intermediate_size + PAD));
     own.fired = Buffer<int32_t>(model.config.intermediate_size);
-    own.tile = Buffer<float>(max_rows * TILE);
+    own.tile = Buffer<float>(2 * max_rows * TILE + PAD);
+    own.x.resize((size_t)max_rows), own.up.resize((size_t)max_rows), own.gate.resize((size_t)max_rows);
     own.coef.resize((size_t)max_rows), own.y.resize((size_t)max_rows);
   }
 }
@@ -50,14 +51,26 @@ float *Mlp::values_of(const Run &run, int64_t r, const Neurons &neurons, Fetch o
 
 void Mlp::compute_tile(const Run &run, int64_t c, int64_t first, int64_t count) {
   Scratch &own = run.own;
+  const Kernels &kernels = run.ctx.kernels;
+  const dejavu_config &config = run.ctx.config;
   const int64_t rows = run.ctx.rows;
+  float *values = own.tile.data(), *gates = reads_both(run) ? values + rows * TILE : values;
   for (int64_t r = 0; r < rows; r++) {
-    float *values = values_of(run, r, {nullptr, first, count}, {}, {}), *to = own.tile.data() + r * TILE;
-    run.layer.down.scale_rows(nullptr, first, count, values);
-    std::copy_n(values, count, to);
-    own.coef[(size_t)r] = to, own.y[(size_t)r] = parts_.of(c, r);
+    own.x[(size_t)r] = &run.in[r], own.up[(size_t)r] = values + r * TILE, own.gate[(size_t)r] = gates + r * TILE;
+    own.coef[(size_t)r] = values + r * TILE, own.y[(size_t)r] = parts_.of(c, r);
   }
-  sums(run.ctx.kernels, run.layer.down, {own.coef.data(), own.y.data(), rows}, first, count);
+  if (run.known == Known::NOTHING) {
+    products(kernels, run.ctx.model.gate_of(run.layer), {own.x.data(), own.gate.data(), rows}, first, count);
+    kernels.activate(gates, rows * TILE, config.activation, config.activation_threshold);
+  } else {
+    for (int64_t r = 0; r < rows; r++) std::copy_n(run.selected.activated(r) + first, count, own.gate[(size_t)r]);
+  }
+  if (gates != values) {
+    products(kernels, run.layer.up, {own.x.data(), own.up.data(), rows}, first, count);
+    for (int64_t k = 0; k < rows * TILE; k++) values[k] = gates[k] * values[k];
+  }
+  for (int64_t r = 0; r < rows; r++) run.layer.down.scale_rows(nullptr, first, count, own.up[(size_t)r]);
+  sums(kernels, run.layer.down, {own.coef.data(), own.y.data(), rows}, first, count);
 }
 
 // y += the neurons of one token.

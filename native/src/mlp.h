@@ -30,9 +30,11 @@ class Mlp {
   struct alignas(64) Scratch {
     Buffer<float> values;   // [2, neurons]: of up, of the gate
     Buffer<int32_t> fired;  // neurons whose row of down is read
-    Buffer<float> tile;     // [rows, TILE]: values of a tile's neurons
+    // Of a tile's neurons, for several tokens: [2, rows, TILE] as `values`, and each row of what is read or written.
+    Buffer<float> tile;
+    std::vector<const Vector *> x;
     std::vector<const float *> coef;
-    std::vector<float *> y;
+    std::vector<float *> up, gate, y;
   };
   // One layer as a thread computes it.
   struct Run {

@@ -1,5 +1,5 @@
 // Those functions of kernels.h that take a vector and no matrix: norms, activations, softmax, and vectors as integers. Over the vectors F and N
-// of one simd_*.h, as kernels_impl.h, which includes this.
+// of one simd_*.h, see kernels_impl.h.
 #pragma once
 #include <math.h>
 

@@ -1,0 +1,179 @@
+// The functions of kernels.h that read rows of matrices once for several tokens, over the vectors of one simd_*.h: see kernels_impl.h. What
+// is computed for a token is what rows_impl.h computes for it alone, operation by operation: the same bits.
+#include "rows_impl.h"
+
+namespace {
+
+constexpr int TOGETHER = 4;  // tokens that a row is read once for: their sums, two of floats each, fit the registers
+
+// TOGETHER tokens of a batch from token t on; the last one repeated where it has no more.
+struct Four {
+  const Vector *x[TOGETHER];
+  Four(const Batch &batch, int64_t t) {
+    for (int64_t j = 0; j < TOGETHER; j++) x[j] = batch.x[t + j < batch.count ? t + j : batch.count - 1];
+  }
+};
+
+inline void put_products(const float *four, const Batch &batch, int64_t t, int64_t k) {
+  for (int64_t j = 0; j < TOGETHER && t + j < batch.count; j++) batch.out[t + j][k] = four[j];
+}
+
+template <class W> void products(const RowList &rows, const Batch &batch, int64_t n) {
+  for (int64_t t = 0; t < batch.count; t += TOGETHER) {
+    const Four four(batch, t);
+    for (int64_t k = 0; k < rows.count; k++) {
+      const W *r = row_of<W>(rows, k);
+      F::T a[TOGETHER], b[TOGETHER];
+      for (int j = 0; j < TOGETHER; j++) a[j] = b[j] = F::zero();
+      int64_t i = 0;
+      for (; i + 2 * F::W <= n; i += 2 * F::W) {
+        const F::T w0 = F::load(r + i), w1 = F::load(r + i + F::W);
+        for (int j = 0; j < TOGETHER; j++) {
+          a[j] = F::fma(w0, F::load(four.x[j]->f + i), a[j]);
+          b[j] = F::fma(w1, F::load(four.x[j]->f + i + F::W), b[j]);
+        }
+      }
+      for (; i < n; i += F::W) {
+        const F::T w0 = F::load(r + i);
+        for (int j = 0; j < TOGETHER; j++) a[j] = F::fma(w0, F::load(four.x[j]->f + i), a[j]);
+      }
+      float out[TOGETHER];
+      F::sum4(F::add(a[0], b[0]), F::add(a[1], b[1]), F::add(a[2], b[2]), F::add(a[3], b[3]), out);
+      put_products(out, batch, t, k);
+    }
+  }
+}
+
+void products_i8_i16(const RowList &rows, const Batch &batch, int64_t n) {
+  for (int64_t t = 0; t < batch.count; t += TOGETHER) {
+    const Four four(batch, t);
+    for (int64_t k = 0; k < rows.count; k++) {
+      const int8_t *r = row_of<int8_t>(rows, k);
+      I::T a[TOGETHER];
+      for (int j = 0; j < TOGETHER; j++) a[j] = I::zero();
+      for (int64_t i = 0; i < n; i += I::W)
+        for (int j = 0; j < TOGETHER; j++) a[j] = I::step(a[j], r + i, four.x[j]->q + i);
+      float out[TOGETHER];
+      I::sum4(a[0], a[1], a[2], a[3], 1.0f, out);
+      for (int j = 0; j < TOGETHER; j++) out[j] *= four.x[j]->scale;
+      put_products(out, batch, t, k);
+    }
+  }
+}
+
+template <int GRID> void products_grid(const RowList &rows, const Batch &batch, int64_t n) {
+  const int64_t groups = n / GROUP;
+  for (int64_t t = 0; t < batch.count; t += TOGETHER) {
+    const Four four(batch, t);
+    for (int64_t k = 0; k < rows.count; k++) {
+      const uint8_t *r = row_of<uint8_t>(rows, k);
+      F::T a[TOGETHER];
+      for (int j = 0; j < TOGETHER; j++) a[j] = F::zero();
+      for (int64_t g = 0; g < groups; g += 8) {
+        const int64_t count = groups - g < 8 ? groups - g : 8;
+        N::Scales s[TOGETHER];
+        const int8_t *sub = nullptr, *q[TOGETHER];
+        for (int j = 0; j < TOGETHER; j++) {
+          a[j] = start8<GRID>(a[j], r, n, g, count, four.x[j]->groups, s[j], sub);
+          q[j] = four.x[j]->groups.q + g * GROUP;
+        }
+        if (count == 8)
+          for (int pair = 0; pair < 4; pair++)
+            for (int j = 0; j < TOGETHER; j++) a[j] = pair_step<GRID>(a[j], r, n, q[j], s[j], g, pair, sub);
+        else
+          for (int pair = 0; pair < count / 2; pair++)
+            for (int j = 0; j < TOGETHER; j++) a[j] = pair_step<GRID>(a[j], r, n, q[j], s[j], g, pair, sub);
+      }
+      float out[TOGETHER];
+      F::sum4(a[0], a[1], a[2], a[3], out);
+      put_products(out, batch, t, k);
+    }
+  }
+}
+
+// The sums of PAD outputs of each token, of rows that are floats by now; c[j], d[j]: what row j is multiplied by in either half.
+inline void add_up(const float (*rows)[PAD], const float *c, const float *d, int64_t count, F::T *v) {
+  constexpr int PARTS = PAD / F::W;
+  for (int64_t j = 0; j < count; j++) {
+    const F::T first = F::set(c[j]), second = F::set(d[j]);
+    for (int p = 0; p < PARTS; p++) v[p] = F::fma(F::load(rows[j] + p * F::W), p < PARTS / 2 ? first : second, v[p]);
+  }
+}
+
+// Values i .. i + P * F::W of the sums, of rows that become floats once.
+template <class W, int P> inline void sums_at(const RowList &rows, const Tokens &tokens, int64_t i) {
+  float wide[SUMMED][P * F::W];
+  for (int64_t j = 0; j < rows.count; j++)
+    for (int p = 0; p < P; p++) F::store(wide[j] + p * F::W, F::load(row_of<W>(rows, j) + i + p * F::W));
+  for (int64_t t = 0; t < tokens.count; t++) {
+    float *y = tokens.y[t] + i;
+    F::T v[P];
+    for (int p = 0; p < P; p++) v[p] = F::load(y + p * F::W);
+    for (int64_t j = 0; j < rows.count; j++) {
+      const F::T c = F::set(tokens.coef[t][j]);
+      for (int p = 0; p < P; p++) v[p] = F::fma(F::load(wide[j] + p * F::W), c, v[p]);
+    }
+    for (int p = 0; p < P; p++) F::store(y + p * F::W, v[p]);
+  }
+}
+
+template <class W> void sums(const RowList &rows, const Tokens &tokens, int64_t n) {
+  int64_t i = 0;
+  for (; i + PAD <= n; i += PAD) sums_at<W, PAD / F::W>(rows, tokens, i);
+  for (; i < n; i += F::W) sums_at<W, 1>(rows, tokens, i);  // heads
+}
+
+void sums_i4(const RowList &rows, const Tokens &tokens, int64_t n) {
+  constexpr int PARTS = PAD / F::W;
+  const int64_t groups = n / GROUP;
+  float wide[4][SUMMED][PAD];
+  for (int64_t first = 0; first < groups; first += 8) {
+    const int64_t pairs = (groups - first < 8 ? groups - first : 8) / 2;
+    for (int64_t j = 0; j < rows.count; j++)
+      for (int64_t g = 0; g < 2 * pairs; g++) {
+        const N::Group group = N::group(row_of<uint8_t>(rows, j) + (first + g) * (GROUP / 2));
+        for (int part = 0; part < GROUP / F::W; part++) F::store(wide[g / 2][j] + g % 2 * GROUP + part * F::W, N::values(group, part));
+      }
+    for (int64_t t = 0; t < tokens.count; t++) {
+      float c[8][SUMMED];
+      for (int64_t j = 0; j < rows.count; j++) {
+        float eight[8];
+        N::times((const half *)(row_of<uint8_t>(rows, j) + n / 2) + first, tokens.coef[t][j], eight);
+        for (int g = 0; g < 8; g++) c[g][j] = eight[g];
+      }
+      for (int64_t pair = 0; pair < pairs; pair++) {
+        float *y = tokens.y[t] + first * GROUP + pair * PAD;
+        F::T v[PARTS];
+        for (int p = 0; p < PARTS; p++) v[p] = F::load(y + p * F::W);
+        add_up(wide[pair], c[2 * pair], c[2 * pair + 1], rows.count, v);
+        for (int p = 0; p < PARTS; p++) F::store(y + p * F::W, v[p]);
+      }
+    }
+  }
+}
+
+template <int GRID> void sums_panels(const PanelList &rows, const Tokens &tokens, int64_t n) {
+  constexpr Grid G = GRIDS[GRID];
+  constexpr int PARTS = PAD / F::W;
+  const Panel panel(G, n);
+  float wide[SUMMED][PAD];
+  for (int64_t k = 0; k < rows.count;) {
+    const int64_t input = rows.first + k, end = input / SUMMED * SUMMED + SUMMED, left = rows.first + rows.count;
+    const int64_t count = (end < left ? end : left) - input;
+    for (int64_t i = 0; i < n; i += PAD) {
+      for (int64_t j = 0; j < count; j++) panel_floats<GRID>(rows.base + panel.row_at(input + j), n, i, wide[j]);
+      for (int64_t t = 0; t < tokens.count; t++) {
+        const float *c = tokens.coef[t] + k;
+        float total = 0.0f;
+        for (int64_t j = 0; j < count; j++) total += c[j];
+        F::T v[PARTS];
+        for (int p = 0; p < PARTS; p++) v[p] = F::zero();
+        add_up(wide, c, c, count, v);
+        add_scaled<GRID>(rows.base, panel, input, n, i, v, total, tokens.y[t]);
+      }
+    }
+    k += count;
+  }
+}
+
+}  // namespace

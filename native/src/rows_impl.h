@@ -1,0 +1,419 @@
+// The functions of kernels.h that read rows of matrices for one token, over the vectors F, I and N of one simd_*.h: see kernels_impl.h.
+#include "vectors_impl.h"
+
+namespace {
+
+template <class W> inline const W *row_of(const RowList &rows, int64_t k) {
+  const int64_t number = rows.idx == nullptr ? k : (int64_t)rows.idx[k];
+  return (const W *)((const char *)rows.base + number * rows.stride);
+}
+
+void fetch(const RowList &rows) {
+  for (int64_t k = 0; k < rows.count; k++) {
+    const char *row = row_of<char>(rows, k);
+    for (int64_t b = 0; b < rows.fetch; b += 64) prefetch(row + b);
+    prefetch(row + rows.fetch - 1);  // a row need not start a cache line
+  }
+}
+
+// What is prefetched while the rows of a list are computed, four rows of `lines` cache lines each at a time.
+class Ahead {
+ public:
+  Ahead(const RowList &list, int64_t lines) : rows(list) {
+    if (rows.fetch == 0) return;
+    if (rows.idx == nullptr) {
+      at = (const char *)rows.next, end = at + rows.fetch;
+      const int64_t steps = (rows.count + 3) / 4 * lines;
+      each = ((rows.fetch + 63) / 64 + steps - 1) / steps;
+    } else {
+      each = (4 * ((rows.fetch + 127) / 64) + lines - 1) / lines;
+      for (int64_t k = 0; k < rows.ahead; k += 4) start(k - rows.ahead), finish();
+    }
+  }
+  // Before rows k to k + 3 are computed.
+  void start(int64_t k) {
+    if (rows.idx == nullptr || rows.fetch == 0) return;
+    row = k + rows.ahead;
+    stop = row + 4 < rows.count ? row + 4 : rows.count;
+    next_row();
+  }
+  // For each cache line of the rows that are computed.
+  void step() {
+    for (int64_t i = 0; i < each; i++) line();
+  }
+  // After them.
+  void finish() {
+    if (rows.idx == nullptr) return;
+    while (at < end) line();
+  }
+
+ private:
+  void next_row() {
+    if (row >= stop) return;
+    at = row_of<char>(rows, row++), end = at + rows.fetch;
+  }
+  void line() {
+    if (at >= end) return;
+    prefetch(at);
+    at += 64;
+    if (at < end || rows.idx == nullptr) return;
+    prefetch(end - 1);  // a row need not start a cache line
+    next_row();
+  }
+  const RowList &rows;
+  const char *at = nullptr, *end = nullptr;
+  int64_t each = 0, row = 0, stop = 0;
+};
+
+template <class W> inline void rows4(const RowList &rows, int64_t k, const W *out[4]) {
+  for (int64_t j = 0; j < 4; j++) out[j] = row_of<W>(rows, k + j < rows.count ? k + j : rows.count - 1);
+}
+
+inline void put4(const float *four, int64_t k, int64_t count, float *out) {
+  for (int64_t j = 0; j < 4 && k + j < count; j++) out[k + j] = four[j];
+}
+
+template <class W> void dots(const RowList &rows, const float *x, int64_t n, float *out) {
+  constexpr int64_t LINE = 64 / (int64_t)sizeof(W);
+  Ahead ahead(rows, (n + LINE - 1) / LINE);
+  for (int64_t k = 0; k < rows.count; k += 4) {
+    ahead.start(k);
+    const W *r[4];
+    rows4(rows, k, r);
+    F::T a[4], b[4];
+    for (int j = 0; j < 4; j++) a[j] = b[j] = F::zero();
+    int64_t i = 0;
+    for (; i + 2 * F::W <= n; i += 2 * F::W) {
+      if (i % LINE == 0) ahead.step();
+      const F::T x0 = F::load(x + i), x1 = F::load(x + i + F::W);
+      for (int j = 0; j < 4; j++) {
+        a[j] = F::fma(F::load(r[j] + i), x0, a[j]);
+        b[j] = F::fma(F::load(r[j] + i + F::W), x1, b[j]);
+      }
+    }
+    for (; i < n; i += F::W) {
+      const F::T x0 = F::load(x + i);
+      for (int j = 0; j < 4; j++) a[j] = F::fma(F::load(r[j] + i), x0, a[j]);
+    }
+    ahead.finish();
+    float four[4];
+    const bool whole = k + 4 <= rows.count;
+    F::sum4(F::add(a[0], b[0]), F::add(a[1], b[1]), F::add(a[2], b[2]), F::add(a[3], b[3]), whole ? out + k : four);
+    if (!whole) put4(four, k, rows.count, out);
+  }
+}
+
+void dots_i8_i16(const RowList &rows, const int16_t *xq, float scale, int64_t n, float *out) {
+  Ahead ahead(rows, n / PAD);
+  for (int64_t k = 0; k < rows.count; k += 4) {
+    ahead.start(k);
+    const int8_t *r[4];
+    rows4(rows, k, r);
+    I::T a[4];
+    for (int j = 0; j < 4; j++) a[j] = I::zero();
+    for (int64_t block = 0; block < n; block += PAD) {
+      ahead.step();
+      for (int64_t i = block; i < block + PAD; i += I::W)
+        for (int j = 0; j < 4; j++) a[j] = I::step(a[j], r[j] + i, xq + i);
+    }
+    ahead.finish();
+    float four[4];
+    const bool whole = k + 4 <= rows.count;
+    I::sum4(a[0], a[1], a[2], a[3], scale, whole ? out + k : four);
+    if (!whole) put4(four, k, rows.count, out);
+  }
+}
+
+template <class W> void axpys(const RowList &rows, const float *coef, int64_t n, float *y) {
+  constexpr int64_t LINE = 64 / (int64_t)sizeof(W);
+  Ahead ahead(rows, (n + LINE - 1) / LINE);
+  int64_t k = 0;
+  for (; k + 4 <= rows.count; k += 4) {
+    ahead.start(k);
+    const W *r[4];
+    rows4(rows, k, r);
+    const F::T c0 = F::set(coef[k]), c1 = F::set(coef[k + 1]), c2 = F::set(coef[k + 2]), c3 = F::set(coef[k + 3]);
+    for (int64_t i = 0; i < n; i += F::W) {
+      if (i % LINE == 0) ahead.step();
+      F::T v = F::fma(F::load(r[0] + i), c0, F::load(y + i));
+      v = F::fma(F::load(r[1] + i), c1, v);
+      v = F::fma(F::load(r[2] + i), c2, v);
+      F::store(y + i, F::fma(F::load(r[3] + i), c3, v));
+    }
+    ahead.finish();
+  }
+  for (; k < rows.count; k++) {
+    const W *r = row_of<W>(rows, k);
+    const F::T c = F::set(coef[k]);
+    for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::fma(F::load(r + i), c, F::load(y + i)));
+  }
+}
+
+// The PAD quants of a pair of groups, or of outputs, of a row of n quants that are nibbles.
+template <int PLANE> inline N::Bytes quants(const uint8_t *row, int64_t n, int64_t pair) {
+  const N::Bytes low = N::nibbles(row + pair * (PAD / 2));
+  if constexpr (PLANE == 1) return N::add_bits(low, row + n / 2 + pair * (PAD / 8));
+  if constexpr (PLANE == 2) return N::add_two_bits(low, row + n / 2 + pair * (PAD / 4));
+  return low;
+}
+
+// acc + products of a pair of groups. sub: sub-scales of halves of groups, of Q6_K.
+template <int GRID> inline F::T pair_step(F::T acc, const uint8_t *row, int64_t n, const int8_t *q, const N::Scales &s, int64_t g, int pair, const int8_t *sub) {
+  constexpr Grid G = GRIDS[GRID];
+  if constexpr (G.bytes())
+    return N::step(acc, (const int8_t *)row + g * GROUP + pair * PAD, q + pair * PAD, s, pair);
+  else if constexpr (G.shared < GROUP)
+    return N::step(acc, quants<G.plane>(row, n, g / 2 + pair), q + pair * PAD, s, pair, sub);
+  else
+    return N::step(acc, quants<G.plane>(row, n, g / 2 + pair), q + pair * PAD, s, pair);
+}
+
+// Before the quants of 8 groups (`count` of them in the row) from group g on: acc + what zeros and minima add. Writes the groups' scales,
+// those of x's included, and where the sub-scales of halves of groups lie.
+template <int GRID>
+inline F::T start8(F::T acc, const uint8_t *row, int64_t n, int64_t g, int64_t count, const Grouped &x, N::Scales &s, const int8_t *&sub) {
+  constexpr Grid G = GRIDS[GRID];
+  const int64_t groups = n / GROUP;
+  const uint8_t *parts = row + G.quant_bytes(n), *at = parts + G.scale_bytes(g * GROUP);
+  if constexpr (!G.levels) {
+    const half *scales = (const half *)parts + g;
+    if constexpr (G.bf16_scales) s = N::scales((const bf16 *)scales, x.scale + g, count);
+    else s = N::scales(scales, x.scale + g, count);
+    if constexpr (G.zero != 0) acc = N::bias(acc, s, x.sum + g, (float)-G.zero);
+    if constexpr (G.minima) acc = N::bias(acc, N::scales(scales + groups, x.scale + g, count), x.sum + g, 1.0f);
+    if constexpr (G.zeros) acc = N::bias(acc, s, (const int8_t *)(parts + groups * 2) + g, x.sum + g);
+  } else if constexpr (G.minima) {
+    s = N::scales(*(const half *)at, at + 4, x.scale + g);
+    acc = N::bias(acc, N::scales(*(const half *)(at + 2), at + 12, x.scale + g), x.sum + g, -1.0f);
+  } else {
+    sub = (const int8_t *)at;
+    s = N::scales(*(const half *)(at + 16), x.scale + g);
+    acc = N::bias(acc, s, sub, x.halves + 2 * g, (float)-G.zero);
+  }
+  return acc;
+}
+
+// Groups are taken 8 at a time: their scales are one vector.
+template <int GRID> void dots_grid(const RowList &rows, const Grouped &x, int64_t n, float *out) {
+  const int64_t groups = n / GROUP;
+  Ahead ahead(rows, groups / 2);
+  for (int64_t k = 0; k < rows.count; k += 4) {
+    ahead.start(k);
+    const uint8_t *r[4];
+    rows4(rows, k, r);
+    F::T a[4];
+    for (int j = 0; j < 4; j++) a[j] = F::zero();
+    for (int64_t g = 0; g < groups; g += 8) {
+      const int64_t count = groups - g < 8 ? groups - g : 8;
+      N::Scales s[4];
+      const int8_t *sub[4] = {nullptr, nullptr, nullptr, nullptr};
+      for (int j = 0; j < 4; j++) a[j] = start8<GRID>(a[j], r[j], n, g, count, x, s[j], sub[j]);
+      const int8_t *q = x.q + g * GROUP;
+      if (count == 8)
+        for (int pair = 0; pair < 4; pair++) {
+          ahead.step();
+          for (int j = 0; j < 4; j++) a[j] = pair_step<GRID>(a[j], r[j], n, q, s[j], g, pair, sub[j]);
+        }
+      else
+        for (int pair = 0; pair < count / 2; pair++) {
+          ahead.step();
+          for (int j = 0; j < 4; j++) a[j] = pair_step<GRID>(a[j], r[j], n, q, s[j], g, pair, sub[j]);
+        }
+    }
+    ahead.finish();
+    float four[4];
+    const bool whole = k + 4 <= rows.count;
+    F::sum4(a[0], a[1], a[2], a[3], whole ? out + k : four);
+    if (!whole) put4(four, k, rows.count, out);
+  }
+}
+
+inline float float_at(const uint8_t *p) {
+  float eight[8];
+  N::times((const half *)p, 1.0f, eight);  // reads 16 bytes, as much as lies behind every scale
+  return eight[0];
+}
+
+inline float float_at_bf16(const uint8_t *p) {
+  union { uint32_t bits; float value; } both;
+  both.bits = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 24;
+  return both.value;
+}
+
+template <int GRID> void axpys_grid(const RowList &rows, const float *coef, int64_t n, float *y) {
+  constexpr Grid G = GRIDS[GRID];
+  for (int64_t k = 0; k < rows.count; k++) {
+    const uint8_t *r = row_of<uint8_t>(rows, k), *scales = r + G.quant_bytes(n);
+    for (int64_t first = 0; first < n; first += PAD) {
+      int8_t q[PAD];
+      if constexpr (G.bytes())
+        for (int b = 0; b < PAD; b++) q[b] = (int8_t)r[first + b];
+      else
+        N::store((uint8_t *)q, quants<G.plane>(r, n, first / PAD));
+      for (int b = 0; b < PAD; b++) {  // byte b of the low vector, then of the high one
+        const int64_t i = first + b % 32 / 16 * GROUP + b % 4 * 8 + b % 16 / 4 + b / 32 * 4, g = i / GROUP;
+        float scale, minimum = 0.0f;
+        int zero = G.zero;
+        if constexpr (!G.levels) {
+          scale = G.bf16_scales ? float_at_bf16(scales + 2 * g) : float_at(scales + 2 * g);
+          if constexpr (G.zeros) zero = (int8_t)scales[n / GROUP * 2 + g];
+          if constexpr (G.minima) minimum = float_at(scales + n / GROUP * 2 + 2 * g);
+        } else {
+          const uint8_t *at = scales + G.scale_bytes(i / SUPER * SUPER);
+          if constexpr (G.minima) {
+            scale = float_at(at) * (float)at[4 + g % 8];
+            minimum = -(float_at(at + 2) * (float)at[12 + g % 8]);
+          } else {
+            scale = float_at(at + 16) * (float)(int8_t)at[i % SUPER / G.shared];
+          }
+        }
+        y[i] += coef[k] * (scale * (float)(q[b] - zero) + minimum);
+      }
+    }
+  }
+}
+
+// Memory that is fetched in a number of steps, piece by piece.
+class Pieces {
+ public:
+  void add(const void *p, int64_t bytes) {
+    if (bytes > 0) at_[count_] = (const char *)p, end_[count_++] = (const char *)p + bytes, lines_ += (bytes + 127) / 64;
+  }
+  void start(int64_t steps) { each_ = (lines_ + steps - 1) / steps; }
+  void step() {
+    for (int64_t i = 0; i < each_ && now_ < count_; i++) {
+      prefetch(at_[now_]);
+      at_[now_] += 64;
+      if (at_[now_] < end_[now_]) continue;
+      prefetch(end_[now_] - 1);  // a row need not start a cache line
+      now_++;
+    }
+  }
+
+ private:
+  const char *at_[SUMMED + 2], *end_[SUMMED + 2];
+  int64_t lines_ = 0, each_ = 0;
+  int count_ = 0, now_ = 0;
+};
+
+// What PAD outputs of a panel, from output i on, become of v, sums of integers times coefficients of that total:
+// y += scale (v - zero total) + minimum total.
+template <int GRID> inline void add_scaled(const uint8_t *base, const Panel &panel, int64_t input, int64_t n, int64_t i, F::T *v, float total, float *y) {
+  constexpr Grid G = GRIDS[GRID];
+  const uint8_t *scales = base + panel.scales_at(input), *sub = base + panel.sub_scales_at(input);
+  const F::T zero = F::set((float)G.zero * total), minimum = F::set(G.levels ? -total : total);
+  for (int p = 0; p < PAD / F::W; p++) {
+    const int64_t o = i + p * F::W;
+    F::T s = G.bf16_scales ? F::load((const bf16 *)scales + o) : F::load((const half *)scales + o), to = F::load(y + o);
+    if constexpr (G.zero != 0) v[p] = F::sub(v[p], zero);
+    if constexpr (G.zeros) v[p] = F::fma(F::load((const int8_t *)scales + 2 * n + o), F::set(-total), v[p]);
+    if constexpr (G.levels && G.minima) s = F::mul(s, F::load(sub + o));
+    if constexpr (G.levels && !G.minima) s = F::mul(s, F::load((const int8_t *)sub + o));
+    to = F::fma(s, v[p], to);
+    if constexpr (G.minima) {
+      F::T m = F::load((const half *)scales + n + o);
+      if constexpr (G.levels) m = F::mul(m, F::load(sub + n + o));
+      to = F::fma(m, minimum, to);
+    }
+    F::store(y + o, to);
+  }
+}
+
+// The integers of PAD outputs of a row of a panel.
+template <int GRID> inline void panel_floats(const uint8_t *row, int64_t n, int64_t i, float *out) {
+  constexpr Grid G = GRIDS[GRID];
+  constexpr int PARTS = PAD / F::W;
+  F::T v[PARTS];
+  for (int p = 0; p < PARTS; p++) v[p] = G.bytes() ? F::load((const int8_t *)row + i + p * F::W) : F::zero();
+  if constexpr (!G.bytes()) N::add(v, quants<G.plane>(row, n, i / PAD), F::set(1.0f));
+  for (int p = 0; p < PARTS; p++) F::store(out + p * F::W, v[p]);
+}
+
+// PAD outputs of up to SUMMED rows are summed up in registers.
+template <int GRID> void panels(const PanelList &rows, const float *coef, int64_t n, float *y) {
+  constexpr Grid G = GRIDS[GRID];
+  constexpr int PARTS = PAD / F::W;
+  const Panel panel(G, n);
+  const auto number = [&](int64_t k) { return rows.idx == nullptr ? rows.first + k : (int64_t)rows.idx[k]; };
+  const auto end_of = [&](int64_t k) {  // of the rows that are summed with row k
+    const int64_t part = number(k) / SUMMED;
+    while (k < rows.count && number(k) / SUMMED == part) k++;
+    return k;
+  };
+  const auto fetch_listed = [&](int64_t k, Pieces &next) {
+    if (rows.idx == nullptr || rows.fetch == 0 || k >= rows.count) return;
+    const int64_t input = number(k);
+    if constexpr (G.levels) next.add(rows.base + panel.sub_scales_at(input), panel.sub_scales);
+    else next.add(rows.base + panel.scales_at(input), panel.scales);
+    for (const int64_t end = end_of(k); k < end; k++) next.add(rows.base + panel.row_at(number(k)), panel.row);
+  };
+  const int64_t steps = n / PAD;
+  Pieces next;
+  if (rows.idx == nullptr) {
+    next.add(rows.next, rows.fetch);
+    next.start(steps * (number(rows.count - 1) / SUMMED - rows.first / SUMMED + 1));
+  } else {
+    fetch_listed(0, next);
+    next.start(1), next.step();
+  }
+  for (int64_t k = 0; k < rows.count;) {
+    const int64_t input = number(k), end = end_of(k);
+    const uint8_t *r[SUMMED];
+    F::T c[SUMMED];
+    float total = 0.0f;
+    const int count = (int)(end - k);
+    for (int j = 0; j < count; j++, k++) r[j] = rows.base + panel.row_at(number(k)), c[j] = F::set(coef[k]), total += coef[k];
+    if (rows.idx != nullptr) next = Pieces(), fetch_listed(k, next), next.start(steps);
+    for (int64_t i = 0; i < n; i += PAD) {
+      next.step();
+      F::T v[PARTS];
+      for (int p = 0; p < PARTS; p++) v[p] = F::zero();
+      for (int j = 0; j < count; j++) {
+        if constexpr (G.bytes())
+          for (int p = 0; p < PARTS; p++) v[p] = F::fma(F::load((const int8_t *)r[j] + i + p * F::W), c[j], v[p]);
+        else
+          N::add(v, quants<G.plane>(r[j], n, i / PAD), c[j]);
+      }
+      add_scaled<GRID>(rows.base, panel, input, n, i, v, total, y);
+    }
+  }
+}
+
+// R rows added to y, each coef * scale of the group first.
+template <int R> inline void axpy_i4(const uint8_t *const *r, const float *coef, int64_t n, float *y, Ahead &ahead) {
+  const int64_t groups = n / GROUP;
+  for (int64_t first = 0; first < groups; first += 8) {
+    const int64_t count = groups - first < 8 ? groups - first : 8;
+    float c[R][8];
+    for (int j = 0; j < R; j++) N::times((const half *)(r[j] + n / 2) + first, coef[j], c[j]);
+    for (int64_t g = 0; g < count; g++) {
+      if (R == 4 && g % 2 == 0) ahead.step();
+      float *to = y + (first + g) * GROUP;
+      N::Group group[R];
+      for (int j = 0; j < R; j++) group[j] = N::group(r[j] + (first + g) * (GROUP / 2));
+      for (int part = 0; part < GROUP / F::W; part++) {
+        F::T v = F::load(to + part * F::W);
+        for (int j = 0; j < R; j++) v = F::fma(N::values(group[j], part), F::set(c[j][g]), v);
+        F::store(to + part * F::W, v);
+      }
+    }
+  }
+}
+
+void axpys_i4(const RowList &rows, const float *coef, int64_t n, float *y) {
+  Ahead ahead(rows, n / GROUP / 2);
+  int64_t k = 0;
+  for (; k + 4 <= rows.count; k += 4) {
+    ahead.start(k);
+    const uint8_t *r[4];
+    rows4(rows, k, r);
+    axpy_i4<4>(r, coef + k, n, y, ahead);
+    ahead.finish();
+  }
+  for (; k < rows.count; k++) {
+    const uint8_t *r = row_of<uint8_t>(rows, k);
+    axpy_i4<1>(&r, coef + k, n, y, ahead);
+  }
+}
+
+}  // namespace
