@@ -173,8 +173,8 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
     (chat(USER, functions=[{}]), "functions", 400),
     (chat(USER, {"role": "assistant", "content": "x", "tool_calls": [{}]}), "messages[1].tool_calls", 400),
     (chat({**USER, "cache_control": {}}), "messages[0].cache_control", 400),
-    (chat(USER, continue_final_message=True), "continue_final_message", 400),
-    (chat(USER, add_generation_prompt=False), "add_generation_prompt", 400),
+    (chat(USER, continue_final_message=True, add_generation_prompt=True), "messages", 400),
+    (chat(USER, continue_final_message="content"), "continue_final_message", 400),
     (chat(USER, response_format={"type": "json_object"}), "response_format.type", 400),
 ]
 
@@ -377,6 +377,14 @@ def test_variables_of_the_template_come_from_the_request_else_from_the_server(ch
     assert text() == "Truedrythe cat" and text(chat_template_kwargs={"enable_thinking": False}) == "Falsedrythe cat"
     with pytest.raises(ApiError, match="messages cannot be among chat_template_kwargs"):
         text(chat_template_kwargs={"messages": []})
+
+
+def test_a_prompt_may_end_behind_or_within_its_last_message(chatty: Tokenizer) -> None:
+    def text(**fields: Any) -> str:
+        return chatty.decode(chatted(chatty, USER, {"role": "assistant", "content": "sat"}, **fields).sequences[0].prompt_ids)
+
+    assert text().endswith("assistant: sat\nassistant:") and text(add_generation_prompt=False).endswith("assistant: sat\n")
+    assert text(continue_final_message=True).endswith("assistant: sat")
 
 
 def test_turns_that_a_user_writes_are_a_text_unless_the_server_says_otherwise(chatty: Tokenizer) -> None:

@@ -133,6 +133,27 @@ def test_a_rendered_text_is_that_of_transformers_byte_for_byte(construct: str, o
     assert rendered(dataclasses.replace(ours, chat_template=template), TALK, chat_template_kwargs=VARIABLES) == expected != ""
 
 
+@pytest.mark.parametrize("content", ["the cat", " the cat \n", ""])
+def test_the_last_message_is_continued_as_by_transformers(content: str, ours: Tokenizer, reference: Any) -> None:
+    for template in (
+        "{% for m in messages %}<{{ m.content }}>|{% endfor %}",
+        "{% for m in messages %}\n{{ m.content | trim }}</s>{% endfor %}",
+    ):
+        talk = [*TALK, {"role": "assistant", "content": content}]
+        expected = reference.apply_chat_template(talk, chat_template=template, tokenize=False, continue_final_message=True)
+        tokenizer = dataclasses.replace(ours, chat_template=template)
+        assert rendered(tokenizer, talk, chat_template_kwargs={"continue_final_message": True}) == expected
+    mistakes = {
+        "exclude one another": {"continue_final_message": True, "add_generation_prompt": True},
+        "must be true or false, not 'content'": {"continue_final_message": "content"},
+    }
+    for message, kwargs in mistakes.items():
+        with pytest.raises(ValueError, match=message):
+            rendered(ours, TALK, chat_template_kwargs=kwargs)
+    with pytest.raises(ValueError, match="leaves the end of the last message out"):
+        rendered(dataclasses.replace(ours, chat_template="x"), TALK, chat_template_kwargs={"continue_final_message": True})
+
+
 def test_of_several_templates_the_default_is_used_and_with_tools_that_for_tools(tmp_path: Path, reference: Any) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     reference.save_pretrained(tmp_path)

@@ -30,6 +30,7 @@ ESCAPED = r"\ufdd0"  # where a template writes JSON in ASCII, or a list as Pytho
 RESERVED = ("messages", "chat_template")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, by which one is found
 WHAT = "the chat template"
+CUT = "END_OF_THE_MESSAGE_TO_CONTINUE "  # written behind it and found again; the space tells whether the template trims
 
 
 def rendered(
@@ -42,8 +43,9 @@ def rendered(
     """The messages as the model was trained to read them, up to where its answer begins; `rendered_ids` are its ids.
 
     chat_template_kwargs: variables of the template, such as {"enable_thinking": False}; with `tools` the template named tool_use is used
-    where there is one; with `add_generation_prompt` false the text ends behind the last message. sanitize_control_tokens: put control
-    tokens that messages of users and tools, tools, documents and variables spell out between marks.
+    where there is one; with `add_generation_prompt` false the text ends behind the last message, with `continue_final_message` true within
+    it, for the model to go on. sanitize_control_tokens: put control tokens that messages of users and tools, tools, documents and
+    variables spell out between marks.
 
     Raises ValueError for a tokenizer without a template, no messages, and what the template refuses.
     """
@@ -51,6 +53,13 @@ def rendered(
     kwargs = dict(chat_template_kwargs or {})
     wrong = [name for name in RESERVED if name in kwargs]
     require(not wrong, f"{', '.join(wrong)} cannot be among chat_template_kwargs; leave it out")
+    continues = kwargs.pop("continue_final_message", None) or False
+    require(isinstance(continues, bool), f"continue_final_message must be true or false, not {str(continues)[:80]!r}")
+    require(
+        not (continues and kwargs.get("add_generation_prompt")),
+        "continue_final_message and add_generation_prompt exclude one another: the first goes on with the last message, the second begins "
+        "a new one; set one of them to true",
+    )
     template = template_of(tokenizer, tools=kwargs.get("tools") is not None)
     prepared = [_prepared(message) for message in messages]
     try:
@@ -61,18 +70,30 @@ def rendered(
         characters = _characters(prepared) + _characters(kwargs)
     except RecursionError:
         raise ValueError("a message or chat_template_kwargs is nested too deeply; leave what is in it out") from None
+    if continues:
+        content = prepared[-1].get("content")
+        require(isinstance(content, str), "continue_final_message needs a last message whose content is a text")
+        prepared[-1] = {**prepared[-1], "content": f"{content}{CUT}"}
     variables = {
         "tools": None,
         "documents": None,
-        "add_generation_prompt": True,
+        "add_generation_prompt": not continues,
         **tokenizer.special_tokens,
         **kwargs,
         "messages": prepared,
     }
     try:
-        return bounded.call("render", template, variables, characters=characters, what=WHAT)
+        text = bounded.call("render", template, variables, characters=characters, what=WHAT)
     except ValueError as error:
         raise ValueError(f"{WHAT} cannot be rendered: {error}") from error
+    return _cut(text) if continues else text
+
+
+def _cut(text: str) -> str:
+    """The text up to the end of the message to continue, without white space there if the template trims (the rule of transformers)."""
+    before, found, after = text.rpartition(CUT.strip())
+    require(bool(found), f"{WHAT} leaves the end of the last message out, so that it cannot be continued; send it without")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:

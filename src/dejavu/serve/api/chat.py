@@ -35,11 +35,11 @@ def parse_chat(body: ChatBody, served: Served) -> ParsedRequest:
         | ({} if message.name is None else {"name": message.name})
         for message in body.messages
     ]
+    own = {"add_generation_prompt": body.add_generation_prompt, "continue_final_message": body.continue_final_message}
+    kwargs = {**served.chat_template_kwargs, **(body.chat_template_kwargs or {})}
+    kwargs |= {name: value for name, value in own.items() if value is not None}
     try:
-        text = rendered(
-            served.tokenizer, messages, chat_template_kwargs={**served.chat_template_kwargs, **(body.chat_template_kwargs or {})},
-            sanitize_control_tokens=served.sanitize_control_tokens,
-        )  # fmt: skip
+        text = rendered(served.tokenizer, messages, chat_template_kwargs=kwargs, sanitize_control_tokens=served.sanitize_control_tokens)
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
     check_characters(len(text), served, param="messages")

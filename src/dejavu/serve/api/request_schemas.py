@@ -185,14 +185,18 @@ AnyMessage = Annotated[Message | AssistantMessage, Field(discriminator="role")]
 class ChatBody(Sampled):
     """POST /v1/chat/completions. Where no length is given it is what the context has room for."""
 
-    neutral: ClassVar[frozenset[str]] = Sampled.neutral | {"echo", "add_special_tokens", "add_generation_prompt", "continue_final_message"}
+    neutral: ClassVar[frozenset[str]] = Sampled.neutral | {"echo", "add_special_tokens"}
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     echo: No = None
     add_special_tokens: No = None
-    add_generation_prompt: Yes = None
-    continue_final_message: No = None
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Not of OpenAI: false ends the prompt behind the last message, without the beginning of an answer."
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="Not of OpenAI: true goes on with the last message. Not with add_generation_prompt true."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Not of OpenAI: variables of the chat template, such as enable_thinking, tools or documents."
     )
