@@ -294,7 +294,7 @@ def test_metrics_tell_what_happened(site: Site, tokenizer: Tokenizer) -> None:
         return {key: value - before.get(key, 0) for key, value in values(site).items() if value != before.get(key, 0)}
 
     ended = {("completions", "completed"): 2, ("completions", "refused"): 1, ("chat", "busy"): 1, ("chat", "failed"): 2}
-    eventually(lambda: {key[1:]: value for key, value in new().items() if key[0] == "dejavu_requests_total"} == ended)
+    eventually(lambda: {key[1:]: n for key, n in new().items() if key[0] == "dejavu_requests_total" and key[1] != "other"} == ended)
     found = new()
     for mode in ("sparse", "dense"):
         for name, count, total in (
@@ -305,6 +305,23 @@ def test_metrics_tell_what_happened(site: Site, tokenizer: Tokenizer) -> None:
             ("union_density", 1, 0.375),
         ):
             assert found[f"dejavu_{name}_count", mode] == count and found[f"dejavu_{name}_sum", mode] == pytest.approx(total), name
+
+
+def test_requests_that_write_no_text_are_counted_by_their_status(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counts() -> tuple[float, ...]:
+        found = values(site)
+        return tuple(found["dejavu_requests_total", "other", outcome] for outcome in ("completed", "refused", "failed"))
+
+    completed, refused, failed = counts()
+    assert [site.client.get(path).status_code for path in ("/v1/models", "/v1/models/x", "/nowhere", "/v1/chat/completions")] == [
+        *(200, 404, 404, 405)
+    ]
+    site.worker.alive = False
+    assert site.client.get("/health").status_code == 503
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeWorker, "state", None)
+        assert error_of(site.client.get("/health"))["code"] == "internal_error"
+    assert counts() == (completed + 2, refused + 3, failed + 2), "the first look at the metrics is one of them"
 
 
 def test_metrics_tell_how_the_worker_does(site: Site, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

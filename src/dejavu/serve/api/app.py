@@ -17,6 +17,7 @@ from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from dejavu.serve.api import response_schemas as schemas
 from dejavu.serve.api.answers import SequenceRunner, TextHandler
@@ -24,7 +25,7 @@ from dejavu.serve.api.assets import FOLDER, page_routes
 from dejavu.serve.api.chat import CHAT
 from dejavu.serve.api.completions import COMPLETIONS
 from dejavu.serve.api.errors import ApiError, internal, not_running
-from dejavu.serve.api.metrics import CONTENT_TYPE, Metrics
+from dejavu.serve.api.metrics import CONTENT_TYPE, Counted, Metrics
 from dejavu.serve.api.openapi import answers_of, body_of, describe, errors
 from dejavu.serve.api.origins import Gate
 from dejavu.serve.api.requests import Served
@@ -97,12 +98,18 @@ def create_app(
     if origins:
         headers = ["Authorization", "Content-Type"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
-    app.add_middleware(Gate, hosts=hosts)  # added last, asked first
+    app.add_middleware(Gate, hosts=hosts)
+    app.add_middleware(Counted, metrics=metrics, counts_itself=_writes_text)  # added last, asked first
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _our_error)
     describe(app, served, ENDPOINTS, secured=api_key is not None)
     return app
+
+
+def _writes_text(scope: Scope) -> bool:
+    """Whether a request got to an endpoint that writes text."""
+    return isinstance(scope.get("endpoint"), TextHandler) and scope["method"] == "POST"
 
 
 def _key_check(api_key: str | None, refused: Callable[[], object]) -> Any:
@@ -152,5 +159,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _our_error(request: Request, error: Exception) -> Response:
-    """A bug: the server's log has it, with its traceback."""
-    return _sent(internal())
+    """A bug: the server's log has it, with its traceback. uvicorn then ends the connection, which a client is told."""
+    told = internal()
+    return JSONResponse(told.body, status_code=told.status, headers={"Connection": "close"})

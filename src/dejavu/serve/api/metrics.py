@@ -2,7 +2,7 @@
 
 In: the events of its streams, the ends of its requests, and the worker's state, which is asked for when the numbers are. Out: the text
 of /metrics, from a registry of the server's own. A time or a density is a histogram, by mode (sparse or dense); what only the worker
-knows is a gauge or a counter.
+knows is a gauge or a counter. An endpoint that writes text says itself how a request ended; any other answer counts by its status.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Literal
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dejavu.serve.core.interface import Event, WorkerState
 
 Outcome = Literal["completed", "refused", "busy", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("completed", "refused", "busy", "failed", "cancelled")
+OTHER = "other"  # the endpoint of requests that write no text
 MODES = ("sparse", "dense")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -26,7 +28,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """The numbers of one server. state: asks the worker how it does. endpoints: names of those whose requests are counted."""
+    """The numbers of one server. state: asks the worker how it does. endpoints: names of those that write text."""
 
     def __init__(self, state: Callable[[], WorkerState], *, endpoints: Iterable[str]) -> None:
         self._registry = registry = CollectorRegistry()
@@ -37,7 +39,7 @@ class Metrics:
             return {mode: found.labels(mode) for mode in MODES}
 
         self._requests = Counter("dejavu_requests", "Requests by how they ended.", ["endpoint", "outcome"], registry=registry)
-        for endpoint in endpoints:
+        for endpoint in (*endpoints, OTHER):
             for outcome in OUTCOMES:  # zero is a number too
                 self._requests.labels(endpoint, outcome)
         self._first = histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", SECONDS)
@@ -73,6 +75,29 @@ class Metrics:
     def text(self) -> bytes:
         """All of it, in Prometheus' text format (CONTENT_TYPE)."""
         return generate_latest(self._registry)
+
+
+class Counted:
+    """Middleware of ASGI: counts the answers whose requests `counts_itself` does not say true of, as they begin."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, counts_itself: Callable[[Scope], bool]) -> None:
+        self._app, self._metrics, self._counts_itself = app, metrics, counts_itself
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and not self._counts_itself(scope):
+                self._metrics.request(OTHER, _outcome(message["status"]))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:  # answered with 500 behind this
+            self._metrics.request(OTHER, "failed")
+            raise
+
+
+def _outcome(status: int) -> Outcome:
+    return "completed" if status < 400 else "refused" if status < 500 else "failed"
 
 
 class _Worker(Collector):
