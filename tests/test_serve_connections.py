@@ -15,7 +15,7 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.serve.api.app import create_app
 from dejavu.serve.api.connection import Connection
 from dejavu.serve.api.origins import checked_origins, host_names, host_of
-from dejavu.serve.api.server import new_server
+from dejavu.serve.api.server import allow_connections, new_server
 from dejavu.serve.core.interface import EngineFailed
 from helpers.clients import Caller, error_of
 from helpers.fake_worker import FakeWorker, eventually, served, serving, spoken
@@ -89,6 +89,40 @@ def test_a_text_may_take_longer_than_its_request(url: str, worker: FakeWorker) -
         worker.step()
     caller.hear(b"[DONE]")
     caller.leave()
+
+
+def test_a_connection_too_many_is_told_to_come_back(tokenizer: Tokenizer, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dejavu.serve.api.connection.SURPLUS_S", 0.05)
+    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving(create_app(served(tokenizer), worker), connections=2) as url:
+        held = [Caller(url) for _ in range(2)]
+        for caller in held:
+            caller.send(health)
+            caller.hear(b"pages_total")
+        for said in (b"", health):
+            status, error = answer_to(url, said)
+            assert status.startswith(b"503") and error["code"] == "too_many_connections" and "(2)" in error["message"]
+        held[0].send(health)
+        held[0].heard = b""
+        held[0].hear(b"pages_total")
+        held[1].leave()
+        eventually(lambda: httpx.get(f"{url}/health").status_code == 200)
+        held[0].leave()
+
+
+def test_more_connections_than_open_files_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    limits = [(256, 1024)]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append(pair))
+    allow_connections(100)
+    assert limits == [(256, 1024)]
+    allow_connections(512)
+    assert limits[-1] == (576, 1024)
+    with pytest.raises(ValueError, match="1000 connections need 1064 open files, and a process may have 1024 here; lower --connections"):
+        allow_connections(1000)
+    with pytest.raises(ValueError, match="connections must be at least 1, not 0"):
+        allow_connections(0)
 
 
 def test_a_body_with_two_lengths_is_refused(url: str, worker: FakeWorker) -> None:

@@ -147,10 +147,10 @@ def spoken(*texts: str, prompt: int = 3, finish: Any = "stop", **changes: Any) -
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, **options: Any) -> Iterator[str]:
     """The app behind a real socket, in a thread; its address."""
     with bound_socket("127.0.0.1", 0) as bound:
-        server = new_server(app)
+        server = new_server(app, **options)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         eventually(lambda: server.started)

@@ -56,6 +56,9 @@ def serve(
         int | None, typer.Option("--max-model-len", metavar="N", help="Tokens of the longest prompt and answer; not set: the context.")
     ] = None,
     queue: Annotated[int, typer.Option("--queue", metavar="N", help="Texts that may wait; one more is told to come back.")] = 64,
+    connections: Annotated[
+        int, typer.Option("--connections", metavar="N", help="Connections at a time; one more is told to come back.")
+    ] = 512,
     prefill_chunk: Annotated[
         int, typer.Option("--prefill-chunk", metavar="N", help="Tokens of prompts read in a step beside the texts that are written.")
     ] = 128,
@@ -85,7 +88,7 @@ def serve(
     from dejavu.serve.api.app import create_app
     from dejavu.serve.api.origins import checked_origins, host_names
     from dejavu.serve.api.requests import served_by
-    from dejavu.serve.api.server import bound_socket, is_local, new_server, url_of
+    from dejavu.serve.api.server import allow_connections, bound_socket, is_local, new_server, url_of
     from dejavu.serve.config import ServeConfig
     from dejavu.serve.core.worker import Worker
 
@@ -95,6 +98,7 @@ def serve(
         prefix_reuse=not no_prefix_reuse,
     )  # fmt: skip
     require(api_key is None or api_key.strip() == api_key != "", "--api-key must be a word without spaces around it; give one, or none")
+    allow_connections(connections)
     origins = checked_origins(cors_origin or [])
     host_names(allowed_host or [], local=True, key=False, host=host)  # what is no name is said before a model is loaded
     template = None if chat_template is None else read_text(chat_template, kind="a file with a Jinja template")
@@ -153,7 +157,7 @@ def serve(
 
             hosts = host_names(allowed_host or [], local=is_local(bound), key=api_key is not None, host=host)
             app = create_app(served, worker, api_key=api_key, hosts=hosts, origins=origins)
-            new_server(app, on_start=announce).run(sockets=[bound])
+            new_server(app, connections=connections, on_start=announce).run(sockets=[bound])
         finally:
             worker.close()
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator
 
@@ -15,6 +16,11 @@ from fastapi import FastAPI
 from dejavu.config import require
 from dejavu.serve.api.connection import IDLE_S, Connection
 
+if sys.platform != "win32":
+    import resource
+
+CONNECTIONS = 512  # at a time, unless told otherwise
+OTHER_FILES = 64  # that a server has open besides its connections
 GRACE_S = 2  # for what is on its way to clients when the server is told to end
 
 
@@ -35,6 +41,21 @@ def bound_socket(host: str, port: int) -> socket.socket:
         fix = "choose another with --port, or 0 for any free one"
         raise ValueError(f"port {port} of {host} cannot be used: {error.strerror or error}; {fix}") from error
     return found
+
+
+def allow_connections(count: int) -> None:
+    """Let this process have so many connections open, each of which is an open file. Raises ValueError where it may not."""
+    require(count >= 1, f"connections must be at least 1, not {count}")
+    if sys.platform == "win32":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + OTHER_FILES
+    require(
+        hard == resource.RLIM_INFINITY or needed <= hard,
+        f"{count} connections need {needed} open files, and a process may have {hard} here; lower --connections, or raise ulimit -Hn",
+    )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def url_of(bound: socket.socket) -> str:
@@ -82,10 +103,11 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def new_server(app: FastAPI, *, on_start: Callable[[], None] = lambda: None) -> Server:
-    """What runs an app of `create_app`: `run(sockets=[...])` until it is told to end. on_start: called once it listens."""
+def new_server(app: FastAPI, *, connections: int = CONNECTIONS, on_start: Callable[[], None] = lambda: None) -> Server:
+    """What runs an app of `create_app`: `run(sockets=[...])` until it is told to end. connections: at a time, one more is answered with
+    503. on_start: called once it listens."""
     config = uvicorn.Config(
         app, http=Connection, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
-        timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=GRACE_S,
+        timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=GRACE_S, limit_concurrency=connections,
     )  # fmt: skip
     return Server(config, app, on_start)
