@@ -46,7 +46,9 @@ def test_a_second_run_in_a_folder_is_refused_and_names_the_first(tmp_path: Path)
     assert "in use" not in (tmp_path / "run" / MARKER).read_text() and names(tmp_path / "run") == [MARKER, "kept"]
 
 
-def test_where_files_cannot_be_locked_nothing_of_another_run_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_files_cannot_be_locked_that_is_said_and_nothing_of_another_run_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
     at_work = tmp_path / f"{LEFT}.partial"
     at_work.mkdir()
@@ -54,6 +56,11 @@ def test_where_files_cannot_be_locked_nothing_of_another_run_is_removed(tmp_path
     with new_folder(tmp_path / "out") as folder:
         (folder / "whole").touch()
     assert names(tmp_path / "out") == [MARKER, "whole"] and names(at_work) == [MARKER]
+    assert caplog.messages == []
+    with working_in(tmp_path / "out"):
+        assert (tmp_path / "out" / MARKER).read_text().count("\n") == 1
+    (said,) = caplog.messages
+    assert said.endswith("out: files cannot be locked here, so start no second command that writes into it before this one ends")
 
 
 def test_a_folder_in_which_nothing_was_done_goes_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import lzma
 import os
 import re
@@ -34,6 +35,7 @@ LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.partial")  # of `new_file` and `new
 MARKER = ".dejavu"  # in every folder that new_folder wrote: such a folder may be replaced
 UNPACKED_RATIO, UNPACKED_LEAST = 100, 1 << 26  # a .xz file of text unpacks to less than either; plain text to about five times its size
 XZ_MEMORY = 1 << 28  # bytes that unpacking may take; `xz -9` asks for 65 MB
+log = logging.getLogger("dejavu")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -276,7 +278,9 @@ def working_in(folder: Path) -> Generator[None]:
     """
     make_folder(folder)
     try:
-        with kept(folder, MARKER):
+        with kept(folder, MARKER) as locked:
+            if not locked:
+                log.warning("%s: files cannot be locked here, so start no second command that writes into it before this one ends", folder)
             for left in folder.glob(".*.partial"):  # of a process that was killed, see `new_file`
                 if LEFT_OVER.fullmatch(left.name) and left.is_file():
                     left.unlink()

@@ -2,7 +2,7 @@
 
 In: a folder, with its marker file or without. Out: the folder kept for this process, by a lock that ends with the process, however it
 ends. A second process is refused with a ValueError that names the first. Where files cannot be locked (Windows, some network file systems)
-nothing is kept.
+nothing is kept, and who asks is told so.
 """
 
 from __future__ import annotations
@@ -24,22 +24,29 @@ UNKNOWN = "perhaps in use"  # where files cannot be locked
 
 
 @contextmanager
-def kept(folder: Path, marker: str) -> Generator[None]:
-    """Keep the folder within; again by the same process is no conflict. marker: the name of its marker file, which tells who keeps it."""
+def kept(folder: Path, marker: str) -> Generator[bool]:
+    """Keep the folder within; again by the same process is no conflict. marker: the name of its marker file, which tells who keeps it.
+
+    Gives whether it is kept: False where files cannot be locked.
+    """
     folder = folder.resolve()
     if sys.platform == "win32":
-        yield
+        yield False
         return
     if folder in _held:
         _held[folder] += 1
         try:
-            yield
+            yield True
         finally:
             _held[folder] -= 1
         return
     descriptor = _opened(folder, marker)
     try:
-        if _lock(descriptor) is False:
+        locked = _lock(descriptor)
+        if locked is None:
+            yield False
+            return
+        if not locked:
             raise ValueError(f"{folder} is {_holder(folder / marker)}; wait for its end, end it, or choose another folder")
         first = sum(len(line.encode()) + 1 for line in _lines(folder / marker)[:1])
         name = f"{HOLDER}process {os.getpid()} of {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
@@ -48,7 +55,7 @@ def kept(folder: Path, marker: str) -> Generator[None]:
             os.pwrite(descriptor, name.encode(), first)
         _held[folder] = 1
         try:
-            yield
+            yield True
         finally:
             del _held[folder]
             with suppress(OSError):
@@ -65,12 +72,10 @@ def in_use(folder: Path, marker: str) -> str | None:
         return UNKNOWN
     descriptor = _opened(folder, marker)
     try:
-        match _lock(descriptor):
-            case True:
-                return None
-            case False:
-                return _holder(folder / marker)
-        return UNKNOWN
+        locked = _lock(descriptor)
+        if locked is None:
+            return UNKNOWN
+        return None if locked else _holder(folder / marker)
     finally:
         os.close(descriptor)
 
