@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,18 @@ from conftest import Tiny
 from dejavu.config import ACTIVATIONS
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels.activation import activate
+from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import GateThreshold, InputThresholds, LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.selectors.inputs import input_mask
+from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import LayerInputs
+from dejavu.offline.fidelity import DenseStates
+from dejavu.offline.profile import profile
+from dejavu.offline.split import training_context
+from dejavu.offline.thresholds import Scored
+from dejavu.offline.train import train_adapter
+from dejavu.offline.train_config import TrainConfig
 from dejavu.quality.perplexity import perplexity
 from dejavu.quality.tasks import make_request, score_requests
 from helpers.engines import ids_of, predictor
@@ -76,3 +85,41 @@ def test_evaluation_names_the_first_layer_and_token_that_are_not_finite(tiny: Ti
     model.blocks[1].down.weight[3, 3] = INF
     with pytest.raises(ValueError, match=r"first in layer 1, at token 1 \(id 5\) of request 1; .*try fp32"):
         score_requests(model, [make_request([5, 6], [7, 8], 64, "row 1")])
+
+
+@pytest.mark.parametrize("method", ["predicted", "gate", "input"])
+def test_training_names_the_layer_whose_weights_hold_nan(tiny: Tiny, tokenizer: Tokenizer, method: str) -> None:
+    """Also where the NaN is met in training windows alone, behind those that the dense model runs on first."""
+    model = tiny("llama", activation="relu")
+    checkpoint = Checkpoint(
+        model=model, tokenizer=tokenizer, config=model.config, name="tiny", base_hash="0" * 64, stored_dtype="fp32", notes=(), path=Path()
+    )  # fmt: skip
+    ids = [5 + index % 80 for index in range(2000)]
+    model.blocks[1].up.weight.data[3, 3] = NAN
+    with pytest.raises(ValueError, match=r"first in layer 1, at token 1 \(id \d+\) of window 1; .*try fp32"):
+        train_adapter(checkpoint, [ids], TrainConfig.from_dict({"method": method}), text_hash="x")
+    model.blocks[1].up.weight.data[3, 3] = 0
+    model.embed.weight.data[90] = NAN
+    ids[2 * training_context(model.config) + 6] = 90  # the first two windows check and calibrate
+    where = r"first in the embedding, at token 8 \(id 90\) of window 1" if method == "predicted" else "layer 0: .* are not finite"
+    with pytest.raises(ValueError, match=rf"{where}.*try fp32"):
+        train_adapter(checkpoint, [ids], TrainConfig.from_dict({"method": method}), text_hash="x")
+
+
+def test_a_profile_names_the_layer_whose_weights_hold_nan(tiny: Tiny) -> None:
+    model = tiny("opt")
+    model.blocks[1].down.weight.data[3, 3] = NAN
+    with pytest.raises(ValueError, match=r"first in layer 1, at token 1 \(id 2\) of window 1"):
+        profile(model, {"a": ids_of(20)}, bos=2)
+
+
+def test_scores_and_costs_that_are_no_numbers_set_no_threshold(tiny: Tiny) -> None:
+    good = torch.ones(3, 2)
+    for scores, contribution, name in ((X, good, "scores"), (good, X, "contributions")):
+        with pytest.raises(ValueError, match=f"layer 4: {name} are not finite"):
+            Scored(4, scores, contribution, contribution > 0, at_least_one=False)
+    model = tiny("opt")
+    states = DenseStates(model, torch.tensor([ids_of(3)]))
+    model.blocks[1].down.weight.data[3, 3] = NAN
+    with pytest.raises(ValueError, match="layer 0: what a selection costs is nan, no number"):
+        states.divergence(0, MaskedSelection((LayerAdapter(), LayerAdapter())))

@@ -198,7 +198,7 @@ def test_contribution_loss_is_least_at_the_log_of_the_expected_contribution() ->
 def test_thresholds_select_what_they_say(seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     contribution = torch.relu(torch.randn(50, 11, generator=generator))
-    scored = Scored(torch.randn(50, 11, generator=generator), contribution, contribution > 0, at_least_one=False)
+    scored = Scored(0, torch.randn(50, 11, generator=generator), contribution, contribution > 0, at_least_one=False)
     by_density = scored.quality(scored.threshold_for_density(share))
     assert abs(by_density.density - share) <= 1 / 550 + 1e-6
     threshold = scored.threshold_for_mass(share)
@@ -214,7 +214,7 @@ def test_a_threshold_lies_below_its_score_also_between_neighbouring_floats(score
     top = torch.tensor(score)
     following = torch.nextafter(top, torch.tensor(-torch.inf))
     scores = torch.stack([top, following, following])[:, None]
-    scored = Scored(scores, torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool), at_least_one=False)
+    scored = Scored(0, scores, torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool), at_least_one=False)
     assert (scores > scored.threshold_for_density(1 / 3)).flatten().tolist() == [True, False, False]
     assert (scores > scored.threshold_for_density(1.0)).all()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dejavu.config import Progress, require
 from dejavu.kernels.quantized import wide
+from dejavu.model.finite import require_finite_stream
 from dejavu.model.predictor import mlp_predictor_input
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
@@ -35,6 +36,11 @@ def pack_windows(documents: Sequence[Sequence[int]], *, context: int, bos: int |
     length = min(context, len(flat))
     count = len(flat) // length
     return torch.tensor(flat[: count * length], dtype=torch.long).view(count, length)
+
+
+def window_names(first: int, count: int) -> list[str]:
+    """What messages call the windows from an index on."""
+    return [f"window {first + index + 1}" for index in range(count)]
 
 
 def down_norms(block: Block) -> Tensor:
@@ -134,12 +140,17 @@ class _Recorder(Selection):
 
 @torch.no_grad()
 def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress: Progress | None = None) -> Iterator[LayerData]:
-    """The data of layer 0, 1, ... in turn. A consumer that is done with one deletes it before it takes the next: memory holds one."""
+    """The data of layer 0, 1, ... in turn. A consumer that is done with one deletes it before it takes the next: memory holds one.
+
+    Raises ValueError, with the first layer and token, for values that are not finite.
+    """
     num_layers, count = model.config.num_layers, len(ids_WT)
     position_T = torch.arange(ids_WT.shape[1], device=ids_WT.device)
     x_WTD = torch.empty(*ids_WT.shape, model.config.hidden_size)
     for first in range(0, count, batch):
-        x_WTD[first : first + batch] = model.embedded(ids_WT[first : first + batch], position_T).float()
+        ids = ids_WT[first : first + batch]
+        x_WTD[first : first + batch] = model.embedded(ids, position_T).float()
+        require_finite_stream(x_WTD[first : first + batch], "the embedding", ids, window_names(first, len(ids)))
     dtype = model.dtype
     previous: Tensor | None = None
     for layer in range(num_layers):
@@ -150,6 +161,7 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
             stop = first + batch
             x, _ = model.layer(layer, x_WTD[first:stop].to(dtype), position_T, None, recorder)
             x_WTD[first:stop] = x.float()
+            require_finite_stream(x, f"layer {layer}", ids_WT[first:stop], window_names(first, len(x)))
             tokens = slice(first * ids_WT.shape[1], stop * ids_WT.shape[1])
             for kept_ND, seen_BTD in ((attention_ND, recorder.attention), (mlp_ND, recorder.mlp)):
                 kept_ND[tokens] = seen_BTD.flatten(0, 1).clamp(-FP16_LIMIT, FP16_LIMIT)

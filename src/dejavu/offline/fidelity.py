@@ -17,20 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dejavu.config import Progress
+from dejavu.config import Progress, require
+from dejavu.model.finite import FIX, require_finite
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import DENSE, Selection, Transformer
+from dejavu.offline.collect import window_names
 
 
 @torch.inference_mode()
 def token_nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE, *, batch: int = 2) -> Tensor:
-    """Negative log likelihood [W, T - 1] of each token after the first of its window, natural units, fp32."""
+    """Negative log likelihood [W, T - 1] of each token after the first of its window, natural units, fp32.
+
+    Raises ValueError, with the first layer and token, for values that are not finite.
+    """
     rows = []
     for first in range(0, len(ids_WT), batch):
         ids = ids_WT[first : first + batch]
         logits = model.logits(model.hidden(ids, selection)[:, :-1])
-        rows.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1))
+        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+        require_finite(nll, model, ids, selection, window_names(first, len(ids)))
+        rows.append(nll)
     return torch.cat(rows)
 
 
@@ -75,7 +82,9 @@ class DenseStates:
         for index in range(layer, self.model.config.num_layers):
             x, mlp_in = self.model.layer(index, x, self.position_T, mlp_in, selection if index == layer else DENSE)
         changed_TV = self._log_probs(x)
-        return max(0.0, float((self.log_probs_TV.exp() * (self.log_probs_TV - changed_TV)).sum(-1).mean()))
+        found = float((self.log_probs_TV.exp() * (self.log_probs_TV - changed_TV)).sum(-1).mean())
+        require(math.isfinite(found), f"layer {layer}: what a selection costs is {found}, no number; {FIX}")
+        return max(0.0, found)
 
 
 Variants = Sequence[Sequence[LayerAdapter]]

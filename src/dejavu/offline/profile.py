@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.config import Progress, require
+from dejavu.model.finite import require_finite_stream
 from dejavu.model.transformer import DENSE, LayerInputs, Selection, Transformer
-from dejavu.offline.collect import down_norms, group_norms, pack_windows
+from dejavu.offline.collect import down_norms, group_norms, pack_windows, window_names
 from dejavu.offline.fidelity import token_nll
 from dejavu.offline.oracle import OracleHeads, OracleNeurons
 
@@ -118,6 +119,7 @@ def profile(
 ) -> dict[str, Any]:
     """Profile a dense model on documents (name -> token ids); see the file's docstring for what comes out.
 
+    Raises ValueError, with the first layer and token, for values that are not finite.
     The oracle's perplexities are measured on `oracle_tokens` tokens in all, taken evenly from the documents.
     """
     require(len(documents) > 0, "there is no text to profile on; give --text")
@@ -129,9 +131,11 @@ def profile(
     for done, ids_1T in enumerate(windows):
         position_T = torch.arange(ids_1T.shape[1])
         x, mlp_in = model.embedded(ids_1T, position_T), None
+        require_finite_stream(x, "the embedding", ids_1T, window_names(done, 1))
         for layer, tally in enumerate(tallies):
             before = x
             x, mlp_in = model.layer(layer, x, position_T, mlp_in, tally)
+            require_finite_stream(x, f"layer {layer}", ids_1T, window_names(done, 1))
             tally.cosine += float(F.cosine_similarity(before.float(), x.float(), dim=-1).sum())
         if progress is not None:
             progress("natural sparsity", done + 1, len(windows))

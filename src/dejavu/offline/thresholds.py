@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dejavu.config import require
+from dejavu.model.finite import FIX
 from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import Block
 from dejavu.offline.collect import LayerData, down_norms
@@ -35,14 +37,21 @@ class SelectionQuality:
 
 @dataclass
 class Scored:
-    """Scores [N, O] of a predictor with the contributions they should find and, for neurons, what was truly active."""
+    """Scores [N, O] of a predictor with the contributions they should find and, for neurons, what was truly active.
 
+    layer: whose they are, for the ValueError that says that some are not finite: those cannot be sorted.
+    """
+
+    layer: int
     scores: Tensor
     contribution: Tensor
     active: Tensor
     at_least_one: bool
 
     def __post_init__(self) -> None:
+        for name, values in (("scores", self.scores), ("contributions", self.contribution)):
+            finite = bool(values.isfinite().all())
+            require(finite, f"layer {self.layer}: {name} are not finite (NaN or infinite), so that no threshold can be set; {FIX}")
         self._sorted = self.scores.flatten().sort(descending=True)
         cumulative = self.contribution.flatten()[self._sorted.indices].double().cumsum(0)
         self._mass = cumulative / cumulative[-1].clamp_min(1e-30)
@@ -82,7 +91,7 @@ def score_mlp(predictor: Predictor, data: LayerData, block: Block, tokens: slice
     first, last, _ = tokens.indices(len(data.mlp_ND))
     act_NF = data.active.dense(first, last)
     scores = predictor.scores(data.mlp_input(predictor.lookahead)[tokens])
-    return Scored(scores, act_NF.abs() * down_norms(block), act_NF != 0, at_least_one=False)
+    return Scored(data.layer, scores, act_NF.abs() * down_norms(block), act_NF != 0, at_least_one=False)
 
 
 @torch.inference_mode()
@@ -90,4 +99,5 @@ def score_heads(predictor: Predictor, data: LayerData, tokens: slice) -> Scored:
     """Scores of a head predictor; a group counts as active when it gives over half of an equal share of the contribution."""
     norms_NG = data.group_norms_NG[tokens]
     active = norms_NG > 0.5 * norms_NG.mean(-1, keepdim=True)
-    return Scored(predictor.scores(data.head_input(predictor.lookahead)[tokens]), norms_NG, active, at_least_one=True)
+    scores = predictor.scores(data.head_input(predictor.lookahead)[tokens])
+    return Scored(data.layer, scores, norms_NG, active, at_least_one=True)

@@ -69,7 +69,7 @@ class _Seen(Selection):
             if point == POINTS[0]:
                 self._norms = column_norms(self.model.blocks[layer])
             value_NI = (x.float().abs() * self._norms[point]).flatten(0, 1)
-            scored = Scored(value_NI, value_NI.square(), value_NI > 0, at_least_one=False)
+            scored = Scored(layer, value_NI, value_NI.square(), value_NI > 0, at_least_one=False)
             self.options[layer, point] = _options(scored, [scored.threshold_for_density(density) for density in INPUT_DENSITIES])
         return x
 
@@ -77,7 +77,7 @@ class _Seen(Selection):
         if self.method == "gate":
             act_NF = act_BTF.float().flatten(0, 1)
             contribution_NF = act_NF.abs() * down_norms(self.model.blocks[layer])
-            scored = Scored(gate_of(inputs).float().abs().flatten(0, 1), contribution_NF, act_NF != 0, at_least_one=False)
+            scored = Scored(layer, gate_of(inputs).float().abs().flatten(0, 1), contribution_NF, act_NF != 0, at_least_one=False)
             self.options[layer, "gate"] = _options(scored, [scored.threshold_for_mass(mass) for mass in MASS_LEVELS])
         return act_BTF
 

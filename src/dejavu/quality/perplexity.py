@@ -27,10 +27,10 @@ from torch import Tensor
 
 from dejavu.config import require
 from dejavu.model.counts import DensityCounter
+from dejavu.model.finite import require_finite
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import DENSE, Selection, Transformer
-from dejavu.quality.finite import require_finite
 
 SelectionFactory = Callable[[Tensor | None], Selection]
 """From sparse_BT (the tokens that run sparse; None means all) to the selection of one forward pass."""

@@ -30,9 +30,9 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.figures import TaskScore
 from dejavu.files import parse_json, read_text
+from dejavu.model.finite import require_finite
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
-from dejavu.quality.finite import require_finite
 from dejavu.quality.perplexity import MaskedSelections, SelectionFactory, dense_selection, score_targets
 
 NOTHING_SPARSE = "no token ran sparse: every continuation is one token, which the dense prefill scores; strict masks the context too"
