@@ -40,10 +40,11 @@ def accept(lm: LanguageModel, folder: Path, texts: list[str], out: Output) -> Ad
     adapter = Adapter.load(folder, model=lm.config, base_hash=lm.base_hash, accept=True)
     if lm.base_hash in adapter.config.base_hashes:
         return adapter
-    require(len(texts) > 0, "--accept-base needs the adapter's calibration text; give it with --text FILE")
+    require(len(texts) > 0, f"--accept-base needs the calibration text of {folder}, {adapter.config.calibration_text}; give it with --text")
     contents = list(named_texts(texts).values())
     found, recorded = corpus_hash(contents), adapter.config.calibration_text_hash
-    require(found == recorded, f"--text has hash {found}, but {folder} was calibrated on a text of hash {recorded}; give that text")
+    wanted = adapter.config.calibration_text
+    require(found == recorded, f"--text has SHA-256 {found}, but the calibration text of {folder} is {wanted}; give that text")
     ppl = lm.calibration_perplexity(contents, adapter)
     expected = adapter.config.quality["ppl_dense"]
     require(

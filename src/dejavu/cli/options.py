@@ -37,7 +37,7 @@ AdapterFolder = Annotated[
 ]
 AcceptBase = Annotated[
     bool,
-    typer.Option("--accept-base", help="Let the adapter accept MODEL, if its dense perplexity on the calibration text (--text) agrees."),
+    typer.Option("--accept-base", help="Let the adapter accept MODEL, if its perplexity on the adapter's training text (--text) agrees."),
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Ignore the adapter.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch from the Hugging Face hub what is not on this machine, unasked.")]
@@ -45,7 +45,8 @@ Offline = Annotated[bool, typer.Option("--offline", help="Ask the hub for nothin
 Texts = Annotated[list[str], typer.Option("--text", metavar="FILE", help="A .txt or .xz file or a quoted glob; may repeat.")]
 OptionalTexts = Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help="A .txt or .xz file or a quoted glob; may repeat.")]
 BaseTexts = Annotated[
-    list[str] | None, typer.Option("--text", metavar="FILE", help="The adapter's calibration text, for --accept-base; may repeat.")
+    list[str] | None,
+    typer.Option("--text", metavar="FILE", help="What the adapter was trained on (its README.md says), for --accept-base; may repeat."),
 ]
 
 

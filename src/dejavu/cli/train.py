@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,6 +75,8 @@ def train(
         out.say(f"What was trained is kept in {work}: another --budget goes on from there.")
         out.finish(measured | about | {"adapter": None})
         return
+    named = dataclasses.replace(adapter.config, calibration_texts=tuple(Path(name).name for name in texts))
+    adapter = dataclasses.replace(adapter, config=named)
     with new_folder(target) as folder:
         write_adapter(adapter, folder)
         write_sections(folder, lm, train={"source": "trained", **measured})

@@ -61,7 +61,8 @@ class AdapterConfig(Config):
     """Provenance and measurements of an adapter, what its config.json holds.
 
     base_hashes: every accepted form of the base (see fingerprint.py). budget: allowed relative rise of perplexity.
-    calibration_max_tokens: how many tokens of the calibration text were asked for, None where that is not known.
+    calibration_max_tokens: how many tokens of the calibration text were asked for, None where that is not known. calibration_texts: the
+    names of its files, none where they are not known.
     quality: measured numbers by name, e.g. ppl_dense, ppl_sparse. Densities are averages over all layers. lora: how the weights
     change, where the method is "adapted".
     """
@@ -73,6 +74,7 @@ class AdapterConfig(Config):
     budget: float | None
     calibration_text_hash: str
     calibration_max_tokens: int | None = None
+    calibration_texts: tuple[str, ...] = ()
     quality: dict[str, float]
     mlp_density: float
     head_density: float
@@ -80,6 +82,12 @@ class AdapterConfig(Config):
     layers: tuple[LayerConfig, ...]
     lora: LoraConfig | None = None
     dejavu_version: str = __version__
+
+    @property
+    def calibration_text(self) -> str:
+        """The text in words, by what is known of it."""
+        named = f"{', '.join(self.calibration_texts)}, " if self.calibration_texts else ""
+        return f"the text that it was trained on ({named}SHA-256 {self.calibration_text_hash})"
 
     @property
     def selects(self) -> str:
@@ -112,9 +120,9 @@ class AdapterConfig(Config):
             fields["layers"] = tuple(LayerConfig.from_dict(layer) for layer in fields["layers"])
         if isinstance(fields.get("lora"), Mapping):
             fields["lora"] = LoraConfig.from_dict(fields["lora"])
-        return super(AdapterConfig, cls).from_dict(with_tuples(fields, "base_hashes"))
+        return super(AdapterConfig, cls).from_dict(with_tuples(fields, "base_hashes", "calibration_texts"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written: an adapter without changes has no `lora`, so that readers of schema 1 know all of its keys."""
+        """As it is written: `lora` and `calibration_texts` only where there are some, so that older readers know all keys of others."""
         values = dataclasses.asdict(self) | {"layers": [entry.to_dict() for entry in self.layers]}
-        return values if self.lora is not None else {name: value for name, value in values.items() if name != "lora"}
+        return {name: value for name, value in values.items() if value or name not in ("lora", "calibration_texts")}

@@ -19,6 +19,7 @@ def card(config: AdapterConfig) -> str:
     selector = next(kind for kind in SELECTORS.values() if kind.method == config.selects)
     columns = selector.columns
     rows = "\n".join(_row(entry, columns) for entry in config.layers)
+    texts = "".join(f"{name}, " for name in config.calibration_texts)
     hashes = "\n".join(f"* `{value}`" for value in config.base_hashes)
     lora = config.lora
     activation = None if lora is None else lora.activation
@@ -47,7 +48,7 @@ MLP density {config.mlp_density:.3f}, head density {config.head_density:.3f}, av
 |---|{"---|" * len(columns)}
 {rows}
 
-Calibration text (SHA-256): `{config.calibration_text_hash}`. Accepted forms of the base:
+Calibration text ({texts}SHA-256): `{config.calibration_text_hash}`. Accepted forms of the base:
 
 {hashes}
 """
