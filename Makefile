@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The distribution was once called dejavu. Both own the same files, so the old one goes first; -qq hides that there is none.
 PIP_INSTALL := $(PIP) uninstall -qq --yes dejavu && $(PIP) install -q -c constraints.txt
 NATIVE := CMakeLists.txt $(wildcard native/*.h native/src/*)
+# An editable install has a map of the modules, so another list of them is another install: the stamp's name is the list's checksum.
+MODULES := $(VENV)/.modules-$(firstword $(shell find src/dejavu -name '*.py' | LC_ALL=C sort | cksum))
 PROJECT := pyproject.toml constraints.txt src/dejavu/version.py $(NATIVE)
 
 .PHONY: install demo test lint bench tables native native-sanitize native-arm64 clean
@@ -56,10 +58,14 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.installed-base: $(PROJECT) | $(VENV)/.created
+$(MODULES): | $(VENV)/.created
+	rm -f $(VENV)/.modules-*
+	touch $@
+
+$(VENV)/.installed-base: $(PROJECT) $(MODULES) | $(VENV)/.created
 	$(PIP_INSTALL) -e .
 	touch $@
 
-$(VENV)/.installed-all: $(PROJECT) | $(VENV)/.created
+$(VENV)/.installed-all: $(PROJECT) $(MODULES) | $(VENV)/.created
 	$(PIP_INSTALL) -e ".[serve,eval,bench,dev]"
 	touch $(VENV)/.installed-base $@

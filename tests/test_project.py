@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -115,3 +116,28 @@ def test_the_version_is_the_same_everywhere() -> None:
 
     assert "version" in PROJECT["project"]["dynamic"] and "version" not in PROJECT["project"]
     assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_installs_again_where_the_list_of_modules_changed_and_not_else(tmp_path: Path) -> None:
+    names = ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt", "src/dejavu/version.py")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    package = tmp_path / "src/dejavu"
+    (package / "gguf.py").touch()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/.created").touch()
+
+    def make(*arguments: str) -> int:
+        return subprocess.run(["make", "-s", "PIP_INSTALL=true", *arguments, "install"], cwd=tmp_path).returncode
+
+    assert make("-q") == 1 and make() == 0 and make("-q") == make("-q") == 0
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__/gguf.cpython-311.pyc").touch()
+    (package / "gguf.py").write_text("x = 1\n")
+    assert make("-q") == 0
+    (package / "gguf").mkdir()
+    (package / "gguf.py").rename(package / "gguf/__init__.py")
+    assert make("-q") == 1 and make("-n") == 0 and make("-q") == 1
+    assert make() == 0 and make("-q") == 0
