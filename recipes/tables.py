@@ -196,6 +196,7 @@ KINDS: list[tuple[str, str, dict[str, object]]] = [
     ("phi3", "Phi-3 mini and medium, 4k (a window of 2047)", {"sliding_window": 8}),
     ("phi3", "Phi-3 and 3.5, 128k; Phi-4 mini", {"sliding_window": None, "rope_parameters": LONG_ROPE}),
     ("phi3", "Phi-4", {"sliding_window": None}),
+    ("gemma", "Gemma 1", {"hidden_act": "gelu_pytorch_tanh"}),
     ("gemma2", "Gemma 2", {"sliding_window": 8}),
     ("gemma3_text", "Gemma 3, text", {"sliding_window": 8}),
     ("falcon", "Falcon 7B, 40B, 180B", {"head_dim": None}),

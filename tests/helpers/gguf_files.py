@@ -19,7 +19,7 @@ from dejavu.model.transformer import Transformer
 
 Types = gguf.GGMLQuantizationType
 PAIRS = ("llama", "mistral3", "arcee", "granite", "minicpm")  # rows of q and k are written as pairs
-ONE_MORE = ("gemma2", "gemma3", "nemotron")  # norm weights are written with one added
+ONE_MORE = ("gemma", "gemma2", "gemma3", "nemotron")  # norm weights are written with one added
 ROTATED_DIMENSIONS = ("llama", "mistral3", "arcee", "granite", "phi3", "nemotron", "stablelm")  # state how many values are rotated
 SCALES = ("embedding_scale", "residual_scale", "logit_scale", "attention.scale")
 

@@ -17,7 +17,7 @@ from dejavu.config import ModelConfig, require
 from dejavu.model.families.falcon import FALCON
 from dejavu.model.families.family import Family, Fused, TensorTarget, is_norm_weight, is_transposed
 from dejavu.model.families.fields import checked
-from dejavu.model.families.gemma import GEMMA2, GEMMA3
+from dejavu.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from dejavu.model.families.granite import GRANITE
 from dejavu.model.families.llama import ARCEE, LLAMA, MINICPM, MISTRAL, QWEN2, QWEN3
 from dejavu.model.families.nemotron import NEMOTRON
@@ -46,6 +46,7 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     "arcee": ARCEE,
     "falcon": FALCON,
+    "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "granite": GRANITE,

@@ -1,5 +1,6 @@
-"""Gemma 2 and 3 (text): norms before and after each block, their weights stored less one; a scaled embedding; windows in some
-layers. Gemma 2 caps scores and logits; Gemma 3 norms queries and keys, and its windowed layers have rotary positions of their own."""
+"""Gemma: norms whose weights are stored less one, a scaled embedding. Gemma 2 and 3 (text) have norms before and after each block, and
+windows in some layers. Gemma 2 caps scores and logits; Gemma 3 norms queries and keys, and its windowed layers have rotary positions of
+their own."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from dejavu.model.families.fields import (
     written_activation,
     written_rope,
 )
-from dejavu.model.families.llama import GATED, LLAMA, QK_NORMS, gated_rms, written_gated
+from dejavu.model.families.llama import GATED, LLAMA, QK_NORMS, gated_rms, whole_rope, written_gated
 
 NORMS = {
     "norm1_out": "post_attention_layernorm",
@@ -36,18 +37,36 @@ def _sliding(hf: Mapping[str, Any], full: int) -> list[int]:
     return [index for index in range(size(hf, "num_hidden_layers")) if (index + 1) % full] if stated is None else stated
 
 
-def _fields(hf: Mapping[str, Any], rotary: RopeConfig, sliding: list[int]) -> dict[str, Any]:
+def _shared(hf: Mapping[str, Any], rotary: RopeConfig) -> dict[str, Any]:
+    """What all three have."""
     require(not hf.get("use_bidirectional_attention"), "config.json: use_bidirectional_attention is not supported: it is for encoders")
-    bias = hf.get("attention_bias", False)
-    hf = {"head_dim": 256} | {key: value for key, value in hf.items() if value is not None or key != "hidden_activation"}
-    fields = gated_rms(hf, rotary) | activation_fields({"hidden_activation": "gelu_pytorch_tanh"} | hf, "hidden_activation")
-    return fields | windows(hf, hf.get("sliding_window", 4096), sliding) | {
-        "block_norms": True,
+    bias, fields = hf.get("attention_bias", False), gated_rms({"head_dim": 256} | dict(hf), rotary)
+    return fields | {
         "embed_scale": fields["hidden_size"] ** 0.5,
-        "attention_scale": positive(hf, "query_pre_attn_scalar", 256) ** -0.5,
         "qkv_bias": bias,
         "out_bias": bias,
         "tied_head": hf.get("tie_word_embeddings", True),
+    }
+
+
+def _read1(hf: Mapping[str, Any]) -> ModelConfig:
+    """hidden_act "gelu" of the first checkpoints stands for the approximation by tanh."""
+    hf = dict(hf)
+    if given(hf, "hidden_act", "gelu") == "gelu":
+        hf["hidden_act"] = "gelu_pytorch_tanh"
+    return ModelConfig(**_shared(hf, whole_rope(hf)), **activation_fields(hf))
+
+
+def _write1(config: ModelConfig) -> dict[str, Any]:
+    return written_gated(config) | {"attention_bias": config.qkv_bias}
+
+
+def _fields(hf: Mapping[str, Any], rotary: RopeConfig, sliding: list[int]) -> dict[str, Any]:
+    hf = {key: value for key, value in hf.items() if value is not None or key != "hidden_activation"}
+    fields = _shared(hf, rotary) | activation_fields({"hidden_activation": "gelu_pytorch_tanh"} | hf, "hidden_activation")
+    return fields | windows(hf, hf.get("sliding_window", 4096), sliding) | {
+        "block_norms": True,
+        "attention_scale": positive(hf, "query_pre_attn_scalar", 256) ** -0.5,
     }  # fmt: skip
 
 
@@ -99,6 +118,7 @@ def _write3(config: ModelConfig) -> dict[str, Any]:
     return _write(config) | {"rope_local_base_freq": local.theta} | written_rope(config.rope)
 
 
+GEMMA = replace(LLAMA, architecture="GemmaForCausalLM", read_config=_read1, write_config=_write1, norm_shift=1.0)
 GEMMA2 = replace(
     LLAMA, architecture="Gemma2ForCausalLM", read_config=_read2, write_config=_write, layer_modules=GATED | NORMS, norm_shift=1.0
 )  # fmt: skip

@@ -330,6 +330,7 @@ GGUF_FAMILIES: dict[str, GGUFFamily] = {
     "mistral3": GGUFFamily(model_type="mistral", fields={"hidden_act": "silu", "sliding_window": None}, pairs=True),
     "qwen2": GGUFFamily(model_type="qwen2"),
     "qwen3": GGUFFamily(model_type="qwen3", more=lambda source: {"attention_bias": source.has("blk.0.attn_q.bias")}),
+    "gemma": GGUFFamily(model_type="gemma", fields={"hidden_act": "gelu_pytorch_tanh"}, norm_shift=1.0),
     "gemma2": GGUFFamily(
         model_type="gemma2", fields=GELU, more=_gemma2, also_read=(WINDOW,), norm_shift=1.0,
         keys=CAP | {"attn_logit_softcapping": "attn_logit_softcapping"},
