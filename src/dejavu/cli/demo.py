@@ -1,4 +1,4 @@
-"""`dejavu demo`: the whole road on the bundled model, in a few minutes."""
+"""`dejavu demo`: the whole road on the bundled model."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def serve(
         )  # fmt: skip
         tokenizer = lm.tokenizer if template is None else with_template(lm.tokenizer, template, str(chat_template))
         if lm.backend == "cuda":
-            out.say("Warming the engine up: half a minute the first time, a second or two later")
+            out.say("Warming the engine up; compiled kernels are kept, so that the next start takes less")
         try:
             lm.hand_over(dense=not lm.one_engine)
             worker = Worker(lm, config)
