@@ -493,7 +493,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(chatty: Tokeni
 def test_null_in_place_of_what_must_be_given_is_missing(kind: Any) -> None:
     for field in ("model", "prompt" if kind is CompletionBody else "messages"):
         body = {"model": "tiny", "prompt": "x", "messages": [{"role": "user", "content": "x"}]} | {field: None}
-        with pytest.raises(ApiError, match=f"^{field} is missing$"):
+        with pytest.raises(ApiError, match=f"^{field} is missing; a request needs it$"):
             parse(json.dumps(body).encode(), kind)
 
 
@@ -535,3 +535,18 @@ def test_a_trace_of_a_dense_text_has_the_dense_engines_slots(chatty: Tokenizer) 
         body = parse(json.dumps(completion(model=model, n=n, stream=True, dejavu={"trace": True})).encode(), CompletionBody)
         with pytest.raises(ApiError, match="may ask for") if refused else contextlib.nullcontext():
             assert len(parse_completion(body, facts).sequences) == n
+
+
+def test_a_refusal_has_the_value_and_what_to_do(client: httpx.Client) -> None:
+    said = {
+        "logit_bias names token 96, and the model's vocabulary is of 96 tokens; give ids from 0 to 95": completion(logit_bias={"96": 1}),
+        "the prompt has token 200, and the model's vocabulary is of 96 tokens; give ids from 0 to 95": completion(prompt=[200]),
+        "best_of 3 is not supported here; leave it out": completion(best_of=3),
+        'messages[0].role must be one of system, developer, user, assistant, not "king"': chat({"role": "king", "content": "x"}),
+        "min_tokens 9 exceeds the 4 tokens that the text may have; lower it, or raise max_tokens": completion(min_tokens=9, max_tokens=4),
+        "top_logprobs 2 needs logprobs: set that to true, or leave this out": chat(USER, top_logprobs=2),
+    }
+    for message, body in said.items():
+        assert error_of(client.post(path_of(body), json=body))["message"] == message
+    assert error_of(client.get("/v1/completions"))["message"] == "'/v1/completions' does not take GET; send POST"
+    assert error_of(client.get("/v2"))["message"] == "there is nothing at '/v2'; /openapi.json lists every path"

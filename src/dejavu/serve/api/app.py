@@ -153,7 +153,11 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: a path that is not there, a method that a path does not take."""
     assert isinstance(error, HTTPException)
-    words = {404: ("there is nothing at this path", "not_found"), 405: ("this path does not take this method", "method_not_allowed")}
+    path, takes = request.url.path[:80], (error.headers or {}).get("Allow", "another method")
+    words = {
+        404: (f"there is nothing at {path!r}; /openapi.json lists every path", "not_found"),
+        405: (f"{path!r} does not take {request.method}; send {takes}", "method_not_allowed"),
+    }
     message, code = words.get(error.status_code, (str(error.detail), None))
     return _sent(ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})))
 

@@ -25,7 +25,7 @@ def parse_chat(body: ChatBody, served: Served) -> ParsedRequest:
     dense = served.is_dense(body.model)
     n = choices_of(body, served, prompts=1)
     if body.top_logprobs is not None and not body.logprobs:
-        raise invalid("top_logprobs needs logprobs to be true", param="top_logprobs")
+        raise invalid(f"top_logprobs {body.top_logprobs} needs logprobs: set that to true, or leave this out", param="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if not served.tokenizer.has_template:
         raise invalid(NO_TEMPLATE, param="messages", code="no_chat_template")

@@ -83,7 +83,9 @@ class Connection(H11Protocol):
     def _late(self, seconds: float) -> None:
         part = "body" if self._awaited is h11.SEND_BODY else "head"
         if not self.transport.is_closing():
-            self._refuse(ApiError(408, f"the {part} of the request did not come within {seconds:g} s", code="timeout"))
+            self._refuse(
+                ApiError(408, f"the {part} of the request did not come within {seconds:g} s; send all of it at once", code="timeout")
+            )
 
     def _refuse(self, error: ApiError) -> None:
         """Say so where no answer has begun, and close."""

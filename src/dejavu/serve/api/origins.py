@@ -63,7 +63,9 @@ class Gate:
 
     def _mistake(self, headers: Headers) -> ApiError | None:
         if "content-length" in headers and "transfer-encoding" in headers:
-            return ApiError(400, "a request has Content-Length or Transfer-Encoding, not both", headers={"Connection": "close"})
+            return ApiError(
+                400, "a request has Content-Length or Transfer-Encoding, not both; send one of them", headers={"Connection": "close"}
+            )
         name = host_of(headers.get("host", ""))
         if self._hosts is None or name in self._hosts or not name:
             return None

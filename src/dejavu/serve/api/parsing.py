@@ -89,7 +89,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         return int(text) if len(text) <= MAX_DIGITS else refuse(text)
 
     def refuse(text: str) -> Any:
-        raise ValueError(f"{text[:SHOWN]} is no number that is taken here")
+        raise ValueError(f"{text[:SHOWN]} is no number here; send a finite one of at most {MAX_DIGITS} digits")
 
     try:
         text = body.decode("utf-8")
@@ -97,11 +97,13 @@ def parse_object(body: bytes) -> dict[str, Any]:
         if "\\u" in text:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise invalid("the body has one half of a surrogate pair, written \\ud800 to \\udfff, without the other: that is no text") from None
+        raise invalid(
+            "the body has one half of a surrogate pair, written \\ud800 to \\udfff, without the other; send whole characters"
+        ) from None
     except UnicodeDecodeError:
-        raise invalid("the body is not UTF-8 text") from None
+        raise invalid("the body is not UTF-8; send text in that encoding") from None
     except RecursionError:
-        raise invalid("the body is nested too deeply") from None
+        raise invalid("the body is nested too deeply; send fewer objects and lists within one another") from None
     except ValueError as error:
         raise invalid(f"the body is not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -115,13 +117,13 @@ def _mistake(error: ValidationError, values: dict[str, Any], kind: type[Received
     param = _path(found["loc"], values, missing=found["type"] == "missing")
     required = kind.model_fields[param].is_required() if param in kind.model_fields else False
     if found["type"] == "missing" or (required and found["input"] is None):
-        return invalid(f"{param} is missing", param=param)
+        return invalid(f"{param} is missing; a request needs it", param=param)
     if found["type"].startswith("union_tag"):  # of messages, which differ by their role
-        return invalid(f"{param}.role must be one of {', '.join(ROLES)}, in each message", param=f"{param}.role")
+        return invalid(f"{param}.role must be one of {', '.join(ROLES)}, not {_shown(found['input'].get('role'))}", param=f"{param}.role")
     if found["type"] == "extra_forbidden":
         return invalid(f"{param} is not known here, and might change the text; leave it out", param=param)
     if param in kind.neutral:
-        return invalid(f"{param} is not supported here, but for the value that asks for nothing; leave it out", param=param)
+        return invalid(f"{param} {_shown(found['input'])} is not supported here; leave it out", param=param)
     own = found.get("ctx", {}).get("error")
     if isinstance(own, ValueError):
         return invalid(f"{param} {own}, not {_shown(found['input'])}", param=param)

@@ -129,7 +129,8 @@ def choices_of(body: Sampled, served: Served, *, prompts: int) -> int:
     if prompts * n > most:
         requested = f"{prompts} prompts with n = {n}" if prompts > 1 else f"n = {n}"
         raise invalid(
-            f"{requested} are {prompts * n} texts, and a request {'with a trace ' if traced else ''}may ask for {most}",
+            f"{requested} are {prompts * n} texts, and a request {'with a trace ' if traced else ''}may ask for {most}; "
+            f"{'send fewer prompts, or lower n' if prompts > 1 else 'lower n'}",
             param="prompt" if prompts > 1 else "n",
         )
     return n
@@ -153,14 +154,16 @@ def sequences_of(
     biases = {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()}
     for token_id in biases:
         if token_id >= served.vocab_size:
-            raise invalid(f"logit_bias names token {token_id}, and the vocabulary has {served.vocab_size}", param="logit_bias")
+            raise invalid(f"logit_bias names token {token_id}{_beyond(served)}", param="logit_bias")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     stop_ids = tuple(body.stop_token_ids or ())
     if stop_ids and max(stop_ids) >= served.vocab_size:
-        raise invalid(f"stop_token_ids names token {max(stop_ids)}, and the vocabulary has {served.vocab_size}", param="stop_token_ids")
+        raise invalid(f"stop_token_ids names token {max(stop_ids)}{_beyond(served)}", param="stop_token_ids")
     least = body.min_tokens or 0
     if least > max_tokens:
-        raise invalid(f"min_tokens {least} exceeds the {max_tokens} tokens that the text may have", param="min_tokens")
+        raise invalid(
+            f"min_tokens {least} exceeds the {max_tokens} tokens that the text may have; lower it, or raise max_tokens", param="min_tokens"
+        )
     if least and stop:
         raise invalid("min_tokens is not supported together with stop: a stop string may come before; leave one out", param="min_tokens")
     own = served.dense_sampling if dense else served.sampling
@@ -194,6 +197,10 @@ def sequences_of(
     )
 
 
+def _beyond(served: Served) -> str:
+    return f", and the model's vocabulary is of {served.vocab_size} tokens; give ids from 0 to {served.vocab_size - 1}"
+
+
 def read(encode: Callable[[], list[int]], *, param: str) -> list[int]:
     """The ids of a text. Raises ApiError for one that the tokenizer does not take."""
     try:
@@ -216,6 +223,6 @@ def check_ids(ids: Sequence[int], served: Served, *, new: int, param: str) -> No
     if not ids:
         raise invalid("the prompt has no tokens; give at least one word", param=param)
     if max(ids) >= served.vocab_size:
-        raise invalid(f"token {max(ids)} is outside the model's vocabulary of {served.vocab_size}", param=param)
+        raise invalid(f"the prompt has token {max(ids)}{_beyond(served)}", param=param)
     if len(ids) + new > served.limit:
         raise from_worker(TooLong(prompt=len(ids), requested=new, limit=served.limit), param=param)
