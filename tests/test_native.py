@@ -24,6 +24,7 @@ from dejavu.model.transformer import Transformer
 from helpers.adapters import mlp_of, predicted
 from helpers.engines import decode, ids_of, random_layers
 from helpers.native import DTYPES, ISAS, MISSING, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
+from helpers.pairs import all_pairs
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 SELECTIONS = [(None, None), (0, 0), (1, 1), (2, None), (None, 0), (2, 1)]
@@ -56,11 +57,12 @@ def constant_layers(model: Transformer, *, every: int) -> tuple[LayerAdapter, ..
 
 
 @needs_library
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("mlp", "heads"), SELECTIONS)
-def test_native_equals_torch(model: Transformer, mlp: int | None, heads: int | None, isa: str) -> None:
+@pytest.mark.parametrize(("name", "selection", "isa"), all_pairs(NATIVE_MODELS, SELECTIONS, ISAS))
+def test_native_equals_torch(tiny: Tiny, name: str, selection: tuple[int | None, int | None], isa: str) -> None:
     """Dense prefill, then sparse steps: logits to 1e-4 and the same selections, on every instruction set."""
-    layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1)
+    family, overrides = NATIVE_MODELS[name]
+    model, (mlp, heads), ids = tiny(family, **overrides), selection, ids_of(1)
+    layers = random_layers(model, mlp=mlp, heads=heads)
     torch_engine = TorchEngine(model, layers, EngineOptions(record=True))
     engine = engine_of(model, layers, record=True, instruction_set=isa)
     prompt = ids_of(9, 13)
@@ -109,9 +111,7 @@ def test_prefill_in_blocks_equals_torch(tiny: Tiny, length: int) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", NEARNESS)
-@pytest.mark.parametrize("every", [0, 3])
-@pytest.mark.parametrize("name", [name for name in NATIVE_MODELS if name != "opt-one"])
+@pytest.mark.parametrize(("name", "every", "dtype"), all_pairs([name for name in NATIVE_MODELS if name != "opt-one"], [0, 3], NEARNESS))
 def test_within_twice_the_plain_error(tiny: Tiny, name: str, every: int, dtype: str) -> None:
     """The rule: error against fp64 at most twice that of plain weights of the dtype. And close to the same weights in fp32."""
     family, overrides = NATIVE_MODELS[name]
@@ -155,9 +155,9 @@ def test_int8_predictors_select_as_fp32_ones_do_nearly_always(tiny: Tiny) -> Non
 
 
 @needs_library
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cache_dtype", ["fp16", "int8"])
-@pytest.mark.parametrize("name", ["opt-odd", "llama-odd", "llama-gelu", "opt-one"])
+@pytest.mark.parametrize(
+    ("name", "cache_dtype", "isa"), all_pairs(["opt-odd", "llama-odd", "llama-gelu", "opt-one"], ["fp16", "int8"], ISAS)
+)
 def test_a_cache_of_fewer_bits_is_within_twice_the_plain_error(tiny: Tiny, name: str, cache_dtype: str, isa: str) -> None:
     """Against the torch engine over keys and values rounded as the cache holds them, which differs from that over exact ones."""
     family, overrides = NATIVE_MODELS[name]
@@ -198,10 +198,12 @@ def test_a_cache_takes_its_dtype(tiny: Tiny) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_a_batch_of_three_is_three_singles(model: Transformer, order: tuple[int, ...], dtype: str, cache_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "cache_dtype", "order"), all_pairs(NATIVE_MODELS, DTYPES, ["fp32", "fp16", "int8"], [(0, 1, 2), (2, 0, 1)])
+)
+def test_a_batch_of_three_is_three_singles(tiny: Tiny, name: str, dtype: str, cache_dtype: str, order: tuple[int, ...]) -> None:
+    family, overrides = NATIVE_MODELS[name]
+    model = tiny(family, **overrides)
     layers = random_layers(model, mlp=1, heads=0, threshold=0.2)
     vocab = model.config.vocab_size
     prompts, continuations = [ids_of(seed, 4 + 3 * seed) for seed in range(3)], [ids_of(9 + seed, 6) for seed in range(3)]

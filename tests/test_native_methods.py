@@ -22,6 +22,7 @@ from dejavu.model.selectors import POINTS, AllHeads, GateThreshold, InputThresho
 from dejavu.model.transformer import Block, Transformer
 from helpers.engines import decode, ids_of, masked_forward, random_layers
 from helpers.native import DTYPES, ISAS, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
+from helpers.pairs import all_pairs
 from helpers.thresholds import gate_layers, input_layers
 
 METHOD_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,9 +35,13 @@ METHOD_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 Layers = tuple[LayerAdapter, ...]
 METHODS: dict[str, Callable[[Transformer, float], Layers]] = {"gate": gate_layers, "input": input_layers}
 INPUT_DTYPES = tuple(dtype for dtype in DTYPES if dtype != "int4")
-CASES = [("gate", dtype) for dtype in DTYPES] + [("input", dtype) for dtype in INPUT_DTYPES]
+ROUNDED = tuple(dtype for dtype in DTYPES if dtype != "fp32")
 
 pytestmark = needs_library
+
+
+def computed(method: str, dtype: str, *others: Any) -> bool:
+    return method != "input" or dtype in INPUT_DTYPES
 
 
 @pytest.fixture(params=METHOD_MODELS)
@@ -62,11 +67,11 @@ def counts_of(step: StepResult, row: int = 0) -> list[list[int]]:
 # Against the torch engine and the definition
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("density", [0.3, 0.75])
-@pytest.mark.parametrize("method", METHODS)
-def test_native_equals_torch(model: Transformer, method: str, density: float, isa: str) -> None:
+@pytest.mark.parametrize(("name", "method", "density", "isa"), all_pairs(METHOD_MODELS, METHODS, [0.3, 0.75], ISAS))
+def test_native_equals_torch(tiny: Tiny, name: str, method: str, density: float, isa: str) -> None:
     """Dense prefill, then sparse steps: logits to 1e-4, the same selections and counts, on every instruction set."""
+    family, overrides = METHOD_MODELS[name]
+    model = tiny(family, **overrides)
     layers, ids, prompt = METHODS[method](model, density), ids_of(1), ids_of(9, 13)
     torch_engine = TorchEngine(model, layers, EngineOptions(record=True))
     engine = engine_of(model, layers, record=True, instruction_set=isa)
@@ -89,10 +94,8 @@ def test_a_point_without_a_threshold_keeps_all(tiny: Tiny, without: str) -> None
     assert all(same_selections(step, other) and counts_of(step) == counts_of(other) for step, other in zip(steps, torch_steps, strict=True))
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("method", "dtype"), [case for case in CASES if case[1] != "fp32"])
-@pytest.mark.parametrize("name", METHOD_MODELS)
-def test_every_dtype_equals_its_masked_evaluation(tiny: Tiny, name: str, method: str, dtype: str, isa: str) -> None:
+@pytest.mark.parametrize(("method", "dtype", "name", "isa"), all_pairs(METHODS, ROUNDED, METHOD_MODELS, ISAS, allowed=computed))
+def test_every_dtype_equals_its_masked_evaluation(tiny: Tiny, method: str, dtype: str, name: str, isa: str) -> None:
     """What evaluation computes in one masked pass over the rounded model. Where rounded activations fall to the other side of a
     threshold the logits move: they are compared in the mean, and selections count for count."""
     family, overrides = METHOD_MODELS[name]
@@ -139,9 +142,10 @@ def test_inputs_that_are_all_kept_are_the_dense_model(model: Transformer, dtype:
 # Bit for bit
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("method", "dtype"), CASES)
-def test_a_batch_of_three_is_three_singles(model: Transformer, method: str, dtype: str, isa: str) -> None:
+@pytest.mark.parametrize(("method", "dtype", "name", "isa"), all_pairs(METHODS, DTYPES, METHOD_MODELS, ISAS, allowed=computed))
+def test_a_batch_of_three_is_three_singles(tiny: Tiny, method: str, dtype: str, name: str, isa: str) -> None:
+    family, overrides = METHOD_MODELS[name]
+    model = tiny(family, **overrides)
     layers = METHODS[method](model, 0.5)
     prompts, continuations = [ids_of(seed, 4 + 3 * seed) for seed in range(3)], [ids_of(9 + seed, 4) for seed in range(3)]
     options: dict[str, Any] = {"record": True, "dtype": dtype, "instruction_set": isa}
@@ -159,10 +163,10 @@ def test_a_batch_of_three_is_three_singles(model: Transformer, method: str, dtyp
             assert [lists(layer) for layer in both.selections[row]] == [lists(layer) for layer in step.selections[0]]
 
 
-@pytest.mark.parametrize("density", [0.4, 0.8])
-@pytest.mark.parametrize(("method", "dtype"), CASES)
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, method: str, dtype: str, density: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype", "family", "density"), all_pairs(METHODS, DTYPES, ["opt", "llama"], [0.4, 0.8], allowed=computed)
+)
+def test_the_number_of_threads_changes_no_bit(tiny: Tiny, method: str, dtype: str, family: str, density: float) -> None:
     model = tiny(family, intermediate_size=301)
     layers = METHODS[method](model, density)
     runs = [decode(engine_of(model, layers, threads=threads, dtype=dtype), ids_of(8))[0] for threads in (1, 2, 3, 7)]

@@ -16,6 +16,7 @@ from dejavu.model.transformer import Transformer
 from dejavu.quality.head_agreement import head_agreement
 from helpers.engines import decode, ids_of, random_layers
 from helpers.native import DTYPES, ISAS, NATIVE_MODELS, engine_of, needs_library
+from helpers.pairs import all_pairs
 
 SHORTLIST = 17
 
@@ -69,9 +70,7 @@ def test_a_shortlist_has_the_exact_logits_of_the_best_scores(model: Transformer,
 
 
 @needs_library
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 5, 95])
+@pytest.mark.parametrize(("dtype", "count", "isa"), all_pairs(DTYPES, [1, 5, 95], ISAS))
 def test_threads_and_batch_mates_change_no_bit(tiny: Tiny, dtype: str, count: int, isa: str) -> None:
     model = tiny("llama")
     ids = ids_of(11, 6)
