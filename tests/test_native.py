@@ -61,7 +61,7 @@ def constant_layers(model: Transformer, *, every: int) -> tuple[LayerAdapter, ..
 def test_native_equals_torch(tiny: Tiny, name: str, selection: tuple[int | None, int | None], isa: str) -> None:
     """Dense prefill, then sparse steps: logits to 1e-4 and the same selections, on every instruction set."""
     family, overrides = NATIVE_MODELS[name]
-    model, (mlp, heads), ids = tiny(family, **overrides), selection, ids_of(1)
+    model, (mlp, heads), ids = tiny(family, **overrides), selection, ids_of(1, 10)
     layers = random_layers(model, mlp=mlp, heads=heads)
     torch_engine = TorchEngine(model, layers, EngineOptions(record=True))
     engine = engine_of(model, layers, record=True, instruction_set=isa)
@@ -250,7 +250,7 @@ def test_the_number_of_threads_changes_no_bit(tiny: Tiny, family: str, dtype: st
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_none_and_all_selected(model: Transformer, dtype: str) -> None:
-    ids = ids_of(13)
+    ids = ids_of(13, 9)
     dense, _ = decode(engine_of(model, dtype=dtype), ids)
     everything, steps = decode(engine_of(model, random_layers(model, mlp=1, heads=0, threshold=-torch.inf), dtype=dtype), ids)
     assert torch.equal(everything, dense)
@@ -266,7 +266,7 @@ def test_none_and_all_selected(model: Transformer, dtype: str) -> None:
 @pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "int8"])
 def test_the_cache_of_a_sparse_run_has_no_holes(model: Transformer, cache_dtype: str) -> None:
     """Pools of NaN, sparse heads, then a dense token: as in the torch engine, whose every key and value is stored."""
-    layers, ids = random_layers(model, mlp=1, heads=0), ids_of(7)
+    layers, ids = random_layers(model, mlp=1, heads=0), ids_of(7, 11)
     engine = engine_of(model, layers, cache_dtype=cache_dtype)
     model = model.rounded("fp32", cache_dtype=cache_dtype)
     torch_engine = TorchEngine(model, layers)

@@ -72,7 +72,7 @@ def test_native_equals_torch(tiny: Tiny, name: str, method: str, density: float,
     """Dense prefill, then sparse steps: logits to 1e-4, the same selections and counts, on every instruction set."""
     family, overrides = METHOD_MODELS[name]
     model = tiny(family, **overrides)
-    layers, ids, prompt = METHODS[method](model, density), ids_of(1), ids_of(9, 13)
+    layers, ids, prompt = METHODS[method](model, density), ids_of(1, 10), ids_of(9, 13)
     torch_engine = TorchEngine(model, layers, EngineOptions(record=True))
     engine = engine_of(model, layers, record=True, instruction_set=isa)
     torch.testing.assert_close(engine.prefill(0, prompt), torch_engine.prefill(0, prompt), rtol=0, atol=1e-4)
@@ -131,7 +131,7 @@ def test_inputs_that_are_all_kept_are_the_dense_model(model: Transformer, dtype:
     """Thresholds of 0 on inputs none of which is 0, but where ReLU makes them so: the dense engine of the dtype, which sums in another
     order and, in int8, rounds activations."""
     layers = (LayerAdapter(inputs=InputThresholds(attention=0.0, output=0.0, mlp=0.0, down=0.0)),) * model.config.num_layers
-    ids = ids_of(13)
+    ids = ids_of(13, 9)
     dense, _ = decode(engine_of(model, dtype=dtype, cache_dtype="fp32"), ids)
     logits, _ = decode(engine_of(model, layers, dtype=dtype, cache_dtype="fp32"), ids)
     torch.testing.assert_close(logits, dense, rtol=0, atol=1e-2 if dtype == "int8" else 1e-4)
