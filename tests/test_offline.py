@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -246,6 +246,7 @@ def test_budget_is_spent_where_it_buys_most() -> None:
     assert [c.reads for c in generous if c is not None] == [10, 80]
 
 
+@settings(max_examples=40)
 @example(2.484375, 0.05)  # the next lower choice is far lower: allowances in between buy what was too much
 @given(st.floats(0.2, 5.0), st.floats(0.001, 0.05))
 def test_measured_rise_never_exceeds_the_budget(ratio: float, budget: float) -> None:
@@ -316,7 +317,7 @@ def test_divergence_is_that_of_the_whole_masked_model(tiny: Tiny) -> None:
 
 def test_adapter_keeps_its_budget_and_resumes(checkpoint: Checkpoint, tmp_path: Path) -> None:
     documents = [random_ids(500, seed) for seed in range(6)]
-    config = TrainConfig(budget=0.01, rank=8, epochs=3, seed=1)
+    config = TrainConfig(budget=0.01, rank=8, epochs=1, seed=1)
     adapter, result = train_adapter(checkpoint, documents, config, text_hash="abc", work_folder=tmp_path / "work")
     assert len(result["layers"]) == 3
     assert result["rise"] <= 0.01 and result["within_budget"]

@@ -220,15 +220,15 @@ def test_a_slice_is_the_first_layers_of_the_whole(kind: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @torch.inference_mode()
-def test_a_deep_model_is_finite_in_half_precision(kind: str, dtype: str) -> None:
-    made = make(kind, config=tiny_config(kind, num_layers=48), dtype=dtype, density=0.05)
-    exact = make(kind, config=tiny_config(kind, num_layers=48), density=0.05)
-    ids_BT = torch.tensor([random_ids(made.config, 40)])
-    logits, expected = made.model(ids_BT), exact.model(ids_BT)
-    assert bool(logits.isfinite().all())
-    assert float((logits - expected).abs().mean()) < (0.02 if dtype == "fp16" else 0.15) * LOGIT_SPREAD, "rounding does not grow with depth"
+def test_a_deep_model_is_finite_in_half_precision(kind: str) -> None:
+    exact = make(kind, config=tiny_config(kind, num_layers=32), density=0.05)
+    ids_BT = torch.tensor([random_ids(exact.config, 40)])
+    expected = exact.model(ids_BT)
+    for dtype, limit in (("fp16", 0.02), ("bf16", 0.15)):
+        logits = make(kind, config=exact.config, dtype=dtype, density=0.05).model(ids_BT)
+        assert bool(logits.isfinite().all())
+        assert float((logits - expected).abs().mean()) < limit * LOGIT_SPREAD, "rounding does not grow with depth"
 
 
 def test_matrices_made_in_chunks_keep_their_statistics(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -80,6 +80,7 @@ ACTIONS = st.one_of(
 
 
 @pytest.mark.parametrize("pages", [7, 400])
+@settings(max_examples=50)
 @given(actions=st.lists(ACTIONS, min_size=10, max_size=40))
 def test_any_order_of_prefills_steps_frees_and_reuses(actions: list[tuple[str, int, list[int]]], pages: int) -> None:
     """Against lists: each slot holds its own text's keys, whoever shares them; with room for all, all that was published is found."""

@@ -43,7 +43,7 @@ from helpers.offline import random_ids, skewed
 from helpers.texts import TEXT
 
 AUTO = ("--method", "auto", "--json")
-DOCUMENTS = [random_ids(500, seed) for seed in range(6)]
+DOCUMENTS = [random_ids(300, seed) for seed in range(6)]
 
 
 def checkpoint_of(model: Transformer, tokenizer: Tokenizer) -> Checkpoint:
@@ -267,7 +267,7 @@ def test_every_command_runs_with_such_an_adapter(work: Path, method: str, capsys
         return json.loads(capsys.readouterr().out)
 
     text = ("--text", "text.txt")
-    found = call("train", "model", *text, "-o", "adapter", "--method", method, "--budget", "0.05", "--max-tokens", "3000")
+    found = call("train", "model", *text, "-o", "adapter", "--method", method, "--budget", "0.05", "--max-tokens", "1500")
     assert found["method"] == method and found["read_share"] < 1
     adapter = ("--adapter", "adapter")
     made = call("generate", "model", *adapter, "--prompt", "the cat", "-n", "8", "--ignore-eos")
