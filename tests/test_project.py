@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -61,15 +60,13 @@ def test_tracked_files_stay_small(tracked: list[Path]) -> None:
 
 def test_python_sources_start_with_a_docstring(tracked: list[Path]) -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in tracked if path.suffix == ".py"}
-    assert [str(path) for path, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))] == []
+    assert [str(path) for path, text in texts.items() if text.strip() and not re.match(r'(#.*\n|\s)*r?"""\S', text)] == []
 
 
 def imports_of(source: str) -> set[str]:
-    """The first part of the name of every module that a source imports, also within functions."""
-    nodes = list(ast.walk(ast.parse(source)))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-    return {name.split(".")[0] for name in names}
+    """The first part of the name of every module that a line imports, also within functions."""
+    found = re.findall(r"^ *(?:from +([\w.]+) +import\b|import +([\w., ]+))", source, re.MULTILINE)
+    return {name.split(".")[0].split()[0] for module, modules in found for name in (module or modules).split(",")}
 
 
 def test_no_test_file_is_imported() -> None:
