@@ -21,7 +21,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-relu-wide-heads": ("llama", {"activation": "relu", "head_dim": 12, "num_heads": 6, "num_kv_heads": 2, "num_layers": 3}),
     "opt-three-parts": ("opt", {"hidden_size": 112, "num_heads": 4, "num_kv_heads": 4, "head_dim": 28, "intermediate_size": 70}),
 }
-STEPS = 3
+STEPS = 2
 
 
 def made(tiny: Tiny, name: str) -> Transformer:
@@ -49,12 +49,12 @@ def test_decode_equals_the_torch_engine(
 ) -> None:
     """The same selections, logits to 2e-5, after a prefill of a few pages and with steps that begin new ones."""
     model = made(tiny, name)
-    layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1, 10 + STEPS)
+    layers, ids = random_layers(model, mlp=mlp, heads=heads), ids_of(1, 11 + STEPS)
     torch_engine = TorchEngine(model, layers, EngineOptions(record=True, page_size=3))
     cuda_engine = cuda_engine_of(on(model, device), layers, record=True, page_size=3, **options)
     for engine in (torch_engine, cuda_engine):
-        engine.prefill(0, ids[:10])
-    (expected, expected_steps), (found, steps) = decode(torch_engine, ids[10:]), decode(cuda_engine, ids[10:])
+        engine.prefill(0, ids[:11])
+    (expected, expected_steps), (found, steps) = decode(torch_engine, ids[11:]), decode(cuda_engine, ids[11:])
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-5)
     for want, step in zip(expected_steps, steps, strict=True):
         assert want.selections is not None and step.selections is not None

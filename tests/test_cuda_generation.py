@@ -182,7 +182,7 @@ def test_logits_that_are_not_numbers_end_a_text_as_a_step_does(tiny: Tiny, devic
 def test_an_engine_that_records_is_stepped(tiny: Tiny, device: str) -> None:
     model = on(tiny("opt", num_layers=1), device)
     engine = CudaEngine(model, random_layers(model, mlp=1, heads=1), EngineOptions(record=True))
-    _, text = written(engine, ids_of(8, 4), max_new_tokens=3)
+    _, text = written(engine, ids_of(8, 4), max_new_tokens=2)
     assert text.trace is not None and text.trace[1] is not None and engine._bucket(1).decode_rows is None
 
 

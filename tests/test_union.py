@@ -13,6 +13,7 @@ from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import GateThreshold, LayerAdapter
 from dejavu.model.transformer import Transformer
 from helpers.adapters import predicted
+from helpers.cuda import slow
 from helpers.engines import ids_of, random_layers
 from helpers.native import engine_of, needs_library
 
@@ -112,7 +113,7 @@ def test_more_rows_than_are_computed_together_have_no_union(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [slow(1), 2])
 def test_cuda_counts_what_its_kernels_read(tiny: Tiny, device: str, rows: int) -> None:
     pytest.importorskip("triton")
     from dejavu.engine.cuda.engine import CudaEngine
