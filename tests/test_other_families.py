@@ -22,6 +22,7 @@ from dejavu.model.bundle import export, write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.families import config_from_hf, config_to_hf
 from dejavu.model.masked import MaskedSelection
+from helpers.cuda import slow
 from helpers.engines import random_layers
 from helpers.transformers_models import IDS, SIZES, reference_of, saved
 
@@ -125,6 +126,7 @@ def opened(tok96: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory
 
 
 NAMES = [name for name, _, _ in CASES]
+EXPORTED = ("phi3, longrope", "stablelm, beside", "falcon, new")  # of the variants, those that an export writes in a way of their own
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,7 +153,7 @@ def test_decode_equals_the_masked_forward_pass(opened: dict[str, Any], name: str
     assert not torch.equal(expected, model(IDS[:1])[0, 2:]), "the selection matters"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name if "," not in name or name in EXPORTED else slow(name) for name in NAMES])
 def test_an_export_is_loaded_by_transformers_and_by_us(opened: dict[str, Any], name: str, tmp_path: Path) -> None:
     if "drelu" in name:
         pytest.skip("transformers has no drelu")

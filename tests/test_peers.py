@@ -49,8 +49,10 @@ def greedy(peer: Peer, ids: Sequence[int], first: int, count: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("family", "compiled"),
+    [("opt", True), ("llama", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("opt", False), ("llama", True)))],
+)
 def test_transformers_decodes_our_logits_and_tokens(
     tiny: Tiny, exported: dict[str, Path], family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,9 +69,9 @@ def test_transformers_decodes_our_logits_and_tokens(
         torch.testing.assert_close(peer.logits(IDS), forward(model, IDS), rtol=0, atol=1e-4)
         engine = TorchEngine(model, None, EngineOptions(num_slots=1, cache_tokens=128))
         tokens = [int(engine.prefill(0, IDS[:9]).argmax())]
-        while len(tokens) < 40:
+        while len(tokens) < 20:
             tokens.append(int(engine.step([tokens[-1]], [0]).logits_BV[0].argmax()))
-        assert greedy(peer, IDS[:9], tokens[0], 40) == tokens and len(set(tokens)) > 2
+        assert greedy(peer, IDS[:9], tokens[0], 20) == tokens and len(set(tokens)) > 1
         assert (peer.mode, peer.dtype) == ("transformers-compile" if compiled else "transformers", "fp32")
         assert not peer._net.training and torch.get_num_threads() == before
 
