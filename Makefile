@@ -17,8 +17,10 @@ install: $(VENV)/.installed-all
 demo: $(VENV)/.installed-base
 	$(BIN)/dejavu demo
 
+# Neighbours share what they train and load, so each process takes half of the files, and what the other has not begun. The programs
+# that tests start find compiled modules.
 test: lint
-	$(BIN)/python -m pytest -n 2
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .
