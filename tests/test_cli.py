@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dejavu.loading import load
 from dejavu.model.bundle import export
 from dejavu.model.families import parameter_shapes
 from dejavu.model.source import read_config
+from dejavu.report.demo import DemoSizes, run_demo
 from helpers.command_line import obj
 from helpers.native import needs_library
 from helpers.texts import PROMPT
@@ -334,7 +336,9 @@ def test_bench_reports_nothing_when_the_engine_is_wrong(work: Path, monkeypatch:
     assert "not timed" in captured.err and "decode" not in captured.out
 
 
-def test_demo(call, work: Path) -> None:
+def test_demo(call, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = DemoSizes(profile_tokens=300, evaluation_tokens=200, oracle_tokens=60, recall_tokens=120, curve_tokens=120, new_tokens=12, runs=2)
+    monkeypatch.setattr("dejavu.report.demo.run_demo", partial(run_demo, sizes=few))
     shutil.rmtree(work / "runs/demo", ignore_errors=True)
     result = obj(call("demo", "--model", "model", "--adapter", "adapter", "-o", "runs/demo", "--json"))
     assert {"dense", "sparse", "speedup", "mlp_density", "head_density", "lookahead", "report"} <= set(result)
