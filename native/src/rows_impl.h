@@ -296,40 +296,54 @@ class Pieces {
   int count_ = 0, now_ = 0;
 };
 
-// What PAD outputs of a panel, from output i on, become of v, sums of integers times coefficients of that total:
-// y += scale (v - zero total) + minimum total.
-template <int GRID> inline void add_scaled(const uint8_t *base, const Panel &panel, int64_t input, int64_t n, int64_t i, F::T *v, float total, float *y) {
-  constexpr Grid G = GRIDS[GRID];
-  const uint8_t *scales = base + panel.scales_at(input), *sub = base + panel.sub_scales_at(input);
-  const F::T zero = F::set((float)G.zero * total), minimum = F::set(G.levels ? -total : total);
-  for (int p = 0; p < PAD / F::W; p++) {
-    const int64_t o = i + p * F::W;
-    F::T s = G.bf16_scales ? F::load((const bf16 *)scales + o) : F::load((const half *)scales + o), to = F::load(y + o);
-    if constexpr (G.zero != 0) v[p] = F::sub(v[p], zero);
-    if constexpr (G.zeros) v[p] = F::fma(F::load((const int8_t *)scales + 2 * n + o), F::set(-total), v[p]);
-    if constexpr (G.levels && G.minima) s = F::mul(s, F::load(sub + o));
-    if constexpr (G.levels && !G.minima) s = F::mul(s, F::load((const int8_t *)sub + o));
-    to = F::fma(s, v[p], to);
-    if constexpr (G.minima) {
-      F::T m = F::load((const half *)scales + n + o);
-      if constexpr (G.levels) m = F::mul(m, F::load(sub + n + o));
-      to = F::fma(m, minimum, to);
+// The coefficients of up to SUMMED rows of quants of few bits: int8 times a scale (NaN where one is not finite), two to a word.
+struct Part {
+  float scale, sum;  // sum: of the int8
+  int16_t words[SUMMED / 2];
+
+  Part() = default;
+  Part(const float *coef, int64_t count) : sum(0.0f) {
+    float padded[SUMMED];
+    int16_t q[SUMMED];
+    for (int64_t j = 0; j < SUMMED; j++) padded[j] = j < count ? coef[j] : 0.0f;
+    scale = quantize(padded, SUMMED, 127.0f, q);
+    for (int64_t j = 0; j < SUMMED / 2; j++) {
+      sum += (float)(q[2 * j] + q[2 * j + 1]);
+      words[j] = (int16_t)((q[2 * j] & 255) | q[2 * j + 1] * 256);
     }
-    F::store(y + o, to);
   }
-}
+};
 
-// The integers of PAD outputs of a row of a panel.
-template <int GRID> inline void panel_floats(const uint8_t *row, int64_t n, int64_t i, float *out) {
+// How many rows' products with int8 stay within int16: quants have 4, 5 or 6 bits.
+template <int GRID> constexpr int64_t WITHIN_INT16 = GRIDS[GRID].plane == 0 ? 16 : GRIDS[GRID].plane == 1 ? 8 : 4;
+
+// Scales of W outputs from o on, and their minima.
+template <int GRID> inline F::T scales_of(const uint8_t *scales, const uint8_t *sub, int64_t o) {
   constexpr Grid G = GRIDS[GRID];
-  constexpr int PARTS = PAD / F::W;
-  F::T v[PARTS];
-  for (int p = 0; p < PARTS; p++) v[p] = G.bytes() ? F::load((const int8_t *)row + i + p * F::W) : F::zero();
-  if constexpr (!G.bytes()) N::add(v, quants<G.plane>(row, n, i / PAD), F::set(1.0f));
-  for (int p = 0; p < PARTS; p++) F::store(out + p * F::W, v[p]);
+  const F::T s = G.bf16_scales ? F::load((const bf16 *)scales + o) : F::load((const half *)scales + o);
+  if constexpr (G.levels && G.minima) return F::mul(s, F::load(sub + o));
+  if constexpr (G.levels && !G.minima) return F::mul(s, F::load((const int8_t *)sub + o));
+  return s;
 }
 
-// PAD outputs of up to SUMMED rows are summed up in registers.
+template <int GRID> inline F::T minima_of(const uint8_t *scales, const uint8_t *sub, int64_t n, int64_t o) {
+  const F::T m = F::load((const half *)scales + n + o);
+  return GRIDS[GRID].levels ? F::mul(m, F::load(sub + n + o)) : m;
+}
+
+// What W outputs of a panel, from output o on, become of v, a sum of quants times coefficients of that total, or (scale) of integers that make
+// those: y += scale (v - zero total) + minimum total.
+template <int GRID> inline F::T scaled(F::T y, F::T v, float total, float scale, F::T s, F::T m, const int8_t *zeros) {
+  constexpr Grid G = GRIDS[GRID];
+  if constexpr (G.zero != 0) v = F::sub(v, F::set((float)G.zero * total));
+  if constexpr (G.zeros) v = F::fma(F::load(zeros), F::set(-total), v);
+  if constexpr (!G.bytes()) v = F::mul(v, F::set(scale)), total *= scale;
+  y = F::fma(s, v, y);
+  if constexpr (G.minima) y = F::fma(m, F::set(G.levels ? -total : total), y);
+  return y;
+}
+
+// PAD outputs of up to SUMMED rows are summed up in registers: of few bits as integers, of bytes as floats.
 template <int GRID> void panels(const PanelList &rows, const float *coef, int64_t n, float *y) {
   constexpr Grid G = GRIDS[GRID];
   constexpr int PARTS = PAD / F::W;
@@ -357,24 +371,42 @@ template <int GRID> void panels(const PanelList &rows, const float *coef, int64_
     next.start(1), next.step();
   }
   for (int64_t k = 0; k < rows.count;) {
-    const int64_t input = number(k), end = end_of(k);
-    const uint8_t *r[SUMMED];
+    const int64_t input = number(k), end = end_of(k), count = end - k;
+    const Part part(coef + k, count);
+    const uint8_t *r[SUMMED] = {nullptr};
     F::T c[SUMMED];
-    float total = 0.0f;
-    const int count = (int)(end - k);
-    for (int j = 0; j < count; j++, k++) r[j] = rows.base + panel.row_at(number(k)), c[j] = F::set(coef[k]), total += coef[k];
+    float total = G.bytes() ? 0.0f : part.sum;
+    for (int64_t j = 0; j < count; j++, k++) {
+      r[j] = rows.base + panel.row_at(number(k));
+      if constexpr (G.bytes()) c[j] = F::set(coef[k]), total += coef[k];
+    }
+    if constexpr (!G.bytes())
+      if (count % 2 != 0) r[count] = r[count - 1];  // its coefficient is 0
     if (rows.idx != nullptr) next = Pieces(), fetch_listed(k, next), next.start(steps);
+    const uint8_t *scales = rows.base + panel.scales_at(input), *sub = rows.base + panel.sub_scales_at(input);
+    const int8_t *zeros = (const int8_t *)scales + 2 * n;
     for (int64_t i = 0; i < n; i += PAD) {
       next.step();
       F::T v[PARTS];
-      for (int p = 0; p < PARTS; p++) v[p] = F::zero();
-      for (int j = 0; j < count; j++) {
-        if constexpr (G.bytes())
+      if constexpr (G.bytes()) {
+        for (int p = 0; p < PARTS; p++) v[p] = F::zero();
+        for (int64_t j = 0; j < count; j++)
           for (int p = 0; p < PARTS; p++) v[p] = F::fma(F::load((const int8_t *)r[j] + i + p * F::W), c[j], v[p]);
-        else
-          N::add(v, quants<G.plane>(r[j], n, i / PAD), c[j]);
+      } else {
+        N::Totals totals = N::no_totals();
+        for (int64_t j = 0; j < count;) {
+          N::Sums sums = N::no_sums();
+          for (const int64_t stop = j + WITHIN_INT16<GRID>; j < stop && j < count; j += 2)
+            N::add(sums, N::pairs(quants<G.plane>(r[j], n, i / PAD), quants<G.plane>(r[j + 1], n, i / PAD)), part.words[j / 2]);
+          N::widen(totals, sums);
+        }
+        for (int p = 0; p < PARTS; p++) v[p] = N::floats(totals, p);
       }
-      add_scaled<GRID>(rows.base, panel, input, n, i, v, total, y);
+      for (int p = 0; p < PARTS; p++) {
+        const int64_t o = i + p * F::W;
+        const F::T m = G.minima ? minima_of<GRID>(scales, sub, n, o) : F::zero();
+        F::store(y + o, scaled<GRID>(F::load(y + o), v[p], total, part.scale, scales_of<GRID>(scales, sub, o), m, zeros + o));
+      }
     }
   }
 }

@@ -135,17 +135,39 @@ struct N {
   static F::T step(F::T acc, const int8_t *w, const int8_t *x, Scales s, int pair) {
     return scaled(acc, _mm256_add_epi32(signed_words(w, x), signed_words(w + 32, x + 32)), s, pair);
   }
-  static F::T floats(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
-  static void add_sixteen(F::T *sums, __m128i bytes, F::T c) {
-    sums[0] = F::fma(floats(bytes), c, sums[0]);
-    sums[1] = F::fma(floats(_mm_srli_si128(bytes, 8)), c, sums[1]);
+  // Of the low vector the lower halves of its lanes, the upper ones, then of the high one.
+  struct Pairs { __m256i v[4]; };
+  static Pairs pairs(Bytes a, Bytes b) {
+    return {{_mm256_unpacklo_epi8(a.low, b.low), _mm256_unpackhi_epi8(a.low, b.low), _mm256_unpacklo_epi8(a.high, b.high),
+             _mm256_unpackhi_epi8(a.high, b.high)}};
   }
-  static void add(F::T *sums, Bytes w, F::T c) {
-    add_sixteen(sums, _mm256_castsi256_si128(w.low), c);
-    add_sixteen(sums + 2, _mm256_extracti128_si256(w.low, 1), c);
-    add_sixteen(sums + 4, _mm256_castsi256_si128(w.high), c);
-    add_sixteen(sums + 6, _mm256_extracti128_si256(w.high, 1), c);
+  static void store(uint8_t *p, const Pairs &w) { for (int i = 0; i < 4; i++) _mm256_storeu_si256((__m256i *)p + i, w.v[i]); }
+  static Pairs load_pairs(const uint8_t *p) {
+    const __m256i *at = (const __m256i *)p;
+    return {{_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1), _mm256_loadu_si256(at + 2), _mm256_loadu_si256(at + 3)}};
   }
+  typedef Pairs Sums;
+  struct Totals { __m256i v[8]; };
+  static Sums no_sums() { return {{_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+  static Totals no_totals() {
+    Totals none;
+    for (int i = 0; i < 8; i++) none.v[i] = _mm256_setzero_si256();
+    return none;
+  }
+  static void add(Sums &sums, const Pairs &w, int16_t two) {
+    const __m256i x = _mm256_set1_epi16(two);
+    for (int i = 0; i < 4; i++) sums.v[i] = _mm256_add_epi16(sums.v[i], _mm256_maddubs_epi16(w.v[i], x));
+  }
+  static void widen(Totals &totals, const Sums &sums) {
+    for (int half = 0; half < 2; half++)
+      for (int i = 0; i < 2; i++) {
+        const __m256i both = sums.v[2 * half + i];  // outputs 8 i .. and 16 + 8 i ..
+        __m256i *to = totals.v + 4 * half + i;
+        to[0] = _mm256_add_epi32(to[0], _mm256_cvtepi16_epi32(_mm256_castsi256_si128(both)));
+        to[2] = _mm256_add_epi32(to[2], _mm256_cvtepi16_epi32(_mm256_extracti128_si256(both, 1)));
+      }
+  }
+  static F::T floats(const Totals &totals, int part) { return _mm256_cvtepi32_ps(totals.v[part]); }
   static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
   // Every word of the group twice, as it is and 16 bits down.
   struct Group { __m256i words[2]; };

@@ -128,12 +128,28 @@ struct N {
     const __m512i signs = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(row), _mm512_setzero_si512(), values);
     return scaled(acc, products(_mm512_abs_epi8(row), signs), s, pair);
   }
-  static void add(F::T *sums, Bytes w, F::T c) {
-    sums[0] = F::fma(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(w))), c, sums[0]);
-    sums[1] = F::fma(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(w, 1))), c, sums[1]);
-    sums[2] = F::fma(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(w, 2))), c, sums[2]);
-    sums[3] = F::fma(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(w, 3))), c, sums[3]);
+  // The lower halves of all four lanes, then the upper ones.
+  struct Pairs { __m512i v[2]; };
+  static Pairs pairs(Bytes a, Bytes b) { return {{_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)}}; }
+  static void store(uint8_t *p, const Pairs &w) { _mm512_storeu_si512(p, w.v[0]), _mm512_storeu_si512(p + 64, w.v[1]); }
+  static Pairs load_pairs(const uint8_t *p) { return {{_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)}}; }
+  typedef Pairs Sums;
+  struct Totals { __m512i v[4]; };
+  static Sums no_sums() { return {{_mm512_setzero_si512(), _mm512_setzero_si512()}}; }
+  static Totals no_totals() { return {{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}}; }
+  static void add(Sums &sums, const Pairs &w, int16_t two) {
+    const __m512i x = _mm512_set1_epi16(two);
+    for (int i = 0; i < 2; i++) sums.v[i] = _mm512_add_epi16(sums.v[i], _mm512_maddubs_epi16(w.v[i], x));
   }
+  // Sixteen outputs in order are a lane of the one vector and that of the other.
+  template <int LANE> static void widen_lane(Totals &totals, const Sums &sums) {
+    const __m256i both = _mm256_set_m128i(_mm512_extracti32x4_epi32(sums.v[1], LANE), _mm512_extracti32x4_epi32(sums.v[0], LANE));
+    totals.v[LANE] = _mm512_add_epi32(totals.v[LANE], _mm512_cvtepi16_epi32(both));
+  }
+  static void widen(Totals &totals, const Sums &sums) {
+    widen_lane<0>(totals, sums), widen_lane<1>(totals, sums), widen_lane<2>(totals, sums), widen_lane<3>(totals, sums);
+  }
+  static F::T floats(const Totals &totals, int part) { return _mm512_cvtepi32_ps(totals.v[part]); }
   static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
   // Every word of the group four times. The lowest four bits of a lane choose its value.
   typedef __m512i Group;

@@ -153,12 +153,41 @@ struct N {
     const uint16x8_t wide = vmovl_u8(bytes);
     return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide)))};
   }
-  static void add(F::T *sums, const Bytes &w, F::T c) {
+  struct Pairs { uint8x16_t a[4], b[4]; };  // two rows, as they are
+  static Pairs pairs(const Bytes &a, const Bytes &b) { return {{a.v[0], a.v[1], a.v[2], a.v[3]}, {b.v[0], b.v[1], b.v[2], b.v[3]}}; }
+  static void store(uint8_t *p, const Pairs &w) { for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, w.a[i]), vst1q_u8(p + PAD + 16 * i, w.b[i]); }
+  static Pairs load_pairs(const uint8_t *p) {
+    Pairs w;
+    for (int i = 0; i < 4; i++) w.a[i] = vld1q_u8(p + 16 * i), w.b[i] = vld1q_u8(p + PAD + 16 * i);
+    return w;
+  }
+  struct Sums { int16x8_t v[8]; };
+  struct Totals { int32x4_t v[16]; };
+  static Sums no_sums() {
+    Sums none;
+    for (int i = 0; i < 8; i++) none.v[i] = vdupq_n_s16(0);
+    return none;
+  }
+  static Totals no_totals() {
+    Totals none;
+    for (int i = 0; i < 16; i++) none.v[i] = vdupq_n_s32(0);
+    return none;
+  }
+  static void add(Sums &sums, const Pairs &w, int16_t two) {
+    const int8x8_t first = vdup_n_s8((int8_t)(two & 255)), second = vdup_n_s8((int8_t)(two >> 8));
     for (int i = 0; i < 4; i++) {
-      sums[2 * i] = F::fma(floats(vget_low_u8(w.v[i])), c, sums[2 * i]);
-      sums[2 * i + 1] = F::fma(floats(vget_high_u8(w.v[i])), c, sums[2 * i + 1]);
+      const int8x16_t a = as_signed(w.a[i]), b = as_signed(w.b[i]);
+      sums.v[2 * i] = vmlal_s8(vmlal_s8(sums.v[2 * i], vget_low_s8(a), first), vget_low_s8(b), second);
+      sums.v[2 * i + 1] = vmlal_s8(vmlal_s8(sums.v[2 * i + 1], vget_high_s8(a), first), vget_high_s8(b), second);
     }
   }
+  static void widen(Totals &totals, const Sums &sums) {
+    for (int i = 0; i < 8; i++) {
+      totals.v[2 * i] = vaddw_s16(totals.v[2 * i], vget_low_s16(sums.v[i]));
+      totals.v[2 * i + 1] = vaddw_s16(totals.v[2 * i + 1], vget_high_s16(sums.v[i]));
+    }
+  }
+  static F::T floats(const Totals &totals, int part) { return {vcvtq_f32_s32(totals.v[2 * part]), vcvtq_f32_s32(totals.v[2 * part + 1])}; }
   static void times(const half *w, float coef, float *out) { F::store(out, F::mul(F::load(w), F::set(coef))); }
   typedef uint32x4_t Group;
   static Group group(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }

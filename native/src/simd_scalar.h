@@ -160,10 +160,32 @@ struct N {
     }
     return acc;
   }
-  // sums[..] = sums[..] + c * bytes, in their order
-  static void add(F::T *sums, const Bytes &w, F::T c) {
-    for (int p = 0; p < PAD / F::W; p++) sums[p] = F::fma(F::load(w.v + p * F::W), c, sums[p]);
+  // Bytes of two rows side by side, in the order of the vectors.
+  struct Pairs { uint8_t v[2 * PAD]; };
+  static Pairs pairs(const Bytes &a, const Bytes &b) {
+    Pairs both;
+    for (int i = 0; i < PAD; i++) both.v[2 * i] = a.v[i], both.v[2 * i + 1] = b.v[i];
+    return both;
   }
+  static void store(uint8_t *p, const Pairs &w) { for (int i = 0; i < 2 * PAD; i++) p[i] = w.v[i]; }
+  static Pairs load_pairs(const uint8_t *p) {
+    Pairs w;
+    for (int i = 0; i < 2 * PAD; i++) w.v[i] = p[i];
+    return w;
+  }
+  // Sums of PAD outputs within int16, and those that they are added to, within int32.
+  struct Sums { int16_t v[PAD]; };
+  struct Totals { int32_t v[PAD]; };
+  static Sums no_sums() { return {}; }
+  static Totals no_totals() { return {}; }
+  // + products with the signed bytes of a word
+  static void add(Sums &sums, const Pairs &w, int16_t two) {
+    const int first = (int8_t)(two & 255), second = two >> 8;
+    for (int i = 0; i < PAD; i++) sums.v[i] = (int16_t)(sums.v[i] + w.v[2 * i] * first + w.v[2 * i + 1] * second);
+  }
+  static void widen(Totals &totals, const Sums &sums) { for (int i = 0; i < PAD; i++) totals.v[i] += sums.v[i]; }
+  // The part-th W of them, in order.
+  static F::T floats(const Totals &totals, int part) { return F::each([&](int i) { return (float)totals.v[part * F::W + i]; }); }
   // out = coef * scale of 8 groups; those past the last one of a row are what lies there
   static void times(const half *w, float coef, float *out) { for (int g = 0; g < 8; g++) out[g] = value_of(w[g]) * coef; }
   // The GROUP values of one group, then W of them in order.

@@ -123,7 +123,8 @@ void rms_norm(const float *x, const float *weight, float eps, int64_t size, int6
   for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::mul(F::mul(F::load(x + i), scale), F::load(weight + i)));
 }
 
-float quantize(const float *x, int64_t n, float limit, int16_t *xq) {
+// Not inlined: where n is known GCC warns of a loop that it makes for the rest of x, of which there is none.
+__attribute__((noinline, noclone)) float quantize(const float *x, int64_t n, float limit, int16_t *xq) {
   if (!finite(x, n)) {
     for (int64_t i = 0; i < n; i++) xq[i] = 0;
     return NAN;
