@@ -33,11 +33,11 @@ from dejavu.offline import train
 from dejavu.offline.budget import Fitted
 from dejavu.offline.calibrate import token_reads
 from dejavu.offline.collect import pack_windows
-from dejavu.offline.fidelity import token_nll
+from dejavu.offline.fidelity import divergences, token_nll
 from dejavu.offline.split import LONGEST, split_windows, training_context
 from dejavu.offline.train import Trained, methods_of, train_adapter, train_adapters
 from dejavu.offline.train_config import TrainConfig
-from dejavu.offline.train_plain import priced, seen_options
+from dejavu.offline.train_plain import plain_parts
 from helpers.engines import decode
 from helpers.offline import random_ids, skewed
 from helpers.texts import TEXT
@@ -116,11 +116,10 @@ def test_exact_loses_nothing(relu: Checkpoint, silu: Checkpoint) -> None:
 
 def test_candidates_keep_what_they_say_and_cost_less_the_more_they_keep(silu: Checkpoint) -> None:
     model, ids = silu.model, torch.tensor([random_ids(60, seed) for seed in range(4)])
-    for method, kinds in (("gate", {"gate"}), ("input", set(POINTS))):
-        options = seen_options(model, ids, method)
-        assert set(options) == {(layer, kind) for layer in range(3) for kind in kinds}
-        parts = priced(model, options, ids, 3, None)
-        for part in parts:
+    found = plain_parts(model, ids, ("gate", "input"), seed=0)
+    for method, kinds in (("gate", ("gate",)), ("input", POINTS)):
+        assert [(part.layer, part.kind) for part in found[method]] == [(layer, kind) for layer in range(3) for kind in kinds]
+        for part in found[method]:
             density = [candidate.quality.density for candidate in part.candidates]
             cost = [candidate.divergence for candidate in part.candidates]
             threshold = [candidate.threshold for candidate in part.candidates]
@@ -130,15 +129,15 @@ def test_candidates_keep_what_they_say_and_cost_less_the_more_they_keep(silu: Ch
             chosen = part.candidates[len(part.candidates) // 2]
             assert chosen.reads < part.dense_reads
     # What the passes that price count is what the thresholds say.
-    (layer, point), found = next(iter(options.items()))
-    threshold, quality = found[len(found) // 2]
-    option = LayerAdapter(inputs=InputThresholds(**{point: threshold}))
-    only = tuple(option if i == layer else LayerAdapter() for i in range(3))
+    part = found["input"][0]
+    candidate = part.candidates[len(part.candidates) // 2]
+    option = LayerAdapter(inputs=InputThresholds(attention=candidate.threshold))
+    only = tuple(option if i == part.layer else LayerAdapter() for i in range(3))
     selection = MaskedSelection(only)
     with torch.inference_mode():
         model(ids, selection)
     attention = InputPoints.of(model.config).shares[0]
-    assert selection.counter.heads_per_layer()[layer] == pytest.approx(attention * quality.density + 1 - attention, abs=1e-5)
+    assert selection.counter.heads_per_layer()[0] == pytest.approx(attention * candidate.quality.density + 1 - attention, abs=1e-5)
 
 
 def test_what_a_token_reads(tiny: Tiny) -> None:
@@ -307,3 +306,15 @@ def test_auto_writes_no_adapter_where_dense_is_as_fast(
     monkeypatch.setattr(fastest, "speeds", lambda *_, **__: {"tok_s": 19.0, "tok_s_dense": 10.0, "speedup": 1.9})
     assert run([*command[:-1], "faster", "--method", "auto"]) == 0
     assert "is fastest here: 1.90x dense" in capsys.readouterr().out and (work / "faster").is_dir()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_slopes_tell_the_divergence_of_leaving_inputs_out(family: str, tiny: Tiny) -> None:
+    model = tiny(family, **({"pre_norm": False, "final_norm": False, "embed_size": 16} if family == "opt" else {}))
+    ids = torch.tensor([random_ids(60, seed) for seed in range(48)])
+    for part in plain_parts(model, ids, ("input",), seed=0)["input"]:
+        candidate = next(each for each in part.candidates if each.quality.mass > 0.97)
+        option = LayerAdapter(inputs=InputThresholds(**{part.kind: candidate.threshold}))
+        variants = [[option] if layer == part.layer else [] for layer in range(2)]
+        measured = divergences(model, ids[:12], variants)[part.layer][0]
+        assert candidate.divergence == pytest.approx(measured, rel=0.35), (part.layer, part.kind)

@@ -28,7 +28,7 @@ from dejavu.offline.calibrate import token_reads
 from dejavu.offline.collect import pack_windows
 from dejavu.offline.split import Split, fitting_windows, split_windows, training_context
 from dejavu.offline.train_config import METHODS, TrainConfig
-from dejavu.offline.train_plain import exact_search_space, gate_search_space, input_search_space
+from dejavu.offline.train_plain import GateSearchSpace, InputSearchSpace, PlainPricing, exact_search_space
 from dejavu.offline.train_predicted import predicted_search_space
 
 
@@ -66,11 +66,13 @@ def train_adapters(
     dense = DenseRuns.of(model, split)
     found: list[Trained] = []
     with nullcontext() if work_folder is None else working_in(work_folder):
+        asked = _run_key(f"{checkpoint.base_hash} {model.dtype}", config, ids_WT)
+        pricing = PlainPricing(model=model, ids_WT=split.train, methods=methods, seed=config.seed, key=asked, work_folder=work_folder)
         for method in methods:
             one = TrainConfig.from_dict(config.to_dict() | {"method": method})
             key = _run_key(f"{checkpoint.base_hash} {model.dtype}", one, ids_WT)
             said = _named(progress, method) if len(methods) > 1 else progress
-            adapter, result = _trained(checkpoint, split, dense, one, key, text_hash, work_folder, said)
+            adapter, result = _trained(checkpoint, split, dense, pricing, one, key, text_hash, work_folder, said)
             found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": given}))
     return found
 
@@ -96,7 +98,13 @@ def _named(progress: Progress | None, method: str) -> Progress | None:
 
 
 def _search_space(
-    model: Transformer, split: Split, config: TrainConfig, key: str, work_folder: Path | None, progress: Progress | None
+    model: Transformer,
+    split: Split,
+    pricing: PlainPricing,
+    config: TrainConfig,
+    key: str,
+    work_folder: Path | None,
+    progress: Progress | None,
 ) -> SearchSpace:
     match config.method:
         case "predicted":
@@ -104,9 +112,9 @@ def _search_space(
         case "exact":
             return exact_search_space(model)
         case "gate":
-            return gate_search_space(model, split, key, work_folder, progress)
+            return GateSearchSpace(model.config.num_layers, pricing.parts("gate", progress))
         case "input":
-            return input_search_space(model, split, key, work_folder, progress)
+            return InputSearchSpace(model.config.num_layers, pricing.parts("input", progress))
         case "auto":
             raise AssertionError("auto is no single method")
 
@@ -115,6 +123,7 @@ def _trained(
     checkpoint: Checkpoint,
     split: Split,
     dense: DenseRuns,
+    pricing: PlainPricing,
     config: TrainConfig,
     key: str,
     text_hash: str,
@@ -123,7 +132,7 @@ def _trained(
 ) -> Trained:
     """One method, with what was measured on the check windows."""
     model, started = checkpoint.model, time.perf_counter()
-    space = _search_space(model, split, config, key, work_folder, progress)
+    space = _search_space(model, split, pricing, config, key, work_folder, progress)
     fitted = fit(model, split, dense, space, config.budget, progress)
     checked, counter = fitted.checked, fitted.counter
     mlp_density, head_density = counter.mlp_density(), counter.head_density()

@@ -5,8 +5,7 @@ gate    for each layer thresholds on |activated gate| that keep a mass from 0.8 
 input   for each layer and point thresholds on |x_i| n_i that keep from a few to nearly all of the inputs; every point of every layer is
         a part of its own, so that the budget goes where it buys most
 
-Thresholds come from a dense pass over training tokens, one layer at a time. A candidate's cost is measured for a few of each part and
-interpolated between, by what is lost: of the mass, or of the sum of the squares, which is how the error of a product grows.
+Thresholds, and what each costs, come from one dense pass over training tokens and its gradients (curvature.py), which both methods share.
 
 Letters: N tokens  F neurons  I inputs  W windows  T tokens of a window
 """
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,72 +28,73 @@ from dejavu.model.adapter_config import LayerConfig
 from dejavu.model.counts import DensityCounter
 from dejavu.model.selectors import POINTS, GateThreshold, InputConfig, InputsConfig, InputThresholds, LayerAdapter, column_norms
 from dejavu.model.selectors.dense import mlp_reads
-from dejavu.model.selectors.gate import gate_of, gate_reads
+from dejavu.model.selectors.gate import gate_reads
 from dejavu.model.selectors.inputs import input_reads
-from dejavu.model.transformer import LayerInputs, Selection, Transformer
+from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import Choice
-from dejavu.offline.calibrate import Part, ThresholdCandidate, interpolate_divergence
+from dejavu.offline.calibrate import Part, ThresholdCandidate
 from dejavu.offline.collect import down_norms
-from dejavu.offline.fidelity import divergences
-from dejavu.offline.split import Split
+from dejavu.offline.curvature import Loss, layer_slopes, losses
 from dejavu.offline.thresholds import MASS_LEVELS, Scored, SelectionQuality
 
 INPUT_DENSITIES = (0.02, 0.04, 0.07, *(i / 20 for i in range(2, 20)), 0.97)
-MEASURED = {"gate": 4, "input": 3}  # candidates of a part whose divergence is measured
-SEEN_TOKENS = 2048  # from which thresholds are taken, fewer where a layer is wide
-SEEN_VALUES = 12_000_000  # values of one point that are sorted at a time
-PRICED_TOKENS = 4096  # on which divergence is measured, fewer where there are many parts:
-PRICED_PASSES = 100_000  # tokens times measured candidates, at most
-LEAST_PRICED = 256
-
-Options = dict[tuple[int, str], list[tuple[float, SelectionQuality]]]
-"""By layer and kind ("gate", or a point): distinct thresholds with what they keep, from few to many."""
+SEEN_TOKENS, SEEN_LENGTH = 4096, 512  # that are read, in windows of so many, fewer where a layer is wide:
+SEEN_VALUES = 12_000_000  # values of one point, at most
+LEAST_SEEN = 256  # tokens
+SORTED_VALUES = 1_000_000  # of which thresholds are taken
 
 
-def _options(scored: Scored, levels: Sequence[float]) -> list[tuple[float, SelectionQuality]]:
-    """With a threshold of 0, which leaves out exact zeros and loses nothing."""
-    return [(threshold, scored.quality(threshold)) for threshold in sorted({0.0, *(max(0.0, level) for level in levels)}, reverse=True)]
+def seen_windows(model: Transformer, ids_WT: Tensor) -> Tensor:
+    """Beginnings of windows that are spread evenly over the text."""
+    config = model.config
+    widest = max(config.intermediate_size, config.num_heads * config.head_dim, config.hidden_size)
+    tokens = min(SEEN_TOKENS, max(LEAST_SEEN, SEEN_VALUES // widest))
+    length = min(ids_WT.shape[1], SEEN_LENGTH, tokens)
+    count = min(len(ids_WT), tokens // length)
+    return ids_WT[torch.linspace(0, len(ids_WT) - 1, count).long(), :length]
 
 
-class _Seen(Selection):
-    """Takes thresholds for one method from a dense pass, layer by layer, as values come to be."""
-
-    def __init__(self, model: Transformer, method: str) -> None:
-        self.model, self.method = model, method
-        self.options: Options = {}
-        self._norms: dict[str, Tensor] = {}
-
-    def inputs(self, layer: int, point: str, x: Tensor) -> Tensor:
-        if self.method == "input":
-            if point == POINTS[0]:
-                self._norms = column_norms(self.model.blocks[layer])
-            value_NI = (x.float().abs() * self._norms[point]).flatten(0, 1)
-            scored = Scored(layer, value_NI, value_NI.square(), value_NI > 0, at_least_one=False)
-            self.options[layer, point] = _options(scored, [scored.threshold_for_density(density) for density in INPUT_DENSITIES])
-        return x
-
-    def neurons(self, layer: int, inputs: LayerInputs, act_BTF: Tensor) -> Tensor:
-        if self.method == "gate":
-            act_NF = act_BTF.float().flatten(0, 1)
-            contribution_NF = act_NF.abs() * down_norms(self.model.blocks[layer])
-            scored = Scored(layer, gate_of(inputs).float().abs().flatten(0, 1), contribution_NF, act_NF != 0, at_least_one=False)
-            self.options[layer, "gate"] = _options(scored, [scored.threshold_for_mass(mass) for mass in MASS_LEVELS])
-        return act_BTF
+def _losses(
+    layer: int, score_NI: Tensor, slope_NI: Tensor, contribution_NI: Tensor, *, mass: Sequence[float] = (), density: Sequence[float] = ()
+) -> list[Loss]:
+    """Of thresholds that keep these shares, and of 0, which leaves out exact zeros and loses nothing."""
+    some = slice(None, None, -(-score_NI.numel() // SORTED_VALUES))
+    scored = Scored(layer, score_NI[some], contribution_NI[some], contribution_NI[some] > 0, at_least_one=False)
+    levels = [*map(scored.threshold_for_mass, mass), *map(scored.threshold_for_density, density)]
+    return losses(score_NI, slope_NI, contribution_NI, sorted({0.0, *(max(0.0, level) for level in levels)}))
 
 
-@torch.inference_mode()
-def seen_options(model: Transformer, ids_WT: Tensor, method: str) -> Options:
-    """Candidates of every part, from the first tokens of the windows."""
-    widest = max(model.config.intermediate_size, model.config.num_heads * model.config.head_dim, model.config.hidden_size)
-    found = _Seen(model, method)
-    model.hidden(_first_tokens(ids_WT, min(SEEN_TOKENS, max(LEAST_PRICED, SEEN_VALUES // widest))), found)
-    return found.options
+def plain_parts(
+    model: Transformer, ids_WT: Tensor, methods: Sequence[str], *, seed: int, progress: Progress | None = None
+) -> dict[str, list[Part]]:
+    """The parts of each of the methods gate and input, with what each candidate reads and costs, by layer and point."""
+    found: dict[str, list[Part]] = {method: [] for method in methods}
+    for of in layer_slopes(model, seen_windows(model, ids_WT), seed=seed, progress=progress):
+        block = model.blocks[of.layer]
+        if "gate" in found:
+            contribution_NF = of.values["down"].abs() * down_norms(block)
+            kept = _losses(of.layer, of.gate.abs(), of.slopes["down"], contribution_NF, mass=MASS_LEVELS)
+            found["gate"].append(_part(model.config, of.layer, "gate", kept))
+        if "input" in found:
+            norms = column_norms(block)
+            for point in reversed(POINTS):
+                score_NI = of.values[point].abs() * norms[point]
+                kept = _losses(of.layer, score_NI, of.slopes[point], score_NI.square(), density=INPUT_DENSITIES)
+                found["input"].append(_part(model.config, of.layer, point, kept))
+    return {method: parts[::-1] for method, parts in found.items()}
 
 
-def _first_tokens(ids_WT: Tensor, tokens: int) -> Tensor:
-    """Whole windows, or a part of one."""
-    length = ids_WT.shape[1]
-    return ids_WT[:1, :tokens] if length >= tokens else ids_WT[: tokens // length]
+def _part(config: ModelConfig, layer: int, kind: str, found: Sequence[Loss]) -> Part:
+    candidates = tuple(
+        ThresholdCandidate(
+            threshold=loss.threshold,
+            quality=loss.quality,
+            reads=_reads(config, kind, loss.quality.density),
+            divergence=loss.divergence if loss.threshold > 0 else 0.0,
+        )
+        for loss in found
+    )
+    return Part(layer=layer, kind=kind, dense_reads=_reads(config, kind, None), candidates=candidates)
 
 
 def _adapter(kind: str, threshold: float) -> LayerAdapter:
@@ -110,59 +110,44 @@ def _reads(config: ModelConfig, kind: str, density: float | None) -> float:
     return mlp_reads(config, 1.0, None) if density is None else gate_reads(config, density)
 
 
-def _spread(count: int, picked: int) -> list[int]:
-    """That many indices of so many, the first and the last among them."""
-    return sorted({round(i * (count - 1) / max(1, picked - 1)) for i in range(picked)} if count else ())
-
-
-def priced(model: Transformer, options: Options, ids_WT: Tensor, measured: int, progress: Progress | None) -> list[Part]:
-    """The parts with what each candidate reads and costs."""
-    points = {key: _spread(sum(threshold > 0 for threshold, _ in found), measured) for key, found in options.items()}
-    passes = sum(map(len, points.values()))
-    sample = _first_tokens(ids_WT, min(PRICED_TOKENS, max(LEAST_PRICED, PRICED_PASSES // max(1, passes))))
-    variants: list[list[LayerAdapter]] = [[] for _ in range(model.config.num_layers)]
-    for key, at in points.items():
-        variants[key[0]] += [_adapter(key[1], options[key][index][0]) for index in at]
-    costs = [iter(found) for found in divergences(model, sample, variants, progress)]
-    parts = []
-    for (layer, kind), found in options.items():
-        at = points[layer, kind]
-        kept, cost = [found[index][1].mass for index in at], [next(costs[layer]) for _ in at]
-        candidates = tuple(
-            ThresholdCandidate(
-                threshold=threshold,
-                quality=quality,
-                reads=_reads(model.config, kind, quality.density),
-                divergence=interpolate_divergence(kept, cost, quality.mass) if threshold > 0 else 0.0,
-            )
-            for threshold, quality in found
-        )
-        parts.append(Part(layer=layer, kind=kind, dense_reads=_reads(model.config, kind, None), candidates=candidates))
-    return parts
-
-
-def _stored_parts(path: Path, key: str) -> list[Part] | None:
+def _stored_parts(path: Path, key: str) -> dict[str, list[Part]] | None:
     """Parts that an earlier, interrupted run of the same training has priced; None where there are none."""
     if not path.exists() or (stored := read_object(path)).get("key") != key:
         return None
     with content_of(path, "remove it, and it is computed again"):
-        return [Part(**part | {"candidates": tuple(map(_candidate, part["candidates"]))}) for part in stored["parts"]]
+        return {
+            method: [Part(**part | {"candidates": tuple(map(_candidate, part["candidates"]))}) for part in parts]
+            for method, parts in stored["parts"].items()
+        }
 
 
 def _candidate(values: dict[str, Any]) -> ThresholdCandidate:
     return ThresholdCandidate(**values | {"quality": SelectionQuality(**values["quality"])})
 
 
-def _plain_parts(
-    model: Transformer, split: Split, method: str, key: str, work_folder: Path | None, progress: Progress | None
-) -> list[Part]:
-    path = None if work_folder is None else work_folder / f"{method}_parts.json"
-    parts = None if path is None else _stored_parts(path, key)
-    if parts is None:
-        parts = priced(model, seen_options(model, split.train, method), split.calibrate, MEASURED[method], progress)
-        if path is not None:
-            write_json(path, {"key": key, "parts": [dataclasses.asdict(part) for part in parts]})
-    return parts
+@dataclass(slots=True, kw_only=True)
+class PlainPricing:
+    """The parts of gate and input, priced when first asked for, of all methods in one pass. key: names the run whose parts may be taken."""
+
+    model: Transformer
+    ids_WT: Tensor
+    methods: Sequence[str]
+    seed: int
+    key: str
+    work_folder: Path | None
+    _parts: dict[str, list[Part]] | None = field(default=None, init=False)
+
+    def parts(self, method: str, progress: Progress | None) -> list[Part]:
+        path = None if self.work_folder is None else self.work_folder / "plain_parts.json"
+        if self._parts is None and path is not None:
+            self._parts = _stored_parts(path, self.key)
+        if self._parts is None:
+            plain = [method for method in ("gate", "input") if method in self.methods]
+            self._parts = plain_parts(self.model, self.ids_WT, plain, seed=self.seed, progress=progress)
+            if path is not None:
+                stored = {name: [dataclasses.asdict(part) for part in parts] for name, parts in self._parts.items()}
+                write_json(path, {"key": self.key, "parts": stored})
+        return self._parts[method]
 
 
 def _row(density: float, quality: SelectionQuality | None, **others: Any) -> dict[str, Any]:
@@ -265,13 +250,3 @@ def exact_search_space(model: Transformer) -> GateSearchSpace:
         "use --method auto, which tries gate and input",
     )
     return GateSearchSpace(config.num_layers, (), exact=True)
-
-
-def gate_search_space(model: Transformer, split: Split, key: str, work_folder: Path | None, progress: Progress | None) -> GateSearchSpace:
-    """A threshold for the gate of each layer. key: names the run whose priced parts may be taken over."""
-    return GateSearchSpace(model.config.num_layers, _plain_parts(model, split, "gate", key, work_folder, progress))
-
-
-def input_search_space(model: Transformer, split: Split, key: str, work_folder: Path | None, progress: Progress | None) -> InputSearchSpace:
-    """A threshold for each point of each layer; key as above."""
-    return InputSearchSpace(model.config.num_layers, _plain_parts(model, split, "input", key, work_folder, progress))
