@@ -195,6 +195,7 @@ def test_rope_theta_reaches_the_frequencies_and_two_values_are_refused() -> None
         ({"num_key_value_heads": 3}, r"num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised"),
         ({"eos_token_id": "</s>"}, r"eos_token_id.*'</s>'"),
+        ({"rope_theta": 10**400}, r"rope_theta must be a number"),
     ],
 )
 def test_bad_configs_are_named(changes: dict[str, Any], message: str) -> None:

@@ -180,6 +180,17 @@ def test_older_files_of_another_class_are_refused_by_its_name(tmp_path: Path, co
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_whose_marks_have_no_ids_names_its_folder(tmp_path: Path, tok96: tokenizers.Tokenizer) -> None:
+    """A post-processor may name a token that it gives no ids for: the library panics at the first text."""
+    content = json.loads(tok96.to_str())
+    pieces = [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "</s>"}')
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_tokenizer(tmp_path, bos_token_id=2)
+
+
 def sentencepiece_file(path: Path, pieces: list[tuple[str, int]], *, kind: int = 2) -> None:
     """A tokenizer.model of pieces with their types, a score that falls with the id, and a trainer's kind of model."""
 

@@ -236,17 +236,20 @@ def load_tokenizer(
         backend, foreign = _file_backend(folder / TOKENIZER_FILE)
     else:
         backend, special_tokens, adds_bos = slow_tokenizer(folder, config, special_tokens, model_type)
-    return build_tokenizer(
-        backend,
-        special_tokens=special_tokens,
-        bos_token_id=bos_token_id,
-        eos_token_ids=eos_token_ids,
-        adds_bos=adds_bos,
-        chat_template=chat_template,
-        named_templates=named_templates,
-        num_rows=num_rows,
-        foreign=foreign,
-    )
+    try:
+        return build_tokenizer(
+            backend,
+            special_tokens=special_tokens,
+            bos_token_id=bos_token_id,
+            eos_token_ids=eos_token_ids,
+            adds_bos=adds_bos,
+            chat_template=chat_template,
+            named_templates=named_templates,
+            num_rows=num_rows,
+            foreign=foreign,
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)

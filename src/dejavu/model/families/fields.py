@@ -52,7 +52,7 @@ LARGEST_FLOAT = 1e30  # of any other: rotary bases of long contexts are beyond 1
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= LARGEST_FLOAT
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT  # NaN is not
 
 
 def checked(hf: Mapping[str, Any], within: str = "") -> dict[str, Any]:
