@@ -111,10 +111,7 @@ void Attention::project(const Context &ctx, int64_t layer, const Vectors &in, co
       int64_t tokens = 0;
       for (int64_t r = 0; r < rows; r++)
         if (!is_query || selects(r, head)) own.x[(size_t)tokens] = &in[r], own.y[(size_t)tokens++] = own.head[r].f + tile;
-      if (rows == 1 && tokens == 1)
-        dots(ctx.kernels, matrix, in[0], nullptr, first, rows_here, own.y[0], ctx.after(matrix, first, rows_here));
-      else
-        products(ctx.kernels, matrix, {own.x.data(), own.y.data(), tokens}, first, rows_here);
+      products(ctx.kernels, matrix, {own.x.data(), own.y.data(), tokens}, first, rows_here, ctx.after(matrix, first, rows_here));
     }
     place_head(ctx, layer, unit, selected, own);
   }
@@ -157,11 +154,11 @@ void Attention::place_head(const Context &ctx, int64_t layer, int64_t unit, cons
   }
 }
 
-// How many rows from r on, all of which select the group, are tokens of one sequence, up to TOGETHER.
+// How many rows from r on are tokens of one sequence that all select the group, up to TOGETHER.
 int64_t Attention::together(const Context &ctx, int64_t r, int64_t group, const Buffer<uint8_t> &selected) {
-  int64_t count = 1;
-  while (count < TOGETHER && r + count < ctx.rows && ctx.block.table[r + count] == ctx.block.table[r] && selected[(r + count) * ctx.config.num_kv_heads + group])
-    count++;
+  const auto joins = [&](int64_t row) { return ctx.block.table[row] == ctx.block.table[r] && selected[row * ctx.config.num_kv_heads + group] != 0; };
+  int64_t count = 0;
+  while (count < TOGETHER && r + count < ctx.rows && joins(r + count)) count++;
   return count;
 }
 
@@ -189,7 +186,8 @@ void Attention::mix(const Context &ctx, int64_t layer, int64_t h, int64_t r, int
     length[j] = block.position[r + j] + 1, longest = std::max(longest, length[j]);
     std::fill_n(mixed[j], padded, 0.0f);
   }
-  // Calls shared(list, n, tokens) for a page's n vectors that all tokens see, or alone(list, n, token) for those that one token sees of them.
+  // Calls shared(t, first) for a page that all tokens see the whole of, else alone(t, first, vectors, token) for what each sees of it. t: the
+  // page's first position, first: its number in the pool.
   const auto each_page = [&](const void *pool, const unsigned char *after, const auto &shared, const auto &alone) {
     for (int64_t t = 0; t < longest; t += page) {
       const int64_t first = cache_row(ctx, layer, r, group, t);
@@ -245,13 +243,13 @@ void Attention::attend(const Context &ctx, int64_t layer, int64_t c, const Buffe
   parts_.clear(c, ctx.rows);
   for (int64_t h = chunk_start(heads, c, chunks); h < chunk_start(heads, c + 1, chunks); h++) {
     const int64_t group = h / (heads / groups);
-    for (int64_t r = 0; r < ctx.rows;) {
-      const int64_t count = selected[r * groups + group] ? together(ctx, r, group, selected) : 0;
+    for (int64_t r = 0, count; r < ctx.rows; r += std::max<int64_t>(count, 1)) {
+      count = together(ctx, r, group, selected);
       if (count > 0) mix(ctx, layer, h, r, count, own);
-      for (int64_t end = r + std::max<int64_t>(count, 1); r < end; r++) {
-        float *mixed = own.mixed.data() + r * padded;
-        if (count > 0 && selects_outputs) inputs.add_outputs(ctx, layer, r, h, mixed, parts_.of(c, r));
-        if (count > 0 && !selects_outputs) o.scale_rows(nullptr, h * size, size, mixed);
+      for (int64_t row = r; row < r + count; row++) {
+        float *mixed = own.mixed.data() + row * padded;
+        if (selects_outputs) inputs.add_outputs(ctx, layer, row, h, mixed, parts_.of(c, row));
+        else o.scale_rows(nullptr, h * size, size, mixed);
       }
     }
     if (selects_outputs) continue;

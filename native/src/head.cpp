@@ -46,10 +46,7 @@ void Head::run(const Context &ctx, const Vectors &x) {
   for (int64_t tile = begin; tile < end; tile += TILE) {
     const int64_t count = std::min(TILE, end - tile), tokens = ctx.rows - first_row;
     for (int64_t t = 0; t < tokens; t++) own.x[(size_t)t] = &in[first_row + t], own.out[(size_t)t] = ctx.block.logits + t * vocab_size + tile;
-    if (tokens == 1)
-      dots(ctx.kernels, head, in[first_row], nullptr, tile, count, own.out[0], ctx.after(head, tile, count));
-    else
-      products(ctx.kernels, head, {own.x.data(), own.out.data(), tokens}, tile, count);
+    products(ctx.kernels, head, {own.x.data(), own.out.data(), tokens}, tile, count, ctx.after(head, tile, count));
     for (int64_t t = 0; t < tokens; t++) finite = finite && ctx.kernels.finite(own.out[(size_t)t], count);
   }
   if (!finite) ctx.finite.store(false);

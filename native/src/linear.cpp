@@ -54,9 +54,9 @@ void dots(const Kernels &kernels, const Matrix &m, const Vector &x, const int32_
   finish(m, idx, first, count, out);
 }
 
-void products(const Kernels &kernels, const Matrix &m, const Batch &batch, int64_t first, int64_t count) {
+void products(const Kernels &kernels, const Matrix &m, const Batch &batch, int64_t first, int64_t count, Fetch alone) {
   if (count == 0 || batch.count == 0) return;
-  if (batch.count == 1) return dots(kernels, m, *batch.x[0], nullptr, first, count, batch.out[0]);
+  if (batch.count == 1) return dots(kernels, m, *batch.x[0], nullptr, first, count, batch.out[0], alone);
   const RowList list = list_of(m, nullptr, first, count, {});
   switch (m.dtype) {
     case DEJAVU_FP32: kernels.products_f32(list, batch, m.width); break;

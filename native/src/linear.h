@@ -47,8 +47,8 @@ inline bool dense_is_faster(int64_t selected, int64_t total, int64_t eighths = 5
 
 // out[k] = row_k x * scale + bias, rows first + 0, 1, 2... or idx[k].
 void dots(const Kernels &kernels, const Matrix &matrix, const Vector &x, const int32_t *idx, int64_t first, int64_t count, float *out, Fetch fetch = {});
-// The same for several tokens, of rows first .. first + count - 1: out[t][k].
-void products(const Kernels &kernels, const Matrix &matrix, const Batch &batch, int64_t first, int64_t count);
+// The same for several tokens, of rows first .. first + count - 1: out[t][k]. alone: what is fetched where there is one.
+void products(const Kernels &kernels, const Matrix &matrix, const Batch &batch, int64_t first, int64_t count, Fetch alone = {});
 // y += coef[0] row_0 + coef[1] row_1 + ..., the same rows. Scales of int8 rows are the caller's: Matrix::scale_rows.
 void axpys(const Kernels &kernels, const Matrix &matrix, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, Fetch fetch = {});
 // The same for several tokens, of rows first .. first + count - 1, count <= SUMMED.

@@ -298,11 +298,11 @@ class Pieces {
 
 // The coefficients of up to SUMMED rows of quants of few bits: int8 times a scale (NaN where one is not finite), two to a word.
 struct Part {
-  float scale, sum;  // sum: of the int8
+  float scale = 0.0f, sum = 0.0f;  // sum: of the int8
   int16_t words[SUMMED / 2];
 
   Part() = default;
-  Part(const float *coef, int64_t count) : sum(0.0f) {
+  Part(const float *coef, int64_t count) {
     float padded[SUMMED];
     int16_t q[SUMMED];
     for (int64_t j = 0; j < SUMMED; j++) padded[j] = j < count ? coef[j] : 0.0f;
@@ -331,8 +331,8 @@ template <int GRID> inline F::T minima_of(const uint8_t *scales, const uint8_t *
   return GRIDS[GRID].levels ? F::mul(m, F::load(sub + n + o)) : m;
 }
 
-// What W outputs of a panel, from output o on, become of v, a sum of quants times coefficients of that total, or (scale) of integers that make
-// those: y += scale (v - zero total) + minimum total.
+// What W outputs of a panel become of v, a sum of quants times coefficients of that total; of few bits the coefficients are integers times
+// `scale`. y += s (v - zero total) + m total.
 template <int GRID> inline F::T scaled(F::T y, F::T v, float total, float scale, F::T s, F::T m, const int8_t *zeros) {
   constexpr Grid G = GRIDS[GRID];
   if constexpr (G.zero != 0) v = F::sub(v, F::set((float)G.zero * total));
@@ -372,7 +372,8 @@ template <int GRID> void panels(const PanelList &rows, const float *coef, int64_
   }
   for (int64_t k = 0; k < rows.count;) {
     const int64_t input = number(k), end = end_of(k), count = end - k;
-    const Part part(coef + k, count);
+    Part part;
+    if constexpr (!G.bytes()) part = Part(coef + k, count);
     const uint8_t *r[SUMMED] = {nullptr};
     F::T c[SUMMED];
     float total = G.bytes() ? 0.0f : part.sum;

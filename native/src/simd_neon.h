@@ -149,10 +149,6 @@ struct N {
     return {scaled(acc.a, words_of_halves(as_signed(w.v[0]), as_signed(w.v[2]), x, sub + 4 * pair), s.v[2 * pair]),
             scaled(acc.b, words_of_halves(as_signed(w.v[1]), as_signed(w.v[3]), x + 16, sub + 4 * pair + 2), s.v[2 * pair + 1])};
   }
-  static F::T floats(uint8x8_t bytes) {
-    const uint16x8_t wide = vmovl_u8(bytes);
-    return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide)))};
-  }
   struct Pairs { uint8x16_t a[4], b[4]; };  // two rows, as they are
   static Pairs pairs(const Bytes &a, const Bytes &b) { return {{a.v[0], a.v[1], a.v[2], a.v[3]}, {b.v[0], b.v[1], b.v[2], b.v[3]}}; }
   static void store(uint8_t *p, const Pairs &w) { for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, w.a[i]), vst1q_u8(p + PAD + 16 * i, w.b[i]); }

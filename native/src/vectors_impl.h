@@ -60,11 +60,10 @@ inline F::T exp_of(F::T x) {
 
 bool finite(const float *x, int64_t n) {
   F::T zeros = F::zero();
-  int64_t i = 0;
-  for (; i + F::W <= n; i += F::W) zeros = F::fma(F::load(x + i), F::zero(), zeros);
-  float rest = F::sum(zeros);
-  for (; i < n; i++) rest += x[i] * 0.0f;
-  return rest == 0.0f;
+  for (int64_t i = 0; i + F::W <= n; i += F::W) zeros = F::fma(F::load(x + i), F::zero(), zeros);
+  float total = F::sum(zeros);
+  for (int64_t left = n % F::W; left > 0; left--) total += x[n - left] * 0.0f;
+  return total == 0.0f;
 }
 
 float sum(const float *x, int64_t n) {
@@ -123,8 +122,7 @@ void rms_norm(const float *x, const float *weight, float eps, int64_t size, int6
   for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::mul(F::mul(F::load(x + i), scale), F::load(weight + i)));
 }
 
-// Not inlined: where n is known GCC warns of a loop that it makes for the rest of x, of which there is none.
-__attribute__((noinline, noclone)) float quantize(const float *x, int64_t n, float limit, int16_t *xq) {
+float quantize(const float *x, int64_t n, float limit, int16_t *xq) {
   if (!finite(x, n)) {
     for (int64_t i = 0; i < n; i++) xq[i] = 0;
     return NAN;
