@@ -129,6 +129,19 @@ def test_every_matrix_may_be_in_a_grid_of_its_own(tiny: Tiny, grid: str) -> None
         assert (other - found[0]).abs().mean() < 2e-3 * expected.std()
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_prompt_has_the_bits_of_steps(tiny: Tiny, mixture: str, cache_dtype: str) -> None:
+    """Tokens of a prompt share rows, keys and values of whole pages: 37 of them, of three pages and of blocks with a rest."""
+    model, ids = mixed(tiny, mixture), ids_of(6, 37)
+    for isa in ISAS:
+        prompt = stored(model, instruction_set=isa, cache_dtype=cache_dtype).prefill_logits(0, ids)
+        engine = stored(model, instruction_set=isa, cache_dtype=cache_dtype)
+        engine.prefill(0, ids[:1])
+        steps = torch.cat([engine.step([token], [0]).logits_BV for token in ids[1:]])
+        assert torch.equal(prompt[1:], steps), isa
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXTURES])
 def test_a_row_of_a_batch_is_what_it_is_alone(tiny: Tiny, grid: str, activation: str) -> None:
