@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The distribution was once called dejavu. Both own the same files, so the old one goes first; -qq hides that there is none.
-PIP_INSTALL := $(PIP) uninstall -qq --yes dejavu && $(PIP) install -q -c constraints.txt
+# Modules are compiled as they are first imported: pip compiles 19,000, two minutes of an install, and few are ever used.
+PIP_INSTALL := $(PIP) uninstall -qq --yes dejavu && $(PIP) install -q --no-compile -c constraints.txt
+FIRST_RUN := PYTHONDONTWRITEBYTECODE= $(BIN)/dejavu generate opt-mini --prompt Once --max-new-tokens 1 > /dev/null
 NATIVE := CMakeLists.txt $(wildcard native/*.h native/src/*)
 # An editable install has a map of the modules, so another list of them is another install: the stamp's name is the list's checksum.
 MODULES := $(VENV)/.modules-$(firstword $(shell find src/dejavu -name '*.py' | LC_ALL=C sort | cksum))
@@ -66,8 +68,10 @@ $(MODULES): | $(VENV)/.created
 
 $(VENV)/.installed-base: $(PROJECT) $(MODULES) | $(VENV)/.created
 	$(PIP_INSTALL) -e .
+	$(FIRST_RUN)
 	touch $@
 
 $(VENV)/.installed-all: $(PROJECT) $(MODULES) | $(VENV)/.created
 	$(PIP_INSTALL) -e ".[serve,eval,bench,dev]"
+	$(FIRST_RUN)
 	touch $(VENV)/.installed-base $@
