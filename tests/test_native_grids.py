@@ -23,6 +23,7 @@ from helpers.engines import decode, ids_of, masked_forward, random_layers
 from helpers.grids import ALL, GRIDS, blocks_of, floats_of, held_as, in_grid, sizes_of
 from helpers.matrices import scale_type
 from helpers.native import ISAS, engine_of, needs_library
+from helpers.thresholds import input_layers
 
 pytestmark = needs_library
 EPS = torch.finfo(torch.float32).eps
@@ -129,6 +130,25 @@ def test_every_matrix_may_be_in_a_grid_of_its_own(tiny: Tiny, grid: str) -> None
         assert (other - found[0]).abs().mean() < 2e-3 * expected.std()
 
 
+@pytest.mark.parametrize("grid", [*GRIDS, *MIXTURES])
+def test_inputs_are_selected_in_every_grid(tiny: Tiny, grid: str) -> None:
+    """Of panels of columns, which begin anywhere among their bytes. All kept: near a forward pass of the same values, and a prompt has the
+    bits of steps. Half of them: it is the selection that is seen, whatever the number of threads."""
+    sizes = sizes_of("q4_k" if grid == "k" else grid if grid in GRIDS else "q4_0")
+    model = mixed(tiny, grid, **sizes) if grid in MIXTURES else in_grid(tiny("llama", **sizes), grid)
+    all_kept = (LayerAdapter(inputs=InputThresholds(attention=0.0, output=0.0, mlp=0.0, down=0.0)),) * model.config.num_layers
+    half, ids = input_layers(model, 0.5), ids_of(5, 22)
+    dense, expected = (masked_forward(model.widened(), layers, ids)[0] for layers in (all_kept, half))
+    for isa in ISAS:
+        engine = stored(model, all_kept, instruction_set=isa, num_slots=2)
+        logits, _ = decode(engine, ids)
+        assert (logits - dense).abs().mean() < 3e-2 * dense.std(), isa
+        assert torch.equal(engine.prefill_logits(1, ids)[1:], logits[1:]), isa
+        one, three = (decode(stored(model, half, instruction_set=isa, threads=threads), ids)[0] for threads in (1, 3))
+        assert torch.equal(one, three), isa
+        assert (one - expected).abs().mean() < 0.4 * (one - dense).abs().mean(), isa
+
+
 @pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_a_prompt_has_the_bits_of_steps(tiny: Tiny, mixture: str, cache_dtype: str) -> None:
@@ -202,11 +222,6 @@ def test_a_grid_that_the_library_does_not_know_becomes_fp16(tiny: Tiny) -> None:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_what_a_grid_cannot_be_is_refused(tiny: Tiny, grid: str) -> None:
     model = in_grid(tiny("llama", **sizes_of(grid)), grid)
-    layers = (LayerAdapter(inputs=InputThresholds(mlp=0.5)),) * model.config.num_layers
-    with pytest.raises(
-        ValueError, match=f"selection by inputs is not computed in {grid}, whose scales belong to groups of inputs; take int8"
-    ):
-        stored(model, layers)
     q = model.blocks[1].q.matrix
     assert isinstance(q, QuantizedMatrix)
     block, size = gguf_block(grid)

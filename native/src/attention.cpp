@@ -118,14 +118,14 @@ void Attention::project(const Context &ctx, int64_t layer, const Vectors &in, co
 }
 
 void Attention::project_kept(const Context &ctx, int64_t layer, const Kept &in, const Buffer<uint8_t> &selected, InputMaps &inputs) {
-  const std::vector<Matrix> &panels = ctx.model.layers[(size_t)layer].head_panels;
-  const int64_t count = (int64_t)panels.size(), heads = ctx.config.num_heads + 2 * ctx.config.num_kv_heads, size = ctx.config.head_dim;
+  const std::vector<HeadPanel> &panels = ctx.model.layers[(size_t)layer].head_panels;
+  const int64_t count = (int64_t)panels.size(), size = ctx.config.head_dim;
   Scratch &own = scratch_[(size_t)ctx.thread];
   for (int64_t p = ctx.share(count); p < ctx.share_end(count); p++) {
-    inputs.sum_columns(ctx, panels[(size_t)p], in);
-    const int64_t first = chunk_start(heads, p, count);
-    for (int64_t unit = first; unit < chunk_start(heads, p + 1, count); unit++) {
-      for (int64_t r = 0; r < ctx.rows; r++) std::copy_n(inputs.columns(ctx.thread, r) + (unit - first) * size, size, own.head[r].f);
+    const HeadPanel &panel = panels[(size_t)p];
+    inputs.project(ctx, panel, in);
+    for (int64_t unit = panel.first; unit < panel.end; unit++) {
+      for (int64_t r = 0; r < ctx.rows; r++) std::copy_n(inputs.columns(ctx.thread, r) + (unit - panel.first) * size, size, own.head[r].f);
       place_head(ctx, layer, unit, selected, own);
     }
   }

@@ -169,11 +169,12 @@ void Mlp::run(const Context &ctx, int64_t index, const Vectors &in, const Kept &
   const Layer &layer = ctx.model.layers[(size_t)index];
   const int64_t eighths = eighths_in_order(ctx, layer, known);
   const Run run = {ctx, layer, in, selected, known, scratch_[(size_t)ctx.thread]};
-  for (int64_t c = ctx.share(chunks); c < ctx.share_end(chunks); c++) {
+  const int64_t unit = input_major ? InputMaps::chunks_of_panel(ctx, index, selected) : 1;
+  for (int64_t c = ctx.share(chunks, unit); c < ctx.share_end(chunks, unit); c++) {
     const int64_t begin = selected.start(c), end = selected.start(c + 1);
     parts_.clear(c, rows);
     if (selector.by_gate()) select_by_gate(ctx, index, c, in, run.own.values.data(), selected);
-    if (input_major) inputs.activate(ctx, index, c, in_kept, selected);
+    if (input_major && c % unit == 0) inputs.activate(ctx, index, c / unit, in_kept, selected);
     if (sparse && rows == 1 && !dense_is_faster(selected.count(index, 0, c), end - begin, eighths)) {
       const int64_t count = unions_[index & 1][c] = selected.count(index, 0, c);
       in_order_[index & 1][c] = 0;

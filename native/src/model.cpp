@@ -41,6 +41,9 @@ std::string name_of(int dtype) {
   }
 }
 
+constexpr int64_t SMALL = 1 << 18;   // values of a matrix that another thread would take longer to start for
+constexpr int64_t WIDE = 2048;       // columns of a panel: rows of a kilobyte or more in few bits, sums that stay in the first-level cache
+
 constexpr const char *NOT_FINITE = " has values that are not finite; integers cannot hold them";
 
 int64_t stored_row(const dejavu_matrix &m, int64_t row) { return m.order == nullptr ? row : m.order[row]; }
@@ -75,11 +78,6 @@ void transpose(const dejavu_matrix &m, int64_t from, int64_t count, int64_t firs
   }
 }
 
-// Selection by inputs reads single values of what is stored by output.
-void check_input_major(const dejavu_matrix &m, const std::string &what) {
-  require(!has_grid(m.dtype), what + ": selection by inputs is not computed in " + name_of(m.dtype) + ", whose scales belong to groups of inputs; take int8");
-}
-
 }  // namespace
 
 void check_matrix(const dejavu_matrix &m, int64_t rows, int64_t columns, const std::string &what, bool by_input) {
@@ -112,18 +110,10 @@ void Matrix::allocate(Arena &arena, int new_dtype, int64_t new_rows, int64_t new
 }
 
 void Matrix::fill(const dejavu_matrix &source, const std::string &what, int threads) {
+  if (panels) return fill_columns(source, 0, columns, 0, what, threads);
   std::atomic<bool> finite{true};
-  if (rows * columns < 1 << 18) threads = 1;  // a thread takes longer to start
-  if (panels) {
-    in_parallel(threads, (columns + OUTPUTS - 1) / OUTPUTS, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * OUTPUTS; first < std::min(end * OUTPUTS, columns); first += OUTPUTS) {
-        const unsigned char *outputs[OUTPUTS];
-        const int64_t count = std::min(OUTPUTS, columns - first);
-        for (int64_t o = 0; o < count; o++) outputs[o] = given_row(source, first + o);
-        if (!pack_outputs(dtype, outputs, first, count, rows, width, data)) finite.store(false);
-      }
-    });
-  } else if (source.transposed) {
+  if (rows * columns < SMALL) threads = 1;
+  if (source.transposed) {
     in_parallel(threads, (columns + PAD - 1) / PAD, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * PAD;
       transpose(source, first, std::min(end * PAD, columns) - first, first, data, stride);
@@ -147,9 +137,25 @@ void Matrix::fill(const dejavu_matrix &source, const std::string &what, int thre
   if (source.bias != nullptr) copy_vector(bias, rows, source.bias, rows);
 }
 
-void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first) {
-  transpose(source, from, count, first, data, stride);
-  if (source.scale != nullptr) {
+void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first, const std::string &what, int threads) {
+  std::atomic<bool> finite{true};
+  if (rows * count < SMALL) threads = 1;
+  const int64_t shift = first % PAD, units = (shift + count + OUTPUTS - 1) / OUTPUTS;  // no two threads write to one byte
+  in_parallel(threads, units, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t at = std::max<int64_t>(unit * OUTPUTS - shift, 0), here = std::min((unit + 1) * OUTPUTS - shift, count) - at;
+      if (!panels) {
+        transpose(source, from + at, here, first + at, data, stride);
+        continue;
+      }
+      const unsigned char *outputs[OUTPUTS];
+      const uint16_t *scales[OUTPUTS];
+      for (int64_t o = 0; o < here; o++) outputs[o] = given_row(source, from + at + o), scales[o] = given_scales(source, from + at + o);
+      if (!pack_outputs(dtype, outputs, scales, first + at, here, source.columns, width, data)) finite.store(false);
+    }
+  });
+  if (!finite.load()) throw BadValue(what + NOT_FINITE);
+  if (dtype == DEJAVU_INT8) {
     if (scale.empty()) scale = Buffer<float>(width);
     for (int64_t o = 0; o < count; o++) scale[first + o] = ((const float *)source.scale)[stored_row(source, from + o)];
   }
@@ -158,6 +164,17 @@ void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, int64_t cou
     std::copy_n(source.bias + from, count, bias.data() + first);
   }
 }
+
+namespace {
+
+// How many panels of the sizes 1, 2, 4 ... a number of chunks makes, of which each thread has one, and none has over WIDE columns.
+int64_t panels_of(int64_t chunks, int64_t columns, int threads) {
+  int64_t panels = 1;
+  while (panels < chunks && (panels < threads || columns / panels > WIDE)) panels *= 2;
+  return panels;
+}
+
+}  // namespace
 
 // Enough chunks to share among threads, few enough that adding them up stays cheap. A power of two.
 int64_t chunks_of_neurons(const dejavu_config &c) {
@@ -191,39 +208,38 @@ Forms dejavu_model::forms() const {
   return forms;
 }
 
-// The heads' panels, of the dtype of the first of q, k and v that is given.
-void dejavu_model::allocate_heads(Layer &layer, int dtype) {
-  const int64_t heads = config.num_heads + 2 * config.num_kv_heads, groups = std::max<int64_t>(std::min<int64_t>(heads, 4), heads / 4);
-  layer.head_panels.resize((size_t)groups);
-  for (int64_t p = 0; p < groups; p++)
-    layer.head_panels[(size_t)p].allocate(arena, dtype, config.hidden_size, (chunk_start(heads, p + 1, groups) - chunk_start(heads, p, groups)) * config.head_dim);
-}
-
 // One of q, k and v.
-void dejavu_model::set_heads(Layer &layer, const dejavu_matrix &source, int64_t first_head, int64_t heads, const std::string &what) {
+void dejavu_model::set_heads(Layer &layer, int part, const dejavu_matrix &source, int64_t first_head, int64_t heads, const std::string &what) {
   const int64_t size = config.head_dim, all = config.num_heads + 2 * config.num_kv_heads;
   check_matrix(source, heads * size, config.hidden_size, what);
-  check_input_major(source, what);
-  if (layer.head_panels.empty()) allocate_heads(layer, source.dtype);
-  require(source.dtype == layer.head_panels[0].dtype, what + " must be " + name_of(layer.head_panels[0].dtype) + ": where inputs are selected q, k and v have one dtype");
-  const int64_t panels = (int64_t)layer.head_panels.size();
+  const int64_t panels = std::min(all, std::max<int64_t>(config.threads, (all * size + WIDE - 1) / WIDE));
+  layer.head_panels.resize((size_t)panels);
   for (int64_t p = 0; p < panels; p++) {
-    const int64_t begin = chunk_start(all, p, panels), from = std::max(begin, first_head), to = std::min(chunk_start(all, p + 1, panels), first_head + heads);
-    if (from < to) layer.head_panels[(size_t)p].fill_columns(source, (from - first_head) * size, (to - from) * size, (from - begin) * size);
+    HeadPanel &panel = layer.head_panels[(size_t)p];
+    panel.first = chunk_start(all, p, panels), panel.end = chunk_start(all, p + 1, panels);
+    const int64_t from = std::max(panel.first, first_head), to = std::min(panel.end, first_head + heads);
+    Matrix &columns = panel.parts[part - DEJAVU_Q];
+    columns = Matrix();
+    if (from >= to) continue;
+    columns.allocate(arena, source.dtype, config.hidden_size, (to - from) * size, has_grid(source.dtype));
+    columns.fill_columns(source, (from - first_head) * size, (to - from) * size, 0, what, config.threads);
   }
 }
 
 // gate and up, for selection by inputs.
-void dejavu_model::set_neurons(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up) {
-  const int64_t total = config.intermediate_size, chunks = chunks_of_neurons(config), matrices = config.gated ? 2 : 1;
-  require(gate == nullptr || gate->dtype == up.dtype, "where inputs are selected gate and up have one dtype, not " + name_of(gate == nullptr ? 0 : gate->dtype) + " and " + name_of(up.dtype));
-  layer.neuron_panels.resize((size_t)chunks);
-  for (int64_t c = 0; c < chunks; c++) {
-    const int64_t begin = first_neuron(total, c, chunks), count = first_neuron(total, c + 1, chunks) - begin, second = round_up(count, LANES);
-    Matrix &panel = layer.neuron_panels[(size_t)c];
-    panel.allocate(arena, up.dtype, config.hidden_size, matrices * second);
-    if (gate != nullptr) panel.fill_columns(*gate, begin, count, 0);
-    panel.fill_columns(up, begin, count, gate != nullptr ? second : 0);
+void dejavu_model::set_neurons(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up, const std::string &where) {
+  const int64_t total = config.intermediate_size, chunks = chunks_of_neurons(config);
+  const int64_t panels = panels_of(chunks, total, config.threads), per_panel = chunks / panels;
+  layer.neuron_panels.resize((size_t)panels);
+  for (int64_t p = 0; p < panels; p++) {
+    const int64_t begin = first_neuron(total, p * per_panel, chunks), count = first_neuron(total, (p + 1) * per_panel, chunks) - begin;
+    NeuronPanel &panel = layer.neuron_panels[(size_t)p];
+    const auto fill = [&](Matrix &columns, const dejavu_matrix &source, const char *name) {
+      columns.allocate(arena, source.dtype, config.hidden_size, count, has_grid(source.dtype));
+      columns.fill_columns(source, begin, count, 0, name + where, config.threads);
+    };
+    if (gate != nullptr) fill(panel.gate, *gate, "gate");
+    fill(panel.up, up, "up");
   }
 }
 
@@ -265,10 +281,7 @@ void dejavu_model::set_mlp(int64_t index, const dejavu_matrix *gate, const dejav
   for (Matrix *matrix : {&layer.gate, &layer.up, &layer.down}) *matrix = Matrix();
   layer.neuron_panels.clear(), layer.has_mlp = false;
   if (input_major()) {
-    if (gate != nullptr) check_input_major(*gate, "gate" + where);
-    check_input_major(up, "up" + where);
-    check_input_major(down, "down" + where);
-    set_neurons(layer, gate, up);
+    set_neurons(layer, gate, up, where);
   } else {
     set_records(layer, gate, up, down, where);
   }
@@ -326,7 +339,7 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   const std::string where = " of layer " + std::to_string(index);
   const int64_t queries = c.num_heads * c.head_dim;
   const auto projection = [&](Matrix &matrix, int64_t first_head, int64_t heads, const char *what) {
-    input_major() ? set_heads(layer, m, first_head, heads, what + where) : own(matrix, heads * c.head_dim, c.hidden_size, what + where);
+    input_major() ? set_heads(layer, part, m, first_head, heads, what + where) : own(matrix, heads * c.head_dim, c.hidden_size, what + where);
     layer.given |= UINT32_C(1) << part;
   };
   switch (part) {
@@ -342,7 +355,6 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
     case DEJAVU_V: return projection(layer.v, c.num_heads + c.num_kv_heads, c.num_kv_heads, "v");
     case DEJAVU_O: {
       check_matrix(m, queries, c.hidden_size, "o" + where, true);
-      if (input_major()) check_input_major(m, "o" + where);
       dejavu_matrix rows = m;
       rows.bias = nullptr;
       Matrix made;

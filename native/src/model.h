@@ -57,7 +57,8 @@ struct Matrix {
   void view(int dtype, int64_t rows, int64_t columns, unsigned char *data, int64_t stride);
   // Copies rows [from, from + count) of a matrix, one for each output, into columns first, first + 1, ... of this one, whose rows are of
   // inputs: scale and bias are then by column. Takes what `check_matrix` let pass.
-  void fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first);
+  // As `fill` otherwise. No other thread may write to this matrix meanwhile.
+  void fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first, const std::string &what, int threads = 1);
   // Copies or packs values, scales and bias of what `check_matrix` let pass. Raises BadValue naming `what` where values are not finite that
   // a grid cannot hold; the matrix is then of no use.
   void fill(const dejavu_matrix &source, const std::string &what, int threads = 1);
@@ -77,11 +78,23 @@ struct Norm {
   Buffer<float> weight, bias;  // bias empty: none
 };
 
+// Columns of heads [first, end), of queries, then keys, then values: of each of the three its own matrix, where it has some of them.
+struct HeadPanel {
+  int64_t first = 0, end = 0;
+  Matrix parts[3];
+};
+
+// Columns of the neurons of some chunks.
+struct NeuronPanel {
+  Matrix gate, up;
+};
+
 struct Layer {
   Norm norm1, norm2;
   Matrix q, k, v, o, gate, up, down;  // neurons are records, see above
-  // Input-major, in place of q, k, v, gate and up: of some heads (queries, then keys, then values), and of a chunk's neurons (gate | up).
-  std::vector<Matrix> head_panels, neuron_panels;
+  // Input-major, in place of q, k, v, gate and up. How many there are follows the number of threads, which changes no sum.
+  std::vector<HeadPanel> head_panels;
+  std::vector<NeuronPanel> neuron_panels;
   uint32_t given = 0;  // bits of q, k and v where they are set
   bool has_mlp = false;
   Buffer<float> o_bias, down_bias, q_norm, k_norm;  // norms of heads: empty where there are none
@@ -95,7 +108,7 @@ inline int64_t first_neuron(int64_t neurons, int64_t chunk, int64_t chunks) {
   return chunk == chunks ? neurons : chunk_start(neurons, chunk, chunks) / SUMMED * SUMMED;
 }
 
-constexpr int64_t LANES = 16;  // of any vector: columns of a panel begin at a multiple of this
+constexpr int64_t LANES = 16;  // of any vector
 
 struct dejavu_model {
   explicit dejavu_model(const dejavu_config &config);
@@ -120,9 +133,8 @@ struct dejavu_model {
 
  private:
   Layer &layer_at(int64_t index);
-  void allocate_heads(Layer &layer, int dtype);
-  void set_heads(Layer &layer, const dejavu_matrix &source, int64_t first_head, int64_t heads, const std::string &what);
-  void set_neurons(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up);
+  void set_heads(Layer &layer, int part, const dejavu_matrix &source, int64_t first_head, int64_t heads, const std::string &what);
+  void set_neurons(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up, const std::string &where);
   void set_records(Layer &layer, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &down, const std::string &where);
   void set_norm(Norm &norm, const dejavu_matrix &matrix, const std::string &what);
   void set_output_bias(Buffer<float> &bias, const dejavu_matrix &source);

@@ -6,6 +6,8 @@
 #include <thread>
 #include <vector>
 
+#include "buffer.h"
+
 namespace {
 
 uint16_t word(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
@@ -176,7 +178,13 @@ void transpose8(const uint8_t *from, uint64_t *to) {
 // The lowest bit of each of 8 bytes, the first one lowest.
 uint8_t bits_of(uint64_t bytes) { return (uint8_t)((bytes & 0x0101010101010101) * 0x0102040810204080 >> 56); }
 
-// Quants of PAD outputs of GROUP inputs, q[output][input], into their places in the inputs' rows.
+// Eight bytes where others may have bits already.
+void add8(uint8_t *to, uint64_t eight) {
+  eight |= load8(to);
+  std::memcpy(to, &eight, 8);
+}
+
+// Quants of PAD outputs of GROUP inputs, q[output][input], into their places in the inputs' rows, beside what is there.
 template <int GRID> void put_outputs(const uint8_t *q, int64_t unit, int64_t width, uint8_t *const *rows) {
   constexpr Grid G = GRIDS[GRID];
   if constexpr (G.bytes()) {
@@ -184,7 +192,7 @@ template <int GRID> void put_outputs(const uint8_t *q, int64_t unit, int64_t wid
       for (int i = 0; i < GROUP; i += 8) {
         uint64_t columns[8];
         transpose8(q + o * GROUP + i, columns);
-        for (int c = 0; c < 8; c++) std::memcpy(rows[i + c] + unit * PAD + o, columns + c, 8);
+        for (int c = 0; c < 8; c++) add8(rows[i + c] + unit * PAD + o, columns[c]);
       }
   } else {
     constexpr int HALF = PAD / 2 * GROUP;  // from an output to the one whose nibble is above its own
@@ -199,14 +207,14 @@ template <int GRID> void put_outputs(const uint8_t *q, int64_t unit, int64_t wid
       uint64_t columns[8];
       for (int o = 0; o < PAD / 2; o += 8) {
         transpose8(both + o * GROUP + i, columns);
-        for (int c = 0; c < 8; c++) std::memcpy(rows[i + c] + unit * (PAD / 2) + o, columns + c, 8);
+        for (int c = 0; c < 8; c++) add8(rows[i + c] + unit * (PAD / 2) + o, columns[c]);
       }
       if constexpr (G.plane == 1)
         for (int o = 0; o < PAD / 2; o += 8) {
           transpose8(plane + o * GROUP + i, columns);
           for (int c = 0; c < 8; c++) {
             uint8_t *to = rows[i + c] + width / 2 + unit * (PAD / 8) + o / 8;
-            to[0] = bits_of(columns[c]), to[4] = bits_of(columns[c] >> 4);
+            to[0] |= bits_of(columns[c]), to[4] |= bits_of(columns[c] >> 4);
           }
         }
       if constexpr (G.plane == 2)
@@ -214,10 +222,7 @@ template <int GRID> void put_outputs(const uint8_t *q, int64_t unit, int64_t wid
           uint64_t later[8];
           transpose8(plane + o * GROUP + i, columns);
           transpose8(plane + (o + PAD / 4) * GROUP + i, later);
-          for (int c = 0; c < 8; c++) {
-            const uint64_t bits = columns[c] | later[c] << 2;
-            std::memcpy(rows[i + c] + width / 2 + unit * (PAD / 4) + o, &bits, 8);
-          }
+          for (int c = 0; c < 8; c++) add8(rows[i + c] + width / 2 + unit * (PAD / 4) + o, columns[c] | later[c] << 2);
         }
     }
   }
@@ -227,7 +232,7 @@ template <int GRID> bool pack_outputs_of(const uint8_t *const *rows, int64_t fir
   constexpr Grid G = GRIDS[GRID];
   constexpr Block B = BLOCKS[GRID];
   const Panel panel(G, width);
-  uint8_t q[PAD * GROUP] = {0};
+  uint8_t q[PAD * GROUP];
   bool finite = true;
   for (int64_t b = 0; b < columns / G.block(); b++) {
     uint8_t *scales = out + panel.scales_at(b * G.block());
@@ -250,9 +255,12 @@ template <int GRID> bool pack_outputs_of(const uint8_t *const *rows, int64_t fir
     for (int64_t g = 0; g < G.block() / GROUP; g++) {
       uint8_t *inputs[GROUP];
       for (int64_t i = 0; i < GROUP; i++) inputs[i] = out + panel.row_at(b * G.block() + g * GROUP + i);
-      for (int64_t unit = 0; unit * PAD < count; unit++) {
-        for (int64_t o = 0; o < PAD && unit * PAD + o < count; o++) unpack<GRID>(rows[unit * PAD + o] + b * G.file_bytes, g, q + o * GROUP);
-        put_outputs<GRID>(q, first / PAD + unit, width, inputs);
+      for (int64_t done = 0; done < count;) {
+        const int64_t unit = (first + done) / PAD, place = (first + done) % PAD, here = std::min(PAD - place, count - done);
+        if (here < PAD) std::memset(q, 0, sizeof q);
+        for (int64_t o = 0; o < here; o++) unpack<GRID>(rows[done + o] + b * G.file_bytes, g, q + (place + o) * GROUP);
+        put_outputs<GRID>(q, unit, width, inputs);
+        done += here;
       }
     }
   }
@@ -274,6 +282,15 @@ bool pack_int4(const uint8_t *row, const uint16_t *scales, int64_t columns, int6
   return std::all_of(scales, scales + groups, is_finite);
 }
 
+// A row of int4 as blocks of Q4_0: the last one may be cut short.
+void blocks_of_int4(const uint8_t *row, const uint16_t *scales, int64_t columns, uint8_t *out) {
+  for (int64_t first = 0; first < columns; first += GROUP, out += 18) {
+    std::memcpy(out, scales + first / GROUP, 2);
+    const auto quant = [&](int64_t i) { return i < columns ? row[i / 2] >> i % 2 * 4 & 15 : 8; };
+    for (int64_t i = 0; i < GROUP / 2; i++) out[2 + i] = (uint8_t)(quant(first + i) | quant(first + GROUP / 2 + i) << 4);
+  }
+}
+
 #define EACH_GRID(kernel) {kernel<0>, kernel<1>, kernel<2>, kernel<3>, kernel<4>, kernel<5>, kernel<6>, kernel<7>, kernel<8>, kernel<9>, kernel<10>, kernel<11>}
 constexpr decltype(&pack_row_of<0>) PACK_ROW[NUM_GRIDS] = EACH_GRID(pack_row_of);
 constexpr decltype(&pack_outputs_of<0>) PACK_OUTPUTS[NUM_GRIDS] = EACH_GRID(pack_outputs_of);
@@ -290,8 +307,17 @@ bool pack_row(int dtype, const uint8_t *row, const uint16_t *scales, int64_t col
   return PACK_ROW[grid_number(dtype)](row, columns, width, out);
 }
 
-bool pack_outputs(int dtype, const uint8_t *const *rows, int64_t first, int64_t count, int64_t columns, int64_t width, uint8_t *out) {
-  return PACK_OUTPUTS[grid_number(dtype)](rows, first, count, columns, width, out);
+bool pack_outputs(int dtype, const uint8_t *const *rows, const uint16_t *const *scales, int64_t first, int64_t count, int64_t columns,
+                  int64_t width, uint8_t *out) {
+  if (dtype != DEJAVU_INT4) return PACK_OUTPUTS[grid_number(dtype)](rows, first, count, columns, width, out);
+  const int64_t whole = round_up(columns, GROUP), bytes = file_row_bytes(DEJAVU_Q4_0, whole);
+  std::vector<uint8_t> blocks((size_t)(count * bytes));
+  std::vector<const uint8_t *> starts;
+  for (int64_t o = 0; o < count; o++) {
+    blocks_of_int4(rows[o], scales[o], columns, blocks.data() + o * bytes);
+    starts.push_back(blocks.data() + o * bytes);
+  }
+  return PACK_OUTPUTS[grid_number(dtype)](starts.data(), first, count, whole, width, out);
 }
 
 void in_parallel(int threads, int64_t count, const std::function<void(int64_t, int64_t)> &work) {
