@@ -153,63 +153,40 @@ void sums_i4(const RowList &rows, const Tokens &tokens, int64_t n) {
   }
 }
 
-// As panels of rows_impl.h: quants of few bits lie in pairs of rows, bytes become floats, and scales do, once for all tokens.
-template <int GRID> void sums_panels(const PanelList &rows, const Tokens &tokens, int64_t n) {
-  constexpr Grid G = GRIDS[GRID];
+// As panels of rows_impl.h: rows lie in pairs, and scales become floats, once for all tokens.
+template <int GRID> void sums_panels(const PanelList &list, const Tokens &tokens, int64_t n) {
+  constexpr Grid G = grid_of_rows<GRID>();
   constexpr int PARTS = PAD / F::W;
-  const Panel panel(G, n);
-  float wide[SUMMED][PAD], s[PAD], m[PAD];
-  uint8_t pairs[SUMMED / 2][2 * PAD];
-  for (int64_t k = 0; k < rows.count;) {
-    const int64_t input = rows.first + k, end = input / SUMMED * SUMMED + SUMMED, left = rows.first + rows.count;
+  const Rows<GRID> rows(list, n);
+  float s[PAD], m[PAD];
+  uint8_t pairs[SUMMED / 2][(G.bytes() ? 4 : 2) * PAD];
+  for (int64_t k = 0; k < list.count;) {
+    const int64_t input = list.first + k, end = input / SUMMED * SUMMED + SUMMED, left = list.first + list.count;
     const int64_t count = (end < left ? end : left) - input;
-    const uint8_t *scales = rows.base + panel.scales_at(input), *sub = rows.base + panel.sub_scales_at(input);
+    const uint8_t *scales = rows.scales(input), *sub = rows.sub_scales(input);
     const int8_t *zeros = (const int8_t *)scales + 2 * n;
-    const auto row = [&](int64_t j) { return rows.base + panel.row_at(input + (j < count ? j : count - 1)); };
+    const auto row = [&](int64_t j) { return rows.row(input + (j < count ? j : count - 1)); };
+    const auto load = [&](int64_t j) {
+      if constexpr (G.bytes()) return N::load_wide_pairs(pairs[j / 2]);
+      else return N::load_pairs(pairs[j / 2]);
+    };
     for (int64_t first = 0; first < tokens.count; first += MANY) {
       const int64_t last = first + MANY < tokens.count ? first + MANY : tokens.count;
       Part part[MANY];
-      float total[MANY];
-      for (int64_t t = first; t < last; t++) {
-        const float *c = tokens.coef[t] + k;
-        if constexpr (G.bytes()) {
-          total[t - first] = 0.0f;
-          for (int64_t j = 0; j < count; j++) total[t - first] += c[j];
-        } else {
-          part[t - first] = Part(c, count);
-          total[t - first] = part[t - first].sum;
-        }
-      }
+      for (int64_t t = first; t < last; t++) part[t - first] = Part(tokens.coef[t] + k, count, G.bytes());
       for (int64_t i = 0; i < n; i += PAD) {
-        if constexpr (G.bytes())
-          for (int64_t j = 0; j < count; j++)
-            for (int p = 0; p < PARTS; p++) F::store(wide[j] + p * F::W, F::load((const int8_t *)row(j) + i + p * F::W));
-        else
-          for (int64_t j = 0; j < count; j += 2)
-            N::store(pairs[j / 2], N::pairs(quants<G.plane>(row(j), n, i / PAD), quants<G.plane>(row(j + 1), n, i / PAD)));
+        for (int64_t j = 0; j < count; j += 2) N::store(pairs[j / 2], pair_of<GRID>(row(j), row(j + 1), n, i));
         for (int p = 0; p < PARTS; p++) {
           F::store(s + p * F::W, scales_of<GRID>(scales, sub, i + p * F::W));
           if constexpr (G.minima) F::store(m + p * F::W, minima_of<GRID>(scales, sub, n, i + p * F::W));
         }
         for (int64_t t = first; t < last; t++) {
-          F::T v[PARTS];
-          if constexpr (G.bytes()) {
-            for (int p = 0; p < PARTS; p++) v[p] = F::zero();
-            add_up(wide, tokens.coef[t] + k, tokens.coef[t] + k, count, v);
-          } else {
-            N::Totals totals = N::no_totals();
-            for (int64_t j = 0; j < count;) {
-              N::Sums sums = N::no_sums();
-              for (const int64_t stop = j + WITHIN_INT16<GRID>; j < stop && j < count; j += 2) N::add(sums, N::load_pairs(pairs[j / 2]), part[t - first].words[j / 2]);
-              N::widen(totals, sums);
-            }
-            for (int p = 0; p < PARTS; p++) v[p] = N::floats(totals, p);
-          }
+          const N::Totals totals = totals_of<GRID>(part[t - first], count, load);
           float *y = tokens.y[t] + i;
           for (int p = 0; p < PARTS; p++) {
             const F::T minima = G.minima ? F::load(m + p * F::W) : F::zero();
             const int64_t o = p * F::W;
-            F::store(y + o, scaled<GRID>(F::load(y + o), v[p], total[t - first], part[t - first].scale, F::load(s + o), minima, zeros + i + o));
+            F::store(y + o, scaled<GRID>(F::load(y + o), floats_of<GRID>(totals, p), part[t - first], F::load(s + o), minima, zeros + i + o));
           }
         }
       }

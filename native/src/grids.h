@@ -54,6 +54,13 @@ constexpr Grid GRIDS[NUM_GRIDS] = {
     {"w4_fp16", 0, 0, false, false, 32, 19, true, false},  {"w4_bf16", 0, 0, false, false, 32, 19, true, true},
     {"w8_fp16", -1, 0, false, false, 32, 35, true, false}, {"w8_bf16", -1, 0, false, false, 32, 35, true, true}};
 
+// Rows of int8 beside those: one after another, each by itself, and scales are not here.
+constexpr int INT8_ROWS = NUM_GRIDS;
+template <int GRID> constexpr Grid grid_of_rows() {
+  if constexpr (GRID == INT8_ROWS) return {"int8", -1, 0, false, false, 32, 0};
+  else return GRIDS[GRID];
+}
+
 // Whether it is given as blocks, each of which has its scales within.
 constexpr bool of_blocks(int dtype) { return dtype >= DEJAVU_Q8_0 && dtype <= DEJAVU_W8_BF16; }
 // Whether products with it take a Grouped vector.

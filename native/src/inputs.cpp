@@ -3,6 +3,12 @@
 
 #include <algorithm>
 
+namespace {
+
+constexpr int64_t EIGHTHS_IN_ORDER = 7;  // rows of panels are long: lists are slower only where they hold nearly all (docs/log.md)
+
+}  // namespace
+
 InputMaps::InputMaps(const dejavu_model &model, int threads, int64_t max_rows) {
   if (!model.input_major()) return;
   const dejavu_config &c = model.config;
@@ -43,7 +49,7 @@ void InputMaps::sum_columns(const Context &ctx, const Matrix &panel, const Kept 
   const auto sums_of = [&](int64_t r) { return columns(ctx.thread, r) + at; };
   for (int64_t r = 0; r < rows; r++) std::fill_n(sums_of(r), n, 0.0f);
   if (rows == 1) {
-    const bool in_order = dense_is_faster(kept.count[0], size);
+    const bool in_order = dense_is_faster(kept.count[0], size, EIGHTHS_IN_ORDER);
     for (int64_t first = 0; in_order && first < size; first += TILE) {
       const int64_t count = std::min(TILE, size - first);
       axpys(ctx.kernels, panel, kept.whole.data() + first, nullptr, first, count, sums_of(0), ctx.after(panel, first, count));

@@ -70,13 +70,14 @@ void products(const Kernels &kernels, const Matrix &m, const Batch &batch, int64
 
 void axpys(const Kernels &kernels, const Matrix &m, const float *coef, const int32_t *idx, int64_t first, int64_t count, float *y, Fetch fetch) {
   if (count == 0) return;
-  if (m.panels) return kernels.panels[grid_number(m.dtype)]({m.data, idx, first, count, fetch.bytes, fetch.next}, coef, m.width, y);
+  const PanelList inputs = {m.data, m.stride, idx, first, count, fetch.bytes, fetch.next};
+  if (m.panels) return kernels.panels[grid_number(m.dtype)](inputs, coef, m.width, y);
   const RowList list = list_of(m, idx, first, count, fetch);
   switch (m.dtype) {
     case DEJAVU_FP32: return kernels.axpys_f32(list, coef, m.width, y);
     case DEJAVU_FP16: return kernels.axpys_f16(list, coef, m.width, y);
     case DEJAVU_BF16: return kernels.axpys_bf16(list, coef, m.width, y);
-    case DEJAVU_INT8: return kernels.axpys_i8(list, coef, m.width, y);
+    case DEJAVU_INT8: return kernels.rows_i8(inputs, coef, m.width, y);
     case DEJAVU_INT4: case DEJAVU_Q4_0: return kernels.axpys_i4(list, coef, m.width, y);
     default: return kernels.axpys_grid[grid_number(m.dtype)](list, coef, m.width, y);
   }
@@ -84,13 +85,14 @@ void axpys(const Kernels &kernels, const Matrix &m, const float *coef, const int
 
 void sums(const Kernels &kernels, const Matrix &m, const Tokens &tokens, int64_t first, int64_t count) {
   if (count == 0 || tokens.count == 0) return;
-  if (m.panels) return kernels.sums_panels[grid_number(m.dtype)]({m.data, nullptr, first, count, 0, nullptr}, tokens, m.width);
+  const PanelList inputs = {m.data, m.stride, nullptr, first, count, 0, nullptr};
+  if (m.panels) return kernels.sums_panels[grid_number(m.dtype)](inputs, tokens, m.width);
   const RowList list = list_of(m, nullptr, first, count, {});
   switch (m.dtype) {
     case DEJAVU_FP32: return kernels.sums_f32(list, tokens, m.width);
     case DEJAVU_FP16: return kernels.sums_f16(list, tokens, m.width);
     case DEJAVU_BF16: return kernels.sums_bf16(list, tokens, m.width);
-    case DEJAVU_INT8: return kernels.sums_i8(list, tokens, m.width);
+    case DEJAVU_INT8: return kernels.sums_rows_i8(inputs, tokens, m.width);
     default: return kernels.sums_i4(list, tokens, m.width);
   }
 }

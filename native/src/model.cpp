@@ -42,7 +42,7 @@ std::string name_of(int dtype) {
 }
 
 constexpr int64_t SMALL = 1 << 18;   // values of a matrix that another thread would take longer to start for
-constexpr int64_t WIDE = 2048;       // columns of a panel: rows of a kilobyte or more in few bits, sums that stay in the first-level cache
+constexpr int64_t WIDE = 8192;       // columns of a panel: a row fills a page of memory, beyond which no processor fetches ahead
 
 constexpr const char *NOT_FINITE = " has values that are not finite; integers cannot hold them";
 

@@ -296,30 +296,33 @@ class Pieces {
   int count_ = 0, now_ = 0;
 };
 
-// The coefficients of up to SUMMED rows of quants of few bits: int8 times a scale (NaN where one is not finite), two to a word.
+// The coefficients of up to SUMMED rows: integers times a scale (NaN where one is not finite), two to a word. For quants of few bits they are
+// int8, for bytes int16.
 struct Part {
-  float scale = 0.0f, sum = 0.0f;  // sum: of the int8
-  int16_t words[SUMMED / 2];
+  float scale = 0.0f, sum = 0.0f;  // sum: of the integers
+  int32_t words[SUMMED / 2];
 
   Part() = default;
-  Part(const float *coef, int64_t count) {
+  Part(const float *coef, int64_t count, bool bytes) {
     float padded[SUMMED];
     int16_t q[SUMMED];
     for (int64_t j = 0; j < SUMMED; j++) padded[j] = j < count ? coef[j] : 0.0f;
-    scale = quantize(padded, SUMMED, 127.0f, q);
+    scale = quantize(padded, SUMMED, bytes ? 32767.0f : 127.0f, q);
     for (int64_t j = 0; j < SUMMED / 2; j++) {
-      sum += (float)(q[2 * j] + q[2 * j + 1]);
-      words[j] = (int16_t)((q[2 * j] & 255) | q[2 * j + 1] * 256);
+      const int32_t first = q[2 * j], second = q[2 * j + 1];
+      sum += (float)(first + second);
+      words[j] = bytes ? (first & 65535) | second * 65536 : (first & 255) | second * 256;
     }
   }
 };
 
 // How many rows' products with int8 stay within int16: quants have 4, 5 or 6 bits.
-template <int GRID> constexpr int64_t WITHIN_INT16 = GRIDS[GRID].plane == 0 ? 16 : GRIDS[GRID].plane == 1 ? 8 : 4;
+template <int GRID> constexpr int64_t WITHIN_INT16 = grid_of_rows<GRID>().plane == 0 ? 16 : grid_of_rows<GRID>().plane == 1 ? 8 : 4;
 
 // Scales of W outputs from o on, and their minima.
 template <int GRID> inline F::T scales_of(const uint8_t *scales, const uint8_t *sub, int64_t o) {
-  constexpr Grid G = GRIDS[GRID];
+  constexpr Grid G = grid_of_rows<GRID>();
+  if constexpr (GRID == INT8_ROWS) return F::zero();
   const F::T s = G.bf16_scales ? F::load((const bf16 *)scales + o) : F::load((const half *)scales + o);
   if constexpr (G.levels && G.minima) return F::mul(s, F::load(sub + o));
   if constexpr (G.levels && !G.minima) return F::mul(s, F::load((const int8_t *)sub + o));
@@ -328,85 +331,106 @@ template <int GRID> inline F::T scales_of(const uint8_t *scales, const uint8_t *
 
 template <int GRID> inline F::T minima_of(const uint8_t *scales, const uint8_t *sub, int64_t n, int64_t o) {
   const F::T m = F::load((const half *)scales + n + o);
-  return GRIDS[GRID].levels ? F::mul(m, F::load(sub + n + o)) : m;
+  return grid_of_rows<GRID>().levels ? F::mul(m, F::load(sub + n + o)) : m;
 }
 
-// What W outputs of a panel become of v, a sum of quants times coefficients of that total; of few bits the coefficients are integers times
-// `scale`. y += s (v - zero total) + m total.
-template <int GRID> inline F::T scaled(F::T y, F::T v, float total, float scale, F::T s, F::T m, const int8_t *zeros) {
-  constexpr Grid G = GRIDS[GRID];
-  if constexpr (G.zero != 0) v = F::sub(v, F::set((float)G.zero * total));
-  if constexpr (G.zeros) v = F::fma(F::load(zeros), F::set(-total), v);
-  if constexpr (!G.bytes()) v = F::mul(v, F::set(scale)), total *= scale;
-  y = F::fma(s, v, y);
+// What W outputs of a panel become of v, a sum of quants times the integers of a part. y += s scale (v - zero sum) + m scale sum.
+template <int GRID> inline F::T scaled(F::T y, F::T v, const Part &part, F::T s, F::T m, const int8_t *zeros) {
+  constexpr Grid G = grid_of_rows<GRID>();
+  if constexpr (GRID == INT8_ROWS) return F::fma(F::set(part.scale), v, y);
+  if constexpr (G.zero != 0) v = F::sub(v, F::set((float)G.zero * part.sum));
+  if constexpr (G.zeros) v = F::fma(F::load(zeros), F::set(-part.sum), v);
+  y = F::fma(s, F::mul(v, F::set(part.scale)), y);
+  const float total = part.sum * part.scale;
   if constexpr (G.minima) y = F::fma(m, F::set(G.levels ? -total : total), y);
   return y;
 }
 
-// PAD outputs of up to SUMMED rows are summed up in registers: of few bits as integers, of bytes as floats.
-template <int GRID> void panels(const PanelList &rows, const float *coef, int64_t n, float *y) {
-  constexpr Grid G = GRIDS[GRID];
+// Sums of PAD outputs of `count` rows, rounded up to pairs: load(j), a pair of rows, times the integers of a part.
+template <int GRID, class Load> inline N::Totals totals_of(const Part &part, int64_t count, const Load &load) {
+  N::Totals totals = N::no_totals();
+  if constexpr (grid_of_rows<GRID>().bytes()) {
+    for (int64_t j = 0; j < count; j += 2) N::add(totals, load(j), part.words[j / 2]);
+  } else {
+    for (int64_t j = 0; j < count;) {
+      N::Sums sums = N::no_sums();
+      for (const int64_t stop = j + WITHIN_INT16<GRID>; j < stop && j < count; j += 2) N::add(sums, load(j), (int16_t)part.words[j / 2]);
+      N::widen(totals, sums);
+    }
+  }
+  return totals;
+}
+
+// The part-th W outputs of them.
+template <int GRID> inline F::T floats_of(const N::Totals &totals, int part) {
+  if constexpr (grid_of_rows<GRID>().bytes()) return N::floats_of_wide(totals, part);
+  else return N::floats(totals, part);
+}
+
+// PAD outputs from i on of two rows, side by side.
+template <int GRID> inline auto pair_of(const uint8_t *a, const uint8_t *b, int64_t n, int64_t i) {
+  constexpr Grid G = grid_of_rows<GRID>();
+  if constexpr (G.bytes()) return N::wide_pairs((const int8_t *)a + i, (const int8_t *)b + i);
+  else return N::pairs(quants<G.plane>(a, n, i / PAD), quants<G.plane>(b, n, i / PAD));
+}
+
+// Where the rows of a list lie. Rows of int8 have nothing but their values.
+template <int GRID> struct Rows {
+  static constexpr Grid G = grid_of_rows<GRID>();
+  const PanelList &list;
+  const Panel panel;
+
+  Rows(const PanelList &rows, int64_t n) : list(rows), panel(G, n) {}
+  int64_t number(int64_t k) const { return list.idx == nullptr ? list.first + k : (int64_t)list.idx[k]; }
+  const uint8_t *row(int64_t input) const { return list.base + (GRID == INT8_ROWS ? input * list.stride : panel.row_at(input)); }
+  const uint8_t *scales(int64_t input) const { return list.base + panel.scales_at(input); }
+  const uint8_t *sub_scales(int64_t input) const { return list.base + panel.sub_scales_at(input); }
+};
+
+// PAD outputs of up to SUMMED rows are summed up in registers.
+template <int GRID> void panels(const PanelList &list, const float *coef, int64_t n, float *y) {
+  constexpr Grid G = grid_of_rows<GRID>();
   constexpr int PARTS = PAD / F::W;
-  const Panel panel(G, n);
-  const auto number = [&](int64_t k) { return rows.idx == nullptr ? rows.first + k : (int64_t)rows.idx[k]; };
+  const Rows<GRID> rows(list, n);
   const auto end_of = [&](int64_t k) {  // of the rows that are summed with row k
-    const int64_t part = number(k) / SUMMED;
-    while (k < rows.count && number(k) / SUMMED == part) k++;
+    const int64_t part = rows.number(k) / SUMMED;
+    while (k < list.count && rows.number(k) / SUMMED == part) k++;
     return k;
   };
   const auto fetch_listed = [&](int64_t k, Pieces &next) {
-    if (rows.idx == nullptr || rows.fetch == 0 || k >= rows.count) return;
-    const int64_t input = number(k);
-    if constexpr (G.levels) next.add(rows.base + panel.sub_scales_at(input), panel.sub_scales);
-    else next.add(rows.base + panel.scales_at(input), panel.scales);
-    for (const int64_t end = end_of(k); k < end; k++) next.add(rows.base + panel.row_at(number(k)), panel.row);
+    if (list.idx == nullptr || list.fetch == 0 || k >= list.count) return;
+    const int64_t input = rows.number(k), end = end_of(k);
+    if constexpr (GRID != INT8_ROWS) {
+      if constexpr (G.levels) next.add(rows.sub_scales(input), rows.panel.sub_scales);
+      else next.add(rows.scales(input), rows.panel.scales);
+    }
+    for (; k < end; k++) next.add(rows.row(rows.number(k)), GRID == INT8_ROWS ? list.fetch : rows.panel.row);
   };
   const int64_t steps = n / PAD;
   Pieces next;
-  if (rows.idx == nullptr) {
-    next.add(rows.next, rows.fetch);
-    next.start(steps * (number(rows.count - 1) / SUMMED - rows.first / SUMMED + 1));
+  if (list.idx == nullptr) {
+    next.add(list.next, list.fetch);
+    next.start(steps * (rows.number(list.count - 1) / SUMMED - list.first / SUMMED + 1));
   } else {
     fetch_listed(0, next);
     next.start(1), next.step();
   }
-  for (int64_t k = 0; k < rows.count;) {
-    const int64_t input = number(k), end = end_of(k), count = end - k;
-    Part part;
-    if constexpr (!G.bytes()) part = Part(coef + k, count);
+  for (int64_t k = 0; k < list.count;) {
+    const int64_t input = rows.number(k), end = end_of(k), count = end - k;
+    const Part part(coef + k, count, G.bytes());
     const uint8_t *r[SUMMED] = {nullptr};
-    F::T c[SUMMED];
-    float total = G.bytes() ? 0.0f : part.sum;
-    for (int64_t j = 0; j < count; j++, k++) {
-      r[j] = rows.base + panel.row_at(number(k));
-      if constexpr (G.bytes()) c[j] = F::set(coef[k]), total += coef[k];
-    }
-    if constexpr (!G.bytes())
-      if (count % 2 != 0) r[count] = r[count - 1];  // its coefficient is 0
-    if (rows.idx != nullptr) next = Pieces(), fetch_listed(k, next), next.start(steps);
-    const uint8_t *scales = rows.base + panel.scales_at(input), *sub = rows.base + panel.sub_scales_at(input);
+    for (int64_t j = 0; j < count; j++, k++) r[j] = rows.row(rows.number(k));
+    if (count % 2 != 0) r[count] = r[count - 1];  // its coefficient is 0
+    if (list.idx != nullptr) next = Pieces(), fetch_listed(k, next), next.start(steps);
+    const uint8_t *scales = rows.scales(input), *sub = rows.sub_scales(input);
     const int8_t *zeros = (const int8_t *)scales + 2 * n;
     for (int64_t i = 0; i < n; i += PAD) {
       next.step();
-      F::T v[PARTS];
-      if constexpr (G.bytes()) {
-        for (int p = 0; p < PARTS; p++) v[p] = F::zero();
-        for (int64_t j = 0; j < count; j++)
-          for (int p = 0; p < PARTS; p++) v[p] = F::fma(F::load((const int8_t *)r[j] + i + p * F::W), c[j], v[p]);
-      } else {
-        N::Totals totals = N::no_totals();
-        for (int64_t j = 0; j < count;) {
-          N::Sums sums = N::no_sums();
-          for (const int64_t stop = j + WITHIN_INT16<GRID>; j < stop && j < count; j += 2)
-            N::add(sums, N::pairs(quants<G.plane>(r[j], n, i / PAD), quants<G.plane>(r[j + 1], n, i / PAD)), part.words[j / 2]);
-          N::widen(totals, sums);
-        }
-        for (int p = 0; p < PARTS; p++) v[p] = N::floats(totals, p);
-      }
+      const N::Totals totals = totals_of<GRID>(part, count, [&](int64_t j) { return pair_of<GRID>(r[j], r[j + 1], n, i); });
       for (int p = 0; p < PARTS; p++) {
         const int64_t o = i + p * F::W;
         const F::T m = G.minima ? minima_of<GRID>(scales, sub, n, o) : F::zero();
-        F::store(y + o, scaled<GRID>(F::load(y + o), v[p], total, part.scale, scales_of<GRID>(scales, sub, o), m, zeros + o));
+        F::store(y + o, scaled<GRID>(F::load(y + o), floats_of<GRID>(totals, p), part, scales_of<GRID>(scales, sub, o), m, zeros + o));
       }
     }
   }

@@ -168,6 +168,30 @@ struct N {
       }
   }
   static F::T floats(const Totals &totals, int part) { return _mm256_cvtepi32_ps(totals.v[part]); }
+  // Of 16 outputs the first four of both halves, then the others.
+  struct WidePairs { __m256i v[8]; };
+  static WidePairs wide_pairs(const int8_t *a, const int8_t *b) {
+    WidePairs w;
+    for (int i = 0; i < 4; i++) {
+      const __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)a + i)), second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)b + i));
+      w.v[2 * i] = _mm256_unpacklo_epi16(first, second), w.v[2 * i + 1] = _mm256_unpackhi_epi16(first, second);
+    }
+    return w;
+  }
+  static void store(uint8_t *p, const WidePairs &w) { for (int i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)p + i, w.v[i]); }
+  static WidePairs load_wide_pairs(const uint8_t *p) {
+    WidePairs w;
+    for (int i = 0; i < 8; i++) w.v[i] = _mm256_loadu_si256((const __m256i *)p + i);
+    return w;
+  }
+  static void add(Totals &totals, const WidePairs &w, int32_t two) {
+    const __m256i x = _mm256_set1_epi32(two);
+    for (int i = 0; i < 8; i++) totals.v[i] = _mm256_add_epi32(totals.v[i], _mm256_madd_epi16(w.v[i], x));
+  }
+  static F::T floats_of_wide(const Totals &totals, int part) {
+    const __m256i first = totals.v[part / 2 * 2], second = totals.v[part / 2 * 2 + 1];
+    return _mm256_cvtepi32_ps(part % 2 ? _mm256_permute2x128_si256(first, second, 0x31) : _mm256_permute2x128_si256(first, second, 0x20));
+  }
   static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
   // Every word of the group twice, as it is and 16 bits down.
   struct Group { __m256i words[2]; };

@@ -150,6 +150,33 @@ struct N {
     widen_lane<0>(totals, sums), widen_lane<1>(totals, sums), widen_lane<2>(totals, sums), widen_lane<3>(totals, sums);
   }
   static F::T floats(const Totals &totals, int part) { return _mm512_cvtepi32_ps(totals.v[part]); }
+  // Of 32 outputs the first four of every eight, then the others.
+  struct WidePairs { __m512i v[4]; };
+  static WidePairs wide_pairs(const int8_t *a, const int8_t *b) {
+    WidePairs w;
+    for (int i = 0; i < 2; i++) {
+      const __m512i first = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)a + i)), second = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)b + i));
+      w.v[2 * i] = _mm512_unpacklo_epi16(first, second), w.v[2 * i + 1] = _mm512_unpackhi_epi16(first, second);
+    }
+    return w;
+  }
+  static void store(uint8_t *p, const WidePairs &w) { for (int i = 0; i < 4; i++) _mm512_storeu_si512(p + 64 * i, w.v[i]); }
+  static WidePairs load_wide_pairs(const uint8_t *p) {
+    return {{_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm512_loadu_si512(p + 128), _mm512_loadu_si512(p + 192)}};
+  }
+  static void add(Totals &totals, const WidePairs &w, int32_t two) {
+    const __m512i x = _mm512_set1_epi32(two);
+#ifdef DEJAVU_VNNI
+    for (int i = 0; i < 4; i++) totals.v[i] = _mm512_dpwssd_epi32(totals.v[i], w.v[i], x);
+#else
+    for (int i = 0; i < 4; i++) totals.v[i] = _mm512_add_epi32(totals.v[i], _mm512_madd_epi16(w.v[i], x));
+#endif
+  }
+  static F::T floats_of_wide(const Totals &totals, int part) {
+    const int a = part % 2 * 8, b = a + 16;
+    const __m512i order = _mm512_setr_epi32(a, a + 1, a + 2, a + 3, b, b + 1, b + 2, b + 3, a + 4, a + 5, a + 6, a + 7, b + 4, b + 5, b + 6, b + 7);
+    return _mm512_cvtepi32_ps(_mm512_permutex2var_epi32(totals.v[part / 2 * 2], order, totals.v[part / 2 * 2 + 1]));
+  }
   static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
   // Every word of the group four times. The lowest four bits of a lane choose its value.
   typedef __m512i Group;

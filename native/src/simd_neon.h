@@ -183,6 +183,30 @@ struct N {
       totals.v[2 * i + 1] = vaddw_s16(totals.v[2 * i + 1], vget_high_s16(sums.v[i]));
     }
   }
+  struct WidePairs { int16x8_t a[8], b[8]; };  // two rows, as they are
+  static WidePairs wide_pairs(const int8_t *a, const int8_t *b) {
+    WidePairs w;
+    for (int i = 0; i < 8; i++) w.a[i] = vmovl_s8(vld1_s8(a + 8 * i)), w.b[i] = vmovl_s8(vld1_s8(b + 8 * i));
+    return w;
+  }
+  static void store(uint8_t *p, const WidePairs &w) {
+    for (int i = 0; i < 8; i++) vst1q_s16((int16_t *)p + 8 * i, w.a[i]), vst1q_s16((int16_t *)p + PAD + 8 * i, w.b[i]);
+  }
+  static WidePairs load_wide_pairs(const uint8_t *p) {
+    WidePairs w;
+    for (int i = 0; i < 8; i++) w.a[i] = vld1q_s16((const int16_t *)p + 8 * i), w.b[i] = vld1q_s16((const int16_t *)p + PAD + 8 * i);
+    return w;
+  }
+  static int32x4_t two(int32x4_t acc, int16x4_t a, int16x4_t b, int32_t words) {
+    return vmlal_n_s16(vmlal_n_s16(acc, a, (int16_t)(words & 65535)), b, (int16_t)(words >> 16));
+  }
+  static void add(Totals &totals, const WidePairs &w, int32_t words) {
+    for (int i = 0; i < 8; i++) {
+      totals.v[2 * i] = two(totals.v[2 * i], vget_low_s16(w.a[i]), vget_low_s16(w.b[i]), words);
+      totals.v[2 * i + 1] = two(totals.v[2 * i + 1], vget_high_s16(w.a[i]), vget_high_s16(w.b[i]), words);
+    }
+  }
+  static F::T floats_of_wide(const Totals &totals, int part) { return floats(totals, part); }
   static F::T floats(const Totals &totals, int part) { return {vcvtq_f32_s32(totals.v[2 * part]), vcvtq_f32_s32(totals.v[2 * part + 1])}; }
   static void times(const half *w, float coef, float *out) { F::store(out, F::mul(F::load(w), F::set(coef))); }
   typedef uint32x4_t Group;

@@ -184,6 +184,24 @@ struct N {
     for (int i = 0; i < PAD; i++) sums.v[i] = (int16_t)(sums.v[i] + w.v[2 * i] * first + w.v[2 * i + 1] * second);
   }
   static void widen(Totals &totals, const Sums &sums) { for (int i = 0; i < PAD; i++) totals.v[i] += sums.v[i]; }
+  // Signed bytes of two rows side by side as int16, in an order that only this set knows, and products with the signed halves of a word.
+  struct WidePairs { int16_t v[2 * PAD]; };
+  static WidePairs wide_pairs(const int8_t *a, const int8_t *b) {
+    WidePairs both;
+    for (int i = 0; i < PAD; i++) both.v[2 * i] = a[i], both.v[2 * i + 1] = b[i];
+    return both;
+  }
+  static void store(uint8_t *p, const WidePairs &w) { __builtin_memcpy(p, w.v, sizeof w.v); }
+  static WidePairs load_wide_pairs(const uint8_t *p) {
+    WidePairs w;
+    __builtin_memcpy(w.v, p, sizeof w.v);
+    return w;
+  }
+  static void add(Totals &totals, const WidePairs &w, int32_t two) {
+    const int first = (int16_t)(two & 65535), second = two >> 16;
+    for (int i = 0; i < PAD; i++) totals.v[i] += w.v[2 * i] * first + w.v[2 * i + 1] * second;
+  }
+  static F::T floats_of_wide(const Totals &totals, int part) { return floats(totals, part); }
   // The part-th W of them, in order.
   static F::T floats(const Totals &totals, int part) { return F::each([&](int i) { return (float)totals.v[part * F::W + i]; }); }
   // out = coef * scale of 8 groups; those past the last one of a row are what lies there
