@@ -34,7 +34,8 @@ enum dejavu_activation { DEJAVU_RELU = 0, DEJAVU_RELU2 = 1, DEJAVU_FATRELU = 2, 
 enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_EMBED = 0, DEJAVU_POSITION, DEJAVU_PROJECT_IN, DEJAVU_PROJECT_OUT, DEJAVU_HEAD, DEJAVU_FINAL_NORM, DEJAVU_INV_FREQ,
   DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O,
-  DEJAVU_Q_NORM, DEJAVU_K_NORM /* of every head, before it is rotated; both or neither */
+  DEJAVU_Q_NORM, DEJAVU_K_NORM, /* of every head, before it is rotated; both or neither */
+  DEJAVU_NORM1_OUT, DEJAVU_NORM2_OUT /* of what attention and the MLP add, before it is added */
 };
 enum dejavu_layout { /* of weights in memory, by how decoding selects */
   DEJAVU_BY_NEURON = 0, /* rows of a neuron side by side: for predictors */
@@ -49,12 +50,13 @@ enum dejavu_op { /* parts of a block, for its profile */
   DEJAVU_OP_PREDICTOR = 0, DEJAVU_OP_ATTENTION, DEJAVU_OP_MLP, DEJAVU_OP_HEAD, DEJAVU_OP_OTHER, DEJAVU_OPS
 };
 
-/* rotary_factor: of what is rotated; attention_scale: of scores. threads: that pack matrices. */
+/* rotary_factor: of what is rotated; attention_scale: of scores; embed_scale, residual_scale and logit_scale: of the embedding, of what a
+ * block adds, and of the head's input. threads: that pack matrices. */
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
   int64_t position_offset;
   int32_t activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout, threads;
-  float norm_eps, activation_threshold, rotary_factor, attention_scale;
+  float norm_eps, activation_threshold, rotary_factor, attention_scale, embed_scale, residual_scale, logit_scale;
 } dejavu_config;
 
 typedef struct dejavu_model dejavu_model;

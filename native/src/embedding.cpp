@@ -13,7 +13,7 @@ void Embedding::run(const Context &ctx, Vectors &x) {
   for (int64_t r = 0; r < ctx.rows; r++) {
     Vector &to = projects ? embedded_[(size_t)ctx.thread][r] : x[r];
     std::fill(to.f, to.f + table.width, 0.0f);
-    float coef = 1.0f;
+    float coef = ctx.config.embed_scale;
     table.scale_rows(nullptr, ctx.block.token[r], 1, &coef);
     axpys(ctx.kernels, table, &coef, nullptr, ctx.block.token[r], 1, to.f);
     if (projects) quantize(ctx.kernels, to, table.width);

@@ -3,6 +3,17 @@
 
 #include <algorithm>
 
+namespace {
+
+// What meets the head's rows: the vector, scaled where the model does it, and its integers.
+void finish(const Context &ctx, Vector &x, int64_t width) {
+  const float scale = ctx.config.logit_scale;
+  for (int64_t i = 0; scale != 1 && i < width; i++) x.f[i] *= scale;
+  quantize(ctx.kernels, x, width);
+}
+
+}  // namespace
+
 Head::Head(const dejavu_model &model, int threads, int64_t max_rows) : projected_(product({max_rows, model.embed_width})), scratch_((size_t)threads) {
   for (Scratch &own : scratch_) {
     own.normed = Vectors(max_rows, model.width, model.forms());
@@ -22,7 +33,7 @@ void Head::run(const Context &ctx, const Vectors &x) {
       normalize(ctx.kernels, model, model.final_norm, x[r].f, own.normed[r].f);
     else
       std::copy_n(x[r].f, ctx.width, own.normed[r].f);
-    quantize(ctx.kernels, own.normed[r], ctx.width);
+    projects ? quantize(ctx.kernels, own.normed[r], ctx.width) : finish(ctx, own.normed[r], ctx.width);
   }
   if (projects) {
     const int64_t begin = ctx.share(ctx.config.embed_size, TILE), end = ctx.share_end(ctx.config.embed_size, TILE);
@@ -31,7 +42,7 @@ void Head::run(const Context &ctx, const Vectors &x) {
     ctx.pool.barrier();
     for (int64_t r = first_row; r < ctx.rows; r++) {
       std::copy_n(projected_.data() + r * model.embed_width, model.embed_width, own.projected[r].f);
-      quantize(ctx.kernels, own.projected[r], model.embed_width);
+      finish(ctx, own.projected[r], model.embed_width);
     }
   }
   const Vectors &in = projects ? own.projected : own.normed;

@@ -22,6 +22,9 @@ void check_config(const dejavu_config &c) {
   require(c.layout >= DEJAVU_BY_NEURON && c.layout <= DEJAVU_INPUT_MAJOR, "unknown layout " + std::to_string(c.layout));
   require(c.threads >= 1 && c.threads <= 1024, "threads must lie between 1 and 1024, not " + std::to_string(c.threads));
   require(c.position_offset >= 0, "position_offset must not be negative");
+  const struct { const char *name; float value; } scales[] = {
+      {"embed_scale", c.embed_scale}, {"residual_scale", c.residual_scale}, {"logit_scale", c.logit_scale}};
+  for (const auto &scale : scales) require(scale.value > 0, std::string(scale.name) + " must be positive, not " + std::to_string(scale.value));
 }
 
 void copy_vector(Buffer<float> &to, int64_t padded, const float *from, int64_t count) {
@@ -345,6 +348,8 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   switch (part) {
     case DEJAVU_NORM1: return set_norm(layer.norm1, m, "norm1" + where);
     case DEJAVU_NORM2: return set_norm(layer.norm2, m, "norm2" + where);
+    case DEJAVU_NORM1_OUT: return set_norm(layer.norm1_out, m, "norm1_out" + where);
+    case DEJAVU_NORM2_OUT: return set_norm(layer.norm2_out, m, "norm2_out" + where);
     case DEJAVU_Q_NORM:
     case DEJAVU_K_NORM:
       require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns == c.head_dim && m.bias == nullptr,

@@ -76,6 +76,7 @@ inline bool in_panels(const dejavu_matrix &source) { return source.transposed &&
 
 struct Norm {
   Buffer<float> weight, bias;  // bias empty: none
+  bool present() const { return !weight.empty(); }
 };
 
 // Columns of heads [first, end), of queries, then keys, then values: of each of the three its own matrix, where it has some of them.
@@ -90,7 +91,7 @@ struct NeuronPanel {
 };
 
 struct Layer {
-  Norm norm1, norm2;
+  Norm norm1, norm2, norm1_out, norm2_out;  // those of what blocks add: empty where there are none
   Matrix q, k, v, o, gate, up, down;  // neurons are records, see above
   // Input-major, in place of q, k, v, gate and up. How many there are follows the number of threads, which changes no sum.
   std::vector<HeadPanel> head_panels;

@@ -1,4 +1,5 @@
-// The layers of a block, as one thread runs them. A layer of a pre-norm model (post-norm: the norms after the sums):
+// The layers of a block, as one thread runs them. A layer of a pre-norm model (post-norm: the norms after the sums; what is added may
+// pass a norm and a scale):
 //   a = norm1 x; q, k, v = rows of a | barrier | x += o(attention) | barrier | m = norm2 x; x += down(act(up m)) | barrier
 #include "pass.h"
 
@@ -21,6 +22,18 @@ void norm_or_copy(const Context &ctx, const Norm *norm, const Vectors &x, Vector
       normalize(ctx.kernels, ctx.model, *norm, x[r].f, to[r].f);
     else
       std::copy_n(x[r].f, ctx.width, to[r].f);
+  }
+}
+
+// x += what a block adds, which may pass a norm of its own and a scale. spare: memory of the thread's own that nothing reads any more.
+template <class Part> void add(const Context &ctx, const Part &part, int64_t layer, const Norm &norm, Vectors &spare, Vectors &x) {
+  const float scale = ctx.config.residual_scale;
+  if (!norm.present() && scale == 1) return part.add(ctx, layer, x);
+  for (int64_t r = 0; r < ctx.rows; r++) std::fill_n(spare[r].f, ctx.width, 0.0f);
+  part.add(ctx, layer, spare);
+  for (int64_t r = 0; r < ctx.rows; r++) {
+    if (norm.present()) normalize(ctx.kernels, ctx.model, norm, spare[r].f, spare[r].f);
+    ctx.kernels.axpys_f32({spare[r].f, 0, nullptr, 1, 0, 0, nullptr}, &scale, ctx.width, x[r].f);
   }
 }
 
@@ -62,7 +75,7 @@ void run_block(dejavu_engine &engine, const dejavu_block &block, int thread) {
     pool.barrier();
     profiler.lap(thread, DEJAVU_OP_ATTENTION);
 
-    attention.add(ctx, layer, own.x);
+    add(ctx, attention, layer, weights.norm1_out, own.attention_in, own.x);
     norm_or_copy(ctx, config.pre_norm ? &weights.norm2 : &weights.norm1, own.x, own.mlp_in);
     if (!config.pre_norm) norm_or_copy(ctx, nullptr, own.mlp_in, own.x);
     make_input(ctx, layer, DEJAVU_AT_MLP, own.mlp_in, own.mlp_kept);
@@ -75,7 +88,7 @@ void run_block(dejavu_engine &engine, const dejavu_block &block, int thread) {
     profiler.lap(thread, DEJAVU_OP_MLP);
 
     if (thread == 0) report_layer(ctx, layer, own, selected, mlp, engine.inputs);
-    mlp.add(ctx, layer, own.x);
+    add(ctx, mlp, layer, weights.norm2_out, own.attention_in, own.x);
     if (!config.pre_norm) {
       norm_or_copy(ctx, &weights.norm2, own.x, own.attention_in);  // its memory: the next layer writes it anew
       norm_or_copy(ctx, nullptr, own.attention_in, own.x);

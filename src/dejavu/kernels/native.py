@@ -23,7 +23,7 @@ DTYPES = (
 )
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}  # dejavu_dtype
 EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT = range(13)
-QUERY_NORM, KEY_NORM = 13, 14
+QUERY_NORM, KEY_NORM, ATTENTION_NORM, MLP_NORM = range(13, 17)
 MLP, HEADS = range(2)
 LAYOUTS = {"by-neuron": 0, "gate-apart": 1, "input-major": 2}  # dejavu_layout
 HEAD_PAD = 16  # a head takes a multiple of this many values in the cache
@@ -39,6 +39,7 @@ class ConfigStruct(Structure):
         *((name, c_int32) for name in ("activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head", "layout", "threads")),
         ("norm_eps", c_float),
         *((name, c_float) for name in ("activation_threshold", "rotary_factor", "attention_scale")),
+        *((name, c_float) for name in ("embed_scale", "residual_scale", "logit_scale")),
     )
 
 

@@ -18,6 +18,8 @@ NATIVE = Capabilities(
             "partial_rotary",
             "rotary_scale",
             "qk_norm",
+            "block_norms",
+            "scales",
             "attention_scale",
         }
     ),

@@ -209,6 +209,9 @@ def native_config(config: ModelConfig, layout: str) -> native.ConfigStruct:
         activation_threshold=config.activation_threshold,
         rotary_factor=1.0 if config.rope is None else config.rope.attention_factor,
         attention_scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        embed_scale=config.embed_scale,
+        residual_scale=config.residual_scale,
+        logit_scale=config.logit_scale,
     )
 
 
@@ -233,9 +236,14 @@ def _parts(model: Transformer, dtype: str, *, take: bool) -> Iterator[tuple[int 
         yield native.NORM1, index, (_norm(block.norm1, size),)
         assert block.norm2 is not None, "see Capabilities.check_architecture"
         yield native.NORM2, index, (_norm(block.norm2, size),)
-        for part, norm in ((native.QUERY_NORM, block.q_norm), (native.KEY_NORM, block.k_norm)):
+        for part, norm, width in (
+            (native.QUERY_NORM, block.q_norm, model.config.head_dim),
+            (native.KEY_NORM, block.k_norm, model.config.head_dim),
+            (native.ATTENTION_NORM, block.norm1_out, size),
+            (native.MLP_NORM, block.norm2_out, size),
+        ):
             if norm is not None:
-                yield part, index, (_norm(norm, model.config.head_dim),)
+                yield part, index, (_norm(norm, width),)
         attention: tuple[tuple[int, Rows | InputMajorLinear], ...] = (
             *((native.QUERY, block.q), (native.KEY, block.k), (native.VALUE, block.v), (native.OUTPUT, block.o)),
         )
