@@ -35,7 +35,8 @@ enum dejavu_part { /* of a model; layer is -1 for those without one */
   DEJAVU_EMBED = 0, DEJAVU_POSITION, DEJAVU_PROJECT_IN, DEJAVU_PROJECT_OUT, DEJAVU_HEAD, DEJAVU_FINAL_NORM, DEJAVU_INV_FREQ,
   DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_Q, DEJAVU_K, DEJAVU_V, DEJAVU_O,
   DEJAVU_Q_NORM, DEJAVU_K_NORM, /* of every head, before it is rotated; both or neither */
-  DEJAVU_NORM1_OUT, DEJAVU_NORM2_OUT /* of what attention and the MLP add, before it is added */
+  DEJAVU_NORM1_OUT, DEJAVU_NORM2_OUT, /* of what attention and the MLP add, before it is added */
+  DEJAVU_LOCAL_INV_FREQ /* of layers with a window, where they have others */
 };
 enum dejavu_layout { /* of weights in memory, by how decoding selects */
   DEJAVU_BY_NEURON = 0, /* rows of a neuron side by side: for predictors */
@@ -50,13 +51,13 @@ enum dejavu_op { /* parts of a block, for its profile */
   DEJAVU_OP_PREDICTOR = 0, DEJAVU_OP_ATTENTION, DEJAVU_OP_MLP, DEJAVU_OP_HEAD, DEJAVU_OP_OTHER, DEJAVU_OPS
 };
 
-/* rotary_factor: of what is rotated; attention_scale: of scores; embed_scale, residual_scale and logit_scale: of the embedding, of what a
+/* rotary_factor: of what is rotated, local_rotary_factor: by local inverse frequencies; attention_scale: of scores; embed_scale, residual_scale and logit_scale: of the embedding, of what a
  * block adds, and of the head's input. threads: that pack matrices. */
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
   int64_t position_offset;
   int32_t activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout, threads;
-  float norm_eps, activation_threshold, rotary_factor, attention_scale, embed_scale, residual_scale, logit_scale;
+  float norm_eps, activation_threshold, rotary_factor, local_rotary_factor, attention_scale, embed_scale, residual_scale, logit_scale;
 } dejavu_config;
 
 typedef struct dejavu_model dejavu_model;
@@ -120,6 +121,8 @@ DEJAVU_API int dejavu_model_new(const dejavu_config *config, dejavu_model **out)
 DEJAVU_API int dejavu_model_set(dejavu_model *model, int part, int64_t layer, const dejavu_matrix *matrix);
 /* The MLP of a layer, whose rows are packed together: rows of gate (NULL where the model has none) and up, [neurons, hidden], and down. */
 DEJAVU_API int dejavu_model_set_mlp(dejavu_model *model, int64_t layer, const dejavu_matrix *gate, const dejavu_matrix *up, const dejavu_matrix *down);
+/* Tokens of a layer see the last `window` tokens alone, themselves included; without this call all of them. */
+DEJAVU_API int dejavu_model_window(dejavu_model *model, int64_t layer, int64_t window);
 DEJAVU_API void dejavu_model_free(dejavu_model *model);
 
 /* instruction_set: a name of dejavu_instruction_sets, or NULL for the best. The model must outlive the engine. */

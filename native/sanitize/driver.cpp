@@ -116,9 +116,10 @@ dejavu_model *new_model(const dejavu_config &c, int dtype, bool biased) {
   const auto of = [&](int64_t rows, int64_t columns, bool by_input = false) { return dtype_of(dtype, rows, columns, by_input); };
   set(model, DEJAVU_EMBED, -1, c.vocab_size, c.embed_size, of(c.vocab_size, c.embed_size));
   const bool special = c.rotary_factor != 1;  // heads rotated in part, and normed
-  const bool block_norms = c.residual_scale != 1;
+  const bool gemma = c.residual_scale != 1;      // norms of what blocks add, windows
   if (c.rope) set(model, DEJAVU_INV_FREQ, -1, 1, special ? c.head_dim / 4 : c.head_dim / 2, DEJAVU_FP32);
   else set(model, DEJAVU_POSITION, -1, c.max_positions + c.position_offset, d, DEJAVU_FP32);
+  if (c.rope && gemma) set(model, DEJAVU_LOCAL_INV_FREQ, -1, 1, c.head_dim / 2, DEJAVU_FP32);
   if (c.embed_size != d) {
     set(model, DEJAVU_PROJECT_IN, -1, d, c.embed_size, of(d, c.embed_size));
     set(model, DEJAVU_PROJECT_OUT, -1, c.embed_size, d, of(c.embed_size, d));
@@ -126,10 +127,11 @@ dejavu_model *new_model(const dejavu_config &c, int dtype, bool biased) {
   if (!c.tied_head) set(model, DEJAVU_HEAD, -1, c.vocab_size, c.embed_size, of(c.vocab_size, c.embed_size));
   if (c.final_norm) set(model, DEJAVU_FINAL_NORM, -1, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
   for (int64_t l = 0; l < c.num_layers; l++) {
+    if (gemma && l % 2 == 0) EXPECT(dejavu_model_window(model, l, 4 + l) == DEJAVU_OK);
     if (special)
       for (int part : {DEJAVU_Q_NORM, DEJAVU_K_NORM}) set(model, part, l, 1, c.head_dim, DEJAVU_FP32);
     for (int part : {DEJAVU_NORM1, DEJAVU_NORM2, DEJAVU_NORM1_OUT, DEJAVU_NORM2_OUT})
-      if (block_norms || part <= DEJAVU_NORM2) set(model, part, l, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
+      if (gemma || part <= DEJAVU_NORM2) set(model, part, l, 1, d, DEJAVU_FP32, c.rms ? 0 : d);
     set(model, DEJAVU_Q, l, q, d, of(q, d), biased ? q : 0);
     for (int part : {DEJAVU_K, DEJAVU_V}) set(model, part, l, k, d, of(k, d), biased ? k : 0);
     set(model, DEJAVU_O, l, q, d, of(q, d, true), biased ? d : 0);
@@ -275,8 +277,9 @@ void bad_input(const dejavu_config &good, int dtype) {
   dejavu_engine *engine = nullptr;
   EXPECT(dejavu_engine_new(model, 1, 8, nullptr, &engine) == DEJAVU_BAD_VALUE);  // it has no weights
   Values wrong(3, 3, DEJAVU_FP32, false);
-  for (int part = DEJAVU_EMBED; part <= DEJAVU_NORM2_OUT + 1; part++)
+  for (int part = DEJAVU_EMBED; part <= DEJAVU_LOCAL_INV_FREQ + 1; part++)
     for (int64_t layer : {INT64_C(-1), INT64_C(0), good.num_layers}) EXPECT(dejavu_model_set(model, part, layer, &wrong.matrix) == DEJAVU_BAD_VALUE);
+  for (int64_t layer : {INT64_C(-1), INT64_C(0), good.num_layers}) EXPECT(dejavu_model_window(model, layer, layer == 0 ? 0 : 4) == DEJAVU_BAD_VALUE);
   const int64_t f = good.intermediate_size, d = good.hidden_size;
   const Values fine(f, d, DEJAVU_FP32, false);
   const dejavu_matrix *gate = good.gated ? &fine.matrix : nullptr;
@@ -337,15 +340,15 @@ void bad_input(const dejavu_config &good, int dtype) {
 int main() {
   EXPECT(std::string(dejavu_layouts()).find("dejavu_matrix data:p8@0 scale:p8@8 bias:p8@16 order:p8@24 rows:i8@32 columns:i8@40 dtype:i4@48 transposed:i4@52 size:56\n") != std::string::npos);
   const dejavu_config configs[] = {
-      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | act, gated, rms, pre, final, rope, tied, layout, threads, eps, threshold | scales: of rotation, scores, embedding, blocks, logits
-      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 2, 1e-5f, 0, 1, 0.3f, 1, 1, 1},
-      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 0, 2, 1e-5f, 0, 1, 0.3f, 3, 0.5f, 0.7f},
-      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 0.3f, 1, 1, 1},
-      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 0.3f, 1, 1, 1},
-      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0, 1, 0.3f, 1, 1, 1},
-      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0.01f, 1.2f, 0.2f, 3, 0.5f, 0.7f},
-      {70, 96, 96, 224, 2, 5, 5, 32, 6, 0, DEJAVU_RELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 0.3f, 1, 1, 1},
-      {50, 256, 256, 512, 2, 4, 2, 64, 5, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 0.1f, 1, 1, 1},
+      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | act, gated, rms, pre, final, rope, tied, layout, threads, eps, threshold | scales: of rotation, local rotation, scores, embedding, blocks, logits
+      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
+      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 0, 2, 1e-5f, 0, 1, 0.9f, 0.3f, 3, 0.5f, 0.7f},
+      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
+      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
+      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
+      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0.01f, 1.2f, 0.9f, 0.2f, 3, 0.5f, 0.7f},
+      {70, 96, 96, 224, 2, 5, 5, 32, 6, 0, DEJAVU_RELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
+      {50, 256, 256, 512, 2, 4, 2, 64, 5, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.1f, 1, 1, 1},
   };
   int runs = 0, models = 0;
   const int dtypes[] = {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, MIXED, DEJAVU_FP16, DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K, DEJAVU_W4_FP16, DEJAVU_W4_BF16, DEJAVU_W8_FP16, DEJAVU_W8_BF16};

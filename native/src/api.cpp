@@ -70,6 +70,14 @@ int dejavu_model_set_mlp(dejavu_model *model, int64_t layer, const dejavu_matrix
   });
 }
 
+int dejavu_model_window(dejavu_model *model, int64_t layer, int64_t window) {
+  return guarded([&] {
+    require(model != nullptr, "a pointer is missing");
+    model->set_window(layer, window);
+    return DEJAVU_OK;
+  });
+}
+
 void dejavu_model_free(dejavu_model *model) { delete model; }
 
 int dejavu_engine_new(const dejavu_model *model, int threads, int64_t max_rows, const char *instruction_set, dejavu_engine **out) {

@@ -49,12 +49,11 @@ void norm_head(const dejavu_config &config, const Buffer<float> &weight, float *
 Attention::Attention(const dejavu_model &model, int threads, int64_t max_rows)
     : chunks(chunks_of_heads(model.config)),
       query_(product({max_rows, model.config.num_heads, model.head_width})),
-      cosine_(max_rows * model.config.head_dim),
-      sine_(max_rows * model.config.head_dim),
       parts_(chunks, max_rows, model.width),
       scratch_((size_t)threads) {
   const dejavu_config &c = model.config;
   stride_ = c.max_positions + PAD;
+  angles_.make_room(model.rotary, max_rows), local_angles_.make_room(model.local_rotary, max_rows);
   for (Scratch &own : scratch_) {
     own.head = Vectors(max_rows, round_up(c.head_dim, PAD), Forms());
     own.probabilities = Buffer<float>(TOGETHER * stride_);
@@ -66,25 +65,25 @@ Attention::Attention(const dejavu_model &model, int threads, int64_t max_rows)
 }
 
 void Attention::prepare(const dejavu_model &model, const dejavu_block &block) {
-  if (!model.config.rope) return;
-  const int64_t half = model.rotated;
-  const float factor = model.config.rotary_factor;
+  if (model.rotary.present()) angles_.fill(model.rotary, block);
+  if (model.local_rotary.present()) local_angles_.fill(model.local_rotary, block);
+}
+
+void Attention::Angles::fill(const Rotary &rotary, const dejavu_block &block) {
   for (int64_t r = 0; r < block.rows; r++)
-    for (int64_t i = 0; i < half; i++) {
-      const float angle = (float)block.position[r] * model.inv_freq[i];
-      cosine_[r * half + i] = std::cos(angle) * factor, sine_[r * half + i] = std::sin(angle) * factor;
+    for (int64_t i = 0; i < rotary.pairs; i++) {
+      const float angle = (float)block.position[r] * rotary.inv_freq[i];
+      cosine[r * rotary.pairs + i] = std::cos(angle) * rotary.factor, sine[r * rotary.pairs + i] = std::sin(angle) * rotary.factor;
     }
 }
 
 // Rotary position of one head, halves of what is rotated paired: (u, v) -> (u cos - v sin, v cos + u sin).
-void Attention::rotate(const Context &ctx, int64_t row, float *head) const {
-  if (!ctx.config.rope) return;
-  const int64_t half = ctx.model.rotated;
-  const float *cosine = cosine_.data() + row * half, *sine = sine_.data() + row * half;
-  for (int64_t i = 0; i < half; i++) {
-    const float u = head[i], v = head[i + half];
-    head[i] = u * cosine[i] - v * sine[i];
-    head[i + half] = v * cosine[i] + u * sine[i];
+void Attention::Angles::rotate(int64_t pairs, int64_t row, float *head) const {
+  const float *cos = cosine.data() + row * pairs, *sin = sine.data() + row * pairs;
+  for (int64_t i = 0; i < pairs; i++) {
+    const float u = head[i], v = head[i + pairs];
+    head[i] = u * cos[i] - v * sin[i];
+    head[i + pairs] = v * cos[i] + u * sin[i];
   }
 }
 
@@ -136,13 +135,15 @@ void Attention::place_head(const Context &ctx, int64_t layer, int64_t unit, cons
   const Layer &weights = ctx.model.layers[(size_t)layer];
   const dejavu_block &block = ctx.block;
   const int64_t heads = ctx.config.num_heads, groups = ctx.config.num_kv_heads, size = ctx.config.head_dim;
-  const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups;
+  const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups, is_local = ctx.model.is_local(weights);
+  const Angles &angles = is_local ? local_angles_ : angles_;
+  const int64_t pairs = (is_local ? ctx.model.local_rotary : ctx.model.rotary).pairs;
   for (int64_t r = 0; r < ctx.rows; r++) {
     if (is_query && selected[r * groups + unit / (heads / groups)] == 0) continue;
     float *computed = own.head[r].f;
     if (is_query || is_key) {
       norm_head(ctx.config, is_query ? weights.q_norm : weights.k_norm, computed);
-      rotate(ctx, r, computed);
+      angles.rotate(pairs, r, computed);
     }
     if (!is_query) {  // past `size` it is zero: nothing is written there
       const int64_t at = cache_row(ctx, layer, r, (unit - heads) % groups, block.position[r]);
@@ -178,35 +179,40 @@ void Attention::mix(const Context &ctx, int64_t layer, int64_t h, int64_t r, int
   Vector query[TOGETHER];
   const Vector *x[TOGETHER];
   float *p[TOGETHER], *mixed[TOGETHER];
-  int64_t length[TOGETHER], longest = 0;
+  const int64_t window = ctx.model.layers[(size_t)layer].window;
+  int64_t seen[TOGETHER], length[TOGETHER], start = INT64_MAX, longest = 0;  // token j sees positions seen[j] .. length[j] - 1
   for (int64_t j = 0; j < count; j++) {
     query[j] = {query_.data() + ((r + j) * heads + h) * padded, nullptr, 0.0f, {}};
     x[j] = &query[j];
     p[j] = own.probabilities.data() + j * stride_, mixed[j] = own.mixed.data() + (r + j) * padded;
     length[j] = block.position[r + j] + 1, longest = std::max(longest, length[j]);
+    seen[j] = window > 0 ? std::max<int64_t>(0, length[j] - window) : 0, start = std::min(start, seen[j]);
     std::fill_n(mixed[j], padded, 0.0f);
   }
+  start = start / page * page;  // pages that every window has left behind are not read
   // Calls shared(t, first) for a page that all tokens see the whole of, else alone(t, first, vectors, token) for what each sees of it. t: the
-  // page's first position, first: its number in the pool.
+  // first position, first: its number in the pool.
   const auto each_page = [&](const void *pool, const unsigned char *after, const auto &shared, const auto &alone) {
-    for (int64_t t = 0; t < longest; t += page) {
+    for (int64_t t = start; t < longest; t += page) {
       const int64_t first = cache_row(ctx, layer, r, group, t);
       const unsigned char *next = t + page < longest ? vectors(pool, t + page) : after;
       bool whole = count > 1;
-      for (int64_t j = 0; j < count; j++) whole = whole && length[j] >= t + page;
+      for (int64_t j = 0; j < count; j++) whole = whole && seen[j] <= t && length[j] >= t + page;
       if (whole) {
         shared(t, first);
         continue;
       }
-      for (int64_t j = 0; j < count; j++)
-        if (t < length[j]) alone(t, first, cache_rows(pool, bytes, first, std::min(page, length[j] - t), count == 1 ? next : nullptr), j);
+      for (int64_t j = 0; j < count; j++) {
+        const int64_t from = std::max(t, seen[j]), stop = std::min(t + page, length[j]), at = first + from - t;
+        if (from < stop) alone(from, at, cache_rows(pool, bytes, at, stop - from, count == 1 ? next : nullptr), j);
+      }
     }
   };
   const auto scale = [&](const float *scales, int64_t t, int64_t first, int64_t n, int64_t j) {
     for (int64_t i = 0; dtype == DEJAVU_INT8 && i < n; i++) p[j][t + i] *= scales[first + i];
   };
   each_page(
-      block.k_pool, vectors(block.v_pool, 0),
+      block.k_pool, vectors(block.v_pool, start),
       [&](int64_t t, int64_t first) {
         float *out[TOGETHER];
         for (int64_t j = 0; j < count; j++) out[j] = p[j] + t;
@@ -217,7 +223,7 @@ void Attention::mix(const Context &ctx, int64_t layer, int64_t h, int64_t r, int
         dots_of(rows, x[j]->f, padded, p[j] + t);
         scale(block.k_scale, t, first, rows.count, j);
       });
-  for (int64_t j = 0; j < count; j++) kernels.softmax(p[j], length[j]);
+  for (int64_t j = 0; j < count; j++) kernels.softmax(p[j] + seen[j], length[j] - seen[j]);
   each_page(
       block.v_pool, nullptr,
       [&](int64_t t, int64_t first) {

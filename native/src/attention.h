@@ -1,5 +1,6 @@
 // The attention of a block of tokens. Keys and values of every head are stored; only selected groups are computed:
-//   q_h = Q_h a;   m_h = softmax(q_h k^T / sqrt(K)) v;   part of the heads' chunk += sum over d of m_h[d] O_h[d]
+//   q_h = Q_h a;   m_h = softmax(scale q_h k^T) v;   part of the heads' chunk += sum over d of m_h[d] O_h[d]
+// In a layer with a window a token sees the last tokens alone, and their pages are all that is read.
 // In: the input a of q, k and v, and the groups that are selected. Out: keys and values in the caller's cache, and parts of the residual
 // stream. A barrier lies between project and attend, and one between attend and add.
 #pragma once
@@ -36,13 +37,19 @@ class Attention {
     std::vector<int64_t> units;  // heads to project: queries, then keys, then values
   };
   void place_head(const Context &context, int64_t layer, int64_t unit, const Buffer<uint8_t> &groups, Scratch &own);
-  void rotate(const Context &context, int64_t row, float *head) const;
+  // Of a block's positions: [rows, pairs].
+  struct Angles {
+    Buffer<float> cosine, sine;
+    void make_room(const Rotary &rotary, int64_t rows) { cosine = Buffer<float>(rows * rotary.pairs), sine = Buffer<float>(rows * rotary.pairs); }
+    void fill(const Rotary &rotary, const dejavu_block &block);
+    void rotate(int64_t pairs, int64_t row, float *head) const;
+  };
   static constexpr int64_t TOGETHER = 4;  // tokens of a sequence that read keys and values together
   static int64_t together(const Context &context, int64_t row, int64_t group, const Buffer<uint8_t> &groups);
   void mix(const Context &context, int64_t layer, int64_t head, int64_t row, int64_t count, Scratch &own);
 
   Buffer<float> query_;         // shared: [rows, heads, padded head_dim]
-  Buffer<float> cosine_, sine_;  // shared: [rows, pairs]
+  Angles angles_, local_angles_;  // shared
   int64_t stride_ = 0;  // room for the probabilities of one token
   Parts parts_;
   std::vector<Scratch> scratch_;  // by thread

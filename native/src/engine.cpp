@@ -16,7 +16,7 @@ const dejavu_model *complete(const dejavu_model *model) {
   require(model->embed.present(), "the model has no embedding");
   require(c.tied_head || model->head.present(), "the model has no head");
   require(c.embed_size == c.hidden_size || (model->project_in.present() && model->project_out.present()), "the model has no project_in and project_out");
-  require(c.rope ? !model->inv_freq.empty() : model->position.present(), "the model has no positions");
+  require(c.rope ? model->rotary.present() : model->position.present(), "the model has no positions");
   require(!c.final_norm || model->final_norm.present(), "the model has no final norm");
   for (const Layer &layer : model->layers)
     require((layer.given & QKV) == QKV && layer.o.present() && layer.norm1.present() && layer.norm2.present() &&

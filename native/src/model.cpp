@@ -313,6 +313,12 @@ Layer &dejavu_model::layer_at(int64_t index) {
   return layers[(size_t)index];
 }
 
+void dejavu_model::set_window(int64_t index, int64_t window) {
+  Layer &layer = layer_at(index);
+  require(window >= 1, "a window holds at least 1 token, not " + std::to_string(window));
+  layer.window = window;
+}
+
 void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
   const dejavu_config &c = config;
   const auto own = [&](Matrix &matrix, int64_t rows, int64_t columns, const std::string &what) {
@@ -321,6 +327,12 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
     made.allocate(arena, m.dtype, rows, columns);
     made.fill(m, what, c.threads);
     matrix = std::move(made);
+  };
+  const auto rotations = [&](Rotary &made, float factor) {
+    require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns >= 1 && m.columns <= c.head_dim / 2,
+            "inverse frequencies must be one row of at most head_dim / 2");
+    copy_vector(made.inv_freq, m.columns, (const float *)m.data, m.columns);
+    made.pairs = m.columns, made.factor = factor;
   };
   switch (part) {
     case DEJAVU_EMBED: return own(embed, c.vocab_size, c.embed_size, "the embedding");
@@ -331,11 +343,8 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
     case DEJAVU_PROJECT_OUT: return own(project_out, c.embed_size, c.hidden_size, "project_out");
     case DEJAVU_HEAD: return own(head, c.vocab_size, c.embed_size, "the head");
     case DEJAVU_FINAL_NORM: return set_norm(final_norm, m, "the final norm");
-    case DEJAVU_INV_FREQ:
-      require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns >= 1 && m.columns <= c.head_dim / 2,
-              "inverse frequencies must be one row of at most head_dim / 2");
-      rotated = m.columns;
-      return copy_vector(inv_freq, m.columns, (const float *)m.data, m.columns);
+    case DEJAVU_INV_FREQ: return rotations(rotary, c.rotary_factor);
+    case DEJAVU_LOCAL_INV_FREQ: return rotations(local_rotary, c.local_rotary_factor);
     default: break;
   }
   Layer &layer = layer_at(index);

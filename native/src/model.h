@@ -90,12 +90,21 @@ struct NeuronPanel {
   Matrix gate, up;
 };
 
+// Rotary positions: inverse frequencies of so many pairs of a head, and a factor of what is rotated.
+struct Rotary {
+  Buffer<float> inv_freq;
+  int64_t pairs = 0;
+  float factor = 1.0f;
+  bool present() const { return pairs > 0; }
+};
+
 struct Layer {
   Norm norm1, norm2, norm1_out, norm2_out;  // those of what blocks add: empty where there are none
   Matrix q, k, v, o, gate, up, down;  // neurons are records, see above
   // Input-major, in place of q, k, v, gate and up. How many there are follows the number of threads, which changes no sum.
   std::vector<HeadPanel> head_panels;
   std::vector<NeuronPanel> neuron_panels;
+  int64_t window = 0;  // how many tokens a token sees, itself included; 0: all
   uint32_t given = 0;  // bits of q, k and v where they are set
   bool has_mlp = false;
   Buffer<float> o_bias, down_bias, q_norm, k_norm;  // norms of heads: empty where there are none
@@ -114,6 +123,7 @@ constexpr int64_t LANES = 16;  // of any vector
 struct dejavu_model {
   explicit dejavu_model(const dejavu_config &config);
   void set(int part, int64_t layer, const dejavu_matrix &matrix);
+  void set_window(int64_t layer, int64_t window);
   void set_mlp(int64_t layer, const dejavu_matrix *gate, const dejavu_matrix &up, const dejavu_matrix &down);
 
   dejavu_config config;
@@ -121,13 +131,13 @@ struct dejavu_model {
   Arena arena;
   Matrix embed, position, project_in, project_out, head;
   Norm final_norm;
-  Buffer<float> inv_freq;
-  int64_t rotated = 0;  // pairs of a head
+  Rotary rotary, local_rotary;  // the second of layers with a window, where they have others
   std::vector<Layer> layers;
 
   bool input_major() const { return config.layout == DEJAVU_INPUT_MAJOR; }
   // The first matrix of an MLP: the one that is activated.
   const Matrix &gate_of(const Layer &layer) const { return config.gated ? layer.gate : layer.up; }
+  bool is_local(const Layer &layer) const { return layer.window > 0 && local_rotary.present(); }
   const Matrix &output_head() const { return config.tied_head ? embed : head; }
   // Of every vector that meets matrices of the model, once its parts are there.
   Forms forms() const;

@@ -23,7 +23,7 @@ DTYPES = (
 )
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}  # dejavu_dtype
 EMBED, POSITION, PROJECT_IN, PROJECT_OUT, HEAD, FINAL_NORM, INV_FREQ, NORM1, NORM2, QUERY, KEY, VALUE, OUTPUT = range(13)
-QUERY_NORM, KEY_NORM, ATTENTION_NORM, MLP_NORM = range(13, 17)
+QUERY_NORM, KEY_NORM, ATTENTION_NORM, MLP_NORM, LOCAL_INV_FREQ = range(13, 18)
 MLP, HEADS = range(2)
 LAYOUTS = {"by-neuron": 0, "gate-apart": 1, "input-major": 2}  # dejavu_layout
 HEAD_PAD = 16  # a head takes a multiple of this many values in the cache
@@ -38,7 +38,7 @@ class ConfigStruct(Structure):
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "max_positions", "position_offset")),
         *((name, c_int32) for name in ("activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head", "layout", "threads")),
         ("norm_eps", c_float),
-        *((name, c_float) for name in ("activation_threshold", "rotary_factor", "attention_scale")),
+        *((name, c_float) for name in ("activation_threshold", "rotary_factor", "local_rotary_factor", "attention_scale")),
         *((name, c_float) for name in ("embed_scale", "residual_scale", "logit_scale")),
     )
 
@@ -87,6 +87,7 @@ _SIGNATURES = {
     "dejavu_model_new": (c_int, (POINTER(ConfigStruct), POINTER(c_void_p))),
     "dejavu_model_set": (c_int, (c_void_p, c_int, c_int64, POINTER(MatrixStruct))),
     "dejavu_model_set_mlp": (c_int, (c_void_p, c_int64, *(POINTER(MatrixStruct),) * 3)),
+    "dejavu_model_window": (c_int, (c_void_p, c_int64, c_int64)),
     "dejavu_model_free": (None, (c_void_p,)),
     "dejavu_engine_new": (c_int, (c_void_p, c_int, c_int64, c_char_p, POINTER(c_void_p))),
     "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(MatrixStruct), POINTER(MatrixStruct), c_float, c_int)),
@@ -114,13 +115,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         loaded = ctypes.CDLL(str(found[0]))
         difference = _difference(loaded)
+        if difference is not None:  # it may lack a function, too
+            return None, f"its library {found[0].name} is of another version of dejavu ({difference}): build it again"
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return None, f"its library {found[0].name} cannot be loaded: {error}"
-    if difference is not None:
-        return None, f"its library {found[0].name} is of another version of dejavu ({difference}): build it again"
     return loaded, None
 
 

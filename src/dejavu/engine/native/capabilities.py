@@ -19,6 +19,8 @@ NATIVE = Capabilities(
             "rotary_scale",
             "qk_norm",
             "block_norms",
+            "local_rope",
+            "window",
             "scales",
             "attention_scale",
         }

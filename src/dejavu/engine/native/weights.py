@@ -115,6 +115,8 @@ class NativeModel:
         self._norms: dict[int, dict[str, Tensor]] = {}
         if take:
             self.prepare(model, screened=screened)
+        for layer in model.config.windowed:
+            native.check(self._library.dejavu_model_window(self.handle, layer, model.config.window))
         for part, layer, views in _parts(model, dtype, take=take):
             self._set(part, layer, views)
 
@@ -208,6 +210,7 @@ def native_config(config: ModelConfig, layout: str) -> native.ConfigStruct:
         norm_eps=config.norm_eps,
         activation_threshold=config.activation_threshold,
         rotary_factor=1.0 if config.rope is None else config.rope.attention_factor,
+        local_rotary_factor=1.0 if config.local_rope is None else config.local_rope.attention_factor,
         attention_scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
         embed_scale=config.embed_scale,
         residual_scale=config.residual_scale,
@@ -226,8 +229,9 @@ def _parts(model: Transformer, dtype: str, *, take: bool) -> Iterator[tuple[int 
             yield part, -1, (matrix_view(dtype, module.matrix),)
     if model.position is not None:
         yield native.POSITION, -1, (MatrixView(wide(model.position.matrix)),)
-    if model.inv_freq is not None:
-        yield native.INV_FREQ, -1, (MatrixView(model.inv_freq),)
+    for part, inv_freq in ((native.INV_FREQ, model.inv_freq), (native.LOCAL_INV_FREQ, model.local_inv_freq)):
+        if inv_freq is not None:
+            yield part, -1, (MatrixView(inv_freq),)
     if model.final_norm is not None:
         yield native.FINAL_NORM, -1, (_norm(model.final_norm, size),)
     if take:
