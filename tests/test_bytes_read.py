@@ -74,6 +74,12 @@ def test_the_cache_is_read_by_each_row_and_the_weights_once(tiny: Tiny) -> None:
     assert three["other"] - one["other"] == 2 * config.hidden_size * 4
 
 
+def test_of_the_cache_a_layer_reads_its_window(tiny: Tiny) -> None:
+    config = tiny("llama", window=8, windowed=(1,)).config
+    few, many, more = (step_bytes(config, FP32, dense_reads(config, tokens=tokens))["attention"] for tokens in (8, 9, 10))
+    assert many - few == more - many == 2 * config.num_kv_heads * config.head_dim * 4
+
+
 @pytest.mark.parametrize(("family", "matrices", "biases"), [("opt", 1, 1), ("llama", 2, 0)])
 def test_what_is_not_selected_is_not_counted(tiny: Tiny, family: str, matrices: int, biases: int) -> None:
     """One neuron less: its rows, one down row less with it, and one head less: its rows of q and o and its cache."""

@@ -136,11 +136,17 @@ class Reads:
     cached_L: Sequence[float]
 
 
+def attended(config: ModelConfig, tokens: float) -> list[float]:
+    """By layer: so many tokens, or the last ones of them that its window holds."""
+    seen = tokens if config.window is None else min(tokens, config.window)
+    return [seen if index in config.windowed else tokens for index in range(config.num_layers)]
+
+
 def dense_reads(config: ModelConfig, *, rows: int = 1, tokens: float = 0) -> Reads:
-    """Everything, for rows that attend to so many tokens each."""
+    """Everything, for rows of so many tokens each."""
     layers, neurons = config.num_layers, config.intermediate_size
     counts = Counts(neurons=torch.full((layers,), neurons), heads=torch.full((layers,), config.num_heads))
-    cached = [rows * config.num_kv_heads * tokens] * layers
+    cached = [rows * config.num_kv_heads * seen for seen in attended(config, tokens)]
     return Reads(rows=rows, counts=counts, fired_L=[neurons] * layers, cached_L=cached)
 
 
@@ -169,7 +175,9 @@ def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequ
         mlp += chosen.inputs.rows_down(fired, at_down) * stored("down").row(size)
         scorings = [selector.scoring(config) for selector in chosen.selectors]
         predictor += sum(scoring_bytes(each, may_be_int8=formats.int8_predictors) for each in scorings)
-    norms = (2 * config.num_layers + config.final_norm) * size * vector * (1 + (config.norm == "layernorm")) * config.norm_affine
+    wide_norms = config.num_layers * (2 - config.shared_norm + 2 * config.block_norms) + config.final_norm
+    norm_values = wide_norms * size + config.num_layers * 2 * config.qk_norm * head_dim
+    norms = norm_values * vector * (1 + (config.norm == "layernorm")) * config.norm_affine
     narrow = embed != size
     positions = (config.positions == "learned") * size * vector
     project_in, project_out = formats.projections
@@ -209,7 +217,7 @@ def read_share(
 ) -> float:
     """Useful bytes of a step over those of the same step run dense: predictors, gates, norms, cache and head included.
 
-    tokens: that each row attends to; not given: as many as the layer that reads most of the cache does with all of its heads.
+    tokens: of each row; not given: as many as the layer that reads most of the cache does with all of its heads.
     """
     tokens = max(reads.cached_L) / (reads.rows * config.num_kv_heads) if tokens is None else tokens
     dense = step_bytes(config, formats, dense_reads(config, rows=reads.rows, tokens=tokens))
@@ -224,6 +232,7 @@ def text_read_share(config: ModelConfig, text: GeneratedText, layers: Sequence[L
     counts = text.counts
     if counts is None:
         return None
-    cached_L = [heads * config.num_kv_heads / config.num_heads * counts.tokens for heads in counts.heads_L]
+    seen_L = attended(config, counts.tokens)
+    cached_L = [heads * config.num_kv_heads / config.num_heads * seen for heads, seen in zip(counts.heads_L, seen_L, strict=True)]
     reads = Reads(rows=1, counts=counts.mean, fired_L=counts.neurons_L, cached_L=cached_L)
     return read_share(config, formats_of(text.engine), reads, layers, tokens=counts.tokens)

@@ -31,13 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dejavu.bench.bytes_read import Reads, formats_of, read_share, step_bytes, weight_bytes
+from dejavu.bench.bytes_read import Reads, attended, formats_of, read_share, step_bytes, weight_bytes
 from dejavu.bench.graphs import node_count
 from dejavu.bench.memory import buffer_bytes, sequential_buffer
 from dejavu.bench.rows import Shape, SpeedRow, device_facts
 from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, time_interleaved
 from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same, selects_heads
-from dejavu.config import Progress, require
+from dejavu.config import ModelConfig, Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
 from dejavu.engine.options import EngineOptions
@@ -100,8 +100,8 @@ class _Steps:
 class _Decoder:
     """One variant's engine with its sequences, and what their steps selected and took."""
 
-    def __init__(self, engine: Engine, variant: Variant, rows_BT: list[list[int]], context: int, groups: int) -> None:
-        self.engine, self.variant, self.rows_BT, self.context, self.groups = engine, variant, rows_BT, context, groups
+    def __init__(self, engine: Engine, variant: Variant, rows_BT: list[list[int]], context: int, config: ModelConfig) -> None:
+        self.engine, self.variant, self.rows_BT, self.context, self.config = engine, variant, rows_BT, context, config
         self.slots = list(range(len(rows_BT)))
         self.steps = _Steps()
 
@@ -134,8 +134,8 @@ class _Decoder:
             counts, fired_L = profile.counts, profile.fired_L
             for op, seconds in profile.seconds.items():
                 steps.seconds.setdefault(op, []).append(seconds)
-        tokens = self.context + index + 1
-        cached_L = result.counts.heads.sum(0) * self.groups / info.num_heads * tokens
+        seen_L = torch.tensor(attended(self.config, self.context + index + 1))
+        cached_L = result.counts.heads.sum(0).cpu() / self.config.heads_per_group * seen_L
         steps.counts.append(counts.cpu())
         steps.reads.append(torch.stack([part.double().cpu() for part in (fired_L, cached_L)]))
         mlp_BL, heads_BL = result.counts.densities(info)
@@ -206,7 +206,7 @@ def bench(
         # torch keeps its lists anyway, so that recording them costs nothing; the others tell unions in their profile.
         record, tokens = options.backend not in ("native", "cuda"), batch * (needed + 64)
         engine = make_engine(model, variant.layers, dataclasses.replace(options, num_slots=batch, cache_tokens=tokens, record=record))
-        return _Decoder(engine, variant, rows_BT, context, model.config.num_kv_heads)
+        return _Decoder(engine, variant, rows_BT, context, model.config)
 
     decoders = [decoder_of(variant) for variant in variants]
     run = _DecodeRun(model, decoders, peers, name=name, shape=shape, adapter=adapter, ahead=options.ahead)
