@@ -23,7 +23,7 @@ from dejavu.model.selectors import LayerAdapter, PredictedNeurons
 from dejavu.model.transformer import Transformer
 from helpers.adapters import mlp_of, predicted
 from helpers.engines import decode, ids_of, random_layers
-from helpers.native import DTYPES, ISAS, MISSING, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
+from helpers.native import DTYPES, GEMMA, ISAS, MISSING, NATIVE_MODELS, NEARNESS, engine_of, needs_library, rounded
 from helpers.pairs import all_pairs
 
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -306,6 +306,24 @@ def test_rows_left_out_are_not_read(model: Transformer) -> None:
     with pytest.raises(ValueError, match="not finite"):
         engine.prefill(0, ids[:1])
     assert engine.length(0) == len(ids)
+
+
+@needs_library
+@pytest.mark.parametrize("cache_dtype", ["fp32", "fp16", "int8"])
+def test_pages_that_a_window_left_behind_are_not_read(tiny: Tiny, cache_dtype: str) -> None:
+    """NaN in them changes no bit, of steps or of a prompt, whose tokens share pages and have the bits of steps."""
+    model, ids = tiny("llama", **GEMMA | {"windowed": (0, 1, 2)}), ids_of(6, 31)
+    for isa in ISAS:
+        options: dict[str, Any] = {"cache_dtype": cache_dtype, "instruction_set": isa, "cache_tokens": 63}
+        expected, _ = decode(engine_of(model, **options), ids)
+        engine = engine_of(model, **options)
+        first = engine.prefill_logits(0, ids[:18])
+        cache = engine._cache
+        for pool in (cache.k_LPGSK, cache.v_LPGSK, cache.k_scale_LPGS, cache.v_scale_LPGS):
+            if pool is not None and pool.is_floating_point():
+                pool[:, cache.pages(0, 9)] = torch.nan  # position 18 sees 11 and on
+        prompt = engine.prefill_logits(0, ids[18:28])
+        assert torch.equal(torch.cat([first, prompt, decode(engine, ids[28:])[0]]), expected)
 
 
 # Limits, bad input, memory

@@ -265,6 +265,11 @@ void bad_input(const dejavu_config &good, int dtype) {
     c.*scale = 0;
     EXPECT(dejavu_model_new(&c, &model) == DEJAVU_BAD_VALUE);
   }
+  for (float dejavu_config::*cap : {&dejavu_config::attention_cap, &dejavu_config::logit_cap}) {
+    c = good;
+    c.*cap = NAN;
+    EXPECT(dejavu_model_new(&c, &model) == DEJAVU_BAD_VALUE);
+  }
   c = good;
   c.intermediate_size = c.hidden_size = c.embed_size = 2147483647;
   EXPECT(dejavu_model_new(&c, &model) == DEJAVU_OK);
@@ -340,15 +345,15 @@ void bad_input(const dejavu_config &good, int dtype) {
 int main() {
   EXPECT(std::string(dejavu_layouts()).find("dejavu_matrix data:p8@0 scale:p8@8 bias:p8@16 order:p8@24 rows:i8@32 columns:i8@40 dtype:i4@48 transposed:i4@52 size:56\n") != std::string::npos);
   const dejavu_config configs[] = {
-      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | act, gated, rms, pre, final, rope, tied, layout, threads, eps, threshold | scales: of rotation, local rotation, scores, embedding, blocks, logits
-      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
-      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 0, 2, 1e-5f, 0, 1, 0.9f, 0.3f, 3, 0.5f, 0.7f},
-      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
-      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
-      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
-      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0.01f, 1.2f, 0.9f, 0.2f, 3, 0.5f, 0.7f},
-      {70, 96, 96, 224, 2, 5, 5, 32, 6, 0, DEJAVU_RELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1},
-      {50, 256, 256, 512, 2, 4, 2, 64, 5, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.1f, 1, 1, 1},
+      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | act, gated, rms, pre, final, rope, tied, layout, threads, eps, threshold | scales: of rotation, local rotation, scores, embedding, blocks, logits | caps
+      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 0, 2, 1e-5f, 0, 1, 0.9f, 0.3f, 3, 0.5f, 0.7f, 2, 3},
+      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0.01f, 1.2f, 0.9f, 0.2f, 3, 0.5f, 0.7f, 2, 3},
+      {70, 96, 96, 224, 2, 5, 5, 32, 6, 0, DEJAVU_RELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {50, 256, 256, 512, 2, 4, 2, 64, 5, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.1f, 1, 1, 1, 0, 0},
   };
   int runs = 0, models = 0;
   const int dtypes[] = {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, MIXED, DEJAVU_FP16, DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K, DEJAVU_W4_FP16, DEJAVU_W4_BF16, DEJAVU_W8_FP16, DEJAVU_W8_BF16};

@@ -34,16 +34,6 @@ void store(const Context &ctx, const float *head, void *pool, float *scales, int
   }
 }
 
-// RMSNorm of one head, where the model has it.
-void norm_head(const dejavu_config &config, const Buffer<float> &weight, float *head) {
-  if (weight.empty()) return;
-  const int64_t size = config.head_dim;
-  float square = 0;
-  for (int64_t i = 0; i < size; i++) square += head[i] * head[i];
-  const float scale = 1.0f / std::sqrt(square / (float)size + config.norm_eps);
-  for (int64_t i = 0; i < size; i++) head[i] = head[i] * scale * weight[i];
-}
-
 }  // namespace
 
 Attention::Attention(const dejavu_model &model, int threads, int64_t max_rows)
@@ -136,13 +126,14 @@ void Attention::place_head(const Context &ctx, int64_t layer, int64_t unit, cons
   const dejavu_block &block = ctx.block;
   const int64_t heads = ctx.config.num_heads, groups = ctx.config.num_kv_heads, size = ctx.config.head_dim;
   const bool is_query = unit < heads, is_key = !is_query && unit < heads + groups, is_local = ctx.model.is_local(weights);
+  const Buffer<float> &norm = is_query ? weights.q_norm : weights.k_norm;
   const Angles &angles = is_local ? local_angles_ : angles_;
   const int64_t pairs = (is_local ? ctx.model.local_rotary : ctx.model.rotary).pairs;
   for (int64_t r = 0; r < ctx.rows; r++) {
     if (is_query && selected[r * groups + unit / (heads / groups)] == 0) continue;
     float *computed = own.head[r].f;
     if (is_query || is_key) {
-      norm_head(ctx.config, is_query ? weights.q_norm : weights.k_norm, computed);
+      if (!norm.empty()) ctx.kernels.rms_norm(computed, norm.data(), ctx.config.norm_eps, size, norm.size(), computed);
       angles.rotate(pairs, r, computed);
     }
     if (!is_query) {  // past `size` it is zero: nothing is written there
@@ -223,7 +214,10 @@ void Attention::mix(const Context &ctx, int64_t layer, int64_t h, int64_t r, int
         dots_of(rows, x[j]->f, padded, p[j] + t);
         scale(block.k_scale, t, first, rows.count, j);
       });
-  for (int64_t j = 0; j < count; j++) kernels.softmax(p[j] + seen[j], length[j] - seen[j]);
+  for (int64_t j = 0; j < count; j++) {
+    if (ctx.config.attention_cap > 0) kernels.cap(p[j] + seen[j], length[j] - seen[j], ctx.config.attention_cap);
+    kernels.softmax(p[j] + seen[j], length[j] - seen[j]);
+  }
   each_page(
       block.v_pool, nullptr,
       [&](int64_t t, int64_t first) {

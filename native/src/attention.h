@@ -1,5 +1,5 @@
 // The attention of a block of tokens. Keys and values of every head are stored; only selected groups are computed:
-//   q_h = Q_h a;   m_h = softmax(scale q_h k^T) v;   part of the heads' chunk += sum over d of m_h[d] O_h[d]
+//   q_h = Q_h a;   m_h = softmax(cap(scale q_h k^T)) v;   part of the heads' chunk += sum over d of m_h[d] O_h[d]
 // In a layer with a window a token sees the last tokens alone, and their pages are all that is read.
 // In: the input a of q, k and v, and the groups that are selected. Out: keys and values in the caller's cache, and parts of the residual
 // stream. A barrier lies between project and attend, and one between attend and add.

@@ -58,7 +58,10 @@ void Head::run(const Context &ctx, const Vectors &x) {
     const int64_t count = std::min(TILE, end - tile), tokens = ctx.rows - first_row;
     for (int64_t t = 0; t < tokens; t++) own.x[(size_t)t] = &in[first_row + t], own.out[(size_t)t] = ctx.block.logits + t * vocab_size + tile;
     products(ctx.kernels, head, {own.x.data(), own.out.data(), tokens}, tile, count, ctx.after(head, tile, count));
-    for (int64_t t = 0; t < tokens; t++) finite = finite && ctx.kernels.finite(own.out[(size_t)t], count);
+    for (int64_t t = 0; t < tokens; t++) {
+      if (ctx.config.logit_cap > 0) ctx.kernels.cap(own.out[(size_t)t], count, ctx.config.logit_cap);
+      finite = finite && ctx.kernels.finite(own.out[(size_t)t], count);
+    }
   }
   if (!finite) ctx.finite.store(false);
 }

@@ -121,6 +121,8 @@ struct Kernels {
   void (*narrow)(const float *x, int64_t n, half *y);
   // x = activation(x), activation being a dejavu_activation; room for PAD values past n
   void (*activate)(float *x, int64_t n, int activation, float threshold);
+  // x = cap tanh(x / cap); NaN where a value is not finite
+  void (*cap)(float *x, int64_t n, float cap);
   bool (*finite)(const float *x, int64_t n);
   // x[0] + x[1] + ...: as fast as memory can be read
   float (*sum)(const float *x, int64_t n);

@@ -15,7 +15,7 @@ const Kernels TABLE = {
     products<float>, products<bf16>, products<half>, products<int8_t>, products_i8_i16, EACH_GRID(products_grid),
     axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, axpys_i4,   EACH_GRID(axpys_grid), EACH_GRID(panels), panels<INT8_ROWS>,
     sums<float>, sums<bf16>, sums<half>, sums<int8_t>, sums_i4, EACH_GRID(sums_panels), sums_panels<INT8_ROWS>, add,
-    softmax,         layer_norm,  rms_norm,    quantize,      group,      narrow,                activate,          finite,
-    sum};
+    softmax,         layer_norm,  rms_norm,    quantize,      group,      narrow,                activate,          cap,
+    finite,          sum};
 
 }  // namespace

@@ -24,6 +24,7 @@ void check_config(const dejavu_config &c) {
   require(c.position_offset >= 0, "position_offset must not be negative");
   const struct { const char *name; float value; } scales[] = {
       {"embed_scale", c.embed_scale}, {"residual_scale", c.residual_scale}, {"logit_scale", c.logit_scale}};
+  require(c.attention_cap >= 0 && c.logit_cap >= 0, "a cap must be 0 or positive, not " + std::to_string(std::min(c.attention_cap, c.logit_cap)));
   for (const auto &scale : scales) require(scale.value > 0, std::string(scale.name) + " must be positive, not " + std::to_string(scale.value));
 }
 
@@ -363,7 +364,7 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
     case DEJAVU_K_NORM:
       require(m.data != nullptr && m.dtype == DEJAVU_FP32 && m.rows == 1 && m.columns == c.head_dim && m.bias == nullptr,
               "a norm of heads must be one fp32 row of " + std::to_string(c.head_dim) + " without a bias" + where);
-      return copy_vector(part == DEJAVU_Q_NORM ? layer.q_norm : layer.k_norm, c.head_dim, (const float *)m.data, c.head_dim);
+      return copy_vector(part == DEJAVU_Q_NORM ? layer.q_norm : layer.k_norm, round_up(c.head_dim, PAD), (const float *)m.data, c.head_dim);
     case DEJAVU_Q: return projection(layer.q, 0, c.num_heads, "q");
     case DEJAVU_K: return projection(layer.k, c.num_heads, c.num_kv_heads, "k");
     case DEJAVU_V: return projection(layer.v, c.num_heads + c.num_kv_heads, c.num_kv_heads, "v");

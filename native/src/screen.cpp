@@ -96,6 +96,7 @@ void Screen::write_logits(const Context &ctx, const Vector &x, int64_t r) {
   const int64_t begin = ctx.share(n), count = ctx.share_end(n) - begin;
   for (int64_t k = 0; k < count; k++) own.tokens[k] = (int32_t)token_of(ranks[begin + k]);
   dots(ctx.kernels, head, x, own.tokens.data(), 0, count, own.exact.data(), {head.row_bytes()});
+  if (ctx.config.logit_cap > 0) ctx.kernels.cap(own.exact.data(), count, ctx.config.logit_cap);
   if (!ctx.kernels.finite(own.exact.data(), count)) ctx.finite.store(false);
   float *logits = ctx.block.logits + (r - ctx.block.first_logits) * ctx.config.vocab_size;
   for (int64_t k = 0; k < count; k++) logits[own.tokens[k]] = own.exact[k];

@@ -42,8 +42,9 @@ void add(float *y, const float *x, int64_t n) {
   for (int64_t i = 0; i < n; i += F::W) F::store(y + i, F::add(F::load(y + i), F::load(x + i)));
 }
 
-// e^x by 2^round(x / ln 2) and a polynomial of the rest (Cephes expf), relative error below 2e-7; clamped to [-87, 88].
-inline F::T exp_of(F::T x) {
+// e^x = power (1 + rest): 2^round(x / ln 2), and a polynomial of what is left (Cephes expf), relative error below 2e-7; clamped to [-87, 88].
+struct Exp { F::T power, rest; };
+inline Exp parts_of_exp(F::T x) {
   x = F::min(F::max(x, F::set(-87.0f)), F::set(88.0f));
   const F::T n = F::round(F::mul(x, F::set(1.44269504f)));
   F::T r = F::fma(n, F::set(-0.693359375f), x);
@@ -54,8 +55,32 @@ inline F::T exp_of(F::T x) {
   p = F::fma(p, r, F::set(4.1665795894e-2f));
   p = F::fma(p, r, F::set(1.6666665459e-1f));
   p = F::fma(p, r, F::set(5.0000001201e-1f));
-  p = F::add(F::fma(p, F::mul(r, r), r), F::set(1.0f));
-  return F::mul(p, F::exp2i(n));
+  return {F::exp2i(n), F::fma(p, F::mul(r, r), r)};
+}
+
+inline F::T exp_of(F::T x) {
+  const Exp e = parts_of_exp(x);
+  return F::mul(F::add(e.rest, F::set(1.0f)), e.power);
+}
+
+// tanh x = (e^2x - 1) / (e^2x + 1): nothing cancels out near 0, where the power is 1.
+inline F::T tanh_of(F::T x) {
+  const Exp e = parts_of_exp(F::add(x, x));
+  const F::T less = F::fma(e.rest, e.power, F::sub(e.power, F::set(1.0f)));
+  return F::div(less, F::add(less, F::set(2.0f)));
+}
+
+inline F::T capped(F::T x, float cap) {
+  return F::fma(F::set(cap), tanh_of(F::mul(x, F::set(1.0f / cap))), F::mul(x, F::zero()));  // x times 0 is NaN where it is not finite
+}
+
+void cap(float *x, int64_t n, float cap) {
+  int64_t i = 0;
+  for (; i + F::W <= n; i += F::W) F::store(x + i, capped(F::load(x + i), cap));
+  float rest[F::W] = {0.0f};  // what lies behind x may be another thread's
+  for (int64_t k = i; k < n; k++) rest[k - i] = x[k];
+  if (i < n) F::store(rest, capped(F::load(rest), cap));
+  for (int64_t k = i; k < n; k++) x[k] = rest[k - i];
 }
 
 bool finite(const float *x, int64_t n) {
@@ -143,14 +168,20 @@ void activate(float *x, int64_t n, int activation, float threshold) {
     }
     return;
   }
+  if (activation == DEJAVU_GELU_TANH) {  // (1 + tanh u) / 2 = 1 / (1 + e^-2u), u = sqrt(2 / pi) (v + 0.044715 v^3)
+    for (int64_t i = 0; i < n; i += F::W) {
+      const F::T v = F::load(x + i), u = F::fma(F::mul(v, F::set(0.044715f)), F::mul(v, v), v);
+      F::store(x + i, F::div(v, F::add(F::set(1.0f), exp_of(F::mul(u, F::set(-1.59576912f))))));
+    }
+    return;
+  }
   for (int64_t i = 0; i < n; i++) {
     const float v = x[i];
     switch (activation) {
       case DEJAVU_RELU: x[i] = v < 0.0f ? 0.0f : v; break;  // NaN stays NaN, as in torch
       case DEJAVU_RELU2: x[i] = v < 0.0f ? 0.0f : v * v; break;
       case DEJAVU_FATRELU: x[i] = v <= threshold ? 0.0f : v; break;
-      case DEJAVU_GELU: x[i] = 0.5f * v * (1.0f + erff(v * 0.70710678f)); break;
-      default: x[i] = 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
+      default: x[i] = 0.5f * v * (1.0f + erff(v * 0.70710678f));  // DEJAVU_GELU
     }
   }
 }

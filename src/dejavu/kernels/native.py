@@ -39,7 +39,7 @@ class ConfigStruct(Structure):
         *((name, c_int32) for name in ("activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head", "layout", "threads")),
         ("norm_eps", c_float),
         *((name, c_float) for name in ("activation_threshold", "rotary_factor", "local_rotary_factor", "attention_scale")),
-        *((name, c_float) for name in ("embed_scale", "residual_scale", "logit_scale")),
+        *((name, c_float) for name in ("embed_scale", "residual_scale", "logit_scale", "attention_cap", "logit_cap")),
     )
 
 

@@ -22,6 +22,7 @@ NATIVE = Capabilities(
             "local_rope",
             "window",
             "scales",
+            "caps",
             "attention_scale",
         }
     ),

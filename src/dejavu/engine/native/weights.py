@@ -215,6 +215,8 @@ def native_config(config: ModelConfig, layout: str) -> native.ConfigStruct:
         embed_scale=config.embed_scale,
         residual_scale=config.residual_scale,
         logit_scale=config.logit_scale,
+        attention_cap=config.attention_cap,
+        logit_cap=config.logit_cap,
     )
 
 
