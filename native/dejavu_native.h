@@ -51,12 +51,12 @@ enum dejavu_op { /* parts of a block, for its profile */
   DEJAVU_OP_PREDICTOR = 0, DEJAVU_OP_ATTENTION, DEJAVU_OP_MLP, DEJAVU_OP_HEAD, DEJAVU_OP_OTHER, DEJAVU_OPS
 };
 
-/* rotary_factor: of what is rotated, local_rotary_factor: by local inverse frequencies; attention_scale: of scores; embed_scale, residual_scale and logit_scale: of the embedding, of what a
+/* parallel: the MLP reads the residual stream that attention reads, by norm2. rotary_factor: of what is rotated, local_rotary_factor: by local inverse frequencies; attention_scale: of scores; embed_scale, residual_scale and logit_scale: of the embedding, of what a
  * block adds, and of the head's input. A cap c turns a score or logit x into c tanh(x / c), 0 is none. threads: that pack matrices. */
 typedef struct {
   int64_t vocab_size, hidden_size, embed_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, max_positions;
   int64_t position_offset;
-  int32_t activation, gated, rms, pre_norm, final_norm, rope, tied_head, layout, threads;
+  int32_t activation, gated, rms, pre_norm, parallel, final_norm, rope, tied_head, layout, threads;
   float norm_eps, activation_threshold, rotary_factor, local_rotary_factor, attention_scale, embed_scale, residual_scale, logit_scale, attention_cap, logit_cap;
 } dejavu_config;
 

@@ -199,23 +199,23 @@ def test_a_backend_computes_it_or_says_what_it_does_not(opened: dict[str, Any], 
         assert found.counts == want.counts
 
 
-@pytest.mark.parametrize("name", ["falcon", "arcee"])
+@pytest.mark.parametrize("name", ["llama, drelu", "arcee"])
 def test_it_is_loaded_for_a_backend_that_computes_it(opened: dict[str, Any], name: str) -> None:
     """By name it is refused before a weight is read; auto goes to torch and says so."""
     folder = opened[name][2]
     lm = dejavu.load(folder)
     assert str(lm.generate("the cat", max_new_tokens=3)) is not None
-    if name == "falcon":
-        said = any("does not compute parallel blocks" in note for note in lm.notes)
+    if name == "llama, drelu":
+        said = any("does not compute an activation of the up projection" in note for note in lm.notes)
         assert lm.backend == "torch" and said != (pick_backend() == "torch")
         if pick_backend() == "native":
-            with pytest.raises(ValueError, match="backend 'native' does not compute parallel blocks"):
+            with pytest.raises(ValueError, match="backend 'native' does not compute an activation of the up projection"):
                 dejavu.load(folder, backend="native")
     else:
         assert lm.backend != "torch" or pick_backend() == "torch"
 
 
-@pytest.mark.parametrize(("name", "backend"), [("qwen3", "native"), ("falcon", "torch")])
+@pytest.mark.parametrize(("name", "backend"), [("qwen3", "native"), ("llama, drelu", "torch")])
 def test_what_the_gpu_does_not_compute_runs_on_the_cpu(
     opened: dict[str, Any], name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

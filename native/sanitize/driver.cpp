@@ -271,6 +271,9 @@ void bad_input(const dejavu_config &good, int dtype) {
     EXPECT(dejavu_model_new(&c, &model) == DEJAVU_BAD_VALUE);
   }
   c = good;
+  c.parallel = 1, c.pre_norm = 0;
+  EXPECT(dejavu_model_new(&c, &model) == DEJAVU_BAD_VALUE);
+  c = good;
   c.intermediate_size = c.hidden_size = c.embed_size = 2147483647;
   EXPECT(dejavu_model_new(&c, &model) == DEJAVU_OK);
   const float nothing = 0.0f;
@@ -345,15 +348,15 @@ void bad_input(const dejavu_config &good, int dtype) {
 int main() {
   EXPECT(std::string(dejavu_layouts()).find("dejavu_matrix data:p8@0 scale:p8@8 bias:p8@16 order:p8@24 rows:i8@32 columns:i8@40 dtype:i4@48 transposed:i4@52 size:56\n") != std::string::npos);
   const dejavu_config configs[] = {
-      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | act, gated, rms, pre, final, rope, tied, layout, threads, eps, threshold | scales: of rotation, local rotation, scores, embedding, blocks, logits | caps
-      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, DEJAVU_RELU, 0, 0, 1, 1, 0, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
-      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, DEJAVU_RELU, 0, 0, 0, 0, 0, 1, 0, 2, 1e-5f, 0, 1, 0.9f, 0.3f, 3, 0.5f, 0.7f, 2, 3},
-      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
-      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, DEJAVU_GELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
-      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, DEJAVU_RELU2, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
-      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, DEJAVU_FATRELU, 1, 1, 1, 1, 1, 1, 0, 2, 1e-5f, 0.01f, 1.2f, 0.9f, 0.2f, 3, 0.5f, 0.7f, 2, 3},
-      {70, 96, 96, 224, 2, 5, 5, 32, 6, 0, DEJAVU_RELU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
-      {50, 256, 256, 512, 2, 4, 2, 64, 5, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.1f, 1, 1, 1, 0, 0},
+      // vocab, hidden, embed, neurons, layers, heads, kv, head_dim, context, offset | act, gated, rms, pre, parallel, final, rope, tied, layout, threads, eps, threshold | scales: of rotation, local rotation, scores, embedding, blocks, logits | caps
+      {96, 32, 32, 64, 3, 4, 4, 8, 12, 2, DEJAVU_RELU, 0, 0, 1, 0, 1, 0, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {97, 33, 17, 67, 3, 3, 3, 11, 13, 2, DEJAVU_RELU, 0, 0, 0, 0, 0, 0, 1, 0, 2, 1e-5f, 0, 1, 0.9f, 0.3f, 3, 0.5f, 0.7f, 2, 3},
+      {51, 130, 130, 129, 4, 6, 2, 22, 14, 0, DEJAVU_SILU, 1, 1, 1, 1, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {7, 1, 1, 1, 2, 1, 1, 2, 9, 0, DEJAVU_GELU, 1, 1, 1, 0, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {200, 65, 65, 1000, 2, 5, 1, 16, 40, 0, DEJAVU_RELU2, 1, 1, 1, 0, 1, 1, 1, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {64, 64, 64, 7, 3, 2, 1, 32, 10, 0, DEJAVU_FATRELU, 1, 1, 1, 0, 1, 1, 1, 0, 2, 1e-5f, 0.01f, 1.2f, 0.9f, 0.2f, 3, 0.5f, 0.7f, 2, 3},
+      {70, 96, 96, 224, 2, 5, 5, 32, 6, 0, DEJAVU_RELU, 1, 1, 1, 0, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.3f, 1, 1, 1, 0, 0},
+      {50, 256, 256, 512, 2, 4, 2, 64, 5, 0, DEJAVU_SILU, 1, 1, 1, 0, 1, 1, 0, 0, 2, 1e-5f, 0, 1, 1, 0.1f, 1, 1, 1, 0, 0},
   };
   int runs = 0, models = 0;
   const int dtypes[] = {DEJAVU_FP32, DEJAVU_INT8, DEJAVU_BF16, DEJAVU_INT4, MIXED, DEJAVU_FP16, DEJAVU_Q8_0, DEJAVU_Q4_0, DEJAVU_Q4_1, DEJAVU_Q5_0, DEJAVU_Q5_1, DEJAVU_Q4_K, DEJAVU_Q5_K, DEJAVU_Q6_K, DEJAVU_W4_FP16, DEJAVU_W4_BF16, DEJAVU_W8_FP16, DEJAVU_W8_BF16};
@@ -363,16 +366,7 @@ int main() {
       config.layout = way / 18;
       const bool for_blocks = config.hidden_size % 32 == 0 && config.hidden_size > 64;  // these two are for grids, large and slow
       if (for_blocks && dtype != MIXED && !of_blocks(dtype)) continue;
-      if (dtype == MIXED && config.layout == DEJAVU_INPUT_MAJOR) continue;
       if (of_blocks(dtype) && (config.hidden_size % block_of(dtype).values != 0 || config.intermediate_size % block_of(dtype).values != 0)) continue;
-      if ((dtype == DEJAVU_INT4 || of_blocks(dtype)) && config.layout == DEJAVU_INPUT_MAJOR) {
-        dejavu_model *none = nullptr;
-        const Values refused(config.num_heads * config.head_dim, config.hidden_size, dtype, false);
-        EXPECT(dejavu_model_new(&config, &none) == DEJAVU_OK);
-        EXPECT(dejavu_model_set(none, DEJAVU_Q, 0, &refused.matrix) == DEJAVU_BAD_VALUE);
-        dejavu_model_free(none);
-        continue;
-      }
       dejavu_model *model = new_model(config, dtype, models % 2 == 0);
       const float thresholds[] = {0.0f, INFINITY, -INFINITY}, plain_thresholds[] = {0.0f, 1e30f, 0.3f};
       for (int t = 0; t < 3; t++) {

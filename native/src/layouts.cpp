@@ -24,7 +24,7 @@ std::string config() {
   return line("dejavu_config",
               FIELD(vocab_size) + FIELD(hidden_size) + FIELD(embed_size) + FIELD(intermediate_size) + FIELD(num_layers) + FIELD(num_heads) +
                   FIELD(num_kv_heads) + FIELD(head_dim) + FIELD(max_positions) + FIELD(position_offset) + FIELD(activation) +
-                  FIELD(gated) + FIELD(rms) + FIELD(pre_norm) + FIELD(final_norm) + FIELD(rope) + FIELD(tied_head) + FIELD(layout) + FIELD(threads) +
+                  FIELD(gated) + FIELD(rms) + FIELD(pre_norm) + FIELD(parallel) + FIELD(final_norm) + FIELD(rope) + FIELD(tied_head) + FIELD(layout) + FIELD(threads) +
                   FIELD(norm_eps) + FIELD(activation_threshold) + FIELD(rotary_factor) + FIELD(local_rotary_factor) +
                   FIELD(attention_scale) + FIELD(embed_scale) + FIELD(residual_scale) + FIELD(logit_scale) + FIELD(attention_cap) + FIELD(logit_cap),
               sizeof(Struct));

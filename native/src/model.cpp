@@ -21,6 +21,7 @@ void check_config(const dejavu_config &c) {
   require(c.activation >= DEJAVU_RELU && c.activation <= DEJAVU_GELU_TANH, "unknown activation " + std::to_string(c.activation));
   require(c.layout >= DEJAVU_BY_NEURON && c.layout <= DEJAVU_INPUT_MAJOR, "unknown layout " + std::to_string(c.layout));
   require(c.threads >= 1 && c.threads <= 1024, "threads must lie between 1 and 1024, not " + std::to_string(c.threads));
+  require(!c.parallel || c.pre_norm, "parallel blocks have norms before them");
   require(c.position_offset >= 0, "position_offset must not be negative");
   const struct { const char *name; float value; } scales[] = {
       {"embed_scale", c.embed_scale}, {"residual_scale", c.residual_scale}, {"logit_scale", c.logit_scale}};

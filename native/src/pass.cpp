@@ -1,5 +1,5 @@
-// The layers of a block, as one thread runs them. A layer of a pre-norm model (post-norm: the norms after the sums; what is added may
-// pass a norm and a scale):
+// The layers of a block, as one thread runs them. A layer of a pre-norm model (post-norm: the norms after the sums; parallel: m = norm2 x
+// of the x before attention; what is added may pass a norm and a scale):
 //   a = norm1 x; q, k, v = rows of a | barrier | x += o(attention) | barrier | m = norm2 x; x += down(act(up m)) | barrier
 #include "pass.h"
 
@@ -75,8 +75,9 @@ void run_block(dejavu_engine &engine, const dejavu_block &block, int thread) {
     pool.barrier();
     profiler.lap(thread, DEJAVU_OP_ATTENTION);
 
+    if (config.parallel) norm_or_copy(ctx, &weights.norm2, own.x, own.mlp_in);
     add(ctx, attention, layer, weights.norm1_out, own.attention_in, own.x);
-    norm_or_copy(ctx, config.pre_norm ? &weights.norm2 : &weights.norm1, own.x, own.mlp_in);
+    if (!config.parallel) norm_or_copy(ctx, config.pre_norm ? &weights.norm2 : &weights.norm1, own.x, own.mlp_in);
     if (!config.pre_norm) norm_or_copy(ctx, nullptr, own.mlp_in, own.x);
     make_input(ctx, layer, DEJAVU_AT_MLP, own.mlp_in, own.mlp_kept);
     profiler.lap(thread, DEJAVU_OP_OTHER);

@@ -36,7 +36,8 @@ class ConfigStruct(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("vocab_size", "hidden_size", "embed_size", "intermediate_size", "num_layers", "num_heads")),
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "max_positions", "position_offset")),
-        *((name, c_int32) for name in ("activation", "gated", "rms", "pre_norm", "final_norm", "rope", "tied_head", "layout", "threads")),
+        *((name, c_int32) for name in ("activation", "gated", "rms", "pre_norm", "parallel", "final_norm")),
+        *((name, c_int32) for name in ("rope", "tied_head", "layout", "threads")),
         ("norm_eps", c_float),
         *((name, c_float) for name in ("activation_threshold", "rotary_factor", "local_rotary_factor", "attention_scale")),
         *((name, c_float) for name in ("embed_scale", "residual_scale", "logit_scale", "attention_cap", "logit_cap")),

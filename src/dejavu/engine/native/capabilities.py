@@ -23,6 +23,7 @@ NATIVE = Capabilities(
             "window",
             "scales",
             "caps",
+            "parallel",
             "attention_scale",
         }
     ),

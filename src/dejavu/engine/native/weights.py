@@ -202,6 +202,7 @@ def native_config(config: ModelConfig, layout: str) -> native.ConfigStruct:
         gated=config.gated,
         rms=config.norm == "rmsnorm",
         pre_norm=config.pre_norm,
+        parallel=config.parallel,
         final_norm=config.final_norm,
         rope=config.positions == "rope",
         tied_head=config.tied_head,
@@ -240,8 +241,7 @@ def _parts(model: Transformer, dtype: str, *, take: bool) -> Iterator[tuple[int 
         model.hand_over(*(child for child in model.children() if isinstance(child, Held)))
     for index, block in enumerate(model.blocks):
         yield native.NORM1, index, (_norm(block.norm1, size),)
-        assert block.norm2 is not None, "see Capabilities.check_architecture"
-        yield native.NORM2, index, (_norm(block.norm2, size),)
+        yield native.NORM2, index, (_norm(block.norm2 or block.norm1, size),)
         for part, norm, width in (
             (native.QUERY_NORM, block.q_norm, model.config.head_dim),
             (native.KEY_NORM, block.k_norm, model.config.head_dim),
