@@ -212,6 +212,6 @@ def test_a_model_writes_one_text_after_the_other_on_one_engine(
     for prompt in (*expected, "the cat"):
         assert same(prompt)
     assert len(engines) == 1 and engines[0]._bucket(1).decode_rows is not None, "its own loop was used"
-    with lm._on_cpu():
+    with lm._offline():
         pass
     assert same("the cat") and len(engines) == 2

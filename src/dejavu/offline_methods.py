@@ -17,13 +17,16 @@ from dejavu.config import ModelConfig, Progress
 from dejavu.engine.options import EngineOptions
 from dejavu.figures import Evaluation, Profile, Training
 from dejavu.generation.engine_cache import EngineCache
+from dejavu.kernels.memory import within_gpu_memory
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.texts import corpus_hash, document_ids, spread_windows
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.model.transformer import Transformer, on_cpu
+from dejavu.model.transformer import Transformer
 from dejavu.quality.evaluate import evaluate
+
+OUT_OF_MEMORY = "end what else runs there, or take --backend native or torch, which works on the CPU"
 
 
 class OfflineMethods:
@@ -41,11 +44,11 @@ class OfflineMethods:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def _on_cpu(self) -> Generator[None]:
-        """See `on_cpu`; cached engines would keep the weights where they were."""
+    def _offline(self, fix: str = OUT_OF_MEMORY) -> Generator[None]:
+        """Work where the model is, whose memory is free of cached engines meanwhile. fix: what to lower where a GPU's is not enough."""
         self.model.require_weights()
         self._engines.clear()
-        with on_cpu(self.model):
+        with within_gpu_memory(fix):
             yield
 
     def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 20_000, progress: Progress | None = None) -> Profile:
@@ -58,7 +61,7 @@ class OfflineMethods:
 
         texts = {"text": text} if isinstance(text, str) else text
         ids = document_ids(self.tokenizer, texts, max_tokens=max_tokens)
-        with self._on_cpu():
+        with self._offline():
             return cast(Profile, profile(self.model, ids, bos=self.tokenizer.document_bos, progress=progress))
 
     def train(
@@ -124,7 +127,7 @@ class OfflineMethods:
         )  # fmt: skip
         texts = [text] if isinstance(text, str) else list(text)
         windows = self.training_windows(texts, max_tokens=config.max_tokens)
-        with self._on_cpu():
+        with self._offline():
             found = train_adapters(
                 self.checkpoint,
                 windows,
@@ -156,8 +159,8 @@ class OfflineMethods:
         if max_tokens is None:
             raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
         windows = self.training_windows(texts, max_tokens=max_tokens)
-        ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos)
-        with self._on_cpu():
+        ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos).to(self.model.device)
+        with self._offline():
             return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:

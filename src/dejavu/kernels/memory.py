@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import re
 import sys
 import weakref
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -72,6 +74,17 @@ def free_gpu_bytes(device: str) -> int | None:
         return None
     torch.cuda.empty_cache()  # what this process has taken and does not use, in pieces that may be too small
     return torch.cuda.mem_get_info(device)[0]
+
+
+@contextlib.contextmanager
+def within_gpu_memory(fix: str) -> Generator[None]:
+    """Raise MemoryError, one line that ends with what to lower, where a GPU's memory is not enough for what is done meanwhile."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        more = "" if wanted is None else f" ({wanted[1]} more were needed)"
+        raise MemoryError(f"the GPU's memory is not enough{more}: {fix}") from error
 
 
 def available_bytes(root: Path) -> int | None:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -97,20 +96,6 @@ def sharing(module: M, change: Callable[[Held], AnyMatrix]) -> M:
     for name, child in module.named_children():
         setattr(made, name, sharing(child, change))
     return made
-
-
-@contextmanager
-def on_cpu(model: nn.Module) -> Generator[None]:
-    """The model on the CPU meanwhile, in fp32 where it was on a GPU: profiles and predictors are computed there, whatever decodes."""
-    parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
-    if device.type != "cpu":
-        model.to("cpu", torch.float32)
-    try:
-        yield
-    finally:
-        if device.type != "cpu":
-            model.to(device, dtype)
 
 
 class Block(nn.Module):

@@ -2,7 +2,8 @@
 
 In: a model and windows of token ids [W, T]. Out: for one layer at a time, the inputs of its attention and MLP blocks, its
 active neurons as (index, value) pairs and the norm of every head group's contribution. Only the residual stream of one layer is kept,
-4 bytes x W x T x D, so memory does not grow with depth; the pass over all layers costs one forward pass in all.
+4 bytes x W x T x D, so memory does not grow with depth; the pass over all layers costs one forward pass in all. What is kept lies on the
+model's device while it fits (memory.py): who reads it moves the rows that it needs to `LayerData.device`.
 
 Letters: W windows  T tokens of a window  N = W x T tokens  D model  F neurons  H query heads  G head groups  K head_dim
 """
@@ -10,7 +11,7 @@ Letters: W windows  T tokens of a window  N = W x T tokens  D model  F neurons  
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dejavu.kernels.quantized import wide
 from dejavu.model.finite import require_finite_stream
 from dejavu.model.predictor import mlp_predictor_input
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
+from dejavu.offline.memory import CPU, Room, empty_at, windows_at_once
 
 BLOCK = 256  # tokens that are shuffled together
 FP16_LIMIT = 65504.0
@@ -60,36 +62,43 @@ def group_norms(block: Block, mixed_BTHK: Tensor, num_groups: int) -> Tensor:
 
 @dataclass(slots=True)
 class ActiveNeurons:
-    """The non-zero activations of N tokens: of token n, entries start_N[n] to start_N[n + 1]."""
+    """The non-zero activations of N tokens, in one or more runs of them, on the device that they were computed on or the host.
 
-    start_N: Tensor
-    index_A: Tensor
-    value_A: Tensor
+    Of token n of a run, entries start[n] to start[n + 1]; start is on the CPU, where runs are looked up.
+    """
+
+    runs: list[tuple[Tensor, Tensor, Tensor]]  # start, index, value
     num_neurons: int
 
     @classmethod
     def of(cls, act_NF: Tensor) -> ActiveNeurons:
         on = act_NF != 0
         start = torch.zeros(len(act_NF) + 1, dtype=torch.long)
-        torch.cumsum(on.sum(1), 0, out=start[1:])
+        start[1:] = on.sum(1).cumsum(0)
         small = torch.int16 if act_NF.shape[1] < 2**15 else torch.int32
-        return cls(start, on.nonzero()[:, 1].to(small), act_NF[on].to(torch.bfloat16), act_NF.shape[1])
+        return cls([(start, on.nonzero()[:, 1].to(small), act_NF[on].to(torch.bfloat16))], act_NF.shape[1])
 
     @classmethod
-    def joined(cls, parts: Sequence[ActiveNeurons]) -> ActiveNeurons:
-        starts, offset = [torch.zeros(1, dtype=torch.long)], 0
-        for part in parts:
-            starts.append(part.start_N[1:] + offset)
-            offset += int(part.start_N[-1])
-        return cls(torch.cat(starts), torch.cat([p.index_A for p in parts]), torch.cat([p.value_A for p in parts]), parts[0].num_neurons)
+    def joined(cls, parts: Sequence[ActiveNeurons], room: Room | None = None) -> ActiveNeurons:
+        """The parts one after the other; what does not fit into the room moves to the host."""
+        runs = [run for part in parts for run in part.runs]
+        if room is not None:
+            places = [room.place(index.nbytes + value.nbytes) for _, index, value in runs]
+            runs = [(start, index.to(place), value.to(place)) for (start, index, value), place in zip(runs, places, strict=True)]
+        return cls(runs, parts[0].num_neurons)
 
-    def dense(self, first: int, last: int) -> Tensor:
+    def dense(self, first: int, last: int, device: torch.device = CPU) -> Tensor:
         """Activations [last - first, F] fp32 of a run of tokens."""
-        begin, end = int(self.start_N[first]), int(self.start_N[last])
-        counts = self.start_N[first + 1 : last + 1] - self.start_N[first:last]
-        row = torch.repeat_interleave(torch.arange(last - first), counts)
-        out = torch.zeros(last - first, self.num_neurons)
-        out[row, self.index_A[begin:end].long()] = self.value_A[begin:end].float()
+        out, offset = torch.zeros(last - first, self.num_neurons, device=device), 0
+        for start, index, value in self.runs:
+            low, high = max(first - offset, 0), min(last - offset, len(start) - 1)
+            if low < high:
+                begin, end = int(start[low]), int(start[high])
+                row = torch.arange(low + offset - first, high + offset - first).repeat_interleave(
+                    start[low + 1 : high + 1] - start[low:high]
+                )
+                out[row.to(device), index[begin:end].to(device).long()] = value[begin:end].to(device).float()
+            offset += len(start) - 1
         return out
 
 
@@ -100,7 +109,10 @@ def mean_input(x_ND: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class LayerData:
-    """One layer over N tokens. Inputs are fp16 [N, D]: after a norm, with what may be a large mean; previous_mlp_ND is None in layer 0."""
+    """One layer over N tokens. Inputs are fp16 [N, D]: after a norm, with what may be a large mean; previous_mlp_ND is None in layer 0.
+
+    device: where to compute; what is kept may lie on the host.
+    """
 
     layer: int
     attention_ND: Tensor
@@ -108,6 +120,7 @@ class LayerData:
     previous_mlp_ND: Tensor | None
     active: ActiveNeurons
     group_norms_NG: Tensor
+    device: torch.device
 
     def mlp_input(self, lookahead: int) -> Tensor:
         chosen = (self.mlp_ND, self.attention_ND, self.previous_mlp_ND)[lookahead]
@@ -144,34 +157,37 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
 
     Raises ValueError, with the first layer and token, for values that are not finite.
     """
-    num_layers, count = model.config.num_layers, len(ids_WT)
-    position_T = torch.arange(ids_WT.shape[1], device=ids_WT.device)
-    x_WTD = torch.empty(*ids_WT.shape, model.config.hidden_size)
+    device, dtype = model.device, model.dtype
+    (count, length), size, num_layers = ids_WT.shape, model.config.hidden_size, model.config.num_layers
+    batch = windows_at_once(model.config, device, length, batch, logits=False)
+    position_T, room = torch.arange(length, device=device), Room.on(device)
+    stream_at = room.place(4 * count * length * size)
+    inputs_at = room.place(3 * 2 * count * length * size)  # of two layers three are alive
+    x_WTD = empty_at(stream_at, device, count, length, size, dtype=torch.float32)
     for first in range(0, count, batch):
         ids = ids_WT[first : first + batch]
         x_WTD[first : first + batch] = model.embedded(ids, position_T).float()
         require_finite_stream(x_WTD[first : first + batch], "the embedding", ids, window_names(first, len(ids)))
-    dtype = model.dtype
     previous: Tensor | None = None
     for layer in range(num_layers):
-        attention_ND, mlp_ND = (torch.empty(x_WTD.shape[:2].numel(), x_WTD.shape[2], dtype=torch.float16) for _ in range(2))
-        norms, active = [], []
+        attention_ND, mlp_ND = (empty_at(inputs_at, device, count * length, size, dtype=torch.float16) for _ in range(2))
+        norms, active, left = [], [], replace(room)
         for first in range(0, count, batch):
             recorder = _Recorder(model)
             stop = first + batch
-            x, _ = model.layer(layer, x_WTD[first:stop].to(dtype), position_T, None, recorder)
+            x, _ = model.layer(layer, x_WTD[first:stop].to(device, dtype), position_T, None, recorder)
             x_WTD[first:stop] = x.float()
             require_finite_stream(x, f"layer {layer}", ids_WT[first:stop], window_names(first, len(x)))
-            tokens = slice(first * ids_WT.shape[1], stop * ids_WT.shape[1])
+            tokens = slice(first * length, stop * length)
             for kept_ND, seen_BTD in ((attention_ND, recorder.attention), (mlp_ND, recorder.mlp)):
                 kept_ND[tokens] = seen_BTD.flatten(0, 1).clamp(-FP16_LIMIT, FP16_LIMIT)
             norms.append(recorder.norms.flatten(0, 1))
             assert recorder.active is not None
-            active.append(recorder.active)
+            active.append(ActiveNeurons.joined([recorder.active], left))
             if progress is not None:
                 progress(f"layer {layer}: reading activations", min(stop, count), count)
         joined = ActiveNeurons.joined(active)
         active.clear()
-        yield LayerData(layer, attention_ND, mlp_ND, previous, joined, torch.cat(norms))
+        yield LayerData(layer, attention_ND, mlp_ND, previous, joined, torch.cat(norms), device)
         previous = mlp_ND
         del joined, attention_ND

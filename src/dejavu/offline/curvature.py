@@ -59,7 +59,7 @@ def layer_slopes(model: Transformer, ids_WT: Tensor, *, seed: int, progress: Pro
 
     Raises ValueError, with the first layer and token, for values that are not finite.
     """
-    position_T, count = torch.arange(ids_WT.shape[1]), model.config.num_layers
+    position_T, count = torch.arange(ids_WT.shape[1], device=model.device), model.config.num_layers
     streams, names = list[Tensor](), window_names(0, len(ids_WT))
     with torch.no_grad():
         x_WTD = model.embedded(ids_WT, position_T)
@@ -68,7 +68,7 @@ def layer_slopes(model: Transformer, ids_WT: Tensor, *, seed: int, progress: Pro
             streams.append(x_WTD)
             x_WTD, _ = model.layer(layer, x_WTD, position_T, None, DENSE)
             require_finite_stream(x_WTD, f"layer {layer}", ids_WT, names)
-    slope_WTD = _head_slopes(model, x_WTD, torch.Generator().manual_seed(seed))
+    slope_WTD = _head_slopes(model, x_WTD, torch.Generator(model.device).manual_seed(seed))
     for layer in reversed(range(count)):
         seen, x_WTD = _Points(), streams.pop().detach().requires_grad_()
         with torch.enable_grad():
@@ -105,14 +105,15 @@ class Loss:
 
 def losses(score_NI: Tensor, slope_NI: Tensor, contribution_NI: Tensor, thresholds: Sequence[float]) -> list[Loss]:
     """Of every threshold, from few kept to many: values whose score is not above it are left out."""
-    ascending_K = torch.tensor(sorted(thresholds), dtype=torch.float32)
+    ascending_K = torch.tensor(sorted(thresholds), dtype=torch.float32, device=score_NI.device)
     count, tokens = len(ascending_K), len(score_NI)
     first_NI = torch.bucketize(score_NI, ascending_K)  # the lowest threshold that leaves a value out
-    lost_NK = torch.zeros(tokens, count + 1).scatter_add_(1, first_NI, slope_NI).cumsum(1)[:, :count]
+    lost_NK = slope_NI.new_zeros(tokens, count + 1).scatter_add_(1, first_NI, slope_NI).cumsum(1)[:, :count]
 
     def kept_share(weight_NI: Tensor) -> list[float]:
-        total = torch.bincount(first_NI.flatten(), weights=weight_NI.flatten(), minlength=count + 1).double()
-        return (total.flip(0).cumsum(0).flip(0)[1:] / total.sum().clamp_min(1e-30)).tolist()
+        total = torch.bincount(first_NI.flatten(), weights=weight_NI.flatten().double(), minlength=count + 1)
+        above = total.flip(0).cumsum(0).flip(0)
+        return (above[1:] / above[0].clamp_min(1e-30)).tolist()
 
     density_K, mass_K = kept_share(torch.ones_like(score_NI)), kept_share(contribution_NI)
     recall_K = kept_share((contribution_NI > 0).float())

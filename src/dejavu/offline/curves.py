@@ -35,7 +35,7 @@ SCORED_TOKENS = 1536
 
 def _halves(model: Transformer, ids: Sequence[int], bos: int | None) -> tuple[Tensor, Tensor]:
     context = min(model.config.max_positions, max(2, len(ids) // 4))
-    windows = pack_windows([ids], context=context, bos=bos)
+    windows = pack_windows([ids], context=context, bos=bos).to(model.device)
     require(len(windows) >= 2, f"{len(ids)} tokens are too few for curves; give a longer text")
     return windows[: len(windows) // 2], windows[len(windows) // 2 :]
 

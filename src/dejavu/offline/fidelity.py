@@ -23,15 +23,17 @@ from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.collect import window_names
+from dejavu.offline.memory import windows_at_once
 
 
 @torch.inference_mode()
 def token_nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE, *, batch: int = 2) -> Tensor:
-    """Negative log likelihood [W, T - 1] of each token after the first of its window, natural units, fp32.
+    """Negative log likelihood [W, T - 1] of each token after the first of its window, natural units, fp32. The ids are where the model is.
 
     Raises ValueError, with the first layer and token, for values that are not finite.
     """
     rows = []
+    batch = windows_at_once(model.config, model.device, ids_WT.shape[1], batch, logits=True)
     for first in range(0, len(ids_WT), batch):
         ids = ids_WT[first : first + batch]
         logits = model.logits(model.hidden(ids, selection)[:, :-1])

@@ -3,7 +3,8 @@
 In: LayerData of a layer (collect.py). Out: a Predictor whose scores rank neurons (or head groups) by how surely they matter.
 Start: reduced-rank regression of the pre-activations z = W m + b on the predictor's input x. With the covariances
 C = E[x x'] and S = E[m x'], the best linear map is W S C^-1; its best rank-R approximation comes from the SVD of
-diag(w) W S C^-1/2 (w weighs a neuron by its contribution). It needs no labels, only two D x D matrices.
+M = diag(w) W S C^-1/2 (w weighs a neuron by its contribution), whose right vectors are the eigenvectors of M'M. It needs no labels, only
+D x D matrices. All of it is computed on the device of the layer, a chunk of tokens at a time, wherever the tokens are kept.
 Loss, from a score s: "contribution" is  c softplus(-s) + price softplus(s)  with c = |activation| x |down row| over its mean
 where active. Its minimum is s = log(E[c | x] / price), so a threshold on s ranks neurons by the contribution to expect, which
 is what a selection buys. "bce" is plain binary cross entropy on "the neuron fires", where every active neuron counts alike.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dejavu.kernels.quantized import wide
 from dejavu.model.predictor import Predictor
@@ -32,29 +34,53 @@ def _inverse_root(covariance_DD: Tensor) -> Tensor:
     return ((vectors * values.rsqrt()) @ vectors.T).float()
 
 
-def _moments(x_ND: Tensor, m_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means of x and m, covariance of x, and cross-covariance of m with x, in fp32; reads a chunk of tokens at a time."""
-    mean_x, mean_m = mean_input(x_ND), mean_input(m_ND)
-    covariance, cross = torch.zeros(len(mean_x), len(mean_x)), torch.zeros(len(mean_m), len(mean_x))
-    for x_chunk, m_chunk in zip(x_ND.split(MOMENT_CHUNK), m_ND.split(MOMENT_CHUNK), strict=True):
-        x, m = x_chunk.float() - mean_x, m_chunk.float() - mean_m
-        covariance += x.T @ x
-        cross += m.T @ x
-    return mean_x, mean_m, covariance / len(x_ND), cross / len(x_ND)
+def _cross_covariance(m_NO: Tensor, x_ND: Tensor, mean_O: Tensor, mean_D: Tensor) -> Tensor:
+    """E[(m - mean m) (x - mean x)'] fp32 [O, D]."""
+    cross_OD = torch.zeros(len(mean_O), len(mean_D), device=mean_D.device)
+    for m_chunk, x_chunk in zip(m_NO.split(MOMENT_CHUNK), x_ND.split(MOMENT_CHUNK), strict=True):
+        m, x = (chunk.to(mean_D.device).float() - mean for chunk, mean in ((m_chunk, mean_O), (x_chunk, mean_D)))
+        cross_OD += m.T @ x
+    return cross_OD / len(x_ND)
+
+
+_whitenings = WeakTensorKeyDictionary()  # of inputs that are alive, by how many tokens: predictors of a layer and the next share them
+
+
+def _whitening(x_ND: Tensor, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and C^-1/2 of the first tokens of an input."""
+    found = _whitenings.setdefault(x_ND, {})
+    if tokens not in found:
+        mean_D = mean_input(x_ND[:tokens]).to(device)
+        found[tokens] = mean_D, _inverse_root(_cross_covariance(x_ND[:tokens], x_ND[:tokens], mean_D, mean_D))
+    return found[tokens]
+
+
+def _best_of_rank(M_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B [O, R] and A [R, D] whose product is nearest to M, both with the roots of its singular values; from the smaller Gram matrix."""
+    if len(M_OD) < M_OD.shape[1]:
+        B_DR, A_RO = _best_of_rank(M_OD.T, rank)
+        return A_RO.T, B_DR.T
+    gram_DD = torch.zeros(M_OD.shape[1], M_OD.shape[1], dtype=torch.float64, device=M_OD.device)
+    for rows in M_OD.split(MOMENT_CHUNK):
+        gram_DD.addmm_(rows.double().T, rows.double())
+    squared, vectors_DD = torch.linalg.eigh(gram_DD)
+    root_R = squared.flip(0)[:rank].clamp_min(1e-30).pow(0.25).float()
+    right_DR = vectors_DD.flip(1)[:, :rank].float()
+    return M_OD @ right_DR / root_R, (right_DR * root_R).T
 
 
 def regression_start(
-    x_ND: Tensor, target_ND: Tensor, weight_OD: Tensor, bias_O: Tensor, importance_O: Tensor, rank: int
+    x_ND: Tensor, target_ND: Tensor, tokens: int, weight_OD: Tensor, bias_O: Tensor, importance_O: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A [R, D], B [O, R], bias [O] of the best rank-R prediction of weight @ target + bias from x, rows weighed by importance."""
-    mean_x, mean_m, covariance_DD, cross_DD = _moments(x_ND, target_ND)
-    inverse_root = _inverse_root(covariance_DD)
-    best_OD = importance_O[:, None] * (weight_OD.float() @ cross_DD @ inverse_root)
-    left, singular, right = torch.linalg.svd(best_OD, full_matrices=False)
-    rank = min(rank, len(singular))
-    scale = singular[:rank].sqrt()
-    A_RD = scale[:, None] * (right[:rank] @ inverse_root)
-    B_OR = left[:, :rank] * scale / importance_O[:, None]
+    """A [R, D], B [O, R], bias [O] of the best rank-R prediction of weight @ target + bias from x, rows weighed by importance.
+
+    From the first tokens of x and target, computed where the weight is.
+    """
+    mean_x, inverse_root = _whitening(x_ND, tokens, weight_OD.device)
+    mean_m = mean_input(target_ND[:tokens]).to(weight_OD.device)
+    cross_DD = _cross_covariance(target_ND[:tokens], x_ND[:tokens], mean_m, mean_x)
+    B_OR, A_RD = _best_of_rank(importance_O[:, None] * (weight_OD.float() @ cross_DD @ inverse_root), rank)
+    A_RD, B_OR = A_RD @ inverse_root, B_OR / importance_O[:, None]
     return A_RD, B_OR, bias_O.float() + weight_OD.float() @ mean_m - B_OR @ (A_RD @ mean_x)
 
 
@@ -82,13 +108,14 @@ class _Scorer(nn.Module):
 def start_mlp(data: LayerData, block: Block, rank: int, lookahead: int, tokens: int) -> Predictor:
     """The closed-form MLP predictor of a layer, from its first `tokens` tokens; scores are in units of a logit."""
     module = block.activated
-    weight_FD, bias = wide(module.matrix).float(), torch.zeros(module.out_features) if module.bias is None else module.bias.float()
-    x_ND, m_ND = data.mlp_input(lookahead)[:tokens], data.mlp_ND[:tokens]
-    A_RD, B_OR, bias_O = regression_start(x_ND, m_ND, weight_FD, bias, down_norms(block).clamp_min(1e-6), rank)
+    weight_FD = wide(module.matrix).float()
+    bias = weight_FD.new_zeros(module.out_features) if module.bias is None else module.bias.float()
+    x_ND, m_ND = data.mlp_input(lookahead), data.mlp_ND
+    A_RD, B_OR, bias_O = regression_start(x_ND, m_ND, tokens, weight_FD, bias, down_norms(block).clamp_min(1e-6), rank)
     with torch.no_grad():  # a common threshold should mean the same probability for every neuron: divide by what is left unexplained
-        sample = slice(0, min(2048, tokens))
-        predicted = F.linear(F.linear(x_ND[sample].float(), A_RD), B_OR, bias_O)
-        spread_O = (F.linear(m_ND[sample].float(), weight_FD, bias) - predicted).std(0) + 1e-3
+        x, m = (inputs_ND[: min(2048, tokens)].to(data.device).float() for inputs_ND in (x_ND, m_ND))
+        predicted = F.linear(F.linear(x, A_RD), B_OR, bias_O)
+        spread_O = (F.linear(m, weight_FD, bias) - predicted).std(0) + 1e-3
     return Predictor(A_RD=A_RD, B_OR=1.7 * B_OR / spread_O[:, None], bias_O=1.7 * bias_O / spread_O, threshold=0.0, lookahead=lookahead)
 
 
@@ -126,7 +153,7 @@ def train_mlp(
 ) -> Predictor:
     """Gradient descent on the first `tokens` tokens; `epochs` passes (a fraction stops early), learning rate falling to zero."""
     x_ND = data.mlp_input(start.lookahead)
-    scorer = _Scorer(wide(start.A_RD), wide(start.B_OR), start.bias_O, mean_input(x_ND[:tokens]))
+    scorer = _Scorer(wide(start.A_RD), wide(start.B_OR), start.bias_O, mean_input(x_ND[:tokens]).to(data.device))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     norms_F = down_norms(block)
     per_epoch = len(_batches(tokens, 2048, torch.Generator()))
@@ -135,8 +162,8 @@ def train_mlp(
         for starts in _batches(tokens, 2048, generator):
             if step >= total:
                 break
-            act_NF = torch.cat([data.active.dense(s, min(s + BLOCK, tokens)) for s in starts])
-            x = torch.cat([x_ND[s : min(s + BLOCK, tokens)] for s in starts])
+            act_NF = torch.cat([data.active.dense(s, min(s + BLOCK, tokens), data.device) for s in starts])
+            x = torch.cat([x_ND[s : min(s + BLOCK, tokens)].to(data.device) for s in starts])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1.0, (step + 1) / 20) * (1 - step / total)
             LOSSES[loss](scorer(x), act_NF.abs() * norms_F).backward()
@@ -148,21 +175,19 @@ def train_mlp(
 
 def train_heads(data: LayerData, rank: int, lookahead: int, *, tokens: int, steps: int, generator: torch.Generator) -> Predictor:
     """A predictor of log(contribution norm) of every head group: linear regression in closed form, then a Huber loss."""
-    x_ND, norms_NG = data.head_input(lookahead)[:tokens], data.group_norms_NG[:tokens]
+    x_ND, norms_NG = data.head_input(lookahead), data.group_norms_NG[:tokens]
     target_NG = (norms_NG + 1e-4 * norms_NG.mean()).log()
-    mean_x, mean_y, covariance_DD, cross_GD = _moments(x_ND, target_NG)
-    inverse_root = _inverse_root(covariance_DD)
-    best_GD = cross_GD @ inverse_root @ inverse_root
-    left, singular, right = torch.linalg.svd(best_GD, full_matrices=False)
-    rank = min(rank, len(singular))
-    A_RD, B_GR = right[:rank] * singular[:rank, None].sqrt(), left[:, :rank] * singular[:rank].sqrt()
+    mean_x, inverse_root = _whitening(x_ND, tokens, data.device)
+    mean_y = mean_input(target_NG)
+    cross_GD = _cross_covariance(target_NG, x_ND[:tokens], mean_y, mean_x)
+    B_GR, A_RD = _best_of_rank(cross_GD @ inverse_root @ inverse_root, rank)
     scorer = _Scorer(A_RD, B_GR, mean_y - B_GR @ (A_RD @ mean_x), mean_x)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(steps):
-        rows = torch.randint(len(x_ND), (min(4096, len(x_ND)),), generator=generator)
+        rows = torch.randint(tokens, (min(4096, tokens),), generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / steps)
-        F.huber_loss(scorer(x_ND[rows]), target_NG[rows]).backward()
+        F.huber_loss(scorer(x_ND[rows].to(data.device)), target_NG[rows]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return scorer.predictor(lookahead)

@@ -38,13 +38,13 @@ class _LayerTally(Selection):
         config = model.config
         self.model, self.block = model, model.blocks[layer]
         self.norms_F = down_norms(self.block)
-        self.fired_F = torch.zeros(config.intermediate_size)
+        self.fired_F = torch.zeros(config.intermediate_size, device=model.device)
         self.tokens = self.sampled = 0
         self.cosine = self.mass99 = self.heads90 = 0.0
         points = sorted({max(1, round(d * config.intermediate_size)) for d in CURVE_DENSITIES})
-        self.kept_P = torch.tensor(points)
-        self.mass_P = torch.zeros(len(points))
-        self.head_share_H = torch.zeros(config.num_heads)
+        self.kept_P = torch.tensor(points, device=model.device)
+        self.mass_P = torch.zeros(len(points), device=model.device)
+        self.head_share_H = torch.zeros(config.num_heads, device=model.device)
 
     def heads(self, layer: int, inputs: LayerInputs, mixed_BTHK: Tensor) -> Tensor:
         norms_TH = group_norms(self.block, mixed_BTHK, mixed_BTHK.shape[-2]).flatten(0, -2)
@@ -80,7 +80,7 @@ class _LayerTally(Selection):
             "mass99_density": self.mass99 / self.sampled,
             "cosine": self.cosine / self.tokens,
             "heads90": self.heads90 / self.tokens,
-            "mass_curve": [[int(k) / len(self.fired_F), m] for k, m in zip(self.kept_P, mass, strict=True)],
+            "mass_curve": [[int(k) / len(self.fired_F), m] for k, m in zip(self.kept_P.tolist(), mass, strict=True)],
             "head_curve": [[(i + 1) / heads, s] for i, s in enumerate((self.head_share_H / self.tokens).tolist())],
         }
 
@@ -127,9 +127,9 @@ def profile(
     context, windows = model.config.max_positions, []
     for ids in documents.values():
         packed = [ids[first : first + context - 1] for first in range(0, len(ids), context - 1)]
-        windows += [torch.tensor([[*([] if bos is None else [bos]), *piece]]) for piece in packed if len(piece) > 0]
+        windows += [torch.tensor([[*([] if bos is None else [bos]), *piece]], device=model.device) for piece in packed if len(piece) > 0]
     for done, ids_1T in enumerate(windows):
-        position_T = torch.arange(ids_1T.shape[1])
+        position_T = torch.arange(ids_1T.shape[1], device=model.device)
         x, mlp_in = model.embedded(ids_1T, position_T), None
         require_finite_stream(x, "the embedding", ids_1T, window_names(done, 1))
         for layer, tally in enumerate(tallies):
@@ -141,6 +141,7 @@ def profile(
             progress("natural sparsity", done + 1, len(windows))
     share = max(2, oracle_tokens // len(documents))
     sample = pack_windows([ids[:share] for ids in documents.values()], context=min(context, max(2, oracle_tokens)), bos=bos)
+    sample = sample.to(model.device)
     return {
         "layers": [tally.row() for tally in tallies],
         "oracle": oracle_curves(model, sample, progress),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, require
 
-MEMORY_LIMIT = 2e9  # bytes that the activations of one layer may take
+MEMORY_LIMIT = 10e9  # bytes that the activations of one layer may take, on a GPU and beside it: the same tokens on every machine
 LONGEST = 2048  # tokens of a window: a longer context would leave few windows of a text, and cost more
 
 

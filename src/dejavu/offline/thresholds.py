@@ -89,8 +89,8 @@ class Scored:
 def score_mlp(predictor: Predictor, data: LayerData, block: Block, tokens: slice) -> Scored:
     """Scores of an MLP predictor on a run of tokens."""
     first, last, _ = tokens.indices(len(data.mlp_ND))
-    act_NF = data.active.dense(first, last)
-    scores = predictor.scores(data.mlp_input(predictor.lookahead)[tokens])
+    act_NF = data.active.dense(first, last, data.device)
+    scores = predictor.scores(data.mlp_input(predictor.lookahead)[tokens].to(data.device))
     return Scored(data.layer, scores, act_NF.abs() * down_norms(block), act_NF != 0, at_least_one=False)
 
 
@@ -99,5 +99,5 @@ def score_heads(predictor: Predictor, data: LayerData, tokens: slice) -> Scored:
     """Scores of a head predictor; a group counts as active when it gives over half of an equal share of the contribution."""
     norms_NG = data.group_norms_NG[tokens]
     active = norms_NG > 0.5 * norms_NG.mean(-1, keepdim=True)
-    scores = predictor.scores(data.head_input(predictor.lookahead)[tokens])
+    scores = predictor.scores(data.head_input(predictor.lookahead)[tokens].to(data.device))
     return Scored(data.layer, scores, norms_NG, active, at_least_one=True)

@@ -26,6 +26,7 @@ from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import DenseRuns, SearchSpace, fit
 from dejavu.offline.calibrate import token_reads
 from dejavu.offline.collect import pack_windows
+from dejavu.offline.memory import CPU
 from dejavu.offline.split import Split, fitting_windows, split_windows, training_context
 from dejavu.offline.train_config import METHODS, TrainConfig
 from dejavu.offline.train_plain import GateSearchSpace, InputSearchSpace, PlainPricing, exact_search_space
@@ -61,7 +62,7 @@ def train_adapters(
     check_method(model.config, config.method)
     ids_WT = pack_windows(document_ids, context=training_context(model.config), bos=checkpoint.tokenizer.document_bos)
     given = ids_WT.numel()
-    ids_WT = fitting_windows(ids_WT, model.config)
+    ids_WT = fitting_windows(ids_WT, model.config).to(model.device)
     split = split_windows(ids_WT)
     dense = DenseRuns.of(model, split)
     found: list[Trained] = []
@@ -168,7 +169,7 @@ def _trained(
         seed=config.seed,
         layers=space.configs(fitted.choice, counter),
     )
-    return Adapter(layers=fitted.layers, config=adapter_config), result
+    return Adapter(layers=tuple(layer.to(CPU) for layer in fitted.layers), config=adapter_config), result
 
 
 def _run_key(base: str, config: TrainConfig, ids_WT: Tensor) -> str:

@@ -99,13 +99,13 @@ def train_layer(data: LayerData, model: Transformer, config: TrainConfig, train:
     start = choose_lookahead(data, model, config, train)
     settings = {"epochs": config.epochs, "loss": config.loss, "learning_rate": config.learning_rate}
     mlp = train_mlp(data, block, start, tokens=train, generator=generator, **settings)
-    mlp = quantized(mlp, mean_input(data.mlp_input(mlp.lookahead)[:train]))
+    mlp = quantized(mlp, mean_input(data.mlp_input(mlp.lookahead)[:train]).to(data.device))
     predictors, options = {"mlp": mlp}, {"mlp": _options(score_mlp(mlp, data, block, held_out), "mlp")}
     if config.heads and model.config.num_kv_heads > 1:
         groups = model.config.num_kv_heads
         lookahead = choose_head_lookahead(data, groups, config, train)
         heads = train_heads(data, groups, lookahead, tokens=train, steps=100, generator=generator)
-        heads = quantized(heads, mean_input(data.head_input(lookahead)[:train]))
+        heads = quantized(heads, mean_input(data.head_input(lookahead)[:train]).to(data.device))
         predictors["heads"], options["heads"] = heads, _options(score_heads(heads, data, held_out), "heads")
     return TrainedLayer(predictors, options)
 
@@ -117,7 +117,7 @@ def _save_layer(folder: Path, layer: int, key: str, trained: TrainedLayer) -> No
         tensors |= {f"{kind}.A": wide(predictor.A_RD), f"{kind}.B": wide(predictor.B_OR), f"{kind}.bias": predictor.bias_O}
         options = [[threshold, *dataclasses.astuple(quality)] for threshold, quality in trained.options[kind]]
         parts[kind] = {"lookahead": predictor.lookahead, "options": options}
-    made = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    made = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_safetensors(_layer_file(folder, layer), made, {"key": key, "parts": json.dumps(parts)})
 
 
@@ -125,8 +125,8 @@ def _layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer}.safetensors"
 
 
-def _load_layer(folder: Path, layer: int, key: str, config: ModelConfig) -> TrainedLayer | None:
-    """A layer finished by an earlier, interrupted run of the same training; None where there is none."""
+def _load_layer(folder: Path, layer: int, key: str, model: Transformer) -> TrainedLayer | None:
+    """A layer finished by an earlier, interrupted run of the same training, on the model's device; None where there is none."""
     path = _layer_file(folder, layer)
     if not path.exists() or (stored := read_metadata(path)).get("key") != key:
         return None
@@ -135,9 +135,10 @@ def _load_layer(folder: Path, layer: int, key: str, config: ModelConfig) -> Trai
     with content_of(path, "remove it, and the layer is trained again"):
         for kind, part in json.loads(stored["parts"]).items():
             A, B, bias = (tensors[f"{kind}.{name}"] for name in ("A", "B", "bias"))
-            trained.predictors[kind] = quantized(Predictor(A_RD=A, B_OR=B, bias_O=bias, threshold=0.0, lookahead=part["lookahead"]))
+            predictor = quantized(Predictor(A_RD=A, B_OR=B, bias_O=bias, threshold=0.0, lookahead=part["lookahead"]))
+            trained.predictors[kind] = predictor.to(model.device)
             trained.options[kind] = [(row[0], SelectionQuality(*row[1:])) for row in part["options"]]
-            _selector(trained, kind, 0.0).check(layer, config)
+            _selector(trained, kind, 0.0).check(layer, model.config)
     return trained
 
 
@@ -231,7 +232,7 @@ def _trained_layers(
 ) -> list[TrainedLayer]:
     """Every layer's predictors: taken from the work folder where finished, trained otherwise."""
     num_layers = model.config.num_layers
-    layers = [None if work_folder is None else _load_layer(work_folder, layer, key, model.config) for layer in range(num_layers)]
+    layers = [None if work_folder is None else _load_layer(work_folder, layer, key, model) for layer in range(num_layers)]
     if all(trained is not None for trained in layers):
         return [trained for trained in layers if trained is not None]
     train = split.train.numel()

@@ -1,0 +1,55 @@
+"""Where offline work lies: on the model's device while it fits, else in page-locked memory of the host; and how much runs at once.
+
+In: bytes that are to be kept, or the length of windows. Out: the device that they are kept on, or how many windows a pass takes. On the CPU
+nothing depends on free memory, so that results do not either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dejavu.config import ModelConfig
+from dejavu.kernels.memory import free_gpu_bytes
+
+CPU = torch.device("cpu")
+KEPT = 10_000_000_000  # bytes of activations that a GPU holds at most
+SPARE = 4_000_000_000  # bytes that it needs beside them: a layer's temporaries, decompositions, logits
+
+
+@dataclass(slots=True)
+class Room:
+    """Bytes that the device may still hold of what is kept; None: all that comes."""
+
+    device: torch.device
+    left: int | None
+
+    @classmethod
+    def on(cls, device: torch.device) -> Room:
+        free = free_gpu_bytes(str(device))
+        return cls(device, None if free is None else max(0, min(KEPT, free - SPARE)))
+
+    def place(self, size: int) -> torch.device:
+        """The device, whose room so many bytes then take, or the CPU where it has not so much."""
+        if self.left is None:
+            return self.device
+        if size > self.left:
+            return CPU
+        self.left -= size
+        return self.device
+
+
+def empty_at(place: torch.device, of: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor at a place; what is of a GPU and placed on the CPU is page-locked, from where copies are fast."""
+    return torch.empty(shape, dtype=dtype, device=place, pin_memory=of.type == "cuda" and place == CPU)
+
+
+def windows_at_once(config: ModelConfig, device: torch.device, length: int, most: int, *, logits: bool) -> int:
+    """How many windows of so many tokens a pass takes: `most`, or what the free memory of a GPU holds the activations of, at least 1."""
+    free = free_gpu_bytes(str(device))
+    if free is None:
+        return most
+    per_token = 24 * config.intermediate_size + 48 * config.hidden_size + (16 * config.vocab_size if logits else 0)
+    return max(1, min(most, free // (per_token * length)))
