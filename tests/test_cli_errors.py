@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,35 @@ def test_our_own_mistake_has_a_traceback_and_status_1(monkeypatch: pytest.Monkey
     assert run(["info"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error and "impossible" in error and "bug" in error
+
+
+def test_a_full_gpu_is_one_line_and_keeps_what_is_finished(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the second layer of a training; and where a command has nothing to say about it."""
+    from dejavu.offline import train_predicted
+
+    layer_of = train_predicted.train_layer
+
+    def full(data: Any, *options: Any) -> Any:
+        if data.layer == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB")
+        return layer_of(data, *options)
+
+    monkeypatch.setattr(train_predicted, "train_layer", full)
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    arguments = ("train", str(work / "model"), "--text", str(tmp_path / "text.txt"), "-o", str(tmp_path / "made"), "--backend", "torch")
+    assert run([*arguments, "--epochs", "0.1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "2.50 GiB more" in said and "--backend" in said and str(tmp_path / "made.partial") in said
+    assert [path.name for path in (tmp_path / "made.partial").glob("layer_*")] == ["layer_0.safetensors"]
+
+    def full_too(name: str = "auto") -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dejavu.engine.backends.pick_backend", full_too)
+    assert run(["info"]) == 2
+    assert capsys.readouterr().err.startswith("dejavu: the GPU's memory is not enough")
 
 
 def test_the_command_itself(work: Path) -> None:

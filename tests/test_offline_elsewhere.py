@@ -7,16 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from conftest import Tiny
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.offline import memory
+from dejavu.offline.collect import LayerData, sweep_layers
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.profile import profile
 from dejavu.offline.train import train_adapters
 from dejavu.offline.train_config import TrainConfig
+from dejavu.offline.train_predicted import TrainedLayer, train_layer
 from dejavu.quality.evaluate import evaluate
 from helpers.elsewhere import DEVICE, elsewhere
 from helpers.offline import random_ids, skewed
@@ -54,3 +58,29 @@ def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(tiny: 
 
     here, there = both(skewed(tiny), work)
     torch.testing.assert_close(there, here, rtol=1e-2, atol=5e-3)
+
+
+def test_what_does_not_fit_is_kept_on_the_host_and_trains_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream and the inputs of layers there, of the active neurons some; a pass takes as many tokens as fit."""
+    ids_WT, config = torch.tensor([random_ids(60, seed) for seed in range(10)]), TrainConfig(rank=4, epochs=1)
+
+    def trained(model: Transformer) -> tuple[list[LayerData], TrainedLayer]:
+        found = list(sweep_layers(model, ids_WT.to(model.device)))
+        return found, train_layer(found[1], model, config, 480)
+
+    model = skewed(tiny)
+    with elsewhere():
+        model.to(DEVICE)
+        whole, expected = trained(model)
+        stream, per_token = 4 * ids_WT.numel() * 32, 24 * 128 + 48 * 32
+        monkeypatch.setattr(memory, "SPARE", 60 * per_token * 2)
+        monkeypatch.setattr(memory, "free_gpu_bytes", lambda device: memory.SPARE + stream + 50_000)
+        split, found = trained(model)
+        for data in split:
+            assert data.attention_ND.device == data.mlp_ND.device == memory.CPU
+        assert {value.device for data in split for _, _, value in data.active.runs} == {memory.CPU, DEVICE}
+        assert all(data.attention_ND.device == DEVICE for data in whole)
+    assert len(whole[0].active.runs) < len(split[0].active.runs), "with less memory more passes, of fewer windows"
+    for kind, options in expected.options.items():
+        for (threshold, quality), (other, same) in zip(options, found.options[kind], strict=True):
+            assert other == pytest.approx(threshold, abs=1e-2) and same.density == pytest.approx(quality.density, abs=1e-2)

@@ -187,15 +187,16 @@ class OfflineMethods:
 
         texts: name -> text; tasks: name -> records as `dejavu.quality.tasks.read_items` reads them from a JSONL file.
         """
-        return evaluate(
-            self.model,
-            self.tokenizer,
-            self.layers(adapter=adapter, dense=dense),
-            texts=texts or {},
-            tasks=tasks or {},
-            max_tokens=max_tokens,
-            limit=limit,
-            stride=stride,
-            strict=strict,
-            progress=progress,
-        )
+        with within_gpu_memory(OUT_OF_MEMORY):
+            return evaluate(
+                self.model,
+                self.tokenizer,
+                self.layers(adapter=adapter, dense=dense),
+                texts=texts or {},
+                tasks=tasks or {},
+                max_tokens=max_tokens,
+                limit=limit,
+                stride=stride,
+                strict=strict,
+                progress=progress,
+            )

@@ -68,7 +68,9 @@ def evaluation(
 ) -> None:
     """Measure perplexity and task accuracy, dense and sparse."""
     from dejavu.config import require
+    from dejavu.kernels.memory import within_gpu_memory
     from dejavu.model.texts import SEPARATOR, has_separator, named_files, named_texts
+    from dejavu.offline_methods import OUT_OF_MEMORY
     from dejavu.quality.evaluate import evaluate
     from dejavu.quality.resume import PartStore
     from dejavu.quality.tasks import read_items
@@ -96,7 +98,7 @@ def evaluation(
     hint = (
         "nothing was kept; with -o DIR a run resumes" if folder is None else f"finished texts and tasks are kept in {folder}; run it again"
     )
-    with resumable(hint), progress_bars() as progress:
+    with resumable(hint), within_gpu_memory(OUT_OF_MEMORY), progress_bars() as progress:
         result = NOTHING | {}
         if texts or items:
             result |= evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **settings)

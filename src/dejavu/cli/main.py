@@ -95,7 +95,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _mistake(str(error))
     except MemoryError as error:
         return _mistake(str(error) or "this machine's memory is not enough; take a smaller model, or one of fewer bytes with --dtype")
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported to ask
+            return _mistake("the GPU's memory is not enough; end what else runs there, or take a smaller model, --dtype, cache or batch")
         traceback.print_exc()
         print("This is a bug of dejavu; please report it with the lines above.", file=sys.stderr)
         return 1

@@ -132,9 +132,11 @@ def progress_bars(shown: bool = True) -> Generator[Callable[[str, int, int], Non
 
 @contextmanager
 def resumable(saved: str) -> Generator[None]:
-    """Where work within is interrupted, say on stderr what is saved and how to go on."""
+    """Where work within is interrupted, say on stderr what is saved and how to go on; where memory ends, in its message."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"\ninterrupted; {saved}", file=sys.stderr)
         raise
+    except MemoryError as error:
+        raise MemoryError(f"{error}; {saved}") from error

@@ -21,7 +21,7 @@ from dejavu.kernels.quantized import wide
 from dejavu.model.finite import require_finite_stream
 from dejavu.model.predictor import mlp_predictor_input
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
-from dejavu.offline.memory import CPU, Room, empty_at, windows_at_once
+from dejavu.offline.memory import CPU, Room, empty_at, tokens_at_once
 
 BLOCK = 256  # tokens that are shuffled together
 FP16_LIMIT = 65504.0
@@ -94,10 +94,10 @@ class ActiveNeurons:
             low, high = max(first - offset, 0), min(last - offset, len(start) - 1)
             if low < high:
                 begin, end = int(start[low]), int(start[high])
-                row = torch.arange(low + offset - first, high + offset - first).repeat_interleave(
-                    start[low + 1 : high + 1] - start[low:high]
-                )
-                out[row.to(device), index[begin:end].to(device).long()] = value[begin:end].to(device).float()
+                counts = (start[low + 1 : high + 1] - start[low:high]).to(device)
+                token = torch.arange(low + offset - first, high + offset - first, device=device)
+                row = token.repeat_interleave(counts, output_size=end - begin)  # its size is known: nothing waits for the device
+                out[row, index[begin:end].to(device).long()] = value[begin:end].to(device).float()
             offset += len(start) - 1
         return out
 
@@ -159,7 +159,7 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
     """
     device, dtype = model.device, model.dtype
     (count, length), size, num_layers = ids_WT.shape, model.config.hidden_size, model.config.num_layers
-    batch = windows_at_once(model.config, device, length, batch, logits=False)
+    batch = max(1, tokens_at_once(model, batch * length) // length)
     position_T, room = torch.arange(length, device=device), Room.on(device)
     stream_at = room.place(4 * count * length * size)
     inputs_at = room.place(3 * 2 * count * length * size)  # of two layers three are alive

@@ -23,7 +23,7 @@ from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.collect import window_names
-from dejavu.offline.memory import windows_at_once
+from dejavu.offline.memory import tokens_at_once
 
 
 @torch.inference_mode()
@@ -33,7 +33,8 @@ def token_nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE, 
     Raises ValueError, with the first layer and token, for values that are not finite.
     """
     rows = []
-    batch = windows_at_once(model.config, model.device, ids_WT.shape[1], batch, logits=True)
+    length = ids_WT.shape[1]
+    batch = max(1, tokens_at_once(model, batch * length, logits=True) // length)
     for first in range(0, len(ids_WT), batch):
         ids = ids_WT[first : first + batch]
         logits = model.logits(model.hidden(ids, selection)[:, :-1])

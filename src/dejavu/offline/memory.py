@@ -1,7 +1,7 @@
 """Where offline work lies: on the model's device while it fits, else in page-locked memory of the host; and how much runs at once.
 
-In: bytes that are to be kept, or the length of windows. Out: the device that they are kept on, or how many windows a pass takes. On the CPU
-nothing depends on free memory, so that results do not either.
+In: bytes that are to be kept, or a model. Out: the device that they are kept on, or how many tokens a pass takes. On the CPU nothing
+depends on free memory, so that results do not either.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dejavu.config import ModelConfig
 from dejavu.kernels.memory import free_gpu_bytes
+from dejavu.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 KEPT = 10_000_000_000  # bytes of activations that a GPU holds at most
@@ -46,10 +46,10 @@ def empty_at(place: torch.device, of: torch.device, *shape: int, dtype: torch.dt
     return torch.empty(shape, dtype=dtype, device=place, pin_memory=of.type == "cuda" and place == CPU)
 
 
-def windows_at_once(config: ModelConfig, device: torch.device, length: int, most: int, *, logits: bool) -> int:
-    """How many windows of so many tokens a pass takes: `most`, or what the free memory of a GPU holds the activations of, at least 1."""
-    free = free_gpu_bytes(str(device))
+def tokens_at_once(model: Transformer, most: int, *, logits: bool = False) -> int:
+    """Tokens that a pass takes: `most`, or those whose activations a GPU has memory for, at least 1. logits: of all of them."""
+    free, config = free_gpu_bytes(str(model.device)), model.config
     if free is None:
         return most
     per_token = 24 * config.intermediate_size + 48 * config.hidden_size + (16 * config.vocab_size if logits else 0)
-    return max(1, min(most, free // (per_token * length)))
+    return max(1, min(most, free // per_token))

@@ -22,6 +22,7 @@ from dejavu.model.counts import DensityCounter
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.offline.memory import tokens_at_once
 from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, paired_rise, perplexity, pooled
 from dejavu.quality.resume import PartStore
 from dejavu.quality.tasks import evaluate_task
@@ -99,6 +100,7 @@ def evaluate(
         selects = any(layer.sparse for layer in layers)
         require(selects, "the adapter selects in no layer, so nothing would run sparse; evaluate with --dense instead")
     context = model.config.max_positions if context is None else context
+    batch_tokens = tokens_at_once(model, batch_tokens)
     store = PartStore({}) if store is None else store
 
     def watch(what: str) -> Callable[[int, int], None] | None:
