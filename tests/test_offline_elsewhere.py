@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,42 @@ from dejavu.quality.evaluate import evaluate
 from helpers.elsewhere import DEVICE, elsewhere
 from helpers.offline import random_ids, skewed
 
+PLACES = ["elsewhere", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-def both(model: Transformer, work: Callable[[Transformer], Any]) -> tuple[Any, Any]:
-    """What work gives on the CPU and elsewhere."""
+
+def both(model: Transformer, work: Callable[[Transformer], Any], place: str) -> tuple[Any, Any]:
+    """What work gives on the CPU and in the other place."""
     here = work(copy.deepcopy(model))
-    with elsewhere():
-        there = work(copy.deepcopy(model).to(DEVICE))
+    with elsewhere() if place == "elsewhere" else nullcontext():
+        there = work(copy.deepcopy(model).to(DEVICE if place == "elsewhere" else place))
     return here, there
 
 
-def test_a_profile_is_the_same_elsewhere(tiny: Tiny) -> None:
-    here, there = both(skewed(tiny), lambda model: profile(model, {"a": random_ids(100)}, bos=2, oracle_tokens=60))
-    assert here == there
+def numbers(value: Any) -> list[float]:
+    """All numbers of lists and objects."""
+    if isinstance(value, dict | list):
+        return [number for part in (value.values() if isinstance(value, dict) else value) for number in numbers(part)]
+    return [value] if isinstance(value, int | float) else []
 
 
-def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_operations_of_two_devices_are_refused() -> None:
+    with elsewhere():
+        there = torch.ones(3, device=DEVICE)
+        assert (there + 1).device == DEVICE and (there.cpu() + torch.ones(3)).tolist() == [2, 2, 2]
+        with pytest.raises(RuntimeError, match="aten::add: tensors of meta and of the CPU"):
+            there + torch.ones(3)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_profile_is_the_same_elsewhere(tiny: Tiny, place: str) -> None:
+    here, there = both(skewed(tiny), lambda model: profile(model, {"a": random_ids(100)}, bos=2, oracle_tokens=60), place)
+    assert numbers(there) == pytest.approx(numbers(here), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(
+    tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, place: str
+) -> None:
     def work(model: Transformer) -> tuple[list[list[float]], list[Any]]:
         checkpoint = Checkpoint(
             model=model, tokenizer=tokenizer, config=model.config, name="tiny", base_hash="x", stored_dtype="fp32", notes=(), path=tmp_path
@@ -56,7 +78,7 @@ def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(tiny: 
         points = [row[part] for row in recall for part in ("mlp", "heads") if row[part]]
         return [[result[key] for key in keys] for _, result in (*found, *again)], [quality["dense"]["ppl"], ppl["ppl_dense"], *points]
 
-    here, there = both(skewed(tiny), work)
+    here, there = both(skewed(tiny), work, place)
     torch.testing.assert_close(there, here, rtol=1e-2, atol=5e-3)
 
 
