@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,19 @@ from helpers.offline import random_ids, skewed
 PLACES = ["elsewhere", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+def device_of(place: str) -> torch.device:
+    return DEVICE if place == "elsewhere" else torch.device(place, 0)
+
+
+def existing(place: str) -> AbstractContextManager[None]:
+    return elsewhere() if place == "elsewhere" else nullcontext()
+
+
 def both(model: Transformer, work: Callable[[Transformer], Any], place: str) -> tuple[Any, Any]:
     """What work gives on the CPU and in the other place."""
     here = work(copy.deepcopy(model))
-    with elsewhere() if place == "elsewhere" else nullcontext():
-        there = work(copy.deepcopy(model).to(DEVICE if place == "elsewhere" else place))
+    with existing(place):
+        there = work(copy.deepcopy(model).to(device_of(place)))
     return here, there
 
 
@@ -82,7 +90,8 @@ def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(
     torch.testing.assert_close(there, here, rtol=1e-2, atol=5e-3)
 
 
-def test_what_does_not_fit_is_kept_on_the_host_and_trains_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_what_does_not_fit_is_kept_on_the_host_and_trains_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """The stream and the inputs of layers there, of the active neurons some; a pass takes as many tokens as fit."""
     ids_WT, config = torch.tensor([random_ids(60, seed) for seed in range(10)]), TrainConfig(rank=4, epochs=1)
 
@@ -90,9 +99,9 @@ def test_what_does_not_fit_is_kept_on_the_host_and_trains_the_same(tiny: Tiny, m
         found = list(sweep_layers(model, ids_WT.to(model.device)))
         return found, train_layer(found[1], model, config, 480)
 
-    model = skewed(tiny)
-    with elsewhere():
-        model.to(DEVICE)
+    model, device = skewed(tiny), device_of(place)
+    with existing(place):
+        model.to(device)
         whole, expected = trained(model)
         stream, per_token = 4 * ids_WT.numel() * 32, 24 * 128 + 48 * 32
         monkeypatch.setattr(memory, "SPARE", 60 * per_token * 2)
@@ -100,8 +109,8 @@ def test_what_does_not_fit_is_kept_on_the_host_and_trains_the_same(tiny: Tiny, m
         split, found = trained(model)
         for data in split:
             assert data.attention_ND.device == data.mlp_ND.device == memory.CPU
-        assert {value.device for data in split for _, _, value in data.active.runs} == {memory.CPU, DEVICE}
-        assert all(data.attention_ND.device == DEVICE for data in whole)
+        assert {value.device for data in split for _, _, value in data.active.runs} == {memory.CPU, device}
+        assert all(data.attention_ND.device == device for data in whole)
     assert len(whole[0].active.runs) < len(split[0].active.runs), "with less memory more passes, of fewer windows"
     for kind, options in expected.options.items():
         for (threshold, quality), (other, same) in zip(options, found.options[kind], strict=True):

@@ -1,7 +1,7 @@
 """What a loaded model does with whole texts, before it generates or in between: profile, train an adapter, evaluate.
 
 In: texts, and options that are checked once. Out: an Adapter, and what was measured as typed dicts (figures.py). `LanguageModel` has
-these methods; what is offline runs where the model is.
+these methods, and all of them run where the model is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class OfflineMethods:
         """Where the dense model is sparse by nature (Deja Vu, section 3).
 
         text: one text, or several by name, of each of which the first max_tokens tokens are read. A line `<|endoftext|>`
-        ends a document. Raises ValueError for an empty text.
+        ends a document. Runs where the model is. Raises ValueError for an empty text, MemoryError where a GPU is full.
         """
         from dejavu.offline.profile import profile
 
@@ -89,7 +89,8 @@ class OfflineMethods:
         model and takes the fastest within the budget: None where dense is as fast.
         max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
         layers, so that the same call goes on after an interruption. The other options: see TrainConfig. The model goes on as it is:
-        set `lm.adapter`, or give the adapter to `generate`. Raises ValueError for an empty text or an option out of range.
+        set `lm.adapter`, or give the adapter to `generate`. Runs where the model is, on a GPU too. Raises ValueError for an empty text or
+        an option out of range, MemoryError where a GPU is full.
         """
         return self.train_measured(
             text, method=method, budget=budget, rank=rank, loss=loss, epochs=epochs, learning_rate=learning_rate, max_tokens=max_tokens,

@@ -175,7 +175,7 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
         for first in range(0, count, batch):
             recorder = _Recorder(model)
             stop = first + batch
-            x, _ = model.layer(layer, x_WTD[first:stop].to(device, dtype), position_T, None, recorder)
+            x, _ = model.layer(layer, x_WTD[first:stop].to(device).to(dtype), position_T, None, recorder)
             x_WTD[first:stop] = x.float()
             require_finite_stream(x, f"layer {layer}", ids_WT[first:stop], window_names(first, len(x)))
             tokens = slice(first * length, stop * length)
