@@ -70,7 +70,7 @@ def test_a_profile_is_the_same_elsewhere(tiny: Tiny, place: str) -> None:
 def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(
     tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, place: str
 ) -> None:
-    def work(model: Transformer) -> list[float]:
+    def work(model: Transformer) -> list[Any]:
         checkpoint = Checkpoint(
             model=model, tokenizer=tokenizer, config=model.config, name="tiny", base_hash="x", stored_dtype="fp32", notes=(), path=tmp_path
         )  # fmt: skip

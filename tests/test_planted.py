@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -29,8 +30,12 @@ from dejavu.config import ModelConfig
 from dejavu.kernels.quantized import wide as dense
 from dejavu.model.adapter import quantized
 from dejavu.model.families import parameter_shapes
+from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import LayerInputs, Selection
+from dejavu.offline.collect import sweep_layers
+from dejavu.offline.predictors import start_mlp, train_mlp
+from dejavu.offline.thresholds import score_mlp
 from helpers.adapters import heads_of, mlp_of, predicted, predictors_of
 
 KINDS = {"gated": "llama-2-7b-relu", "ungated": "opt-125m"}
@@ -169,6 +174,24 @@ def test_a_predictor_of_higher_rank_finds_more(kind: str) -> None:
         layers = rethresholded(wide.model, layers, random_ids(made.config, 256), mlp_density=0.1)
         recalls.append(planted_quality(wide, layers, other_ids(wide)).recall)
     assert recalls[0] > recalls[1] + 0.1
+
+
+@kinds
+def test_trained_predictors_find_at_least_what_planted_ones_find(kind: str) -> None:
+    """At the same density, of the same rank and from the input before attention; one batch of steps from the closed form."""
+    made, tokens = made_of(kind), 3000
+    ids_WT = torch.tensor(random_ids(made.config, tokens + 600, seed=2)).view(-1, 300)
+    data = next(islice(sweep_layers(made.model, ids_WT), 1, None))
+    block, given = made.model.blocks[1], mlp_of(made.layers[1])
+    start = start_mlp(data, block, RANK, given.lookahead, tokens)
+    generator = torch.Generator().manual_seed(0)
+    trained = train_mlp(data, block, start, tokens=tokens, epochs=1, loss="contribution", learning_rate=5e-3, generator=generator)
+
+    def recall(predictor: Predictor) -> float:
+        scored = score_mlp(predictor, data, block, slice(tokens, tokens + 600))
+        return scored.quality(scored.threshold_for_density(2 * made.density)).recall
+
+    assert recall(trained) > recall(given) - 0.02 > 0.8
 
 
 @kinds
