@@ -31,7 +31,7 @@ from dejavu.offline.collect import ActiveNeurons, LayerData, group_norms, mean_i
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.fidelity import divergences, token_nll
 from dejavu.offline.oracle import OracleHeads, OracleNeurons, mass_mask
-from dejavu.offline.predictors import contribution_loss, start_mlp, train_mlp
+from dejavu.offline.predictors import best_of_rank, contribution_loss, start_mlp, train_mlp
 from dejavu.offline.profile import profile
 from dejavu.offline.split import Split, fitting_windows, split_windows
 from dejavu.offline.thresholds import Scored, SelectionQuality, score_heads, score_mlp
@@ -131,6 +131,24 @@ def test_closed_form_start_at_full_rank_is_the_layer_itself(tiny: Tiny) -> None:
     score = start.scores(data.mlp_ND)
     agree = ((score > 0) == (expected > 0)).float().mean()
     assert agree > 0.999, float(agree)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (4, 7)])
+def test_the_best_of_a_rank_is_what_a_whole_svd_gives(shape: tuple[int, int]) -> None:
+    """Also where the rank asked for is more than the matrix has, whose rounding stays small in both factors."""
+    generator = torch.Generator().manual_seed(0)
+    matrix_OD = torch.randn(shape[0], 2, generator=generator) @ torch.randn(2, shape[1], generator=generator)
+    matrix_OD += 0.1 * torch.randn(*shape, generator=generator)
+    left, singular, right = torch.linalg.svd(matrix_OD, full_matrices=False)
+    for rank in (1, 3):
+        B_OR, A_RD = best_of_rank(matrix_OD, rank)
+        torch.testing.assert_close(B_OR @ A_RD, left[:, :rank] * singular[:rank] @ right[:rank], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(B_OR.norm(dim=0), A_RD.norm(dim=1), rtol=1e-4, atol=1e-5)
+    deficient_OD = matrix_OD[:, :1] @ matrix_OD[:1]
+    B_OR, A_RD = best_of_rank(deficient_OD, 3)
+    torch.testing.assert_close(B_OR @ A_RD, deficient_OD, rtol=1e-4, atol=1e-5)
+    assert float(B_OR[:, 1:].abs().max()) < 1e-2 * float(B_OR.abs().max())
+    assert all(float(factor.abs().max()) < 1e-6 for factor in best_of_rank(0 * matrix_OD, 2))
 
 
 def test_training_beats_the_start_and_bce_works(tiny: Tiny) -> None:

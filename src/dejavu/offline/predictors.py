@@ -55,16 +55,17 @@ def _whitening(x_ND: Tensor, tokens: int, device: torch.device) -> tuple[Tensor,
     return found[tokens]
 
 
-def _best_of_rank(M_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def best_of_rank(M_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B [O, R] and A [R, D] whose product is nearest to M, both with the roots of its singular values; from the smaller Gram matrix."""
     if len(M_OD) < M_OD.shape[1]:
-        B_DR, A_RO = _best_of_rank(M_OD.T, rank)
+        B_DR, A_RO = best_of_rank(M_OD.T, rank)
         return A_RO.T, B_DR.T
     gram_DD = torch.zeros(M_OD.shape[1], M_OD.shape[1], dtype=torch.float64, device=M_OD.device)
     for rows in M_OD.split(MOMENT_CHUNK):
         gram_DD.addmm_(rows.double().T, rows.double())
     squared, vectors_DD = torch.linalg.eigh(gram_DD)
-    root_R = squared.flip(0)[:rank].clamp_min(1e-30).pow(0.25).float()
+    least = 1e-12 * squared[-1] + 1e-30  # below it a direction is rounding, which a division would blow up
+    root_R = squared.flip(0)[:rank].clamp_min(least).pow(0.25).float()
     right_DR = vectors_DD.flip(1)[:, :rank].float()
     return M_OD @ right_DR / root_R, (right_DR * root_R).T
 
@@ -79,7 +80,7 @@ def regression_start(
     mean_x, inverse_root = _whitening(x_ND, tokens, weight_OD.device)
     mean_m = mean_input(target_ND[:tokens]).to(weight_OD.device)
     cross_DD = _cross_covariance(target_ND[:tokens], x_ND[:tokens], mean_m, mean_x)
-    B_OR, A_RD = _best_of_rank(importance_O[:, None] * (weight_OD.float() @ cross_DD @ inverse_root), rank)
+    B_OR, A_RD = best_of_rank(importance_O[:, None] * (weight_OD.float() @ cross_DD @ inverse_root), rank)
     A_RD, B_OR = A_RD @ inverse_root, B_OR / importance_O[:, None]
     return A_RD, B_OR, bias_O.float() + weight_OD.float() @ mean_m - B_OR @ (A_RD @ mean_x)
 
@@ -180,7 +181,7 @@ def train_heads(data: LayerData, rank: int, lookahead: int, *, tokens: int, step
     mean_x, inverse_root = _whitening(x_ND, tokens, data.device)
     mean_y = mean_input(target_NG)
     cross_GD = _cross_covariance(target_NG, x_ND[:tokens], mean_y, mean_x)
-    B_GR, A_RD = _best_of_rank(cross_GD @ inverse_root @ inverse_root, rank)
+    B_GR, A_RD = best_of_rank(cross_GD @ inverse_root @ inverse_root, rank)
     scorer = _Scorer(A_RD, B_GR, mean_y - B_GR @ (A_RD @ mean_x), mean_x)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(steps):
