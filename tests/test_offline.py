@@ -462,7 +462,7 @@ def test_curves_reach_dense_and_mark_their_kind(checkpoint: Checkpoint) -> None:
 
 
 def test_activations_stay_within_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text that is too long for the memory is thinned evenly, not cut."""
+    """A text that is too long is thinned evenly, not cut; where the machine has not even that memory, it is refused."""
     config = tiny("opt").config
     windows = torch.arange(100)[:, None].expand(100, 64)
     assert fitting_windows(windows, config) is windows
@@ -470,5 +470,8 @@ def test_activations_stay_within_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPa
     kept = fitting_windows(windows, config)[:, 0].tolist()
     assert len(kept) == 20 and kept[0] == 0 and kept[-1] == 99
     assert max(b - a for a, b in itertools.pairwise(kept)) <= 6
+    monkeypatch.setattr("dejavu.offline.memory.available_bytes", lambda root: 5 * 32 * 1000)
+    with pytest.raises(MemoryError, match="of 1,280 tokens .* at most --max-tokens 500$"):
+        next(sweep_layers(tiny("opt"), windows[:20]))
     wide = dataclasses.replace(config, intermediate_size=65536)
     assert held_out_tokens(wide) == 256 and held_out_tokens(config) == 3072

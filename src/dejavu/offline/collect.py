@@ -21,7 +21,7 @@ from dejavu.kernels.quantized import wide
 from dejavu.model.finite import require_finite_stream
 from dejavu.model.predictor import mlp_predictor_input
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
-from dejavu.offline.memory import CPU, Room, empty_at, tokens_at_once
+from dejavu.offline.memory import CPU, Room, check_host, empty_at, tokens_at_once
 
 BLOCK = 256  # tokens that are shuffled together
 FP16_LIMIT = 65504.0
@@ -161,8 +161,9 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
     (count, length), size, num_layers = ids_WT.shape, model.config.hidden_size, model.config.num_layers
     batch = max(1, tokens_at_once(model, batch * length) // length)
     position_T, room = torch.arange(length, device=device), Room.on(device)
-    stream_at = room.place(4 * count * length * size)
-    inputs_at = room.place(3 * 2 * count * length * size)  # of two layers three are alive
+    stream, inputs = 4 * count * length * size, 3 * 2 * count * length * size  # bytes; of two layers three inputs are alive
+    stream_at, inputs_at = room.place(stream), room.place(inputs)
+    check_host(stream * (stream_at == CPU) + inputs * (inputs_at == CPU), count * length)
     x_WTD = empty_at(stream_at, device, count, length, size, dtype=torch.float32)
     for first in range(0, count, batch):
         ids = ids_WT[first : first + batch]

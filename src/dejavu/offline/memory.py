@@ -7,11 +7,12 @@ depends on free memory, so that results do not either.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dejavu.kernels.memory import free_gpu_bytes
+from dejavu.kernels.memory import available_bytes, free_gpu_bytes
 from dejavu.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -44,6 +45,16 @@ class Room:
 def empty_at(place: torch.device, of: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:
     """A tensor at a place; what is of a GPU and placed on the CPU is page-locked, from where copies are fast."""
     return torch.empty(shape, dtype=dtype, device=place, pin_memory=of.type == "cuda" and place == CPU)
+
+
+def check_host(needed: int, tokens: int) -> None:
+    """Raise MemoryError where so many bytes, kept of so many tokens, are more than the host has free."""
+    free = available_bytes(Path("/"))
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"what is kept of {tokens:,} tokens takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+            f"take at most --max-tokens {tokens * free // needed}"
+        )
 
 
 def tokens_at_once(model: Transformer, most: int, *, logits: bool = False) -> int:
