@@ -92,15 +92,6 @@ template <int GRID> void products_grid(const RowList &rows, const Batch &batch, 
   }
 }
 
-// The sums of PAD outputs of each token, of rows that are floats by now; c[j], d[j]: what row j is multiplied by in either half.
-inline void add_up(const float (*rows)[PAD], const float *c, const float *d, int64_t count, F::T *v) {
-  constexpr int PARTS = PAD / F::W;
-  for (int64_t j = 0; j < count; j++) {
-    const F::T first = F::set(c[j]), second = F::set(d[j]);
-    for (int p = 0; p < PARTS; p++) v[p] = F::fma(F::load(rows[j] + p * F::W), p < PARTS / 2 ? first : second, v[p]);
-  }
-}
-
 // Values i .. i + P * F::W of the sums, of rows that become floats once.
 template <class W, int P> inline void sums_at(const RowList &rows, const Tokens &tokens, int64_t i) {
   float wide[SUMMED][P * F::W];
@@ -124,32 +115,28 @@ template <class W> void sums(const RowList &rows, const Tokens &tokens, int64_t 
   for (; i < n; i += F::W) sums_at<W, 1>(rows, tokens, i);  // heads
 }
 
-void sums_i4(const RowList &rows, const Tokens &tokens, int64_t n) {
-  constexpr int PARTS = PAD / F::W;
-  const int64_t groups = n / GROUP;
-  float wide[4][SUMMED][PAD];
-  for (int64_t first = 0; first < groups; first += 8) {
-    const int64_t pairs = (groups - first < 8 ? groups - first : 8) / 2;
-    for (int64_t j = 0; j < rows.count; j++)
-      for (int64_t g = 0; g < 2 * pairs; g++) {
-        const N::Group group = N::group(row_of<uint8_t>(rows, j) + (first + g) * (GROUP / 2));
-        for (int part = 0; part < GROUP / F::W; part++) F::store(wide[g / 2][j] + g % 2 * GROUP + part * F::W, N::values(group, part));
-      }
-    for (int64_t t = 0; t < tokens.count; t++) {
-      float c[8][SUMMED];
-      for (int64_t j = 0; j < rows.count; j++) {
-        float eight[8];
-        N::times((const half *)(row_of<uint8_t>(rows, j) + n / 2) + first, tokens.coef[t][j], eight);
-        for (int g = 0; g < 8; g++) c[g][j] = eight[g];
-      }
-      for (int64_t pair = 0; pair < pairs; pair++) {
-        float *y = tokens.y[t] + first * GROUP + pair * PAD;
-        F::T v[PARTS];
-        for (int p = 0; p < PARTS; p++) v[p] = F::load(y + p * F::W);
-        add_up(wide[pair], c[2 * pair], c[2 * pair + 1], rows.count, v);
-        for (int p = 0; p < PARTS; p++) F::store(y + p * F::W, v[p]);
+// As panels of rows_impl.h. Rows are of one part.
+void sums_rows_i4(const PanelList &list, const Tokens &tokens, int64_t n) {
+  const Rows<INT4_ROWS> rows(list, n);
+  uint8_t pairs[SUMMED / 2][2 * PAD];
+  for (int64_t k = 0; k < list.count;) {
+    const int64_t input = list.first + k, end = input / SUMMED * SUMMED + SUMMED, left = list.first + list.count;
+    const int64_t count = (end < left ? end : left) - input;
+    const uint8_t *r[SUMMED];
+    for (int64_t j = 0; j < SUMMED; j++) r[j] = rows.row(input + (j < count ? j : count - 1));
+    for (int64_t first = 0; first < n / GROUP; first += GroupedPart::MOST) {
+      for (int64_t begin = 0; begin < tokens.count; begin += MANY) {
+        const int64_t last = begin + MANY < tokens.count ? begin + MANY : tokens.count;
+        GroupedPart part[MANY];
+        for (int64_t t = begin; t < last; t++) part[t - begin] = GroupedPart(r, tokens.coef[t] + k, count, n, first, n / GROUP);
+        for (int64_t g = 0; g < GroupedPart::MOST && first + g < n / GROUP; g += 2) {
+          const int64_t i = (first + g) * GROUP;
+          for (int64_t j = 0; j < count; j += 2) N::store(pairs[j / 2], pair_of<INT4_ROWS>(r[j], r[j + 1], n, i));
+          for (int64_t t = begin; t < last; t++) add_groups(part[t - begin], g, count, [&](int64_t j) { return N::load_pairs(pairs[j / 2]); }, tokens.y[t] + i);
+        }
       }
     }
+    k += count;
   }
 }
 

@@ -54,10 +54,12 @@ constexpr Grid GRIDS[NUM_GRIDS] = {
     {"w4_fp16", 0, 0, false, false, 32, 19, true, false},  {"w4_bf16", 0, 0, false, false, 32, 19, true, true},
     {"w8_fp16", -1, 0, false, false, 32, 35, true, false}, {"w8_bf16", -1, 0, false, false, 32, 35, true, true}};
 
-// Rows of int8 beside those: one after another, each by itself, and scales are not here.
-constexpr int INT8_ROWS = NUM_GRIDS;
+// Rows beside those that each lie by themselves, for sums. Those of int8 have their scales elsewhere; those of int4 are quants in the order of
+// a panel, then a scale for each GROUP outputs.
+constexpr int INT8_ROWS = NUM_GRIDS, INT4_ROWS = NUM_GRIDS + 1;
 template <int GRID> constexpr Grid grid_of_rows() {
   if constexpr (GRID == INT8_ROWS) return {"int8", -1, 0, false, false, 32, 0};
+  else if constexpr (GRID == INT4_ROWS) return {"int4", 0, 8, false, false, 32, 0};
   else return GRIDS[GRID];
 }
 

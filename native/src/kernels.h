@@ -42,7 +42,7 @@ struct RowList {
   const void *next;
 };
 
-// Rows of panels (grids.h), or of int8 `stride` bytes apart: those of inputs idx[0], idx[1], ... in ascending order, or first, first + 1, ...
+// Rows of panels (grids.h), or of int8 and int4 `stride` bytes apart: those of inputs idx[0], idx[1], ... in ascending order, or first, first + 1, ...
 // `fetch` as in RowList, of listed rows those of the SUMMED inputs that come next.
 struct PanelList {
   const uint8_t *base;
@@ -90,23 +90,23 @@ struct Kernels {
   void (*axpys_bf16)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*axpys_f16)(const RowList &rows, const float *coef, int64_t n, float *y);
   void (*axpys_i8)(const RowList &rows, const float *coef, int64_t n, float *y);
-  void (*axpys_i4)(const RowList &rows, const float *coef, int64_t n, float *y);
   // As those: for a few rows, slowly.
   void (*axpys_grid[NUM_GRIDS])(const RowList &rows, const float *coef, int64_t n, float *y);
   // The same of rows of panels, whose sum is cut where the number of an input is a multiple of SUMMED:
   // y[i] = y[i] + scale[i] * (coef[0] (q_0[i] - zero[i]) + ...) + minimum[i] * (coef[0] + ...) of each part. A row of coefficient 0 changes no bit.
   // Coefficients are integers times a scale for each part: int8 where quants have few bits, int16 for bytes.
   void (*panels[NUM_GRIDS])(const PanelList &rows, const float *coef, int64_t n, float *y);
-  // The same of rows of int8: y[i] = y[i] + coef[0] q_0[i] + ...
+  // The same of rows of int8, y[i] = y[i] + coef[0] q_0[i] + ..., and of int4, whose coefficients are rounded once more for each GROUP outputs.
   void (*rows_i8)(const PanelList &rows, const float *coef, int64_t n, float *y);
+  void (*rows_i4)(const PanelList &rows, const float *coef, int64_t n, float *y);
   // The same bits for several tokens, of at most SUMMED rows in order (idx NULL), which become floats once. Nothing is fetched.
   void (*sums_f32)(const RowList &rows, const Tokens &tokens, int64_t n);
   void (*sums_bf16)(const RowList &rows, const Tokens &tokens, int64_t n);
   void (*sums_f16)(const RowList &rows, const Tokens &tokens, int64_t n);
   void (*sums_i8)(const RowList &rows, const Tokens &tokens, int64_t n);
-  void (*sums_i4)(const RowList &rows, const Tokens &tokens, int64_t n);
   void (*sums_panels[NUM_GRIDS])(const PanelList &rows, const Tokens &tokens, int64_t n);
   void (*sums_rows_i8)(const PanelList &rows, const Tokens &tokens, int64_t n);
+  void (*sums_rows_i4)(const PanelList &rows, const Tokens &tokens, int64_t n);
   void (*add)(float *y, const float *x, int64_t n);
   // p = softmax(p); room for PAD values past n
   void (*softmax)(float *p, int64_t n);

@@ -13,8 +13,8 @@ static_assert(NUM_GRIDS == 12, "EACH_GRID names them");
 const Kernels TABLE = {
     DEJAVU_ISA_NAME, fetch,       dots<float>, dots<bf16>,    dots<half>, dots<int8_t>,          dots_i8_i16,       EACH_GRID(dots_grid),
     products<float>, products<bf16>, products<half>, products<int8_t>, products_i8_i16, EACH_GRID(products_grid),
-    axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, axpys_i4,   EACH_GRID(axpys_grid), EACH_GRID(panels), panels<INT8_ROWS>,
-    sums<float>, sums<bf16>, sums<half>, sums<int8_t>, sums_i4, EACH_GRID(sums_panels), sums_panels<INT8_ROWS>, add,
+    axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, EACH_GRID(axpys_grid), EACH_GRID(panels), panels<INT8_ROWS>, panels<INT4_ROWS>,
+    sums<float>, sums<bf16>, sums<half>, sums<int8_t>, EACH_GRID(sums_panels), sums_panels<INT8_ROWS>, sums_rows_i4, add,
     softmax,         layer_norm,  rms_norm,    quantize,      group,      narrow,                activate,          cap,
     finite,          sum};
 

@@ -2,6 +2,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cassert>
 
 namespace {
 
@@ -78,7 +79,9 @@ void axpys(const Kernels &kernels, const Matrix &m, const float *coef, const int
     case DEJAVU_FP16: return kernels.axpys_f16(list, coef, m.width, y);
     case DEJAVU_BF16: return kernels.axpys_bf16(list, coef, m.width, y);
     case DEJAVU_INT8: return kernels.rows_i8(inputs, coef, m.width, y);
-    case DEJAVU_INT4: case DEJAVU_Q4_0: return kernels.axpys_i4(list, coef, m.width, y);
+    case DEJAVU_INT4:
+      if (m.by_input) return kernels.rows_i4(inputs, coef, m.width, y);
+      [[fallthrough]];
     default: return kernels.axpys_grid[grid_number(m.dtype)](list, coef, m.width, y);
   }
 }
@@ -93,7 +96,7 @@ void sums(const Kernels &kernels, const Matrix &m, const Tokens &tokens, int64_t
     case DEJAVU_FP16: return kernels.sums_f16(list, tokens, m.width);
     case DEJAVU_BF16: return kernels.sums_bf16(list, tokens, m.width);
     case DEJAVU_INT8: return kernels.sums_rows_i8(inputs, tokens, m.width);
-    default: return kernels.sums_i4(list, tokens, m.width);
+    default: assert(m.dtype == DEJAVU_INT4 && m.by_input); return kernels.sums_rows_i4(inputs, tokens, m.width);
   }
 }
 

@@ -130,7 +130,7 @@ void Matrix::fill(const dejavu_matrix &source, const std::string &what, int thre
         const unsigned char *row = given_row(source, r);
         unsigned char *to = data + r * stride;
         if (!has_grid(dtype)) std::memcpy(to, row, (size_t)bytes);
-        else if (!pack_row(dtype, row, given_scales(source, r), columns, width, to)) finite.store(false);
+        else if (!pack_row(dtype, row, given_scales(source, r), columns, width, by_input, to)) finite.store(false);
       }
     });
   }
@@ -270,6 +270,7 @@ void dejavu_model::set_records(Layer &layer, const dejavu_matrix *gate, const de
     each.matrix->view(each.source->dtype, config.intermediate_size, config.hidden_size, data + at, bytes);
     at += each.bytes;
   }
+  layer.down.by_input = true;
   for (const Part &each : parts) each.matrix->fill(*each.source, each.name + where, config.threads);
 }
 
@@ -292,6 +293,7 @@ void dejavu_model::set_mlp(int64_t index, const dejavu_matrix *gate, const dejav
   }
   if (input_major() || in_panels(down)) {
     layer.down.allocate(arena, down.dtype, neurons, size, in_panels(down));
+    layer.down.by_input = true;
     layer.down.fill(down, "down" + where, config.threads);
   }
   set_output_bias(layer.down_bias, given_down);
@@ -375,6 +377,7 @@ void dejavu_model::set(int part, int64_t index, const dejavu_matrix &m) {
       rows.bias = nullptr;
       Matrix made;
       made.allocate(arena, m.dtype, queries, c.hidden_size, in_panels(m));
+      made.by_input = true;
       made.fill(rows, "o" + where, c.threads);
       layer.o = std::move(made);
       return set_output_bias(layer.o_bias, m);

@@ -44,7 +44,8 @@ struct Matrix {
   int dtype = DEJAVU_FP32;
   int64_t rows = 0, columns = 0, width = 0, stride = 0;
   unsigned char *data = nullptr;
-  bool panels = false;  // rows lie in panels, and stride is that of quants
+  bool panels = false;    // rows lie in panels, and stride is that of quants
+  bool by_input = false;  // rows are summed up: those of int4 are in another order then
   Buffer<float> scale, bias;
 
   bool present() const { return data != nullptr; }

@@ -267,15 +267,17 @@ template <int GRID> bool pack_outputs_of(const uint8_t *const *rows, int64_t fir
   return finite;
 }
 
-// Nibbles of int4 in a row of Q4_0, padded with 8: the last group may be cut short.
-bool pack_int4(const uint8_t *row, const uint16_t *scales, int64_t columns, int64_t width, uint8_t *out) {
-  for (int64_t g = 0; g < width / GROUP; g++) {
+// Nibbles of int4 in a row of Q4_0, or (by_input) in the order of outputs, padded with 8: the last group may be cut short.
+bool pack_int4(const uint8_t *row, const uint16_t *scales, int64_t columns, int64_t width, bool by_input, uint8_t *out) {
+  const auto quant = [&](int64_t at) { return (uint8_t)(at < columns ? row[at / 2] >> at % 2 * 4 & 15 : 8); };
+  for (int64_t g = 0; !by_input && g < width / GROUP; g++) {
     uint8_t q[GROUP];
-    for (int64_t i = 0; i < GROUP; i++) {
-      const int64_t at = g * GROUP + i;
-      q[i] = at < columns ? row[at / 2] >> at % 2 * 4 & 15 : 8;
-    }
+    for (int64_t i = 0; i < GROUP; i++) q[i] = quant(g * GROUP + i);
     put_group<DEJAVU_Q4_0 - DEJAVU_Q8_0>(q, g, width, out);
+  }
+  for (int64_t b = 0; by_input && b < width / 2; b++) {  // of PAD outputs the first half in low halves of bytes, the others above
+    const int64_t at = b / (PAD / 2) * PAD + b % (PAD / 2);
+    out[b] = (uint8_t)(quant(at) | quant(at + PAD / 2) << 4);
   }
   const int64_t groups = (columns + GROUP - 1) / GROUP;
   std::memcpy(out + width / 2, scales, (size_t)(groups * 2));
@@ -302,8 +304,8 @@ int64_t file_row_bytes(int dtype, int64_t columns) {
   return dtype == DEJAVU_INT4 ? (columns + 1) / 2 : columns / grid.block() * grid.file_bytes;
 }
 
-bool pack_row(int dtype, const uint8_t *row, const uint16_t *scales, int64_t columns, int64_t width, uint8_t *out) {
-  if (dtype == DEJAVU_INT4) return pack_int4(row, scales, columns, width, out);
+bool pack_row(int dtype, const uint8_t *row, const uint16_t *scales, int64_t columns, int64_t width, bool by_input, uint8_t *out) {
+  if (dtype == DEJAVU_INT4) return pack_int4(row, scales, columns, width, by_input, out);
   return PACK_ROW[grid_number(dtype)](row, columns, width, out);
 }
 

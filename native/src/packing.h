@@ -10,8 +10,9 @@
 
 // Bytes of a row of `columns` values in a file, of a dtype with a grid.
 int64_t file_row_bytes(int dtype, int64_t columns);
-// One row of a matrix, `width` being columns padded to PAD. int4's scales lie apart. Returns whether all scales and minima are finite.
-bool pack_row(int dtype, const uint8_t *row, const uint16_t *scales, int64_t columns, int64_t width, uint8_t *out);
+// One row of a matrix, `width` being columns padded to PAD. int4's scales lie apart; by_input: in the order of rows that are summed up, which
+// other dtypes don't have. Returns whether all scales and minima are finite.
+bool pack_row(int dtype, const uint8_t *row, const uint16_t *scales, int64_t columns, int64_t width, bool by_input, uint8_t *out);
 // Outputs first .. first + count - 1, count <= OUTPUTS, of a matrix with a row for each output, into panels of `width` outputs. rows, and of
 // int4 scales: theirs in the file. Returns the same. Several cache lines of each row of a panel are written together.
 constexpr int64_t OUTPUTS = 4 * PAD;

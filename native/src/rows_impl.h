@@ -374,7 +374,7 @@ template <int GRID> inline auto pair_of(const uint8_t *a, const uint8_t *b, int6
   else return N::pairs(quants<G.plane>(a, n, i / PAD), quants<G.plane>(b, n, i / PAD));
 }
 
-// Where the rows of a list lie. Rows of int8 have nothing but their values.
+// Where the rows of a list lie. Those that lie by themselves have no scales of panels.
 template <int GRID> struct Rows {
   static constexpr Grid G = grid_of_rows<GRID>();
   const PanelList &list;
@@ -382,10 +382,62 @@ template <int GRID> struct Rows {
 
   Rows(const PanelList &rows, int64_t n) : list(rows), panel(G, n) {}
   int64_t number(int64_t k) const { return list.idx == nullptr ? list.first + k : (int64_t)list.idx[k]; }
-  const uint8_t *row(int64_t input) const { return list.base + (GRID == INT8_ROWS ? input * list.stride : panel.row_at(input)); }
+  const uint8_t *row(int64_t input) const { return list.base + (GRID >= NUM_GRIDS ? input * list.stride : panel.row_at(input)); }
   const uint8_t *scales(int64_t input) const { return list.base + panel.scales_at(input); }
   const uint8_t *sub_scales(int64_t input) const { return list.base + panel.sub_scales_at(input); }
 };
+
+// The coefficients of up to SUMMED rows of int4 times the rows' scales of MOST groups of outputs: int8 times a scale for each group, two rows to a
+// word. NaN where one is not finite.
+struct GroupedPart {
+  static constexpr int64_t MOST = 16;
+  float scale[MOST], sum[MOST];
+  int16_t words[SUMMED / 2][MOST];
+
+  GroupedPart() = default;
+  // Of groups first, first + 1, ... of `groups`.
+  GroupedPart(const uint8_t *const *rows, const float *coef, int64_t count, int64_t n, int64_t first, int64_t groups) {
+    float c[SUMMED][MOST];
+    int16_t q[SUMMED][MOST];
+    for (int64_t j = 0; j < SUMMED; j++) {
+      for (int64_t g = 0; g < MOST; g++) c[j][g] = 0.0f;
+      const half *scales = (const half *)(rows[j < count ? j : 0] + n / 2) + first;
+      for (int64_t g = 0; j < count && g < MOST && first + g < groups; g += 8) N::times(scales + g, coef[j], c[j] + g);
+    }
+    for (int64_t g = 0; g < MOST; g += F::W) {
+      F::T most = F::zero(), bad = F::zero();
+      for (int64_t j = 0; j < SUMMED; j++) {
+        const F::T v = F::load(c[j] + g);
+        most = F::max(most, F::abs(v)), bad = F::fma(v, F::zero(), bad);
+      }
+      const F::T s = F::max(F::mul(most, F::set(1.0f / 127.0f)), F::set(1e-30f)), inverse = F::div(F::set(1.0f), s);
+      for (int64_t j = 0; j < SUMMED; j++)
+        F::store_i16(q[j] + g, F::max(F::min(F::mul(F::load(c[j] + g), inverse), F::set(127.0f)), F::set(-127.0f)));
+      F::store(scale + g, F::add(s, bad));
+    }
+    for (int64_t j = 0; j < SUMMED; j += 2)
+      for (int64_t g = 0; g < MOST; g++) words[j / 2][g] = (int16_t)((q[j][g] & 255) | q[j + 1][g] * 256);
+    for (int64_t g = 0; g < MOST; g++) {
+      int32_t total = 0;
+      for (int64_t j = 0; j < SUMMED; j++) total += q[j][g];
+      sum[g] = (float)total;
+    }
+  }
+};
+
+// y += the sums of two groups of PAD outputs, of groups g and g + 1 of the part: scale (v - 8 sum). load(j): a pair of rows.
+template <class Load> inline void add_groups(const GroupedPart &part, int64_t g, int64_t count, const Load &load, float *y) {
+  constexpr int PARTS = PAD / F::W;
+  N::Sums sums = N::no_sums();
+  for (int64_t j = 0; j < count; j += 2) N::add(sums, load(j), part.words[j / 2][g], part.words[j / 2][g + 1]);
+  N::Totals totals = N::no_totals();
+  N::widen(totals, sums);
+  for (int p = 0; p < PARTS; p++) {
+    const int64_t own = g + p / (PARTS / 2);
+    const F::T v = F::sub(N::floats(totals, p), F::set(8.0f * part.sum[own]));
+    F::store(y + p * F::W, F::fma(F::set(part.scale[own]), v, F::load(y + p * F::W)));
+  }
+}
 
 // PAD outputs of up to SUMMED rows are summed up in registers.
 template <int GRID> void panels(const PanelList &list, const float *coef, int64_t n, float *y) {
@@ -400,11 +452,11 @@ template <int GRID> void panels(const PanelList &list, const float *coef, int64_
   const auto fetch_listed = [&](int64_t k, Pieces &next) {
     if (list.idx == nullptr || list.fetch == 0 || k >= list.count) return;
     const int64_t input = rows.number(k), end = end_of(k);
-    if constexpr (GRID != INT8_ROWS) {
+    if constexpr (GRID < NUM_GRIDS) {
       if constexpr (G.levels) next.add(rows.sub_scales(input), rows.panel.sub_scales);
       else next.add(rows.scales(input), rows.panel.scales);
     }
-    for (; k < end; k++) next.add(rows.row(rows.number(k)), GRID == INT8_ROWS ? list.fetch : rows.panel.row);
+    for (; k < end; k++) next.add(rows.row(rows.number(k)), GRID < NUM_GRIDS ? rows.panel.row : list.fetch);
   };
   const int64_t steps = n / PAD;
   Pieces next;
@@ -417,11 +469,23 @@ template <int GRID> void panels(const PanelList &list, const float *coef, int64_
   }
   for (int64_t k = 0; k < list.count;) {
     const int64_t input = rows.number(k), end = end_of(k), count = end - k;
-    const Part part(coef + k, count, G.bytes());
+    const float *c = coef + k;
     const uint8_t *r[SUMMED] = {nullptr};
     for (int64_t j = 0; j < count; j++, k++) r[j] = rows.row(rows.number(k));
     if (count % 2 != 0) r[count] = r[count - 1];  // its coefficient is 0
     if (list.idx != nullptr) next = Pieces(), fetch_listed(k, next), next.start(steps);
+    if constexpr (GRID == INT4_ROWS) {
+      for (int64_t first = 0; first < n / GROUP; first += GroupedPart::MOST) {
+        const GroupedPart part(r, c, count, n, first, n / GROUP);
+        for (int64_t g = 0; g < GroupedPart::MOST && first + g < n / GROUP; g += 2) {
+          const int64_t i = (first + g) * GROUP;
+          next.step();
+          add_groups(part, g, count, [&](int64_t j) { return pair_of<GRID>(r[j], r[j + 1], n, i); }, y + i);
+        }
+      }
+      continue;
+    }
+    const Part part(c, count, G.bytes());
     const uint8_t *scales = rows.scales(input), *sub = rows.sub_scales(input);
     const int8_t *zeros = (const int8_t *)scales + 2 * n;
     for (int64_t i = 0; i < n; i += PAD) {
@@ -433,43 +497,6 @@ template <int GRID> void panels(const PanelList &list, const float *coef, int64_
         F::store(y + o, scaled<GRID>(F::load(y + o), floats_of<GRID>(totals, p), part, scales_of<GRID>(scales, sub, o), m, zeros + o));
       }
     }
-  }
-}
-
-// R rows added to y, each coef * scale of the group first.
-template <int R> inline void axpy_i4(const uint8_t *const *r, const float *coef, int64_t n, float *y, Ahead &ahead) {
-  const int64_t groups = n / GROUP;
-  for (int64_t first = 0; first < groups; first += 8) {
-    const int64_t count = groups - first < 8 ? groups - first : 8;
-    float c[R][8];
-    for (int j = 0; j < R; j++) N::times((const half *)(r[j] + n / 2) + first, coef[j], c[j]);
-    for (int64_t g = 0; g < count; g++) {
-      if (R == 4 && g % 2 == 0) ahead.step();
-      float *to = y + (first + g) * GROUP;
-      N::Group group[R];
-      for (int j = 0; j < R; j++) group[j] = N::group(r[j] + (first + g) * (GROUP / 2));
-      for (int part = 0; part < GROUP / F::W; part++) {
-        F::T v = F::load(to + part * F::W);
-        for (int j = 0; j < R; j++) v = F::fma(N::values(group[j], part), F::set(c[j][g]), v);
-        F::store(to + part * F::W, v);
-      }
-    }
-  }
-}
-
-void axpys_i4(const RowList &rows, const float *coef, int64_t n, float *y) {
-  Ahead ahead(rows, n / GROUP / 2);
-  int64_t k = 0;
-  for (; k + 4 <= rows.count; k += 4) {
-    ahead.start(k);
-    const uint8_t *r[4];
-    rows4(rows, k, r);
-    axpy_i4<4>(r, coef + k, n, y, ahead);
-    ahead.finish();
-  }
-  for (; k < rows.count; k++) {
-    const uint8_t *r = row_of<uint8_t>(rows, k);
-    axpy_i4<1>(&r, coef + k, n, y, ahead);
   }
 }
 

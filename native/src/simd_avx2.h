@@ -154,10 +154,11 @@ struct N {
     for (int i = 0; i < 8; i++) none.v[i] = _mm256_setzero_si256();
     return none;
   }
-  static void add(Sums &sums, const Pairs &w, int16_t two) {
-    const __m256i x = _mm256_set1_epi16(two);
-    for (int i = 0; i < 4; i++) sums.v[i] = _mm256_add_epi16(sums.v[i], _mm256_maddubs_epi16(w.v[i], x));
+  static void add(Sums &sums, const Pairs &w, int16_t low, int16_t high) {
+    const __m256i x[2] = {_mm256_set1_epi16(low), _mm256_set1_epi16(high)};
+    for (int i = 0; i < 4; i++) sums.v[i] = _mm256_add_epi16(sums.v[i], _mm256_maddubs_epi16(w.v[i], x[i / 2]));
   }
+  static void add(Sums &sums, const Pairs &w, int16_t two) { add(sums, w, two, two); }
   static void widen(Totals &totals, const Sums &sums) {
     for (int half = 0; half < 2; half++)
       for (int i = 0; i < 2; i++) {
@@ -193,20 +194,6 @@ struct N {
     return _mm256_cvtepi32_ps(part % 2 ? _mm256_permute2x128_si256(first, second, 0x31) : _mm256_permute2x128_si256(first, second, 0x20));
   }
   static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
-  // Every word of the group twice, as it is and 16 bits down.
-  struct Group { __m256i words[2]; };
-  static Group group(const uint8_t *p) {
-    const __m256i words = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-    return {{words, _mm256_srli_epi32(words, 16)}};
-  }
-  // A nibble at bit b of the mantissa of 2^(23 - b) adds its value: no shift, no conversion.
-  static F::T values(Group g, int part) {
-    const int b = part % 2 * 8, low = (150 - b) << 23, high = (146 - b) << 23;
-    const __m256i mask = _mm256_setr_epi32(15 << b, 15 << b, 15 << b, 15 << b, 240 << b, 240 << b, 240 << b, 240 << b);
-    const __m256i base = _mm256_setr_epi32(low, low, low, low, high, high, high, high);
-    const __m256 zero = _mm256_add_ps(_mm256_castsi256_ps(base), _mm256_set1_ps(8.0f));
-    return _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(g.words[part / 2], mask), base)), zero);
-  }
   static void pack(const float *x, float inverse, int8_t *low, int8_t *high) { pack_group(x, inverse, low, high); }
 };
 

@@ -137,9 +137,12 @@ struct N {
   struct Totals { __m512i v[4]; };
   static Sums no_sums() { return {{_mm512_setzero_si512(), _mm512_setzero_si512()}}; }
   static Totals no_totals() { return {{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}}; }
-  static void add(Sums &sums, const Pairs &w, int16_t two) {
-    const __m512i x = _mm512_set1_epi16(two);
+  static void add(Sums &sums, const Pairs &w, __m512i x) {
     for (int i = 0; i < 2; i++) sums.v[i] = _mm512_add_epi16(sums.v[i], _mm512_maddubs_epi16(w.v[i], x));
+  }
+  static void add(Sums &sums, const Pairs &w, int16_t two) { add(sums, w, _mm512_set1_epi16(two)); }
+  static void add(Sums &sums, const Pairs &w, int16_t low, int16_t high) {
+    add(sums, w, _mm512_inserti64x4(_mm512_set1_epi16(low), _mm256_set1_epi16(high), 1));
   }
   // Sixteen outputs in order are a lane of the one vector and that of the other.
   template <int LANE> static void widen_lane(Totals &totals, const Sums &sums) {
@@ -178,15 +181,6 @@ struct N {
     return _mm512_cvtepi32_ps(_mm512_permutex2var_epi32(totals.v[part / 2 * 2], order, totals.v[part / 2 * 2 + 1]));
   }
   static void times(const half *w, float coef, float *out) { times8(w, coef, out); }
-  // Every word of the group four times. The lowest four bits of a lane choose its value.
-  typedef __m512i Group;
-  static Group group(const uint8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
-  static F::T values(Group g, int part) {
-    const int b = part * 16;
-    const __m512i shift = _mm512_setr_epi32(b, b, b, b, b + 4, b + 4, b + 4, b + 4, b + 8, b + 8, b + 8, b + 8, b + 12, b + 12, b + 12, b + 12);
-    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(g, shift), table);
-  }
   static void pack(const float *x, float inverse, int8_t *low, int8_t *high) { pack_group(x, inverse, low, high); }
 };
 

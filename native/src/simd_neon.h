@@ -169,9 +169,11 @@ struct N {
     for (int i = 0; i < 16; i++) none.v[i] = vdupq_n_s32(0);
     return none;
   }
-  static void add(Sums &sums, const Pairs &w, int16_t two) {
-    const int8x8_t first = vdup_n_s8((int8_t)(two & 255)), second = vdup_n_s8((int8_t)(two >> 8));
+  static void add(Sums &sums, const Pairs &w, int16_t two) { add(sums, w, two, two); }
+  static void add(Sums &sums, const Pairs &w, int16_t low, int16_t high) {
     for (int i = 0; i < 4; i++) {
+      const int16_t two = i < 2 ? low : high;
+      const int8x8_t first = vdup_n_s8((int8_t)(two & 255)), second = vdup_n_s8((int8_t)(two >> 8));
       const int8x16_t a = as_signed(w.a[i]), b = as_signed(w.b[i]);
       sums.v[2 * i] = vmlal_s8(vmlal_s8(sums.v[2 * i], vget_low_s8(a), first), vget_low_s8(b), second);
       sums.v[2 * i + 1] = vmlal_s8(vmlal_s8(sums.v[2 * i + 1], vget_high_s8(a), first), vget_high_s8(b), second);
@@ -209,14 +211,6 @@ struct N {
   static F::T floats_of_wide(const Totals &totals, int part) { return floats(totals, part); }
   static F::T floats(const Totals &totals, int part) { return {vcvtq_f32_s32(totals.v[2 * part]), vcvtq_f32_s32(totals.v[2 * part + 1])}; }
   static void times(const half *w, float coef, float *out) { F::store(out, F::mul(F::load(w), F::set(coef))); }
-  typedef uint32x4_t Group;
-  static Group group(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
-  // Nibble i of each word, four values in order.
-  static float32x4_t nibble(Group g, int i) {
-    const uint32x4_t value = vandq_u32(vshlq_u32(g, vdupq_n_s32(-4 * i)), vdupq_n_u32(15));
-    return vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(value), vdupq_n_s32(8)));
-  }
-  static F::T values(Group g, int part) { return {nibble(g, 2 * part), nibble(g, 2 * part + 1)}; }
   // Byte b of word j is value 8 b + j (high: + 4): bytes are inserted above those below them.
   static int8x16_t rounded(const float *x, float inverse) {
     uint32x4_t value[4];

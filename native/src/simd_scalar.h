@@ -179,9 +179,13 @@ struct N {
   static Sums no_sums() { return {}; }
   static Totals no_totals() { return {}; }
   // + products with the signed bytes of a word
-  static void add(Sums &sums, const Pairs &w, int16_t two) {
-    const int first = (int8_t)(two & 255), second = two >> 8;
-    for (int i = 0; i < PAD; i++) sums.v[i] = (int16_t)(sums.v[i] + w.v[2 * i] * first + w.v[2 * i + 1] * second);
+  static void add(Sums &sums, const Pairs &w, int16_t two) { add(sums, w, two, two); }
+  // The same of the lower half of the outputs and of the upper one.
+  static void add(Sums &sums, const Pairs &w, int16_t low, int16_t high) {
+    for (int i = 0; i < PAD; i++) {
+      const int two = i < PAD / 2 ? low : high, first = (int8_t)(two & 255), second = two >> 8;
+      sums.v[i] = (int16_t)(sums.v[i] + w.v[2 * i] * first + w.v[2 * i + 1] * second);
+    }
   }
   static void widen(Totals &totals, const Sums &sums) { for (int i = 0; i < PAD; i++) totals.v[i] += sums.v[i]; }
   // Signed bytes of two rows side by side as int16, in an order that only this set knows, and products with the signed halves of a word.
@@ -206,15 +210,6 @@ struct N {
   static F::T floats(const Totals &totals, int part) { return F::each([&](int i) { return (float)totals.v[part * F::W + i]; }); }
   // out = coef * scale of 8 groups; those past the last one of a row are what lies there
   static void times(const half *w, float coef, float *out) { for (int g = 0; g < 8; g++) out[g] = value_of(w[g]) * coef; }
-  // The GROUP values of one group, then W of them in order.
-  struct Group { const uint8_t *p; };
-  static Group group(const uint8_t *p) { return {p}; }
-  static F::T values(Group g, int part) {
-    return F::each([&](int i) {
-      const int value = part * F::W + i;
-      return (float)((g.p[value % 4 * 4 + value / 8] >> value / 4 % 2 * 4 & 15) - 8);
-    });
-  }
   // low, high = GROUP values times `inverse`, rounded, in the order of the bytes of a group
   static void pack(const float *x, float inverse, int8_t *low, int8_t *high) {
     for (int b = 0; b < 16; b++) {
