@@ -31,7 +31,21 @@ SHORT = ("--steps", "6", "--context", "16")
 @pytest.fixture(autouse=True)
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"vocab_size": 96, "max_positions": 128}
+    monkeypatch.setitem(random.SHAPES, "llama-small", small_llama)
     monkeypatch.setitem(random.SHAPES, "opt-small", lambda: ModelConfig.from_dict(random._opt(128, 3, 4).to_dict() | sizes))
+
+
+def small_llama() -> ModelConfig:
+    sizes = {
+        "vocab_size": 96,
+        "num_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 32,
+    }
+    return ModelConfig.from_dict(random._smollm2().to_dict() | sizes | {"max_positions": 128})
 
 
 @pytest.fixture
@@ -69,6 +83,26 @@ def test_a_synthetic_model(call) -> None:
     assert {"predictor", "attention", "mlp", "head", "other", "read", "prefill"} <= {row["op"] for row in result["rows"]}
     shown = call(*arguments)
     assert "opt-small (synthetic)" in shown and "sparse, uniform" in shown and "speed ratio sparse+heads / dense" in shown
+
+
+@needs_library
+def test_a_synthetic_silu_model_selects_by_gates_and_by_inputs(call) -> None:
+    arguments = ("bench", "--synthetic", "llama-small", "--dtype", "int8", "--threads", "1", *SHORT, "--json")
+
+    def sparse(*given: str) -> list[dict[str, Any]]:
+        rows = obj(call(*arguments, *given))["rows"]
+        return [row for row in rows if row["op"] == "decode" and row["sparse"]]
+
+    [gate] = sparse()
+    assert (gate["method"], gate["selection"], gate["head_density"]) == ("gate", None, 1.0) and 0.3 < gate["mlp_density"] < 0.7
+    rows = sparse("--method", "input", "--density", "0.75", "--density", "0.5")
+    assert [(row["method"], row["mode"]) for row in rows] == [("input", "sparse")] * 2
+    assert [row["mlp_density"] for row in rows] == pytest.approx([0.75, 0.5], abs=0.1)
+    assert [row["head_density"] for row in rows] == pytest.approx([0.75, 0.5], abs=0.1)
+    [apart] = sparse("--method", "input", "--head-density", "0.9")
+    assert (apart["mlp_density"], apart["head_density"]) == pytest.approx((0.5, 0.9), abs=0.1)
+    [predicted] = sparse("--method", "predicted")
+    assert (predicted["method"], predicted["selection"]) == ("predicted", "uniform")
 
 
 def test_a_synthetic_model_on_torch_and_dense(call) -> None:
@@ -236,6 +270,7 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
         (("--layers", "9"), "layers must lie between 1 and 3"),
         (("--dtype", "int8"), "dtype 'int8' is not available for a synthetic model on backend 'cuda'; choose one of fp32, fp16, bf16"),
         (("--selection", "uniform"), "--selection on the cuda backend is of --ops"),
+        (("--method", "gate"), "--method gate is of random weights, and backend 'cuda' has planted ones"),
     ],
 )
 def test_mistakes_on_the_gpu(
@@ -258,6 +293,11 @@ def test_mistakes_on_the_gpu(
         (("--synthetic", "opt-small", "--density", "1.5"), r"density must lie in \(0, 1\], not 1.5"),
         (("--synthetic", "opt-small", "--density", "nan"), r"density must lie in \(0, 1\], not nan"),
         (("--synthetic", "opt-small", "--dtype", "fp12"), "dtype 'fp12' is not available for a synthetic model on backend 'torch'"),
+        (("--synthetic", "llama-small", "--method", "exact"), "--method exact cannot be made up; choose one of predicted, gate, input"),
+        (("--synthetic", "llama-small", "--method", "gate", "--head-density", "0.5"), "--method gate selects no heads"),
+        (("--synthetic", "llama-small", "--rank", "8"), "--method gate has no predictors: leave --rank and --selection out"),
+        (("--synthetic", "llama-small", "--method", "gate", "--dense"), "--dense leaves nothing to select; drop it or --method gate"),
+        (("model", "--method", "gate"), "--method says what is made up; it needs --synthetic NAME"),
         (("--synthetic", "opt-small", "--rank", "999"), "rank must lie between 1 and 128 .*not 999"),
         (("--synthetic", "opt-small", "--rank", "0"), "rank must lie between 1 and 128 .*not 0"),
         (("--synthetic", "opt-small", "--head-density", "0.1"), "head density 0.1 is less than one of 4 head groups"),

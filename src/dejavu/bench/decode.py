@@ -36,7 +36,7 @@ from dejavu.bench.graphs import node_count
 from dejavu.bench.memory import buffer_bytes, sequential_buffer
 from dejavu.bench.rows import Shape, SpeedRow, device_facts
 from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, time_interleaved
-from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same, selects_heads
+from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, method_of, runs_same, selects_heads
 from dejavu.config import ModelConfig, Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
@@ -337,6 +337,7 @@ class _DecodeRun:
             "selection": variant.selection,
             "sparse": variant.layers is not None,
             "sparse_heads": selects_heads(variant.layers),
+            "method": method_of(variant.layers),
             "ahead": None if variant.layers is None else self.ahead,
             "adapter": None if variant.layers is None else self.adapter,
             "read_share": read_share(self.config, self.formats, reads, variant.layers),

@@ -98,7 +98,8 @@ class SpeedRow(WayToRun):
 
     `layers`: how many layers of the model ran (it and `threads` null where not known). `synthetic`: whether weights or predictor are made
     up, in the shape of that name, which has shape_layers in full. ahead: where the cuda engine selects neurons; null where it does not.
-    read_share: useful bytes of a step over those of the same step run dense, predictors, gates, norms and head included.
+    read_share: useful bytes of a step over those of the same step run dense, predictors, gates, norms and head included. method: what
+    selects: predicted, gate or input, joined by + where layers differ; null where nothing does, and in older lines.
     """
 
     op: str
@@ -123,6 +124,7 @@ class SpeedRow(WayToRun):
     nodes: int | None = None
     screened_head: int = 0
     read_share: float | None = None
+    method: str | None = None
 
     @property
     def speed(self) -> float:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from dejavu.bench.decode import bench
 from dejavu.bench.fastest import room
 from dejavu.bench.models.density import rethresholded
+from dejavu.bench.models.random import plain_layers
 from dejavu.bench.variants import DENSE_VARIANT, Layers, Variant, check_mode
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, Config, ModelConfig, Progress, require
 from dejavu.engine.footprint import weight_bytes
 from dejavu.engine.options import EngineOptions
-from dejavu.model.selectors import POINTS, GateThreshold, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, dense_selection, paired_rise, perplexity
 
@@ -84,11 +84,10 @@ def memory_needed(sizes: Mapping[str, int], config: ModelConfig, *, backend: str
 
 def ways(model: Transformer, ids: Sequence[int], own: Layers | None) -> list[_Way]:
     """What can be tried; thresholds are set on the ids."""
-    layers, found = model.config.num_layers, [] if own is None else [_Way(way="its adapter", layers=own)]
+    found = [] if own is None else [_Way(way="its adapter", layers=own)]
     if model.config.activation in EXACT_ZERO_ACTIVATIONS:
-        return [*found, _Way(way="exact", layers=(LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * layers)]
-    gates = (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * layers
-    inputs = (LayerAdapter(inputs=InputThresholds(**dict.fromkeys(POINTS, 0.0))),) * layers
+        return [*found, _Way(way="exact", layers=plain_layers(model.config, method="gate"))]
+    gates, inputs = (plain_layers(model.config, method=method) for method in ("gate", "input"))
     for density in DENSITIES:
         found.append(_Way(way="gate", keeps=density, layers=rethresholded(model, gates, ids, mlp_density=density)))
     for density in DENSITIES:

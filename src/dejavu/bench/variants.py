@@ -87,6 +87,11 @@ def selects_heads(layers: Layers | None) -> bool:
     return any(layer.heads.selects for layer in layers or ())
 
 
+def method_of(layers: Layers | None) -> str | None:
+    """What selects, joined by + where layers differ; None where nothing does."""
+    return "+".join(dict.fromkeys(method for layer in layers or () for method in layer.methods)) or None
+
+
 def variants_of(layers: Layers | None, *, selection: str | None = None) -> list[Variant]:
     """The sparse variants that an adapter offers."""
     found = []
@@ -106,10 +111,12 @@ def variants_at(
     densities: Sequence[float] = (),
     head_densities: Sequence[float] = (),
     selections: Sequence[str] = (),
+    inputs_alike: bool = False,
 ) -> list[Variant]:
     """Dense, and the sparse variants at every requested selection, MLP density and head density; as the predictors are where none is named.
 
-    layers_for(selection, density): predictors, whose thresholds are then set on the ids, see `density.rethresholded`.
+    layers_for(selection, density): predictors, whose thresholds are then set on the ids, see `density.rethresholded`. inputs_alike: where
+    inputs are selected and no head density is named, those of attention have the MLP's.
     """
     found = [DENSE_VARIANT]
     for selection in selections or (None,):
@@ -120,7 +127,8 @@ def variants_at(
                 layers is not None or not retargeted,
                 "a density needs predictors (or gates or inputs): give an adapter, or --synthetic for planted ones",
             )
-            for index, head_density in enumerate(head_densities or (None,)):
+            alike = density if inputs_alike and any(layer.inputs.selects for layer in layers or ()) else None
+            for index, head_density in enumerate(head_densities or (alike,)):
                 if layers is not None and retargeted:
                     chosen = rethresholded(model, layers, ids, mlp_density=density, head_density=head_density)
                 else:

@@ -35,6 +35,7 @@ NEEDS_SYNTHETIC = "says what is made up; it needs --synthetic NAME instead of MO
 MODEL_HELP = "A bundled model or adapter, a folder, a GGUF file, or a hub id."
 SHAPE_HELP = "Random weights of a known shape, e.g. opt-6.7b, instead of MODEL; planted sparsity on the cuda backend."
 DENSITY_HELP = "MLP density to set the predictors' thresholds to; may repeat."
+METHOD_HELP = "predicted, gate or input: what selects in a model of --synthetic (default: predicted for ReLU, else gate)."
 SELECTION_HELP = "uniform, clustered or hot-set (with --synthetic; on cuda of --ops); may repeat."
 AHEAD_HELP = "Where neurons are selected: beside attention, on a branch of the graph, or in-line (cuda)."
 
@@ -47,6 +48,7 @@ Context = Annotated[
 Density = Annotated[list[float] | None, typer.Option("--density", metavar="X", help=DENSITY_HELP)]
 Gguf = Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="The model that llama.cpp runs.")]
 HeadDensity = Annotated[list[float] | None, typer.Option("--head-density", metavar="X", help="The same for attention heads; may repeat.")]
+Method = Annotated[str | None, typer.Option("--method", metavar="NAME", help=METHOD_HELP)]
 NumLayers = Annotated[int | None, typer.Option("--layers", metavar="N", help="The first N layers alone (with --synthetic on cuda).")]
 OptionalModel = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 OutputFolder = Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Run folder that keeps the rows.")]
@@ -64,6 +66,7 @@ def bench(
     density: Density = None,
     head_density: HeadDensity = None,
     selection: Selection = None,
+    method: Method = None,
     rank: Rank = None,
     layers: NumLayers = None,
     ops: Ops = False,
@@ -103,10 +106,10 @@ def bench(
         _require_none(of_model, BELONGS_TO_MODEL)
         subject = made_up(
             synthetic, out, options, seed=seed, rank=rank, num_layers=layers, dense=dense, densities=density or [],
-            heads=bool(head_density), selections=selection or [], ops=ops,
+            heads=bool(head_density), selections=selection or [], ops=ops, method=method,
         )  # fmt: skip
     else:
-        _require_none({"--selection": None if ops else selection, "--rank": rank, "--layers": layers}, NEEDS_SYNTHETIC)
+        _require_none({"--selection": None if ops else selection, "--method": method, "--rank": rank, "--layers": layers}, NEEDS_SYNTHETIC)
         subject = loaded(
             model or "", out, options, seed=seed, texts=text, adapter=adapter, dense=dense, accept_base=accept_base,
             densities=density or [], download=download, offline=offline,

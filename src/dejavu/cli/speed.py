@@ -62,6 +62,7 @@ def measure(subject: Subject, plan: Plan, peers: Sequence[Peer], out: Output, pr
         densities=subject.densities,
         head_densities=plan.head_densities,
         selections=subject.selections,
+        inputs_alike=subject.synthetic,
     )
     found = Found()
     for mode, quality in planted_qualities(subject, variants):

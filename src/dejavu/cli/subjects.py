@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dejavu.language_model import LanguageModel
     from dejavu.model.transformer import Transformer
 
-DEFAULT_DENSITY = 0.1
+DEFAULT_DENSITY, PLAIN_DENSITY = 0.1, 0.5  # of predictors, and of gates or inputs
 PLANTED_RANK = 128
 PLANTED_SHARE = 0.5  # of the smallest density asked for, the neurons that fire: as with trained predictors, more are selected than fire
 
@@ -99,16 +99,18 @@ def made_up(
     heads: bool,
     selections: Sequence[str],
     ops: bool,
+    method: str | None,
 ) -> Subject:
     """A model of a known shape: planted on the GPU for the cuda backend, else random. heads: with predictors of heads.
 
-    selections: for the cuda backend those of `ops` alone.
+    selections: for the cuda backend those of `ops` alone. method: of SELECTING_METHODS; None: the shape's usual one.
     """
-    from dejavu.bench.models.random import shape_of
+    from dejavu.bench.models.random import shape_of, usual_method
     from dejavu.config import require
     from dejavu.engine.backends import CAPABILITIES, pick_backend
     from dejavu.kernels.processors import limit_torch
     from dejavu.loading import set_threads
+    from dejavu.model.selectors import SELECTING_METHODS
 
     picked = pick_backend(options.backend, dtype="int8" if options.dtype == "auto" else options.dtype)
     capabilities = CAPABILITIES[picked]
@@ -127,7 +129,16 @@ def made_up(
     cached = capabilities.cache_dtype(options.cache_dtype, dtype=dtype)
     capabilities.check_screened_head(options.screened_head, vocab_size=shape_of(name).vocab_size)
     settled = replace(options, backend=picked, dtype=dtype, cache_dtype=cached)
-    targets = [] if dense else list(densities) or [DEFAULT_DENSITY]
+    require(method is None or not dense, f"--dense leaves nothing to select; drop it or --method {method}")
+    selects = method or ("predicted" if picked == "cuda" else usual_method(shape_of(name)))
+    require(selects in SELECTING_METHODS, f"--method {selects} cannot be made up; choose one of {', '.join(SELECTING_METHODS)}")
+    if selects != "predicted":
+        require(picked != "cuda", f"--method {selects} is of random weights, and backend 'cuda' has planted ones; take another backend")
+        require(rank is None and not selections, f"--method {selects} has no predictors: leave --rank and --selection out")
+        require(
+            not heads or selects == "input", f"--method {selects} selects no heads: leave --head-density out, or take --method predicted"
+        )
+    targets = [] if dense else list(densities) or [DEFAULT_DENSITY if selects == "predicted" else PLAIN_DENSITY]
     if picked == "cuda":
         require(
             not selections or ops, "--selection on the cuda backend is of --ops: a planted model selects what its tokens need; add --ops"
@@ -135,8 +146,8 @@ def made_up(
         subject = _planted(name, settled, rank=rank, num_layers=num_layers, densities=targets, heads=heads, seed=seed)
     else:
         require(num_layers is None, f"--layers takes a slice of a model planted on the GPU; backend {picked!r} has none, leave it out")
-        chosen = [] if dense else selections or ["uniform"]
-        subject = _random(name, settled, rank=rank, densities=targets, heads=heads, selections=chosen, seed=seed)
+        chosen = [] if dense or selects != "predicted" else selections or ["uniform"]
+        subject = _random(name, settled, method=selects, rank=rank, densities=targets, heads=heads, selections=chosen, seed=seed)
     size = subject.model.num_parameters
     head = f" · screened head {options.screened_head:,}" if options.screened_head else ""
     about = f"(synthetic) · {size / 1e6:,.1f} M parameters · backend {picked} · {dtype} · cache {cached}{head}"
@@ -151,10 +162,18 @@ def _check_ahead(options: EngineOptions, backend: str) -> None:
 
 
 def _random(
-    name: str, options: EngineOptions, *, rank: int | None, densities: list[float], heads: bool, selections: Sequence[str], seed: int
+    name: str,
+    options: EngineOptions,
+    *,
+    method: str,
+    rank: int | None,
+    densities: list[float],
+    heads: bool,
+    selections: Sequence[str],
+    seed: int,
 ) -> Subject:
-    """Random weights, and predictors that select by themselves."""
-    from dejavu.bench.models.random import RANK, planted_layers, random_ids, synthetic_model
+    """Random weights, and predictors, gates or inputs that select by themselves."""
+    from dejavu.bench.models.random import RANK, plain_layers, planted_layers, random_ids, synthetic_model
     from dejavu.bench.rows import Shape
 
     made = synthetic_model(name, backend=options.backend, dtype=options.dtype, seed=seed)
@@ -162,8 +181,11 @@ def _random(
         made = replace(made, model=made.model.rounded("fp32", cache_dtype=options.cache_dtype))
 
     def layers_for(selection: str | None, density: float | None) -> Layers | None:
-        if selection is None or density is None:
+        if density is None:
             return None
+        if method != "predicted":
+            return plain_layers(made.config, method=method)
+        assert selection is not None, "predictors have one"
         return planted_layers(
             made.config, selection=selection, density=density, heads=heads, rank=RANK if rank is None else rank, seed=seed
         )

@@ -13,7 +13,8 @@ A predictor is A random and, by selection,
     uniform     B random: each token selects its own neurons, independently of their neighbours
     clustered   B random, the same for RUN neighbours: neurons are selected in runs
     hot-set     B random, and a bias that selects the same HOT_SHARE of the density for every token
-with lookahead 1, in layer 0 0. `density.rethresholded` then gives them the target density.
+with lookahead 1, in layer 0 0. `density.rethresholded` then gives them the target density. By gates or inputs nothing is planted:
+thresholds at quantiles of random gates or inputs select uniformly by themselves.
 
 Letters: D model  F neurons  R rank  O outputs
 """
@@ -24,13 +25,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dejavu.bench.bytes_read import Formats, weight_bytes
-from dejavu.config import ModelConfig, RopeConfig, require
+from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, RopeConfig, require
 from dejavu.files import read_json
 from dejavu.kernels.memory import available_bytes
 from dejavu.kernels.quantize import rounded
@@ -38,7 +40,7 @@ from dejavu.model.adapter import quantized
 from dejavu.model.bundle import bundled_folder
 from dejavu.model.families import config_from_hf, empty_model, parameter_shapes
 from dejavu.model.predictor import Predictor
-from dejavu.model.selectors import AllHeads, LayerAdapter, PredictedHeads, PredictedNeurons
+from dejavu.model.selectors import POINTS, AllHeads, GateThreshold, InputThresholds, LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Transformer
 
 SELECTIONS = ("uniform", "clustered", "hot-set")
@@ -109,8 +111,37 @@ def _llama_relu(hidden: int, intermediate: int, layers: int, heads: int) -> Mode
     )
 
 
+def _silu(kind: str, sizes: tuple[int, int, int, int, int], *, vocab: int, head_dim: int, positions: int, **fields: Any) -> ModelConfig:
+    """What most people run: public config.json files. sizes: hidden, intermediate, layers, heads, heads of keys and values."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    given = {"model_type": kind, "hidden_act": "silu", "vocab_size": vocab, "head_dim": head_dim, "max_position_embeddings": positions}
+    return config_from_hf(given | dict(zip(names, sizes, strict=True)) | {"tie_word_embeddings": False} | fields)
+
+
+def _llama3_rope(factor: float) -> dict[str, Any]:
+    """The stretched positions of Llama 3.1 and 3.2."""
+    stretched = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rope_parameters": stretched | {"original_max_position_embeddings": 8192}}
+
+
+def _llama_3_2_1b() -> ModelConfig:
+    sizes = (2048, 8192, 16, 32, 8)
+    return _silu("llama", sizes, vocab=128256, head_dim=64, positions=131072, tie_word_embeddings=True, **_llama3_rope(32.0))
+
+
+def _qwen3_8b() -> ModelConfig:
+    return _silu("qwen3", (4096, 12288, 36, 32, 8), vocab=151936, head_dim=128, positions=40960, rope_theta=1e6)
+
+
 SHAPES: dict[str, Callable[[], ModelConfig]] = {
     "smollm2-135m": _smollm2,
+    "llama-3.2-1b": _llama_3_2_1b,
+    "llama-2-7b": lambda: _silu("llama", (4096, 11008, 32, 32, 32), vocab=32000, head_dim=128, positions=4096, rope_theta=1e4),
+    "mistral-7b": lambda: _silu(
+        "mistral", (4096, 14336, 32, 32, 8), vocab=32768, head_dim=128, positions=32768, rope_theta=1e6, sliding_window=None
+    ),
+    "llama-3.1-8b": lambda: _silu("llama", (4096, 14336, 32, 32, 8), vocab=128256, head_dim=128, positions=131072, **_llama3_rope(8.0)),
+    "qwen3-8b": _qwen3_8b,
     "opt-mini": lambda: config_from_hf(read_json(bundled_folder("opt-mini") / "config.json")),
     "opt-125m": lambda: _opt(768, 12, 12),
     "opt-1.3b": lambda: _opt(2048, 24, 32),
@@ -265,6 +296,19 @@ def planted_layers(
         )
         for layer in range(config.num_layers)
     )
+
+
+def usual_method(config: ModelConfig) -> str:
+    """What selects in a model of that shape where nobody says: predictors where activations are zero, else gates."""
+    return "predicted" if config.activation in EXACT_ZERO_ACTIVATIONS else "gate"
+
+
+def plain_layers(config: ModelConfig, *, method: str) -> tuple[LayerAdapter, ...]:
+    """Gates, or inputs at every point, in every layer; thresholds are yet to be set."""
+    if method == "gate":
+        return (LayerAdapter(neurons=GateThreshold(threshold=0.0)),) * config.num_layers
+    assert method == "input", method
+    return (LayerAdapter(inputs=InputThresholds(**dict.fromkeys(POINTS, 0.0))),) * config.num_layers
 
 
 def random_ids(config: ModelConfig, count: int, *, seed: int = 0) -> list[int]:
