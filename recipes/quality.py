@@ -20,7 +20,6 @@ from dejavu.cli.subjects import Subject, loaded
 from dejavu.engine.options import EngineOptions
 from dejavu.language_model import LanguageModel
 from dejavu.model.texts import named_texts
-from dejavu.quality.evaluate import scored_part
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "perplexity.jsonl"
 OUT = Output(as_json=False)
@@ -51,9 +50,8 @@ def model_of(subject: Subject) -> LanguageModel:
 
 def passage_of(lm: LanguageModel, options: argparse.Namespace) -> Passage:
     """The start of each text."""
-    texts = named_texts(options.text).items()
-    ids = {name: scored_part(lm.tokenizer, text, options.max_tokens).ids for name, text in texts}
-    return Passage.of(ids, bos=lm.tokenizer.document_bos)
+    texts = named_texts(options.text)
+    return Passage.of_texts(texts, lm.tokenizer, max_tokens=options.max_tokens, positions=lm.config.max_positions)
 
 
 def rows(options: argparse.Namespace) -> Iterator[QualityRow]:

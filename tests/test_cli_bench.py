@@ -11,14 +11,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tokenizers
 
-from dejavu.bench import ops
+from conftest import Tiny
+from dejavu.bench import comparison, ops
 from dejavu.bench.models import planted, random
 from dejavu.bench.peers import cuda as cuda_peers
 from dejavu.bench.variants import Peer
 from dejavu.cli.main import run
 from dejavu.config import ModelConfig
 from dejavu.loading import load
+from dejavu.quality.perplexity import half_windows
 from helpers.command_line import obj
 from helpers.native import needs_library
 from helpers.peers import FakePeer
@@ -153,6 +156,37 @@ def test_against_peers(call, peers: list[tuple[Any, ...]]) -> None:
     assert "ctranslate2 is not installed" in result["notes"] and any("another model than model" in note for note in result["notes"])
     shown = call(*arguments, *against)
     assert "speed ratio sparse / llama.cpp q4_1" in shown and "note: ctranslate2 is not installed" in shown
+
+
+def test_requests_and_perplexity_beside_peers(call, peers: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "HALF_CONTEXT", 16)
+    monkeypatch.setattr(comparison, "half_windows", lambda ids, *, bos: half_windows(ids, bos=bos, context=16))
+    arguments = ("bench", "model", "--text", "text.txt", "--adapter", "adapter", "--backend", "torch", *SHORT, "--threads", "1")
+    whole = ("--against", "transformers", "--prompt", "12", "--request", "8+3", "--perplexity", "32")
+    result = obj(call(*arguments, *whole, "--json"))
+    modes = ["dense", "sparse", "sparse+heads", "transformers"]
+    timed = [(row["op"], row["context"], row["new_tokens"], row["mode"]) for row in result["rows"] if row["context"] != 16]
+    assert timed == [(*what, mode) for what in (("prefill", 12, None), ("request", 8, 3)) for mode in modes]
+    assert {each["op"] for each in result["ratios"]} == {"decode", "prefill", "request"}
+    rows = result["perplexity"]
+    assert [(row["mode"], row["peer"]) for row in rows] == [("dense", False), ("sparse", False), ("sparse", False), ("transformers", True)]
+    assert rows[3]["ppl"] == pytest.approx(rows[0]["ppl"], rel=1e-5) and rows[1]["ppl"] != rows[0]["ppl"]
+    assert len({(row["tokens"], row["texts_hash"]) for row in rows}) == 1 and rows[0]["texts"] == ["text.txt"]
+    shown = call(*arguments, *whole)
+    assert "request 8+3" in shown and "speed ratio sparse request 8+3 / transformers" in shown and "Perplexity of 14 tokens" in shown
+
+
+def test_a_gguf_file_is_what_llama_cpp_runs_too(
+    call, peers: list[tuple[Any, ...]], work: Path, tiny: Tiny, tok96: tokenizers.Tokenizer
+) -> None:
+    """And what has no room in the model is said, where nobody asked for it."""
+    from helpers.gguf_files import write_gguf  # gguf is not on every machine that the other tests run on
+
+    write_gguf(tiny("llama"), tok96, work / "small.gguf")
+    result = obj(call("bench", "small.gguf", "--text", "text.txt", "--backend", "torch", *SHORT, "--against", "llama.cpp", "--json"))
+    assert peers[0][2] == Path("small.gguf")
+    assert any(note.endswith("needs 1152 positions, the model has 64: not timed") for note in result["notes"])
+    assert any(note.startswith("no perplexity was measured: windows have 512 tokens") for note in result["notes"])
 
 
 def test_a_peer_that_is_wrong_means_no_number(work: Path, peers: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -297,6 +331,10 @@ def test_mistakes_on_the_gpu(
         (("--synthetic", "llama-small", "--method", "gate", "--head-density", "0.5"), "--method gate selects no heads"),
         (("--synthetic", "llama-small", "--rank", "8"), "--method gate has no predictors: leave --rank and --selection out"),
         (("--synthetic", "llama-small", "--method", "gate", "--dense"), "--dense leaves nothing to select; drop it or --method gate"),
+        (("model", "--text", "text.txt", "--request", "9-9"), r"--request 9-9 is no PROMPT\+NEW"),
+        (("model", "--text", "text.txt", "--prompt", "900"), "a request of 900 tokens needs 900 positions"),
+        (("model", "--text", "text.txt", "--perplexity", "99"), "windows have 512 tokens"),
+        (("--synthetic", "opt-small", "--perplexity", "99"), "--perplexity belongs to a MODEL"),
         (("model", "--method", "gate"), "--method says what is made up; it needs --synthetic NAME"),
         (("--synthetic", "opt-small", "--rank", "999"), "rank must lie between 1 and 128 .*not 999"),
         (("--synthetic", "opt-small", "--rank", "0"), "rank must lie between 1 and 128 .*not 0"),

@@ -1,7 +1,7 @@
 """Perplexity of our model, dense and sparse, and of other programs: the same windows of the same tokens, by llama.cpp's rule.
 
-In: a LanguageModel's parts or a Peer, token ids of texts by name. Out: QualityRows, with which the speeds of `dejavu bench` are shown. The
-rule is `perplexity.half_windows`; NLL is summed in float64, and the standard error is over windows.
+In: a LanguageModel's parts or a Peer, texts or their token ids by name. Out: QualityRows, with which speeds are shown. The rule is
+`perplexity.half_windows`; NLL is summed in float64, and the standard error is over windows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import torch
 
 from dejavu.bench.rows import QualityRow, device_facts
 from dejavu.bench.variants import Peer, selects_heads
+from dejavu.config import require
 from dejavu.model.selectors import LayerAdapter
+from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.quality.evaluate import scored_part
 from dejavu.quality.perplexity import (
     HALF_CONTEXT,
     MaskedSelections,
@@ -45,6 +48,13 @@ class Passage:
         windows = tuple(window for part in ids.values() for window in half_windows(part, bos=bos))
         read = ",".join(str(token) for window in windows for token in (*window.inputs, window.targets[-1]))
         return cls(windows=windows, names=tuple(ids), texts_hash=hashlib.sha256(read.encode()).hexdigest()[:16])
+
+    @classmethod
+    def of_texts(cls, texts: Mapping[str, str], tokenizer: Tokenizer, *, max_tokens: int, positions: int) -> Passage:
+        """The first tokens of each text, by its name. positions: of the model. Raises ValueError where a window does not fit in there."""
+        require(positions >= HALF_CONTEXT, f"windows have {HALF_CONTEXT} tokens, and the model has {positions} positions")
+        ids = {name: scored_part(tokenizer, text, max_tokens).ids for name, text in texts.items()}
+        return cls.of(ids, bos=tokenizer.document_bos)
 
     def result(self, window_nll: Sequence[float]) -> PerplexityResult:
         counts = tuple(len(window.targets) for window in self.windows)

@@ -32,11 +32,12 @@ import torch
 from torch import Tensor
 
 from dejavu.bench.bytes_read import Reads, attended, formats_of, read_share, step_bytes, weight_bytes
+from dejavu.bench.facts import engine_facts, on_gpu, peer_facts, variant_facts
 from dejavu.bench.graphs import node_count
 from dejavu.bench.memory import buffer_bytes, sequential_buffer
-from dejavu.bench.rows import Shape, SpeedRow, device_facts
+from dejavu.bench.rows import Shape, SpeedRow
 from dejavu.bench.timing import MIN_REPEATS, Work, nothing, percentiles, time_interleaved
-from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, method_of, runs_same, selects_heads
+from dejavu.bench.variants import Peer, Variant, check_mode, check_peer, runs_same
 from dejavu.config import ModelConfig, Progress, require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.interface import CapturesSteps, Engine, EngineInfo, ProfilesSteps, ReadsBuffers, StepProfile, StepResult
@@ -53,12 +54,14 @@ READ = "read"  # the sequential read among the decoders' turns
 
 
 class Ratio(TypedDict):
-    """How a decode speed of ours compares with dense or with a peer, of the same batch and context; below 1: slower."""
+    """How a speed of ours compares with dense or with a peer, of the same op, batch, context and new tokens; below 1: slower."""
 
+    op: str
     mode: str
     dtype: str
     batch: int
     context: int
+    new_tokens: int | None
     mlp_density: float | None
     head_density: float | None
     selection: str | None
@@ -69,7 +72,7 @@ class Ratio(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """What a benchmark found. ratios: decode tokens a second of `mode` over those of `against`, at the same batch and context."""
+    """What a benchmark found. ratios: tokens a second of `mode` over those of `against`."""
 
     rows: list[SpeedRow]
     ratios: list[Ratio]
@@ -195,8 +198,7 @@ def bench(
     assert variants and variants[0].layers is None, "the first variant is dense: the others are compared with it"
     notes = [f"{peer.mode} decodes one sequence: not timed at batch {batch}" for peer in peers if batch != 1]
     peers = peers if batch == 1 else ()
-    if options.ahead not in (None, USUAL_AHEAD):
-        variants = [each if each.layers is None else dataclasses.replace(each, mode=f"{each.mode} {options.ahead}") for each in variants]
+    variants = named_ahead(variants, options.ahead)
     for variant in variants:
         check_mode(model, variant.layers, ids, options)
     notes += _check_peers(peers, model, ids, name)
@@ -214,6 +216,13 @@ def bench(
     run.say_dense()
     rows = run.rows()
     return Bench(rows=rows, ratios=ratios_of(rows), notes=notes + run.notes)
+
+
+def named_ahead(variants: Sequence[Variant], ahead: str | None) -> Sequence[Variant]:
+    """The variants, of which those that select have another way of looking ahead than the usual one in their mode."""
+    if ahead in (None, USUAL_AHEAD):
+        return variants
+    return [each if each.layers is None else dataclasses.replace(each, mode=f"{each.mode} {ahead}") for each in variants]
 
 
 def _check_peers(peers: Sequence[Peer], model: Transformer, ids: Sequence[int], name: str) -> list[str]:
@@ -235,9 +244,7 @@ class _DecodeRun:
     ) -> None:  # fmt: skip
         self.config, self.decoders = model.config, decoders
         self.peers = {f"peer {index}": peer for index, peer in enumerate(peers)}
-        self.name, self.adapter = name, adapter
-        self.made_up: dict[str, Any] = {"synthetic": shape is not None}
-        self.made_up |= {} if shape is None else {"shape": shape.name, "shape_layers": shape.layers}
+        self.name, self.shape, self.adapter = name, shape, adapter
         self.dense, self.info = decoders[0].engine, decoders[0].engine.info
         self.ahead = (ahead or USUAL_AHEAD) if self.info.backend == "cuda" else None
         self.batch, self.context = len(decoders[0].rows_BT), decoders[0].context
@@ -252,7 +259,7 @@ class _DecodeRun:
     def time(self, clock: Callable[[], float], progress: Progress | None) -> None:
         row = self.decoders[0].rows_BT[0]
         prompt, tokens = row[: self.context], row[self.context :]
-        sync = torch.cuda.synchronize if _on_gpu(self.info.device) else nothing  # a peer on the CPU has nothing to wait for
+        sync = torch.cuda.synchronize if on_gpu(self.info.device) else nothing  # a peer on the CPU has nothing to wait for
 
         def steps(works: dict[Any, Work], what: str) -> dict[Any, list[float]]:
             rounds = len(tokens) // TURN
@@ -275,7 +282,7 @@ class _DecodeRun:
         timed = {decoder: decoder.step for decoder in self.decoders}
         read = {READ: lambda _: _read(self.dense, self.buffer)}
         start()
-        if not _on_gpu(self.info.device):
+        if not on_gpu(self.info.device):
             alone = {key: Work(run=run, sync=sync) for key, run in {**timed, **read}.items()}
             self.decode = steps({**alone, **peers}, "decode steps")
             return
@@ -307,19 +314,7 @@ class _DecodeRun:
         p20, p50, p80 = percentiles(seconds)
         speed = None if useful is None else useful * 1e6 / p50
         ceiling = self.buffer.nbytes / float(np.median(self.decode[READ]))
-        own = {
-            "mode": "dense",
-            "backend": self.info.backend,
-            "model": self.name,
-            "layers": self.config.num_layers,
-            "dtype": self.info.dtype,
-            **device_facts(cuda=_on_gpu(self.info.device)),
-            **self.made_up,
-            "cache_dtype": self.info.cache_dtype,
-            "screened_head": self.info.screened_head,
-            "read_share": 1.0,
-        }
-        own |= {"batch": self.batch, "threads": self.info.threads, "mlp_density": 1.0, "head_density": 1.0}
+        own = engine_facts(self.info, self.config, name=self.name, shape=self.shape) | {"batch": self.batch, "read_share": 1.0}
         own |= {"op": op, "context": self.context, "p20_us": p20, "p50_us": p50, "p80_us": p80}
         own |= {
             "tok_s": None if tokens is None else tokens * 1e6 / p50,
@@ -333,13 +328,7 @@ class _DecodeRun:
         reads = held.mean_reads(self.batch)
         useful = step_bytes(self.config, self.formats, reads, variant.layers)
         values: dict[str, Any] = {
-            "mode": variant.mode,
-            "selection": variant.selection,
-            "sparse": variant.layers is not None,
-            "sparse_heads": selects_heads(variant.layers),
-            "method": method_of(variant.layers),
-            "ahead": None if variant.layers is None else self.ahead,
-            "adapter": None if variant.layers is None else self.adapter,
+            **variant_facts(variant, adapter=self.adapter, ahead=self.ahead),
             "read_share": read_share(self.config, self.formats, reads, variant.layers),
             "mlp_density": float(np.mean(held.mlp)),
             "head_density": float(np.mean(held.heads)),
@@ -352,28 +341,26 @@ class _DecodeRun:
         return [whole, *(self._row(op, held.seconds[op], useful=useful[op], **values) for op in held.seconds if useful[op] > 0)]
 
     def _of_peer(self, op: str, peer: Peer, seconds: list[float], tokens: int) -> SpeedRow:
-        same = runs_same(peer, self.name)
-        values: dict[str, Any] = {"mode": peer.mode, "backend": peer.mode, "dtype": peer.dtype, "batch": 1, "threads": peer.threads}
-        values |= {"peer": True, "cache_dtype": None, "screened_head": 0, "read_share": None}
-        values |= device_facts(cuda=_on_gpu(peer.device))
-        if not same:
-            values |= {"model": peer.model, "layers": None, "synthetic": False, "shape": None, "shape_layers": None}
-        return self._row(op, seconds, tokens=tokens, **values)
+        return self._row(op, seconds, tokens=tokens, **peer_facts(peer, name=self.name))
 
 
-def ratios_of(rows: Sequence[SpeedRow]) -> list[Ratio]:
-    """How decode speeds compare: every sparse row with dense, and every row of ours with each peer; below 1 is slower."""
-    decodes = [row for row in rows if row.op == "decode"]
-    others = [row for row in decodes if row.peer or row.dense]
+def ratios_of(rows: Sequence[SpeedRow], *, ops: Sequence[str] = ("decode",)) -> list[Ratio]:
+    """How speeds of these ops compare: every sparse row with dense, and every row of ours with each peer; below 1 is slower."""
+    timed = [row for row in rows if row.op in ops]
+    others = [row for row in timed if row.peer or row.dense]
     return [
         Ratio(
-            mode=row.mode, dtype=row.dtype, batch=row.batch, context=row.context, mlp_density=row.mlp_density,
-            head_density=row.head_density, selection=row.selection, against=other.mode, against_dtype=other.dtype,
-            ratio=row.speed / other.speed,
+            op=row.op, mode=row.mode, dtype=row.dtype, batch=row.batch, context=row.context, new_tokens=row.new_tokens,
+            mlp_density=row.mlp_density, head_density=row.head_density, selection=row.selection, against=other.mode,
+            against_dtype=other.dtype, ratio=row.speed / other.speed,
         )
-        for row in decodes if not row.peer
-        for other in others if other is not row and (other.batch, other.context) == (row.batch, row.context)
+        for row in timed if not row.peer
+        for other in others if other is not row and _measured_of(other) == _measured_of(row)
     ]  # fmt: skip
+
+
+def _measured_of(row: SpeedRow) -> tuple[str, int, int, int | None]:
+    return row.op, row.batch, row.context, row.new_tokens
 
 
 def _repeated(run: Callable[[int], Any], times: int) -> Callable[[int], None]:
@@ -389,7 +376,3 @@ def _repeated(run: Callable[[int], Any], times: int) -> Callable[[int], None]:
 def _read(engine: Engine, buffer: Tensor) -> object:
     """Read the buffer once, as the engine does it: with the library's threads, the GPU's best kernel, or torch's sum."""
     return engine.read(buffer) if isinstance(engine, ReadsBuffers) else float(buffer.sum())
-
-
-def _on_gpu(device: str) -> bool:
-    return device.startswith("cuda")

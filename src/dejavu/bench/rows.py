@@ -99,7 +99,8 @@ class SpeedRow(WayToRun):
     `layers`: how many layers of the model ran (it and `threads` null where not known). `synthetic`: whether weights or predictor are made
     up, in the shape of that name, which has shape_layers in full. ahead: where the cuda engine selects neurons; null where it does not.
     read_share: useful bytes of a step over those of the same step run dense, predictors, gates, norms and head included. method: what
-    selects: predicted, gate or input, joined by + where layers differ; null where nothing does, and in older lines.
+    selects: predicted, gate or input, joined by + where layers differ; null where nothing does, and in older lines. new_tokens: of a
+    request, whose prompt is the context.
     """
 
     op: str
@@ -125,10 +126,11 @@ class SpeedRow(WayToRun):
     screened_head: int = 0
     read_share: float | None = None
     method: str | None = None
+    new_tokens: int | None = None
 
     @property
     def speed(self) -> float:
-        """Tokens a second, of a row that has them: of decode and prefill."""
+        """Tokens a second, of a row that has them: of decode, prefill and request."""
         assert self.tok_s is not None, f"a row of {self.op} has no tokens a second"
         return self.tok_s
 

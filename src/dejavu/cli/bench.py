@@ -1,4 +1,4 @@
-"""`dejavu bench`: speed of decode, its parts and prefill, dense and sparse and against other programs, in turns."""
+"""`dejavu bench`: speed of decode, its parts, prompts and whole requests, dense and sparse and against other programs, in turns."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ from dejavu.engine.options import EngineOptions
 
 BELONGS_TO_MODEL = "belongs to a MODEL, not to --synthetic (--results keeps rows of both)"
 NEEDS_SYNTHETIC = "says what is made up; it needs --synthetic NAME instead of MODEL"
+TEXT_TOKENS = 2048  # of each text, of perplexity beside peers
 MODEL_HELP = "A bundled model or adapter, a folder, a GGUF file, or a hub id."
 SHAPE_HELP = "Random weights of a known shape, e.g. opt-6.7b, instead of MODEL; planted sparsity on the cuda backend."
 DENSITY_HELP = "MLP density to set the predictors' thresholds to; may repeat."
 METHOD_HELP = "predicted, gate or input: what selects in a model of --synthetic (default: predicted for ReLU, else gate)."
 SELECTION_HELP = "uniform, clustered or hot-set (with --synthetic; on cuda of --ops); may repeat."
+PROMPT_HELP = "Time the prefill of a prompt of N tokens in every mode (with --against 512; 0: none); may repeat."
+REQUEST_HELP = "Time requests of P prompt tokens and N new ones (with --against 128+128 and 1024+128; 0: none); may repeat."
+PERPLEXITY_HELP = "Tokens of each text to measure perplexity on, peers' too (with --against 2048; 0: none)."
 AHEAD_HELP = "Where neurons are selected: beside attention, on a branch of the graph, or in-line (cuda)."
 
 Ahead = Annotated[str | None, typer.Option("--ahead", metavar="NAME", help=AHEAD_HELP)]
@@ -53,7 +57,10 @@ NumLayers = Annotated[int | None, typer.Option("--layers", metavar="N", help="Th
 OptionalModel = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 OutputFolder = Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Run folder that keeps the rows.")]
 Ops = Annotated[bool, typer.Option("--ops", help="Time single ops too, at several densities and selections (cuda).")]
+Perplexity = Annotated[int | None, typer.Option("--perplexity", metavar="N", help=PERPLEXITY_HELP)]
+Prompt = Annotated[list[int] | None, typer.Option("--prompt", metavar="N", help=PROMPT_HELP)]
 Rank = Annotated[int | None, typer.Option("--rank", metavar="N", help="Of the planted predictors (with --synthetic).")]
+Request = Annotated[list[str] | None, typer.Option("--request", metavar="P+N", help=REQUEST_HELP)]
 Results = Annotated[Path | None, typer.Option("--results", metavar="FILE", help="Append the rows to a .jsonl file.")]
 Selection = Annotated[list[str] | None, typer.Option("--selection", metavar="NAME", help=SELECTION_HELP)]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Decode steps timed in each mode, at least 5.")]
@@ -76,6 +83,9 @@ def bench(
     batch: Batch = None,
     context: Context = None,
     steps: Steps = 32,
+    prompt: Prompt = None,
+    request: Request = None,
+    perplexity: Perplexity = None,
     text: OptionalTexts = None,
     results: Results = None,
     output: OutputFolder = None,
@@ -103,7 +113,7 @@ def bench(
     )
     if synthetic is not None:
         of_model = {"--text": text, "--adapter": adapter, "--accept-base": accept_base, "-o": output, "--download": download}
-        _require_none(of_model, BELONGS_TO_MODEL)
+        _require_none(of_model | {"--perplexity": perplexity}, BELONGS_TO_MODEL)
         subject = made_up(
             synthetic, out, options, seed=seed, rank=rank, num_layers=layers, dense=dense, densities=density or [],
             heads=bool(head_density), selections=selection or [], ops=ops, method=method,
@@ -114,11 +124,34 @@ def bench(
             model or "", out, options, seed=seed, texts=text, adapter=adapter, dense=dense, accept_base=accept_base,
             densities=density or [], download=download, offline=offline,
         )  # fmt: skip
+    if gguf is None and model is not None and Path(model).suffix == ".gguf":
+        gguf = Path(model)  # the same file, unless another is named
     plan = Plan(
+        **_whole(prompt, request, against=bool(names)), **_text(model, text, perplexity, against=bool(names)),
         dense=dense, head_densities=head_density or [], batches=batch or [], contexts=context or [], steps=steps, ops=ops,
         op_selections=selection or [], seed=seed,
     )  # fmt: skip
     _run(out, subject, plan, names, gguf=gguf, results=results, folder=folder, as_calibrated=not (thinned or dense))
+
+
+def _whole(prompts: Sequence[int] | None, requests: Sequence[str] | None, *, against: bool) -> dict[str, Any]:
+    """Of a plan, the prompts and requests to time: what is named, else the usual ones where peers are compared with."""
+    from dejavu.bench.requests import USUAL, Request, request_of
+
+    if prompts is None and requests is None:
+        return {"requests": USUAL if against else (), "usual": True}
+    found = [Request(prompt=tokens) for tokens in prompts or () if tokens]
+    return {"requests": found + [request_of(text) for text in requests or () if text != "0"]}
+
+
+def _text(model: str | None, texts: list[str] | None, tokens: int | None, *, against: bool) -> dict[str, Any]:
+    """Of a plan, what perplexity is measured on."""
+    from dejavu.model.texts import DATA, named_texts
+
+    asked = (TEXT_TOKENS if against else 0) if tokens is None else tokens
+    if model is None or not asked:
+        return {}
+    return {"texts": named_texts(texts or [str(DATA / "evaluation.txt")]), "text_tokens": asked, "text_usual": tokens is None}
 
 
 def _run(
@@ -144,6 +177,7 @@ def _run(
     with opened_peers(names, subject, gguf, notes) as peers, progress_bars() as progress:
         others = [{key: getattr(peer, key) for key in ("mode", "version", "dtype", "model", "threads")} for peer in peers]
         found = measure(subject, plan, peers, out, progress)
+    notes += found.notes
     for _, measured in found.runs:
         notes += [note for note in measured.notes if note not in notes]
     rows = completed(found.rows) if results is None else append_rows(results, found.rows)
@@ -163,6 +197,7 @@ def _run(
             "cache_dtype": subject.options.cache_dtype,
             "screened_head": subject.options.screened_head,
             "notes": notes,
+            **({} if not found.qualities else {"perplexity": [row.to_dict() for row in completed(found.qualities)]}),
             **({} if found.screen is None else {"screen": found.screen}),
             **({} if subject.planted is None else {"planted": {"rank": subject.planted.rank, "modes": found.planted}}),
         }
