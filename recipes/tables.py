@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dejavu.bench.rows import QualityRow, append_rows, read_rows
+from dejavu.bench.rows import QualityRow, append_rows
 from dejavu.engine.backends import CAPABILITIES
 from dejavu.files import write_json
 from dejavu.model.bundle import MODELS_FOLDER
@@ -25,7 +26,7 @@ from dejavu.model.families import config_from_hf
 from dejavu.model.gguf.families import GGUF_FAMILIES
 from dejavu.model.rounding import ROUNDING_FILE
 from forms import RESULTS as FORMS
-from forms import FormRow
+from forms import newest_runs
 from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_ops, gpu_speed
 from records import QUALITY, CurveResult, EvalResult, MethodResult, ProfileResult, Record, Result, TrainResult, records
 from speeds import EXACT, Refused, headline, markdown, origins, percent, programs, qualities, second
@@ -146,12 +147,13 @@ def layers() -> str:
 
 
 def few_bits(base: str) -> str:
-    """Forms of a model: what each takes, costs and gains. All of one run, so that their speeds are of the same minutes."""
-    found = [row for row in read_rows(FORMS, FormRow) if row.base == base and row.repeatable]
-    if not found:
+    """Forms of a model: what each takes, costs and gains. All take turns in a run; speeds are medians over runs."""
+    runs = newest_runs(base, FORMS)
+    if not runs:
         raise Refused(f"no forms of {base} in results/ may be shown: run recipes/forms.py on a clean commit")
-    last = [row for row in found if row.run == found[-1].run]
-    dense = {row.form: row for row in last if not row.sparse}
+    last = runs[-1]
+    speed = {(row.form, row.mode): statistics.median(run[index].tok_s for run in runs) for index, row in enumerate(last)}
+    dense = {row.form: row for row in last if row.dense}
     sparse = {row.form: row for row in last if row.sparse}
     exact = dense["fp32"]
     table = []
@@ -160,9 +162,14 @@ def few_bits(base: str) -> str:
         with_adapter = ["", "", ""]
         if other is not None:
             rise = f"{100 * (other.ppl / sparse['fp32'].ppl - 1):+.1f} %"
-            with_adapter = [f"{other.ppl:.2f}", rise, f"{other.tok_s:.0f} ({other.tok_s / row.tok_s:.2f})"]
+            faster, base_speed = speed[form, other.mode], speed[form, row.mode]
+            with_adapter = [f"{other.ppl:.2f}", rise, f"{faster:.0f} ({faster / base_speed:.2f})"]
         cost = f"{100 * (row.ppl / exact.ppl - 1):+.2f} %"
-        table.append([form, f"{row.weight_bytes / 1e6:.0f}", f"{row.ppl:.2f}", cost, f"{row.tok_s:.0f}", *with_adapter])
+        size = "" if row.weight_bytes is None else f"{row.weight_bytes / 1e6:.0f}"
+        table.append([form, size, f"{row.ppl:.2f}", cost, f"{speed[form, row.mode]:.0f}", *with_adapter])
+    for row in (row for row in last if row.peer):
+        cost = f"{100 * (row.ppl / exact.ppl - 1):+.2f} %"
+        table.append([f"{row.mode}, {row.form}", "", f"{row.ppl:.2f}", cost, f"{speed[row.form, row.mode]:.0f}", "", "", ""])
     header = [
         "form",
         "MB",

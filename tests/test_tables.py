@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ def speeds(tables: ModuleType) -> ModuleType:
 
 def test_pages_show_what_results_hold(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     read_once, found = cache(read_rows), 0
-    for name in ("gpu_tables", "records", "speeds", "tables"):
+    for name in ("gpu_tables", "records", "speeds", "forms"):
         monkeypatch.setattr(f"{name}.read_rows", read_once)
     for page in tables.PAGES:
         text = page.read_text()
@@ -55,7 +56,7 @@ def test_the_table_of_families_has_them_all_and_a_reason_for_every_no(tables: Mo
 @pytest.mark.parametrize("path", sorted((ROOT / "results").iterdir()), ids=lambda path: path.name)
 def test_every_line_of_results_is_a_row_of_its_class(tables: ModuleType, path: Path) -> None:
     kinds: dict[str, type[Measured]] = {"bench.jsonl": SpeedRow, "perplexity.jsonl": QualityRow, "quality.jsonl": tables.Record}
-    kinds["forms.jsonl"] = tables.FormRow
+    kinds["forms.jsonl"] = sys.modules["forms"].FormRow
     assert len(read_rows(path, kinds[path.name])) == len(path.read_text().splitlines()) > 0
 
 
@@ -96,6 +97,21 @@ def test_forms_of_a_model_stand_beside_its_fp32_form(tables: ModuleType, tmp_pat
     ]
     with pytest.raises(SystemExit, match="no forms of other"):
         tables.few_bits("other")
+
+
+def test_speeds_of_forms_are_medians_over_the_runs_of_one_commit(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other programs stand below; a run of other forms, or of another commit, is left out."""
+    monkeypatch.setattr(tables, "FORMS", tmp_path / "forms.jsonl")
+    peer = {"peer": True, "mode": "llama.cpp", "backend": "llama.cpp", "weight_bytes": None}
+    lines = [form("fp32", 20.0, 1.0, run="old", commit="2" * 40), form("q8_0", 21.0, 1.0, run="old", commit="2" * 40, **peer)]
+    lines += [form("fp32", 20.0, 9.0, run="alone")]
+    for run, speed in (("a", 50.0), ("b", 70.0), ("c", 60.0)):
+        lines += [form("fp32", 20.0, speed, run=run), form("q8_0", 21.0, 2 * speed, run=run, **peer)]
+    tables.FORMS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = tables.few_bits("m")
+    assert "| fp32 | 9 | 20.00 | +0.00 % | 60 |" in shown and "| llama.cpp, q8_0 |  | 21.00 | +5.00 % | 120 |" in shown
 
 
 def test_a_stale_number_is_replaced(tables: ModuleType) -> None:
