@@ -12,12 +12,17 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
-from dejavu.bench.rows import read_rows
+from dejavu.bench.rows import WayToRun, read_rows
+from forms import RESULTS as FORMS
+from forms import newest_runs
 from records import ProfileResult, TrainResult
-from speeds import BENCH, speeds
+from speeds import BENCH, Refused, speeds
 from tables import SMOLLM2, newest
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
@@ -443,6 +448,10 @@ def _free(x: float, y: float, width: float, taken: list[Box], within: Box) -> Bo
         inside = within[0] <= box[0] and box[2] <= within[2] and within[1] <= box[1] and box[3] <= within[3]
         return inside and not any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken)
 
+    for beside in (x + 11, x - width - 11):
+        box = (beside, y - 8, beside + width, y + 8)
+        if fits(box):
+            return box
     for away in range(1, 12):
         for down in (10 * away, -10 * away - 16):
             for across in (-width / 2, 4, -width - 4):
@@ -452,14 +461,43 @@ def _free(x: float, y: float, width: float, taken: list[Box], within: Box) -> Bo
     return (x + 12, y - 8, x + 12 + width, y + 8)
 
 
-def _programs(model: str, name: str) -> Picture:
-    """Speed against perplexity of everything that ran a model; up and to the right is better."""
-    found = sorted(speeds(model), key=lambda speed: speed.ppl)
-    p = Picture(f"Tokens a second against perplexity of every program and dtype that ran {name}", 380)
-    p.text(24, 30, f"{name}: speed and quality of every program", "head")
-    p.text(24, 50, "up: foretells text better; right: writes faster. A line spans five processes or more.", "soft small")
-    left, right, top, bottom = 78.0, 690.0, 76.0, 326.0
-    most = max(speed.most for speed in found)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One way to run a model. kind: a colour of the palette. least to most: over processes."""
+
+    words: str
+    kind: str
+    ppl: float
+    median: float
+    least: float
+    most: float
+
+
+KINDS = {"read": "ours, sparse", "edge": "ours, dense", "back": "other programs"}
+
+
+def _kind(row: WayToRun) -> str:
+    return "back" if row.peer else "read" if row.sparse else "edge"
+
+
+def _front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other is both faster and better than, the best first."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.ppl, -point.median)):
+        if not found or point.median > found[-1].median:
+            found.append(point)
+    return found
+
+
+def _speeds_and_quality(title: str, heading: str, about: str, points: Sequence[Point]) -> Picture:
+    """Speed against perplexity; up and to the right is better. A dashed line joins what nothing beats in both."""
+    found = sorted(points, key=lambda point: point.ppl)
+    more = 10 * max(0, len(found) - 12)  # many points take a taller picture
+    p = Picture(title, 404 + more)
+    p.text(24, 30, heading, "head")
+    p.text(24, 50, about, "soft small")
+    left, right, top, bottom = 78.0, 690.0, 76.0, 326.0 + more
+    most = max(point.most for point in found)
     step = next(step for step in (10, 20, 50, 100, 200, 500, 1000) if most / step <= 7)
     edge = step * math.ceil(1.02 * most / step)
     low, high = found[0].ppl, found[-1].ppl
@@ -480,19 +518,61 @@ def _programs(model: str, name: str) -> Picture:
         p.text(left - 8, y + 5, f"{ppl:.1f}", "soft small", "end")
     p.text(right, bottom + 38, "tokens a second, one sequence", "soft small", "end")
     p.text(24, top - 6, "perplexity (the lower, the better)", "soft small")
-    taken = [(*at(speed.least, speed.ppl), *at(speed.most, speed.ppl)) for speed in found]  # left, top, right, bottom
+    front = _front(found)
+    corners = [at(point.median, point.ppl) for point in front]
+    if len(front) > 1:
+        p.path(corners, "line-edge thin dash")
+    taken = [(*at(point.least, point.ppl), *at(point.most, point.ppl)) for point in found]  # left, top, right, bottom
     taken = [(x0 - 8, y0 - 8, x1 + 8, y1 + 8) for x0, y0, x1, y1 in taken]
-    for speed in found:
-        kind = "back" if not speed.own else "read" if speed.row.sparse else "edge"
-        x, y = at(speed.median, speed.ppl)
-        p.path([at(speed.least, speed.ppl), at(speed.most, speed.ppl)], f"line-{kind}")
-        p.dot(x, y, kind, 6)
-        words = f"{speed.program}, {speed.row.dtype}"
-        box = _free(x, y, 6.7 * len(words), taken, (left, top, right + 20, bottom))
+    for (x0, y0), (x1, y1) in pairwise(corners):  # words keep off the dashed line
+        parts = max(1, round(math.hypot(x1 - x0, y1 - y0) / 8))
+        along = [(x0 + (x1 - x0) * part / parts, y0 + (y1 - y0) * part / parts) for part in range(parts + 1)]
+        taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in along]
+    for point in found:
+        x, y = at(point.median, point.ppl)
+        p.path([at(point.least, point.ppl), at(point.most, point.ppl)], f"line-{point.kind}")
+        p.dot(x, y, point.kind, 6)
+        box = _free(x, y, 6.7 * len(point.words), taken, (left, top - 8, right + 20, bottom))
         taken.append(box)
-        p.text(box[0], box[3] - 3, words, "ink small" if kind == "edge" else f"{kind} small")
-    p.legend(362, [("read", "ours, sparse"), ("edge", "ours, dense"), ("back", "other programs")])
+        if max(box[1] - y, y - box[3]) > 20:  # too far to be seen whose it is
+            p.path([(x, y), (min(max(x, box[0]), box[2]), box[1] if box[1] > y else box[3])], f"line-{point.kind} thin")
+        p.text(box[0], box[3] - 3, point.words, "ink small" if point.kind == "edge" else f"{point.kind} small")
+    p.legend(bottom + 60, [(kind, words) for kind, words in KINDS.items() if any(point.kind == kind for point in found)])
+    p.path([(430, bottom + 55), (462, bottom + 55)], "line-edge thin dash")
+    p.text(470, bottom + 60, "nothing is both faster and better", "soft small")
     return p
+
+
+def _programs(model: str, name: str) -> Picture:
+    """Every program and dtype that ran a model, in processes of their own."""
+    found = [
+        Point(
+            words=f"{speed.program}, {speed.row.dtype}", kind=_kind(speed.row), ppl=speed.ppl, median=speed.median, least=speed.least,
+            most=speed.most,
+        )
+        for speed in speeds(model)
+    ]  # fmt: skip
+    about = "up: foretells text better; right: writes faster. A line spans five processes or more."
+    title = f"Tokens a second against perplexity of every program and dtype that ran {name}"
+    return _speeds_and_quality(title, f"{name}: speed and quality of every program", about, found)
+
+
+def _forms(base: str) -> Picture:
+    """Every form of a model and every program that took turns with them."""
+    runs = newest_runs(base, FORMS)
+    if not runs:
+        raise Refused(f"no forms of {base} in results/ may be shown: run recipes/forms.py on a clean commit")
+    found = []
+    for ways in zip(*runs, strict=True):
+        row, held = ways[-1], [way.tok_s for way in ways]
+        name = f"{row.mode}, {row.form}" if row.peer else f"{row.form}, sparse" if row.sparse else row.form
+        found.append(
+            Point(words=name, kind=_kind(row), ppl=row.ppl, median=statistics.median(held), least=min(held), most=max(held))
+        )  # fmt: skip
+    spans = f"A line spans {len(runs)} processes." if len(runs) > 1 else "All took turns in one process."
+    about = f"up: foretells text better; right: writes faster. {spans}"
+    what = "every form and program" if any(row.peer for row in runs[-1]) else "every form"
+    return _speeds_and_quality(f"Tokens a second against perplexity of every form of {base}", f"{base}: {what}", about, found)
 
 
 def speedmini() -> Picture:
@@ -501,6 +581,10 @@ def speedmini() -> Picture:
 
 def speedsmol() -> Picture:
     return _programs(SMOLLM2, "SmolLM2-135M-Instruct")
+
+
+def formssmol() -> Picture:
+    return _forms("SmolLM2-135M-Instruct")
 
 
 PICTURES = (
@@ -519,6 +603,7 @@ PICTURES = (
     union,
     speedmini,
     speedsmol,
+    formssmol,
 )
 
 

@@ -29,6 +29,7 @@ LIMIT = 0.03  # of perplexity, that a dtype may cost
 EXACT = ("fp32", "fp32")  # weights and cache
 NOISE = 0.005  # of perplexity: by how much a program may be worse and still count as no worse
 PROCESSES = 5
+DENSE = "Run it dense"  # what is said of a model that sparsity makes no faster than the fastest program of no worse perplexity
 
 
 class Refused(SystemExit):
@@ -266,7 +267,9 @@ def headline(model: str, name: str) -> str:
         row = speed.row
         share = [percent(row.mlp_density, 0), percent(row.read_share, 0)] if speed.own else ["all", "all"]
         rows.append([f"{speed.program}, {row.dtype}", *share, f"{speed.ppl:.2f}", f"{speed.least:.0f}"])
-    first = f"Sparse is **{min(ratios(best, other)):.2f} times as fast as {named(other)}**, the fastest program of no worse perplexity"
+    against = min(ratios(best, other))
+    advice = "" if against >= 1 else f"**{DENSE}.** "
+    first = f"{advice}Sparse is **{against:.2f} times as fast as {named(other)}**, the fastest program of no worse perplexity"
     last = "" if other is dense else f", and {min(ratios(best, dense)):.2f} times as fast as {named(dense)}"
     text = f"\n{first}{last}.\nSpeeds and ratios are each the least of {len(best.rows)} processes.\n"
     return markdown([name, "MLP neurons read", "bytes read", "perplexity", "tokens/s"], rows) + text + origins(speed.row for speed in shown)
@@ -276,7 +279,8 @@ def second(model: str, name: str) -> str:
     """README: another model in words; the least of all processes."""
     best, other, dense = headline_speeds(speeds(model), model)
     against, own = min(ratios(best, other)), min(ratios(best, dense))
-    text = f"{name}, sparse in {best.row.dtype}: {best.least:.0f} tokens/s at a perplexity of {best.ppl:.2f}.\n"
+    how = f", sparse in {best.row.dtype}" if against >= 1 else f": **{DENSE}.**\nSparse in {best.row.dtype}"
+    text = f"{name}{how}: {best.least:.0f} tokens/s at a perplexity of {best.ppl:.2f}.\n"
     if other is not dense:
         text += f"That is {own:.2f} times as fast as {named(dense)}, {'and' if against >= 1 else 'but only'}\n"
     text += f"**{against:.2f} times as fast as {named(other)}** ({other.least:.0f} tokens/s at {other.ppl:.2f}),\n"

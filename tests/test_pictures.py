@@ -54,6 +54,12 @@ def test_a_picture_shows_what_results_hold_and_stands_alone(pictures: ModuleType
         assert 0 <= float(element.attrib["x"]) <= width and 0 <= float(element.attrib["y"]) <= height
 
 
+def test_what_nothing_beats_in_both_is_joined(pictures: ModuleType) -> None:
+    ways = [("best", 20.0, 10.0), ("slower", 20.0, 9.0), ("worse", 21.0, 8.0), ("faster", 22.0, 30.0), ("fastest", 25.0, 31.0)]
+    points = [pictures.Point(words=name, kind="edge", ppl=ppl, median=speed, least=speed, most=speed) for name, ppl, speed in ways]
+    assert [point.words for point in pictures._front(points)] == ["best", "faster", "fastest"]
+
+
 @pytest.mark.parametrize("scheme", ["LIGHT", "DARK"])
 def test_words_stand_out_from_their_ground(pictures: ModuleType, scheme: str) -> None:
     palette = getattr(pictures, scheme)

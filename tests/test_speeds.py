@@ -197,6 +197,16 @@ def test_what_never_ran_together_is_compared_at_its_worst(speeds: ModuleType, re
     results(rows, [*GOOD, quality("dense", 20.2, dtype="int8")])
     text = speeds.second("m", "M")
     assert f"**{150 / (140 * 1.04):.2f} times as fast as our own dense engine in int8**" in text and "of separate processes" in text
+    assert "Run it dense" not in text
+
+
+def test_a_ratio_below_one_says_dense(speeds: ModuleType, results: Any) -> None:
+    results(
+        [*bench("dense", 100.0), *bench("sparse", 150.0), *bench("dense", 170.0, dtype="int8")],
+        [*GOOD, quality("dense", 20.2, dtype="int8")],
+    )
+    assert speeds.second("m", "M").startswith("M: **Run it dense.**\nSparse in bf16: 150 tokens/s")
+    assert "**Run it dense.** Sparse is **0.88 times as fast as our own dense engine in int8**" in speeds.headline("m", "M")
 
 
 def test_ratios_are_of_the_same_process_where_there_is_one(speeds: ModuleType, results: Any) -> None:
