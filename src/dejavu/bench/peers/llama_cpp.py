@@ -37,6 +37,7 @@ class LlamaCppPeer:
         """file_type: a key of FILE_TYPES to requantise the file to, None: run it as it is."""
         self._library = importlib.import_module("llama_cpp")
         self.model, self.threads, self.version = file.stem, threads, f"of llama-cpp-python {metadata.version('llama_cpp_python')}"
+        self._batch_threads = threads
         self._model = self._context = None
         with TemporaryDirectory(prefix="dejavu-llama-") as temporary, _llama_log(self._library) as errors:
             if file_type is not None:
@@ -66,8 +67,9 @@ class LlamaCppPeer:
         return target
 
     def use_threads(self, threads: int) -> None:
+        """Of a step; a prompt is read with all that it was opened with: what decode cannot use, products of many tokens can."""
         self.threads = threads
-        self._library.llama_set_n_threads(self._context, threads, threads)
+        self._library.llama_set_n_threads(self._context, threads, self._batch_threads)
 
     def prefill(self, ids: Sequence[int]) -> None:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
