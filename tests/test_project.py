@@ -127,7 +127,7 @@ def test_make_installs_again_where_the_list_of_modules_changed_and_not_else(tmp_
     (tmp_path / ".venv/.created").touch()
 
     def make(*arguments: str) -> int:
-        return subprocess.run(["make", "-s", "PIP_INSTALL=true", *arguments, "install"], cwd=tmp_path).returncode
+        return subprocess.run(["make", "-s", "PIP_INSTALL=true", "FIRST_RUN=true", *arguments, "install"], cwd=tmp_path).returncode
 
     assert make("-q") == 1 and make() == 0 and make("-q") == make("-q") == 0
     (package / "__pycache__").mkdir()
