@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,10 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt.corpus import Mixture, Windows, pieces, read_ids, tokenized
 from dejavu.offline.adapt.density_controller import DensityController
-from dejavu.offline.adapt.divergence import mean_divergence
+from dejavu.offline.adapt.divergence import KINDS, mean_divergence, pair_of
 from dejavu.offline.adapt.finish import moved, shift_to
-from dejavu.offline.adapt.own_text import continued, cut, frame
+from dejavu.offline.adapt.on_policy import OwnWindows, ends
+from dejavu.offline.adapt.own_text import Prompts, continued, cut, frame
 from dejavu.offline.adapt.ranks import average_, world
 from dejavu.offline.adapt.run import adapt
 from dejavu.offline.adapt.student import Student, choose_lookaheads, residual_cosines
@@ -44,6 +47,7 @@ from helpers.texts import LONG_TEXT
 CONFIG = AdaptConfig(
     density=0.3, rank=6, lora_rank=3, steps=8, batch=4, micro_batch=2, length=16, warmup=2, learning_rate=5e-3, lookahead_cosine=0.5
 )
+OWN = {"own_rows": 4, "own_tokens": 8}
 
 
 def checkpoint_of(model: Transformer, tokenizer: Tokenizer) -> Checkpoint:
@@ -169,27 +173,41 @@ def test_gradients_pass_through_hard_masks(tiny: Tiny) -> None:
     assert all(float(p.grad.abs().max()) == 0 for n, p in student.trainable().items() if n.startswith("predictors") and p.grad is not None)
 
 
-def test_divergence_is_kl_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_divergence_has_its_value_and_gradient(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr("dejavu.offline.adapt.divergence.CHUNK", 3)
     generator = torch.Generator().manual_seed(0)
     student, teacher, head = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (7, 7, 11))
+    own_N = torch.tensor([0, 0, 1, 1, 0, 1, 1])
     found = student.clone().requires_grad_()
-    value = mean_divergence(found.float(), teacher.float(), head.float())
+    value, sums_2 = mean_divergence(found.float(), teacher.float(), head.float(), own_N.float(), pair_of(kind))
     (3 * value).backward()
     reference = student.clone().requires_grad_()
     p, q = (teacher @ head.T).log_softmax(-1), (reference @ head.T).log_softmax(-1)
-    expected = (p.exp() * (p - q)).sum(-1).mean()
-    (3 * expected).backward()
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5) and value.item() > 0.5
+    m = torch.logaddexp(p, q) - math.log(2)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    of_kind = {"forward": kl(p, q), "reverse": kl(q, p), "js": 2 * (kl(p, m) + kl(q, m))}[kind]
+    expected_N = torch.where(own_N > 0, of_kind, kl(p, q))
+    (3 * expected_N.mean()).backward()
+    assert value.item() == pytest.approx(expected_N.mean().item(), rel=1e-5) and value.item() > 0.3
+    by_text = [(expected_N.detach() * marked).sum().item() for marked in (1 - own_N, own_N)]
+    assert sums_2.tolist() == pytest.approx(by_text, rel=1e-5)
     torch.testing.assert_close(found.grad, reference.grad, rtol=1e-4, atol=1e-6)
+    everywhere, _ = mean_divergence(student.float(), teacher.float(), head.float())
+    assert everywhere.item() == pytest.approx(kl(p, q).mean().item(), rel=1e-5)
 
 
 def windows_of(config: AdaptConfig, tokenizer: Tokenizer) -> Mixture:
     return Mixture(Windows(tokenized(tokenizer, [LONG_TEXT]), config.length, config.seed))
 
 
-def trainer_of(checkpoint: Checkpoint, config: AdaptConfig, lookahead_L: tuple[int, ...] = (0, 1, 1)) -> Trainer:
-    return Trainer(checkpoint.model, config, windows_of(config, checkpoint.tokenizer), lookahead_L=lookahead_L)
+def trainer_of(checkpoint: Checkpoint, config: AdaptConfig, lookahead_L: tuple[int, ...] = (0, 1, 1), **options: Any) -> Trainer:
+    prompts = Prompts(checkpoint.tokenizer, [LONG_TEXT], seed=config.seed)
+    windows = windows_of(config, checkpoint.tokenizer)
+    return Trainer(checkpoint.model, config, windows, lookahead_L=lookahead_L, prompts=prompts, eos=(2,), **options)
 
 
 @pytest.mark.slow
@@ -221,19 +239,88 @@ def test_a_layer_out_of_bounds_is_pushed_back() -> None:
     assert controller.bounds(0.015) == (0.015, 0.045) and DensityController(1).bounds(0.5)[1] == 1.0
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    whole = trainer_of(checkpoint, CONFIG)
+@pytest.mark.parametrize("own_share", [0.0, 0.5])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(checkpoint: Checkpoint, tmp_path: Path, own_share: float) -> None:
+    config = dataclasses.replace(CONFIG, own_share=own_share, **OWN)
+    whole = trainer_of(checkpoint, config)
     assert whole.run(tmp_path)
     (tmp_path / "part").mkdir()
     stops = iter([False] * 3 + [True])
-    assert not trainer_of(checkpoint, CONFIG).run(tmp_path / "part", stop=lambda: next(stops))
-    resumed = trainer_of(checkpoint, CONFIG)
+    assert not trainer_of(checkpoint, config).run(tmp_path / "part", stop=lambda: next(stops))
+    resumed, cold = trainer_of(checkpoint, config), trainer_of(checkpoint, config)
     assert resumed.resume(tmp_path / "part") and resumed.step == 3
+    (tmp_path / "part" / "moments.safetensors").rename(tmp_path / "moments")
+    assert cold.resume(tmp_path / "part") and cold.step == cold.warmed_from == 3
+    assert all(torch.equal(cold.parameters[name], parameter) for name, parameter in resumed.parameters.items())
+    assert cold.learning_rate() < resumed.learning_rate()
     assert resumed.run(tmp_path / "part") and resumed.step == 8
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, resumed.parameters[name]), name
     assert torch.equal(whole.controller.state(), resumed.controller.state())
-    assert not trainer_of(checkpoint, CONFIG).resume(tmp_path / "nothing")
+    assert not trainer_of(checkpoint, config).resume(tmp_path / "nothing")
+    if whole.own is not None and resumed.own is not None:
+        assert whole.own.round > 1 and torch.equal(whole.own.ids_WT, resumed.own.ids_WT)
+
+
+def test_the_student_writes_as_its_adapter_decodes(tiny: Tiny) -> None:
+    """Cold enough to be greedy: the prompt dense, then what the masked model would write, of the weights of now."""
+    model = tiny("llama", num_layers=3)
+    student, prompt = shaken(model, (0, 1, 1)), ids_of(3, 5)
+    for _ in range(2):
+        settings = {"generator": torch.Generator().manual_seed(2), "temperature_B": torch.full((3,), 1e-6), "scorers": student.trained}
+        rows = continued(student.merged(), prompt, new_tokens=9, **settings)
+        sparse_BT = torch.arange(14).expand(3, 14) >= 5
+        logits = model(rows, MaskedSelection(layers_of(student, model), sparse_BT))
+        assert torch.equal(rows[:, 5:], logits[:, 4:-1].argmax(-1)) and not torch.equal(rows[:, 5:], model(rows)[:, 4:-1].argmax(-1))
+        with torch.no_grad():
+            for parameter in student.trainable().values():
+                parameter.add_(0.05)
+
+
+def test_windows_of_its_own_are_prompts_and_answers_end_to_end(tiny: Tiny, tokenizer: Tokenizer) -> None:
+    student = shaken(tiny("llama", num_layers=2), (0, 1))
+    settings = {"length": 60, "rows": 12, "new_tokens": 6, "temperatures": (0.7, 1.0), "eos": (2,), "seed": 0}
+    own, again = (OwnWindows(student, Prompts(tokenizer, [LONG_TEXT], seed=0), **settings) for _ in range(2))
+    ids, dense = own.take(3)
+    assert ids.shape == dense.shape == (3, 60) and torch.equal(again.take(3)[0], ids)
+    assert own.round == 1 and own.written > 0 and own.seconds > 0
+    starts = {tuple(row) for number in (0, 1) for row in own.prompts.batch(number, 12).tolist()}
+    whole = 0
+    for row, flags in zip(ids.tolist(), dense.tolist(), strict=True):
+        runs = [list(run) for flag, run in itertools.groupby(range(60), flags.__getitem__) if flag]
+        for run in runs:
+            if run[0] > 0 and run[-1] < 59:  # not cut by the window
+                whole += 1
+                assert tuple(row[i] for i in run) in starts
+    assert whole > 2
+    again.restore(own.state())
+    assert torch.equal(again.take(2)[0], own.take(2)[0])
+    with pytest.raises(ValueError, match="windows have 60 tokens"):
+        again.restore(own.state() | {"own.ids": ids[:, :3].int()})
+    rows = np.array([[5, 2, 7, 7, 2, 9], [5, 6, 7, 8, 9, 9]])
+    assert ends(rows, 2, (2,)).tolist() == [5, 6]
+
+
+def test_a_run_starts_from_an_adapter(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=3, own_share=0.5, **OWN)
+    found = adapt(checkpoint, [LONG_TEXT], config, text_hash="t" * 64, folder=tmp_path / "run")
+    assert found is not None
+    adapter = found[0]
+    lookahead_L = tuple(layer.neurons.lookahead or 0 for layer in adapter.layers)
+    held = dataclasses.replace(CONFIG, first_density=CONFIG.density)
+    trainer = trainer_of(checkpoint, held, lookahead_L, start=adapter)
+    ids, model = ids_of(), checkpoint.model
+    hidden, _, _ = trainer.student(ids, torch.zeros(ids.shape, dtype=torch.bool))
+    torch.testing.assert_close(hidden, model.hidden(ids, MaskedSelection(adapter.attached(model))).flatten(0, 1), atol=1e-5, rtol=1e-5)
+    assert trainer.target() == CONFIG.density
+    with pytest.raises(ValueError, match=r"has activation, scale, rank .* \(None, 2.0, 3, .* this run \(None, 2.0, 2,"):
+        trainer_of(checkpoint, dataclasses.replace(held, lora_rank=2), lookahead_L, start=adapter)
+    with pytest.raises(ValueError, match="give --rank 6"):
+        trainer_of(checkpoint, dataclasses.replace(held, rank=5), lookahead_L, start=adapter)
+    again = adapt(checkpoint, [LONG_TEXT], config, text_hash="t" * 64, folder=tmp_path / "other", start=adapter)
+    assert again is not None and (tmp_path / "other" / "run.json").read_text().count(adapter.digest) == 1
+    with pytest.raises(ValueError, match="start is"):
+        adapt(checkpoint, [LONG_TEXT], config, text_hash="t" * 64, folder=tmp_path / "other")
 
 
 def test_a_damaged_state_names_the_file_and_how_to_begin_anew(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -248,6 +335,7 @@ def test_a_damaged_state_names_the_file_and_how_to_begin_anew(checkpoint: Checkp
         ({key: value for key, value in tensors.items() if key != name}, state, f"there is no '{name}'"),
         (tensors, {"elapsed": "1"}, "there is no 'step'"),
         (tensors, state | {"step": "-3"}, "step -3"),
+        (tensors, state | {"warmed_from": "9"}, "step 1"),
     )
     for damaged, said, message in damages:
         write_safetensors(path, damaged, said)
@@ -393,6 +481,9 @@ def test_alone_an_average_is_the_value_and_parts_of_a_batch_add_up(checkpoint: C
         ({"steps": None}, "steps or minutes"),
         ({"dtype": "fp16"}, "dtype 'fp16'"),
         ({"chat_share": 1.0}, "chat_share"),
+        ({"own_share": 0.1}, "own_share 0.1 of a micro_batch of 2 is 0 windows"),
+        ({"coldest": 1.5}, "temperatures must be positive and in order"),
+        ({"divergence": "kl"}, "divergence 'kl' is not known; choose one of forward"),
     ],
 )
 def test_impossible_settings(change: dict, message: str) -> None:

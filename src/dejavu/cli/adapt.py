@@ -54,6 +54,17 @@ def adapt(
         float, typer.Option("--chat-share", metavar="X", help="Share of windows that the dense model writes itself.")
     ] = 0.0,
     chat_tokens: Annotated[int, typer.Option("--chat-tokens", metavar="N", help="Tokens that it writes.")] = 2_000_000,
+    start: Annotated[
+        Path | None, typer.Option("--start", metavar="DIR", help="An adapter that adapt wrote, to go on from; the density is then held.")
+    ] = None,
+    own_share: Annotated[
+        float, typer.Option("--own-share", metavar="X", help="Share of windows that the sparse model writes itself while it trains.")
+    ] = 0.0,
+    own_rows: Annotated[int, typer.Option("--own-rows", metavar="N", help="Answers that it writes at a time.")] = 1024,
+    own_tokens: Annotated[int, typer.Option("--own-tokens", metavar="N", help="Tokens of an answer at most.")] = 256,
+    divergence: Annotated[
+        str, typer.Option("--divergence", metavar="NAME", help="What is minimised on its own text: js, forward or reverse.")
+    ] = "js",
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto (bf16 on cuda, else fp32), fp32 or bf16.")] = "auto",
     threads: Threads = None,
@@ -65,7 +76,7 @@ def adapt(
     """Distil a model into itself with predictors in the loop; writes an adapter. Resumes; runs under torchrun on several GPUs."""
     from dejavu.config import require
     from dejavu.files import absolute, check_replaceable, new_folder, write_json
-    from dejavu.model.adapter import write_adapter
+    from dejavu.model.adapter import Adapter, write_adapter
     from dejavu.model.texts import corpus_hash, documents, named_texts
     from dejavu.offline.adapt.ranks import joined_ranks
     from dejavu.offline.adapt.run import LOG_FILE
@@ -76,7 +87,10 @@ def adapt(
     options: dict[str, Any] = {"density": density, "rank": rank, "lora_rank": lora_rank, "lookahead_cosine": lookahead_cosine}
     options |= {"steps": steps, "minutes": DEFAULT_MINUTES if steps is None and minutes is None else minutes, "batch": batch, "seed": seed}
     options |= {"learning_rate": learning_rate, "micro_batch": micro_batch, "prompt_share": prompt_share, "chat_share": chat_share}
+    options |= {"own_share": own_share, "own_rows": own_rows, "own_tokens": own_tokens, "divergence": divergence}
     options["activation"] = activation
+    if start is not None:
+        options["first_density"] = density
     options["dtype"] = ("bf16" if device == "cuda" else "fp32") if dtype == "auto" else dtype
     AdaptConfig.from_dict({**options, "length": length or 1024})  # an impossible value is said before a model is loaded
     require(pause is None or pause > 0, f"--pause takes a positive number of minutes, not {pause}")
@@ -92,12 +106,13 @@ def adapt(
             model, out, EngineOptions(backend="torch", dtype="fp32", threads=threads), seed=seed, needs_adapter=False,
             download=download, offline=offline,
         )  # fmt: skip
+        begun = None if start is None else Adapter.load(start, model=lm.config, base_hash=lm.base_hash)
         config = AdaptConfig.from_dict({**options, "length": length or min(1024, lm.config.max_positions)})
         kept = f"the state is kept in {work}; run the same command again to go on"
         with resumable(kept), _stopping(pause) as stop, progress_bars(place == 0) as progress:
             found = run_adapt(
                 lm.checkpoint, [part for whole in texts for part in documents(whole)], config, text_hash=corpus_hash(texts), folder=work,
-                device=device, chat_tokens=chat_tokens, stop=stop, progress=progress,
+                device=device, chat_tokens=chat_tokens, start=begun, stop=stop, progress=progress,
                 report=None if progress is None else lambda made: progress(f"training\t{line(made)}", round(100 * made.fraction), 100),
             )  # fmt: skip
             if found is None and stop.interrupted:
@@ -176,7 +191,8 @@ def line(made: StepReport) -> str:
     """One step in words."""
     left = "" if made.seconds_left is None else f" · {made.seconds_left / 60:,.1f} min left"
     densities = f"density {made.density:.3f} (target {made.target:.3f})"
-    return f"step {made.step:,} · KL {made.kl:.4f} · {densities} · {made.tokens_per_second:,.0f} tokens/s{left}"
+    own = "" if made.own is None else f" · its own {made.own:.4f}"
+    return f"step {made.step:,} · KL {made.kl:.4f}{own} · {densities} · {made.tokens_per_second:,.0f} tokens/s{left}"
 
 
 def show(out: Output, measured: dict[str, Any]) -> None:

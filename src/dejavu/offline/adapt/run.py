@@ -1,8 +1,9 @@
 """The whole of `dejavu adapt` in a run folder: tokens, text of the model's own, training that resumes, the finished adapter.
 
 In: a checkpoint (fp32 on the CPU), documents, an AdaptConfig, a folder. Out: an Adapter and what was measured, or None where the run was
-asked to stop. The folder keeps `run.json` (what it is for), `tokens.npy`, `chat.npy`, `lookahead.json`, `state.safetensors` and
-`log.jsonl`; the same call goes on from there, another one is refused. Of several processes the first writes.
+asked to stop. The folder keeps `run.json` (what it is for), `tokens.npy`, `chat.npy`, `lookahead.json`, `state.safetensors`,
+`moments.safetensors` (which may be missing: it is twice as large as the rest) and `log.jsonl`; the same call goes on from there, another
+one is refused. Of several processes the first writes.
 """
 
 from __future__ import annotations
@@ -45,14 +46,16 @@ def adapt(
     folder: Path,
     device: str = "cpu",
     chat_tokens: int = CHAT_TOKENS,
+    start: Adapter | None = None,
     report: Callable[[StepReport], None] | None = None,
     stop: Callable[[], bool] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Adapter, dict[str, Any]] | None:
     """Adapt a model in the folder, going on where an earlier call stopped. None: `stop` ended it, or this process is not the first.
 
-    device: cpu or cuda. chat_tokens: how much the model writes itself where config.chat_share is positive. Raises ValueError for
-    a folder of another run, too little text, sizes that do not fit together.
+    device: cpu or cuda. chat_tokens: how much the dense model writes where config.chat_share is positive. start: an adapter of the same
+    model to begin with, of the same ranks, whose predictors look ahead where it says. Raises ValueError for a folder of another run, too
+    little text, sizes that do not fit together.
     """
     model, started = checkpoint.model, time.perf_counter()
     require(
@@ -62,7 +65,7 @@ def adapt(
         torch.set_float32_matmul_precision("high")
     first = world()[0] == 0
     with working_in(folder) if first else nullcontext():
-        return _adapted(checkpoint, documents, config, text_hash, folder, device, chat_tokens, report, stop, progress, started)
+        return _adapted(checkpoint, documents, config, text_hash, folder, device, chat_tokens, start, report, stop, progress, started)
 
 
 def _adapted(
@@ -73,6 +76,7 @@ def _adapted(
     folder: Path,
     device: str,
     chat_tokens: int,
+    start: Adapter | None,
     report: Callable[[StepReport], None] | None,
     stop: Callable[[], bool] | None,
     progress: Progress | None,
@@ -81,19 +85,25 @@ def _adapted(
     model, first = checkpoint.model, world()[0] == 0
     if first:
         settings = {**config.to_dict(), "base_hash": checkpoint.base_hash, "text_hash": text_hash}
-        check_run(folder, settings | ({"chat_tokens": chat_tokens} if config.chat_share else {}))
+        settings |= {"chat_tokens": chat_tokens} if config.chat_share else {}
+        check_run(folder, settings | ({} if start is None else {"start": start.digest}))
         _prepare(checkpoint, documents, config, folder, device, chat_tokens, progress)
     wait()
     text = Windows(read_ids(folder / "tokens.npy", model.config), config.length, config.seed)
     own = Windows(read_ids(folder / "chat.npy", model.config), config.length, config.seed, held_out=False) if config.chat_share else None
     cosine_L = _read_cosines(folder / "lookahead.json", model.config)
-    lookahead_L = choose_lookaheads(cosine_L, config.lookahead_cosine)
-    trainer = Trainer(model, config, Mixture(text, own, config.chat_share), lookahead_L=lookahead_L, device=device)
+    lookahead_L = choose_lookaheads(cosine_L, config.lookahead_cosine) if start is None else _lookaheads(start)
+    trainer = Trainer(
+        model, config, Mixture(text, own, config.chat_share), lookahead_L=lookahead_L, device=device,
+        prompts=own_text.Prompts(checkpoint.tokenizer, documents, seed=config.seed) if config.own_share else None,
+        eos=checkpoint.tokenizer.eos_token_ids, start=start,
+    )  # fmt: skip
     trainer.resume(folder)
 
     def log(made: StepReport) -> None:
         if first and (made.step % LOG_EVERY == 0 or made.step == 1 or made.fraction >= 1):
-            row = {name: getattr(made, name) for name in ("step", "fraction", "kl", "density", "target", "price", "gradient_norm", "rate")}
+            names = ("step", "fraction", "kl", "own", "density", "target", "price", "gradient_norm", "rate")
+            row = {name: getattr(made, name) for name in names} | {"writing": round(made.writing, 4)}
             row |= {"tokens_per_second": round(made.tokens_per_second), "density_L": [round(d, 4) for d in made.density_L]}
             with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -115,6 +125,11 @@ def _adapted(
     )
     result |= {"steps": trainer.step, "tokens": trainer.step * config.batch * config.length, "training_seconds": trainer.elapsed}
     return adapter, result | {"seconds": time.perf_counter() - started}
+
+
+def _lookaheads(start: Adapter) -> tuple[int, ...]:
+    """Of the adapter's predictors; 0 where it has none."""
+    return tuple(layer.neurons.lookahead or 0 for layer in start.layers)
 
 
 def _read_cosines(path: Path, config: ModelConfig) -> list[float]:

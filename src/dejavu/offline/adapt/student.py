@@ -18,17 +18,22 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dejavu.config import require
 from dejavu.kernels.activation import activate
+from dejavu.kernels.quantized import wide
+from dejavu.model.adapter import Adapter
 from dejavu.model.layers import InputMajorLinear, Rows, SeparateQueryKeyValue
-from dejavu.model.lora import LayerLora, changed_norms, linear_shapes, with_activation
+from dejavu.model.lora import LayerLora, changed_norms, linear_shapes, merged_block, with_activation
 from dejavu.model.predictor import Predictor
-from dejavu.model.transformer import DENSE, Block, Transformer
+from dejavu.model.selectors import PredictedNeurons
+from dejavu.model.transformer import DENSE, Block, Transformer, sharing
 
 COSINE_WINDOWS = 4
 SOFTNESS = 0.25
@@ -147,7 +152,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         config, generator = with_activation(model.config, activation), torch.Generator().manual_seed(seed)
-        self.config, self.dtype, self.device, self.activation = config, dtype, device, activation
+        self.config, self.dtype, self.device, self.activation, self.scale = config, dtype, device, activation, scale
         self.predictors = nn.ModuleList(
             TrainedPredictor(block, rank, lookahead, device)
             for block, lookahead in zip(model.blocks, lookahead_L, strict=True)
@@ -171,6 +176,7 @@ class Student(nn.Module):
         # Not a submodule: the teacher is in the computing dtype and has nothing to train or to save.
         self.teacher = (copy.deepcopy(model).to(device=device, dtype=dtype).requires_grad_(False),)
         self.teacher[0].fill_frequencies(device)  # fp32 whatever the dtype
+        self.rank, self.writer = lora_rank, list[Transformer]()
         compiled = device != "cpu"
         self.plain = torch.compile(plain_layer, **COMPILED) if compiled else plain_layer
         self.masked = torch.compile(masked_layer, **COMPILED) if compiled else masked_layer
@@ -224,17 +230,66 @@ class Student(nn.Module):
             hard.append(hard_density)
         return self._finish(x_BTD), torch.stack(soft), torch.stack(hard)
 
+    def _changes(self) -> Iterator[LayerLora]:
+        """The changes of every layer where they are, fp32."""
+        for block in self.blocks:
+            modules = {name: getattr(block, name) for name in linear_shapes(self.config)}
+            factors = {name: (module.A_RI.detach(), module.B_OR.detach()) for name, module in modules.items()}
+            yield LayerLora(factors=factors, norms={name: getattr(block, name).weight.detach() for name in changed_norms(self.config)})
+
     def lora(self) -> tuple[LayerLora, ...]:
         """The changes of every layer, fp32 on the CPU."""
-        found = []
-        for block in self.blocks:
-            factors = {}
-            for name in linear_shapes(self.config):
+        return tuple(
+            LayerLora(
+                factors={name: (wide(A).cpu(), wide(B).cpu()) for name, (A, B) in changes.factors.items()},
+                norms={name: weight.cpu() for name, weight in changes.norms.items()},
+            )
+            for changes in self._changes()
+        )
+
+    @torch.no_grad()
+    def merged(self) -> Transformer:
+        """A model with the weights of now, in the computing dtype: what the student decodes with.
+
+        It is one object, whose weights change with each call, so that steps compiled for it stay so.
+        """
+        teacher = self.teacher[0]
+        pairs = zip(teacher.blocks, self._changes(), strict=True)
+        blocks = [merged_block(block, changes, self.scale, activation=self.activation) for block, changes in pairs]
+        if not self.writer:
+            model = sharing(teacher, lambda module: module.held)
+            model.config, model.layers = self.config, nn.ModuleList(blocks)
+            self.writer.append(model)
+        for block, fresh in zip(self.writer[0].blocks, blocks, strict=True):
+            for parameter, value in zip(block.parameters(), fresh.parameters(), strict=True):
+                parameter.copy_(value)
+        return self.writer[0]
+
+    @torch.no_grad()
+    def start_from(self, adapter: Adapter) -> None:
+        """Take over what an adapter of the same model holds. Raises ValueError where its ranks or its way to select are others."""
+        held = adapter.config.lora
+        require(held is not None, f"an adapter of method {adapter.config.method} changes no weights; start from one that adapt wrote")
+        assert held is not None and adapter.lora is not None
+        ours = (self.activation, self.scale, self.rank, [predictor.lookahead for predictor in self.trained])
+        neurons = [layer.neurons for layer in adapter.layers]
+        predictors = [each.predictor for each in neurons if isinstance(each, PredictedNeurons)]
+        theirs = (held.activation, held.scale, held.rank, [predictor.lookahead for predictor in predictors])
+        named = "activation, scale, rank of changes and lookaheads"
+        require(ours == theirs, f"the adapter to start from has {named} {theirs}, and this run {ours}; give the same options")
+        for block, changes in zip(self.blocks, adapter.lora, strict=True):
+            for name, (A_RI, B_OR) in changes.factors.items():
                 module = getattr(block, name)
-                factors[name] = (module.A_RI.detach().float().cpu(), module.B_OR.detach().float().cpu())
-            norms = {name: getattr(block, name).weight.detach().float().cpu() for name in changed_norms(self.config)}
-            found.append(LayerLora(factors=factors, norms=norms))
-        return tuple(found)
+                module.A_RI.copy_(wide(A_RI))
+                module.B_OR.copy_(wide(B_OR))
+            for name, weight_D in changes.norms.items():
+                getattr(block, name).weight.copy_(weight_D)
+        for mine, other in zip(self.trained, predictors, strict=True):
+            ranks = (mine.A_RD.shape[0], other.A_RD.shape[0])
+            require(ranks[0] == ranks[1], f"the adapter to start from has predictors of rank {ranks[1]}; give --rank {ranks[1]}")
+            mine.A_RD.copy_(wide(other.A_RD))
+            mine.B_FR.copy_(wide(other.B_OR))
+            mine.bias_F.copy_(other.bias_O - other.threshold)
 
 
 @torch.inference_mode()

@@ -2,11 +2,13 @@
 
 In: a checkpoint, its text as windows of ids, an AdaptConfig. Out: a trained Student (finish.py makes an adapter of it). A step minimises
 
-    KL(teacher || student) per token  +  mean over layers of  price_l * (soft density of l) / target
+    divergence(teacher, student) per token  +  mean over layers of  price_l * (soft density of l) / target
 
-where the prices hold the densities (density_controller.py) to a target that falls from a half to config.density over the first third of the
-training. Everything that a step draws depends on the seed and its number alone, so that what is saved is weights, the
-optimiser's moments, the prices and two numbers.
+where the prices hold the densities (density_controller.py) to a target that falls from first_density to config.density over the first third
+of the training. The divergence is KL(teacher || student) on text, and one of three (divergence.py) on what the student wrote itself
+(on_policy.py). Everything that a step draws depends on the seed and its number alone, so that what is saved is weights, the optimiser's
+moments, the prices, what the student has written and two numbers. The moments are a file of their own, twice as large as all else: a run
+goes on without it too, behind another warm-up.
 
 Letters: B windows  T tokens  L layers  P trained parameters
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +30,22 @@ from dejavu.config import Config, require, shown
 from dejavu.damage import content_of
 from dejavu.files import read_metadata, read_object, read_safetensors, write_json, write_safetensors
 from dejavu.kernels.dtypes import TORCH_DTYPES
+from dejavu.model.adapter import Adapter
 from dejavu.model.lora import check_activation
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt.corpus import Mixture
 from dejavu.offline.adapt.density_controller import DensityController
-from dejavu.offline.adapt.divergence import divergence_and_gradient, mean_divergence
+from dejavu.offline.adapt.divergence import KINDS, mean_divergence, pair_of
+from dejavu.offline.adapt.on_policy import OwnWindows
+from dejavu.offline.adapt.own_text import Prompts
 from dejavu.offline.adapt.ranks import average_, same_, world
 from dejavu.offline.adapt.student import COMPILED, Student
 
 LORA_SCALE = 2.0
-FIRST_DENSITY = 0.5
 RAMP = 1 / 3  # share of the training over which the target falls
 LEAST_RATE = 0.02  # of the peak learning rate, at the end
 UNTIMED = 3  # steps of a process that compile and warm up: a limit in minutes does not count them
-STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
+STATE_FILE, MOMENTS_FILE, RUN_FILE = "state.safetensors", "moments.safetensors", "run.json"
 DTYPES = ("fp32", "bf16")
 
 
@@ -49,15 +53,18 @@ DTYPES = ("fp32", "bf16")
 class AdaptConfig(Config):
     """How a model is adapted. Trained until `steps` or `minutes`, whichever is given and comes first.
 
-    density: mean share of neurons selected. rank: of predictors; lora_rank: of the changes of weights. batch: windows of a step over all
-    processes, of which one takes micro_batch at a time; length: tokens of a window. lookahead_cosine: a predictor reads the
-    attention's input where attention keeps at least this cosine of the residual stream. prompt_share: of the windows, those whose first
-    part runs dense, as a prompt does. chat_share: of the windows, those that the model wrote itself. floor, ceiling: bounds of a
-    layer's density, in multiples of the target. activation: one with exact zeros that the model gets in the place of its own: neurons are
-    then selected by those zeros, and nothing is predicted.
+    density: mean share of neurons selected; first_density: at the beginning. rank: of predictors; lora_rank: of the changes of weights.
+    batch: windows of a step over all processes, of which one takes micro_batch at a time; length: tokens of a window. lookahead_cosine: a
+    predictor reads the attention's input where attention keeps at least this cosine of the residual stream. prompt_share: of the windows,
+    those whose first part runs dense, as a prompt does. chat_share: of the windows, those that the dense model wrote. own_share: those that
+    the student writes while it trains, own_rows answers of own_tokens at a time to each of two kinds of prompts, at temperatures from
+    coldest to hottest; divergence: what is minimised on them. floor, ceiling: bounds of a layer's density, in multiples of the target.
+    activation: one with exact zeros that the model gets in the place of its own: neurons are then selected by those zeros, and nothing is
+    predicted.
     """
 
     density: float = 0.15
+    first_density: float = 0.5
     rank: int = 64
     lora_rank: int = 32
     lookahead_cosine: float = 0.9
@@ -70,6 +77,12 @@ class AdaptConfig(Config):
     length: int = 1024
     prompt_share: float = 0.25
     chat_share: float = 0.0
+    own_share: float = 0.0
+    own_rows: int = 1024
+    own_tokens: int = 256
+    coldest: float = 0.7
+    hottest: float = 1.0
+    divergence: str = "js"
     floor: float = 1 / 3
     ceiling: float = 4.0
     activation: str | None = None
@@ -79,7 +92,8 @@ class AdaptConfig(Config):
     def __post_init__(self) -> None:
         check_activation(self.activation)
         require(0 < self.density < 1, f"density must lie in (0, 1), e.g. 0.15, not {self.density}")
-        for name in ("rank", "lora_rank", "batch", "micro_batch", "warmup"):
+        require(0 < self.first_density < 1, f"first_density must lie in (0, 1), e.g. 0.5, not {self.first_density}")
+        for name in ("rank", "lora_rank", "batch", "micro_batch", "warmup", "own_rows", "own_tokens"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.batch % self.micro_batch == 0, f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
         require(self.length >= 2, f"length must be at least 2, not {self.length}")
@@ -87,26 +101,44 @@ class AdaptConfig(Config):
         require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         require(self.minutes is None or self.minutes > 0, f"minutes must be positive, not {self.minutes}")
         require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}")
-        for name in ("prompt_share", "chat_share"):
+        for name in ("prompt_share", "chat_share", "own_share"):
             require(0 <= getattr(self, name) <= 0.9, f"{name} must lie in [0, 0.9], not {getattr(self, name)}")
+        own = self.own_windows
+        require(
+            (own > 0) == (self.own_share > 0) and own < self.micro_batch,
+            f"own_share {self.own_share} of a micro_batch of {self.micro_batch} is {own} windows; there must be some, and some of the text",
+        )
+        require(0 < self.coldest <= self.hottest, f"temperatures must be positive and in order, not {self.coldest} to {self.hottest}")
+        require(self.divergence in KINDS, f"divergence {self.divergence!r} is not known; choose one of {', '.join(KINDS)}")
         require(0 <= self.floor < 1, f"floor must lie in [0, 1), not {self.floor}")
         require(self.ceiling > 1, f"ceiling must exceed 1, not {self.ceiling}")
         require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
 
+    @property
+    def own_windows(self) -> int:
+        """Of the windows that a process computes at a time, those that the student wrote."""
+        return round(self.own_share * self.micro_batch)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a step did. fraction: of the whole training that is done; seconds_left: None until that can be told; rate: learning rate."""
+    """What a step did. fraction: of the whole training that is done; seconds_left: None until that can be told; rate: learning rate.
+
+    kl: KL(teacher || student) on text; own: the divergence on what the student wrote, None where it writes nothing; writing: share of this
+    process's time, as far as it is timed, that it wrote in.
+    """
 
     step: int
     fraction: float
     kl: float
+    own: float | None
     density_L: list[float]
     target: float
     price: float
     gradient_norm: float
     rate: float
     tokens_per_second: float
+    writing: float
     seconds_left: float | None
 
     @property
@@ -141,8 +173,18 @@ class Trainer:
     """One run: the student, its optimiser, its density controller and how far it is."""
 
     def __init__(
-        self, model: Transformer, config: AdaptConfig, windows: Mixture, *, lookahead_L: tuple[int, ...], device: str = "cpu"
+        self,
+        model: Transformer,
+        config: AdaptConfig,
+        windows: Mixture,
+        *,
+        lookahead_L: tuple[int, ...],
+        device: str = "cpu",
+        prompts: Prompts | None = None,
+        eos: Sequence[int] = (),
+        start: Adapter | None = None,
     ) -> None:
+        """prompts: what the student answers, where it writes. eos: tokens that end its answers. start: weights to begin with."""
         require(model.project_out is None, "adapting a model whose embeddings are narrower than its layers is not supported")
         require(model.config.logit_cap == 0, "adapting a model with capped logits is not supported")
         self.config, self.windows, self.device = config, windows, device
@@ -155,6 +197,15 @@ class Trainer:
             model, rank=config.rank, lora_rank=config.lora_rank, scale=LORA_SCALE, lookahead_L=lookahead_L,
             dtype=TORCH_DTYPES[config.dtype], device=device, seed=config.seed, activation=config.activation,
         )  # fmt: skip
+        if start is not None:
+            self.student.start_from(start)
+        self.own: OwnWindows | None = None
+        if config.own_windows:
+            assert prompts is not None, "who writes needs prompts"
+            self.own = OwnWindows(
+                self.student, prompts, length=config.length, rows=config.own_rows, new_tokens=config.own_tokens,
+                temperatures=(config.coldest, config.hottest), eos=eos, seed=config.seed, rank=self.rank,
+            )  # fmt: skip
         self.parameters = self.student.trainable()
         for parameter in self.parameters.values():
             same_(parameter.detach())
@@ -168,8 +219,11 @@ class Trainer:
             self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
         )
         self.controller = DensityController(model.config.num_layers, floor=config.floor, ceiling=config.ceiling)
-        self.pair = torch.compile(divergence_and_gradient, **COMPILED) if fused else divergence_and_gradient
+        pair = pair_of(config.divergence if self.own else "forward")
+        self.pair = torch.compile(pair, **COMPILED) if fused else pair
         self.step, self.elapsed = 0, 0.0
+        self.warmed_from = 0  # the step that the moments of the optimiser begin with
+        self.timed = [0.0, 0.0]  # seconds of this process: of all timed steps, of writing in them
         self.own_steps = 0  # of this process: the first ones compile
         self.last_seconds = 0.0
 
@@ -183,17 +237,20 @@ class Trainer:
 
     def target(self) -> float:
         """The mean density asked for at this point."""
-        return max(self.config.density, FIRST_DENSITY - (FIRST_DENSITY - self.config.density) * min(1.0, self.fraction / RAMP))
+        first, last = self.config.first_density, self.config.density
+        return last + (first - last) * max(0.0, 1 - self.fraction / RAMP)
 
     def learning_rate(self) -> float:
         """Linear warm-up, then half a cosine."""
         cosine = LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * self.fraction))
-        return self.config.learning_rate * min(1.0, (self.step + 1) / self.config.warmup) * cosine
+        return self.config.learning_rate * min(1.0, (self.step - self.warmed_from + 1) / self.config.warmup) * cosine
 
     def samples(self, micro: int) -> range:
-        """The numbers of the windows that this process reads in a part of the step."""
-        size = self.config.micro_batch
-        first = self.step * self.config.batch + (micro * self.world + self.rank) * size
+        """The numbers of the windows of text that this process reads in a part of the step."""
+        config = self.config
+        size = config.micro_batch - config.own_windows
+        parts = config.batch // config.micro_batch
+        first = (self.step * parts + micro * self.world + self.rank) * size
         return range(first, first + size)
 
     def prompts(self, samples: range, length: int) -> Tensor:
@@ -211,35 +268,49 @@ class Trainer:
         parts = config.batch // (config.micro_batch * self.world)
         price_L = (self.controller.prices() / target / self.controller.push_L.numel()).float().to(device)
         self.gradient_P.zero_()
-        seen = torch.zeros(len(price_L) + 2, device=device)
+        seen = torch.zeros(len(price_L) + 5, device=device)  # densities, sums of both divergences, their tokens, seconds
+        written = 0.0 if self.own is None else self.own.seconds
         samples = [self.samples(micro) for micro in range(parts)]
-        ids = torch.stack([self.windows.batch(each) for each in samples]).to(device)  # at once: a copy waits for all that runs
-        dense = torch.stack([self.prompts(each, ids.shape[-1]) for each in samples]).to(device)
-        for ids_BT, dense_BT in zip(ids, dense, strict=True):
+        ids = torch.stack([self.windows.batch(each) for each in samples])
+        dense = torch.stack([self.prompts(each, ids.shape[-1]) for each in samples])
+        own = torch.zeros_like(dense)
+        if self.own is not None:
+            own_ids, own_dense = (t.unflatten(0, (parts, -1)) for t in self.own.take(parts * config.own_windows))
+            ids, dense = torch.cat([ids, own_ids], 1), torch.cat([dense, own_dense], 1)
+            own = torch.cat([own, ~own_dense], 1)
+            written = self.own.seconds - written
+        # At once: a copy waits for all that runs.
+        ids, dense, own = ids.to(device), dense.to(device), own.to(device, torch.float32)
+        for ids_BT, dense_BT, own_BT in zip(ids, dense, own, strict=True):
             hidden_ND, soft_L, hard_L = self.student(ids_BT, dense_BT)
-            kl = mean_divergence(hidden_ND, self.student.taught(ids_BT), self.student.head(), self.pair)
-            ((kl + (price_L * soft_L).sum()) / parts).backward()
-            seen[:-2] += hard_L / parts
-            seen[-2] += kl.detach() / parts
+            divergence, sums_2 = mean_divergence(hidden_ND, self.student.taught(ids_BT), self.student.head(), own_BT.flatten(), self.pair)
+            ((divergence + (price_L * soft_L).sum()) / parts).backward()
+            seen[:-5] += hard_L / parts
+            seen[-5:-3] += sums_2
+            seen[-3] += own_BT.numel() - own_BT.sum()
+            seen[-2] += own_BT.sum()
         seen[-1] = self.last_seconds
         average_(self.gradient_P)
-        *density_L, divergence, last_seconds = average_(seen).tolist()
+        *density_L, text_sum, own_sum, text_tokens, own_tokens, last_seconds = average_(seen).tolist()
         norm = self.gradient_P.norm()
         self.gradient_P.mul_((1 / (norm + 1e-6)).clamp_max(1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         gradient_norm = float(norm)
-        if not math.isfinite(divergence + gradient_norm):
-            raise RuntimeError(f"training diverged at step {self.step}: KL {divergence}, gradient norm {gradient_norm}")
+        if not math.isfinite(text_sum + own_sum + gradient_norm):
+            raise RuntimeError(f"training diverged at step {self.step}: KL {text_sum / text_tokens}, gradient norm {gradient_norm}")
         self.controller.update(torch.tensor(density_L), target, rate / config.learning_rate)
         self.step += 1
         self.own_steps += 1
         self.elapsed += last_seconds  # of the step before: all processes then agree on the time
         seconds = time.perf_counter() - started
         self.last_seconds = seconds if self.own_steps > UNTIMED else 0.0
+        if self.own_steps > UNTIMED:
+            self.timed = [self.timed[0] + seconds, self.timed[1] + written]
         return StepReport(
-            step=self.step, fraction=self.fraction, kl=divergence, density_L=density_L, target=target, price=self.controller.price,
+            step=self.step, fraction=self.fraction, kl=text_sum / text_tokens, own=own_sum / own_tokens if own_tokens else None,
+            writing=self.timed[1] / max(self.timed[0], 1e-9), density_L=density_L, target=target, price=self.controller.price,
             gradient_norm=gradient_norm, rate=rate, tokens_per_second=config.batch * config.length / seconds,
             seconds_left=self._seconds_left(seconds),
         )  # fmt: skip
@@ -280,29 +351,50 @@ class Trainer:
         """Everything needed to go on, whole or not at all; of several processes the first writes."""
         if self.rank != 0:
             return
-        tensors: dict[str, Tensor] = {"steering": self.controller.state()}
-        for name, parameter in self.parameters.items():
-            tensors[f"parameter.{name}"] = parameter
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        state = {"step": str(self.step), "elapsed": repr(self.elapsed + self.last_seconds)}
-        write_safetensors(folder / STATE_FILE, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, state)
+        step = {"step": str(self.step)}
+        moments = {
+            f"{name}.{key}": value.detach().contiguous()
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        write_safetensors(folder / MOMENTS_FILE, moments, step)
+        tensors = {f"parameter.{name}": parameter.detach().contiguous() for name, parameter in self.parameters.items()}
+        tensors |= {"steering": self.controller.state()} | ({} if self.own is None else self.own.state())
+        told = {"elapsed": repr(self.elapsed + self.last_seconds), "warmed_from": str(self.warmed_from)}
+        write_safetensors(folder / STATE_FILE, tensors, step | told)
 
     def resume(self, folder: Path) -> bool:
-        """Take up what an earlier run saved in the folder; False where there is nothing."""
+        """Take up what an earlier run saved in the folder; False where there is nothing. Without moments of the same step the optimiser
+        begins anew with this step, and so does the warm-up."""
         path = folder / STATE_FILE
         if not path.exists():
             return False
         fix = f"remove {folder} to begin anew"
         state, tensors = read_metadata(path), read_safetensors(path)
         with content_of(path, fix):
-            self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
-            require(self.step >= 0 and 0 <= self.elapsed < math.inf, f"step {self.step} after {self.elapsed} s is not possible")
+            self.step, self.elapsed, self.warmed_from = int(state["step"]), float(state["elapsed"]), int(state["warmed_from"])
+            possible = 0 <= self.warmed_from <= self.step and 0 <= self.elapsed < math.inf
+            require(possible, f"step {self.step} after {self.elapsed} s is not possible")
             self.controller.restore(_checked(tensors, "steering", self.controller.state()))
-            moments: dict[int, dict[str, Tensor]] = {}
-            for index, (name, parameter) in enumerate(self.parameters.items()):
+            if self.own is not None and self.rank == 0:  # what the first wrote is its own
+                self.own.restore(tensors)
+            for name, parameter in self.parameters.items():
                 parameter.detach().copy_(_checked(tensors, f"parameter.{name}", parameter))
-                expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-                if self.step > 0:
-                    moments[index] = {key: _checked(tensors, f"optimizer.{name}.{key}", like) for key, like in expected.items()}
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        moments = self._moments(folder / MOMENTS_FILE, fix)
+        if moments is None:
+            self.warmed_from = self.step
+        else:
+            self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         return True
+
+    def _moments(self, path: Path, fix: str) -> dict[int, dict[str, Tensor]] | None:
+        """The moments of the step at hand; None where there are none."""
+        if not path.exists() or read_metadata(path).get("step") != str(self.step):
+            return None
+        tensors = read_safetensors(path)
+        found = {}
+        with content_of(path, fix):
+            for index, (name, parameter) in enumerate(self.parameters.items() if tensors else ()):
+                expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+                found[index] = {key: _checked(tensors, f"{name}.{key}", like) for key, like in expected.items()}
+        return found

@@ -1,0 +1,107 @@
+"""Windows that the student writes itself while it trains: it is corrected where its own text leads it, not only on others'.
+
+In: a Student, prompts. Out: windows of ids [W, T] with the positions that ran dense, which are the prompts. A round writes an answer to
+each of many prompts at once, messages and texts in turns, with the weights of now and as it would decode: the prompt dense, then by its
+own selection, at a temperature drawn for each row. Rows end with their end of text and are laid end to end. Each window is used once;
+when too few are left, another round is written. Source: on-policy distillation, arXiv 2306.13649.
+
+Letters: B rows  T tokens of a window  W windows
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dejavu.config import require
+from dejavu.offline.adapt.own_text import Prompts, continued
+from dejavu.offline.adapt.student import Student
+
+
+def ends(rows_BT: np.ndarray, prompt_tokens: int, eos: Sequence[int]) -> np.ndarray:
+    """Tokens of each row up to the first end-of-text token of its answer, which counts [B]."""
+    found_BT = np.isin(rows_BT[:, prompt_tokens:], np.array(eos))
+    answer_B = np.where(found_BT.any(1), found_BT.argmax(1) + 1, found_BT.shape[1])
+    return prompt_tokens + answer_B
+
+
+class OwnWindows:
+    """What the student has written and nobody has read yet.
+
+    rows: answers of a round for each of two kinds of prompts. temperatures: the least and the largest. seconds: spent on writing so far.
+    Raises ValueError where prompts leave no room for an answer.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        prompts: Prompts,
+        *,
+        length: int,
+        rows: int,
+        new_tokens: int,
+        temperatures: tuple[float, float],
+        eos: Sequence[int],
+        seed: int,
+        rank: int = 0,
+    ) -> None:
+        room = student.config.max_positions - prompts.longest
+        require(room > 0, f"a prompt of {prompts.longest} tokens fills the model's context; leave --own-share out")
+        self.student, self.prompts, self.length, self.rows, self.eos = student, prompts, length, rows, tuple(eos)
+        self.new_tokens, self.temperatures = min(new_tokens, room), temperatures
+        self.seed, self.rank, self.round, self.seconds, self.written = seed, rank, 0, 0.0, 0
+        self.ids_WT = torch.empty(0, length, dtype=torch.int32)
+        self.dense_WT = torch.empty(0, length, dtype=torch.bool)
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next windows [count, T] int64, and where they ran dense [count, T] bool."""
+        while len(self.ids_WT) < count:
+            self._write()
+        taken = self.ids_WT[:count].long(), self.dense_WT[:count]
+        self.ids_WT, self.dense_WT = self.ids_WT[count:], self.dense_WT[count:]
+        return taken
+
+    def _write(self) -> None:
+        """One round."""
+        started = time.perf_counter()
+        model, (least, largest) = self.student.merged(), self.temperatures
+        scorers = self.student.trained or None
+        drawn = np.random.default_rng((self.seed, 4, self.rank, self.round))
+        generator = torch.Generator(self.student.device).manual_seed(int(drawn.integers(2**62)))
+        ids, dense = [], []
+        for number in (2 * self.round, 2 * self.round + 1):
+            prompt_BP = self.prompts.batch(number + (self.rank << 32), self.rows)
+            heat_B = torch.from_numpy(drawn.uniform(least, largest, self.rows)).float()
+            rows = continued(model, prompt_BP, new_tokens=self.new_tokens, generator=generator, temperature_B=heat_B, scorers=scorers)
+            rows_BT, prompt = rows.cpu().numpy().astype(np.int32), prompt_BP.shape[1]
+            place_T = np.arange(rows_BT.shape[1])
+            kept_BT = place_T < ends(rows_BT, prompt, self.eos)[:, None]
+            ids.append(rows_BT[kept_BT])
+            dense.append(np.broadcast_to(place_T < prompt, kept_BT.shape)[kept_BT])
+            self.written += int((kept_BT & (place_T >= prompt)).sum())
+        self.round += 1
+        stream, flags = np.concatenate(ids), np.concatenate(dense)
+        count = len(stream) // self.length
+        order = drawn.permutation(count)  # both kinds then come in every step
+        fresh = (torch.from_numpy(part[: count * self.length].reshape(count, self.length)[order]) for part in (stream, flags))
+        self.ids_WT, self.dense_WT = (torch.cat(parts) for parts in zip((self.ids_WT, self.dense_WT), fresh, strict=True))
+        self.seconds += time.perf_counter() - started
+
+    def state(self) -> dict[str, Tensor]:
+        """What a run that goes on needs: windows not read yet, and the number of the next round."""
+        return {"own.ids": self.ids_WT, "own.dense": self.dense_WT, "own.round": torch.tensor([self.round])}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave. Raises KeyError or ValueError for what it cannot have given."""
+        ids_WT, dense_WT, round_1 = (tensors[f"own.{name}"] for name in ("ids", "dense", "round"))
+        shapes = ids_WT.dim() == 2 and ids_WT.shape[1] == self.length and ids_WT.shape == dense_WT.shape and round_1.shape == (1,)
+        types = (ids_WT.dtype, dense_WT.dtype, round_1.dtype) == (torch.int32, torch.bool, torch.int64)
+        require(shapes and types, f"own.ids is {ids_WT.dtype} {list(ids_WT.shape)}, and windows have {self.length} tokens")
+        vocabulary = self.student.config.vocab_size
+        known = bool(((ids_WT >= 0) & (ids_WT < vocabulary)).all()) and int(round_1) >= 0
+        require(known, f"own.ids has ids beyond the {vocabulary} of the model")
+        self.ids_WT, self.dense_WT, self.round = ids_WT, dense_WT, int(round_1)
