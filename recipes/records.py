@@ -97,6 +97,60 @@ class MethodResult(TypedDict):
     tok_s: dict[str, float]
 
 
+class JudgedTexts(TypedDict):
+    """Relative rises of perplexity: of all texts together, of the worst, of each."""
+
+    rise: float
+    worst: float
+    rises: dict[str, float]
+    mlp_density: float
+    tokens: int
+
+
+class JudgedTasks(TypedDict):
+    """All items together. loss: of accuracy, sparse to dense, with the 95th percentile of its paired bootstrap; flipped: other answers."""
+
+    items: int
+    dense: float
+    sparse: float
+    loss: float
+    loss_upper95: float
+    flipped: float
+
+
+class JudgedWritten(TypedDict):
+    """On text that the dense model wrote at a temperature. variation, kl: of distributions at temperature 1."""
+
+    temperature: float
+    agreement: float
+    variation: float
+    kl: float
+    tokens: int
+
+
+class JudgedOwn(TypedDict):
+    """Nats a token of samples at temperature 1 under the dense model: its own, the sparse model's, and how much more these are."""
+
+    nll_dense: float
+    nll_sparse: float
+    excess: float
+    stderr: float
+    samples: int
+
+
+class JudgeResult(TypedDict):
+    """judge.py, the parts of it that were asked for."""
+
+    model: str
+    adapter: str
+    backend: str
+    dtype: str
+    texts: NotRequired[JudgedTexts]
+    tasks: NotRequired[JudgedTasks]
+    written: NotRequired[list[JudgedWritten]]
+    own: NotRequired[JudgedOwn]
+
+
 KINDS: dict[str, type[Any]] = {
     "eval": EvalResult,
     "profile": ProfileResult,
@@ -104,6 +158,7 @@ KINDS: dict[str, type[Any]] = {
     "demo": DemoResult,
     "curve": CurveResult,
     "method": MethodResult,
+    "judge": JudgeResult,
 }
 # What `dejavu train` did not print yet when the first lines were written.
 LATER = {"train": ("method", "reads", "read_share", "tok_s", "tok_s_dense", "speedup", "tokens_given")}
