@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dejavu.config import Progress, require
 from dejavu.kernels.attention import attend_tokens
@@ -29,6 +30,8 @@ SLOT = "@@LINE@@"
 FRAME_TOKENS = 64  # about what a chat template adds
 MOST_LINES = 60_000
 MOST_ROWS, MOST_ROWS_CPU = 2048, 64
+# Not cuDNN's attention, which makes a plan for each length of the cache: a step then takes six times as long.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Scorer(Protocol):
@@ -131,6 +134,7 @@ def _mixed(block: Block, q_BHTK: Tensor, keys: Tensor, values: Tensor, position_
 
 
 @torch.no_grad()
+@sdpa_kernel(ATTENTION)
 def continued(
     model: Transformer,
     prompt_BP: Tensor,
