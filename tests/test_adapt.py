@@ -519,5 +519,5 @@ def test_on_a_gpu_training_is_that_of_the_cpu(checkpoint: Checkpoint, tmp_path: 
         here, there = usual.train_step(), (first if step < 3 else second).train_step()
         assert there.kl == pytest.approx(here.kl, rel=limit) and there.density == pytest.approx(here.density, abs=limit)
     options = {"text_hash": "t" * 64, "folder": tmp_path / "run", "device": "cuda", "chat_tokens": 300}
-    found = adapt(checkpoint, [LONG_TEXT], dataclasses.replace(config, chat_share=0.3), **options)
+    found = adapt(checkpoint, [LONG_TEXT], dataclasses.replace(config, chat_share=0.3, own_share=0.5, **OWN), **options)
     assert found is not None and found[1]["kl"] > 0 and next(checkpoint.model.parameters()).device.type == "cpu"
