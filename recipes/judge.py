@@ -32,11 +32,10 @@ import dejavu
 from dejavu.bench.rows import append_rows, device_facts
 from dejavu.files import write_text
 from dejavu.language_model import LanguageModel
-from dejavu.model.masked import MaskedSelection
 from dejavu.model.template import chat_ids
 from dejavu.model.texts import named_files, named_texts
 from dejavu.quality.evaluate import evaluate
-from dejavu.quality.perplexity import MaskedSelections
+from dejavu.quality.perplexity import MaskedSelections, SelectionFactory, dense_selection
 from dejavu.quality.tasks import Item, Score, item_requests, parse_item, read_items, score_requests
 from judged_prompts import BEGINNINGS, MESSAGES
 from records import QUALITY, JudgedOwn, JudgedTasks, JudgedTexts, JudgedWritten, JudgeResult, Record
@@ -122,27 +121,27 @@ class Writer:
 
 
 @torch.inference_mode()
-def log_probs(lm: LanguageModel, prompt_ids: Sequence[int], new_ids: Sequence[int], *, dense: bool) -> Tensor:
-    """Of both models' next tokens [n, V], before each new one: the prompt runs dense, what follows as asked."""
+def log_probs(lm: LanguageModel, prompt_ids: Sequence[int], new_ids: Sequence[int], select: SelectionFactory = dense_selection) -> Tensor:
+    """Of the next token, before each new one [n, V]: the prompt runs dense, what follows as selected."""
     ids_BT = torch.tensor([[*prompt_ids, *new_ids[:-1]]], device=lm.model.device)
-    layers = None if dense else lm.layers()
     sparse_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] >= len(prompt_ids)
-    logits = lm.model(ids_BT) if layers is None else lm.model(ids_BT, MaskedSelection(layers, sparse_BT))
-    return logits[0, len(prompt_ids) - 1 :].log_softmax(-1)
+    return lm.model(ids_BT, select(sparse_BT))[0, len(prompt_ids) - 1 :].log_softmax(-1)
 
 
 def judged_written(writer: Writer, temperature: float) -> JudgedWritten:
     """On what the dense model writes at a temperature."""
-    agreed, variation, divergence, tokens = 0, 0.0, 0.0, 0
+    layers = writer.lm.layers()
+    assert layers is not None, "judged with an adapter"
+    masked, agreed, variation, divergence, tokens = MaskedSelections(layers), 0, 0.0, 0.0, 0
     for _, prompt_ids, new_ids in writer.texts(dense=True, temperature=temperature):
-        p, q = (log_probs(writer.lm, prompt_ids, new_ids, dense=dense) for dense in (True, False))
+        p, q = (log_probs(writer.lm, prompt_ids, new_ids, select) for select in (dense_selection, masked))
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
         variation += float((p.exp() - q.exp()).abs().sum()) / 2
         divergence += float((p.exp() * (p - q)).sum())
         tokens += len(new_ids)
     return {
         "temperature": temperature, "agreement": agreed / tokens, "variation": variation / tokens, "kl": divergence / tokens,
-        "tokens": tokens,
+        "mlp_density": masked.counter.mlp_density() or 0.0, "tokens": tokens,
     }  # fmt: skip
 
 
@@ -152,7 +151,7 @@ def judged_own(writer: Writer, seeds: int) -> JudgedOwn:
     for dense in (True, False):
         nlls: dict[tuple[int, ...], list[tuple[float, int]]] = {}
         for _, prompt_ids, new_ids in writer.texts(dense=dense, temperature=1.0, seeds=seeds):
-            p = log_probs(writer.lm, prompt_ids, new_ids, dense=True)
+            p = log_probs(writer.lm, prompt_ids, new_ids)
             nll = -float(p.gather(1, torch.tensor(new_ids, device=p.device)[:, None]).sum())
             nlls.setdefault(tuple(prompt_ids), []).append((nll, len(new_ids)))
         means.append({prompt: sum(n for n, _ in each) / sum(k for _, k in each) for prompt, each in nlls.items()})

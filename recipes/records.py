@@ -125,6 +125,7 @@ class JudgedWritten(TypedDict):
     agreement: float
     variation: float
     kl: float
+    mlp_density: float
     tokens: int
 
 

@@ -64,6 +64,7 @@ def test_all_parts_make_one_record_and_a_page(judge: ModuleType, work: Path, mon
     assert result["tasks"]["items"] == 5 and 0 <= result["tasks"]["flipped"] <= 1
     assert [each["temperature"] for each in result["written"]] == [0.0, 1.0]
     assert all(0 < each["variation"] < 1 and 0 < each["agreement"] < 1 and each["kl"] > 0 for each in result["written"])
+    assert all(0 < each["mlp_density"] < 1 for each in result["written"])
     own = result["own"]
     assert own["samples"] == 6 and own["excess"] == pytest.approx(own["nll_sparse"] - own["nll_dense"])
     text = (work / "page.md").read_text()
@@ -78,7 +79,7 @@ def test_distributions_are_those_of_use(judge: ModuleType, work: Path) -> None:
     assert layers is not None
     for _, prompt_ids, new_ids in writer.texts(dense=False, temperature=0.0):
         ids, first = [*prompt_ids, *new_ids[:-1]], len(prompt_ids) - 1
-        p, q = (judge.log_probs(lm, prompt_ids, new_ids, dense=dense) for dense in (True, False))
+        p, q = (judge.log_probs(lm, prompt_ids, new_ids, select) for select in (judge.dense_selection, judge.MaskedSelections(layers)))
         assert q.argmax(-1).tolist() == new_ids
         assert torch.equal(p, lm.logits(ids, dense=True)[first:].log_softmax(-1))
         everywhere = lm.model(torch.tensor([ids]), MaskedSelection(layers))[0, first:].log_softmax(-1)
