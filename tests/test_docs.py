@@ -147,11 +147,11 @@ def test_the_navigation_lists_every_page_once() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_link_within_docs_and_stay_short(page: Path) -> None:
-    """What leaves docs/ is no part of the site; the log may grow, and so may tables."""
+    """What leaves docs/ is no part of the site; the log may grow, and so may tables and what models wrote."""
     text = page.read_text(encoding="utf-8")
     assert [link for link in LINK.findall(text) if link.startswith("../")] == []
     written = [line for line in text.splitlines() if line.strip() and not line.startswith("|")]
-    assert page.name == "log.md" or len(written) <= MAX_LINES
+    assert page.name in ("log.md", "side-by-side.md") or len(written) <= MAX_LINES
 
 
 def long_lines(text: str) -> list[int]:
