@@ -173,8 +173,7 @@ def page(lm: LanguageModel, writer: Writer) -> str:
     head = f"""# Side by side: what {lm.name} writes, dense and sparse
 
 Answers of at most {writer.new_tokens} tokens to {len(sides[0])} fixed prompts, none left out and none drawn twice: seed 0,
-{lm.sampling.words}, {lm.dtype}, the adapter `{lm.adapter.digest}`. Made by `recipes/judge.py --page`; what its figures are is in
-[Results](results.md).
+{lm.sampling.words}, {lm.dtype}, the adapter `{lm.adapter.digest}`. Made by `recipes/judge.py --page`.
 """
     parts = [textwrap.fill(line, WIDTH) if not line.startswith("#") else line for line in head.split("\n\n")]
     for prompt, (dense, *_), (sparse, *_) in zip(writer.prompts, *sides, strict=False):
