@@ -279,7 +279,7 @@ def test_the_student_writes_as_its_adapter_decodes(tiny: Tiny) -> None:
 
 def test_windows_of_its_own_are_prompts_and_answers_end_to_end(tiny: Tiny, tokenizer: Tokenizer) -> None:
     student = shaken(tiny("llama", num_layers=2), (0, 1))
-    settings = {"length": 60, "rows": 12, "new_tokens": 6, "temperatures": (0.7, 1.0), "eos": (2,), "seed": 0}
+    settings: dict[str, Any] = {"length": 60, "rows": 12, "new_tokens": 6, "temperatures": (0.7, 1.0), "eos": (2,), "seed": 0}
     own, again = (OwnWindows(student, Prompts(tokenizer, [LONG_TEXT], seed=0), **settings) for _ in range(2))
     ids, dense = own.take(3)
     assert ids.shape == dense.shape == (3, 60) and torch.equal(again.take(3)[0], ids)
@@ -295,6 +295,10 @@ def test_windows_of_its_own_are_prompts_and_answers_end_to_end(tiny: Tiny, token
     assert whole > 2
     again.restore(own.state())
     assert torch.equal(again.take(2)[0], own.take(2)[0])
+    assert torch.equal(again.rest_T, own.rest_T) and len(own.rest_T) < 60
+    settings["rows"] = 1
+    short = OwnWindows(student, Prompts(tokenizer, [LONG_TEXT], seed=0), **settings)
+    assert short.take(1)[0].shape == (1, 60) and short.round > 1, "rounds of less than a window add up to one"
     with pytest.raises(ValueError, match="windows have 60 tokens"):
         again.restore(own.state() | {"own.ids": ids[:, :3].int()})
     rows = np.array([[5, 2, 7, 7, 2, 9], [5, 6, 7, 8, 9, 9]])

@@ -56,6 +56,7 @@ class OwnWindows:
         self.seed, self.rank, self.round, self.seconds, self.written = seed, rank, 0, 0.0, 0
         self.ids_WT = torch.empty(0, length, dtype=torch.int32)
         self.dense_WT = torch.empty(0, length, dtype=torch.bool)
+        self.rest_T, self.rest_dense_T = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.bool)  # less than a window
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
         """The next windows [count, T] int64, and where they ran dense [count, T] bool."""
@@ -72,7 +73,7 @@ class OwnWindows:
         scorers = self.student.trained or None
         drawn = np.random.default_rng((self.seed, 4, self.rank, self.round))
         generator = torch.Generator(self.student.device).manual_seed(int(drawn.integers(2**62)))
-        ids, dense = [], []
+        ids, dense = [self.rest_T.numpy()], [self.rest_dense_T.numpy()]
         for number in (2 * self.round, 2 * self.round + 1):
             prompt_BP = self.prompts.batch(number + (self.rank << 32), self.rows)
             heat_B = torch.from_numpy(drawn.uniform(least, largest, self.rows)).float()
@@ -88,20 +89,26 @@ class OwnWindows:
         count = len(stream) // self.length
         order = drawn.permutation(count)  # both kinds then come in every step
         fresh = (torch.from_numpy(part[: count * self.length].reshape(count, self.length)[order]) for part in (stream, flags))
+        self.rest_T, self.rest_dense_T = (torch.from_numpy(part[count * self.length :].copy()) for part in (stream, flags))
         self.ids_WT, self.dense_WT = (torch.cat(parts) for parts in zip((self.ids_WT, self.dense_WT), fresh, strict=True))
         self.seconds += time.perf_counter() - started
 
     def state(self) -> dict[str, Tensor]:
-        """What a run that goes on needs: windows not read yet, and the number of the next round."""
-        return {"own.ids": self.ids_WT, "own.dense": self.dense_WT, "own.round": torch.tensor([self.round])}
+        """What a run that goes on needs: windows not read yet, what is left over for the next, and the number of the next round."""
+        rest = {"own.rest": self.rest_T, "own.rest_dense": self.rest_dense_T}
+        return {"own.ids": self.ids_WT, "own.dense": self.dense_WT, "own.round": torch.tensor([self.round]), **rest}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave. Raises KeyError or ValueError for what it cannot have given."""
-        ids_WT, dense_WT, round_1 = (tensors[f"own.{name}"] for name in ("ids", "dense", "round"))
+        names = ("ids", "dense", "round", "rest", "rest_dense")
+        ids_WT, dense_WT, round_1, rest_T, rest_dense_T = (tensors[f"own.{name}"] for name in names)
         shapes = ids_WT.dim() == 2 and ids_WT.shape[1] == self.length and ids_WT.shape == dense_WT.shape and round_1.shape == (1,)
-        types = (ids_WT.dtype, dense_WT.dtype, round_1.dtype) == (torch.int32, torch.bool, torch.int64)
+        shapes = shapes and rest_T.dim() == 1 and rest_T.shape == rest_dense_T.shape and len(rest_T) < self.length
+        types = [tensors[f"own.{name}"].dtype for name in names] == [torch.int32, torch.bool, torch.int64, torch.int32, torch.bool]
         require(shapes and types, f"own.ids is {ids_WT.dtype} {list(ids_WT.shape)}, and windows have {self.length} tokens")
         vocabulary = self.student.config.vocab_size
-        known = bool(((ids_WT >= 0) & (ids_WT < vocabulary)).all()) and int(round_1) >= 0
+        ids_N = torch.cat((ids_WT.flatten(), rest_T))
+        known = bool(((ids_N >= 0) & (ids_N < vocabulary)).all()) and int(round_1) >= 0
         require(known, f"own.ids has ids beyond the {vocabulary} of the model")
         self.ids_WT, self.dense_WT, self.round = ids_WT, dense_WT, int(round_1)
+        self.rest_T, self.rest_dense_T = rest_T, rest_dense_T

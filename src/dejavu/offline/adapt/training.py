@@ -106,7 +106,8 @@ class AdaptConfig(Config):
         own = self.own_windows
         require(
             (own > 0) == (self.own_share > 0) and own < self.micro_batch,
-            f"own_share {self.own_share} of a micro_batch of {self.micro_batch} is {own} windows; there must be some, and some of the text",
+            f"own_share {self.own_share} of a micro_batch of {self.micro_batch} is {own} windows; take a share of 1/{self.micro_batch} "
+            f"to {self.micro_batch - 1}/{self.micro_batch}, or 0",
         )
         require(0 < self.coldest <= self.hottest, f"temperatures must be positive and in order, not {self.coldest} to {self.hottest}")
         require(self.divergence in KINDS, f"divergence {self.divergence!r} is not known; choose one of {', '.join(KINDS)}")
@@ -378,6 +379,8 @@ class Trainer:
             self.controller.restore(_checked(tensors, "steering", self.controller.state()))
             if self.own is not None and self.rank == 0:  # what the first wrote is its own
                 self.own.restore(tensors)
+            elif self.own is not None:
+                self.own.round = int(tensors["own.round"])
             for name, parameter in self.parameters.items():
                 parameter.detach().copy_(_checked(tensors, f"parameter.{name}", parameter))
         moments = self._moments(folder / MOMENTS_FILE, fix)
