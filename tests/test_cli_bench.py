@@ -334,6 +334,7 @@ def test_mistakes_on_the_gpu(
         (("model", "--text", "text.txt", "--request", "9-9"), r"--request 9-9 is no PROMPT\+NEW"),
         (("model", "--text", "text.txt", "--prompt", "900"), "a request of 900 tokens needs 900 positions"),
         (("model", "--text", "text.txt", "--perplexity", "99"), "windows have 512 tokens"),
+        (("model", "--text", "text.txt", "--perplexity", "-3"), "--perplexity takes 0 tokens or more of each text, not -3"),
         (("--synthetic", "opt-small", "--perplexity", "99"), "--perplexity belongs to a MODEL"),
         (("model", "--method", "gate"), "--method says what is made up; it needs --synthetic NAME"),
         (("--synthetic", "opt-small", "--rank", "999"), "rank must lie between 1 and 128 .*not 999"),

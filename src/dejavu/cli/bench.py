@@ -124,7 +124,7 @@ def bench(
             model or "", out, options, seed=seed, texts=text, adapter=adapter, dense=dense, accept_base=accept_base,
             densities=density or [], download=download, offline=offline,
         )  # fmt: skip
-    if gguf is None and model is not None and Path(model).suffix == ".gguf":
+    if gguf is None and model is not None and model.endswith(".gguf") and Path(model).is_file():
         gguf = Path(model)  # the same file, unless another is named
     plan = Plan(
         **_whole(prompt, request, against=bool(names)), **_text(model, text, perplexity, against=bool(names)),
@@ -146,8 +146,10 @@ def _whole(prompts: Sequence[int] | None, requests: Sequence[str] | None, *, aga
 
 def _text(model: str | None, texts: list[str] | None, tokens: int | None, *, against: bool) -> dict[str, Any]:
     """Of a plan, what perplexity is measured on."""
+    from dejavu.config import require
     from dejavu.model.texts import DATA, named_texts
 
+    require(tokens is None or tokens >= 0, f"--perplexity takes 0 tokens or more of each text, not {tokens}")
     asked = (TEXT_TOKENS if against else 0) if tokens is None else tokens
     if model is None or not asked:
         return {}
