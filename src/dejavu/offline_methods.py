@@ -44,11 +44,11 @@ class OfflineMethods:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def _offline(self, fix: str = OUT_OF_MEMORY) -> Generator[None]:
-        """Work where the model is, whose memory is free of cached engines meanwhile. fix: what to lower where a GPU's is not enough."""
+    def _offline(self) -> Generator[None]:
+        """Work where the model is, whose memory is free of cached engines meanwhile."""
         self.model.require_weights()
         self._engines.clear()
-        with within_gpu_memory(fix):
+        with within_gpu_memory(OUT_OF_MEMORY):
             yield
 
     def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 20_000, progress: Progress | None = None) -> Profile:
@@ -160,8 +160,9 @@ class OfflineMethods:
         if max_tokens is None:
             raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
         windows = self.training_windows(texts, max_tokens=max_tokens)
-        ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos).to(self.model.device)
+        ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos)
         with self._offline():
+            ids_WT = ids_WT.to(self.model.device)
             return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from dejavu.kernels.memory import available_bytes, free_gpu_bytes
 from dejavu.model.transformer import Transformer
 
 CPU = torch.device("cpu")
+LEAST_TOKENS = 256  # fewer are no text to train on
 KEPT = 10_000_000_000  # bytes of activations that a GPU holds at most
 SPARE = 4_000_000_000  # bytes that it needs beside them: a layer's temporaries, decompositions, logits
 
@@ -51,9 +52,10 @@ def check_host(needed: int, tokens: int) -> None:
     """Raise MemoryError where so many bytes, kept of so many tokens, are more than the host has free."""
     free = available_bytes(Path("/"))
     if free is not None and needed > free:
+        fits = tokens * free // needed
+        fix = f"take at most --max-tokens {fits}" if fits >= LEAST_TOKENS else "free some of it, or take a smaller model"
         raise MemoryError(
-            f"what is kept of {tokens:,} tokens takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
-            f"take at most --max-tokens {tokens * free // needed}"
+            f"what is kept of {tokens:,} tokens takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; {fix}"
         )
 
 
