@@ -41,7 +41,7 @@ enum dejavu_part { /* of a model; layer is -1 for those without one */
 enum dejavu_layout { /* of weights in memory, by how decoding selects */
   DEJAVU_BY_NEURON = 0, /* rows of a neuron side by side: for predictors */
   DEJAVU_GATE_APART,    /* rows of the gate (not gated: of up) in order, then those of a neuron: for dejavu_engine_gate */
-  DEJAVU_INPUT_MAJOR    /* q, k, v, gate and up hold a row for each input, as o and down do: for dejavu_engine_inputs. Of fp32, fp16, bf16, int8 */
+  DEJAVU_INPUT_MAJOR    /* q, k, v, gate and up hold a row for each input, as o and down do: for dejavu_engine_inputs */
 };
 enum dejavu_predicted { DEJAVU_MLP = 0, DEJAVU_HEADS = 1 };
 enum dejavu_point { /* what linear maps read: q, k and v; o; gate and up; down */

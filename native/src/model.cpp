@@ -47,7 +47,7 @@ std::string name_of(int dtype) {
 }
 
 constexpr int64_t SMALL = 1 << 18;   // values of a matrix that another thread would take longer to start for
-constexpr int64_t WIDE = 8192;       // columns of a panel: a row fills a page of memory, beyond which no processor fetches ahead
+constexpr int64_t WIDE = 8192;       // columns of a panel: of short rows the processor fetches what lies behind them
 
 constexpr const char *NOT_FINITE = " has values that are not finite; integers cannot hold them";
 
@@ -89,6 +89,7 @@ void check_matrix(const dejavu_matrix &m, int64_t rows, int64_t columns, const s
   require(m.dtype >= DEJAVU_FP32 && m.dtype <= DEJAVU_W8_BF16, what + " is of an unknown dtype " + std::to_string(m.dtype));
   require(m.data != nullptr, what + " has no data");
   require(!m.transposed || (by_input && m.dtype != DEJAVU_INT8 && m.dtype != DEJAVU_INT4), what + " cannot be transposed in " + name_of(m.dtype));
+  require(!by_input || !of_blocks(m.dtype) || m.transposed, what + " must be transposed in " + name_of(m.dtype));
   if (m.transposed) std::swap(rows, columns);
   require(m.rows == rows && m.columns == columns, what + " is " + std::to_string(m.rows) + " x " + std::to_string(m.columns) + ", expected " +
                                                       std::to_string(rows) + " x " + std::to_string(columns));
@@ -172,7 +173,7 @@ void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, int64_t cou
 
 namespace {
 
-// How many panels of the sizes 1, 2, 4 ... a number of chunks makes, of which each thread has one, and none has over WIDE columns.
+// How many panels of the sizes 1, 2, 4 ... a number of chunks makes, at least one for each thread, none of over WIDE columns.
 int64_t panels_of(int64_t chunks, int64_t columns, int threads) {
   int64_t panels = 1;
   while (panels < chunks && (panels < threads || columns / panels > WIDE)) panels *= 2;

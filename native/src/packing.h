@@ -1,6 +1,6 @@
 // Matrices of few bits as files have them, into rows and panels (grids.h). In: rows of int4, or blocks. Out: bytes that kernels read.
 //
-// A row of a file is read once, from where it lies; nothing else is allocated. What is written to is zero before.
+// A row of a file is read once, from where it lies. What is written to is zero before.
 #pragma once
 #include <stdint.h>
 
