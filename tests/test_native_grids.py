@@ -130,7 +130,7 @@ def test_every_matrix_may_be_in_a_grid_of_its_own(tiny: Tiny, grid: str) -> None
 
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXTURES])
 def test_inputs_are_selected_in_every_grid(tiny: Tiny, grid: str) -> None:
-    """Of panels of columns, which begin anywhere among their bytes. All kept: near a forward pass of the same values, and a prompt has the
+    """Of panels of columns. All kept: near a forward pass of the same values, and a prompt has the
     bits of steps. Half of them: it is the selection that is seen, whatever the number of threads."""
     sizes = sizes_of("q4_k" if grid == "k" else grid if grid in GRIDS else "q4_0")
     model = mixed(tiny, grid, **sizes) if grid in MIXTURES else in_grid(tiny("llama", **sizes), grid)

@@ -116,7 +116,7 @@ void Matrix::allocate(Arena &arena, int new_dtype, int64_t new_rows, int64_t new
 }
 
 void Matrix::fill(const dejavu_matrix &source, const std::string &what, int threads) {
-  if (panels) return fill_columns(source, 0, columns, 0, what, threads);
+  if (panels) return fill_columns(source, 0, what, threads);
   std::atomic<bool> finite{true};
   if (rows * columns < SMALL) threads = 1;
   if (source.transposed) {
@@ -143,32 +143,28 @@ void Matrix::fill(const dejavu_matrix &source, const std::string &what, int thre
   if (source.bias != nullptr) copy_vector(bias, rows, source.bias, rows);
 }
 
-void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first, const std::string &what, int threads) {
+void Matrix::fill_columns(const dejavu_matrix &source, int64_t from, const std::string &what, int threads) {
   std::atomic<bool> finite{true};
-  if (rows * count < SMALL) threads = 1;
-  const int64_t shift = first % PAD, units = (shift + count + OUTPUTS - 1) / OUTPUTS;  // no two threads write to one byte
-  in_parallel(threads, units, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t at = std::max<int64_t>(unit * OUTPUTS - shift, 0), here = std::min((unit + 1) * OUTPUTS - shift, count) - at;
+  if (rows * columns < SMALL) threads = 1;
+  in_parallel(threads, (columns + OUTPUTS - 1) / OUTPUTS, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * OUTPUTS; at < std::min(end * OUTPUTS, columns); at += OUTPUTS) {
+      const int64_t here = std::min(OUTPUTS, columns - at);
       if (!panels) {
-        transpose(source, from + at, here, first + at, data, stride);
+        transpose(source, from + at, here, at, data, stride);
         continue;
       }
       const unsigned char *outputs[OUTPUTS];
       const uint16_t *scales[OUTPUTS];
       for (int64_t o = 0; o < here; o++) outputs[o] = given_row(source, from + at + o), scales[o] = given_scales(source, from + at + o);
-      if (!pack_outputs(dtype, outputs, scales, first + at, here, source.columns, width, data)) finite.store(false);
+      if (!pack_outputs(dtype, outputs, scales, at, here, source.columns, width, data)) finite.store(false);
     }
   });
   if (!finite.load()) throw BadValue(what + NOT_FINITE);
   if (dtype == DEJAVU_INT8) {
-    if (scale.empty()) scale = Buffer<float>(width);
-    for (int64_t o = 0; o < count; o++) scale[first + o] = ((const float *)source.scale)[stored_row(source, from + o)];
+    scale = Buffer<float>(width);
+    for (int64_t o = 0; o < columns; o++) scale[o] = ((const float *)source.scale)[stored_row(source, from + o)];
   }
-  if (source.bias != nullptr) {
-    if (bias.empty()) bias = Buffer<float>(width);
-    std::copy_n(source.bias + from, count, bias.data() + first);
-  }
+  if (source.bias != nullptr) copy_vector(bias, width, source.bias + from, columns);
 }
 
 namespace {
@@ -228,7 +224,7 @@ void dejavu_model::set_heads(Layer &layer, int part, const dejavu_matrix &source
     columns = Matrix();
     if (from >= to) continue;
     columns.allocate(arena, source.dtype, config.hidden_size, (to - from) * size, has_grid(source.dtype));
-    columns.fill_columns(source, (from - first_head) * size, (to - from) * size, 0, what, config.threads);
+    columns.fill_columns(source, (from - first_head) * size, what, config.threads);
   }
 }
 
@@ -242,7 +238,7 @@ void dejavu_model::set_neurons(Layer &layer, const dejavu_matrix *gate, const de
     NeuronPanel &panel = layer.neuron_panels[(size_t)p];
     const auto fill = [&](Matrix &columns, const dejavu_matrix &source, const char *name) {
       columns.allocate(arena, source.dtype, config.hidden_size, count, has_grid(source.dtype));
-      columns.fill_columns(source, begin, count, 0, name + where, config.threads);
+      columns.fill_columns(source, begin, name + where, config.threads);
     };
     if (gate != nullptr) fill(panel.gate, *gate, "gate");
     fill(panel.up, up, "up");

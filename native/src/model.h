@@ -56,10 +56,9 @@ struct Matrix {
   void allocate(Arena &arena, int dtype, int64_t rows, int64_t columns, bool panels = false);
   // Memory of others: rows `stride` bytes apart.
   void view(int dtype, int64_t rows, int64_t columns, unsigned char *data, int64_t stride);
-  // Copies rows [from, from + count) of a matrix, one for each output, into columns first, first + 1, ... of this one, whose rows are of
-  // inputs: scale and bias are then by column. Takes what `check_matrix` let pass.
-  // As `fill` otherwise. No other thread may write to this matrix meanwhile.
-  void fill_columns(const dejavu_matrix &source, int64_t from, int64_t count, int64_t first, const std::string &what, int threads = 1);
+  // As `fill`, of as many rows of a matrix from `from` on as this one has columns, one for each output: rows here are of inputs, and scale and
+  // bias by column.
+  void fill_columns(const dejavu_matrix &source, int64_t from, const std::string &what, int threads = 1);
   // Copies or packs values, scales and bias of what `check_matrix` let pass. Raises BadValue naming `what` where values are not finite that
   // a grid cannot hold; the matrix is then of no use.
   void fill(const dejavu_matrix &source, const std::string &what, int threads = 1);

@@ -178,13 +178,7 @@ void transpose8(const uint8_t *from, uint64_t *to) {
 // The lowest bit of each of 8 bytes, the first one lowest.
 uint8_t bits_of(uint64_t bytes) { return (uint8_t)((bytes & 0x0101010101010101) * 0x0102040810204080 >> 56); }
 
-// Eight bytes where others may have bits already.
-void add8(uint8_t *to, uint64_t eight) {
-  eight |= load8(to);
-  std::memcpy(to, &eight, 8);
-}
-
-// Quants of PAD outputs of GROUP inputs, q[output][input], into their places in the inputs' rows, beside what is there.
+// Quants of PAD outputs of GROUP inputs, q[output][input], into their places in the inputs' rows.
 template <int GRID> void put_outputs(const uint8_t *q, int64_t unit, int64_t width, uint8_t *const *rows) {
   constexpr Grid G = GRIDS[GRID];
   if constexpr (G.bytes()) {
@@ -192,7 +186,7 @@ template <int GRID> void put_outputs(const uint8_t *q, int64_t unit, int64_t wid
       for (int i = 0; i < GROUP; i += 8) {
         uint64_t columns[8];
         transpose8(q + o * GROUP + i, columns);
-        for (int c = 0; c < 8; c++) add8(rows[i + c] + unit * PAD + o, columns[c]);
+        for (int c = 0; c < 8; c++) std::memcpy(rows[i + c] + unit * PAD + o, columns + c, 8);
       }
   } else {
     constexpr int HALF = PAD / 2 * GROUP;  // from an output to the one whose nibble is above its own
@@ -207,14 +201,14 @@ template <int GRID> void put_outputs(const uint8_t *q, int64_t unit, int64_t wid
       uint64_t columns[8];
       for (int o = 0; o < PAD / 2; o += 8) {
         transpose8(both + o * GROUP + i, columns);
-        for (int c = 0; c < 8; c++) add8(rows[i + c] + unit * (PAD / 2) + o, columns[c]);
+        for (int c = 0; c < 8; c++) std::memcpy(rows[i + c] + unit * (PAD / 2) + o, columns + c, 8);
       }
       if constexpr (G.plane == 1)
         for (int o = 0; o < PAD / 2; o += 8) {
           transpose8(plane + o * GROUP + i, columns);
           for (int c = 0; c < 8; c++) {
             uint8_t *to = rows[i + c] + width / 2 + unit * (PAD / 8) + o / 8;
-            to[0] |= bits_of(columns[c]), to[4] |= bits_of(columns[c] >> 4);
+            to[0] = bits_of(columns[c]), to[4] = bits_of(columns[c] >> 4);
           }
         }
       if constexpr (G.plane == 2)
@@ -222,7 +216,10 @@ template <int GRID> void put_outputs(const uint8_t *q, int64_t unit, int64_t wid
           uint64_t later[8];
           transpose8(plane + o * GROUP + i, columns);
           transpose8(plane + (o + PAD / 4) * GROUP + i, later);
-          for (int c = 0; c < 8; c++) add8(rows[i + c] + width / 2 + unit * (PAD / 4) + o, columns[c] | later[c] << 2);
+          for (int c = 0; c < 8; c++) {
+            const uint64_t bits = columns[c] | later[c] << 2;
+            std::memcpy(rows[i + c] + width / 2 + unit * (PAD / 4) + o, &bits, 8);
+          }
         }
     }
   }
@@ -232,7 +229,7 @@ template <int GRID> bool pack_outputs_of(const uint8_t *const *rows, int64_t fir
   constexpr Grid G = GRIDS[GRID];
   constexpr Block B = BLOCKS[GRID];
   const Panel panel(G, width);
-  uint8_t q[PAD * GROUP];
+  uint8_t q[PAD * GROUP] = {0};
   bool finite = true;
   for (int64_t b = 0; b < columns / G.block(); b++) {
     uint8_t *scales = out + panel.scales_at(b * G.block());
@@ -255,12 +252,9 @@ template <int GRID> bool pack_outputs_of(const uint8_t *const *rows, int64_t fir
     for (int64_t g = 0; g < G.block() / GROUP; g++) {
       uint8_t *inputs[GROUP];
       for (int64_t i = 0; i < GROUP; i++) inputs[i] = out + panel.row_at(b * G.block() + g * GROUP + i);
-      for (int64_t done = 0; done < count;) {
-        const int64_t unit = (first + done) / PAD, place = (first + done) % PAD, here = std::min(PAD - place, count - done);
-        if (here < PAD) std::memset(q, 0, sizeof q);
-        for (int64_t o = 0; o < here; o++) unpack<GRID>(rows[done + o] + b * G.file_bytes, g, q + (place + o) * GROUP);
-        put_outputs<GRID>(q, unit, width, inputs);
-        done += here;
+      for (int64_t unit = 0; unit * PAD < count; unit++) {
+        for (int64_t o = 0; o < PAD && unit * PAD + o < count; o++) unpack<GRID>(rows[unit * PAD + o] + b * G.file_bytes, g, q + o * GROUP);
+        put_outputs<GRID>(q, first / PAD + unit, width, inputs);
       }
     }
   }
