@@ -1,4 +1,4 @@
-"""What models are judged by writing on (judge.py): fifty messages for those that chat, fifty beginnings for others."""
+"""What models are judged by writing on (judge.py; the first six: sampling.py): fifty messages for those that chat, fifty beginnings."""
 
 MESSAGES = (
     "What is the capital of France, and what is it known for?",

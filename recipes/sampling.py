@@ -20,23 +20,9 @@ import torch
 import dejavu
 from dejavu.language_model import LanguageModel
 from dejavu.model.template import chat_ids
+from judged_prompts import BEGINNINGS, MESSAGES
 
-MESSAGES = (
-    "What is the capital of France, and what is it known for?",
-    "Explain how a bicycle stays upright.",
-    "Write a short story about a lighthouse keeper.",
-    "Give me three tips for sleeping better.",
-    "Why is the sky blue?",
-    "Write a friendly email that puts off a meeting to Thursday.",
-)
-BEGINNINGS = (
-    "The lighthouse keeper",
-    "It was late in the autumn when",
-    "The history of the city begins",
-    "She opened the door and",
-    "In the middle of the forest",
-    "The river is the longest of",
-)
+PROMPTS = 6  # of those that judge.py asks, the first
 GRAM = 4
 
 
@@ -55,7 +41,7 @@ def nll(lm: LanguageModel, prompt_ids: Sequence[int], new_ids: Sequence[int]) ->
 def measure(lm: LanguageModel, options: argparse.Namespace, *, temperature: float, top_p: float, dense: bool) -> dict[str, object]:
     chat = lm.tokenizer.chat_template is not None
     nlls, loops, texts = [], [], []
-    for prompt in MESSAGES if chat else BEGINNINGS:
+    for prompt in (MESSAGES if chat else BEGINNINGS)[:PROMPTS]:
         message = [{"role": "user", "content": prompt}] if chat else prompt
         prompt_ids = lm.tokenizer.encode(message) if isinstance(message, str) else chat_ids(lm.tokenizer, message)
         for seed in range(options.seeds if temperature > 0 else 1):
