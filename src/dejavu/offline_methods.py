@@ -163,7 +163,8 @@ class OfflineMethods:
         ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos)
         with self._offline():
             ids_WT = ids_WT.to(self.model.device)
-            return math.exp(float(token_nll(self.model, split_windows(fitting_windows(ids_WT, self.config)).check).double().mean()))
+            split = split_windows(fitting_windows(ids_WT, self.config)).measured(self.model.num_parameters)
+            return math.exp(float(token_nll(self.model, split.check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
         """The windows of a text that training reads: as long as `training_context`, BOS included, but ids without BOS."""

@@ -3,8 +3,8 @@
 In: for every part (the MLP or the heads of a layer, its gate, or the inputs at a point) candidate thresholds with the bytes a token
 then reads and the divergence they cost. Out: one candidate per part, or none where the part stays dense. For a price kappa per unit of
 divergence, each part takes the candidate with the least  bytes + kappa x divergence  (dense: all its bytes, no divergence);
-kappa is found so that the sum of divergences meets an allowance, and the allowance so that the *measured* rise of
-perplexity meets the budget.
+kappa is found so that the sum of divergences meets an allowance, and the allowance so that the *measured* divergence of the whole choice
+meets a goal.
 
 Letters: none; sizes are weights read per token (elements), divergences are nats per token
 """
@@ -21,6 +21,7 @@ from dejavu.model.selectors import LayerAdapter
 from dejavu.offline.thresholds import SelectionQuality
 
 WORTH_SELECTING = 0.9  # of a part's reads: finding and gathering what is selected costs more time than a smaller saving gives back
+CLOSE, AIMED = 0.88, 0.95  # of a goal: what ends a search, and what the next trial aims at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,37 +89,64 @@ def choose(parts: Sequence[Part], allowance: float) -> list[ThresholdCandidate |
     return [part.best(high) for part in parts]
 
 
-def meet_budget(
-    parts: Sequence[Part], budget: float, measure: Callable[[list[ThresholdCandidate | None]], float], *, rounds: int = 5
-) -> list[ThresholdCandidate | None]:
-    """Choose so that measure(choice), the rise of perplexity, is as close to `budget` as `rounds` trials get, never above it.
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What an allowance bought, and the divergence that was measured of it."""
 
-    A budget of 0, or one that no trial keeps, gives the choice that costs nothing: every part is dense, or leaves out exact zeros.
+    allowance: float
+    choice: list[ThresholdCandidate | None]
+    measured: float
+
+
+def next_allowance(tried: Sequence[Tried], goal: float) -> float:
+    """The allowance whose measured divergence should be AIMED of the goal: on the line through what was tried, logarithms of both.
+
+    Where nothing was tried, prices are believed; with one trial, the two are taken as proportional. A step is a factor of 4 at most.
     """
-    best = choose(parts, 0.0)
-    if budget <= 0:
-        return best
-    allowance, best_rise = math.log1p(budget), -math.inf
-    low, high = 0.0, math.inf
-    refused: list[ThresholdCandidate | None] | None = None
+    if not tried:
+        return goal
+    near = sorted(tried, key=lambda trial: abs(math.log(max(trial.measured, 1e-12) / goal)))
+    nearest, slope = near[0], 1.0
+    other = next((trial for trial in near[1:] if trial.allowance != nearest.allowance), None)
+    if other is not None and min(nearest.measured, other.measured) > 0:
+        rise = math.log(other.measured / nearest.measured) / math.log(other.allowance / nearest.allowance)
+        slope = min(2.0, max(0.5, rise))
+    factor = (AIMED * goal / max(nearest.measured, 1e-12)) ** (1 / slope)
+    return nearest.allowance * min(4.0, max(0.25, factor))
+
+
+def meet_goal(
+    parts: Sequence[Part],
+    goal: float,
+    measure: Callable[[list[ThresholdCandidate | None]], float],
+    tried: list[Tried],
+    *,
+    rounds: int = 5,
+) -> list[ThresholdCandidate | None]:
+    """Choose so that measure(choice), a divergence, is as close to `goal` as `rounds` trials get, never above it.
+
+    tried: of earlier calls, to which those of this one are added. A goal of 0, or one that no trial keeps, gives the choice that costs
+    nothing: every part is dense, or leaves out exact zeros.
+    """
+    if goal <= 0:
+        return choose(parts, 0.0)
     for _ in range(rounds):
+        kept = [trial for trial in tried if trial.measured <= goal]
+        if any(trial.measured > CLOSE * goal for trial in kept):
+            break
+        low = max((trial.allowance for trial in kept), default=0.0)
+        over = [trial for trial in tried if trial.measured > goal and trial.allowance > low]
+        high = min((trial.allowance for trial in over), default=math.inf)
+        allowance = next_allowance(tried, goal)
+        if not low < allowance < high:
+            allowance = (low + high) / 2 if math.isfinite(high) else 2 * low
         choice = choose(parts, allowance)
-        while choice == refused and high - low > 0.01 * high:  # an allowance a little lower bought the same
+        while any(choice == trial.choice for trial in over) and high - low > 0.01 * high:  # an allowance a little lower bought the same
             high = min(high, allowance)
             allowance = (low + high) / 2
             choice = choose(parts, allowance)
-        if all(candidate is None for candidate in choice):
+        if all(candidate is None for candidate in choice) or any(choice == trial.choice for trial in tried):
             break
-        rise = measure(choice)
-        if rise <= budget:
-            low = allowance
-            if rise > best_rise:
-                best, best_rise = choice, rise
-            if rise > 0.9 * budget:
-                break
-        else:
-            high, refused = allowance, choice
-        factor = min(4.0, max(0.25, 0.95 * budget / max(rise, 0.05 * budget)))
-        proposed = allowance * factor
-        allowance = proposed if low < proposed < high else (low + high) / 2 if math.isfinite(high) else 2 * low
-    return best
+        tried.append(Tried(allowance, choice, measure(choice)))
+    kept = [trial for trial in tried if trial.measured <= goal]
+    return max(kept, key=lambda trial: trial.measured).choice if kept else choose(parts, 0.0)

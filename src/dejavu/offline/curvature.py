@@ -103,19 +103,23 @@ class Loss:
     divergence: float
 
 
-def losses(score_NI: Tensor, slope_NI: Tensor, contribution_NI: Tensor, thresholds: Sequence[float]) -> list[Loss]:
-    """Of every threshold, from few kept to many: values whose score is not above it are left out."""
+def losses(score_NI: Tensor, slope_NI: Tensor, contribution_NI: Tensor, thresholds: Sequence[float], *, every: int = 1) -> list[Loss]:
+    """Of every threshold, from few kept to many: values whose score is not above it are left out.
+
+    The divergence is that of all tokens, what is kept that of one in so many.
+    """
     ascending_K = torch.tensor(sorted(thresholds), dtype=torch.float32, device=score_NI.device)
     count, tokens = len(ascending_K), len(score_NI)
     first_NI = torch.bucketize(score_NI, ascending_K)  # the lowest threshold that leaves a value out
     lost_NK = slope_NI.new_zeros(tokens, count + 1).scatter_add_(1, first_NI, slope_NI).cumsum(1)[:, :count]
+    first_NI, contribution_NI = first_NI[::every], contribution_NI[::every]
 
     def kept_share(weight_NI: Tensor) -> list[float]:
         total = torch.bincount(first_NI.flatten(), weights=weight_NI.flatten().double(), minlength=count + 1)
         above = total.flip(0).cumsum(0).flip(0)
         return (above[1:] / above[0].clamp_min(1e-30)).tolist()
 
-    density_K, mass_K = kept_share(torch.ones_like(score_NI)), kept_share(contribution_NI)
+    density_K, mass_K = kept_share(torch.ones_like(contribution_NI)), kept_share(contribution_NI)
     recall_K = kept_share((contribution_NI > 0).float())
     divergence_K = (0.5 * lost_NK.square().mean(0)).tolist()
     found = zip(ascending_K.tolist(), density_K, recall_K, mass_K, divergence_K, strict=True)

@@ -1,16 +1,16 @@
 """How far a sparse model is from its dense self, on windows of token ids.
 
 In: a model, windows [W, T] and a Selection. Out: negative log likelihood per token, or the divergence
-KL(dense || sparse) per token of switching one part of one layer to a predictor. KL is measured rather than the change
-of the loss because it is never negative and has far less noise: a few thousand tokens rank candidates that cost 0.01 %.
+KL(dense || sparse) per token, of a whole choice or of switching one part of one layer to a predictor. KL is measured rather than the
+change of the loss because it is never negative and has far less noise: a few thousand tokens rank candidates that cost 0.01 %.
 
-Letters: W windows  T tokens  D model  V vocabulary
+Letters: W windows  T tokens of a window  N tokens  D model  V vocabulary
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,22 +25,67 @@ from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.collect import window_names
 from dejavu.offline.memory import tokens_at_once
 
+AT_ONCE = 4096  # tokens that a pass takes: what stored matrices cost to widen is then little beside the products
+LOGITS = 1 << 27  # values that are in memory at a time
+
+
+def _passes(model: Transformer, ids_WT: Tensor, selection: Selection, *, logits: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Some windows after the other, with their hidden states [W, T - 1, D]."""
+    length = ids_WT.shape[1]
+    batch = max(1, tokens_at_once(model, max(1, AT_ONCE // length) * length, logits=logits) // length)
+    for first in range(0, len(ids_WT), batch):
+        windows = slice(first, min(first + batch, len(ids_WT)))
+        yield windows, model.hidden(ids_WT[windows], selection)[:, :-1]
+
+
+def _pieces(model: Transformer, tokens: int, *, models: int = 1) -> Iterator[slice]:
+    """Tokens whose logits, of so many models, fit LOGITS."""
+    step = max(1, LOGITS // (models * model.config.vocab_size))
+    return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
+
+
+def _nll(model: Transformer, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    pieces = _pieces(model, len(target_N))
+    return torch.cat([F.cross_entropy(model.logits(hidden_ND[piece]), target_N[piece], reduction="none") for piece in pieces])
+
 
 @torch.inference_mode()
-def token_nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE, *, batch: int = 2) -> Tensor:
+def token_nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE) -> Tensor:
     """Negative log likelihood [W, T - 1] of each token after the first of its window, natural units, fp32. The ids are where the model is.
 
     Raises ValueError, with the first layer and token, for values that are not finite.
     """
     rows = []
-    length = ids_WT.shape[1]
-    batch = max(1, tokens_at_once(model, batch * length, logits=True) // length)
-    for first in range(0, len(ids_WT), batch):
-        ids = ids_WT[first : first + batch]
-        logits = model.logits(model.hidden(ids, selection)[:, :-1])
-        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-        require_finite(nll, model, ids, selection, window_names(first, len(ids)))
+    for windows, hidden_WTD in _passes(model, ids_WT, selection, logits=True):
+        ids = ids_WT[windows]
+        nll = _nll(model, hidden_WTD.flatten(0, 1), ids[:, 1:].flatten()).view(len(ids), -1)
+        require_finite(nll, model, ids, selection, window_names(windows.start, len(ids)))
         rows.append(nll)
+    return torch.cat(rows)
+
+
+@torch.inference_mode()
+def hidden_states(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE) -> Tensor:
+    """What the head reads for each token of a window but the last: [W, T - 1, D]."""
+    return torch.cat([hidden_WTD for _, hidden_WTD in _passes(model, ids_WT, selection)])
+
+
+@torch.inference_mode()
+def token_divergence(model: Transformer, ids_WT: Tensor, dense_WTD: Tensor, selection: Selection) -> Tensor:
+    """KL(dense || sparse) [W, T - 1] of each token, nats, from the hidden_states of the dense model.
+
+    Raises ValueError, with the first layer and token, for values that are not finite.
+    """
+    rows = []
+    for windows, hidden_WTD in _passes(model, ids_WT, selection, logits=True):
+        dense_ND, sparse_ND = dense_WTD[windows].flatten(0, 1), hidden_WTD.flatten(0, 1)
+        found = []
+        for piece in _pieces(model, len(dense_ND), models=2):
+            log_dense_NV, log_sparse_NV = (model.logits(each[piece]).log_softmax(-1) for each in (dense_ND, sparse_ND))
+            found.append(F.kl_div(log_sparse_NV, log_dense_NV, reduction="none", log_target=True).sum(-1))
+        divergence = torch.cat(found).view(len(hidden_WTD), -1)
+        require_finite(divergence, model, ids_WT[windows], selection, window_names(windows.start, len(hidden_WTD)))
+        rows.append(divergence)
     return torch.cat(rows)
 
 

@@ -15,6 +15,10 @@ from dejavu.config import ModelConfig, require
 
 MEMORY_LIMIT = 10e9  # bytes that the activations of one layer may take, on a GPU and beside it: the same tokens on every machine
 LONGEST = 2048  # tokens of a window: a longer context would leave few windows of a text, and cost more
+CHECKED = 5e12  # parameters x tokens of a pass that checks: a minute and a half of two cores
+LEAST_CHECKED = 4096  # tokens; fewer would leave too much of a budget to the standard error
+MOST_CALIBRATED = 4096  # tokens; a divergence is known to a few hundredths by then
+SHORTEST = 256  # tokens of a window, before windows are left out
 
 
 def training_context(config: ModelConfig) -> int:
@@ -29,6 +33,21 @@ class Split:
     train: Tensor
     calibrate: Tensor
     check: Tensor
+
+    def measured(self, parameters: int) -> Split:
+        """The same with beginnings of the windows that calibrate and check, as long as a model of so many parameters has time for.
+
+        A divergence has a tenth of the noise of a loss: a fourth of the tokens that check are enough to calibrate.
+        """
+        tokens = max(LEAST_CHECKED, int(CHECKED / parameters))
+        calibrate = _beginnings(self.calibrate, min(MOST_CALIBRATED, tokens // 4))
+        return Split(self.train, calibrate, _beginnings(self.check, tokens))
+
+
+def _beginnings(ids_WT: Tensor, tokens: int) -> Tensor:
+    """Of every window so much that it is about so many tokens, of fewer windows where less than SHORTEST would be left of each."""
+    count = min(len(ids_WT), max(1, tokens // SHORTEST))
+    return ids_WT[torch.linspace(0, len(ids_WT) - 1, count).long(), : tokens // count]
 
 
 def fitting_windows(ids_WT: Tensor, config: ModelConfig) -> Tensor:

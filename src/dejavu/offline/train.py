@@ -63,7 +63,7 @@ def train_adapters(
     ids_WT = pack_windows(document_ids, context=training_context(model.config), bos=checkpoint.tokenizer.document_bos)
     given = ids_WT.numel()
     ids_WT = fitting_windows(ids_WT, model.config).to(model.device)
-    split = split_windows(ids_WT)
+    split = split_windows(ids_WT).measured(model.num_parameters)
     dense = DenseRuns.of(model, split)
     found: list[Trained] = []
     with nullcontext() if work_folder is None else working_in(work_folder):

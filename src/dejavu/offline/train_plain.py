@@ -41,7 +41,7 @@ INPUT_DENSITIES = (0.02, 0.04, 0.07, *(i / 20 for i in range(2, 20)), 0.97)
 SEEN_TOKENS, SEEN_LENGTH = 4096, 512  # that are read, in windows of so many, fewer where a layer is wide:
 SEEN_VALUES = 12_000_000  # values of one point, at most
 LEAST_SEEN = 256  # tokens
-SORTED_VALUES = 1_000_000  # of which thresholds are taken
+SORTED_VALUES = 500_000  # of which thresholds are taken, and what they keep is counted
 
 
 def seen_windows(model: Transformer, ids_WT: Tensor) -> Tensor:
@@ -58,10 +58,11 @@ def _losses(
     layer: int, score_NI: Tensor, slope_NI: Tensor, contribution_NI: Tensor, *, mass: Sequence[float] = (), density: Sequence[float] = ()
 ) -> list[Loss]:
     """Of thresholds that keep these shares, and of 0, which leaves out exact zeros and loses nothing."""
-    some = slice(None, None, -(-score_NI.numel() // SORTED_VALUES))
-    scored = Scored(layer, score_NI[some], contribution_NI[some], contribution_NI[some] > 0, at_least_one=False)
+    every = -(-score_NI.numel() // SORTED_VALUES)
+    some_NI = contribution_NI[::every]
+    scored = Scored(layer, score_NI[::every], some_NI, some_NI > 0, at_least_one=False)
     levels = [*map(scored.threshold_for_mass, mass), *map(scored.threshold_for_density, density)]
-    return losses(score_NI, slope_NI, contribution_NI, sorted({0.0, *(max(0.0, level) for level in levels)}))
+    return losses(score_NI, slope_NI, contribution_NI, sorted({0.0, *(max(0.0, level) for level in levels)}), every=every)
 
 
 def plain_parts(
