@@ -320,7 +320,7 @@ def test_a_rise_counts_with_its_standard_error(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr("dejavu.offline.budget.token_nll", nll)
     monkeypatch.setattr("dejavu.offline.budget.token_divergence", divergence)
-    monkeypatch.setattr("dejavu.offline.budget.divergence_for", lambda budget, tokens: 0.0065)
+    monkeypatch.setattr("dejavu.offline.budget.divergence_for", lambda *_: 0.0065)
     ids_WT = torch.ones(1, 8, dtype=torch.long)
     model, split = tiny("opt", num_layers=1), Split(train=torch.empty(0), calibrate=ids_WT, check=ids_WT)
     fitted = fit(model, split, DenseRuns.of(model, split), space, 0.01, None)
@@ -330,9 +330,9 @@ def test_a_rise_counts_with_its_standard_error(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_divergence_leaves_room_for_the_standard_error_of_its_rise() -> None:
-    for budget, tokens in ((0.005, 4096), (0.03, 300), (0.0, 100)):
-        found = divergence_for(budget, tokens)
-        assert found + math.sqrt(2 * found / tokens) == pytest.approx(math.log1p(budget))
+    for budget, ratio, spread in ((0.005, 0.7, 0.02), (0.03, 2.0, 0.1), (0.0, 1.0, 0.1)):
+        found = divergence_for(budget, ratio, spread)
+        assert ratio * found + spread * math.sqrt(found) == pytest.approx(math.log1p(budget))
 
 
 def test_what_measures_is_the_beginning_of_every_window() -> None:
@@ -341,7 +341,7 @@ def test_what_measures_is_the_beginning_of_every_window() -> None:
     small, large = split.measured(10**6), split.measured(10**10)
     assert small.check is not split.train and torch.equal(small.check, split.check) and small.train is split.train
     assert small.calibrate.shape == (6, 4096 // 6) and torch.equal(small.calibrate, split.calibrate[:, : 4096 // 6])
-    assert large.check.shape == (8, 512) and large.calibrate.shape == (4, 256)
+    assert large.check.shape == (8, 384) and large.calibrate.shape == (3, 256)
 
 
 def test_losses_are_those_of_all_logits_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,11 @@ from dejavu.offline.calibrate import Part, ThresholdCandidate, Tried, meet_goal
 from dejavu.offline.fidelity import Comparison, compare_runs, hidden_states, token_divergence, token_nll
 from dejavu.offline.split import Split
 
-CHECKS = 5  # times the goal is lowered when the check text asks for it; an adapter still over budget says so
-SPENT, HIGHER = 0.7, 1.5  # of the budget: the share below which the goal is raised, once, and how far
-USUAL_PASSES = 5
+CHECKS = 4  # an adapter still over budget says so
+SPENT = 0.75  # of the budget: from there on a choice is taken as it is
+HIGHER = 1.5  # the most that a goal is raised at once
+RATIOS, USUAL_RATIO = (0.3, 2.0), 0.7  # of a rise of the loss to the divergence: bounds of what a check says, and the first guess
+USUAL_PASSES = 6
 CONFIDENCE = 1.0  # standard errors added to a measured rise before it is held against the budget
 
 Choice = Sequence[ThresholdCandidate | None]
@@ -76,17 +78,18 @@ class Fitted:
     counter: DensityCounter
 
 
-def divergence_for(budget: float, tokens: int) -> float:
-    """The divergence whose rise of perplexity, with its standard error on so many tokens, is as large as the budget.
+def divergence_for(budget: float, ratio: float, spread: float) -> float:
+    """The divergence d whose rise of the loss, with what is added for its standard error, is the budget's:
 
-    A difference of losses whose mean is d, of a model that knows its text, has a variance of about 2 d.
+    ratio d + spread sqrt(d) = log(1 + budget)
+
+    ratio: of the rise to the divergence, which is 1 where a model knows its text. A difference of losses has a variance of about 2 d.
     """
-    root = CONFIDENCE / math.sqrt(2 * tokens)
-    return (math.sqrt(root**2 + math.log1p(budget)) - root) ** 2
+    return ((math.sqrt(spread**2 + 4 * ratio * math.log1p(budget)) - spread) / (2 * ratio)) ** 2
 
 
 def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, budget: float, progress: Progress | None) -> Fitted:
-    """Spend the budget on the calibration windows; where the check windows ask for it less of it, and once more where they leave room."""
+    """Spend the budget on the calibration windows: as much of it as the check windows say, which are asked up to CHECKS times."""
     done = 0
 
     def said(what: str) -> None:
@@ -100,12 +103,13 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, 
         selection = MaskedSelection(space.layers(choice))
         return float(token_divergence(model, split.calibrate, dense.calibrate, selection).double().mean())
 
-    goal, tried = divergence_for(budget, dense.check.numel()), list[Tried]()
+    tried, refused = list[Tried](), math.inf
+    goal = divergence_for(budget, USUAL_RATIO, CONFIDENCE * math.sqrt(2 / dense.check.numel()))
     kept: Fitted | None = None
     last: Fitted | None = None
-    for check in range(CHECKS):
+    for _ in range(CHECKS):
         choice = meet_goal(space.parts, goal, divergence, tried)
-        if last is not None and choice == last.choice:
+        if last is not None and choice in (last.choice, None if kept is None else kept.choice):
             break
         layers = space.layers(choice)
         selection = MaskedSelection(layers)
@@ -113,12 +117,22 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, 
         checked = compare_runs(dense.check, token_nll(model, split.check, selection))
         last = Fitted(choice, layers, checked, selection.counter)
         cautious = checked.rise + CONFIDENCE * checked.stderr
-        over, dense_choice = cautious > budget, all(candidate is None for candidate in choice)
-        if not over:
+        if cautious <= budget:
             kept = last
-        if dense_choice or (kept is not None and (check > 0 or cautious > SPENT * budget)):
+        else:
+            refused = goal
+        spent = next((trial.measured for trial in tried if trial.choice == choice), 0.0)
+        if all(candidate is None for candidate in choice) or spent == 0 or (cautious <= budget and cautious > SPENT * budget):
             break
-        goal *= (0.9 if over else 1.0) * min(HIGHER, budget / max(cautious, 1e-12))
+        low, high = RATIOS
+        ratio = min(high, max(low, math.log1p(checked.rise) / spent))
+        aim = divergence_for(budget, ratio, CONFIDENCE * checked.stderr / math.sqrt(spent))
+        if cautious > budget:
+            goal = min(0.9 * aim, goal * 0.9 * budget / cautious)  # the text that calibration did not see is harder: aim lower
+        elif refused < HIGHER * goal:
+            break  # what is left lies between two that were checked
+        else:
+            goal = min(aim, HIGHER * goal, math.sqrt(goal * refused))
     found = kept or last
     assert found is not None
     return found

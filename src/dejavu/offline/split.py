@@ -15,8 +15,8 @@ from dejavu.config import ModelConfig, require
 
 MEMORY_LIMIT = 10e9  # bytes that the activations of one layer may take, on a GPU and beside it: the same tokens on every machine
 LONGEST = 2048  # tokens of a window: a longer context would leave few windows of a text, and cost more
-CHECKED = 5e12  # parameters x tokens of a pass that checks: a minute and a half of two cores
-LEAST_CHECKED = 4096  # tokens; fewer would leave too much of a budget to the standard error
+CHECKED = 4e12  # parameters x tokens of a pass that checks: 80 seconds of two cores
+LEAST_CHECKED = 3072  # tokens; fewer would leave too much of a budget to the standard error
 MOST_CALIBRATED = 4096  # tokens; a divergence is known to a few hundredths by then
 SHORTEST = 256  # tokens of a window, before windows are left out
 
