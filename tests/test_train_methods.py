@@ -167,6 +167,18 @@ def test_auto_trains_what_a_model_can_have(relu: Checkpoint, silu: Checkpoint) -
         assert alone.config == found[-1][0].config and reached["reads"] == found[-1][1]["reads"]
 
 
+def test_auto_does_not_try_what_cannot_be_faster(silu: Checkpoint) -> None:
+    config = TrainConfig.from_dict({"method": "auto", "budget": 1e-7})
+    seen: list[str] = []
+    found = train_adapters(silu, DOCUMENTS, config, text_hash="abc", progress=lambda what, *_: seen.append(what))
+    for adapter, result in found:
+        assert "not tried" in result["speed_note"] and not any(layer.sparse for layer in adapter.layers)
+        assert (result["rise"], result["mlp_density"], result["read_share"], result["within_budget"]) == (0.0, 1.0, 1.0, True)
+    assert seen and not [what for what in seen if "budget" in what]
+    _, result = trained(silu, "gate", budget=1e-7)  # what is asked for by name is tried
+    assert "speed_note" not in result
+
+
 def measured(speeds: dict[str, float | None], over: tuple[str, ...] = ()) -> list[Trained]:
     """Made-up measurements by method; those in `over` do not keep the budget."""
     common = {"rise": 0.01, "rise_stderr": 0.0, "mlp_density": 0.5, "head_density": 1.0, "reads": 60.0, "read_share": 0.6, "seconds": 1.0}
@@ -229,6 +241,17 @@ def test_what_cannot_be_timed_says_why(relu: Checkpoint, monkeypatch: pytest.Mon
     assert speeds(model, (LayerAdapter(),) * 3, ids, **engine)["speed_note"] == "no layer selects"
     assert "too short" in speeds(model, layers, ids[:9], **engine)["speed_note"]
     assert "not available" in speeds(model, layers, ids, EngineOptions(backend="torch", dtype="int8"), name="tiny")["speed_note"]
+
+    timings: list[None] = []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        timings.append(None)
+        return bench(*arguments, **options)
+
+    bench = fastest.bench
+    monkeypatch.setattr(fastest, "bench", slow)
+    monkeypatch.setattr(fastest, "LONG", 0.0)
+    assert speeds(model, layers, ids, **engine)["speedup"] > 0 and len(timings) == 1  # a pass that takes long counts alone
 
     def full(*_: object, **__: object) -> None:
         raise MemoryError("8 GB are not free")

@@ -140,7 +140,7 @@ class OfflineMethods:
         ids = [token for window in windows for token in window]
         for adapter, result in found:
             layers = adapter.attached(self.model, dtype=self.options.dtype)
-            result |= speeds(self.model, layers, ids, self.options, name=self.name, progress=progress)
+            result |= speeds(self.model, layers, ids, self.options, name=self.name, progress=progress) | result
         taken, measured = chosen(found) if method == "auto" else (found[0], found[0][1])
         if taken is None:
             return None, cast(Training, measured)

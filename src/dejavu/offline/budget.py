@@ -22,14 +22,15 @@ from dejavu.model.counts import DensityCounter
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
-from dejavu.offline.calibrate import Part, ThresholdCandidate, Tried, meet_goal
+from dejavu.offline.calibrate import Part, ThresholdCandidate, Tried, choose, meet_goal
 from dejavu.offline.fidelity import Comparison, compare_runs, hidden_states, token_divergence, token_nll
 from dejavu.offline.split import Split
 
-CHECKS = 4  # an adapter still over budget says so
+CHECKS = 3  # an adapter still over budget says so
 SPENT = 0.75  # of the budget: from there on a choice is taken as it is
 HIGHER = 1.5  # the most that a goal is raised at once
 RATIOS, USUAL_RATIO = (0.3, 2.0), 0.7  # of a rise of the loss to the divergence: bounds of what a check says, and the first guess
+SAFE = 0.7  # of a goal for the last check, where none has kept the budget
 USUAL_PASSES = 6
 CONFIDENCE = 1.0  # standard errors added to a measured rise before it is held against the budget
 
@@ -77,6 +78,13 @@ class Fitted:
     checked: Comparison
     counter: DensityCounter
 
+    @classmethod
+    def nothing(cls, parts: int, num_layers: int, dense: DenseRuns) -> Fitted:
+        """Every part dense, which costs nothing and needs no pass."""
+        counter, ppl = DensityCounter(num_layers), math.exp(float(dense.check.double().mean()))
+        counter.add([1.0] * num_layers, [1.0] * num_layers)
+        return cls([None] * parts, (LayerAdapter(),) * num_layers, Comparison(ppl, ppl, 0.0, 0.0), counter)
+
 
 def divergence_for(budget: float, ratio: float, spread: float) -> float:
     """The divergence d whose rise of the loss, with what is added for its standard error, is the budget's:
@@ -86,6 +94,14 @@ def divergence_for(budget: float, ratio: float, spread: float) -> float:
     ratio: of the rise to the divergence, which is 1 where a model knows its text. A difference of losses has a variance of about 2 d.
     """
     return ((math.sqrt(spread**2 + 4 * ratio * math.log1p(budget)) - spread) / (2 * ratio)) ** 2
+
+
+def least_reads(parts: Sequence[Part], budget: float) -> float:
+    """What the parts read, of what they read dense, where the rise is as small beside the divergence as it may be: no choice reads less."""
+    choice = choose(parts, math.log1p(budget) / RATIOS[0])
+    total = sum(part.dense_reads for part in parts)
+    kept = sum(part.dense_reads if found is None else found.reads for part, found in zip(parts, choice, strict=True))
+    return kept / total if total else 0.0
 
 
 def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, budget: float, progress: Progress | None) -> Fitted:
@@ -107,7 +123,7 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, 
     goal = divergence_for(budget, USUAL_RATIO, CONFIDENCE * math.sqrt(2 / dense.check.numel()))
     kept: Fitted | None = None
     last: Fitted | None = None
-    for _ in range(CHECKS):
+    for check in range(1, CHECKS + 1):
         choice = meet_goal(space.parts, goal, divergence, tried)
         if last is not None and choice in (last.choice, None if kept is None else kept.choice):
             break
@@ -128,7 +144,9 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, 
         ratio = min(high, max(low, math.log1p(checked.rise) / spent))
         aim = divergence_for(budget, ratio, CONFIDENCE * checked.stderr / math.sqrt(spent))
         if cautious > budget:
-            goal = min(0.9 * aim, goal * 0.9 * budget / cautious)  # the text that calibration did not see is harder: aim lower
+            goal = min(aim, 0.95 * spent)  # the text that calibration did not see is harder
+            if check == CHECKS - 1 and kept is None:
+                goal *= SAFE
         elif refused < HIGHER * goal:
             break  # what is left lies between two that were checked
         else:

@@ -23,8 +23,8 @@ from dejavu.model.adapter_config import AdapterConfig
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
-from dejavu.offline.budget import DenseRuns, SearchSpace, fit
-from dejavu.offline.calibrate import token_reads
+from dejavu.offline.budget import DenseRuns, Fitted, SearchSpace, fit, least_reads
+from dejavu.offline.calibrate import Part, token_reads
 from dejavu.offline.collect import pack_windows
 from dejavu.offline.memory import CPU
 from dejavu.offline.split import Split, fitting_windows, split_windows, training_context
@@ -38,6 +38,19 @@ def methods_of(config: ModelConfig) -> tuple[str, ...]:
     exact = config.activation in EXACT_ZERO_ACTIVATIONS
     has = {"predicted": config.has_exact_zeros, "exact": exact, "gate": True, "input": True}
     return tuple(method for method in METHODS if has[method])
+
+
+WORTH_TRYING = 0.98  # of what a dense token reads: a method that cannot come below is not faster
+
+
+def least_share(config: ModelConfig, parts: Sequence[Part], budget: float) -> float:
+    """What a token reads at least, of what it reads dense, the head included; 0 where there is nothing to choose."""
+    if not parts:
+        return 0.0
+    own, head = sum(part.dense_reads for part in parts), config.vocab_size * config.embed_width
+    all_L = [1.0] * config.num_layers
+    total = token_reads(config, [LayerAdapter()] * config.num_layers, all_L, all_L, 0) + head
+    return 1 - own * (1 - least_reads(parts, budget)) / total
 
 
 Trained = tuple[Adapter, dict[str, Any]]
@@ -73,7 +86,8 @@ def train_adapters(
             one = TrainConfig.from_dict(config.to_dict() | {"method": method})
             key = _run_key(f"{checkpoint.base_hash} {model.dtype}", one, ids_WT)
             said = _named(progress, method) if len(methods) > 1 else progress
-            adapter, result = _trained(checkpoint, split, dense, pricing, one, key, text_hash, work_folder, said)
+            several = len(methods) > 1
+            adapter, result = _trained(checkpoint, split, dense, pricing, one, key, text_hash, work_folder, said, several=several)
             found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": given}))
     return found
 
@@ -130,11 +144,18 @@ def _trained(
     text_hash: str,
     work_folder: Path | None,
     progress: Progress | None,
+    *,
+    several: bool,
 ) -> Trained:
-    """One method, with what was measured on the check windows."""
+    """One method, with what was measured on the check windows. several: one of them, which is not tried where it cannot be faster."""
     model, started = checkpoint.model, time.perf_counter()
     space = _search_space(model, split, pricing, config, key, work_folder, progress)
-    fitted = fit(model, split, dense, space, config.budget, progress)
+    share = least_share(model.config, space.parts, config.budget)
+    skipped = several and share > WORTH_TRYING
+    if skipped:
+        fitted = Fitted.nothing(len(space.parts), model.config.num_layers, dense)
+    else:
+        fitted = fit(model, split, dense, space, config.budget, progress)
     checked, counter = fitted.checked, fitted.counter
     mlp_density, head_density = counter.mlp_density(), counter.head_density()
     assert mlp_density is not None and head_density is not None
@@ -156,6 +177,8 @@ def _trained(
         "within_budget": checked.rise <= config.budget,
         "seconds": time.perf_counter() - started,
     }
+    if skipped:
+        result["speed_note"] = f"not tried, as no choice within the budget would read less than {share:.1%} of a dense token"
     quality = {name: float(result[name]) for name in ("ppl_dense", "ppl_sparse", "rise", "rise_stderr")}
     adapter_config = AdapterConfig(
         base_id=checkpoint.name,
