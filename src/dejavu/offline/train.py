@@ -162,7 +162,7 @@ def _trained(
     all_L = [1.0] * model.config.num_layers
     reads = token_reads(model.config, fitted.layers, counter.mlp_per_layer(), counter.heads_per_layer(), config.cached_tokens)
     reads_dense = token_reads(model.config, [LayerAdapter()] * len(all_L), all_L, all_L, config.cached_tokens)
-    result = {
+    result: dict[str, Any] = {
         "method": config.method,
         "layers": space.rows(fitted.choice, counter),
         "ppl_dense": checked.ppl_dense,
