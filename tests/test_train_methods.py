@@ -167,6 +167,18 @@ def test_auto_trains_what_a_model_can_have(relu: Checkpoint, silu: Checkpoint) -
         assert alone.config == found[-1][0].config and reached["reads"] == found[-1][1]["reads"]
 
 
+@pytest.mark.parametrize("method", ["predicted", "input"])
+def test_a_large_model_is_measured_on_beginnings_of_windows(method: str, relu: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictors train on whole windows all the same."""
+    for name, value in (("CHECKED", 0.0), ("LEAST_CHECKED", 80), ("SHORTEST", 20)):
+        monkeypatch.setattr(f"dejavu.offline.split.{name}", value)
+    measured = split_windows(pack_windows(DOCUMENTS, context=64, bos=2)).measured(1)
+    assert measured.check.shape[1] < 64 and measured.calibrate.shape == (1, 20)
+    adapter, result = trained(relu, method)
+    nll = token_nll(relu.model, measured.check, MaskedSelection(adapter.layers))
+    assert math.exp(float(nll.double().mean())) == pytest.approx(result["ppl_sparse"], rel=1e-6)
+
+
 def test_auto_does_not_try_what_cannot_be_faster(silu: Checkpoint) -> None:
     config = TrainConfig.from_dict({"method": "auto", "budget": 1e-7})
     seen: list[str] = []

@@ -76,8 +76,8 @@ def train_adapters(
     ids_WT = pack_windows(document_ids, context=training_context(model.config), bos=checkpoint.tokenizer.document_bos)
     given = ids_WT.numel()
     ids_WT = fitting_windows(ids_WT, model.config).to(model.device)
-    split = split_windows(ids_WT).measured(model.num_parameters)
-    dense = DenseRuns.of(model, split)
+    split = split_windows(ids_WT)
+    dense = DenseRuns.of(model, split.measured(model.num_parameters))
     found: list[Trained] = []
     with nullcontext() if work_folder is None else working_in(work_folder):
         asked = _run_key(f"{checkpoint.base_hash} {model.dtype}", config, ids_WT)
@@ -155,7 +155,7 @@ def _trained(
     if skipped:
         fitted = Fitted.nothing(len(space.parts), model.config.num_layers, dense)
     else:
-        fitted = fit(model, split, dense, space, config.budget, progress)
+        fitted = fit(model, split.measured(model.num_parameters), dense, space, config.budget, progress)
     checked, counter = fitted.checked, fitted.counter
     mlp_density, head_density = counter.mlp_density(), counter.head_density()
     assert mlp_density is not None and head_density is not None
