@@ -37,7 +37,7 @@ class Split:
     def measured(self, parameters: int) -> Split:
         """The same with beginnings of the windows that calibrate and check, as long as a model of so many parameters has time for.
 
-        A divergence has a tenth of the noise of a loss: a fourth of the tokens that check are enough to calibrate.
+        A divergence has far less noise than a loss: a fourth of the tokens that check are enough to calibrate.
         """
         tokens = max(LEAST_CHECKED, int(CHECKED / parameters))
         calibrate = _beginnings(self.calibrate, min(MOST_CALIBRATED, tokens // 4))
