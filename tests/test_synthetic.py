@@ -33,7 +33,7 @@ MILLIONS = {
     "smollm2-135m": 134.5, "opt-mini": 21.3, "opt-125m": 125.2, "opt-1.3b": 1315.8, "opt-2.7b": 2651.6,
     "opt-6.7b": 6658.5, "opt-13b": 12853.5, "opt-30b": 29974.5, "opt-66b": 65719.7,
     "llama-2-7b-relu": 6739.3, "llama-2-13b-relu": 13017.2, "llama-3.2-1b": 1235.8, "llama-2-7b": 6738.4, "mistral-7b": 7248.0,
-    "llama-3.1-8b": 8030.3, "qwen3-8b": 8190.7,
+    "llama-3.1-8b": 8030.3, "llama-3.3-70b": 70553.7, "qwen3-8b": 8190.7, "minitron-4b": 4190.5, "opt-175b": 174604.5,
 }  # fmt: skip
 
 

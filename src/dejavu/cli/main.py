@@ -23,6 +23,7 @@ from dejavu.cli.evaluation import evaluation
 from dejavu.cli.export import export
 from dejavu.cli.generation import generate
 from dejavu.cli.info import info
+from dejavu.cli.plant import plant
 from dejavu.cli.profile import profile
 from dejavu.cli.quantize import quantize
 from dejavu.cli.report import report
@@ -75,6 +76,7 @@ for name, command in {
     "report": report,
     "export": export,
     "quantize": quantize,
+    "plant": plant,
     "info": info,
 }.items():
     app.command(name)(command)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from dejavu.bench.models.density import MAX_TOKENS
 from dejavu.bench.models.random import shape_of
 from dejavu.config import ModelConfig, require
+from dejavu.kernels.activation import activate
 from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.kernels.memory import available_bytes, free_gpu_bytes
 from dejavu.model.adapter import quantized
@@ -51,6 +52,7 @@ NOISE = 0.05  # share of the variance of W x that is of full rank
 MLP_SHARE, ATTENTION_SHARE = 1.0, 0.25  # of the embedding's variance
 SHARPNESS = 2.0  # standard deviation of q.k / sqrt(K): a head attends to some tokens, not to the mean of all
 LOGIT_SPREAD = 4.0
+MOMENT_SAMPLES = 2**16  # of an activation, whose mean square is measured
 CHUNK = 2**26  # values that are held in fp32 at a time
 
 
@@ -143,14 +145,9 @@ def plant(
     require(device.type != "cuda" or torch.cuda.is_available(), f"device {device} is not available: torch finds no GPU; take cpu")
     check_planted_memory(name, config, device=str(device), dtype=dtype, rank=rank, available=free_bytes(device))
 
-    model, layers = empty_model(config), []
-    _fill_ends(model, _Maker(device, TORCH_DTYPES[dtype], seed, 0))
-    for index, block in enumerate(model.blocks):
-        maker = _Maker(device, TORCH_DTYPES[dtype], seed, index + 1)
-        _fill_attention(block, maker, full)
-        mlp = _fill_mlp(block, maker, full, density=density, rank=rank)
-        heads = _head_predictor(config, maker, lookahead=min(index, 1))
-        layers.append(LayerAdapter(neurons=PredictedNeurons(mlp), heads=PredictedHeads(heads)))
+    model, makers = empty_model(config), Makers(device=device, dtype=TORCH_DTYPES[dtype], seed=seed)
+    fill_ends(model, makers.ends())
+    layers = [fill_layer(block, makers.layer(index), index, full, density=density, rank=rank) for index, block in enumerate(model.blocks)]
     model.fill_frequencies(device)
     return PlantedModel(
         name=name,
@@ -198,8 +195,9 @@ def check_planted_memory(name: str, config: ModelConfig, *, device: str, dtype: 
     )
 
 
-def _check_architecture(name: str, config: ModelConfig) -> None:
-    wrong = [
+def not_plantable(config: ModelConfig) -> list[str]:
+    """What of an architecture keeps sparsity from being planted in it, in words."""
+    return [
         what
         for what, found in (
             (f"activation {config.activation}", config.activation != "relu"),
@@ -209,10 +207,29 @@ def _check_architecture(name: str, config: ModelConfig) -> None:
         )
         if found
     ]
+
+
+def _check_architecture(name: str, config: ModelConfig) -> None:
+    wrong = not_plantable(config)
     require(not wrong, f"{name} has {', '.join(wrong)}: no sparsity can be planted in it; choose an opt-* or *-relu shape")
 
 
-class _Maker:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Makers:
+    """Who draws what: each layer and the rest have a stream of random numbers of their own, so that one alone can be made."""
+
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+
+    def ends(self) -> Maker:
+        return Maker(self.device, self.dtype, self.seed, 0)
+
+    def layer(self, index: int) -> Maker:
+        return Maker(self.device, self.dtype, self.seed, index + 1)
+
+
+class Maker:
     """Random parameters of one layer: drawn in fp32 on the device, rounded chunk by chunk."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, stream: int) -> None:
@@ -270,7 +287,33 @@ def relu_moments(density: float) -> tuple[float, float, float]:
     return z, mean, (1 + z * z) * density - z * normal.pdf(z)
 
 
-def _fill_ends(model: Transformer, maker: _Maker) -> None:
+def fill_layer(block: Block, maker: Maker, index: int, full: int, *, density: float, rank: int) -> LayerAdapter:
+    """Weights of layer `index` of `full`, in which that share of the neurons fires; its predictors."""
+    _fill_attention(block, maker, full)
+    mlp = _fill_mlp(block, maker, full, density=density, rank=rank)
+    heads = _head_predictor(block.config, maker, lookahead=min(index, 1))
+    return LayerAdapter(neurons=PredictedNeurons(mlp), heads=PredictedHeads(heads))
+
+
+def fill_random_layer(block: Block, maker: Maker, full: int) -> None:
+    """Weights of one of `full` layers of any architecture in which nothing is planted; what it adds is as large as `fill_layer`'s."""
+    _fill_attention(block, maker, full)
+    config = block.config
+    spread = config.hidden_size**-0.5
+    act = activate(maker.normal(MOMENT_SAMPLES), config.activation, config.activation_threshold)
+    square = float(act.square().mean())  # of what down reads: gated by a value of variance 1
+    for name, parameter in [each for each in block.named_parameters() if each[1].is_meta]:
+        owner, _, kind = name.rpartition(".")
+        of_down = math.sqrt(MLP_SHARE / full / config.intermediate_size / square)
+        made = maker.matrix(parameter, of_down if owner == "down" else spread) if parameter.dim() == 2 else None
+        setattr(
+            block.get_submodule(owner),
+            kind,
+            maker.constant(parameter, float("norm" in owner and kind == "weight")) if made is None else made,
+        )
+
+
+def fill_ends(model: Transformer, maker: Maker) -> None:
     config, final = model.config, model.final_norm
     model.embed.weight = maker.matrix(model.embed.weight, 1.0)
     if model.position is not None:
@@ -283,7 +326,7 @@ def _fill_ends(model: Transformer, maker: _Maker) -> None:
         model.head.weight = maker.matrix(model.head.weight, 1.0)
 
 
-def _fill_attention(block: Block, maker: _Maker, full: int) -> None:
+def _fill_attention(block: Block, maker: Maker, full: int) -> None:
     size = block.config.hidden_size
     for norm in (block.norm1, block.norm2):
         assert norm is not None and norm.weight is not None
@@ -300,7 +343,7 @@ def _fill_attention(block: Block, maker: _Maker, full: int) -> None:
             part.bias = maker.constant(part.bias, 0.0)
 
 
-def _fill_mlp(block: Block, maker: _Maker, full: int, *, density: float, rank: int) -> Predictor:
+def _fill_mlp(block: Block, maker: Maker, full: int, *, density: float, rank: int) -> Predictor:
     """Parameters of the MLP; the predictor of what fires in it."""
     size, neurons = block.config.hidden_size, block.config.intermediate_size
     z, mean, square = relu_moments(density)
@@ -323,7 +366,7 @@ def _fill_mlp(block: Block, maker: _Maker, full: int, *, density: float, rank: i
     return quantized(Predictor(A_RD=A_RD, B_OR=B_FR, bias_O=bias_F, threshold=0.0, lookahead=1))
 
 
-def _head_predictor(config: ModelConfig, maker: _Maker, *, lookahead: int) -> Predictor:
+def _head_predictor(config: ModelConfig, maker: Maker, *, lookahead: int) -> Predictor:
     A_RD = maker.normal(HEAD_RANK, config.hidden_size) * config.hidden_size**-0.5
     B_OR = maker.normal(config.num_kv_heads, HEAD_RANK) * HEAD_RANK**-0.5
     bias_O = torch.zeros(config.num_kv_heads, device=maker.device)

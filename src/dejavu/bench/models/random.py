@@ -112,7 +112,7 @@ def _llama_relu(hidden: int, intermediate: int, layers: int, heads: int) -> Mode
 
 
 def _silu(kind: str, sizes: tuple[int, int, int, int, int], *, vocab: int, head_dim: int, positions: int, **fields: Any) -> ModelConfig:
-    """What most people run: public config.json files. sizes: hidden, intermediate, layers, heads, heads of keys and values."""
+    """Public config.json files, SiLU unless fields say otherwise. sizes: hidden, intermediate, layers, heads, those of keys and values."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     given = {"model_type": kind, "hidden_act": "silu", "vocab_size": vocab, "head_dim": head_dim, "max_position_embeddings": positions}
     return config_from_hf(given | dict(zip(names, sizes, strict=True)) | {"tie_word_embeddings": False} | fields)
@@ -133,6 +133,16 @@ def _qwen3_8b() -> ModelConfig:
     return _silu("qwen3", (4096, 12288, 36, 32, 8), vocab=151936, head_dim=128, positions=40960, rope_theta=1e6)
 
 
+def _llama_3_3_70b() -> ModelConfig:
+    return _silu("llama", (8192, 28672, 80, 64, 8), vocab=128256, head_dim=128, positions=131072, **_llama3_rope(8.0))
+
+
+def _minitron_4b() -> ModelConfig:
+    """nvidia/Minitron-4B-Base, a Nemotron: squared ReLU, ungated, no biases."""
+    fields: dict[str, Any] = {"hidden_act": "relu2", "norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return _silu("nemotron", (3072, 9216, 32, 24, 8), vocab=256000, head_dim=128, positions=4096, **fields)
+
+
 SHAPES: dict[str, Callable[[], ModelConfig]] = {
     "smollm2-135m": _smollm2,
     "llama-3.2-1b": _llama_3_2_1b,
@@ -141,7 +151,9 @@ SHAPES: dict[str, Callable[[], ModelConfig]] = {
         "mistral", (4096, 14336, 32, 32, 8), vocab=32768, head_dim=128, positions=32768, rope_theta=1e6, sliding_window=None
     ),
     "llama-3.1-8b": lambda: _silu("llama", (4096, 14336, 32, 32, 8), vocab=128256, head_dim=128, positions=131072, **_llama3_rope(8.0)),
+    "llama-3.3-70b": _llama_3_3_70b,
     "qwen3-8b": _qwen3_8b,
+    "minitron-4b": _minitron_4b,
     "opt-mini": lambda: config_from_hf(read_json(bundled_folder("opt-mini") / "config.json")),
     "opt-125m": lambda: _opt(768, 12, 12),
     "opt-1.3b": lambda: _opt(2048, 24, 32),
@@ -150,6 +162,7 @@ SHAPES: dict[str, Callable[[], ModelConfig]] = {
     "opt-13b": lambda: _opt(5120, 40, 40),
     "opt-30b": lambda: _opt(7168, 48, 56),
     "opt-66b": lambda: _opt(9216, 64, 72),
+    "opt-175b": lambda: _opt(12288, 96, 96),
     "llama-2-7b-relu": lambda: _llama_relu(4096, 11008, 32, 32),
     "llama-2-13b-relu": lambda: _llama_relu(5120, 13824, 40, 40),
 }
