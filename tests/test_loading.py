@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dejavu.model.checkpoint import load_checkpoint, resolve_model
 from dejavu.model.fingerprint import model_hash
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from helpers.elsewhere import DEVICE, elsewhere
 
 IDS = torch.tensor([[2, 5, 7, 11, 13, 17, 19]])
 INDEX = "model.safetensors.index.json"
@@ -354,3 +356,22 @@ def test_hub_ids_come_from_the_local_cache_only(tmp_path: Path, monkeypatch: pyt
 def test_config_round_trip_through_its_dict(tiny: Tiny) -> None:
     config = tiny("llama").config
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("place", ["elsewhere", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("dtype", "held"), [(torch.float16, "bf16"), (torch.bfloat16, "bf16"), (None, "bf16"), (torch.float32, "fp32")])
+def test_a_checkpoint_is_read_onto_another_device_as_it_is_onto_the_cpu(
+    folder: Folder, place: str, dtype: torch.dtype | None, held: str
+) -> None:
+    """Each tensor is looked at, hashed and cast there: none that was computed on the CPU takes part."""
+    path, device = folder("llama"), DEVICE if place == "elsewhere" else torch.device("cuda", 0)
+    if held == "bf16":
+        replace_weights(path, {name: values.bfloat16() for name, values in weights(path).items()})
+    here = load_checkpoint(path, dtype=torch.float32)
+    with elsewhere() if place == "elsewhere" else nullcontext():
+        there = load_checkpoint(path, dtype=dtype, device=device)
+        assert there.base_hash == here.base_hash
+        expected = dict(here.model.named_weights())
+        for name, values in there.model.named_weights():
+            assert values.device == device and (dtype is None or values.dtype == dtype)
+            assert torch.equal(values.cpu().float(), expected[name].to(dtype or torch.float32).float()), name

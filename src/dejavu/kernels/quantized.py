@@ -243,6 +243,16 @@ def wide(matrix: AnyMatrix) -> Tensor:
     return matrix if isinstance(matrix, Tensor) else matrix.dequantize()
 
 
+def cast(matrix: Matrix, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+    """The values as a tensor of that dtype, those of fp16 and bf16 without fp32 in between. copy: always in memory of its own."""
+    if not isinstance(matrix, QuantizedMatrix) or matrix.grid not in FLOATS:
+        return wide(matrix).to(dtype, copy=copy)
+    rows = matrix.in_order().values
+    if not (copy or matrix.transposed):
+        return rows.to(dtype)
+    return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(rows.T if matrix.transposed else rows)
+
+
 def rounded_to(matrix: Matrix, dtype: str) -> Matrix:
     """The matrix with the values that an engine of that dtype computes with; itself where it has them.
 

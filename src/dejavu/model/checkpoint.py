@@ -2,6 +2,7 @@
 
 In: what the user calls the model. Out: a Checkpoint. Each parameter is assigned exactly once, from one tensor, which is
 read, checked for NaN and hashed by its fp32 values (fingerprint.py), and cast or kept as the file has it; nothing is left at random.
+For a GPU all of that is done there, tensor by tensor as the file holds them: the host never has a copy of the whole, nor a wider one.
 What is kept is a view of the mapped file, of which no page stays in memory until an engine packs it.
 What is odd but harmless is a line in `Checkpoint.notes`, for the command line to show; everything else is a ValueError.
 """
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from dejavu.config import ModelConfig, SamplingConfig, require
 from dejavu.damage import foreign_reader, misplaced
 from dejavu.files import read_object, safe_member
-from dejavu.kernels.memory import give_back_freed, give_back_pages
-from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, joined, same_values, wide
+from dejavu.kernels.memory import give_back_freed, give_back_pages, take_pages
+from dejavu.kernels.quantized import AnyMatrix, Matrix, QuantizedMatrix, Stacked, cast, joined, same_values, wide
 from dejavu.model.bundle import ADAPTER_FOLDER, bundled_folder, bundled_models
 from dejavu.model.download import CheckConfig, Download
 from dejavu.model.families import FAMILIES, TensorTarget, config_from_hf, empty_model, foreign_targets, is_norm_weight, parameter_shapes
@@ -173,7 +174,7 @@ class Assembler:
         where: Path,
         foreign: bool = True,
     ) -> None:
-        self.config, self.targets, self.dtype, self.device, self.where = config, dict(targets), dtype, device, where
+        self.config, self.targets, self.dtype, self.device, self.where = config, dict(targets), dtype, torch.device(device), where
         self.family = FAMILIES[config.family]
         self.shifted = self.family.norm_shift if foreign else 0.0
         self.shapes = parameter_shapes(config)
@@ -204,6 +205,10 @@ class Assembler:
         if tuple(values.shape) != expected:
             shapes = f"shape {list(values.shape)}, config.json makes it {list(expected)}"
             raise ValueError(f"tensor {stored.name!r} in {self.where} has {shapes}")
+        if self.device.type != "cpu":
+            for read in _tensors(values):
+                take_pages(read)
+            values = values.to(self.device)
         if isinstance(values, QuantizedMatrix):
             values = values.swapped() if target.transposed else values
         elif self.shifted and is_norm_weight(target.name):
@@ -215,10 +220,11 @@ class Assembler:
             raise ValueError(f"tensor {stored.name!r} in {self.where} has {bad} NaN or infinite values; the checkpoint is damaged")
         self.digests[target.name] = tensor_digest(values)
         if self.dtype is None and isinstance(values, QuantizedMatrix):
-            self._place(target.name, values.to(torch.device(self.device)))
+            self._place(target.name, values)
         else:
-            self._place(target.name, wide(values).to(device=self.device, dtype=self.dtype or torch.float32, copy=True))
-        for read in (stored.values,) if isinstance(stored.values, Tensor) else stored.values.tensors:
+            copied = self.device.type == "cpu"  # of what the file is mapped to
+            self._place(target.name, cast(values, self.dtype or torch.float32, copy=copied))
+        for read in _tensors(stored.values):
             give_back_pages(read)
 
     def _place(self, name: str, values: Matrix) -> None:
@@ -271,6 +277,11 @@ class Assembler:
             for table in (self.values, self.digests):
                 table.pop(HEAD, None)
             self.targets = {plain: target for plain, target in self.targets.items() if target.name != HEAD}
+
+
+def _tensors(values: Matrix) -> tuple[Tensor, ...]:
+    """What a matrix lies in."""
+    return (values,) if isinstance(values, Tensor) else values.tensors
 
 
 def _is_finite(values: Matrix) -> bool:
