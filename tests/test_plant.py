@@ -14,6 +14,7 @@ import torch
 
 from dejavu.bench.models import folder as folders
 from dejavu.bench.models.folder import plan, write_planted
+from dejavu.bench.models.made_up import made_up, made_up_checkpoint
 from dejavu.bench.models.planted import planted_model
 from dejavu.bench.models.random import SHAPES, shape_of
 from dejavu.bench.models.words import FIRST_WORD, word_tokenizer
@@ -43,7 +44,7 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_folder_is_the_planted_model_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "SHARD_BYTES", 120_000)
-    about = write_planted("relu", tmp_path / "model", dtype="fp32", density=0.1, rank=RANK, seed=3)
+    about = write_planted(made_up("relu", dtype="fp32", density=0.1, rank=RANK), tmp_path / "model", seed=3)
     index, files = read_json(tmp_path / "model" / "model.safetensors.index.json"), sorted((tmp_path / "model").glob("*.safetensors"))
     held = {name: path.name for path in files for name in read_safetensors(path)}
     assert len(files) > 2 and index["weight_map"] == held and about["bytes"] == index["metadata"]["total_size"]
@@ -52,12 +53,14 @@ def test_the_folder_is_the_planted_model_in_shards(tmp_path: Path, monkeypatch: 
     assert about["parameters"] == made.num_parameters and loaded.notes == ()
     weights = dict(loaded.model.named_weights())
     assert all(torch.equal(weights[name], values) for name, values in made.model.named_weights())
-    assert loaded.config == dataclasses.replace(made.config, bos_token_id=0, eos_token_ids=(0,))
+    same = made_up_checkpoint(made_up("relu", dtype="fp32", density=0.1, rank=RANK), device="cpu", seed=3)
+    assert same.base_hash == loaded.base_hash and same.tokenizer.encode("a b") == loaded.tokenizer.encode("a b")
+    assert loaded.config == same.config == dataclasses.replace(made.config, bos_token_id=0, eos_token_ids=(0,))
 
 
 @pytest.mark.parametrize("name", ["qwen3-tiny", "nemotron-tiny"])
 def test_where_nothing_can_be_planted_weights_are_random_and_keep_their_scale(tmp_path: Path, name: str) -> None:
-    about = write_planted(name, tmp_path / "model", dtype="bf16")
+    about = write_planted(made_up(name, dtype="bf16"), tmp_path / "model")
     assert about["density"] is None
     model = load_checkpoint(tmp_path / "model", dtype=torch.float32).model
     logits = model(torch.arange(60)[None])
@@ -66,8 +69,8 @@ def test_where_nothing_can_be_planted_weights_are_random_and_keep_their_scale(tm
 
 def test_a_slice_is_the_beginning_of_the_whole_and_an_index_needs_no_weights(tmp_path: Path) -> None:
     part, whole = tmp_path / "part", tmp_path / "whole"
-    write_planted("relu", part, dtype="fp16", rank=RANK, num_layers=2)
-    write_planted("relu", whole, dtype="fp16", rank=RANK)
+    write_planted(made_up("relu", rank=RANK, num_layers=2), part)
+    write_planted(made_up("relu", rank=RANK), whole)
     mine, full = (read_safetensors(next(path.glob("*.safetensors"))) for path in (part, whole))
     assert set(mine) < set(full) and all(torch.equal(value, full[name]) for name, value in mine.items())
 
@@ -99,16 +102,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         ({"name": "qwen3-tiny", "density": 0.1}, "qwen3-tiny has activation silu.*leave --density out for random weights"),
         ({"density": 1.0}, "density must lie between 0 and 1, not 1"),
-        ({"dtype": "int8"}, "dtype 'int8' cannot be written; choose one of fp32, fp16, bf16"),
+        ({"dtype": "int8"}, "dtype 'int8' is not available for a made-up model; choose one of fp32, fp16, bf16"),
         ({"num_layers": 4}, r"layers must lie between 1 and 3 \(those of relu\), not 4"),
         ({"name": "opt-7b"}, "no shape is called 'opt-7b'"),
     ],
 )
-def test_what_cannot_be_written(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    values: dict[str, Any] = {"name": "relu", "folder": tmp_path / "model", "rank": RANK} | options
+def test_what_cannot_be_made(options: dict[str, Any], message: str) -> None:
+    values: dict[str, Any] = {"name": "relu", "rank": RANK} | options
     with pytest.raises(ValueError, match=message):
-        write_planted(**values)
-    assert not any(tmp_path.iterdir())
+        made_up(**values)
 
 
 def test_the_disk_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +118,7 @@ def test_the_disk_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         ValueError, match=r"opt-66b in fp16 takes 131\.5 GB and the disk of .*model has 70\.0 GB free; .* --layers 33 at most"
     ) as error:
-        write_planted("opt-66b", tmp_path / "new" / "model")
+        write_planted(made_up("opt-66b"), tmp_path / "new" / "model")
     assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
     config = dataclasses.replace(shape_of("opt-66b"), num_layers=33)
     assert plan(config, "fp16").total_bytes < 70e9 < plan(dataclasses.replace(config, num_layers=34), "fp16").total_bytes

@@ -28,15 +28,17 @@ def plant(
     import torch
 
     from dejavu.bench.models.folder import write_planted
+    from dejavu.bench.models.made_up import made_up
     from dejavu.config import require
 
     out = Output(as_json)
+    asked = made_up(shape, dtype=dtype, density=density, num_layers=layers)
     require(device in ("auto", "cpu", "cuda"), f"device {device!r} is not known; choose one of auto, cpu, cuda")
     has_gpu = torch.cuda.is_available()
     require(device != "cuda" or has_gpu, "device cuda is not available: torch finds no GPU; take cpu")
     place = "cuda" if has_gpu and device != "cpu" else "cpu"
     with progress_bars() as progress:
-        about = write_planted(shape, folder, dtype=dtype, density=density, num_layers=layers, device=place, seed=seed, progress=progress)
+        about = write_planted(asked, folder, device=place, seed=seed, progress=progress)
     sparse = "random weights" if about["density"] is None else f"{about['density']:.3g} of the neurons fire"
     out.say(f"Wrote {about['folder']} ({about['bytes'] / 1e9:,.2f} GB, {dtype}, {about['layers']} layers): {sparse}")
     out.finish(about)
