@@ -143,10 +143,12 @@ def continued(
     generator: torch.Generator,
     temperature_B: Tensor | None = None,
     scorers: Sequence[Scorer | None] | None = None,
+    compiled: bool = True,
 ) -> Tensor:
     """The rows with `new_tokens` sampled tokens [B, P + new_tokens]. Nothing ends a row: see `cut`.
 
     temperature_B: of each row (default: 1). scorers: of each layer, by which new tokens run sparse (default: dense).
+    compiled: on a GPU, steps are; wide rows are as fast without, and compiling takes half a minute.
     """
     config, weight = model.config, model.embed.weight
     device, ids = weight.device, prompt_BP.to(weight.device)
@@ -160,7 +162,7 @@ def continued(
     new, written = ids, [ids]
     for places in [range(start), *(range(p, p + 1) for p in range(start, total - 1))]:
         prompt = places.start == 0
-        opened, closed = (_opened, _closed) if prompt or device.type != "cuda" else _compiled()
+        opened, closed = (_opened, _closed) if prompt or device.type != "cuda" or not compiled else _compiled()
         position_T = torch.arange(places.start, places.stop, device=device)
         x = model.embedded(new, position_T)
         for index, (block, scorer, cached) in enumerate(zip(model.blocks, chosen, caches, strict=True)):
