@@ -116,3 +116,23 @@ def test_what_does_not_fit_is_kept_on_the_host_and_trains_the_same(tiny: Tiny, m
     for kind, options in expected.options.items():
         for (_, quality), (_, same) in zip(options, found.options[kind], strict=True):
             assert (same.density, same.mass) == pytest.approx((quality.density, quality.mass), abs=1e-2)
+
+
+@pytest.mark.parametrize("place", ["cpu", *PLACES[1:]])
+def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, place: str) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what.startswith("layer 1"):
+            raise KeyboardInterrupt
+
+    config = TrainConfig(budget=0.05, rank=4, epochs=1)
+    model = skewed(tiny).to(place)
+    checkpoint = Checkpoint(
+        model=model, tokenizer=tokenizer, config=model.config, name="tiny", base_hash="x", stored_dtype="fp32", notes=(), path=tmp_path
+    )  # fmt: skip
+    [(whole, _)] = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=tmp_path / "parts", progress=interrupt)
+    assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["layer_0.safetensors"]
+    [(resumed, _)] = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=tmp_path / "parts")
+    assert any(layer.sparse for layer in whole.layers) and whole.config == resumed.config
+    assert all(torch.equal(one, other) for one, other in zip(whole.tensors(), resumed.tensors(), strict=True))
