@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 import dejavu
+from dejavu.bench.models.folder import MADE_UP_KEY
 from dejavu.bench.models.made_up import made_up, made_up_checkpoint
 from dejavu.bench.models.random import SHAPES
 from dejavu.bench.rows import completed, device_facts
@@ -332,13 +333,18 @@ class Road:
             print(f"Failed: {', '.join(failed)}; see {self.folder / 'errors.txt'}, and run the same command again to try them again")
         return int(bool(failed))
 
+    def _shape(self) -> str | None:
+        """Of made-up weights, whose folder says so where `dejavu plant` wrote it."""
+        config = Path(self.given.model) / "config.json"
+        return self.given.model if self.made_up else read_object(config).get(MADE_UP_KEY) if config.exists() else None
+
     def _write_row(self) -> Path:
         about = self.found["load"]
         found = {key: value for name, part in self.found.items() if name != "load" for key, value in part.items()}
         listed = claims(found)
         text = "its own, written at temperature 1" if self.given.text is None else ", ".join(Path(name).name for name in self.texts()[1])
         result = {
-            "shape": self.given.model if self.made_up else None, "layers": about["layers"], "parameters": about["parameters"],
+            "shape": self._shape(), "layers": about["layers"], "parameters": about["parameters"],
             "backend": about["backend"], "dtype": about["dtype"], "method": self.given.method, "budget": self.given.budget, "text": text,
             "steps": self.steps, "found": found, "claims": listed,
         }  # fmt: skip

@@ -27,6 +27,7 @@ from dejavu.model.generation_config import GENERATION_FILE
 from dejavu.model.transformer import Transformer
 
 ENDS = -1  # in place of a layer's number
+MADE_UP_KEY = "dejavu_made_up"  # of config.json: the shape that has these weights, which are nobody's
 SHARD_BYTES = 2_000_000_000
 SMALL_FILES = 50_000_000  # bytes of the disk for config, index and tokenizer
 HF_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -110,7 +111,7 @@ def write_planted(
                     progress("writing layers", part + 1, config.num_layers)
             write_safetensors(partial / shard_name(number, len(shards.parts)), tensors, metadata={"format": "pt"})
         write_json(partial / "model.safetensors.index.json", shards.index)
-        write_json(partial / "config.json", config_to_hf(config) | {"dtype": HF_DTYPES[asked.dtype]})
+        write_json(partial / "config.json", config_to_hf(config) | {"dtype": HF_DTYPES[asked.dtype], MADE_UP_KEY: asked.name})
         write_json(partial / GENERATION_FILE, {"bos_token_id": 0, "eos_token_id": 0})
         word_tokenizer(config.vocab_size).save(partial)
     about: dict[str, Any] = {"shape": asked.name, "layers": config.num_layers, "parameters": shards.total_bytes // dtype.itemsize}
