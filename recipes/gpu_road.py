@@ -74,6 +74,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=0.005)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--work-memory", type=float, help="GB of a layer's activations that the GPU holds at most")
     parser.add_argument("--profile-tokens", type=int, default=60_000)
     parser.add_argument("--train-tokens", type=int, default=200_000)
     parser.add_argument("--eval-tokens", type=int, default=100_000)
@@ -233,7 +234,8 @@ class Road:
         given, (texts, _) = self.given, self.texts()
         adapter, measured = self.model.train_measured(
             list(texts.values()), method=given.method, budget=given.budget, rank=given.rank, epochs=given.epochs,
-            max_tokens=given.train_tokens, seed=given.seed, work_folder=self.folder / "adapter.partial", progress=said(),
+            max_tokens=given.train_tokens, seed=given.seed, work_folder=self.folder / "adapter.partial", work_memory=given.work_memory,
+            progress=said(),
         )  # fmt: skip
         if adapter is None:
             raise NotHereError(measured.get("why", "no method keeps the budget"))
@@ -368,12 +370,11 @@ def line_of(name: str, step: Mapping[str, Any]) -> str:
 
 def said() -> Callable[[str, int, int], None]:
     """Progress as a line whenever a stage begins."""
-    last = [""]
+    begun: set[str] = set()
 
     def progress(what: str, done: int, total: int) -> None:
-        stage = what.partition(":")[0]
-        if stage != last[0]:
-            last[0] = stage
+        if what not in begun:
+            begun.add(what)
             print(f"  {what}", flush=True)
 
     return progress

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,7 +120,9 @@ def test_what_does_not_fit_is_kept_on_the_host_and_trains_the_same(tiny: Tiny, m
 
 
 @pytest.mark.parametrize("place", ["cpu", *PLACES[1:]])
-def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, place: str) -> None:
+def test_a_training_that_was_interrupted_goes_on_to_the_same_bits_wherever_activations_lie(
+    tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, place: str
+) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if what.startswith("layer 1"):
             raise KeyboardInterrupt
@@ -133,6 +136,31 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(tiny: Tiny, to
     with pytest.raises(KeyboardInterrupt):
         train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=tmp_path / "parts", progress=interrupt)
     assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["layer_0.safetensors"]
-    [(resumed, _)] = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=tmp_path / "parts")
+    in_files: dict[str, Any] = {"work_folder": tmp_path / "parts", "work_memory": 0}
+    [(resumed, _)] = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", **in_files)
     assert any(layer.sparse for layer in whole.layers) and whole.config == resumed.config
     assert all(torch.equal(one, other) for one, other in zip(whole.tensors(), resumed.tensors(), strict=True))
+
+
+def test_what_is_kept_goes_to_the_device_the_host_and_the_disk_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked memory is counted as torch takes it: in powers of two."""
+    monkeypatch.setattr(memory, "free_gpu_bytes", lambda device: memory.SPARE + 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda root: 3000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5000))
+    work = memory.WorkMemory.of(None, tmp_path)
+
+    def places(*groups: list[int]) -> tuple[memory.Place, ...]:
+        return memory.Room.on(torch.device("cuda"), work).places(*groups, tokens=1000)
+
+    assert places([1000], [1025]) == ("device", "host") and places([600], [500, 500]) == ("device", "host")
+    assert places([1001], [1025, 1025]) == ("host", "disk") and places([2049], [1]) == ("disk", "device")
+    with pytest.raises(MemoryError, match=r"kept of 1,000 tokens .* at most --max-tokens 450$"):
+        places([10_000], [10_000])
+    with pytest.raises(ValueError, match="--work-memory is a number of GB, 0 or more, not -1"):
+        memory.WorkMemory.of(-1, None)
+
+
+def test_a_tensor_in_a_file_leaves_no_file_behind(tmp_path: Path) -> None:
+    held = memory.in_file(tmp_path, 3, 5, dtype=torch.float16)
+    assert held.shape == (3, 5) and not any(tmp_path.iterdir())
+    assert torch.equal(held.fill_(2), torch.full((3, 5), 2, dtype=torch.float16))

@@ -40,7 +40,8 @@ def test_training_has_the_options_and_defaults_of_its_config(method: Any) -> Non
     hints, known = typing.get_type_hints(method), typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         assert parameters[field.name].default == field.default and hints[field.name] == known[field.name], field.name
-    assert set(parameters) - {field.name for field in dataclasses.fields(TrainConfig)} == {"self", "text", "work_folder", "progress"}
+    others = {"self", "text", "work_folder", "work_memory", "progress"}
+    assert set(parameters) - {field.name for field in dataclasses.fields(TrainConfig)} == others
 
 
 def test_what_is_trained_is_what_was_asked(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,14 +44,14 @@ class OfflineMethods:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def _offline(self) -> Generator[None]:
-        """Work where the model is, whose memory is free of cached engines meanwhile."""
+    def _offline(self, lower: str = "") -> Generator[None]:
+        """Work where the model is, whose memory is free of cached engines meanwhile. lower: what takes less of it."""
         self.model.require_weights()
         self._engines.clear()
-        with within_gpu_memory(OUT_OF_MEMORY):
+        with within_gpu_memory(lower + OUT_OF_MEMORY):
             yield
 
-    def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 20_000, progress: Progress | None = None) -> Profile:
+    def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 60_000, progress: Progress | None = None) -> Profile:
         """Where the dense model is sparse by nature (Deja Vu, section 3).
 
         text: one text, or several by name, of each of which the first max_tokens tokens are read. A line `<|endoftext|>`
@@ -81,6 +81,7 @@ class OfflineMethods:
         cached_tokens: int = 256,
         seed: int = 0,
         work_folder: str | Path | None = None,
+        work_memory: float | None = None,
         progress: Progress | None = None,
     ) -> Adapter | None:
         """Train an adapter and calibrate it to a loss budget (allowed relative rise of perplexity on held-out text).
@@ -88,14 +89,16 @@ class OfflineMethods:
         method: predicted, exact, gate, input, or auto, which trains each that the model can have, times it here against the dense
         model and takes the fastest within the budget: None where dense is as fast.
         max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
-        layers, so that the same call goes on after an interruption. The other options: see TrainConfig. The model goes on as it is:
+        layers, so that the same call goes on after an interruption. work_memory: GB of a layer's
+        activations that a GPU holds at most (None: 10), and the CPU's memory (None: all that is free); what is over lies in page-locked
+        memory beside the GPU, or in files of work_folder. The other options: see TrainConfig. The model goes on as it is:
         set `lm.adapter`, or give the adapter to `generate`. Runs where the model is, on a GPU too. Raises ValueError for an empty text or
         an option out of range, MemoryError where a GPU is full.
         """
         return self.train_measured(
             text, method=method, budget=budget, rank=rank, loss=loss, epochs=epochs, learning_rate=learning_rate, max_tokens=max_tokens,
             lookahead=lookahead, lookahead_tolerance=lookahead_tolerance, heads=heads, cached_tokens=cached_tokens, seed=seed,
-            work_folder=work_folder, progress=progress,
+            work_folder=work_folder, work_memory=work_memory, progress=progress,
         )[0]  # fmt: skip
 
     def train_measured(
@@ -115,6 +118,7 @@ class OfflineMethods:
         cached_tokens: int = 256,
         seed: int = 0,
         work_folder: str | Path | None = None,
+        work_memory: float | None = None,
         progress: Progress | None = None,
     ) -> tuple[Adapter | None, Training]:
         """As `train`, with what was measured on the way."""
@@ -128,13 +132,14 @@ class OfflineMethods:
         )  # fmt: skip
         texts = [text] if isinstance(text, str) else list(text)
         windows = self.training_windows(texts, max_tokens=config.max_tokens)
-        with self._offline():
+        with self._offline("lower --work-memory, --rank or --max-tokens (what is finished is kept), "):
             found = train_adapters(
                 self.checkpoint,
                 windows,
                 config,
                 text_hash=corpus_hash(texts),
                 work_folder=None if work_folder is None else Path(work_folder),
+                work_memory=work_memory,
                 progress=progress,
             )
         ids = [token for window in windows for token in window]

@@ -21,7 +21,7 @@ from dejavu.kernels.quantized import wide
 from dejavu.model.finite import require_finite_stream
 from dejavu.model.predictor import mlp_predictor_input
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
-from dejavu.offline.memory import CPU, Room, check_host, empty_at, tokens_at_once
+from dejavu.offline.memory import ALL_FREE, CPU, Room, WorkMemory, tokens_at_once
 
 BLOCK = 256  # tokens that are shuffled together
 FP16_LIMIT = 65504.0
@@ -83,8 +83,7 @@ class ActiveNeurons:
         """The parts one after the other; what does not fit into the room moves to the host."""
         runs = [run for part in parts for run in part.runs]
         if room is not None:
-            places = [room.place(index.nbytes + value.nbytes) for _, index, value in runs]
-            runs = [(start, index.to(place), value.to(place)) for (start, index, value), place in zip(runs, places, strict=True)]
+            runs = [(start, *room.moved(index, value)) for start, index, value in runs]
         return cls(runs, parts[0].num_neurons)
 
     def dense(self, first: int, last: int, device: torch.device = CPU) -> Tensor:
@@ -152,26 +151,29 @@ class _Recorder(Selection):
 
 
 @torch.no_grad()
-def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress: Progress | None = None) -> Iterator[LayerData]:
+def sweep_layers(
+    model: Transformer, ids_WT: Tensor, *, batch: int = 4, work: WorkMemory = ALL_FREE, progress: Progress | None = None
+) -> Iterator[LayerData]:
     """The data of layer 0, 1, ... in turn. A consumer that is done with one deletes it before it takes the next: memory holds one.
 
-    Raises ValueError, with the first layer and token, for values that are not finite.
+    work: where what is kept may lie. Raises ValueError, with the first layer and token, for values that are not finite, MemoryError where
+    there is no room.
     """
     device, dtype = model.device, model.dtype
     (count, length), size, num_layers = ids_WT.shape, model.config.hidden_size, model.config.num_layers
     batch = max(1, tokens_at_once(model, batch * length) // length)
-    position_T, room = torch.arange(length, device=device), Room.on(device)
-    stream, inputs = 4 * count * length * size, 3 * 2 * count * length * size  # bytes; of two layers three inputs are alive
-    stream_at, inputs_at = room.place(stream), room.place(inputs)
-    check_host(stream * (stream_at == CPU) + inputs * (inputs_at == CPU), count * length)
-    x_WTD = empty_at(stream_at, device, count, length, size, dtype=torch.float32)
+    position_T, room = torch.arange(length, device=device), Room.on(device, work)
+    tokens = count * length
+    stream, one_input = 4 * tokens * size, 2 * tokens * size
+    stream_at, inputs_at = room.places([stream], [one_input] * 3, tokens=tokens)  # of two layers three inputs are alive
+    x_WTD = room.empty(stream_at, count, length, size, dtype=torch.float32)
     for first in range(0, count, batch):
         ids = ids_WT[first : first + batch]
         x_WTD[first : first + batch] = model.embedded(ids, position_T).float()
         require_finite_stream(x_WTD[first : first + batch], "the embedding", ids, window_names(first, len(ids)))
     previous: Tensor | None = None
     for layer in range(num_layers):
-        attention_ND, mlp_ND = (empty_at(inputs_at, device, count * length, size, dtype=torch.float16) for _ in range(2))
+        attention_ND, mlp_ND = (room.empty(inputs_at, tokens, size, dtype=torch.float16) for _ in range(2))
         norms, active, left = [], [], replace(room)
         for first in range(0, count, batch):
             recorder = _Recorder(model)
@@ -179,9 +181,9 @@ def sweep_layers(model: Transformer, ids_WT: Tensor, *, batch: int = 4, progress
             x, _ = model.layer(layer, x_WTD[first:stop].to(device).to(dtype), position_T, None, recorder)
             x_WTD[first:stop] = x.float()
             require_finite_stream(x, f"layer {layer}", ids_WT[first:stop], window_names(first, len(x)))
-            tokens = slice(first * length, stop * length)
+            here = slice(first * length, stop * length)
             for kept_ND, seen_BTD in ((attention_ND, recorder.attention), (mlp_ND, recorder.mlp)):
-                kept_ND[tokens] = seen_BTD.flatten(0, 1).clamp(-FP16_LIMIT, FP16_LIMIT)
+                kept_ND[here] = seen_BTD.flatten(0, 1).clamp(-FP16_LIMIT, FP16_LIMIT)
             norms.append(recorder.norms.flatten(0, 1))
             assert recorder.active is not None
             active.append(ActiveNeurons.joined([recorder.active], left))

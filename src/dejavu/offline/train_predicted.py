@@ -27,6 +27,7 @@ from dejavu.offline.budget import Choice
 from dejavu.offline.calibrate import Part, ThresholdCandidate, interpolate_divergence
 from dejavu.offline.collect import LayerData, mean_input, sweep_layers
 from dejavu.offline.fidelity import divergences
+from dejavu.offline.memory import WorkMemory
 from dejavu.offline.predictors import start_mlp, train_heads, train_mlp
 from dejavu.offline.split import Split
 from dejavu.offline.thresholds import MASS_LEVELS, Scored, SelectionQuality, score_heads, score_mlp
@@ -202,10 +203,16 @@ class PredictedSearchSpace:
 
 
 def predicted_search_space(
-    model: Transformer, split: Split, config: TrainConfig, key: str, work_folder: Path | None, progress: Progress | None
+    model: Transformer,
+    split: Split,
+    config: TrainConfig,
+    key: str,
+    work_folder: Path | None,
+    work: WorkMemory,
+    progress: Progress | None,
 ) -> PredictedSearchSpace:
     """Predictors for neurons and heads. key: names the run whose finished layers may be taken over."""
-    layers = _trained_layers(model, split, config, key, work_folder, progress)
+    layers = _trained_layers(model, split, config, key, work_folder, work, progress)
     sample = split.calibrate[: max(1, PRICED_TOKENS // split.calibrate.shape[1])]
     return PredictedSearchSpace(layers, priced_parts(model, layers, sample, config, progress))
 
@@ -228,7 +235,13 @@ def _layer_configs(parts: Sequence[Part], choice: Choice, layers: Sequence[Train
 
 
 def _trained_layers(
-    model: Transformer, split: Split, config: TrainConfig, key: str, work_folder: Path | None, progress: Progress | None
+    model: Transformer,
+    split: Split,
+    config: TrainConfig,
+    key: str,
+    work_folder: Path | None,
+    work: WorkMemory,
+    progress: Progress | None,
 ) -> list[TrainedLayer]:
     """Every layer's predictors: taken from the work folder where finished, trained otherwise."""
     num_layers = model.config.num_layers
@@ -238,7 +251,7 @@ def _trained_layers(
     train = split.train.numel()
     held_out = split.calibrate[: max(1, -(-held_out_tokens(model.config) // split.calibrate.shape[1]))]
     finished: list[TrainedLayer] = []
-    for data in sweep_layers(model, torch.cat([split.train, held_out]), progress=progress):
+    for data in sweep_layers(model, torch.cat([split.train, held_out]), work=work, progress=progress):
         trained = layers[data.layer]
         if trained is None:
             if progress is not None:
