@@ -190,7 +190,7 @@ def test_a_large_mean_of_the_inputs_drowns_neither_training_nor_rounding(tiny: T
         scored = score_mlp(predictor, data, block, held_out)
         return scored.quality(scored.threshold_for_mass(0.99)).density
 
-    rounded, blind = quantized(trained, mean_input(data.mlp_ND)), quantized(trained)
+    rounded, blind = quantized(trained, mean_input(data.mlp_ND, data.device)), quantized(trained)
     assert density(trained) <= 1.02 * density(start)
     assert density(rounded) <= 1.05 * density(trained)
     assert density(blind) > 1.2 * density(rounded)

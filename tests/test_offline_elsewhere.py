@@ -17,7 +17,7 @@ from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
 from dejavu.offline import memory
-from dejavu.offline.collect import LayerData, sweep_layers
+from dejavu.offline.collect import LayerData, mean_input, sweep_layers
 from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.profile import profile
 from dejavu.offline.train import train_adapters
@@ -164,3 +164,12 @@ def test_a_tensor_in_a_file_leaves_no_file_behind(tmp_path: Path) -> None:
     held = memory.in_file(tmp_path, 3, 5, dtype=torch.float16)
     assert held.shape == (3, 5) and not any(tmp_path.iterdir())
     assert torch.equal(held.fill_(2), torch.full((3, 5), 2, dtype=torch.float16))
+
+
+def test_a_mean_is_summed_up_on_the_device_wherever_the_inputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dejavu.offline.collect.MOMENT_CHUNK", 64)
+    x_ND = torch.randn(150, 7, generator=torch.Generator().manual_seed(0)).half()
+    with elsewhere():
+        beside, there = mean_input(x_ND, DEVICE), mean_input(x_ND.to(DEVICE), DEVICE)
+        assert beside.device == there.device == DEVICE and torch.equal(beside.cpu(), there.cpu())
+    assert torch.allclose(mean_input(x_ND, memory.CPU), x_ND.float().mean(0), atol=1e-6)

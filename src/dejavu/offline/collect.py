@@ -24,6 +24,7 @@ from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 from dejavu.offline.memory import ALL_FREE, CPU, Room, WorkMemory, tokens_at_once
 
 BLOCK = 256  # tokens that are shuffled together
+MOMENT_CHUNK = 8192  # tokens that moments are summed up over at a time
 FP16_LIMIT = 65504.0
 
 
@@ -101,9 +102,12 @@ class ActiveNeurons:
         return out
 
 
-def mean_input(x_ND: Tensor) -> Tensor:
-    """The mean input, fp32 [D]."""
-    return x_ND.mean(0, dtype=torch.float32)
+def mean_input(x_ND: Tensor, device: torch.device) -> Tensor:
+    """The mean input, fp32 [D], summed up there in parts of MOMENT_CHUNK: the same bits wherever the inputs are kept."""
+    total_D = torch.zeros(x_ND.shape[1], device=device)
+    for chunk in x_ND.split(MOMENT_CHUNK):
+        total_D += chunk.to(device).sum(0, dtype=torch.float32)
+    return total_D / len(x_ND)
 
 
 @dataclass(slots=True)

@@ -22,9 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dejavu.kernels.quantized import wide
 from dejavu.model.predictor import Predictor
 from dejavu.model.transformer import Block
-from dejavu.offline.collect import BLOCK, LayerData, down_norms, mean_input
-
-MOMENT_CHUNK = 8192  # tokens
+from dejavu.offline.collect import BLOCK, MOMENT_CHUNK, LayerData, down_norms, mean_input
 
 
 def _inverse_root(covariance_DD: Tensor) -> Tensor:
@@ -50,7 +48,7 @@ def _whitening(x_ND: Tensor, tokens: int, device: torch.device) -> tuple[Tensor,
     """Mean and C^-1/2 of the first tokens of an input."""
     found = _whitenings.setdefault(x_ND, {})
     if tokens not in found:
-        mean_D = mean_input(x_ND[:tokens]).to(device)
+        mean_D = mean_input(x_ND[:tokens], device)
         found[tokens] = mean_D, _inverse_root(_cross_covariance(x_ND[:tokens], x_ND[:tokens], mean_D, mean_D))
     return found[tokens]
 
@@ -78,7 +76,7 @@ def regression_start(
     From the first tokens of x and target, computed where the weight is.
     """
     mean_x, inverse_root = _whitening(x_ND, tokens, weight_OD.device)
-    mean_m = mean_input(target_ND[:tokens]).to(weight_OD.device)
+    mean_m = mean_input(target_ND[:tokens], weight_OD.device)
     cross_DD = _cross_covariance(target_ND[:tokens], x_ND[:tokens], mean_m, mean_x)
     B_OR, A_RD = best_of_rank(importance_O[:, None] * (weight_OD.float() @ cross_DD @ inverse_root), rank)
     A_RD, B_OR = A_RD @ inverse_root, B_OR / importance_O[:, None]
@@ -154,7 +152,7 @@ def train_mlp(
 ) -> Predictor:
     """Gradient descent on the first `tokens` tokens; `epochs` passes (a fraction stops early), learning rate falling to zero."""
     x_ND = data.mlp_input(start.lookahead)
-    scorer = _Scorer(wide(start.A_RD), wide(start.B_OR), start.bias_O, mean_input(x_ND[:tokens]).to(data.device))
+    scorer = _Scorer(wide(start.A_RD), wide(start.B_OR), start.bias_O, mean_input(x_ND[:tokens], data.device))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     norms_F = down_norms(block)
     per_epoch = len(_batches(tokens, 2048, torch.Generator()))
@@ -179,7 +177,7 @@ def train_heads(data: LayerData, rank: int, lookahead: int, *, tokens: int, step
     x_ND, norms_NG = data.head_input(lookahead), data.group_norms_NG[:tokens]
     target_NG = (norms_NG + 1e-4 * norms_NG.mean()).log()
     mean_x, inverse_root = _whitening(x_ND, tokens, data.device)
-    mean_y = mean_input(target_NG)
+    mean_y = mean_input(target_NG, data.device)
     cross_GD = _cross_covariance(target_NG, x_ND[:tokens], mean_y, mean_x)
     B_GR, A_RD = best_of_rank(cross_GD @ inverse_root @ inverse_root, rank)
     scorer = _Scorer(A_RD, B_GR, mean_y - B_GR @ (A_RD @ mean_x), mean_x)

@@ -100,13 +100,13 @@ def train_layer(data: LayerData, model: Transformer, config: TrainConfig, train:
     start = choose_lookahead(data, model, config, train)
     settings = {"epochs": config.epochs, "loss": config.loss, "learning_rate": config.learning_rate}
     mlp = train_mlp(data, block, start, tokens=train, generator=generator, **settings)
-    mlp = quantized(mlp, mean_input(data.mlp_input(mlp.lookahead)[:train]).to(data.device))
+    mlp = quantized(mlp, mean_input(data.mlp_input(mlp.lookahead)[:train], data.device))
     predictors, options = {"mlp": mlp}, {"mlp": _options(score_mlp(mlp, data, block, held_out), "mlp")}
     if config.heads and model.config.num_kv_heads > 1:
         groups = model.config.num_kv_heads
         lookahead = choose_head_lookahead(data, groups, config, train)
         heads = train_heads(data, groups, lookahead, tokens=train, steps=100, generator=generator)
-        heads = quantized(heads, mean_input(data.head_input(lookahead)[:train]).to(data.device))
+        heads = quantized(heads, mean_input(data.head_input(lookahead)[:train], data.device))
         predictors["heads"], options["heads"] = heads, _options(score_heads(heads, data, held_out), "heads")
     return TrainedLayer(predictors, options)
 
