@@ -145,6 +145,12 @@ class Road:
             self.steps[name], self.found[name] = held["step"], held["found"]
             print(f"{name}: done before, {self.steps[name]['seconds']:.1f} s", flush=True)
             return
+        begun = self.folder / f"{name}.begun"  # a line for each run that began it
+        runs = 1
+        if not again:
+            with begun.open("a", encoding="utf-8") as file:
+                file.write("begun\n")
+            runs = len(begun.read_text(encoding="utf-8").splitlines())
         gc.collect()
         forget_peaks()
         started, found, state, why = time.perf_counter(), {}, "done", None
@@ -163,6 +169,9 @@ class Road:
         step: dict[str, Any] = {"state": state, "seconds": time.perf_counter() - started if done else None}
         step |= {"gpu_gb": gpu if done else None, "host_gb": host_peak() if done else None}
         step |= {} if why is None else {"why": without_folders(why)}
+        step |= {"runs": runs} if done and runs > 1 else {}
+        if state != "done":
+            begun.unlink(missing_ok=True)  # it starts anew
         self.steps[name], self.found[name] = step, found  # pyrefly: ignore[unsupported-operation]
         if done:
             write_json(kept, {"step": step, "found": found})
@@ -365,7 +374,8 @@ def line_of(name: str, step: Mapping[str, Any]) -> str:
     if step["state"] != "done":
         return f"{name}: {step['state']}: {step.get('why', '')}"
     memory = [f"{step[key]:.1f} GB {where}" for key, where in (("gpu_gb", "GPU"), ("host_gb", "host")) if step[key] is not None]
-    return f"{name}: {step['seconds']:.1f} s, at most {', '.join(memory) or 'memory unknown'}"
+    last = f" (the last of {step['runs']} runs)" if "runs" in step else ""
+    return f"{name}: {step['seconds']:.1f} s{last}, at most {', '.join(memory) or 'memory unknown'}"
 
 
 def said() -> Callable[[str, int, int], None]:

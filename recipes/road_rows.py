@@ -21,13 +21,15 @@ FOLDERS = re.compile(r"(?:[A-Za-z]:)?(?<![\w.])[/\\](?:[\w.~+-]+[/\\])+")  # of 
 
 class Step(TypedDict):
     """seconds, and peaks in 1e9 bytes of GPU memory that torch allocated and of host memory that the process held; None where the step was
-    not done, or the machine does not tell. why: of a step that failed or was left out."""
+    not done, or the machine does not tell. why: of a step that failed or was left out. runs: how many began it, where several: seconds and
+    peaks are of the last one, which went on where they had been interrupted."""
 
     state: Literal["done", "failed", "left out"]
     seconds: float | None
     gpu_gb: float | None
     host_gb: float | None
     why: NotRequired[str]
+    runs: NotRequired[int]
 
 
 class Claim(TypedDict):

@@ -116,10 +116,15 @@ def test_a_step_that_fails_is_reported_and_tried_again_and_the_others_are_done(
     assert steps["train"]["state"] == "failed" and steps["train"]["why"] == "MemoryError: lower it, see x"
     assert steps["profile"]["state"] == "done" and steps["serve"]["why"] == "there is no adapter"
     assert "lower it" in (tmp_path / "run" / "errors.txt").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.LanguageModel, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            road(recipe, given)
     assert road(recipe, given) == 0
     row = row_of(rows, tmp_path / "run")
     assert row.result["shape"] == "opt-small" and row.result["steps"]["serve"]["state"] == "done"
     assert row.result["claims"][0]["measured"] is not None
+    assert {name: step["runs"] for name, step in row.result["steps"].items() if "runs" in step} == {"eval": 2}
 
 
 def test_files_of_other_people_are_of_the_schema(rows: ModuleType) -> None:
