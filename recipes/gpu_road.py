@@ -70,7 +70,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="of a made-up model fp16 where nothing is said")
     parser.add_argument("--density", type=float, help="that is planted in a shape")
     parser.add_argument("--layers", type=int, help="of a shape the first ones alone")
-    parser.add_argument("--method", default="predicted")
+    parser.add_argument("--method", help="of `dejavu train` (default: predicted where activations are zero, else auto)")
     parser.add_argument("--budget", type=float, default=0.005)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=4.0)
@@ -124,6 +124,10 @@ class Road:
         if self.lm is None:
             raise NotHereError("the model is not loaded")
         return self.lm
+
+    @property
+    def method(self) -> str:
+        return self.given.method or ("predicted" if self.model.config.has_exact_zeros else "auto")
 
     @property
     def adapter_folder(self) -> Path:
@@ -242,7 +246,7 @@ class Road:
     def train(self) -> dict[str, Any]:
         given, (texts, _) = self.given, self.texts()
         adapter, measured = self.model.train_measured(
-            list(texts.values()), method=given.method, budget=given.budget, rank=given.rank, epochs=given.epochs,
+            list(texts.values()), method=self.method, budget=given.budget, rank=given.rank, epochs=given.epochs,
             max_tokens=given.train_tokens, seed=given.seed, work_folder=self.folder / "adapter.partial", work_memory=given.work_memory,
             progress=said(),
         )  # fmt: skip
@@ -356,7 +360,7 @@ class Road:
         text = "its own, written at temperature 1" if self.given.text is None else ", ".join(Path(name).name for name in self.texts()[1])
         result = {
             "shape": self._shape(), "layers": about["layers"], "parameters": about["parameters"],
-            "backend": about["backend"], "dtype": about["dtype"], "method": self.given.method, "budget": self.given.budget, "text": text,
+            "backend": about["backend"], "dtype": about["dtype"], "method": self.method, "budget": self.given.budget, "text": text,
             "steps": self.steps, "found": found, "claims": listed,
         }  # fmt: skip
         [row] = completed([RoadRow(**device_facts(cuda=about["backend"] == "cuda"), model=about["model"], result=result)])
