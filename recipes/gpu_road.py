@@ -155,7 +155,6 @@ class Road:
             with begun.open("a", encoding="utf-8") as file:
                 file.write("begun\n")
             runs = len(begun.read_text(encoding="utf-8").splitlines())
-        gc.collect()
         forget_peaks()
         started, found, state, why = time.perf_counter(), {}, "done", None
         try:
@@ -168,6 +167,7 @@ class Road:
             state, why = "failed", f"{type(error).__name__}: {error}"
             with (self.folder / "errors.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{name}\n{traceback.format_exc()}\n")
+            gc.collect()  # what its frames held
         done = state == "done"
         gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
         step: dict[str, Any] = {"state": state, "seconds": time.perf_counter() - started if done else None}
