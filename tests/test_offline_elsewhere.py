@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -136,8 +137,8 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_bits_wherever_activ
     with pytest.raises(KeyboardInterrupt):
         train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=tmp_path / "parts", progress=interrupt)
     assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["layer_0.safetensors"]
-    in_files: dict[str, Any] = {"work_folder": tmp_path / "parts", "work_memory": 0}
-    [(resumed, _)] = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", **in_files)
+    beside = dataclasses.replace(config, work_memory=0)  # in files, on a GPU in page-locked memory
+    [(resumed, _)] = train_adapters(checkpoint, [random_ids(700)], beside, text_hash="x", work_folder=tmp_path / "parts")
     assert any(layer.sparse for layer in whole.layers) and whole.config == resumed.config
     assert all(torch.equal(one, other) for one, other in zip(whole.tensors(), resumed.tensors(), strict=True))
 
@@ -157,7 +158,7 @@ def test_what_is_kept_goes_to_the_device_the_host_and_the_disk_in_turn(tmp_path:
     with pytest.raises(MemoryError, match=r"kept of 1,000 tokens .* at most --max-tokens 450$"):
         places([10_000], [10_000])
     with pytest.raises(ValueError, match="--work-memory is a number of GB, 0 or more, not -1"):
-        memory.WorkMemory.of(-1, None)
+        TrainConfig(work_memory=-1)
 
 
 def test_a_tensor_in_a_file_leaves_no_file_behind(tmp_path: Path) -> None:

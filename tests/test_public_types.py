@@ -40,15 +40,14 @@ def test_training_has_the_options_and_defaults_of_its_config(method: Any) -> Non
     hints, known = typing.get_type_hints(method), typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         assert parameters[field.name].default == field.default and hints[field.name] == known[field.name], field.name
-    others = {"self", "text", "work_folder", "work_memory", "progress"}
-    assert set(parameters) - {field.name for field in dataclasses.fields(TrainConfig)} == others
+    assert set(parameters) - {field.name for field in dataclasses.fields(TrainConfig)} == {"self", "text", "work_folder", "progress"}
 
 
 def test_what_is_trained_is_what_was_asked(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option reaches the config, each at a value that is not its default."""
     requested: dict[str, Any] = {
         "method": "gate", "budget": 0.25, "rank": 3, "loss": "bce", "epochs": 0.5, "learning_rate": 0.125, "max_tokens": 600,
-        "lookahead": "1", "lookahead_tolerance": 0.5, "heads": False, "cached_tokens": 7, "seed": 5,
+        "lookahead": "1", "lookahead_tolerance": 0.5, "heads": False, "cached_tokens": 7, "seed": 5, "work_memory": 2.5,
     }  # fmt: skip
     seen: list[TrainConfig] = []
 

@@ -98,7 +98,7 @@ class OfflineMethods:
         return self.train_measured(
             text, method=method, budget=budget, rank=rank, loss=loss, epochs=epochs, learning_rate=learning_rate, max_tokens=max_tokens,
             lookahead=lookahead, lookahead_tolerance=lookahead_tolerance, heads=heads, cached_tokens=cached_tokens, seed=seed,
-            work_folder=work_folder, work_memory=work_memory, progress=progress,
+            work_memory=work_memory, work_folder=work_folder, progress=progress,
         )[0]  # fmt: skip
 
     def train_measured(
@@ -129,6 +129,7 @@ class OfflineMethods:
         config = TrainConfig(
             method=method, budget=budget, rank=rank, loss=loss, epochs=epochs, learning_rate=learning_rate, max_tokens=max_tokens,
             lookahead=lookahead, lookahead_tolerance=lookahead_tolerance, heads=heads, cached_tokens=cached_tokens, seed=seed,
+            work_memory=work_memory,
         )  # fmt: skip
         texts = [text] if isinstance(text, str) else list(text)
         windows = self.training_windows(texts, max_tokens=config.max_tokens)
@@ -139,7 +140,6 @@ class OfflineMethods:
                 config,
                 text_hash=corpus_hash(texts),
                 work_folder=None if work_folder is None else Path(work_folder),
-                work_memory=work_memory,
                 progress=progress,
             )
         ids = [token for window in windows for token in window]

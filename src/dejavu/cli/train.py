@@ -52,13 +52,11 @@ def train(
     from dejavu.files import absolute, check_replaceable, new_folder
     from dejavu.model.adapter import write_adapter
     from dejavu.model.texts import named_texts
-    from dejavu.offline.memory import WorkMemory
     from dejavu.offline.train_config import TrainConfig
 
     out = Output(as_json)
     options: dict[str, Any] = {"budget": budget, "method": method, "loss": loss, "rank": rank, "epochs": epochs, "lookahead": lookahead}
-    options |= {"max_tokens": max_tokens, "seed": seed}
-    WorkMemory.of(work_memory, None)
+    options |= {"max_tokens": max_tokens, "seed": seed, "work_memory": work_memory}
     TrainConfig.from_dict(options)  # an impossible value is said before a model is loaded
     target = absolute(output)
     work = target.with_name(f"{target.name}.partial")  # made when the first layer is finished
@@ -70,7 +68,7 @@ def train(
         download=download, offline=offline,
     )  # fmt: skip
     with resumable(f"what is finished is kept in {work}; run the same command again to go on"), progress_bars() as progress:
-        adapter, found = lm.train_measured(list(texts.values()), work_folder=work, work_memory=work_memory, progress=progress, **options)
+        adapter, found = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
     measured: dict[str, Any] = {**found}
     about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}
     if adapter is None:

@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dejavu.config import require
 from dejavu.kernels.memory import available_bytes, free_gpu_bytes
 from dejavu.model.transformer import Transformer
 
@@ -42,9 +41,7 @@ class WorkMemory:
 
     @classmethod
     def of(cls, gigabytes: float | None, folder: Path | None) -> WorkMemory:
-        """gigabytes: of 1e9 bytes, as users give them. Raises ValueError for a limit that is none."""
-        valid = gigabytes is None or (math.isfinite(gigabytes) and gigabytes >= 0)
-        require(valid, f"--work-memory is a number of GB, 0 or more, not {gigabytes}")
+        """gigabytes: of 1e9 bytes."""
         return cls(limit=None if gigabytes is None else round(gigabytes * 1e9), folder=folder)
 
 

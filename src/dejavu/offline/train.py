@@ -26,7 +26,7 @@ from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import DenseRuns, Fitted, SearchSpace, fit, least_reads
 from dejavu.offline.calibrate import Part, token_reads
 from dejavu.offline.collect import pack_windows
-from dejavu.offline.memory import CPU, WorkMemory
+from dejavu.offline.memory import CPU
 from dejavu.offline.split import Split, fitting_windows, split_windows, training_context
 from dejavu.offline.train_config import METHODS, TrainConfig
 from dejavu.offline.train_plain import GateSearchSpace, InputSearchSpace, PlainPricing, exact_search_space
@@ -64,15 +64,13 @@ def train_adapters(
     *,
     text_hash: str,
     work_folder: Path | None = None,
-    work_memory: float | None = None,
     progress: Progress | None = None,
 ) -> list[Trained]:
-    """Train, calibrate and check, each method on the same windows. work_memory: GB of a layer's activations on the device, at most.
+    """Train, calibrate and check, each method on the same windows.
 
     Raises ValueError for a method that the model cannot have and a text that is too short.
     """
     model = checkpoint.model
-    work = WorkMemory.of(work_memory, work_folder)
     methods = methods_of(model.config) if config.method == "auto" else (config.method,)
     check_method(model.config, config.method)
     ids_WT = pack_windows(document_ids, context=training_context(model.config), bos=checkpoint.tokenizer.document_bos)
@@ -89,7 +87,7 @@ def train_adapters(
             key = _run_key(f"{checkpoint.base_hash} {model.dtype}", one, ids_WT)
             said = _named(progress, method) if len(methods) > 1 else progress
             several = len(methods) > 1
-            adapter, result = _trained(checkpoint, split, dense, pricing, one, key, text_hash, work_folder, work, said, several=several)
+            adapter, result = _trained(checkpoint, split, dense, pricing, one, key, text_hash, work_folder, said, several=several)
             found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": given}))
     return found
 
@@ -121,12 +119,11 @@ def _search_space(
     config: TrainConfig,
     key: str,
     work_folder: Path | None,
-    work: WorkMemory,
     progress: Progress | None,
 ) -> SearchSpace:
     match config.method:
         case "predicted":
-            return predicted_search_space(model, split, config, key, work_folder, work, progress)
+            return predicted_search_space(model, split, config, key, work_folder, progress)
         case "exact":
             return exact_search_space(model)
         case "gate":
@@ -146,14 +143,13 @@ def _trained(
     key: str,
     text_hash: str,
     work_folder: Path | None,
-    work: WorkMemory,
     progress: Progress | None,
     *,
     several: bool,
 ) -> Trained:
     """One method, with what was measured on the check windows. several: one of them, which is not tried where it cannot be faster."""
     model, started = checkpoint.model, time.perf_counter()
-    space = _search_space(model, split, pricing, config, key, work_folder, work, progress)
+    space = _search_space(model, split, pricing, config, key, work_folder, progress)
     share = least_share(model.config, space.parts, config.budget)
     skipped = several and share > WORTH_TRYING
     if skipped:
@@ -201,6 +197,6 @@ def _trained(
 
 def _run_key(base: str, config: TrainConfig, ids_WT: Tensor) -> str:
     """Names a training run: finished pieces are taken over only from a run with the same model, settings and text."""
-    settings = {name: value for name, value in config.to_dict().items() if name != "budget"}
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("budget", "work_memory")}
     ids = text_hash(" ".join(map(str, ids_WT.flatten().tolist())))
     return text_hash(f"{base} {sorted(settings.items())} {ids}")

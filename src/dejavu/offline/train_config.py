@@ -17,7 +17,8 @@ class TrainConfig(Config):
 
     lookahead "auto" takes 1 (the predictor runs in parallel with attention) where that selects at most (1 + lookahead_tolerance) times the
     neurons that lookahead 0 selects for the same mass (for heads: loses at most that many times the mass at the same density).
-    cached_tokens: context at which the heads' reads are counted.
+    cached_tokens: context at which the heads' reads are counted. work_memory: GB of a layer's activations that the device holds at most,
+    None as WorkMemory has it; what comes out is the same.
     """
 
     method: Literal["predicted", "exact", "gate", "input", "auto"] = "predicted"
@@ -32,6 +33,7 @@ class TrainConfig(Config):
     heads: bool = True
     cached_tokens: int = 256
     seed: int = 0
+    work_memory: float | None = None
 
     def __post_init__(self) -> None:
         require(self.method in (*METHODS, "auto"), f"method {self.method!r} is not supported; supported: {', '.join(METHODS)}, auto")
@@ -39,5 +41,9 @@ class TrainConfig(Config):
         require(self.rank >= 1, f"rank must be at least 1, not {self.rank}")
         require(self.loss in ("contribution", "bce"), f"loss {self.loss!r} is not supported; choose contribution or bce")
         require(self.epochs > 0, f"epochs must be positive, not {self.epochs}")
+        require(
+            self.work_memory is None or 0 <= self.work_memory < float("inf"),
+            f"--work-memory is a number of GB, 0 or more, not {self.work_memory}",
+        )
         require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
         require(self.lookahead in ("auto", "0", "1"), f"lookahead {self.lookahead!r} is not supported; choose auto, 0 or 1")

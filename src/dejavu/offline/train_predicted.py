@@ -203,16 +203,10 @@ class PredictedSearchSpace:
 
 
 def predicted_search_space(
-    model: Transformer,
-    split: Split,
-    config: TrainConfig,
-    key: str,
-    work_folder: Path | None,
-    work: WorkMemory,
-    progress: Progress | None,
+    model: Transformer, split: Split, config: TrainConfig, key: str, work_folder: Path | None, progress: Progress | None
 ) -> PredictedSearchSpace:
     """Predictors for neurons and heads. key: names the run whose finished layers may be taken over."""
-    layers = _trained_layers(model, split, config, key, work_folder, work, progress)
+    layers = _trained_layers(model, split, config, key, work_folder, progress)
     sample = split.calibrate[: max(1, PRICED_TOKENS // split.calibrate.shape[1])]
     return PredictedSearchSpace(layers, priced_parts(model, layers, sample, config, progress))
 
@@ -235,13 +229,7 @@ def _layer_configs(parts: Sequence[Part], choice: Choice, layers: Sequence[Train
 
 
 def _trained_layers(
-    model: Transformer,
-    split: Split,
-    config: TrainConfig,
-    key: str,
-    work_folder: Path | None,
-    work: WorkMemory,
-    progress: Progress | None,
+    model: Transformer, split: Split, config: TrainConfig, key: str, work_folder: Path | None, progress: Progress | None
 ) -> list[TrainedLayer]:
     """Every layer's predictors: taken from the work folder where finished, trained otherwise."""
     num_layers = model.config.num_layers
@@ -251,6 +239,7 @@ def _trained_layers(
     train = split.train.numel()
     held_out = split.calibrate[: max(1, -(-held_out_tokens(model.config) // split.calibrate.shape[1]))]
     finished: list[TrainedLayer] = []
+    work = WorkMemory.of(config.work_memory, work_folder)
     for data in sweep_layers(model, torch.cat([split.train, held_out]), work=work, progress=progress):
         trained = layers[data.layer]
         if trained is None:
