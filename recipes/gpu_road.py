@@ -211,12 +211,13 @@ class Road:
 
     def _written(self, tokens: int, seed: int) -> str:
         lm, piece = self.model, min(self.given.piece, self.model.config.max_positions - 1)
-        start = lm.tokenizer.bos_token_id if lm.tokenizer.bos_token_id is not None else lm.tokenizer.eos_token_ids[0]
+        starts = [token for token in (lm.tokenizer.bos_token_id, *lm.tokenizer.eos_token_ids) if token is not None]
+        require(bool(starts), "the tokenizer has no token that a text begins with; give files with --text and --eval-text")
         generator = torch.Generator(lm.model.device).manual_seed(seed)
         texts: list[str] = []
         while len(texts) * piece < tokens:
             rows = min(rows_at_once(lm.model, piece + 1), -(-tokens // piece) - len(texts))
-            prompt_BP = torch.full((rows, 1), start)
+            prompt_BP = torch.full((rows, 1), starts[0])
             ids = continued(lm.model, prompt_BP, new_tokens=piece, generator=generator, compiled=False)
             texts += [lm.tokenizer.decode(row[1:]) for row in ids.tolist()]
         return "".join(letter for letter in "".join(texts) if letter.isprintable() and letter != BROKEN)
