@@ -40,6 +40,7 @@ class Shards:
     parts: list[list[int]]
     weight_map: dict[str, str]
     total_bytes: int
+    layer_bytes: int
 
     @property
     def index(self) -> dict[str, object]:
@@ -64,23 +65,20 @@ def plan(config: ModelConfig, dtype: str) -> Shards:
         parts[-1].append(layer)
         held += sizes[0]
     places = ((name, shard_name(number, len(parts))) for number, these in enumerate(parts) for part in these for name in names[part])
-    return Shards(parts=parts, weight_map=dict(places), total_bytes=sizes[ENDS] + config.num_layers * sizes[0])
+    total = sizes[ENDS] + config.num_layers * sizes[0]
+    return Shards(parts=parts, weight_map=dict(places), total_bytes=total, layer_bytes=sizes[0])
 
 
-def check_disk(name: str, config: ModelConfig, dtype: str, folder: Path) -> None:
+def check_disk(asked: MadeUp, shards: Shards, folder: Path) -> None:
     """Raise ValueError where the disk of the folder has no room for the model, with how many layers it has room for."""
-    total = plan(config, dtype).total_bytes
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free, needed = shutil.disk_usage(place).free, total + SMALL_FILES
+    free, needed = shutil.disk_usage(place).free, shards.total_bytes + SMALL_FILES
     if needed <= free:
         return
-    layer = (
-        total - plan(dataclasses.replace(config, num_layers=config.num_layers - 1), dtype).total_bytes if config.num_layers > 1 else total
-    )
-    fits = config.num_layers - math.ceil((needed - free) / layer)
+    fits = asked.config.num_layers - math.ceil((needed - free) / shards.layer_bytes)
     fewer = f", or write the first layers only: --layers {fits} at most" if fits >= 1 else ""
     raise ValueError(
-        f"{name} in {dtype} takes {needed / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB free; "
+        f"{asked.name} in {asked.dtype} takes {needed / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB free; "
         f"choose a folder on another, a smaller shape{fewer}"
     )
 
@@ -94,8 +92,8 @@ def write_planted(
     """
     config, target = asked.config, absolute(folder)
     check_replaceable(target)
-    check_disk(asked.name, config, asked.dtype, target)
     shards, dtype = plan(config, asked.dtype), TORCH_DTYPES[asked.dtype]
+    check_disk(asked, shards, target)
     makers = Makers(device=torch.device(device), dtype=dtype, seed=seed)
     with new_folder(target) as partial:
         for number, parts in enumerate(shards.parts):
