@@ -62,8 +62,7 @@ def checkpoint(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
 
 def shaken(model: Transformer, lookahead_L: tuple[int, ...], activation: str | None = None) -> Student:
     """A student whose B is not zero and whose norms and biases are not the base's, as after training."""
-    settings = {"dtype": torch.float32, "device": "cpu", "seed": 0, "activation": activation}
-    student = Student(model, rank=6, lora_rank=3, scale=2.0, lookahead_L=lookahead_L, **settings)
+    student = Student(model, rank=6, lora_rank=3, scale=2.0, lookahead_L=lookahead_L, seed=0, activation=activation)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in student.trainable().items():
@@ -175,7 +174,7 @@ def test_gradients_pass_through_hard_masks(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_divergence_has_its_value_and_gradient(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr("dejavu.offline.adapt.divergence.CHUNK", 3)
+    monkeypatch.setattr("dejavu.offline.adapt.divergence.CHUNK", 3 * 11)
     generator = torch.Generator().manual_seed(0)
     student, teacher, head = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (7, 7, 11))
     own_N = torch.tensor([0, 0, 1, 1, 0, 1, 1])
@@ -485,7 +484,7 @@ def test_alone_an_average_is_the_value_and_parts_of_a_batch_add_up(checkpoint: C
         ({"steps": None}, "steps or minutes"),
         ({"dtype": "fp16"}, "dtype 'fp16'"),
         ({"chat_share": 1.0}, "chat_share"),
-        ({"own_share": 0.1}, "own_share 0.1 of a micro_batch of 2 is 0 windows"),
+        ({"own_share": 0.1}, "own_share 0.1 of the 4 windows of a step is 0"),
         ({"coldest": 1.5}, "temperatures must be positive and in order"),
         ({"divergence": "kl"}, "divergence 'kl' is not known; choose one of forward"),
     ],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dejavu.offline.adapt.training import StepReport
 
 DEFAULT_MINUTES = 20.0
+RATE, RATE_AFTER_START = 1.6e-3, 5e-4  # a trained adapter loses more to a rate of 1.5e-3 than 26 M tokens give back (docs/log.md)
 MEASURED_FILE = "adapt.json"
 
 
@@ -40,9 +41,17 @@ def adapt(
     ] = None,
     rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of the predictors.")] = 64,
     lora_rank: Annotated[int, typer.Option("--lora-rank", metavar="N", help="Rank of the changes of weights.")] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate.")] = 1.6e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", metavar="X", help="Peak learning rate (default: 0.0016; with --start 0.0005).")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Windows of a step, over all processes.")] = 64,
-    micro_batch: Annotated[int, typer.Option("--micro-batch", metavar="N", help="Windows that a process computes at a time.")] = 16,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", metavar="N", help="Windows that a process computes at a time (default: by memory).")
+    ] = None,
+    checkpoint_layers: Annotated[
+        bool | None,
+        typer.Option("--checkpoint-layers/--no-checkpoint-layers", help="Compute layers again in backward (default: by memory)."),
+    ] = None,
     length: Annotated[int | None, typer.Option("--length", metavar="N", help="Tokens of a window (default: 1024, or the context).")] = None,
     lookahead_cosine: Annotated[
         float, typer.Option("--lookahead-cosine", metavar="X", help="Look ahead where attention keeps this cosine of the stream.")
@@ -86,7 +95,9 @@ def adapt(
     device = _device(device)
     options: dict[str, Any] = {"density": density, "rank": rank, "lora_rank": lora_rank, "lookahead_cosine": lookahead_cosine}
     options |= {"steps": steps, "minutes": DEFAULT_MINUTES if steps is None and minutes is None else minutes, "batch": batch, "seed": seed}
-    options |= {"learning_rate": learning_rate, "micro_batch": micro_batch, "prompt_share": prompt_share, "chat_share": chat_share}
+    usual_rate = RATE if start is None else RATE_AFTER_START
+    options |= {"learning_rate": usual_rate if learning_rate is None else learning_rate, "micro_batch": micro_batch}
+    options |= {"checkpoint_layers": checkpoint_layers, "prompt_share": prompt_share, "chat_share": chat_share}
     options |= {"own_share": own_share, "own_rows": own_rows, "own_tokens": own_tokens, "divergence": divergence}
     options["activation"] = activation
     if start is not None:
@@ -103,12 +114,12 @@ def adapt(
         out = Output(as_json) if place == 0 else _Silent()
         texts = list(named_texts(text).values())
         lm = open_model(
-            model, out, EngineOptions(backend="torch", dtype="fp32", threads=threads), seed=seed, needs_adapter=False,
+            model, out, EngineOptions(backend="torch", dtype="stored", threads=threads), seed=seed, needs_adapter=False,
             download=download, offline=offline,
         )  # fmt: skip
         begun = None if start is None else Adapter.load(start, model=lm.config, base_hash=lm.base_hash)
         config = AdaptConfig.from_dict({**options, "length": length or min(1024, lm.config.max_positions)})
-        kept = f"the state is kept in {work}; run the same command again to go on"
+        kept = f"the state is kept in {work}; run the same command again to go on, with another --micro-batch if need be"
         with resumable(kept), _stopping(pause) as stop, progress_bars(place == 0) as progress:
             found = run_adapt(
                 lm.checkpoint, [part for whole in texts for part in documents(whole)], config, text_hash=corpus_hash(texts), folder=work,
@@ -192,7 +203,16 @@ def line(made: StepReport) -> str:
     left = "" if made.seconds_left is None else f" · {made.seconds_left / 60:,.1f} min left"
     densities = f"density {made.density:.3f} (target {made.target:.3f})"
     own = "" if made.own is None else f" · its own {made.own:.4f}"
-    return f"step {made.step:,} · KL {made.kl:.4f}{own} · {densities} · {made.tokens_per_second:,.0f} tokens/s{left}"
+    speed = f"{made.tokens_per_second:,.0f} tokens/s{_memory(made.gpu_bytes)} · {_sizes(made.micro_batch, made.checkpoint_layers)}"
+    return f"step {made.step:,} · KL {made.kl:.4f}{own} · {densities} · {speed}{left}"
+
+
+def _memory(gpu_bytes: int | None) -> str:
+    return "" if gpu_bytes is None else f" · {gpu_bytes / 1e9:.1f} GB of GPU memory"
+
+
+def _sizes(micro_batch: int, checkpoint_layers: bool) -> str:
+    return f"{micro_batch} windows at a time{', layers checkpointed' if checkpoint_layers else ''}"
 
 
 def show(out: Output, measured: dict[str, Any]) -> None:
@@ -207,4 +227,5 @@ def show(out: Output, measured: dict[str, Any]) -> None:
     out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
     out.show(f"perplexity with all neurons of the changed weights: {measured['ppl_unmasked']:.3f}")
     trained = f"{measured['steps']:,} steps · {measured['tokens']:,} tokens · {measured['training_seconds']:,.0f} s"
+    trained += f" · {_sizes(measured['micro_batch'], measured['checkpoint_layers'])}{_memory(measured['gpu_bytes'])}"
     out.show(f"MLP density [bold]{measured['mlp_density']:.3f}[/bold] over all layers · {trained}")

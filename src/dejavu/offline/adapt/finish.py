@@ -1,7 +1,7 @@
 """From a trained student to an adapter: rounded to what is stored, then measured on text that training did not see.
 
 In: a checkpoint, a Student, training and held-out windows [W, T]. Out: an Adapter and its measurements; the sparse numbers are those of
-the rounded predictors and changes, in fp32, with every token masked. `ppl_unmasked` is the perplexity of the changed weights with
+the rounded predictors and changes, in the dtype of the training, with every token masked. `ppl_unmasked` is the perplexity of the changed weights with
 all neurons, which is what a prompt runs with. What a step of the training selects swings about its target, so in the end all thresholds
 are moved together until training windows select the density asked for.
 
@@ -15,7 +15,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.config import Progress
@@ -26,6 +25,7 @@ from dejavu.model.lora import LoraConfig, adapted_model, quantized_lora
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import GateThreshold, LayerAdapter, PredictedNeurons
 from dejavu.model.transformer import DENSE, LayerInputs, Transformer
+from dejavu.offline.adapt.divergence import chunk_tokens
 from dejavu.offline.adapt.student import Student
 from dejavu.offline.adapt.training import LORA_SCALE, AdaptConfig
 from dejavu.offline.collect import down_norms
@@ -96,17 +96,18 @@ def measured(
     divergence = 0.0
     for first in range(0, len(ids_WT), batch):
         ids = ids_WT[first : first + batch].to(model.device)
-        target = ids[:, 1:].flatten()
-
-        def log_probs(hidden: Tensor) -> Tensor:
-            return model.logits(hidden).flatten(0, 1).log_softmax(-1)
-
-        dense = log_probs(model.hidden(ids, DENSE))
-        sparse = log_probs(model.hidden(ids, selection))
-        divergence += float((dense.exp() * (dense - sparse)).sum())
-        for name, values in (("dense", dense), ("sparse", sparse), ("unmasked", log_probs(unmasked.hidden(ids, DENSE)))):
-            scored = values.view(*ids.shape, -1)[:, :-1].flatten(0, 1)
-            rows[name].append(F.nll_loss(scored, target, reduction="none").view(len(ids), -1).cpu())
+        following = ids.roll(-1, dims=1).flatten()  # of the last token nothing is kept
+        hidden = {"dense": model.hidden(ids, DENSE), "sparse": model.hidden(ids, selection), "unmasked": unmasked.hidden(ids, DENSE)}
+        size = chunk_tokens(ids.numel(), model.config.vocab_size)
+        scored: dict[str, list[Tensor]] = {name: [] for name in rows}
+        for start in range(0, ids.numel(), size):
+            found = {}
+            for name, states in hidden.items():
+                found[name] = model.logits(states.flatten(0, 1)[start : start + size]).log_softmax(-1)
+                scored[name].append(found[name].gather(1, following[start : start + size, None])[:, 0])
+            divergence += float((found["dense"].exp() * (found["dense"] - found["sparse"])).sum())
+        for name, parts in scored.items():
+            rows[name].append(-torch.cat(parts).view(ids.shape)[:, :-1].cpu())
         if progress is not None:
             progress("measuring on held-out text", min(first + batch, len(ids_WT)), len(ids_WT))
     nll = {name: torch.cat(values) for name, values in rows.items()}
@@ -130,14 +131,14 @@ def make_adapter(
     *,
     text_hash: str,
     cosine_L: list[float],
-    device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter of a student with what `dejavu adapt` prints. The checkpoint's model is fp32; it is on `device` meanwhile.
+    """The adapter of a student with what `dejavu adapt` prints.
 
     trained_WT: windows of the training, on which thresholds are set.
     """
-    model, layers = checkpoint.model, rounded_layers(student)
+    model, layers = student.teacher[0], rounded_layers(student)
+    student.writer.clear()  # its memory is needed for the rounded weights
     lora = tuple(quantized_lora(change) for change in student.lora())
     described = AdapterConfig(
         schema_version=SCHEMA_VERSIONS["adapted"],
@@ -154,16 +155,12 @@ def make_adapter(
         lora=LoraConfig(rank=config.lora_rank, scale=LORA_SCALE, activation=config.activation),
     )
     adapter = Adapter(layers=layers, config=described, lora=lora)
-    model.to(device)
-    try:
-        if student.activation is None:
-            shift = shift_to(model, adapter.attached(model), trained_WT, config.density, progress=progress)
-            layers = moved(layers, shift)
-            described = dataclasses.replace(described, layers=_unmeasured(layers))
-            adapter = dataclasses.replace(adapter, layers=layers, config=described)
-        quality, selection = measured(model, adapter.attached(model), held_out_WT, progress=progress)
-    finally:
-        model.to("cpu")
+    if student.activation is None:
+        shift = shift_to(model, adapter.attached(model), trained_WT, config.density, progress=progress)
+        layers = moved(layers, shift)
+        described = dataclasses.replace(described, layers=_unmeasured(layers))
+        adapter = dataclasses.replace(adapter, layers=layers, config=described)
+    quality, selection = measured(model, adapter.attached(model), held_out_WT, progress=progress)
     density_L = selection.counter.mlp_per_layer()
     mlp_density = selection.counter.mlp_density()
     assert mlp_density is not None

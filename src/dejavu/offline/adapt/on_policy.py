@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import require
-from dejavu.offline.adapt.own_text import Prompts, continued
+from dejavu.offline.adapt.own_text import Prompts, continued, rows_at_once
 from dejavu.offline.adapt.student import Student
 
 
@@ -77,8 +77,14 @@ class OwnWindows:
         for number in (2 * self.round, 2 * self.round + 1):
             prompt_BP = self.prompts.batch(number + (self.rank << 32), self.rows)
             heat_B = torch.from_numpy(drawn.uniform(least, largest, self.rows)).float()
-            rows = continued(model, prompt_BP, new_tokens=self.new_tokens, generator=generator, temperature_B=heat_B, scorers=scorers)
-            rows_BT, prompt = rows.cpu().numpy().astype(np.int32), prompt_BP.shape[1]
+            prompt = prompt_BP.shape[1]
+            # On a GPU as many at a time as its memory has room for.
+            at_once = self.rows if model.device.type == "cpu" else rows_at_once(model, prompt + self.new_tokens, prompt)
+            rows = [
+                continued(model, prompts, new_tokens=self.new_tokens, generator=generator, temperature_B=heats, scorers=scorers).cpu()
+                for prompts, heats in zip(prompt_BP.split(at_once), heat_B.split(at_once), strict=True)
+            ]
+            rows_BT = torch.cat(rows).numpy().astype(np.int32)
             place_T = np.arange(rows_BT.shape[1])
             kept_BT = place_T < ends(rows_BT, prompt, self.eos)[:, None]
             ids.append(rows_BT[kept_BT])

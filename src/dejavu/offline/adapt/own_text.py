@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dejavu.config import Progress, require
 from dejavu.kernels.attention import attend_tokens
+from dejavu.kernels.memory import free_gpu_bytes
 from dejavu.model.template import rendered
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Block, Transformer
@@ -178,13 +179,15 @@ def continued(
     return torch.cat(written, dim=1)
 
 
-def rows_at_once(model: Transformer, length: int) -> int:
-    """Rows of a batch of sequences of that many tokens; on a GPU as many as half of its free memory holds the cache of, up to MOST_ROWS."""
+def rows_at_once(model: Transformer, length: int, prompt: int) -> int:
+    """Rows of a batch of sequences of `length` tokens of which the first `prompt` are computed at once: on a GPU as many as half of its free
+    memory holds the cache, the prompts' activations and the logits of, up to MOST_ROWS."""
     config, weight = model.config, model.embed.weight
-    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length * weight.element_size()
-    if weight.device.type != "cuda":
+    free = free_gpu_bytes(str(weight.device))
+    if free is None:
         return MOST_ROWS_CPU
-    free, _ = torch.cuda.mem_get_info(weight.device)
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
+    row_bytes = weight.element_size() * (cache + 4 * prompt * (config.intermediate_size + config.hidden_size)) + 16 * config.vocab_size
     return max(1, min(MOST_ROWS, free // 2 // row_bytes))
 
 
@@ -209,7 +212,8 @@ def written(
     A step is bound by what it starts, not by its rows: on a GPU there are many, see `rows_at_once`.
     """
     prompts = Prompts(tokenizer, documents, seed=seed)
-    rows = rows_at_once(model, max(LINE_TOKENS) + FRAME_TOKENS + new_tokens)
+    longest = max(LINE_TOKENS) + FRAME_TOKENS
+    rows = rows_at_once(model, longest + new_tokens, longest)
     generator = torch.Generator(model.device).manual_seed(seed)
     found: list[int] = []
     number = 0

@@ -1,6 +1,6 @@
 """The whole of `dejavu adapt` in a run folder: tokens, text of the model's own, training that resumes, the finished adapter.
 
-In: a checkpoint (fp32 on the CPU), documents, an AdaptConfig, a folder. Out: an Adapter and what was measured, or None where the run was
+In: a checkpoint (weights in any form; they stay as they are), documents, an AdaptConfig, a folder. Out: an Adapter and what was measured, or None where the run was
 asked to stop. The folder keeps `run.json` (what it is for), `tokens.npy`, `chat.npy`, `lookahead.json`, `state.safetensors`,
 `moments.safetensors` (which may be missing: it is twice as large as the rest) and `log.jsonl`; the same call goes on from there, another
 one is refused. Of several processes the first writes.
@@ -8,7 +8,6 @@ one is refused. Of several processes the first writes.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -22,10 +21,12 @@ from dejavu.config import ModelConfig, Progress, require
 from dejavu.damage import damaged
 from dejavu.files import read_object, working_in, write_json
 from dejavu.kernels.dtypes import TORCH_DTYPES
+from dejavu.kernels.memory import within_gpu_memory
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt import own_text
+from dejavu.offline.adapt.base import shared_base
 from dejavu.offline.adapt.corpus import Mixture, Windows, kept_ids, read_ids, tokenized
 from dejavu.offline.adapt.finish import DENSITY_WINDOWS, make_adapter
 from dejavu.offline.adapt.ranks import wait, world
@@ -34,6 +35,8 @@ from dejavu.offline.adapt.training import AdaptConfig, StepReport, Trainer, chec
 
 CHAT_TOKENS = 2_000_000
 LOG_EVERY = 10  # steps
+SIZES = ("micro_batch", "checkpoint_layers")  # may change where a run goes on
+ELSEWHERE = "end what else runs there, or take a smaller model"
 LOG_FILE = "log.jsonl"
 
 
@@ -53,9 +56,10 @@ def adapt(
 ) -> tuple[Adapter, dict[str, Any]] | None:
     """Adapt a model in the folder, going on where an earlier call stopped. None: `stop` ended it, or this process is not the first.
 
-    device: cpu or cuda. chat_tokens: how much the dense model writes where config.chat_share is positive. start: an adapter of the same
+    device: cpu or cuda; config.dtype: what is computed and measured in, by one copy of the weights there. chat_tokens: how much the dense model writes where config.chat_share is positive. start: an adapter of the same
     model to begin with, of the same ranks, whose predictors look ahead where it says. Raises ValueError for a folder of another run, too
-    little text, sizes that do not fit together.
+    little text, sizes that do not fit together;
+    MemoryError where a GPU's memory is not enough, after which the same call goes on, with other SIZES too.
     """
     model, started = checkpoint.model, time.perf_counter()
     require(
@@ -82,22 +86,27 @@ def _adapted(
     progress: Progress | None,
     started: float,
 ) -> tuple[Adapter, dict[str, Any]] | None:
-    model, first = checkpoint.model, world()[0] == 0
+    first = world()[0] == 0
     if first:
-        settings = {**config.to_dict(), "base_hash": checkpoint.base_hash, "text_hash": text_hash}
+        settings = {name: value for name, value in config.to_dict().items() if name not in SIZES}
+        settings |= {"base_hash": checkpoint.base_hash, "text_hash": text_hash}
         settings |= {"chat_tokens": chat_tokens} if config.chat_share else {}
         check_run(folder, settings | ({} if start is None else {"start": start.digest}))
-        _prepare(checkpoint, documents, config, folder, device, chat_tokens, progress)
+    with within_gpu_memory(ELSEWHERE):
+        model = shared_base(checkpoint.model, device, TORCH_DTYPES[config.dtype])
+        if first:
+            _prepare(checkpoint, model, documents, config, folder, chat_tokens, progress)
     wait()
     text = Windows(read_ids(folder / "tokens.npy", model.config), config.length, config.seed)
     own = Windows(read_ids(folder / "chat.npy", model.config), config.length, config.seed, held_out=False) if config.chat_share else None
     cosine_L = _read_cosines(folder / "lookahead.json", model.config)
     lookahead_L = choose_lookaheads(cosine_L, config.lookahead_cosine) if start is None else _lookaheads(start)
-    trainer = Trainer(
-        model, config, Mixture(text, own, config.chat_share), lookahead_L=lookahead_L, device=device,
-        prompts=own_text.Prompts(checkpoint.tokenizer, documents, seed=config.seed) if config.own_share else None,
-        eos=checkpoint.tokenizer.eos_token_ids, start=start,
-    )  # fmt: skip
+    with within_gpu_memory(ELSEWHERE):
+        trainer = Trainer(
+            model, config, Mixture(text, own, config.chat_share), lookahead_L=lookahead_L,
+            prompts=own_text.Prompts(checkpoint.tokenizer, documents, seed=config.seed) if config.own_share else None,
+            eos=checkpoint.tokenizer.eos_token_ids, start=start,
+        )  # fmt: skip
     trainer.resume(folder)
 
     def log(made: StepReport) -> None:
@@ -105,6 +114,7 @@ def _adapted(
             names = ("step", "fraction", "kl", "own", "density", "target", "price", "gradient_norm", "rate")
             row = {name: getattr(made, name) for name in names} | {"writing": round(made.writing, 4)}
             row |= {"tokens_per_second": round(made.tokens_per_second), "density_L": [round(d, 4) for d in made.density_L]}
+            row |= {"seconds_left": made.seconds_left, "gpu_bytes": made.gpu_bytes} | {name: getattr(made, name) for name in SIZES}
             with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if report is not None:
@@ -112,18 +122,17 @@ def _adapted(
 
     if not trainer.run(folder, report=log, stop=stop) or not first:
         return None
-    adapter, result = make_adapter(
-        checkpoint,
-        trainer.student,
-        config,
-        trainer.windows.batch(range(DENSITY_WINDOWS)),
-        text.held_out,
-        text_hash=text_hash,
-        cosine_L=cosine_L,
-        device=device,
-        progress=progress,
-    )
+    with within_gpu_memory(ELSEWHERE):
+        adapter, result = make_adapter(
+            checkpoint, trainer.student, config, trainer.windows.batch(range(DENSITY_WINDOWS)), text.held_out, text_hash=text_hash,
+            cosine_L=cosine_L, progress=progress,
+        )  # fmt: skip
     result |= {"steps": trainer.step, "tokens": trainer.step * config.batch * config.length, "training_seconds": trainer.elapsed}
+    result |= {
+        "micro_batch": trainer.sizes.micro_batch,
+        "checkpoint_layers": trainer.sizes.checkpoint_layers,
+        "gpu_bytes": trainer.gpu_bytes(),
+    }
     return adapter, result | {"seconds": time.perf_counter() - started}
 
 
@@ -142,30 +151,20 @@ def _read_cosines(path: Path, config: ModelConfig) -> list[float]:
 
 def _prepare(
     checkpoint: Checkpoint,
+    model: Transformer,
     documents: Sequence[str],
     config: AdaptConfig,
     folder: Path,
-    device: str,
     chat_tokens: int,
     progress: Progress | None,
 ) -> None:
     """What is made once: the ids of the text, text of the model's own, the cosines that decide on lookahead."""
     kept_ids(folder / "tokens.npy", lambda: tokenized(checkpoint.tokenizer, documents))
     windows = Windows(read_ids(folder / "tokens.npy", checkpoint.config), config.length, config.seed)
-    if config.chat_share and not (folder / "chat.npy").exists():
-        writer = copy.deepcopy(checkpoint.model).to(device=device, dtype=TORCH_DTYPES[config.dtype])
-        writer.fill_frequencies(device)
+    if config.chat_share:
         kept_ids(
             folder / "chat.npy",
-            lambda: own_text.written(writer, checkpoint.tokenizer, documents, tokens=chat_tokens, seed=config.seed, progress=progress),
+            lambda: own_text.written(model, checkpoint.tokenizer, documents, tokens=chat_tokens, seed=config.seed, progress=progress),
         )
     if not (folder / "lookahead.json").exists():
-        write_json(folder / "lookahead.json", {"cosine": _cosines(checkpoint.model, windows, device)})
-
-
-def _cosines(model: Transformer, windows: Windows, device: str) -> list[float]:
-    model.to(device)
-    try:
-        return residual_cosines(model, windows.held_out)
-    finally:
-        model.to("cpu")
+        write_json(folder / "lookahead.json", {"cosine": residual_cosines(model, windows.held_out)})

@@ -1,6 +1,6 @@
 """The student: the teacher's frozen weights with low-rank changes, trained norms, and a hard mask over the neurons of every layer.
 
-In: an fp32 model. Out: hidden states of teacher and student for windows of ids, and the densities of the student's masks. Forward, the
+In: a model in the computing dtype on its device (base.py), of whose weights teacher and student share one copy. Out: hidden states of teacher and student for windows of ids, and the densities of the student's masks. Forward, the
 mask of a predictor multiplies the activations, exactly as decoding would skip; backward, its gradient is that of a sigmoid:
 
     s = B (A x) + b        mask = [s > 0] + sigmoid(s) - stop(sigmoid(s))
@@ -11,19 +11,22 @@ as the rank-R approximation of the gate (of up, where there is no gate): it sele
 A student that is given an activation with exact zeros has no predictors: its own zeros are the mask, and what steers the
 density is sigmoid(gate / (SOFTNESS x the gate's root mean square)).
 
+With checkpointed layers only the residual stream before each layer is kept, and backward computes the layer again: a third more work for
+a fraction of the memory. Source: arXiv 1604.06174.
+
 Letters: B windows  T tokens  D model  R rank  F neurons  L layers  I inputs  O outputs  N tokens of all windows
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dejavu.config import require
 from dejavu.kernels.activation import activate
@@ -34,6 +37,8 @@ from dejavu.model.lora import LayerLora, changed_norms, linear_shapes, merged_bl
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import PredictedNeurons
 from dejavu.model.transformer import DENSE, Block, Transformer, sharing
+from dejavu.offline.adapt.base import frozen
+from dejavu.offline.predictors import best_of_rank
 
 COSINE_WINDOWS = 4
 SOFTNESS = 0.25
@@ -41,7 +46,7 @@ COMPILED: dict[str, Any] = {"dynamic": False}
 
 
 class LowRankLinear(nn.Module):
-    """y = x W'^T + bias with W' = W + scale * B A. W and bias are frozen and kept in the base's layout and dtype; A and B are fp32."""
+    """y = x W^T + bias + scale * (x A^T) B^T. W and bias are the base's own, frozen; A and B are fp32, and used in the dtype of x."""
 
     def __init__(
         self, base: nn.Linear | InputMajorLinear | Rows, outputs: int, inputs: int, rank: int, scale: float, generator: torch.Generator
@@ -56,27 +61,23 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.weight, Tensor)
-        bias = self.bias.to(x.dtype) if isinstance(self.bias, Tensor) else None
-        if self.input_major:
-            y = x @ (self.weight + self.scale * (self.A_RI.T @ self.B_OR.T)).to(x.dtype)
-            return y if bias is None else y + bias
-        return F.linear(x, (self.weight + self.scale * (self.B_OR @ self.A_RI)).to(x.dtype), bias)
+        y = x @ self.weight if self.input_major else F.linear(x, self.weight)
+        if isinstance(self.bias, Tensor):
+            y = y + self.bias
+        return y + F.linear(F.linear(x, self.A_RI.to(x.dtype)), (self.scale * self.B_OR).to(x.dtype))
 
 
 class TrainedPredictor(nn.Module):
     """Scores [.., F] of x [.., D], computed in the dtype of x."""
 
-    def __init__(self, block: Block, rank: int, lookahead: int, device: str = "cpu") -> None:
+    def __init__(self, block: Block, rank: int, lookahead: int) -> None:
         super().__init__()
         matrix = block.activated
-        # On the device: where there is a GPU, a processor that many processes share takes seconds for each layer.
-        left, singular, right = torch.linalg.svd(matrix.weight.detach().to(device, torch.float32), full_matrices=False)
-        rank = min(rank, len(singular))
-        root_R = singular[:rank].sqrt()
+        weight_FD = matrix.weight.detach().float()
+        B_FR, A_RD = best_of_rank(weight_FD, min(rank, *weight_FD.shape))
         self.lookahead = lookahead
-        self.A_RD = nn.Parameter((root_R[:, None] * right[:rank]).contiguous())
-        self.B_FR = nn.Parameter((left[:, :rank] * root_R).contiguous())
-        self.bias_F = nn.Parameter(torch.zeros(len(matrix.weight)) if matrix.bias is None else matrix.bias.detach().float().clone())
+        self.A_RD, self.B_FR = (nn.Parameter(factor.contiguous()) for factor in (A_RD, B_FR))
+        self.bias_F = nn.Parameter(weight_FD.new_zeros(len(weight_FD)) if matrix.bias is None else matrix.bias.detach().float().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -133,8 +134,9 @@ def zeroed_layer(block: Block, x_BTD: Tensor, position_T: Tensor, inv_freq: Tens
 class Student(nn.Module):
     """Trainable: `A_RI`, `B_OR` of every linear map, both norms and the predictor of every layer, all fp32. The rest is the teacher's.
 
-    model: fp32 on the CPU; it is not changed. dtype: what both compute in. lookahead_L: 0 or 1 of each layer's predictor.
-    activation: what the MLPs get in the place of their own; then there are no predictors.
+    model: the teacher, on the device and in the dtype that both compute in; it is not changed. lookahead_L: 0 or 1 of each layer's
+    predictor. activation: what the MLPs get in the place of their own; then there are no predictors. checkpoint_layers: whether backward
+    computes layers again; may be set at any time.
     """
 
     def __init__(
@@ -145,22 +147,21 @@ class Student(nn.Module):
         lora_rank: int,
         scale: float,
         lookahead_L: tuple[int, ...],
-        dtype: torch.dtype,
-        device: str,
         seed: int,
         activation: str | None = None,
+        checkpoint_layers: bool = False,
     ) -> None:
         super().__init__()
         config, generator = with_activation(model.config, activation), torch.Generator().manual_seed(seed)
-        self.config, self.dtype, self.device, self.activation, self.scale = config, dtype, device, activation, scale
+        self.config, self.activation, self.scale, self.checkpoint_layers = config, activation, scale, checkpoint_layers
         self.predictors = nn.ModuleList(
-            TrainedPredictor(block, rank, lookahead, device)
+            TrainedPredictor(block, rank, lookahead)
             for block, lookahead in zip(model.blocks, lookahead_L, strict=True)
             if activation is None
         )
         self.layers = nn.ModuleList()
         for block in model.blocks:
-            changed = copy.deepcopy(block).requires_grad_(False)
+            changed = frozen(block)
             changed.config = config
             maps = {
                 name: LowRankLinear(getattr(changed, name), outputs, inputs, lora_rank, scale, generator)
@@ -170,17 +171,20 @@ class Student(nn.Module):
             for name, module in maps.items():
                 setattr(changed, name, module)
             for name in changed_norms(config):
-                getattr(changed, name).weight.requires_grad_(True)
+                norm = getattr(changed, name)
+                norm.weight = nn.Parameter(norm.weight.detach().float().clone())
             self.layers.append(changed)
-        self.to(device)
-        # Not a submodule: the teacher is in the computing dtype and has nothing to train or to save.
-        self.teacher = (copy.deepcopy(model).to(device=device, dtype=dtype).requires_grad_(False),)
-        self.teacher[0].fill_frequencies(device)  # fp32 whatever the dtype
+        self.to(model.device)
+        self.teacher = (model,)  # not a submodule: it has nothing to train or to save
         self.rank, self.writer = lora_rank, list[Transformer]()
-        compiled = device != "cpu"
+        compiled = model.device.type != "cpu"
         self.plain = torch.compile(plain_layer, **COMPILED) if compiled else plain_layer
         self.masked = torch.compile(masked_layer, **COMPILED) if compiled else masked_layer
         self.zeroed = torch.compile(zeroed_layer, **COMPILED) if compiled else zeroed_layer
+
+    @property
+    def device(self) -> torch.device:
+        return self.teacher[0].device
 
     @property
     def blocks(self) -> list[Block]:
@@ -223,12 +227,18 @@ class Student(nn.Module):
         for index, block in enumerate(self.blocks):
             inv_freq = self.teacher[0].frequencies(index)
             if self.activation is None:
-                x_BTD, soft_density, hard_density = self.masked(block, self.trained[index], x_BTD, position_T, inv_freq, dense_BT)
+                found = self._layer(self.masked, block, self.trained[index], x_BTD, position_T, inv_freq, dense_BT)
             else:
-                x_BTD, soft_density, hard_density = self.zeroed(block, x_BTD, position_T, inv_freq)
+                found = self._layer(self.zeroed, block, x_BTD, position_T, inv_freq)
+            x_BTD, soft_density, hard_density = found
             soft.append(soft_density)
             hard.append(hard_density)
         return self._finish(x_BTD), torch.stack(soft), torch.stack(hard)
+
+    def _layer(self, layer: Callable[..., tuple[Tensor, Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.checkpoint_layers:
+            return layer(*arguments)
+        return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a layer
 
     def _changes(self) -> Iterator[LayerLora]:
         """The changes of every layer where they are, fp32."""
@@ -255,13 +265,14 @@ class Student(nn.Module):
         """
         teacher = self.teacher[0]
         pairs = zip(teacher.blocks, self._changes(), strict=True)
-        blocks = [merged_block(block, changes, self.scale, activation=self.activation) for block, changes in pairs]
+        fresh = (merged_block(block, changes, self.scale, activation=self.activation) for block, changes in pairs)  # one at a time
         if not self.writer:
             model = sharing(teacher, lambda module: module.held)
-            model.config, model.layers = self.config, nn.ModuleList(blocks)
+            model.config, model.layers = self.config, nn.ModuleList(fresh)
             self.writer.append(model)
-        for block, fresh in zip(self.writer[0].blocks, blocks, strict=True):
-            for parameter, value in zip(block.parameters(), fresh.parameters(), strict=True):
+            return model
+        for block, made in zip(self.writer[0].blocks, fresh, strict=True):
+            for parameter, value in zip(block.parameters(), made.parameters(), strict=True):
                 parameter.copy_(value)
         return self.writer[0]
 

@@ -1,6 +1,6 @@
 """Distil a model into itself with predictors in the loop, so that a model without zeros of its own becomes contextually sparse.
 
-In: a checkpoint, its text as windows of ids, an AdaptConfig. Out: a trained Student (finish.py makes an adapter of it). A step minimises
+In: a model (base.py), its text as windows of ids, an AdaptConfig. Out: a trained Student (finish.py makes an adapter of it). A step minimises
 
     divergence(teacher, student) per token  +  mean over layers of  price_l * (soft density of l) / target
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from dejavu.config import Config, require, shown
 from dejavu.damage import content_of
 from dejavu.files import read_metadata, read_object, read_safetensors, write_json, write_safetensors
-from dejavu.kernels.dtypes import TORCH_DTYPES
+from dejavu.kernels.memory import free_gpu_bytes, within_gpu_memory
 from dejavu.model.adapter import Adapter
 from dejavu.model.lora import check_activation
 from dejavu.model.transformer import Transformer
@@ -39,6 +39,7 @@ from dejavu.offline.adapt.divergence import KINDS, mean_divergence, pair_of
 from dejavu.offline.adapt.on_policy import OwnWindows
 from dejavu.offline.adapt.own_text import Prompts
 from dejavu.offline.adapt.ranks import average_, same_, world
+from dejavu.offline.adapt.sizes import choose_sizes
 from dejavu.offline.adapt.student import COMPILED, Student
 
 LORA_SCALE = 2.0
@@ -54,7 +55,8 @@ class AdaptConfig(Config):
     """How a model is adapted. Trained until `steps` or `minutes`, whichever is given and comes first.
 
     density: mean share of neurons selected; first_density: at the beginning. rank: of predictors; lora_rank: of the changes of weights.
-    batch: windows of a step over all processes, of which one takes micro_batch at a time; length: tokens of a window. lookahead_cosine: a
+    batch: windows of a step over all processes, of which one takes micro_batch at a time; length: tokens of a window. checkpoint_layers:
+    whether backward computes layers again instead of keeping what they computed. Both None: by free memory (sizes.py). lookahead_cosine: a
     predictor reads the attention's input where attention keeps at least this cosine of the residual stream. prompt_share: of the windows,
     those whose first part runs dense, as a prompt does. chat_share: of the windows, those that the dense model wrote. own_share: those that
     the student writes while it trains, own_rows answers of own_tokens at a time to each of two kinds of prompts, at temperatures from
@@ -73,7 +75,8 @@ class AdaptConfig(Config):
     learning_rate: float = 1.6e-3
     warmup: int = 40
     batch: int = 64
-    micro_batch: int = 16
+    micro_batch: int | None = None
+    checkpoint_layers: bool | None = None
     length: int = 1024
     prompt_share: float = 0.25
     chat_share: float = 0.0
@@ -93,9 +96,11 @@ class AdaptConfig(Config):
         check_activation(self.activation)
         require(0 < self.density < 1, f"density must lie in (0, 1), e.g. 0.15, not {self.density}")
         require(0 < self.first_density < 1, f"first_density must lie in (0, 1), e.g. 0.5, not {self.first_density}")
-        for name in ("rank", "lora_rank", "batch", "micro_batch", "warmup", "own_rows", "own_tokens"):
+        for name in ("rank", "lora_rank", "batch", "warmup", "own_rows", "own_tokens"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        require(self.batch % self.micro_batch == 0, f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        require(self.micro_batch is None or self.micro_batch >= 1, f"micro_batch must be at least 1, not {self.micro_batch}")
+        divides = self.micro_batch is None or self.batch % self.micro_batch == 0
+        require(divides, f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
         require(self.length >= 2, f"length must be at least 2, not {self.length}")
         require(self.steps is not None or self.minutes is not None, "give steps or minutes, how long to train")
         require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
@@ -103,22 +108,25 @@ class AdaptConfig(Config):
         require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}")
         for name in ("prompt_share", "chat_share", "own_share"):
             require(0 <= getattr(self, name) <= 0.9, f"{name} must lie in [0, 0.9], not {getattr(self, name)}")
-        own = self.own_windows
-        require(
-            (own > 0) == (self.own_share > 0) and own < self.micro_batch,
-            f"own_share {self.own_share} of a micro_batch of {self.micro_batch} is {own} windows; take a share of 1/{self.micro_batch} "
-            f"to {self.micro_batch - 1}/{self.micro_batch}, or 0",
-        )
+        self.windows_of(1)
         require(0 < self.coldest <= self.hottest, f"temperatures must be positive and in order, not {self.coldest} to {self.hottest}")
         require(self.divergence in KINDS, f"divergence {self.divergence!r} is not known; choose one of {', '.join(KINDS)}")
         require(0 <= self.floor < 1, f"floor must lie in [0, 1), not {self.floor}")
         require(self.ceiling > 1, f"ceiling must exceed 1, not {self.ceiling}")
         require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
 
-    @property
-    def own_windows(self) -> int:
-        """Of the windows that a process computes at a time, those that the student wrote."""
-        return round(self.own_share * self.micro_batch)
+    def windows_of(self, processes: int) -> tuple[int, int]:
+        """The windows that each of so many processes has of a step: all, and those that the student wrote. Raises ValueError where that
+        cannot be."""
+        require(self.batch % processes == 0, f"batch {self.batch} cannot be shared by {processes} processes; take a multiple")
+        windows = self.batch // processes
+        own = round(self.own_share * windows)
+        require(
+            (own > 0) == (self.own_share > 0) and own < windows,
+            f"own_share {self.own_share} of the {windows} windows of a step is {own}; take a share of 1/{windows} to {windows - 1}/{windows}, "
+            "or 0",
+        )
+        return windows, own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +134,8 @@ class StepReport:
     """What a step did. fraction: of the whole training that is done; seconds_left: None until that can be told; rate: learning rate.
 
     kl: KL(teacher || student) on text; own: the divergence on what the student wrote, None where it writes nothing; writing: share of this
-    process's time, as far as it is timed, that it wrote in.
+    process's time, as far as it is timed, that it wrote in. gpu_bytes: the most of a GPU's memory that this process has taken, None on the
+    CPU; micro_batch, checkpoint_layers: see Sizes.
     """
 
     step: int
@@ -140,6 +149,9 @@ class StepReport:
     rate: float
     tokens_per_second: float
     writing: float
+    gpu_bytes: int | None
+    micro_batch: int
+    checkpoint_layers: bool
     seconds_left: float | None
 
     @property
@@ -180,48 +192,53 @@ class Trainer:
         windows: Mixture,
         *,
         lookahead_L: tuple[int, ...],
-        device: str = "cpu",
         prompts: Prompts | None = None,
         eos: Sequence[int] = (),
         start: Adapter | None = None,
     ) -> None:
-        """prompts: what the student answers, where it writes. eos: tokens that end its answers. start: weights to begin with."""
+        """model: the teacher, on the device and in the dtype to compute in, see base.py. prompts: what the student answers, where it
+        writes. eos: tokens that end its answers. start: weights to begin with."""
         require(model.project_out is None, "adapting a model whose embeddings are narrower than its layers is not supported")
         require(model.config.logit_cap == 0, "adapting a model with capped logits is not supported")
-        self.config, self.windows, self.device = config, windows, device
+        self.config, self.windows, self.device = config, windows, model.device
         self.rank, self.world = world()
-        require(
-            config.batch % (config.micro_batch * self.world) == 0,
-            f"batch {config.batch} cannot be shared by {self.world} processes with a micro_batch of {config.micro_batch}",
-        )
+        self.step_windows, self.own_windows = config.windows_of(self.world)
         self.student = Student(
-            model, rank=config.rank, lora_rank=config.lora_rank, scale=LORA_SCALE, lookahead_L=lookahead_L,
-            dtype=TORCH_DTYPES[config.dtype], device=device, seed=config.seed, activation=config.activation,
+            model, rank=config.rank, lora_rank=config.lora_rank, scale=LORA_SCALE, lookahead_L=lookahead_L, seed=config.seed,
+            activation=config.activation,
         )  # fmt: skip
         if start is not None:
             self.student.start_from(start)
         self.own: OwnWindows | None = None
-        if config.own_windows:
+        if self.own_windows:
             assert prompts is not None, "who writes needs prompts"
             self.own = OwnWindows(
                 self.student, prompts, length=config.length, rows=config.own_rows, new_tokens=config.own_tokens,
                 temperatures=(config.coldest, config.hottest), eos=eos, seed=config.seed, rank=self.rank,
             )  # fmt: skip
+            self.student.merged()  # takes its memory before the rest is shared out
         self.parameters = self.student.trainable()
         for parameter in self.parameters.values():
             same_(parameter.detach())
-        self.gradient_P = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=device)
+        self.gradient_P = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=self.device)
         first = 0
         for parameter in self.parameters.values():  # one buffer: one reduction over processes, one norm
             parameter.grad = self.gradient_P[first : first + parameter.numel()].view_as(parameter)
             first += parameter.numel()
-        fused = device != "cpu"
+        fused = self.device.type != "cpu"
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
         )
         self.controller = DensityController(model.config.num_layers, floor=config.floor, ceiling=config.ceiling)
         pair = pair_of(config.divergence if self.own else "forward")
         self.pair = torch.compile(pair, **COMPILED) if fused else pair
+        free = free_gpu_bytes(str(self.device))
+        moments = 2 * self.gradient_P.numel() * self.gradient_P.element_size()
+        self.sizes = choose_sizes(
+            model.config, windows=self.step_windows, length=config.length, value_bytes=model.dtype.itemsize,
+            free=None if free is None else free - moments, micro_batch=config.micro_batch, checkpoint_layers=config.checkpoint_layers,
+        )  # fmt: skip
+        self.student.checkpoint_layers = self.sizes.checkpoint_layers
         self.step, self.elapsed = 0, 0.0
         self.warmed_from = 0  # the step that the moments of the optimiser begin with
         self.timed = [0.0, 0.0]  # seconds of this process: of all timed steps, of writing in them
@@ -246,12 +263,14 @@ class Trainer:
         cosine = LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * self.fraction))
         return self.config.learning_rate * min(1.0, (self.step - self.warmed_from + 1) / self.config.warmup) * cosine
 
-    def samples(self, micro: int) -> range:
-        """The numbers of the windows of text that this process reads in a part of the step."""
-        config = self.config
-        size = config.micro_batch - config.own_windows
-        parts = config.batch // config.micro_batch
-        first = (self.step * parts + micro * self.world + self.rank) * size
+    def gpu_bytes(self) -> int | None:
+        """The most of a GPU's memory that this process has taken so far; None on the CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def samples(self) -> range:
+        """The numbers of the windows of text that this process reads in the step."""
+        size = self.step_windows - self.own_windows
+        first = (self.step * self.world + self.rank) * size
         return range(first, first + size)
 
     def prompts(self, samples: range, length: int) -> Tensor:
@@ -265,24 +284,22 @@ class Trainer:
     def train_step(self) -> StepReport:
         """One step of the optimiser; raises RuntimeError where the loss is no number any more."""
         started, target, rate = time.perf_counter(), self.target(), self.learning_rate()
-        config, device = self.config, self.device
-        parts = config.batch // (config.micro_batch * self.world)
+        config, device, micro = self.config, self.device, self.sizes.micro_batch
+        parts = self.step_windows // micro
         price_L = (self.controller.prices() / target / self.controller.push_L.numel()).float().to(device)
         self.gradient_P.zero_()
         seen = torch.zeros(len(price_L) + 5, device=device)  # densities, sums of both divergences, their tokens, seconds
         written = 0.0 if self.own is None else self.own.seconds
-        samples = [self.samples(micro) for micro in range(parts)]
-        ids = torch.stack([self.windows.batch(each) for each in samples])
-        dense = torch.stack([self.prompts(each, ids.shape[-1]) for each in samples])
+        ids = self.windows.batch(self.samples())
+        dense = self.prompts(self.samples(), ids.shape[-1])
         own = torch.zeros_like(dense)
         if self.own is not None:
-            own_ids, own_dense = (t.unflatten(0, (parts, -1)) for t in self.own.take(parts * config.own_windows))
-            ids, dense = torch.cat([ids, own_ids], 1), torch.cat([dense, own_dense], 1)
-            own = torch.cat([own, ~own_dense], 1)
+            own_ids, own_dense = self.own.take(self.own_windows)
+            ids, dense, own = torch.cat([ids, own_ids]), torch.cat([dense, own_dense]), torch.cat([own, ~own_dense])
             written = self.own.seconds - written
         # At once: a copy waits for all that runs.
         ids, dense, own = ids.to(device), dense.to(device), own.to(device, torch.float32)
-        for ids_BT, dense_BT, own_BT in zip(ids, dense, own, strict=True):
+        for ids_BT, dense_BT, own_BT in zip(ids.split(micro), dense.split(micro), own.split(micro), strict=True):
             hidden_ND, soft_L, hard_L = self.student(ids_BT, dense_BT)
             divergence, sums_2 = mean_divergence(hidden_ND, self.student.taught(ids_BT), self.student.head(), own_BT.flatten(), self.pair)
             ((divergence + (price_L * soft_L).sum()) / parts).backward()
@@ -312,7 +329,8 @@ class Trainer:
         return StepReport(
             step=self.step, fraction=self.fraction, kl=text_sum / text_tokens, own=own_sum / own_tokens if own_tokens else None,
             writing=self.timed[1] / max(self.timed[0], 1e-9), density_L=density_L, target=target, price=self.controller.price,
-            gradient_norm=gradient_norm, rate=rate, tokens_per_second=config.batch * config.length / seconds,
+            gradient_norm=gradient_norm, rate=rate, gpu_bytes=self.gpu_bytes(),
+            micro_batch=micro, checkpoint_layers=self.sizes.checkpoint_layers, tokens_per_second=config.batch * config.length / seconds,
             seconds_left=self._seconds_left(seconds),
         )  # fmt: skip
 
@@ -332,14 +350,16 @@ class Trainer:
         stop: Callable[[], bool] | None = None,
         save_minutes: float = 2.0,
     ) -> bool:
-        """Train until the end, saving now and then; True when finished, False where `stop` asked for an end before: then all is saved."""
+        """Train until the end, saving now and then; True when finished, False where `stop` asked for an end before: then all is saved.
+        Raises MemoryError, which says what to lower, where a GPU's memory is not enough."""
         saved = time.perf_counter()
         while self.fraction < 1.0:
             stopping = torch.tensor([float(stop is not None and stop())], device=self.device)
             if float(average_(stopping)) > 0:  # one process that stops stops all
                 self.save(folder)
                 return False
-            made = self.train_step()
+            with within_gpu_memory(self.sizes.smaller()):
+                made = self.train_step()
             if report is not None:
                 report(made)
             if time.perf_counter() - saved > 60 * save_minutes:
