@@ -19,6 +19,7 @@ from conftest import Tiny
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.files import read_metadata, read_safetensors, write_safetensors
+from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from dejavu.model.peft import write_peft
 from dejavu.model.selectors import GateThreshold, LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
+from dejavu.offline.adapt.base import shared_base
 from dejavu.offline.adapt.corpus import Mixture, Windows, pieces, read_ids, tokenized
 from dejavu.offline.adapt.density_controller import DensityController
 from dejavu.offline.adapt.divergence import KINDS, mean_divergence, pair_of
@@ -37,6 +39,7 @@ from dejavu.offline.adapt.on_policy import OwnWindows, ends
 from dejavu.offline.adapt.own_text import Prompts, continued, cut, frame
 from dejavu.offline.adapt.ranks import average_, world
 from dejavu.offline.adapt.run import adapt
+from dejavu.offline.adapt.sizes import Sizes, bytes_per_token, choose_sizes
 from dejavu.offline.adapt.student import Student, choose_lookaheads, residual_cosines
 from dejavu.offline.adapt.training import AdaptConfig, Trainer
 from dejavu.quality.perplexity import MaskedSelections
@@ -476,6 +479,40 @@ def test_alone_an_average_is_the_value_and_parts_of_a_batch_add_up(checkpoint: C
     torch.testing.assert_close(by_two.gradient_P, by_four.gradient_P, rtol=1e-3, atol=1e-5)
 
 
+def test_layers_computed_again_give_the_same_gradients(checkpoint: Checkpoint) -> None:
+    kept, again = (trainer_of(checkpoint, dataclasses.replace(CONFIG, checkpoint_layers=flag)) for flag in (False, True))
+    assert again.student.checkpoint_layers and not kept.student.checkpoint_layers
+    for trainer in (kept, again):
+        trainer.train_step()
+    assert torch.equal(kept.gradient_P, again.gradient_P) and float(kept.gradient_P.abs().max()) > 0
+
+
+def test_teacher_and_student_share_one_copy_of_the_weights(checkpoint: Checkpoint) -> None:
+    base = shared_base(checkpoint.model, "cpu", torch.float32)
+    student = shaken(base, (0, 1, 1))
+    for own, ours, theirs in zip(checkpoint.model.blocks, base.blocks, student.blocks, strict=True):
+        assert own.down.weight.data_ptr() == ours.down.weight.data_ptr() == theirs.down.weight.data_ptr()
+        assert ours.q.weight.data_ptr() == theirs.q.weight.data_ptr() and not ours.up.weight.requires_grad
+    assert shared_base(checkpoint.model, "cpu", torch.bfloat16).dtype == torch.bfloat16 and checkpoint.model.dtype == torch.float32
+
+
+def test_micro_batches_follow_free_memory(tiny: Tiny) -> None:
+    config = tiny("llama").config
+    window = 1024 * bytes_per_token(config, value_bytes=2, checkpoint_layers=False)
+
+    def chosen(windows_of_memory: float, **given: Any) -> Sizes:
+        free = int((windows_of_memory * window + 24 * 2**26) / 0.9) + 9
+        return choose_sizes(config, windows=64, length=1024, value_bytes=2, free=free, **given)
+
+    assert chosen(100) == Sizes(micro_batch=16, checkpoint_layers=False)
+    assert chosen(9) == Sizes(micro_batch=8, checkpoint_layers=False)
+    assert chosen(3.5).checkpoint_layers and chosen(3.5).micro_batch >= 2 and chosen(0).micro_batch == 1
+    assert chosen(3.5, checkpoint_layers=False) == Sizes(micro_batch=2, checkpoint_layers=False)
+    assert "--micro-batch 4 (it is 8) or --checkpoint-layers on" in chosen(9).smaller()
+    with pytest.raises(ValueError, match="no multiple of micro_batch 3"):
+        chosen(9, micro_batch=3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -511,8 +548,8 @@ def test_on_a_gpu_training_is_that_of_the_cpu(checkpoint: Checkpoint, tmp_path: 
     """Compiled, fused and resumed: losses and densities as on the CPU, within what the dtype and flipped neurons make of it."""
     config = dataclasses.replace(CONFIG, dtype=dtype)
     windows = windows_of(config, checkpoint.tokenizer)
-    usual = trainer_of(checkpoint, CONFIG)
-    first, second = (Trainer(checkpoint.model, config, windows, lookahead_L=(0, 1, 1), device="cuda") for _ in range(2))
+    usual, base = trainer_of(checkpoint, CONFIG), shared_base(checkpoint.model, "cuda", TORCH_DTYPES[dtype])
+    first, second = (Trainer(base, config, windows, lookahead_L=(0, 1, 1)) for _ in range(2))
     for step in range(6):
         if step == 3:
             first.save(tmp_path)

@@ -148,6 +148,7 @@ def test_the_native_engine_decodes_as_the_masked_forward(call, work: Path) -> No
         (("--micro-batch", "3"), "multiple of micro_batch 3"),
         (("--device", "cuda9"), "device 'cuda9' is not known"),
         (("--length", "4000"), "length 4000 exceeds"),
+        (("--checkpoint-layers", "yes"), "--checkpoint-layers takes auto, on or off, not 'yes'"),
         (("--pause", "-1"), "--pause takes a positive number"),
         (("--chat-share", "0.2", "--chat-tokens", "0"), "--chat-tokens must be at least 1"),
     ],

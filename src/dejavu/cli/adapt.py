@@ -49,9 +49,8 @@ def adapt(
         int | None, typer.Option("--micro-batch", metavar="N", help="Windows that a process computes at a time (default: by memory).")
     ] = None,
     checkpoint_layers: Annotated[
-        bool | None,
-        typer.Option("--checkpoint-layers/--no-checkpoint-layers", help="Compute layers again in backward (default: by memory)."),
-    ] = None,
+        str, typer.Option("--checkpoint-layers", metavar="NAME", help="Compute layers again in backward: on, off or auto (by memory).")
+    ] = "auto",
     length: Annotated[int | None, typer.Option("--length", metavar="N", help="Tokens of a window (default: 1024, or the context).")] = None,
     lookahead_cosine: Annotated[
         float, typer.Option("--lookahead-cosine", metavar="X", help="Look ahead where attention keeps this cosine of the stream.")
@@ -97,7 +96,9 @@ def adapt(
     options |= {"steps": steps, "minutes": DEFAULT_MINUTES if steps is None and minutes is None else minutes, "batch": batch, "seed": seed}
     usual_rate = RATE if start is None else RATE_AFTER_START
     options |= {"learning_rate": usual_rate if learning_rate is None else learning_rate, "micro_batch": micro_batch}
-    options |= {"checkpoint_layers": checkpoint_layers, "prompt_share": prompt_share, "chat_share": chat_share}
+    known = {"auto": None, "on": True, "off": False}
+    require(checkpoint_layers in known, f"--checkpoint-layers takes auto, on or off, not {checkpoint_layers!r}")
+    options |= {"checkpoint_layers": known[checkpoint_layers], "prompt_share": prompt_share, "chat_share": chat_share}
     options |= {"own_share": own_share, "own_rows": own_rows, "own_tokens": own_tokens, "divergence": divergence}
     options["activation"] = activation
     if start is not None:

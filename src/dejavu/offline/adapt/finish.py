@@ -1,7 +1,8 @@
 """From a trained student to an adapter: rounded to what is stored, then measured on text that training did not see.
 
 In: a checkpoint, a Student, training and held-out windows [W, T]. Out: an Adapter and its measurements; the sparse numbers are those of
-the rounded predictors and changes, in the dtype of the training, with every token masked. `ppl_unmasked` is the perplexity of the changed weights with
+the rounded predictors and changes, in the dtype of the training, with every token masked.
+`ppl_unmasked` is the perplexity of the changed weights with
 all neurons, which is what a prompt runs with. What a step of the training selects swings about its target, so in the end all thresholds
 are moved together until training windows select the density asked for.
 

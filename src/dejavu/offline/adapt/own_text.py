@@ -180,8 +180,8 @@ def continued(
 
 
 def rows_at_once(model: Transformer, length: int, prompt: int) -> int:
-    """Rows of a batch of sequences of `length` tokens of which the first `prompt` are computed at once: on a GPU as many as half of its free
-    memory holds the cache, the prompts' activations and the logits of, up to MOST_ROWS."""
+    """Rows of a batch of sequences of `length` tokens of which the first `prompt` are computed at once: on a GPU as many as half of its
+    free memory holds the cache, the prompts' activations and the logits of, up to MOST_ROWS."""
     config, weight = model.config, model.embed.weight
     free = free_gpu_bytes(str(weight.device))
     if free is None:

@@ -1,6 +1,7 @@
 """The whole of `dejavu adapt` in a run folder: tokens, text of the model's own, training that resumes, the finished adapter.
 
-In: a checkpoint (weights in any form; they stay as they are), documents, an AdaptConfig, a folder. Out: an Adapter and what was measured, or None where the run was
+In: a checkpoint (weights in any form; they stay as they are), documents, an AdaptConfig, a folder.
+ Out: an Adapter and what was measured, or None where the run was
 asked to stop. The folder keeps `run.json` (what it is for), `tokens.npy`, `chat.npy`, `lookahead.json`, `state.safetensors`,
 `moments.safetensors` (which may be missing: it is twice as large as the rest) and `log.jsonl`; the same call goes on from there, another
 one is refused. Of several processes the first writes.
@@ -56,7 +57,8 @@ def adapt(
 ) -> tuple[Adapter, dict[str, Any]] | None:
     """Adapt a model in the folder, going on where an earlier call stopped. None: `stop` ended it, or this process is not the first.
 
-    device: cpu or cuda; config.dtype: what is computed and measured in, by one copy of the weights there. chat_tokens: how much the dense model writes where config.chat_share is positive. start: an adapter of the same
+    device: cpu or cuda; config.dtype: what is computed and measured in, by one copy of the weights there.
+    chat_tokens: how much the dense model writes where config.chat_share is positive. start: an adapter of the same
     model to begin with, of the same ranks, whose predictors look ahead where it says. Raises ValueError for a folder of another run, too
     little text, sizes that do not fit together;
     MemoryError where a GPU's memory is not enough, after which the same call goes on, with other SIZES too.

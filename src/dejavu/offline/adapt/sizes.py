@@ -34,7 +34,7 @@ class Sizes:
 
     def smaller(self) -> str:
         """What to lower where these were too large."""
-        layers = "" if self.checkpoint_layers else "--checkpoint-layers"
+        layers = "" if self.checkpoint_layers else "--checkpoint-layers on"
         fewer = f"--micro-batch {self.micro_batch // 2} (it is {self.micro_batch})" if self.micro_batch > 1 else ""
         return f"take {' or '.join(filter(None, (fewer, layers))) or 'a shorter --length, in another folder, or a smaller model'}"
 

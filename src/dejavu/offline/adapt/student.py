@@ -1,6 +1,7 @@
 """The student: the teacher's frozen weights with low-rank changes, trained norms, and a hard mask over the neurons of every layer.
 
-In: a model in the computing dtype on its device (base.py), of whose weights teacher and student share one copy. Out: hidden states of teacher and student for windows of ids, and the densities of the student's masks. Forward, the
+In: a model in the computing dtype on its device (base.py), of whose weights teacher and student share one copy.
+Out: hidden states of teacher and student for windows of ids, and the densities of the student's masks. Forward, the
 mask of a predictor multiplies the activations, exactly as decoding would skip; backward, its gradient is that of a sigmoid:
 
     s = B (A x) + b        mask = [s > 0] + sigmoid(s) - stop(sigmoid(s))

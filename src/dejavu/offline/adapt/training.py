@@ -1,6 +1,7 @@
 """Distil a model into itself with predictors in the loop, so that a model without zeros of its own becomes contextually sparse.
 
-In: a model (base.py), its text as windows of ids, an AdaptConfig. Out: a trained Student (finish.py makes an adapter of it). A step minimises
+In: a model (base.py), its text as windows of ids, an AdaptConfig.
+Out: a trained Student (finish.py makes an adapter of it). A step minimises
 
     divergence(teacher, student) per token  +  mean over layers of  price_l * (soft density of l) / target
 
@@ -123,8 +124,8 @@ class AdaptConfig(Config):
         own = round(self.own_share * windows)
         require(
             (own > 0) == (self.own_share > 0) and own < windows,
-            f"own_share {self.own_share} of the {windows} windows of a step is {own}; take a share of 1/{windows} to {windows - 1}/{windows}, "
-            "or 0",
+            f"own_share {self.own_share} of the {windows} windows of a step is {own}; take a share of 1/{windows} to "
+            f"{windows - 1}/{windows}, or 0",
         )
         return windows, own
 
