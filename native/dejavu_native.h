@@ -12,7 +12,7 @@
 
 /* Raised by hand where a caller of the last version would be misunderstood though no layout differs: another meaning of a field or code,
  * other arguments of a function. The layouts of structs tell themselves: dejavu_layouts. */
-#define DEJAVU_ABI_VERSION 8
+#define DEJAVU_ABI_VERSION 9
 
 #if defined(__GNUC__)
 #define DEJAVU_API __attribute__((visibility("default")))
@@ -136,8 +136,10 @@ DEJAVU_API int dejavu_engine_gate(dejavu_engine *engine, int64_t layer, float th
 /* Of the inputs x of the maps at one point those with |x_i| norms_i > threshold are kept, and only weights of these are read. `count` norms,
  * 0 or more, as many as inputs; the threshold is 0 or more. A layer's other points, and layers that are not told so, keep all. */
 DEJAVU_API int dejavu_engine_inputs(dejavu_engine *engine, int64_t layer, int point, const float *norms, int64_t count, float threshold);
-/* Scores B (A x) + B's bias of the head's input choose `count` tokens: these get their exact logits, all others -inf. A, B: fp32 or int8. */
-DEJAVU_API int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *A, const dejavu_matrix *B, int64_t count);
+/* mass = softmax(centroids x + bias) of the head's input estimates the probability of clusters of tokens: those with mass >= threshold * size,
+ * and the one with the largest mass / size, get exact logits, all other tokens -inf, in sparse blocks. centroids: fp32 or int8, a row for each cluster. sizes: of
+ * each, 1 or more. members: every token once, one cluster after the other. 0 < threshold < 1. */
+DEJAVU_API int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *centroids, const int32_t *members, const int32_t *sizes, float threshold);
 DEJAVU_API int dejavu_engine_run(dejavu_engine *engine, const dejavu_block *block);
 /* As dejavu_engine_run, and fills the profile. A run without one costs nothing for it. */
 DEJAVU_API int dejavu_engine_profile(dejavu_engine *engine, const dejavu_block *block, dejavu_profile *profile);

@@ -27,6 +27,7 @@ from dejavu.model.source import read_config
 from dejavu.report.demo import DemoSizes, run_demo
 from helpers.command_line import obj
 from helpers.native import needs_library
+from helpers.screens import screen_of, with_screen
 from helpers.texts import PROMPT
 
 
@@ -141,37 +142,55 @@ def test_eval(call, work: Path) -> None:
     assert obj(call("eval", "model", "--text", "text.txt", "--dense", "--max-tokens", "60", "--json"))["sparse"] is None
 
 
+@pytest.fixture
+def screened(work: Path) -> Path:
+    """The adapter of `work`, with a screened head as well."""
+    lm = load(work / "model", backend="native", adapter=work / "adapter")
+    assert lm.adapter is not None
+    folder = work / "screened"
+    if not folder.exists():
+        with_screen(lm.adapter, screen_of(lm.model, threshold=0.004)).save(folder)
+    return folder
+
+
 @needs_library
-def test_eval_measures_a_screened_head(call, work: Path) -> None:
+def test_eval_measures_a_screened_head(call, work: Path, screened: Path) -> None:
     """And does not take what was measured with another cache for its own."""
-    arguments = ("eval", "model", "--text", "text.txt", "--adapter", "adapter", "--max-tokens", "150", "-o", "runs/screen")
-    plain = obj(call(*arguments, "--json"))
-    result = obj(call(*arguments, "--screened-head", "30", "--cache-dtype", "int8", "--json"))
+    arguments = ("eval", "model", "--text", "text.txt", "--adapter", "screened", "--max-tokens", "150", "-o", "runs/screen")
+    plain = obj(call(*arguments, "--screened-head", "0", "--json"))
+    result = obj(call(*arguments, "--cache-dtype", "int8", "--json"))
     assert "screen" not in plain and result["cache_dtype"] == "int8" and result["dense"]["ppl"] != plain["dense"]["ppl"]
-    assert result["screen"]["screened_head"] == 30 and 0 < result["screen"]["agreement"] <= 1
+    assert result["screen"]["screened_head"] == 0.004 and 0 < result["screen"]["agreement"] <= 1 and 0 < result["screen"]["missed"] < 1
     held = json.loads((work / "runs/screen/results.json").read_text())
-    assert held["evaluation"]["screen"] == result["screen"] and held["environment"]["screened_head"] == 30
+    assert held["evaluation"]["screen"] == result["screen"] and held["environment"]["screened_head"] == 0.004
     assert held["environment"]["screen_agreement"] == result["screen"]["agreement"]
-    assert "screened head of 30" in call(*arguments, "--screened-head", "30")
-    call("bench", "model", "--text", "text.txt", "--screened-head", "30", "--steps", "5", "--context", "16", "-o", "runs/screened-bench")
-    environment = json.loads((work / "runs/screened-bench/results.json").read_text())["environment"]
-    assert 0 < environment["screen_agreement"] <= 1 and environment["cache_dtype"] == "fp32"
+    shown = " ".join(call(*arguments).split())
+    assert (
+        "screened head at 0.004: 12 tokens, 0.40% of probability missed, agreement 99.00%" in shown and "of its probability missed" in shown
+    )
+    other = obj(call(*arguments, "--screened-head", "0.02", "--json"))["screen"]
+    assert other["screened_head"] == 0.02 and other["missed"] > result["screen"]["missed"]
+    call("bench", "model", "--text", "text.txt", "--adapter", "screened", "--steps", "5", "--context", "16", "-o", "runs/screened-bench")
+    held = json.loads((work / "runs/screened-bench/results.json").read_text())
+    assert 0 < held["environment"]["screen_agreement"] <= 1 and held["environment"]["screen_missed"] > 0
+    assert {row["screened_head"] for row in held["rows"] if row["mode"] == "dense"} == {0}
+    assert {row["screened_head"] for row in held["rows"] if row["mode"] == "sparse"} == {0.004}
     for run_folder in ("runs/screen", "runs/screened-bench"):
         page = Path(obj(call("report", run_folder, "--json"))["report"]).read_text(encoding="utf-8")
-        assert "screened head 30" in page and ", cache " in page
+        assert "screened head at 0.004" in page and "of its probability missed" in page and ", cache " in page
 
 
 @needs_library
-def test_eval_measures_a_screened_head_on_every_text(call, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_measures_a_screened_head_on_every_text(call, work: Path, screened: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
 
     def agreement(model: Any, layers: Any, ids: list[int], options: Any, **_: Any) -> dict[str, Any]:
         seen.append(list(ids))
-        return {"screened_head": 30, "rank": 1, "tokens": len(ids), "agreement": 1.0}
+        return {"screened_head": 0.004, "shortlist": 1.0, "tokens": len(ids), "agreement": 1.0, "missed": 0.0}
 
     monkeypatch.setattr("dejavu.quality.head_agreement.head_agreement", agreement)
     monkeypatch.setattr("dejavu.cli.evaluation.MAX_SCREEN_TOKENS", 41)
-    arguments = ("eval", "model", "--dense", "--max-tokens", "20", "--screened-head", "30")
+    arguments = ("eval", "model", "--adapter", "screened", "--max-tokens", "20")
     for texts in (("text.txt",), ("other.txt",), ("text.txt", "other.txt")):
         call(*arguments, *(part for text in texts for part in ("--text", text)))
     first, second, both = seen

@@ -135,7 +135,10 @@ CASES = {
     "no output folder": (("train", "model", "--text", "text.txt"), r"Missing option '-o'"),
     "export dtype": (("export", "model", "new", "--dtype", "fp16"), r"dtype 'fp16' cannot be exported; choose one of fp32, bf16"),
     "cache dtype": ((*GENERATE, "--cache-dtype", "int3"), r"cache dtype 'int3' is not available on backend .*choose one of auto, "),
-    "screen without a text": (("eval", "model", "--tasks", "quiz.jsonl", "--screened-head", "5"), r"--screened-head is measured on a text"),
+    "screen without a text": (
+        ("eval", "model", "--tasks", "quiz.jsonl", "--screened-head", "0.1"),
+        r"--screened-head is measured on a text",
+    ),
     "no run": (("report", "nowhere"), r"run folder not found: /.*nowhere"),
     "no results in the run": (("report", "mine"), r"mine has no results.json"),
     "batch": (("bench", "model", "--text", "text.txt", "--batch", "0"), r"batch must be at least 1, not 0"),

@@ -17,6 +17,7 @@ from dejavu.model.transformer import Transformer
 from helpers.cuda import slow
 from helpers.engines import ids_of, random_layers
 from helpers.native import engine_of, needs_library
+from helpers.screens import screen_of
 from helpers.thresholds import gate_layers, input_layers
 
 Layers = tuple[LayerAdapter, ...]
@@ -88,9 +89,9 @@ def test_dense_calls_among_sparse_ones(tiny: Tiny, kind: str, method: str, rows:
 def test_a_dense_call_of_every_dtype_is_that_of_a_dense_engine(tiny: Tiny, dtype: str) -> None:
     """Bit for bit, with and without a screened head."""
     model = tiny("opt")
-    for screened in (0, 20):
-        options = {"dtype": dtype, "screened_head": screened}
-        both, dense = native_engine(model, METHODS["predicted"](model), **options), native_engine(model, None, **options)
+    for screen in (None, screen_of(model, threshold=0.01)):
+        both = native_engine(model, METHODS["predicted"](model), dtype=dtype, screen=screen)
+        dense = native_engine(model, None, dtype=dtype)
         for engine in (both, dense):
             engine.prefill(0, ids_of(3, 5))
         for token_id in ids_of(4, 6):

@@ -33,6 +33,7 @@ from dejavu.model.versions import weights_version
 from dejavu.quality.evaluate import evaluate
 from dejavu.quality.resume import PartStore
 from helpers.adapters import changing_weights, make_adapter, mlp_of, without_predictors
+from helpers.screens import screen_of, with_screen
 from helpers.texts import PROMPT, TEXT
 
 
@@ -500,7 +501,9 @@ def test_every_adapter_runs_on_a_model_that_was_handed_over(folder: Path, method
 @pytest.mark.skipif(missing_reason() is not None, reason="the native library is absent")
 @pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 def test_a_model_that_was_handed_over_writes_the_same_and_nothing_else(folder: Path, dtype: str) -> None:
-    plain, lm = load(folder, dtype=dtype, screened_head=20), load(folder, dtype=dtype, screened_head=20)
+    plain, lm = load(folder, dtype=dtype), load(folder, dtype=dtype)
+    adapter = make_adapter(lm.config, lm.base_hash, threshold=0.7)
+    plain.adapter = lm.adapter = with_screen(adapter, screen_of(plain.model, threshold=0.01))
     lm.hand_over()
     assert all(parameter.is_meta for parameter in lm.model.parameters() if parameter.dim() == 2 and parameter.shape[0] > 1)
     assert list(lm.model.tensors()) == list(lm.model.parameters()) and lm.num_parameters == plain.num_parameters

@@ -232,8 +232,8 @@ def test_any_one_section_may_be_missing(results: dict[str, Any], section: str, m
 
 def test_a_screened_head_that_never_agrees_is_not_hidden(results: dict[str, Any]) -> None:
     results = {name: results[name] for name in ("model", "environment", "generation")}
-    results["environment"] |= {"screened_head": 30, "screen_agreement": 0.0}
-    assert "screened head 30 (0.0% of the full head's choices)" in words(render(results))
+    results["environment"] |= {"screened_head": 1e-6, "screen_agreement": 0.0, "screen_missed": 0.02}
+    assert "screened head at 1e-06 (0.0% of the full head's choices, 2.0% of its probability missed)" in words(render(results))
     del results["environment"]["screen_agreement"]
     assert "of the full head" not in words(render(results))
 

@@ -145,7 +145,7 @@ dejavu_model *new_model(const dejavu_config &c, int dtype, bool biased) {
 }
 
 // Logits of a prefill and of sparse steps of three sequences.
-std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int threads, const std::string &isa, float threshold, unsigned seed, int cache_dtype, int64_t shortlist) {
+std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int threads, const std::string &isa, float threshold, unsigned seed, int cache_dtype, bool screened) {
   const int64_t batch = 3, page_size = 3, per_slot = (c.max_positions + page_size - 1) / page_size, pages = batch * per_slot + 1;
   const int64_t stride = (c.head_dim + 15) / 16 * 16, pool = c.num_layers * pages * c.num_kv_heads * page_size * stride;
   dejavu_engine *engine = nullptr;
@@ -169,9 +169,12 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
       Values A(rank, c.hidden_size, l == 0 ? DEJAVU_FP32 : DEJAVU_INT8, false), B(outputs, rank, (int)(l % 2), true);
       EXPECT(dejavu_engine_predictor(engine, l, kind, &A.matrix, &B.matrix, threshold, l == 0 ? 0 : 1 + (int)(l % 2 && kind == DEJAVU_MLP)) == DEJAVU_OK);
     }
-  if (shortlist > 0) {
-    Values A(1 + c.embed_size / 3, c.embed_size, DEJAVU_INT8, false), B(c.vocab_size, A.matrix.rows, DEJAVU_INT8, true);
-    EXPECT(dejavu_engine_screen(engine, &A.matrix, &B.matrix, shortlist) == DEJAVU_OK);
+  if (screened) {
+    std::vector<int32_t> members, sizes;  // of unequal clusters, last tokens first
+    for (int64_t left = c.vocab_size, size = 1; left > 0; left -= sizes.back(), size = size % 7 + 2) sizes.push_back((int32_t)std::min(left, size));
+    for (int64_t v = c.vocab_size - 1; v >= 0; v--) members.push_back((int32_t)v);
+    Values centroids((int64_t)sizes.size(), c.embed_size, DEJAVU_INT8, true);
+    EXPECT(dejavu_engine_screen(engine, &centroids.matrix, members.data(), sizes.data(), 1.0f / (float)c.vocab_size) == DEJAVU_OK);
   }
   const int64_t size = cache_dtype == DEJAVU_INT8 ? 1 : cache_dtype == DEJAVU_FP16 ? 2 : 4;
   std::vector<uint8_t> k((size_t)(pool * size), 0xff), v(k.size(), 0xff);  // NaN in every float type
@@ -227,10 +230,10 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     const size_t written = (size_t)((rows - block.first_logits) * c.vocab_size);
     size_t finite = 0;
     for (size_t i = 0; i < written; i++) {
-      EXPECT(std::isfinite(logits[i]) || (shortlist > 0 && logits[i] == -INFINITY));
+      EXPECT(std::isfinite(logits[i]) || (screened && logits[i] == -INFINITY));
       finite += std::isfinite(logits[i]);
     }
-    EXPECT(finite == (shortlist > 0 ? written / (size_t)c.vocab_size * (size_t)shortlist : written));
+    EXPECT(screened && sparse ? finite >= written / (size_t)c.vocab_size && finite <= written : finite == written);
     all.insert(all.end(), logits.begin(), logits.begin() + (long)written);
     position += sparse ? 1 : rows;
   }
@@ -310,8 +313,15 @@ void bad_input(const dejavu_config &good, int dtype) {
   EXPECT(dejavu_engine_new(model, 1, 8, "abacus", &engine) == DEJAVU_BAD_VALUE);
   EXPECT(dejavu_engine_new(model, 2, 8, nullptr, &engine) == DEJAVU_OK);
   EXPECT(dejavu_engine_predictor(engine, 0, DEJAVU_MLP, &wrong.matrix, &wrong.matrix, 0.0f, 0) == DEJAVU_BAD_VALUE);
-  EXPECT(dejavu_engine_screen(engine, &wrong.matrix, &wrong.matrix, 1) == DEJAVU_BAD_VALUE);
-  EXPECT(dejavu_engine_screen(engine, &wrong.matrix, &wrong.matrix, good.vocab_size) == DEJAVU_BAD_VALUE);
+  Values one_cluster(1, good.embed_size, DEJAVU_INT8, true);
+  std::vector<int32_t> every;
+  for (int64_t v = 0; v < good.vocab_size; v++) every.push_back((int32_t)v);
+  const int32_t all = (int32_t)good.vocab_size, fewer = all - 1;
+  for (float bad : {0.0f, 1.0f, -1.0f, NAN}) EXPECT(dejavu_engine_screen(engine, &one_cluster.matrix, every.data(), &all, bad) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_engine_screen(engine, &wrong.matrix, every.data(), &all, 0.1f) == DEJAVU_BAD_VALUE);
+  EXPECT(dejavu_engine_screen(engine, &one_cluster.matrix, every.data(), &fewer, 0.1f) == DEJAVU_BAD_VALUE);
+  every[0] = 1;  // twice
+  EXPECT(dejavu_engine_screen(engine, &one_cluster.matrix, every.data(), &all, 0.1f) == DEJAVU_BAD_VALUE);
   const std::vector<float> norms((size_t)good.hidden_size, 1.0f);
   for (float bad : {-1.0f, NAN, INFINITY}) {
     EXPECT(dejavu_engine_gate(engine, 0, bad) == DEJAVU_BAD_VALUE);
@@ -372,16 +382,16 @@ int main() {
       for (int t = 0; t < 3; t++) {
         const float threshold = (config.layout == DEJAVU_BY_NEURON ? thresholds : plain_thresholds)[t];
         const int caches[] = {DEJAVU_FP32, DEJAVU_FP16, DEJAVU_INT8}, cache = caches[(models + t) % 3];
-        const int64_t shortlist = (models / 2 + t) % 2 * (config.vocab_size / 3);
+        const bool screened = (models / 2 + t) % 2 > 0;
         std::istringstream names(dejavu_instruction_sets());
         std::vector<float> first;
         for (std::string isa; names >> isa;) {
-          const auto one = run(model, config, 1, isa, threshold, 5, cache, shortlist), three = run(model, config, 3, isa, threshold, 5, cache, shortlist);
+          const auto one = run(model, config, 1, isa, threshold, 5, cache, screened), three = run(model, config, 3, isa, threshold, 5, cache, screened);
           EXPECT(one.size() == three.size() && std::memcmp(one.data(), three.data(), one.size() * sizeof(float)) == 0);
           if (first.empty()) first = one;
           // At threshold 0 a score that is rounded otherwise may select another neuron, as may a screen; a cache rounds further.
           const double limit = dtype == DEJAVU_FP32 || dtype == DEJAVU_BF16 || dtype == DEJAVU_FP16 ? 1e-3 : 2e-2;  // activations are rounded as well
-          if ((std::isinf(threshold) || threshold == 1e30f) && cache == DEJAVU_FP32 && shortlist == 0) EXPECT(difference(first, one) < limit);
+          if ((std::isinf(threshold) || threshold == 1e30f) && cache == DEJAVU_FP32 && !screened) EXPECT(difference(first, one) < limit);
           runs++;
         }
       }

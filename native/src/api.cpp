@@ -118,10 +118,10 @@ int dejavu_engine_inputs(dejavu_engine *engine, int64_t layer, int point, const 
   });
 }
 
-int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *A, const dejavu_matrix *B, int64_t count) {
+int dejavu_engine_screen(dejavu_engine *engine, const dejavu_matrix *centroids, const int32_t *members, const int32_t *sizes, float threshold) {
   return guarded([&] {
-    require(engine != nullptr && A != nullptr && B != nullptr, "a pointer is missing");
-    engine->set_screen(*A, *B, count);
+    require(engine != nullptr && centroids != nullptr && members != nullptr && sizes != nullptr, "a pointer is missing");
+    engine->set_screen(*centroids, members, sizes, threshold);
     return DEJAVU_OK;
   });
 }

@@ -97,11 +97,11 @@ void dejavu_engine::set_inputs(int64_t layer, int point, const float *norms, int
   selectors[(size_t)layer].inputs[point] = std::move(made);
 }
 
-void dejavu_engine::set_screen(const dejavu_matrix &A, const dejavu_matrix &B, int64_t count) {
-  Screen::check(*model, A, B, count);
+void dejavu_engine::set_screen(const dejavu_matrix &centroids, const int32_t *members, const int32_t *sizes, float threshold) {
+  Screen::check(*model, centroids, members, sizes, threshold);
   std::lock_guard<std::mutex> lock(mutex);
   head.screen = Screen();  // what fails below leaves none
-  head.screen = Screen(*model, arena, pool.threads(), max_rows, A, B, count);
+  head.screen = Screen(*model, arena, pool.threads(), max_rows, centroids, members, sizes, threshold);
 }
 
 void dejavu_engine::check_layer(int64_t layer) const {

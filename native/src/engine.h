@@ -19,7 +19,7 @@ struct dejavu_engine {
   void set_predictor(int64_t layer, int predicted, const dejavu_matrix &A, const dejavu_matrix &B, float threshold, int lookahead);
   void set_gate(int64_t layer, float threshold);
   void set_inputs(int64_t layer, int point, const float *norms, int64_t count, float threshold);
-  void set_screen(const dejavu_matrix &A, const dejavu_matrix &B, int64_t count);
+  void set_screen(const dejavu_matrix &centroids, const int32_t *members, const int32_t *sizes, float threshold);
   // Raises BadValue for a block that this model cannot run. Returns whether every logit is finite.
   bool run(const dejavu_block &block, dejavu_profile *profile = nullptr);
   // The sum of count values, read in order by all threads: see read.cpp.

@@ -46,8 +46,8 @@ void Head::run(const Context &ctx, const Vectors &x) {
     }
   }
   const Vectors &in = projects ? own.projected : own.normed;
-  if (screen.present()) {
-    for (int64_t r = first_row; r < ctx.rows; r++) screen.shortlist(ctx, in[r], r);
+  if (screen.present() && ctx.block.sparse) {
+    for (int64_t r = first_row; r < ctx.rows; r++) screen.score(ctx, in[r], r);
     ctx.pool.barrier();
     for (int64_t r = first_row; r < ctx.rows; r++) screen.write_logits(ctx, in[r], r);
     return;

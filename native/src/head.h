@@ -1,4 +1,4 @@
-// The end of the residual stream. In: x. Out: logits of the block from its row first_logits on, whole or of a shortlist.
+// The end of the residual stream. In: x. Out: logits of the block from its row first_logits on, of a sparse block those of a shortlist.
 #pragma once
 #include "context.h"
 #include "screen.h"

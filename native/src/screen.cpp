@@ -3,98 +3,76 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
-namespace {
-
-// Larger for a larger score, and for the lower token where scores are equal.
-uint64_t rank_of(float score, int64_t token) {
-  uint32_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return (uint64_t)bits << 32 | (0xffffffffu - (uint32_t)token);
+void Screen::check(const dejavu_model &model, const dejavu_matrix &centroids, const int32_t *members, const int32_t *sizes, float threshold) {
+  const int64_t vocab_size = model.config.vocab_size;
+  require(threshold > 0 && threshold < 1, "a screen's threshold must lie between 0 and 1, not " + std::to_string(threshold));
+  require(centroids.rows >= 1 && centroids.rows <= vocab_size, "a screen must have between 1 cluster and one for each token");
+  require(centroids.dtype == DEJAVU_FP32 || centroids.dtype == DEJAVU_INT8, "a screen must be fp32 or int8");
+  int64_t total = 0;
+  for (int64_t c = 0; c < centroids.rows; c++) {
+    require(sizes[c] >= 1, "a cluster of a screen must have a token");
+    total += sizes[c];
+  }
+  require(total == vocab_size, "the clusters of a screen have " + std::to_string(total) + " tokens, expected " + std::to_string(vocab_size));
+  std::vector<bool> seen((size_t)vocab_size);
+  for (int64_t k = 0; k < vocab_size; k++) {
+    require(members[k] >= 0 && members[k] < vocab_size && !seen[(size_t)members[k]], "the clusters of a screen must have each token once");
+    seen[(size_t)members[k]] = true;
+  }
 }
 
-int64_t token_of(uint64_t rank) { return (int64_t)(0xffffffffu - (uint32_t)rank); }
-
-// The `count` largest first, in any order.
-int64_t keep_largest(uint64_t *ranks, int64_t n, int64_t count) {
-  if (n <= count) return n;
-  std::nth_element(ranks, ranks + count - 1, ranks + n, [](uint64_t a, uint64_t b) { return a > b; });
-  return count;
-}
-
-}  // namespace
-
-void Screen::check(const dejavu_model &model, const dejavu_matrix &A, const dejavu_matrix &B, int64_t count) {
-  const dejavu_config &c = model.config;
-  require(count >= 1 && count < c.vocab_size, "a shortlist must lie between 1 and the vocabulary of " + std::to_string(c.vocab_size));
-  require(A.rows > 0 && A.rows <= c.embed_size, "the rank of a screen must lie between 1 and the width of the head");
-  for (const dejavu_matrix *given : {&A, &B}) require(given->dtype == DEJAVU_FP32 || given->dtype == DEJAVU_INT8, "a screen must be fp32 or int8");
-}
-
-Screen::Screen(const dejavu_model &model, Arena &arena, int threads, int64_t max_rows, const dejavu_matrix &A, const dejavu_matrix &B, int64_t count)
-    : count_(count), best_(product({max_rows, threads, count})), found_(max_rows * threads), scratch_((size_t)threads) {
-  check_matrix(A, A.rows, model.config.embed_size, "a screen's A");
-  check_matrix(B, model.config.vocab_size, A.rows, "a screen's B");
-  A_.allocate(arena, A.dtype, A.rows, A.columns);
-  A_.fill(A, "a screen's A");
-  B_.allocate(arena, B.dtype, B.rows, B.columns);
-  B_.fill(B, "a screen's B");
+Screen::Screen(const dejavu_model &model, Arena &arena, int threads, int64_t max_rows, const dejavu_matrix &centroids, const int32_t *members, const int32_t *sizes, float threshold)
+    : members_(model.config.vocab_size), begin_(centroids.rows + 1), threshold_(threshold), scores_(product({max_rows, centroids.rows})), scratch_((size_t)threads) {
+  check_matrix(centroids, centroids.rows, model.config.embed_size, "a screen's centroids");
+  centroids_.allocate(arena, centroids.dtype, centroids.rows, centroids.columns);
+  centroids_.fill(centroids, "a screen's centroids");
+  std::copy_n(members, model.config.vocab_size, members_.data());
+  for (int64_t c = 0; c < centroids.rows; c++) begin_[c + 1] = begin_[c] + sizes[c];
   for (Scratch &own : scratch_) {
-    own.low = Vectors(1, B_.width, rank_forms(model));
-    own.ranks = Buffer<uint64_t>(std::max<int64_t>(2 * count, threads * count));
-    own.tokens = Buffer<int32_t>(count);
-    own.exact = Buffer<float>(count);
+    own.mass = Buffer<float>(round_up(centroids.rows, PAD) + PAD);
+    own.exact = Buffer<float>(model.config.vocab_size / threads + 1);
+    own.tokens = Buffer<int32_t>(own.exact.size());
   }
 }
 
-void Screen::shortlist(const Context &ctx, const Vector &x, int64_t r) {
-  const int64_t vocab_size = ctx.config.vocab_size;
-  Scratch &own = scratch_[(size_t)ctx.thread];
-  Vector &low = own.low[0];
-  std::fill_n(low.f, B_.width, 0.0f);
-  dots(ctx.kernels, A_, x, nullptr, 0, A_.rows, low.f);
-  quantize(ctx.kernels, low, B_.width);
-  const int64_t begin = ctx.share(vocab_size, TILE), end = ctx.share_end(vocab_size, TILE);
-  float *logits = ctx.block.logits + (r - ctx.block.first_logits) * vocab_size;
-  std::fill(logits + begin, logits + end, -INFINITY);
-  uint64_t *ranks = own.ranks.data(), least = 0;
-  int64_t n = 0;
-  bool finite = true;
+void Screen::score(const Context &ctx, const Vector &x, int64_t r) {
+  const int64_t begin = ctx.share(centroids_.rows, TILE), end = ctx.share_end(centroids_.rows, TILE);
   for (int64_t tile = begin; tile < end; tile += TILE) {
-    float scores[TILE];
     const int64_t count = std::min(TILE, end - tile);
-    dots(ctx.kernels, B_, low, nullptr, tile, count, scores, rows_after(B_, tile, count));
-    finite = finite && ctx.kernels.finite(scores, count);
-    for (int64_t k = 0; k < count; k++) {
-      const uint64_t rank = rank_of(scores[k], tile + k);
-      if (rank <= least) continue;
-      ranks[n++] = rank;
-      if (n < 2 * count_) continue;
-      n = keep_largest(ranks, n, count_);
-      least = ranks[n - 1];  // nth_element leaves the smallest of those kept here
-    }
+    dots(ctx.kernels, centroids_, x, nullptr, tile, count, scores_.data() + r * centroids_.rows + tile, rows_after(centroids_, tile, count));
   }
-  n = keep_largest(ranks, n, count_);
-  std::copy_n(ranks, n, best_.data() + (r * ctx.threads + ctx.thread) * count_);
-  found_[r * ctx.threads + ctx.thread] = n;
-  if (!finite) ctx.finite.store(false);
+  const int64_t vocab_size = ctx.config.vocab_size, first = ctx.share(vocab_size, TILE), last = ctx.share_end(vocab_size, TILE);
+  float *logits = ctx.block.logits + (r - ctx.block.first_logits) * vocab_size;
+  std::fill(logits + first, logits + last, -INFINITY);
 }
 
 void Screen::write_logits(const Context &ctx, const Vector &x, int64_t r) {
   const Matrix &head = ctx.model.output_head();
+  const int64_t clusters = centroids_.rows;
   Scratch &own = scratch_[(size_t)ctx.thread];
-  uint64_t *ranks = own.ranks.data();
-  int64_t n = 0;
-  for (int64_t t = 0; t < ctx.threads; t++) {
-    const int64_t found = found_[r * ctx.threads + t];
-    std::copy_n(best_.data() + (r * ctx.threads + t) * count_, found, ranks + n);
-    n += found;
+  float *mass = own.mass.data();
+  std::copy_n(scores_.data() + r * clusters, clusters, mass);
+  ctx.kernels.softmax(mass, clusters);
+  if (!ctx.kernels.finite(mass, clusters)) return ctx.finite.store(false);
+  int64_t best = 0, kept = 0;
+  for (int64_t c = 0; c < clusters; c++) {
+    mass[c] /= (float)(begin_[c + 1] - begin_[c]);
+    if (mass[c] > mass[best]) best = c;
   }
-  n = keep_largest(ranks, n, count_);  // in the same order in every thread
-  const int64_t begin = ctx.share(n), count = ctx.share_end(n) - begin;
-  for (int64_t k = 0; k < count; k++) own.tokens[k] = (int32_t)token_of(ranks[begin + k]);
+  mass[best] = 1.0f;
+  for (int64_t c = 0; c < clusters; c++)
+    if (mass[c] >= threshold_) kept += begin_[c + 1] - begin_[c];
+  // This thread's share of the kept clusters' tokens, which lie one behind the other.
+  const int64_t begin = ctx.share(kept), count = ctx.share_end(kept) - begin;
+  int64_t passed = 0, n = 0;
+  for (int64_t c = 0; c < clusters && n < count; c++) {
+    if (mass[c] < threshold_) continue;
+    const int64_t size = begin_[c + 1] - begin_[c], skipped = std::clamp<int64_t>(begin - passed, 0, size);
+    const int64_t taken = std::min(size - skipped, count - n);
+    std::copy_n(members_.data() + begin_[c] + skipped, taken, own.tokens.data() + n);
+    passed += size, n += taken;
+  }
   dots(ctx.kernels, head, x, own.tokens.data(), 0, count, own.exact.data(), {head.row_bytes()});
   if (ctx.config.logit_cap > 0) ctx.kernels.cap(own.exact.data(), count, ctx.config.logit_cap);
   if (!ctx.kernels.finite(own.exact.data(), count)) ctx.finite.store(false);

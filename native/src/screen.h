@@ -1,8 +1,9 @@
-// The screened head: low-rank scores B (A x) of every token choose a shortlist, which alone gets its exact logits.
+// The screened head: clusters of the vocabulary, of which likely ones alone get exact logits.
 //
-// Every other logit is -inf. What is drawn is then what the full head with top-k over the shortlist would draw: estimates among
-// exact values would let a token be drawn for an error of its estimate. The shortlist is the `count` largest scores, of equal ones
-// the first tokens: a set that depends on its row alone, however threads share the vocabulary.
+//   mass = softmax(M x + b);   kept: clusters with mass_c >= threshold * size_c, and the one whose mass_c / size_c is largest
+//
+// Every other logit is -inf: estimates among exact values would let a token be drawn for an error of its estimate. Every thread chooses
+// the clusters for itself, all alike: a choice that depends on its row alone.
 // In: the input of the head. Out: logits of the block.
 #pragma once
 #include "context.h"
@@ -10,28 +11,25 @@
 class Screen {
  public:
   Screen() = default;
-  // Of what `check` let pass; raises BadValue for sizes or values that do not fit. The matrices' memory is the arena's.
-  Screen(const dejavu_model &model, Arena &arena, int threads, int64_t max_rows, const dejavu_matrix &A, const dejavu_matrix &B, int64_t count);
-  // Raises BadValue where the model cannot take them.
-  static void check(const dejavu_model &model, const dejavu_matrix &A, const dejavu_matrix &B, int64_t count);
-  bool present() const { return count_ > 0; }
+  // Of what `check` let pass; raises BadValue for sizes or values that do not fit. The centroids' memory is the arena's.
+  Screen(const dejavu_model &model, Arena &arena, int threads, int64_t max_rows, const dejavu_matrix &centroids, const int32_t *members, const int32_t *sizes, float threshold);
+  // Raises BadValue where the model cannot take them, or members are not each token once.
+  static void check(const dejavu_model &model, const dejavu_matrix &centroids, const int32_t *members, const int32_t *sizes, float threshold);
+  bool present() const { return centroids_.present(); }
 
-  // This thread's best of its share of the vocabulary, and -inf for all of it. A barrier comes next.
-  void shortlist(const Context &context, const Vector &x, int64_t row);
-  // Exact logits of this thread's share of the shortlist, once every thread has found its best.
+  // M x + b of this thread's share of the clusters, and -inf for its share of the vocabulary. A barrier comes next.
+  void score(const Context &context, const Vector &x, int64_t row);
+  // Exact logits of this thread's share of the shortlist, once every cluster has its score.
   void write_logits(const Context &context, const Vector &x, int64_t row);
 
  private:
   struct alignas(64) Scratch {
-    Vectors low;  // one, of the rank
-    Buffer<uint64_t> ranks;
+    Buffer<float> mass, exact;  // of all clusters, and of a shortlist
     Buffer<int32_t> tokens;
-    Buffer<float> exact;
   };
-  Matrix A_, B_;
-  int64_t count_ = 0;
-  // Shared: the ranks that each thread found, `found_` of them.
-  Buffer<uint64_t> best_;  // [rows, threads, count]
-  Buffer<int64_t> found_;  // [rows, threads]
+  Matrix centroids_;  // int8, with b
+  Buffer<int32_t> members_, begin_;  // tokens, one cluster after the other, and where each begins
+  float threshold_ = 0;
+  Buffer<float> scores_;          // shared: [rows, clusters]
   std::vector<Scratch> scratch_;  // by thread
 };

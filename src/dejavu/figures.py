@@ -190,14 +190,16 @@ class Evaluation(TypedDict):
 
 
 class HeadAgreement(TypedDict):
-    """How often a screened head and the full one choose the same token. screened_head: tokens of a shortlist; rank: of its scores;
-    tokens: compared; agreement: the share of them.
+    """What a screened head leaves out. screened_head: its threshold; shortlist: how many tokens get logits, in the mean; tokens: of the
+    text; agreement: the share of them after which it chooses what the full head does; missed: the full head's probability of what has no
+    logit, in the mean.
     """
 
-    screened_head: int
-    rank: int
+    screened_head: float
+    shortlist: float
     tokens: int
     agreement: float
+    missed: float
 
 
 def check(value: Any, kind: Any, *, may_lack: Collection[str] = (), where: str = "it") -> None:

@@ -25,6 +25,7 @@ from dejavu.generation.engine_cache import EngineCache
 from dejavu.generation.generation import GeneratedText, Generation, generate_tokens
 from dejavu.kernels.dtypes import DTYPE_NAMES
 from dejavu.kernels.processors import default_threads
+from dejavu.kernels.screen import Screen
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.masked import MaskedSelection
@@ -54,7 +55,7 @@ class LanguageModel(OfflineMethods):
         as_held = options.dtype in ("auto", "stored")
         self.dtype = own if as_held else options.dtype
         cache_dtype = capabilities.cache_dtype(options.cache_dtype, dtype=self.dtype)
-        capabilities.check_screened_head(options.screened_head, vocab_size=self.config.vocab_size)
+        capabilities.check_screened_head(options.screened_head)
         kind = options.dtype if not as_held else "stored" if capabilities.packs else own
         self.options = replace(options, dtype=kind, cache_dtype=cache_dtype)
         self.adapter = adapter
@@ -73,8 +74,26 @@ class LanguageModel(OfflineMethods):
         return self.options.cache_dtype
 
     @property
-    def screened_head(self) -> int:
-        return self.options.screened_head
+    def screened_head(self) -> float:
+        """The threshold of the screened head that runs, see `screen`; 0 with the full head."""
+        screen = self.screen()
+        return 0.0 if screen is None else screen.threshold
+
+    def screen(self, *, adapter: Adapter | None = None, dense: bool = False) -> Screen | None:
+        """The screened head of `adapter`, else of the model's own, at the threshold that the options ask for; None: the full head.
+
+        Raises ValueError where one is asked for that the adapter has not.
+        """
+        chosen, asked = None if dense else adapter or self.adapter, self.options.screened_head
+        found = None if chosen is None else chosen.screen
+        if dense or asked == 0 or (asked is None and not CAPABILITIES[self.backend].screened_head):
+            return None
+        require(
+            asked is None or found is not None,
+            f"--screened-head {asked} is the threshold of an adapter's screened head, and there is none here: train one "
+            "(dejavu train --method head, or auto), or leave it out",
+        )
+        return found if found is None or asked is None else found.at(asked, found.tokens if asked == found.threshold else None)
 
     @property
     def threads(self) -> int | None:
@@ -239,7 +258,10 @@ class LanguageModel(OfflineMethods):
         own = self.sampling_of(adapter=adapter, dense=dense)
         sampling = own.overridden(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         engine, give_back = self._engines.take(
-            self.model, self._chosen(adapter, dense=dense), replace(self.options, record=record), tokens=room
+            self.model,
+            self._chosen(adapter, dense=dense),
+            replace(self.options, record=record, screen=self.screen(adapter=adapter, dense=dense)),
+            tokens=room,
         )
         try:
             return generate_tokens(
@@ -269,7 +291,7 @@ class LanguageModel(OfflineMethods):
             self.model.hand_over(self.model)
         for each in dict.fromkeys(each for each, _ in needed):
             layouts = list(dict.fromkeys(layout for owner, layout in needed if owner is each))
-            hand_over(each, self.options.dtype, layouts, screened=self.screened_head > 0)
+            hand_over(each, self.options.dtype, layouts)
 
     def engine(
         self, *, num_slots: int, cache_tokens: int, adapter: Adapter | None = None, dense: bool = False, record: bool = False
@@ -279,7 +301,8 @@ class LanguageModel(OfflineMethods):
         It decodes as `generate` does. record: keep what every step selected. Raises ValueError for an adapter of another model.
         """
         with torch.inference_mode(False), torch.no_grad():
-            options = replace(self.options, num_slots=num_slots, cache_tokens=cache_tokens, record=record)
+            screen = self.screen(adapter=adapter, dense=dense)
+            options = replace(self.options, num_slots=num_slots, cache_tokens=cache_tokens, record=record, screen=screen)
             model, layers = self._engines.attached(self.model, self._chosen(adapter, dense=dense), dtype=self.options.dtype)
             return make_engine(model, layers, options)
 

@@ -39,7 +39,7 @@ def load(
     backend: str = "auto",
     dtype: str = "auto",
     cache_dtype: str = "auto",
-    screened_head: int = 0,
+    screened_head: float | None = None,
     adapter: Adapter | str | Path | None = "bundled",
     threads: int | None = None,
     revision: str | None = None,
@@ -57,8 +57,8 @@ def load(
     or None to run dense. dtype: auto (what the file stores, see held_dtype), fp32, fp16, bf16, and on the native backend int8 and int4;
     there the matrices are rounded to what the dtype holds, for evaluation too; stored keeps each as it is on backend torch, too, and
     computes in fp32: little memory, slowly. cache_dtype: of keys and values, likewise: auto (on the native backend fp32 with fp32
-    weights, else fp16), fp32, fp16, int8. screened_head: of the native backend, how many tokens a step gives exact logits (0: all), see
-    kernels/screen.py; evaluation has the full head.
+    weights, else fp16), fp32, fp16, int8. screened_head: of the native backend, below which probability the adapter's screened head
+    leaves tokens out (0: the full head; None: what it was trained to), see kernels/screen.py; evaluation has the full head.
     threads: of torch, for the whole process, and of the native engine; None: as many as the process has processors, by its affinity and
     the quota of its control group, and for torch no more than it has. backend: auto takes native or else torch for an architecture that
     the other one does not compute, and torch for such an adapter's method, with a note. before_weights: called with the architecture, the
@@ -139,6 +139,8 @@ def load(
     lm.notes = lm.notes if widened is None else (*lm.notes, widened)
     if lacking:
         lm.notes = (*lm.notes, f"backend {backend} on the CPU: {requested} does not compute {', '.join(lacking)}")
+    if lm.adapter is not None and lm.adapter.screen is not None and screened_head is None and not capabilities.screened_head:
+        lm.notes = (*lm.notes, f"backend {backend} has no screened head: the full one runs in place of the adapter's")
     layers = lm.layers()
     running = lm.model if layers is None else adapted_model(lm.model, layers)
     others = sorted(set(running.sizes()) - set(lm.model.sizes()))

@@ -26,7 +26,7 @@ E embedding width  R predictor rank  O outputs of a predictor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,7 +34,7 @@ from dejavu.config import ModelConfig
 from dejavu.engine.interface import EngineInfo
 from dejavu.generation.generation import GeneratedText
 from dejavu.kernels.quantized import QuantizedMatrix
-from dejavu.kernels.screen import screen_rank
+from dejavu.kernels.screen import Screen
 from dejavu.model.counts import Counts
 from dejavu.model.grids import Grids
 from dejavu.model.selectors import InputPoints, LayerAdapter, Scoring
@@ -85,14 +85,14 @@ STORAGE_FORMATS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Formats:
-    """Dtypes of the matrices, the cache, and vectors; predictors may be int8 where their values are. screened: tokens of the
-    shortlist of a screened head, 0 without one. grids: of each matrix, where they are not all of the dtype `weights`."""
+    """Dtypes of the matrices, the cache, and vectors; predictors may be int8 where their values are. screen: of a screened
+    head; None: the full one. grids: of each matrix, where they are not all of the dtype `weights`."""
 
     weights: str
     cache: str
     vectors: str
     int8_predictors: bool
-    screened: int = 0
+    screen: Screen | None = None
     grids: Grids | None = None
 
     def of_layer(self, index: int) -> Callable[[str], StorageFormat]:
@@ -120,7 +120,7 @@ def formats_of(info: EngineInfo) -> Formats:
     """How an engine stores what it reads: native and cuda keep predictors int8; native vectors fp32; torch has one dtype for all."""
     if info.backend == "native":
         return Formats(
-            weights=info.dtype, cache=info.cache_dtype, vectors="fp32", int8_predictors=True, screened=info.screened_head, grids=info.grids
+            weights=info.dtype, cache=info.cache_dtype, vectors="fp32", int8_predictors=True, screen=info.screen, grids=info.grids
         )
     return Formats(weights=info.dtype, cache=info.cache_dtype, vectors=info.dtype, int8_predictors=info.backend == "cuda")
 
@@ -192,10 +192,11 @@ def step_bytes(config: ModelConfig, formats: Formats, reads: Reads, layers: Sequ
 
 def _head_rows(config: ModelConfig, formats: Formats) -> float:
     width, row = config.embed_width, formats.head.row(config.embed_width)
-    if not formats.screened:
+    screen = formats.screen
+    if screen is None:
         return config.vocab_size * row
-    rank, int8 = screen_rank(width), STORAGE_FORMATS["int8"]
-    return rank * int8.row(width) + config.vocab_size * int8.row(rank) + formats.screened * row
+    clusters, bias = len(screen.sizes_C), STORAGE_FORMATS["fp32"].value
+    return clusters * (STORAGE_FORMATS["int8"].row(width) + bias) + (screen.tokens or config.vocab_size) * row
 
 
 def weight_bytes(config: ModelConfig, formats: Formats) -> float:
@@ -220,7 +221,7 @@ def read_share(
     tokens: of each row; not given: as many as the layer that reads most of the cache does with all of its heads.
     """
     tokens = max(reads.cached_L) / (reads.rows * config.num_kv_heads) if tokens is None else tokens
-    dense = step_bytes(config, formats, dense_reads(config, rows=reads.rows, tokens=tokens))
+    dense = step_bytes(config, replace(formats, screen=None), dense_reads(config, rows=reads.rows, tokens=tokens))
     return sum(step_bytes(config, formats, reads, layers).values()) / sum(dense.values())
 
 

@@ -200,14 +200,16 @@ def bench(
     peers = peers if batch == 1 else ()
     variants = named_ahead(variants, options.ahead)
     for variant in variants:
-        check_mode(model, variant.layers, ids, options)
+        check_mode(model, variant.layers, ids, variant.options(options))
     notes += _check_peers(peers, model, ids, name)
     rows_BT = [[ids[(row * context + t) % len(ids)] for t in range(needed)] for row in range(batch)]
 
     def decoder_of(variant: Variant) -> _Decoder:
         # torch keeps its lists anyway, so that recording them costs nothing; the others tell unions in their profile.
         record, tokens = options.backend not in ("native", "cuda"), batch * (needed + 64)
-        engine = make_engine(model, variant.layers, dataclasses.replace(options, num_slots=batch, cache_tokens=tokens, record=record))
+        engine = make_engine(
+            model, variant.layers, dataclasses.replace(variant.options(options), num_slots=batch, cache_tokens=tokens, record=record)
+        )
         return _Decoder(engine, variant, rows_BT, context, model.config)
 
     decoders = [decoder_of(variant) for variant in variants]
@@ -326,10 +328,11 @@ class _DecodeRun:
     def _of_decoder(self, decoder: _Decoder) -> list[SpeedRow]:
         held, variant = decoder.steps, decoder.variant
         reads = held.mean_reads(self.batch)
-        useful = step_bytes(self.config, self.formats, reads, variant.layers)
+        formats = dataclasses.replace(self.formats, screen=variant.screen)
+        useful = step_bytes(self.config, formats, reads, variant.layers)
         values: dict[str, Any] = {
             **variant_facts(variant, adapter=self.adapter, ahead=self.ahead),
-            "read_share": read_share(self.config, self.formats, reads, variant.layers),
+            "read_share": read_share(self.config, formats, reads, variant.layers),
             "mlp_density": float(np.mean(held.mlp)),
             "head_density": float(np.mean(held.heads)),
             "union_density": float(np.mean(held.union)) if self.batch > 1 else None,

@@ -30,7 +30,7 @@ def engine_facts(info: EngineInfo, config: ModelConfig, *, name: str, shape: Sha
         "synthetic": shape is not None,
         **made_up,
         "cache_dtype": info.cache_dtype,
-        "screened_head": info.screened_head,
+        "screened_head": 0.0 if info.screen is None else info.screen.threshold,
         "threads": info.threads,
         "mlp_density": 1.0,
         "head_density": 1.0,
@@ -47,7 +47,8 @@ def variant_facts(variant: Variant, *, adapter: str | None, ahead: str | None) -
         "sparse_heads": selects_heads(variant.layers),
         "method": method_of(variant.layers),
         "ahead": ahead if sparse else None,
-        "adapter": adapter if sparse else None,
+        "adapter": adapter if sparse or variant.screen is not None else None,
+        "screened_head": 0.0 if variant.screen is None else variant.screen.threshold,
     }
 
 

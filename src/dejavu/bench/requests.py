@@ -138,7 +138,8 @@ def bench_requests(
     room = max((request.positions for request in requests), default=0) + 64
     options = dataclasses.replace(options, num_slots=1, cache_tokens=room)
     runners = [
-        _Runner(engine=make_engine(model, variant.layers, options), variant=variant) for variant in named_ahead(variants, options.ahead)
+        _Runner(engine=make_engine(model, variant.layers, variant.options(options)), variant=variant)
+        for variant in named_ahead(variants, options.ahead)
     ]
     ahead = (options.ahead or USUAL_AHEAD) if options.backend == "cuda" else None
     sync = torch.cuda.synchronize if on_gpu(runners[0].engine.info.device) else nothing

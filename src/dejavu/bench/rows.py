@@ -123,7 +123,7 @@ class SpeedRow(WayToRun):
     ahead: str | None = None
     union_density: float | None = None
     nodes: int | None = None
-    screened_head: int = 0
+    screened_head: float = 0
     read_share: float | None = None
     method: str | None = None
     new_tokens: int | None = None

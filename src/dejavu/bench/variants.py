@@ -20,6 +20,7 @@ from dejavu.bench.models.density import rethresholded
 from dejavu.config import require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.options import EngineOptions
+from dejavu.kernels.screen import Screen
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import AllHeads, LayerAdapter
 from dejavu.model.transformer import DENSE, Transformer
@@ -72,11 +73,17 @@ def runs_same(peer: Peer, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One way to run the model: mode dense, sparse or sparse+heads; its predictors (None: dense); what selection they plant."""
+    """One way to run the model: mode dense, sparse, sparse+heads or screened; its predictors (None: dense); what selection they plant;
+    its screened head (None: the full one)."""
 
     mode: str
     layers: Layers | None = None
     selection: str | None = None
+    screen: Screen | None = None
+
+    def options(self, options: EngineOptions) -> EngineOptions:
+        """Those of its engine."""
+        return replace(options, screen=self.screen)
 
 
 DENSE_VARIANT = Variant(mode="dense")
@@ -92,14 +99,16 @@ def method_of(layers: Layers | None) -> str | None:
     return "+".join(dict.fromkeys(method for layer in layers or () for method in layer.methods)) or None
 
 
-def variants_of(layers: Layers | None, *, selection: str | None = None) -> list[Variant]:
-    """The sparse variants that an adapter offers."""
+def variants_of(layers: Layers | None, *, selection: str | None = None, screen: Screen | None = None) -> list[Variant]:
+    """The sparse variants that an adapter offers, each with its screened head; with that alone where nothing else is sparse."""
     found = []
     without_heads = tuple(dataclasses.replace(layer, heads=AllHeads()) for layer in layers or ())
     if any(layer.sparse for layer in without_heads):
-        found.append(Variant(mode="sparse", layers=without_heads, selection=selection))
+        found.append(Variant(mode="sparse", layers=without_heads, selection=selection, screen=screen))
     if selects_heads(layers):
-        found.append(Variant(mode="sparse+heads", layers=layers, selection=selection))
+        found.append(Variant(mode="sparse+heads", layers=layers, selection=selection, screen=screen))
+    if screen is not None and not found:
+        found.append(Variant(mode="screened", screen=screen))
     return found
 
 
@@ -112,11 +121,12 @@ def variants_at(
     head_densities: Sequence[float] = (),
     selections: Sequence[str] = (),
     inputs_alike: bool = False,
+    screen: Screen | None = None,
 ) -> list[Variant]:
     """Dense, and the sparse variants at every requested selection, MLP density and head density; as the predictors are where none is named.
 
     layers_for(selection, density): predictors, whose thresholds are then set on the ids, see `density.rethresholded`. inputs_alike: where
-    inputs are selected and no head density is named, those of attention have the MLP's.
+    inputs are selected and no head density is named, those of attention have the MLP's. screen: of what is not dense.
     """
     found = [DENSE_VARIANT]
     for selection in selections or (None,):
@@ -135,7 +145,9 @@ def variants_at(
                     chosen = layers
                 # The MLP alone does not depend on the head density, which is of attention where inputs are selected: once is enough.
                 again = index == 0 or any(layer.inputs.selects for layer in chosen or ())
-                found += [variant for variant in variants_of(chosen, selection=selection) if again or variant.mode != "sparse"]
+                found += [
+                    variant for variant in variants_of(chosen, selection=selection, screen=screen) if again or variant.mode != "sparse"
+                ]
     return found
 
 
@@ -177,11 +189,10 @@ def _by_value(layers: Layers | None) -> bool:
 def check_mode(model: Transformer, layers: Layers | None, ids: Sequence[int], options: EngineOptions) -> None:
     """Decode a few tokens and compare with the (masked) forward pass. Raises ValueError where they are not the same model."""
     count, prompt = _count(model)
-    engine, screened_head = make_engine(model, layers, replace(options, cache_tokens=count)), options.screened_head
+    engine = make_engine(model, layers, replace(options, cache_tokens=count))
     engine.prefill(0, ids[:prompt])
     found = torch.stack([engine.step([token], [0]).logits_BV[0] for token in ids[prompt:count]]).cpu()
-    shown = (found != -torch.inf).sum(1)
-    assert (shown == (screened_head or found.shape[1])).all(), f"{screened_head=} {shown=}"
+    assert options.screen is not None or (found != -torch.inf).all(), "a full head has every logit"
     error = _error(found, _forward(model, layers, ids))
     limit = VALUE_LIMIT if _by_value(layers) else FP32_LIMIT if engine.info.dtype == "fp32" else LIMIT
     require(

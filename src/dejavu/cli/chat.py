@@ -69,7 +69,7 @@ def chat(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     cache_dtype: CacheDtype = "auto",
-    screened_head: ScreenedHead = 0,
+    screened_head: ScreenedHead = None,
     threads: Threads = None,
     seed: Seed = 0,
     download: Download = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,7 +60,7 @@ def evaluation(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     cache_dtype: CacheDtype = "auto",
-    screened_head: ScreenedHead = 0,
+    screened_head: ScreenedHead = None,
     threads: Threads = None,
     seed: Seed = 0,
     download: Download = False,
@@ -104,7 +105,7 @@ def evaluation(
             result |= evaluate(lm.model, lm.tokenizer, lm.layers(), texts=texts, tasks=items, store=store, progress=progress, **settings)
         if harness:
             result["harness"] = _harness(lm, harness, limit, progress)
-        if screened_head:
+        if lm.screened_head and texts:
             result["screen"] = _agreement(lm, texts, progress)
     if store.reused:
         out.show(f"{store.reused} texts and tasks were already measured")
@@ -143,7 +144,7 @@ def _agreement(lm: LanguageModel, texts: dict[str, str], progress: Progress | No
         lm.model,
         lm.layers(),
         ids,
-        lm.options,
+        replace(lm.options, screen=lm.screen()),
         max_tokens=MAX_SCREEN_TOKENS,
         progress=progress,
     )

@@ -49,7 +49,7 @@ def generate(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     cache_dtype: CacheDtype = "auto",
-    screened_head: ScreenedHead = 0,
+    screened_head: ScreenedHead = None,
     threads: Threads = None,
     seed: Seed = 0,
     download: Download = False,

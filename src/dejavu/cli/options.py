@@ -27,7 +27,8 @@ Dtype = Annotated[
 ]
 CacheDtype = Annotated[str, typer.Option("--cache-dtype", metavar="NAME", help="Of keys and values: auto, fp32, fp16 or int8 (native).")]
 ScreenedHead = Annotated[
-    int, typer.Option("--screened-head", metavar="N", help="Exact logits for N tokens that low-rank scores choose (native); 0: for all.")
+    float | None,
+    typer.Option("--screened-head", metavar="P", help="Threshold of the adapter's screened head (native); 0: the full head."),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Makes the command reproducible.")]
@@ -98,6 +99,17 @@ def open_model(
     return lm
 
 
+def screened_head(lm: LanguageModel) -> str:
+    """The screened head that runs, and at its own threshold what was measured of it."""
+    screen = lm.screen()
+    assert screen is not None and lm.adapter is not None and lm.adapter.config.screened_head is not None, "a screened head"
+    measured = lm.adapter.config.screened_head
+    if screen.threshold != measured.threshold:
+        return f"screened head at {screen.threshold:.3g}"
+    kept = f"{measured.tokens:,.0f} tokens, {measured.missed:.2%} of probability missed, agreement {measured.agreement:.2%}"
+    return f"screened head at {screen.threshold:.3g}: {kept}"
+
+
 def describe(lm: LanguageModel, *, adapter_matters: bool) -> str:
     """One line on what runs: model, size, backend, dtypes, threads, adapter."""
     parts = [f"[bold]{escape(lm.name)}[/bold]", f"{lm.num_parameters / 1e6:,.1f} M parameters", f"backend {lm.backend}", lm.dtype]
@@ -105,7 +117,7 @@ def describe(lm: LanguageModel, *, adapter_matters: bool) -> str:
         parts[-1] += f" (weights {lm.model.stored_as})"
     parts.append(f"cache {lm.cache_dtype}")
     if lm.screened_head:
-        parts.append(f"screened head {lm.screened_head:,}")
+        parts.append(screened_head(lm))
     parts.append(f"{lm.num_threads} thread{'s' * (lm.num_threads > 1)}")
     if adapter_matters and lm.adapter is None:
         parts.append("dense")

@@ -103,7 +103,8 @@ def ratio(speed: float | None, base: float | None, *, mode: str = "sparse", agai
 def screen_line(screen: HeadAgreement) -> str:
     """What a screened head was measured to do."""
     share = f"[bold]{screen['agreement']:.2%}[/bold] of {screen['tokens']:,} tokens"
-    return f"screened head of {screen['screened_head']:,} (rank {screen['rank']}): the full head's choice after {share}"
+    what = f"screened head of {screen['shortlist']:,.0f} tokens (threshold {screen['screened_head']:.3g})"
+    return f"{what}: the full head's choice after {share}, [bold]{screen['missed']:.2%}[/bold] of its probability missed"
 
 
 @contextmanager

@@ -48,6 +48,6 @@ def write_sections(folder: Path, lm: LanguageModel, *, screen: HeadAgreement | N
     facts = about(lm.checkpoint, backend=lm.backend, dtype=lm.dtype, threads=lm.num_threads, cuda=lm.backend == "cuda")
     facts["environment"] |= {"cache_dtype": lm.cache_dtype, "screened_head": lm.screened_head}
     if screen is not None:
-        facts["environment"]["screen_agreement"] = screen["agreement"]
+        facts["environment"] |= {"screen_agreement": screen["agreement"], "screen_missed": screen["missed"]}
     write_json(path, plain({**(held if same else {}), **facts, **sections}))
     return path

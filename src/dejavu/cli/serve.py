@@ -73,7 +73,7 @@ def serve(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     cache_dtype: CacheDtype = "auto",
-    screened_head: ScreenedHead = 0,
+    screened_head: ScreenedHead = None,
     threads: Threads = None,
     download: Download = False,
     offline: Offline = False,

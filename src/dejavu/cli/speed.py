@@ -76,6 +76,7 @@ def measure(subject: Subject, plan: Plan, peers: Sequence[Peer], out: Output, pr
         head_densities=plan.head_densities,
         selections=subject.selections,
         inputs_alike=subject.synthetic,
+        screen=subject.screen,
     )
     found = Found()
     requests, passage = _requests_with_room(subject, plan, found.notes), _passage(subject, plan, found.notes)
@@ -101,8 +102,9 @@ def measure(subject: Subject, plan: Plan, peers: Sequence[Peer], out: Output, pr
         found.runs.append(("prompts and whole requests", measured))
     if passage is not None:
         found.qualities = _qualities(passage, subject, variants, peers, adapter, found.notes)
-    if subject.options.screened_head:  # in the last of the variants: with the predictors, where there are any
-        found.screen = head_agreement(subject.model, variants[-1].layers, subject.ids, subject.options, progress=progress)
+    if subject.screen is not None:  # in the last of the variants: with the predictors, where there are any
+        last = variants[-1]
+        found.screen = head_agreement(subject.model, last.layers, subject.ids, last.options(subject.options), progress=progress)
     return found
 
 

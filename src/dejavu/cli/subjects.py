@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dejavu.bench.models.planted import PlantedModel, PlantedQuality
     from dejavu.bench.rows import Shape
     from dejavu.bench.variants import Layers, Variant
+    from dejavu.kernels.screen import Screen
     from dejavu.language_model import LanguageModel
     from dejavu.model.transformer import Transformer
 
@@ -44,6 +45,10 @@ class Subject:
     lm: LanguageModel | None = None
     planted: PlantedModel | None = None
     shape: Shape | None = None
+
+    @property
+    def screen(self) -> Screen | None:
+        return None if self.lm is None else self.lm.screen()
 
     @property
     def synthetic(self) -> bool:
@@ -127,7 +132,7 @@ def made_up(
     else:
         set_threads(options.threads)
     cached = capabilities.cache_dtype(options.cache_dtype, dtype=dtype)
-    capabilities.check_screened_head(options.screened_head, vocab_size=shape_of(name).vocab_size)
+    require(not options.screened_head, "a screened head is trained on a text, which a made-up model has not; leave --screened-head out")
     settled = replace(options, backend=picked, dtype=dtype, cache_dtype=cached)
     require(method is None or not dense, f"--dense leaves nothing to select; drop it or --method {method}")
     selects = method or ("predicted" if picked == "cuda" else usual_method(shape_of(name)))
@@ -149,8 +154,7 @@ def made_up(
         chosen = [] if dense or selects != "predicted" else selections or ["uniform"]
         subject = _random(name, settled, method=selects, rank=rank, densities=targets, heads=heads, selections=chosen, seed=seed)
     size = subject.model.num_parameters
-    head = f" · screened head {options.screened_head:,}" if options.screened_head else ""
-    about = f"(synthetic) · {size / 1e6:,.1f} M parameters · backend {picked} · {dtype} · cache {cached}{head}"
+    about = f"(synthetic) · {size / 1e6:,.1f} M parameters · backend {picked} · {dtype} · cache {cached}"
     out.show(f"[bold]{escape(subject.name)}[/bold] {about}")
     return subject
 

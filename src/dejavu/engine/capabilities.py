@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dejavu.config import ModelConfig, require
 from dejavu.engine.options import EngineOptions
+from dejavu.kernels.screen import check_threshold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +51,15 @@ class Capabilities:
         )
         return name
 
-    def check_screened_head(self, count: int, *, vocab_size: int) -> None:
-        """Raise ValueError for a value of --screened-head that the engine or the vocabulary cannot have."""
+    def check_screened_head(self, threshold: float | None) -> None:
+        """Raise ValueError for a value of --screened-head that the engine cannot have."""
+        if not threshold:
+            return
+        check_threshold(threshold)
         require(
-            count == 0 or self.screened_head,
-            f"a screened head is not available on backend {self.backend!r}; leave --screened-head {count} out",
+            self.screened_head,
+            f"a screened head is not available on backend {self.backend!r}; leave --screened-head {threshold:g} out",
         )
-        require(0 <= count < vocab_size, f"a screened head takes 1 to {vocab_size - 1} tokens of the vocabulary, or 0 for all, not {count}")
 
     def check(self, options: EngineOptions, config: ModelConfig, *, stored: str) -> None:
         """Raise ValueError for an option that the engine does not obey. stored: the dtype that the model is loaded in."""
@@ -70,4 +73,8 @@ class Capabilities:
             f"dtype {dtype!r} is not available on backend {self.backend!r} for a model loaded as {stored}; load it as {dtype}",
         )
         self.cache_dtype(options.cache_dtype, dtype=dtype)
-        self.check_screened_head(options.screened_head, vocab_size=config.vocab_size)
+        if options.screen is not None:
+            self.check_screened_head(options.screen.threshold)
+            clusters, size = options.screen.centroids.shape
+            fits = (len(options.screen.members_V), size) == (config.vocab_size, config.embed_width)
+            require(fits, f"the screened head of {clusters} clusters is of another model; train one for this one")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dejavu.config import ModelConfig, SamplingConfig
 from dejavu.engine.options import EngineOptions
+from dejavu.kernels.screen import Screen
 from dejavu.model.counts import Counts
 from dejavu.model.grids import Grids
 from dejavu.model.selectors import InputPoints, LayerAdapter
@@ -105,8 +106,8 @@ class StepProfile:
 class EngineInfo:
     """What an engine is and what it can hold. Fixed at construction.
 
-    cache_dtype is of keys and values. screened_head: how many tokens of the vocabulary get logits, those of the others being -inf;
-    0: all do. max_positions is the model's context, cache_tokens what the key/value pool holds over all slots, both in tokens.
+    cache_dtype is of keys and values. screen: of the vocabulary, whose unlikely tokens have -inf; None: all get
+    logits. max_positions is the model's context, cache_tokens what the key/value pool holds over all slots, both in tokens.
     input_points: of the model, where some layer selects inputs; else None. grids: of its matrices, where the engine computes with them as
     they are stored and `dtype` is but a word for them; else None.
     """
@@ -125,7 +126,7 @@ class EngineInfo:
     num_slots: int
     page_size: int
     num_pages: int
-    screened_head: int = 0
+    screen: Screen | None = None
     input_points: InputPoints | None = None
     grids: Grids | None = None
 
@@ -160,7 +161,7 @@ class EngineInfo:
             num_slots=options.num_slots,
             page_size=size,
             num_pages=options.num_slots * pages_per_slot if options.cache_tokens is None else -(-options.cache_tokens // size),
-            screened_head=options.screened_head,
+            screen=options.screen,
             input_points=InputPoints.of(config) if any(layer.inputs.selects for layer in layers) else None,
         )
 

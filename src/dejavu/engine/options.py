@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from dejavu.config import Config, require
+from dejavu.kernels.screen import Screen
 
 PAGE_SIZE = 16
 
@@ -16,8 +17,9 @@ PAGE_SIZE = 16
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions(Config):
     """dtype: of the weights, where the engine packs its own (native: fp32, fp16, bf16, int8, int4, or stored: each as the model holds it);
-    auto: the model's. cache_dtype: of keys and values; auto: see `Capabilities.cache_dtype`. screened_head: how many tokens of the
-    vocabulary get exact logits (0: all; others have -inf), see kernels/screen.py. threads: of the native engine (None: every processor that
+    auto: the model's. cache_dtype: of keys and values; auto: see `Capabilities.cache_dtype`. screened_head: what a user asks for: the
+    threshold of the adapter's screened head in place of its own (0: every token gets its logit; None: as the adapter has it). screen: what
+    an engine then runs (None: the full head), see kernels/screen.py. threads: of the native engine (None: every processor that
     this process may use); torch has one number for the whole process. ahead: where the cuda engine selects neurons, see TokenStep.
 
     num_slots: sequences at a time. cache_tokens: room of the key/value pool over all slots, in tokens; None: the whole context for each.
@@ -27,7 +29,8 @@ class EngineOptions(Config):
     backend: str = "auto"
     dtype: str = "auto"
     cache_dtype: str = "auto"
-    screened_head: int = 0
+    screened_head: float | None = None
+    screen: Screen | None = None
     threads: int | None = None
     ahead: str | None = None
     num_slots: int = 1

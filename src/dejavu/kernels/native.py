@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dejavu.kernels
 
-ABI_VERSION = 8  # DEJAVU_ABI_VERSION: what the layouts of structures do not show
+ABI_VERSION = 9  # DEJAVU_ABI_VERSION: what the layouts of structures do not show
 FILE_NAME = "dejavu_native.so"
 OK, BAD_VALUE, NO_MEMORY, NOT_FINITE, INTERNAL = range(5)
 DTYPES = (
@@ -94,7 +94,7 @@ _SIGNATURES = {
     "dejavu_engine_predictor": (c_int, (c_void_p, c_int64, c_int, POINTER(MatrixStruct), POINTER(MatrixStruct), c_float, c_int)),
     "dejavu_engine_gate": (c_int, (c_void_p, c_int64, c_float)),
     "dejavu_engine_inputs": (c_int, (c_void_p, c_int64, c_int, c_void_p, c_int64, c_float)),
-    "dejavu_engine_screen": (c_int, (c_void_p, POINTER(MatrixStruct), POINTER(MatrixStruct), c_int64)),
+    "dejavu_engine_screen": (c_int, (c_void_p, POINTER(MatrixStruct), c_void_p, c_void_p, c_float)),
     "dejavu_engine_run": (c_int, (c_void_p, POINTER(BlockStruct))),
     "dejavu_engine_profile": (c_int, (c_void_p, POINTER(BlockStruct), POINTER(ProfileStruct))),
     "dejavu_engine_read": (c_int, (c_void_p, c_void_p, c_int64, POINTER(c_double))),

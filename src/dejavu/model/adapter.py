@@ -22,6 +22,7 @@ from torch import Tensor
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, ModelConfig, SamplingConfig, require, shown
 from dejavu.files import new_folder, read_object, read_safetensors, write_json, write_safetensors, write_text
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, wide
+from dejavu.kernels.screen import Screen
 from dejavu.model.adapter_config import SCHEMA_VERSIONS, AdapterConfig, LayerConfig
 from dejavu.model.card import card
 from dejavu.model.fingerprint import tensor_digest
@@ -29,6 +30,7 @@ from dejavu.model.foreign_lora import refuse_peft
 from dejavu.model.generation_config import GENERATION_FILE, generation_values, read_generation_config
 from dejavu.model.lora import LayerLora, adapted_model, lora_tensors, merged_block, read_lora
 from dejavu.model.predictor import Predictor
+from dejavu.model.screen_tensors import read_screen, screen_tensors
 from dejavu.model.selectors import SELECTORS, LayerAdapter
 from dejavu.model.transformer import Transformer
 
@@ -39,18 +41,21 @@ CONFIG_FILE, TENSOR_FILE, CARD_FILE = "config.json", "adapter.safetensors", "REA
 class Adapter:
     """layers[i] holds the predictors of layer i (on the CPU after load); config says where they come from.
 
-    lora[i]: how the weights of layer i change, where they do. sampling: how text is drawn with it where nothing is asked; None: as
-    without it. notes: lines for the user on what its files hold. What runs a model takes `attached(model)`.
+    lora[i]: how the weights of layer i change, where they do. screen: its screened head, on the CPU, where it has one. sampling: how text
+    is drawn with it where nothing is asked; None: as without it. notes: lines for the user on what its files hold. What runs a model takes
+    `attached(model)`.
     """
 
     layers: tuple[LayerAdapter, ...]
     config: AdapterConfig
     lora: tuple[LayerLora, ...] | None = None
+    screen: Screen | None = None
     sampling: SamplingConfig | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert (self.lora is None) == (self.config.lora is None), "config and changes of weights differ"
+        assert (self.screen is None) == (self.config.screened_head is None), "config and screened head differ"
         assert self.lora is None or len(self.lora) == len(self.layers), "changes of other layers"
         assert [entry.layer for entry in self.config.layers] == list(range(len(self.layers))), "config and layers differ in their layers"
         for entry, layer in zip(self.config.layers, self.layers, strict=True):
@@ -72,6 +77,9 @@ class Adapter:
         for index, lora in enumerate(self.lora or ()):
             tensors = lora_tensors(index, lora)
             found.update(b"".join(name.encode() + tensor_digest(tensors[name].float()) for name in sorted(tensors)))
+        if self.screen is not None:
+            found.update(repr(self.screen.threshold).encode())
+            found.update(b"".join(tensor_digest(tensor.float()) for tensor in self.screen.tensors))
         return found.hexdigest()[:16]
 
     @property
@@ -87,11 +95,14 @@ class Adapter:
         for layer in self.layers:
             for selector in layer.selectors:
                 matrices += selector.tensors
+        if self.screen is not None:
+            yield from self.screen.tensors
         for matrix in matrices:
             yield from (matrix,) if isinstance(matrix, Tensor) else matrix.tensors
 
     def __repr__(self) -> str:
         config, merged = self.config, "" if self.lora is None else ", changes weights"
+        merged += "" if config.screened_head is None else f", screened head of {config.screened_head.tokens:,.0f} tokens"
         densities = f"mlp_density={config.mlp_density:.3f}, head_density={config.head_density:.3f}"
         facts = f"{config.method!r} of {config.base_id!r}, {len(self.layers)} layers, {densities}, budget={config.budget}{merged}"
         return f"Adapter({facts}{'' if self.sampling is None else f', {self.sampling.words}'})"
@@ -159,9 +170,10 @@ class Adapter:
         tensors = read_safetensors(folder / TENSOR_FILE)
         layers = tuple(read_layer(entry, tensors, model, folder / TENSOR_FILE) for entry in config.layers)
         lora = None if config.lora is None else tuple(read_lora(i, config.lora, tensors, model, folder / TENSOR_FILE) for i in range(count))
+        screen = None if config.screened_head is None else read_screen(config.screened_head, tensors, model, folder / TENSOR_FILE)
         require(not tensors, f"{folder / TENSOR_FILE} has tensors that its {CONFIG_FILE} does not list: {', '.join(sorted(tensors)[:5])}")
         generation = read_generation_config(folder, of=" of the adapter")
-        return Adapter(layers=layers, config=config, lora=lora, sampling=generation.sampling, notes=generation.notes)
+        return Adapter(layers=layers, config=config, lora=lora, screen=screen, sampling=generation.sampling, notes=generation.notes)
 
 
 def merged_model(model: Transformer, adapter: Adapter | None) -> Transformer:
@@ -197,6 +209,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
             tensors |= selector.file_tensors(f"layers.{index}.{key}")
     for index, lora in enumerate(adapter.lora or ()):
         tensors |= lora_tensors(index, lora)
+    if adapter.screen is not None:
+        tensors |= screen_tensors(adapter.screen)
     write_safetensors(folder / TENSOR_FILE, tensors)
     write_json(folder / CONFIG_FILE, adapter.config.to_dict())
     if adapter.sampling is not None:

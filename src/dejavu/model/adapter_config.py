@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from dejavu.config import Config, check_types, require, require_shares, shown, with_tuples
+from dejavu.kernels.screen import check_threshold
 from dejavu.model.lora import LoraConfig
 from dejavu.model.selectors import SELECTING_METHODS, SELECTORS, GateThreshold, LayerAdapter
 from dejavu.version import __version__
 
 # How the layers of an adapter's method select, see LayerAdapter.methods.
-SELECTS = {"predicted": "predicted", "adapted": "predicted", "exact": "gate"} | {method: method for method in SELECTING_METHODS}
+SELECTS = {"predicted": "predicted", "adapted": "predicted", "exact": "gate"} | {each: each for each in (*SELECTING_METHODS, "head")}
 METHODS = tuple(SELECTS)
 # A reader that knows only 1 must refuse an adapter that changes weights; one that does not know a method refuses it by name.
 SCHEMA_VERSIONS = {method: 2 if method == "adapted" else 1 for method in METHODS}
@@ -57,6 +58,26 @@ class LayerConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScreenConfig(Config):
+    """A screened head (kernels/screen.py) with what was measured of it on the check windows: tokens of a shortlist and missed mass in the
+    mean, agreement with the full head's choices.
+    """
+
+    threshold: float
+    clusters: int
+    tokens: float
+    agreement: float
+    missed: float
+    missed_stderr: float
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        require(self.clusters >= 1, f"a screened head has at least 1 cluster, not {self.clusters}")
+        require(self.tokens > 0 and self.missed_stderr >= 0, f"impossible measurements of a screened head: {shown(self.to_dict())}")
+        require_shares(agreement=self.agreement, missed=self.missed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterConfig(Config):
     """Provenance and measurements of an adapter, what its config.json holds.
 
@@ -64,7 +85,7 @@ class AdapterConfig(Config):
     calibration_max_tokens: how many tokens of the calibration text were asked for, None where that is not known. calibration_texts: the
     names of its files, none where they are not known.
     quality: measured numbers by name, e.g. ppl_dense, ppl_sparse. Densities are averages over all layers. lora: how the weights
-    change, where the method is "adapted".
+    change, where the method is "adapted". screened_head: where there is one; with method "head" it is all there is.
     """
 
     schema_version: int = 1
@@ -81,6 +102,7 @@ class AdapterConfig(Config):
     seed: int
     layers: tuple[LayerConfig, ...]
     lora: LoraConfig | None = None
+    screened_head: ScreenConfig | None = None
     dejavu_version: str = __version__
 
     @property
@@ -102,6 +124,7 @@ class AdapterConfig(Config):
             f"adapter schema_version {self.schema_version} is not supported (this dejavu {__version__} reads {known} for {self.method})",
         )
         require((self.lora is not None) == (self.method == "adapted"), "method adapted has lora settings, and only that")
+        require(self.method != "head" or self.screened_head is not None, "method head has a screened_head")
         allowed = PARTS[self.selects]
         for entry in self.layers:
             wrong = [key for parts in PARTS.values() for key in parts if key not in allowed and key in entry.entries]
@@ -120,9 +143,11 @@ class AdapterConfig(Config):
             fields["layers"] = tuple(LayerConfig.from_dict(layer) for layer in fields["layers"])
         if isinstance(fields.get("lora"), Mapping):
             fields["lora"] = LoraConfig.from_dict(fields["lora"])
+        if isinstance(fields.get("screened_head"), Mapping):
+            fields["screened_head"] = ScreenConfig.from_dict(fields["screened_head"])
         return super(AdapterConfig, cls).from_dict(with_tuples(fields, "base_hashes", "calibration_texts"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written: `lora` and `calibration_texts` only where there are some, so that older readers know all keys of others."""
+        """As it is written: what is optional only where there is some, so that older readers know all keys of others."""
         values = dataclasses.asdict(self) | {"layers": [entry.to_dict() for entry in self.layers]}
-        return {name: value for name, value in values.items() if value or name not in ("lora", "calibration_texts")}
+        return {name: value for name, value in values.items() if value or name not in ("lora", "screened_head", "calibration_texts")}

@@ -383,13 +383,17 @@ class Transformer(nn.Module):
             x, mlp_in = self.layer(index, x, position_T, mlp_in, selection)
         return x if self.final_norm is None else self.final_norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [.., V] in fp32 from hidden states [.., D]."""
+    def head_inputs(self, hidden: Tensor) -> Tensor:
+        """What meets the rows of the head [.., E], from hidden states [.., D]."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
-        return capped(linear(hidden, self.head_matrix, None).float(), self.config.logit_cap)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [.., V] in fp32 from hidden states [.., D]."""
+        return capped(linear(self.head_inputs(hidden), self.head_matrix, None).float(), self.config.logit_cap)
 
     def forward(self, ids_BT: Tensor, selection: Selection = DENSE) -> Tensor:
         """Logits [B, T, V] in fp32 of whole sequences."""

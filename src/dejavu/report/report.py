@@ -4,7 +4,8 @@ In: a dict of sections, each of them optional, as `results.json` of a run holds 
 external resource. A section that is not there leaves no gap. Sections:
 
     model        name, and what is known of: parameters, layers, hidden_size, neurons, heads, activation
-    environment  device, versions, commit, time, and where it applies backend, dtype, cache_dtype, threads, screened_head, screen_agreement
+    environment  device, versions, commit, time, and where it applies backend, dtype, cache_dtype, threads, screened_head, screen_agreement,
+                 screen_missed
     generation   prompt, new_tokens, runs, speedup; dense, sparse: each tok_s, text, tok_s_runs; mlp_density, head_density, read_share
     evaluation   what quality/evaluate.py returns
     profile      what offline/profile.py returns

@@ -22,7 +22,7 @@ from dejavu.config import require
 from dejavu.engine.interface import LayerSelection, StepProfile, StepResult
 from dejavu.engine.native.capabilities import NATIVE
 from dejavu.engine.native.selectors import kept_inputs, layout_of, set_selectors
-from dejavu.engine.native.weights import packed_model
+from dejavu.engine.native.weights import matrix_view, packed_model
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
 from dejavu.kernels import native
@@ -84,9 +84,13 @@ class NativeEngine(PagedEngine):
         native.check(self._library.dejavu_engine_new(self._model.handle, self.threads, native.MAX_ROWS, name, ctypes.byref(self._handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_engine_free, self._handle)
         set_selectors(self._library, self._handle, self.layers, self._model, model)
-        if options.screened_head > 0:
-            A, B = self._model.screen(model)
-            native.check(self._library.dejavu_engine_screen(self._handle, A.matrix, B.matrix, options.screened_head))
+        if options.screen is not None:
+            screen = options.screen
+            centroids = matrix_view("int8", screen.centroids, screen.bias_C)
+            members, sizes = screen.members_V.contiguous(), screen.sizes_C.contiguous()
+            native.check(
+                self._library.dejavu_engine_screen(self._handle, centroids.matrix, members.data_ptr(), sizes.data_ptr(), screen.threshold)
+            )
 
     def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
         """In blocks."""

@@ -23,7 +23,6 @@ from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.memory import give_back_pages, take_pages
 from dejavu.kernels.processors import default_threads
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, rounded_to, wide
-from dejavu.kernels.screen import low_rank, screen_rank
 from dejavu.model.grids import grid_of, grids_of
 from dejavu.model.layers import Held, InputMajorLinear, Norm, Rows
 from dejavu.model.selectors import column_norms
@@ -97,7 +96,7 @@ class NativeModel:
     matrices, where they are packed as they are stored; else None.
     """
 
-    def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron", *, screened: bool = False, take: bool = False) -> None:
+    def __init__(self, model: Transformer, dtype: str, layout: str = "by-neuron", *, take: bool = False) -> None:
         model.require_weights()
         require(dtype in NATIVE.dtypes, f"dtype {dtype!r} is not available on backend 'native'; choose one of {', '.join(NATIVE.dtypes)}")
         require(
@@ -111,10 +110,9 @@ class NativeModel:
         self._library = native.library()
         native.check(self._library.dejavu_model_new(native_config(model.config, layout), ctypes.byref(self.handle)))
         self._finalizer = weakref.finalize(self, self._library.dejavu_model_free, self.handle)
-        self._screen: tuple[MatrixView, MatrixView] | None = None
         self._norms: dict[int, dict[str, Tensor]] = {}
         if take:
-            self.prepare(model, screened=screened)
+            self.prepare(model)
         for layer in model.config.windowed:
             native.check(self._library.dejavu_model_window(self.handle, layer, model.config.window))
         for part, layer, views in _parts(model, dtype, take=take):
@@ -134,10 +132,8 @@ class NativeModel:
             if view is not None:
                 view.let_go()
 
-    def prepare(self, model: Transformer, *, screened: bool) -> None:
+    def prepare(self, model: Transformer) -> None:
         """Work out what engines need besides, while there are weights to work it out from."""
-        if screened:
-            self.screen(model)
         for index, block in enumerate(model.blocks if self.layout == "input-major" else ()):
             self.column_norms(index, block)
 
@@ -146,14 +142,6 @@ class NativeModel:
         if index not in self._norms:
             self._norms[index] = column_norms(block)
         return self._norms[index]
-
-    def screen(self, model: Transformer) -> tuple[MatrixView, MatrixView]:
-        """A and B of the screened head (kernels/screen.py) of the packed model, int8 per row; worked out once."""
-        if self._screen is None:
-            head_VE = wide(rounded_to(model.head_matrix, self.dtype)).detach()
-            A_RE, B_VR = low_rank(head_VE, screen_rank(head_VE.shape[1]))
-            self._screen = matrix_view("int8", A_RE), matrix_view("int8", B_VR)
-        return self._screen
 
 
 _packed: weakref.WeakKeyDictionary[Transformer, dict[tuple[str, str], tuple[tuple[int, ...], NativeModel]]] = weakref.WeakKeyDictionary()
@@ -174,10 +162,10 @@ def packed_model(model: Transformer, dtype: str, layout: str = "by-neuron") -> N
     return kept[key][1]
 
 
-def hand_over(model: Transformer, dtype: str, layouts: Sequence[str], *, screened: bool) -> None:
+def hand_over(model: Transformer, dtype: str, layouts: Sequence[str]) -> None:
     """Pack the model in these layouts and let its own weights go meanwhile: from then on there are only these packed forms of it.
 
-    screened: engines with a screened head will be made. A model of inference mode, whose changes nothing tells, keeps its weights.
+    A model of inference mode, whose changes nothing tells, keeps its weights.
     """
     state = weights_version(model)
     if state is None or model.handed_over:
@@ -185,10 +173,10 @@ def hand_over(model: Transformer, dtype: str, layouts: Sequence[str], *, screene
     *others, last = layouts
     for layout in others:
         packed = packed_model(model, dtype, layout)
-        packed.prepare(model, screened=screened)
+        packed.prepare(model)
     kept = _packed.setdefault(model, {})
     kept.pop((dtype, last), None)
-    kept[dtype, last] = state, NativeModel(model, dtype, last, screened=screened, take=True)
+    kept[dtype, last] = state, NativeModel(model, dtype, last, take=True)
 
 
 def native_config(config: ModelConfig, layout: str) -> native.ConfigStruct:
