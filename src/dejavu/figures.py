@@ -88,10 +88,22 @@ class LayerTraining(TypedDict):
     inputs: NotRequired[dict[str, float]]
 
 
+class ScreenTraining(TypedDict):
+    """A screened head on text that it was not fitted to, see ScreenConfig."""
+
+    threshold: float
+    clusters: int
+    tokens: float
+    agreement: float
+    missed: float
+    missed_stderr: float
+
+
 class Candidate(TypedDict):
     """What a method reached on text that calibration did not see. rise: of perplexity, relative; reads: values of weights and cache that
     the layers read for a token, read_share of what they read dense. tok_s, tok_s_dense, speedup: of decoding one sequence here, in turns
-    with the dense model; None where it could not be timed, and speed_note says why.
+    with the dense model; None where it could not be timed, and speed_note says why. screened_head: where it has
+    one, which is taken where it is faster than speedup_without, by a margin.
     """
 
     method: str
@@ -107,6 +119,8 @@ class Candidate(TypedDict):
     tok_s_dense: float | None
     speedup: float | None
     speed_note: NotRequired[str | None]
+    screened_head: NotRequired[ScreenTraining | None]
+    speedup_without: NotRequired[float]
 
 
 class Training(Candidate):

@@ -68,7 +68,7 @@ class OfflineMethods:
         self,
         text: str | Sequence[str],
         *,
-        method: Literal["predicted", "exact", "gate", "input", "auto"] = "predicted",
+        method: Literal["predicted", "exact", "gate", "input", "head", "auto"] = "predicted",
         budget: float = 0.005,
         rank: int = 64,
         loss: Literal["contribution", "bce"] = "contribution",
@@ -86,8 +86,9 @@ class OfflineMethods:
     ) -> Adapter | None:
         """Train an adapter and calibrate it to a loss budget (allowed relative rise of perplexity on held-out text).
 
-        method: predicted, exact, gate, input, or auto, which trains each that the model can have, times it here against the dense
-        model and takes the fastest within the budget: None where dense is as fast.
+        method: predicted, exact, gate, input, head (a screened head alone), or auto, which trains each that the model can have, times it
+        here against the dense model, with and without a screened head, and takes the fastest within the budget: None where dense is as
+        fast. The budget of a screened head is of the probability that it misses.
         max_tokens are spread evenly over the text; a line `<|endoftext|>` ends a document. work_folder keeps finished
         layers, so that the same call goes on after an interruption. work_memory: GB of a layer's
         activations that a GPU holds at most (None: 10), and the CPU's memory (None: all that is free); what is over lies in page-locked
@@ -105,7 +106,7 @@ class OfflineMethods:
         self,
         text: str | Sequence[str],
         *,
-        method: Literal["predicted", "exact", "gate", "input", "auto"] = "predicted",
+        method: Literal["predicted", "exact", "gate", "input", "head", "auto"] = "predicted",
         budget: float = 0.005,
         rank: int = 64,
         loss: Literal["contribution", "bce"] = "contribution",
@@ -123,6 +124,7 @@ class OfflineMethods:
     ) -> tuple[Adapter | None, Training]:
         """As `train`, with what was measured on the way."""
         from dejavu.bench.fastest import chosen, speeds
+        from dejavu.bench.fastest_head import with_screened_heads
         from dejavu.offline.train import train_adapters
         from dejavu.offline.train_config import TrainConfig
 
@@ -133,19 +135,28 @@ class OfflineMethods:
         )  # fmt: skip
         texts = [text] if isinstance(text, str) else list(text)
         windows = self.training_windows(texts, max_tokens=config.max_tokens)
-        with self._offline("lower --work-memory, --rank or --max-tokens (what is finished is kept), "):
-            found = train_adapters(
-                self.checkpoint,
-                windows,
-                config,
-                text_hash=corpus_hash(texts),
-                work_folder=None if work_folder is None else Path(work_folder),
-                progress=progress,
+        hashed = corpus_hash(texts)
+        lower = "lower --work-memory, --rank or --max-tokens (what is finished is kept), "
+        with self._offline(lower):
+            found = (
+                []
+                if method == "head"
+                else train_adapters(
+                    self.checkpoint,
+                    windows,
+                    config,
+                    text_hash=hashed,
+                    work_folder=None if work_folder is None else Path(work_folder),
+                    progress=progress,
+                )
             )
         ids = [token for window in windows for token in window]
         for adapter, result in found:
             layers = adapter.attached(self.model, dtype=self.options.dtype)
             result |= speeds(self.model, layers, ids, self.options, name=self.name, progress=progress) | result
+        if method in ("head", "auto"):
+            with self._offline(lower):
+                found = with_screened_heads(self.checkpoint, windows, config, found, self.options, text_hash=hashed, progress=progress)
         taken, measured = chosen(found) if method == "auto" else (found[0], found[0][1])
         if taken is None:
             return None, cast(Training, measured)

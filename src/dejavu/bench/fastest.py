@@ -18,6 +18,7 @@ from dejavu.bench.timing import MIN_REPEATS
 from dejavu.bench.variants import DENSE_VARIANT, Variant
 from dejavu.config import Progress
 from dejavu.engine.options import EngineOptions
+from dejavu.kernels.screen import Screen
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.train import Trained
@@ -45,16 +46,22 @@ def speeds(
     options: EngineOptions,
     *,
     name: str,
+    screen: Screen | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """SPEEDS of decoding one sequence, sparse in turns with dense; each None, with a `speed_note`, where it cannot be timed."""
+    """SPEEDS of decoding one sequence, sparse (with a screened head) in turns with dense; each None, with a `speed_note`, where it cannot
+    be timed."""
     unknown: dict[str, Any] = dict.fromkeys(SPEEDS)
-    if not any(layer.sparse for layer in layers):
+    selects = any(layer.sparse for layer in layers)
+    if not selects and screen is None:
         return unknown | {"speed_note": "no layer selects"}
     fits = room(model.config.max_positions, len(ids))
     if fits is None:
         return unknown | {"speed_note": "the text is too short to time a step on"}
-    variants, passes = [DENSE_VARIANT, Variant(mode="sparse", layers=layers)], []
+    variants, passes = (
+        [DENSE_VARIANT, Variant(mode="sparse" if selects else "screened", layers=layers if selects else None, screen=screen)],
+        [],
+    )
     try:
         started = time.monotonic()
         while len(passes) < PASSES and not (passes and time.monotonic() - started > LONG):
@@ -68,7 +75,7 @@ def speeds(
 
 def fastest(found: Sequence[Trained]) -> Trained | None:
     """The fastest of those that keep the budget and are worth it; None where the dense model is."""
-    worth = [each for each in found if each[1]["within_budget"] and (each[1]["speedup"] or 0) >= MARGIN]
+    worth = [each for each in found if each[1]["within_budget"] and (each[1]["speedup"] or 0) >= MARGIN * each[1].get("speedup_without", 1)]
     return max(worth, key=lambda each: each[1]["speedup"], default=None)
 
 
@@ -105,6 +112,6 @@ def dense_result(found: Sequence[Trained]) -> dict[str, Any]:
 def chosen(found: Sequence[Trained]) -> tuple[Trained | None, dict[str, Any]]:
     """Of method auto: what is taken, and its measurements with all `candidates` (without their layers) and `why`."""
     taken = fastest(found)
-    candidates = [{name: result.get(name) for name in (*SHOWN, *SPEEDS, "speed_note")} for _, result in found]
+    candidates = [{name: result.get(name) for name in (*SHOWN, *SPEEDS, "speed_note", "screened_head")} for _, result in found]
     result = dense_result(found) if taken is None else taken[1]
     return taken, result | {"candidates": candidates, "why": why(found, taken), "seconds": sum(each["seconds"] for _, each in found)}

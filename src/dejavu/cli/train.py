@@ -17,6 +17,7 @@ from dejavu.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from dejavu.model.adapter import Adapter
+    from dejavu.model.adapter_config import ScreenConfig
 
 NO_GAIN = 0.98  # below it a method is slower than dense by more than noise
 ADVICE = "--method auto keeps what is faster"
@@ -28,7 +29,7 @@ def train(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The adapter folder to write.")],
     budget: Annotated[float, typer.Option("--budget", metavar="X", help="Allowed relative rise of perplexity.")] = 0.005,
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="predicted, exact, gate, input, or auto: the fastest here.")
+        str, typer.Option("--method", metavar="NAME", help="predicted, exact, gate, input, head, or auto: the fastest here.")
     ] = "predicted",
     loss: Annotated[
         str, typer.Option("--loss", metavar="NAME", help="contribution (weighs neurons by what they add) or bce.")
@@ -91,7 +92,8 @@ def train(
 
 def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
     """The tables of layers and, with method auto, of the methods; the summary."""
-    out.show({"exact": _gates, "gate": _gates, "input": _inputs}.get(adapter.config.method, _predictors)(adapter, measured))
+    if adapter.config.method != "head":
+        out.show({"exact": _gates, "gate": _gates, "input": _inputs}.get(adapter.config.method, _predictors)(adapter, measured))
     if "candidates" in measured:
         out.show(_candidates(measured), escape(measured["why"]))
         _say_untimed(out, measured)
@@ -105,11 +107,19 @@ def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
     rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}{kept}"
     out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
     densities = f"MLP density [bold]{measured['mlp_density']:.3f}[/bold], head density [bold]{measured['head_density']:.3f}[/bold]"
+    if adapter.config.screened_head is not None:
+        out.show(_screen(adapter.config.screened_head))
     of = "of weights, over all layers" if adapter.config.method == "input" else "over all layers"
     if measured["tokens"] < measured["tokens_given"]:
         out.warn(f"activations of {measured['tokens_given']:,} tokens do not fit into memory: {measured['tokens']:,} were used")
     reads = f"{percent(measured['read_share'])} of a dense token's reads in the layers"
     out.show(f"{densities} {of} · {reads} · {measured['tokens']:,} tokens · {measured['seconds']:,.0f} s")
+
+
+def _screen(screen: ScreenConfig) -> str:
+    """What the screened head keeps and misses."""
+    missed = f"[bold]{screen.missed:.2%}[/bold] ± {screen.missed_stderr:.2%} of probability missed, agreement {screen.agreement:.2%}"
+    return f"screened head at {screen.threshold:.3g}: {screen.tokens:,.0f} tokens in {screen.clusters:,} clusters, {missed}"
 
 
 def _say_untimed(out: Output, measured: dict[str, Any]) -> None:
@@ -151,10 +161,16 @@ def _inputs(adapter: Adapter, measured: dict[str, Any]) -> Any:
 
 def _candidates(measured: dict[str, Any]) -> Any:
     """What each method reached and how fast it decodes here, in turns with the dense model."""
-    columns = ("rise", "within budget", "MLP density", "head density", "reads", "tok/s dense", "sparse", "times", "seconds")
+    columns = ("rise", "missed", "within budget", "MLP density", "head density", "reads", "tok/s dense", "sparse", "times", "seconds")
     table = new_table("Methods", "method", *columns)
     for found in measured["candidates"]:
-        row = [f"{found['rise']:+.2%}", "yes" if found["within_budget"] else "no", number(found["mlp_density"])]
+        head = found.get("screened_head")
+        row = [
+            f"{found['rise']:+.2%}",
+            "" if head is None else f"{head['missed']:.2%}",
+            "yes" if found["within_budget"] else "no",
+            number(found["mlp_density"]),
+        ]
         row += [number(found["head_density"]), percent(found["read_share"]), number(found["tok_s_dense"], ",.1f")]
         row += [number(found["tok_s"], ",.1f"), number(found["speedup"], ".2f"), f"{found['seconds']:,.0f}"]
         table.add_row(found["method"], *row, style="bold" if found["method"] == measured["method"] else "")

@@ -393,7 +393,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [.., V] in fp32 from hidden states [.., D]."""
-        return capped(linear(self.head_inputs(hidden), self.head_matrix, None).float(), self.config.logit_cap)
+        return self.head_logits(self.head_inputs(hidden))
+
+    def head_logits(self, states: Tensor) -> Tensor:
+        """Logits [.., V] in fp32 of what meets the rows of the head [.., E]."""
+        return capped(linear(states, self.head_matrix, None).float(), self.config.logit_cap)
 
     def forward(self, ids_BT: Tensor, selection: Selection = DENSE) -> Tensor:
         """Logits [B, T, V] in fp32 of whole sequences."""

@@ -130,8 +130,8 @@ def _search_space(
             return GateSearchSpace(model.config.num_layers, pricing.parts("gate", progress))
         case "input":
             return InputSearchSpace(model.config.num_layers, pricing.parts("input", progress))
-        case "auto":
-            raise AssertionError("auto is no single method")
+        case "head" | "auto":
+            raise AssertionError(f"{config.method} is no way to select in layers")
 
 
 def _trained(

@@ -8,12 +8,14 @@ from typing import Literal
 from dejavu.config import Config, require
 
 METHODS = ("predicted", "exact", "gate", "input")
+HEAD = "head"  # a screened head alone: layers run dense
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Config):
-    """How a model is made sparse. method: one of METHODS; auto trains each that the model can have and takes the one with the fewest
-    reads. budget: allowed relative rise of perplexity. What follows is of predictors. epochs: passes over the training tokens.
+    """How a model is made sparse. method: one of METHODS, or HEAD; auto trains each that the model can have, with and without a screened
+    head, and takes the fastest. budget: allowed relative rise of perplexity, and of a screened head the probability that it may miss. What
+    follows is of predictors. epochs: passes over the training tokens.
 
     lookahead "auto" takes 1 (the predictor runs in parallel with attention) where that selects at most (1 + lookahead_tolerance) times the
     neurons that lookahead 0 selects for the same mass (for heads: loses at most that many times the mass at the same density).
@@ -21,7 +23,7 @@ class TrainConfig(Config):
     None as WorkMemory has it; what comes out is the same.
     """
 
-    method: Literal["predicted", "exact", "gate", "input", "auto"] = "predicted"
+    method: Literal["predicted", "exact", "gate", "input", "head", "auto"] = "predicted"
     budget: float = 0.005
     rank: int = 64
     loss: Literal["contribution", "bce"] = "contribution"
@@ -36,7 +38,8 @@ class TrainConfig(Config):
     work_memory: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.method in (*METHODS, "auto"), f"method {self.method!r} is not supported; supported: {', '.join(METHODS)}, auto")
+        methods = (*METHODS, HEAD, "auto")
+        require(self.method in methods, f"method {self.method!r} is not supported; supported: {', '.join(methods)}")
         require(0 <= self.budget < 1, f"budget must lie in [0, 1), e.g. 0.005 for +0.5 % perplexity, not {self.budget}")
         require(self.rank >= 1, f"rank must be at least 1, not {self.rank}")
         require(self.loss in ("contribution", "bce"), f"loss {self.loss!r} is not supported; choose contribution or bce")

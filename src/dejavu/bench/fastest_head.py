@@ -1,0 +1,123 @@
+"""A screened head among the candidates of `dejavu train --method auto`, or alone: trained within the budget, timed, taken where it pays.
+
+In: a checkpoint, windows of a text, adapters with what training measured of each (`Trained`). Out: further candidates of the same kind: the
+fastest method with a screened head, and the head alone, with `screened_head`, what was measured of it, and `speedup_without`, what the
+candidate is held against: the head is taken where it makes that at least MARGIN times as fast (bench/fastest.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dejavu.bench.fastest import MARGIN, fastest, speeds
+from dejavu.config import Progress, require
+from dejavu.engine.backends import CAPABILITIES
+from dejavu.engine.options import EngineOptions
+from dejavu.model.adapter import Adapter
+from dejavu.model.adapter_config import AdapterConfig, LayerConfig, ScreenConfig
+from dejavu.model.checkpoint import Checkpoint
+from dejavu.model.selectors import LayerAdapter
+from dejavu.model.transformer import Transformer
+from dejavu.offline.calibrate import token_reads
+from dejavu.offline.collect import pack_windows
+from dejavu.offline.fidelity import token_nll
+from dejavu.offline.head import HeadFit
+from dejavu.offline.split import fitting_windows, split_windows, training_context
+from dejavu.offline.train import Trained
+from dejavu.offline.train_config import TrainConfig
+
+
+def with_screened_heads(
+    checkpoint: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    config: TrainConfig,
+    found: Sequence[Trained],
+    options: EngineOptions,
+    *,
+    text_hash: str,
+    progress: Progress | None = None,
+) -> list[Trained]:
+    """The candidates, and those with a screened head; found: with their speeds. Method head has one, untimed where the backend has none.
+
+    Raises ValueError with method head where no screened head keeps the budget.
+    """
+    model = checkpoint.model
+    if config.method != "head" and not _may_pay(model, options):
+        return list(found)
+    packed = pack_windows(windows, context=training_context(model.config), bos=checkpoint.tokenizer.document_bos)
+    ids_WT = fitting_windows(packed, model.config).to(model.device)
+    split, ids, started = split_windows(ids_WT), [token for window in windows for token in window], time.perf_counter()
+    fit, base, candidates = HeadFit(model, split, seed=config.seed, progress=progress), fastest(found), list(found)
+    dense_layers = (LayerAdapter(),) * model.config.num_layers
+    for adapter, result in [(None, None)] if base is None else [(None, None), base]:
+        layers = None if adapter is None else adapter.attached(model, dtype=options.dtype)
+        screened = fit.within(config.budget, layers)
+        if screened is None:
+            continue
+        screen, measured = screened
+        if adapter is None:
+            ppl = math.exp(float(token_nll(model, split.check).double().mean()))
+            own = _dense_result(model, config, ppl) | {"tokens": ids_WT.numel(), "tokens_given": packed.numel()}
+            one = Adapter(layers=dense_layers, screen=screen, config=_config(checkpoint, config, text_hash, ppl, measured))
+        else:
+            assert result is not None
+            own = result | {"method": f"{result['method']}+head"}
+            described = dataclasses.replace(adapter.config, screened_head=measured)
+            one = dataclasses.replace(adapter, screen=screen, config=described)
+        own |= {"screened_head": measured.to_dict(), "speedup_without": 1.0 if result is None else result["speedup"]}
+        timed = speeds(model, layers or dense_layers, ids, options, name=checkpoint.name, screen=screen, progress=progress)
+        candidates.append((one, {"speed_note": None} | own | {"seconds": time.perf_counter() - started} | timed))
+        started = time.perf_counter()
+    require(
+        config.method != "head" or len(candidates) > 0,
+        f"no screened head misses at most {config.budget:.2%} of the probability on this text; "
+        "allow more (--budget), or give a longer text",
+    )
+    return candidates
+
+
+def _may_pay(model: Transformer, options: EngineOptions) -> bool:
+    """Whether the engine has a screened head, and the head is what a step would be MARGIN times as fast without."""
+    config = model.config
+    return CAPABILITIES[options.backend].screened_head and config.vocab_size * config.embed_width > (1 - 1 / MARGIN) * model.num_parameters
+
+
+def _dense_result(model: Transformer, config: TrainConfig, ppl: float) -> dict[str, Any]:
+    """What training says of layers that all run dense."""
+    all_L = [1.0] * model.config.num_layers
+    row = {"recall": None, "mass": None, "density": 1.0, "lookahead": None, "heads": None, "curve": []}
+    return {
+        "method": "head",
+        "layers": [dict(row) for _ in all_L],
+        "ppl_dense": ppl,
+        "ppl_sparse": ppl,
+        "rise": 0.0,
+        "rise_stderr": 0.0,
+        "mlp_density": 1.0,
+        "head_density": 1.0,
+        "reads": token_reads(model.config, [LayerAdapter()] * len(all_L), all_L, all_L, config.cached_tokens),
+        "read_share": 1.0,
+        "budget": config.budget,
+        "within_budget": True,
+    }
+
+
+def _config(checkpoint: Checkpoint, config: TrainConfig, text_hash: str, ppl: float, measured: ScreenConfig) -> AdapterConfig:
+    """Of an adapter that is a screened head alone."""
+    return AdapterConfig(
+        base_id=checkpoint.name,
+        base_hashes=(checkpoint.base_hash,),
+        method="head",
+        budget=config.budget,
+        calibration_text_hash=text_hash,
+        quality={"ppl_dense": ppl, "ppl_sparse": ppl, "rise": 0.0, "rise_stderr": 0.0},
+        mlp_density=1.0,
+        head_density=1.0,
+        seed=config.seed,
+        layers=tuple(LayerConfig(layer=layer) for layer in range(checkpoint.config.num_layers)),
+        screened_head=measured,
+    )
