@@ -13,7 +13,7 @@ import torch
 
 import dejavu
 from conftest import Tiny
-from dejavu.bench import fastest
+from dejavu.bench import fastest, fastest_head
 from dejavu.bench.fastest import chosen, speeds
 from dejavu.cli.main import run
 from dejavu.engine.options import EngineOptions
@@ -39,6 +39,7 @@ from dejavu.offline.train import Trained, methods_of, train_adapter, train_adapt
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_plain import plain_parts
 from helpers.engines import decode
+from helpers.native import needs_library
 from helpers.offline import random_ids, skewed
 from helpers.texts import TEXT
 
@@ -237,7 +238,26 @@ def test_auto_takes_no_method_that_went_over_the_budget(
 
     monkeypatch.setattr(train, "fit", fitted)
     monkeypatch.setattr(fastest, "speeds", lambda *_, **__: {"tok_s": 9.0, "tok_s_dense": 9.0, "speedup": next(speedups)})
-    assert run(["train", "model", "--text", "text.txt", "--max-tokens", "900", "--budget", "0.05", "-o", "adapter", *AUTO]) == 0
+    assert (
+        run(
+            [
+                "train",
+                "model",
+                "--text",
+                "text.txt",
+                "--max-tokens",
+                "900",
+                "--budget",
+                "0.05",
+                "-o",
+                "adapter",
+                *AUTO,
+                "--backend",
+                "torch",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert [(found["method"], found["within_budget"]) for found in result["candidates"]] == [("gate", False), ("input", True)]
     assert (result["method"], result["rise"], result["speedup"]) == ("input", 0.05, 1.2)
@@ -275,7 +295,7 @@ def test_what_cannot_be_timed_says_why(relu: Checkpoint, monkeypatch: pytest.Mon
 def test_what_a_model_cannot_have_points_to_what_it_can(silu: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"method predicted needs .* this model has silu; use --method auto.*dejavu adapt"):
         trained(silu, "predicted")
-    with pytest.raises(ValueError, match="method 'guess' is not supported; supported: predicted, exact, gate, input, auto"):
+    with pytest.raises(ValueError, match="method 'guess' is not supported; supported: predicted, exact, gate, input, head, auto"):
         TrainConfig.from_dict({"method": "guess"})
 
 
@@ -331,7 +351,7 @@ def test_auto_writes_no_adapter_where_dense_is_as_fast(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fastest, "speeds", lambda *_, **__: {"tok_s": 9.0, "tok_s_dense": 10.0, "speedup": 0.9})
-    command = ["train", "model", "--text", "text.txt", "--max-tokens", "2000", "--budget", "0.05", "-o", "adapter"]
+    command = ["train", "model", "--text", "text.txt", "--max-tokens", "2000", "--budget", "0.05", "--backend", "torch", "-o", "adapter"]
     assert run([*command, "--method", "auto", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["adapter"] is None and result["method"] == "dense" and "does not pay here" in result["why"]
@@ -341,6 +361,35 @@ def test_auto_writes_no_adapter_where_dense_is_as_fast(
     monkeypatch.setattr(fastest, "speeds", lambda *_, **__: {"tok_s": 19.0, "tok_s_dense": 10.0, "speedup": 1.9})
     assert run([*command[:-1], "faster", "--method", "auto"]) == 0
     assert "is fastest here: 1.90x dense" in capsys.readouterr().out and (work / "faster").is_dir()
+
+
+@needs_library
+@pytest.mark.parametrize("method", ["gate+head", "head"])
+def test_auto_writes_a_screened_head_where_that_is_faster(
+    method: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says what it misses; the adapter then generates, and is evaluated and timed."""
+
+    def timed(model: Any, layers: Any, ids: Any, options: Any, *, screen: Any = None, **_: Any) -> dict[str, float]:
+        speedup = (1.1 if method == "gate+head" and any(layer.sparse for layer in layers) else 1.0) * (1.0 if screen is None else 1.2)
+        return {"tok_s": 10.0 * speedup, "tok_s_dense": 10.0, "speedup": speedup}
+
+    monkeypatch.setattr(fastest, "speeds", timed)
+    monkeypatch.setattr(fastest_head, "speeds", timed)
+    monkeypatch.setattr("dejavu.offline.train.methods_of", lambda config: ("gate",))
+    command = ["train", "model", "--text", "text.txt", "--max-tokens", "2000", "--budget", "0.3", "--backend", "native", "-o", "adapter"]
+    assert run([*command, "--method", "auto"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{method} is fastest here: " in shown and "of probability missed, agreement" in shown
+    more = ["model", "--adapter", "adapter", "--backend", "native"]
+    assert run(["generate", *more, "--prompt", "the cat", "-n", "4"]) == 0
+    assert "screened head at " in capsys.readouterr().out
+    assert run(["bench", *more, "--text", "text.txt", "--context", "8", "--steps", "6", "--json"]) == 0
+    modes = {row["mode"]: row["screened_head"] for row in json.loads(capsys.readouterr().out)["rows"] if row["op"] == "decode"}
+    assert modes.keys() == {"dense", "sparse" if method == "gate+head" else "screened"} and modes.pop("dense") == 0 < next(
+        iter(modes.values())
+    )
+    assert run(["report", "adapter", "-o", "page.html"]) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

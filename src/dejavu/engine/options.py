@@ -7,9 +7,12 @@ In: what a command or a caller says. Out: a frozen EngineOptions, handed from th
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from dejavu.config import Config, require
-from dejavu.kernels.screen import Screen
+
+if TYPE_CHECKING:  # usage errors do not wait for torch
+    from dejavu.kernels.screen import Screen
 
 PAGE_SIZE = 16
 
