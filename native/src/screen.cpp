@@ -33,6 +33,7 @@ Screen::Screen(const dejavu_model &model, Arena &arena, int threads, int64_t max
     own.mass = Buffer<float>(round_up(centroids.rows, PAD) + PAD);
     own.exact = Buffer<float>(model.config.vocab_size / threads + 1);
     own.tokens = Buffer<int32_t>(own.exact.size());
+    own.kept = Buffer<uint64_t>((model.config.vocab_size + 63) / 64);
   }
 }
 
@@ -61,17 +62,23 @@ void Screen::write_logits(const Context &ctx, const Vector &x, int64_t r) {
     if (mass[c] > mass[best]) best = c;
   }
   mass[best] = 1.0f;
-  for (int64_t c = 0; c < clusters; c++)
-    if (mass[c] >= threshold_) kept += begin_[c + 1] - begin_[c];
-  // This thread's share of the kept clusters' tokens, which lie one behind the other.
+  std::fill_n(own.kept.data(), own.kept.size(), 0);
+  for (int64_t c = 0; c < clusters; c++) {
+    if (mass[c] < threshold_) continue;
+    for (int64_t k = begin_[c]; k < begin_[c + 1]; k++) own.kept[members_[k] / 64] |= UINT64_C(1) << members_[k] % 64;
+    kept += begin_[c + 1] - begin_[c];
+  }
+  // This thread's share of them in ascending order: memory is faster the nearer rows lie to one another.
   const int64_t begin = ctx.share(kept), count = ctx.share_end(kept) - begin;
   int64_t passed = 0, n = 0;
-  for (int64_t c = 0; c < clusters && n < count; c++) {
-    if (mass[c] < threshold_) continue;
-    const int64_t size = begin_[c + 1] - begin_[c], skipped = std::clamp<int64_t>(begin - passed, 0, size);
-    const int64_t taken = std::min(size - skipped, count - n);
-    std::copy_n(members_.data() + begin_[c] + skipped, taken, own.tokens.data() + n);
-    passed += size, n += taken;
+  for (int64_t w = 0; n < count; w++) {
+    uint64_t left = own.kept[w];
+    const int64_t here = __builtin_popcountll(left);
+    for (; left != 0 && passed + here > begin && n < count; left &= left - 1) {
+      const int64_t rank = passed + here - __builtin_popcountll(left);
+      if (rank >= begin) own.tokens[n++] = (int32_t)(64 * w + __builtin_ctzll(left));
+    }
+    passed += here;
   }
   dots(ctx.kernels, head, x, own.tokens.data(), 0, count, own.exact.data(), {head.row_bytes()});
   if (ctx.config.logit_cap > 0) ctx.kernels.cap(own.exact.data(), count, ctx.config.logit_cap);

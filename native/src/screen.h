@@ -26,6 +26,7 @@ class Screen {
   struct alignas(64) Scratch {
     Buffer<float> mass, exact;  // of all clusters, and of a shortlist
     Buffer<int32_t> tokens;
+    Buffer<uint64_t> kept;  // a bit for each token
   };
   Matrix centroids_;  // int8, with b
   Buffer<int32_t> members_, begin_;  // tokens, one cluster after the other, and where each begins
