@@ -12,7 +12,7 @@ from dejavu.bench.bytes_read import formats_of, weight_bytes
 from dejavu.engine.backends import make_engine
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels.quantize import rounded as rounded_matrix
-from dejavu.kernels.quantized import QuantizedMatrix
+from dejavu.kernels.quantized import QuantizedMatrix, wide
 from dejavu.kernels.screen import Screen, fit_screen, screened_logits
 from dejavu.model.transformer import Transformer
 from dejavu.quality.head_agreement import head_agreement
@@ -75,7 +75,7 @@ def test_kept_tokens_are_those_of_the_definition_with_the_logits_of_the_full_hea
     screen = screen_of(model, threshold=1 / model.config.vocab_size)
     full, screened = engine_of(model, layers, dtype=dtype), engine_of(model, layers, dtype=dtype, screen=screen)
     assert screened.info.screen is screen and full.info.screen is None
-    head_VE = rounded_matrix(model.head_matrix, dtype)
+    head_VE = rounded_matrix(wide(model.head_matrix), dtype)
     prefilled = [engine.prefill(0, ids[:4]) for engine in (full, screened)]
     assert torch.equal(*prefilled), "a prompt's last token has the full head"
     for token in ids[4:]:
