@@ -109,6 +109,7 @@ def test_the_head_alone_is_an_adapter(lm: dejavu.LanguageModel, tmp_path: Path, 
     lm.adapter = loaded
     assert lm.screened_head == screen.threshold and lm.engine(num_slots=1, cache_tokens=16).info.screen == loaded.screen
     assert lm.engine(num_slots=1, cache_tokens=16, dense=True).info.screen is None
+    assert lm.layers() is None and lm.evaluate(texts={"text": TEXT[:400]})["sparse"] is None, "its layers are the dense model's"
     for asked in (0.0, 0.25):
         other = dejavu.LanguageModel(lm.checkpoint, dataclasses.replace(lm.options, screened_head=asked), adapter=loaded)
         assert other.screened_head == asked

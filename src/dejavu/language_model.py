@@ -129,11 +129,13 @@ class LanguageModel(OfflineMethods):
         return found or self.checkpoint.sampling or SamplingConfig()
 
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
-        """The predictors (and changed weights) of `adapter`, else of the model's own; None where it runs dense.
+        """The predictors (and changed weights) of `adapter`, else of the model's own; None where it runs dense, as with a screened head alone.
 
         Raises ValueError for an adapter of another model.
         """
         chosen = self._chosen(adapter, dense=dense)
+        if chosen is not None and chosen.config.method == "head":
+            return None
         return self._engines.attached(self.model, chosen, dtype=self.options.dtype)[1]
 
     def _chosen(self, adapter: Adapter | None, *, dense: bool) -> Adapter | None:
