@@ -129,7 +129,8 @@ class LanguageModel(OfflineMethods):
         return found or self.checkpoint.sampling or SamplingConfig()
 
     def layers(self, *, adapter: Adapter | None = None, dense: bool = False) -> tuple[LayerAdapter, ...] | None:
-        """The predictors (and changed weights) of `adapter`, else of the model's own; None where it runs dense, as with a screened head alone.
+        """The predictors (and changed weights) of `adapter`, else of the model's own; None where it runs dense, as with a screened
+        head alone.
 
         Raises ValueError for an adapter of another model.
         """
