@@ -67,12 +67,14 @@ def choose_sizes(
     if free is None:
         return Sizes(micro_batch=micro_batch or _divisor(windows, MOST_WINDOWS_CPU), checkpoint_layers=bool(checkpoint_layers))
     enough = min(micro_batch or windows, max(1, ENOUGH_TOKENS // length))
-    for again in (False, True) if checkpoint_layers is None else (checkpoint_layers,):
+    again = checkpoint_layers or False
+    while True:
         per_token = bytes_per_token(config, value_bytes=value_bytes, checkpoint_layers=again)
         fit = int((USABLE * free - LOGIT_BYTES * CHUNK) / (length * per_token))
         found = micro_batch or _divisor(windows, min(fit, max(1, MOST_TOKENS // length)))
-        if min(found, fit) >= enough:
+        if min(found, fit) >= enough or again or checkpoint_layers is not None:
             break
+        again = True
     return Sizes(micro_batch=found, checkpoint_layers=again)
 
 
