@@ -216,7 +216,7 @@ class Road:
         generator = torch.Generator(lm.model.device).manual_seed(seed)
         texts: list[str] = []
         while len(texts) * piece < tokens:
-            rows = min(rows_at_once(lm.model, piece + 1), -(-tokens // piece) - len(texts))
+            rows = min(rows_at_once(lm.model, piece + 1, 1), -(-tokens // piece) - len(texts))
             prompt_BP = torch.full((rows, 1), starts[0])
             ids = continued(lm.model, prompt_BP, new_tokens=piece, generator=generator, compiled=False)
             texts += [lm.tokenizer.decode(row[1:]) for row in ids.tolist()]
