@@ -90,7 +90,7 @@ def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(
         return [*both_sides, quality["dense"]["ppl"], ppl["ppl_dense"]]
 
     here, there = both(skewed(tiny), work, place)
-    assert there == pytest.approx(here, rel=0.03), "what is chosen may differ by a rounding, and keeps the budget"
+    assert there == pytest.approx(here, rel=0.05), "what is chosen may differ by a rounding, and keeps the budget"
 
 
 @pytest.mark.parametrize("place", PLACES)
