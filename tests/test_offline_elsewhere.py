@@ -20,7 +20,9 @@ from dejavu.model.transformer import Transformer
 from dejavu.offline import memory
 from dejavu.offline.collect import LayerData, mean_input, sweep_layers
 from dejavu.offline.curves import perplexity_curves, recall_curves
+from dejavu.offline.head import HeadFit
 from dejavu.offline.profile import profile
+from dejavu.offline.split import Split
 from dejavu.offline.train import train_adapters
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_predicted import TrainedLayer, train_layer
@@ -72,11 +74,13 @@ def test_a_profile_is_the_same_elsewhere(tiny: Tiny, place: str) -> None:
 def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(
     tiny: Tiny, tokenizer: Tokenizer, tmp_path: Path, place: str
 ) -> None:
-    def work(model: Transformer) -> list[Any]:
+    budget = 0.05
+
+    def work(model: Transformer) -> list[list[Any]]:
         checkpoint = Checkpoint(
             model=model, tokenizer=tokenizer, config=model.config, name="tiny", base_hash="x", stored_dtype="fp32", notes=(), path=tmp_path
         )  # fmt: skip
-        config, folder = TrainConfig(method="auto", budget=0.05, rank=4, epochs=1), tmp_path / str(model.device)
+        config, folder = TrainConfig(method="auto", budget=budget, rank=4, epochs=1), tmp_path / str(model.device)
         found = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=folder)
         again = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=folder)
         layers = found[0][0].attached(model)
@@ -86,11 +90,31 @@ def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(
         ids = random_ids(250, 5)
         recall, ppl = recall_curves(model, layers, ids, bos=2), perplexity_curves(model, layers, ids, bos=2)
         assert len(recall) == 3 and len(ppl["heads"]) > 5
-        both_sides = [result[side] for _, result in (*found, *again) for side in ("ppl_dense", "ppl_sparse")]
-        return [*both_sides, quality["dense"]["ppl"], ppl["ppl_dense"]]
+        dense, sparse = ([result[side] for _, result in (*found, *again)] for side in ("ppl_dense", "ppl_sparse"))
+        return [[*dense, quality["dense"]["ppl"], ppl["ppl_dense"]], sparse]
 
-    here, there = both(skewed(tiny), work, place)
-    assert there == pytest.approx(here, rel=0.05), "what is chosen may differ by a rounding, and keeps the budget"
+    (dense_here, sparse_here), (dense, sparse) = both(skewed(tiny), work, place)
+    assert dense == pytest.approx(dense_here, rel=1e-3)
+    if place == "elsewhere":  # the CPU's products, in passes of other sizes
+        assert sparse == pytest.approx(sparse_here, rel=0.03)
+    assert max(*sparse, *sparse_here) <= (1 + budget) * dense_here[0], "a GPU's rounding may choose otherwise, within the budget"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_screened_head_is_fitted_to_a_model_elsewhere(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr("dejavu.kernels.screen.CLUSTER_TOKENS", 4)
+    ids_WT = torch.tensor([random_ids(40, seed) for seed in range(5)])
+
+    def work(model: Transformer) -> tuple[int, float]:
+        there_WT = ids_WT.to(model.device)
+        found = HeadFit(model, Split(there_WT[2:], there_WT[:1], there_WT[1:2]), seed=0).within(0.3)
+        assert found is not None and {tensor.device.type for tensor in found[0].tensors} == {"cpu"}
+        return found[1].clusters, found[1].missed + found[1].missed_stderr
+
+    (clusters_here, missed_here), (clusters, missed) = both(tiny("opt"), work, place)
+    assert max(missed, missed_here) <= 0.3
+    if place == "elsewhere":
+        assert (clusters, missed) == pytest.approx((clusters_here, missed_here), rel=1e-3)
 
 
 @pytest.mark.parametrize("place", PLACES)

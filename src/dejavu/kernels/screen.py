@@ -25,9 +25,7 @@ from torch import Tensor
 from dejavu.config import require
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, blocks, wide
 
-CLUSTER_TOKENS = (
-    64  # in the mean: few enough to leave most out, and enough that the centroids are read in a sixty-fourth of the head's time
-)
+CLUSTER_TOKENS = 64  # in the mean: few enough to leave most of the head out, and enough that there are few centroids to read
 DIRECTIONS = 96
 ROUNDS = 8
 SAMPLED = 1 << 14  # rows that the directions are worked out of
@@ -96,7 +94,8 @@ def screened_logits(x_E: Tensor, head_VE: Tensor, screen: Screen) -> Tensor:
 
 @torch.no_grad()
 def fit_screen(head: Matrix, second_moment_EE: Tensor, *, threshold: float, clusters: int | None = None, seed: int = 0) -> Screen:
-    """Clusters of a head [V, E] by k-means: the same for the same input and seed. clusters: None for one in CLUSTER_TOKENS tokens.
+    """Clusters of a head [V, E] by k-means, worked out on the CPU: the same for the same input and seed. clusters: None for one in
+    CLUSTER_TOKENS tokens.
 
     second_moment_EE: the mean of x x^T over hidden states, fp64.
     """
@@ -130,7 +129,7 @@ def fit_screen(head: Matrix, second_moment_EE: Tensor, *, threshold: float, clus
 
 
 def _rows(matrix: Matrix, rows: slice | Tensor) -> Tensor:
-    return matrix[rows].float() if isinstance(matrix, Tensor) else matrix.dequantize(rows)
+    return (matrix[rows] if isinstance(matrix, Tensor) else matrix.dequantize(rows)).to("cpu", torch.float32)
 
 
 def _clusters(points_VR: Tensor, count: int, seed: int) -> Tensor:
