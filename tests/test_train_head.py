@@ -123,6 +123,22 @@ def test_the_head_alone_is_an_adapter(lm: dejavu.LanguageModel, tmp_path: Path, 
 
 
 @needs_library
+def test_its_dense_perplexity_is_of_the_tokens_that_others_check(lm: dejavu.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which --accept-base measures again: of a large model the beginnings of windows."""
+    timed(monkeypatch, 1.5, 1.0)
+    adapter, whole = lm.train_measured(TEXT, method="head", budget=0.3)
+    monkeypatch.setattr("dejavu.offline.split.CHECKED", 1.0)
+    monkeypatch.setattr("dejavu.offline.split.LEAST_CHECKED", 20)
+    adapter, measured = lm.train_measured(TEXT, method="head", budget=0.3)
+    assert adapter is not None and measured["ppl_dense"] != pytest.approx(whole["ppl_dense"])
+    assert lm.calibration_perplexity([TEXT], adapter) == pytest.approx(measured["ppl_dense"])
+    monkeypatch.setattr("dejavu.offline.train.methods_of", lambda config: ("gate",))
+    adapter, measured = lm.train_measured(TEXT, method="auto", budget=0.3)
+    assert adapter is not None and adapter.config.method == "head"
+    assert lm.calibration_perplexity([TEXT], adapter) == pytest.approx(measured["ppl_dense"])
+
+
+@needs_library
 @pytest.mark.parametrize(
     ("screened", "other", "taken"), [(1.5, 1.3, "gate+head"), (1.5, 0.9, "head"), (1.0, 1.3, "gate"), (1.0, 0.9, None)]
 )

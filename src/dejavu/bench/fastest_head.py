@@ -26,7 +26,7 @@ from dejavu.offline.calibrate import token_reads
 from dejavu.offline.collect import pack_windows
 from dejavu.offline.fidelity import token_nll
 from dejavu.offline.head import HeadFit
-from dejavu.offline.split import fitting_windows, split_windows, training_context
+from dejavu.offline.split import Split, fitting_windows, split_windows, training_context
 from dejavu.offline.train import Trained
 from dejavu.offline.train_config import TrainConfig
 
@@ -60,7 +60,7 @@ def with_screened_heads(
             continue
         screen, measured = screened
         if adapter is None:
-            ppl = math.exp(float(token_nll(model, split.check).double().mean()))
+            ppl = found[0][1]["ppl_dense"] if found else _dense_ppl(model, split)
             own = _dense_result(model, config, ppl) | {"tokens": ids_WT.numel(), "tokens_given": packed.numel()}
             one = Adapter(layers=dense_layers, screen=screen, config=_config(checkpoint, config, text_hash, ppl, measured))
         else:
@@ -78,6 +78,11 @@ def with_screened_heads(
         "allow more (--budget), or give a longer text",
     )
     return candidates
+
+
+def _dense_ppl(model: Transformer, split: Split) -> float:
+    """On what the other methods check, too: what `calibration_perplexity` compares an adapter's with."""
+    return math.exp(float(token_nll(model, split.measured(model.num_parameters).check).double().mean()))
 
 
 def _may_pay(model: Transformer, options: EngineOptions) -> bool:
