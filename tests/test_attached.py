@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import dejavu
 from dejavu.generation import engine_cache
 from dejavu.model.bundle import export
+from helpers.screens import screen_of, with_screen
 from helpers.transformers_models import SIZES, reference_of
 
 PROMPT = torch.tensor([[2, 5, 7, 11, 13, 17]])
@@ -189,6 +190,15 @@ def test_detach_undoes_it(net: Any) -> None:
     assert dejavu.detach(net) is net and dejavu.detach(net) is net
     assert vars(net) == own and net.generate.__func__ is type(net).generate
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_screened_head_that_the_backend_has_not_is_told(tmp_path: Path) -> None:
+    lm = dejavu.load("opt-mini", backend="torch", dtype="fp32")
+    assert lm.adapter is not None
+    export(lm.model, lm.tokenizer, tmp_path / "hf", adapter=with_screen(lm.adapter, screen_of(lm.model, threshold=1e-4)))
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with pytest.warns(UserWarning, match="backend torch has no screened head: the full one runs"):
+        dejavu.attach(net, tmp_path / "hf" / "adapter", backend="torch")
 
 
 def test_an_adapter_makes_it_sparse_and_has_to_be_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,10 @@ def attach(
     note = rounding_note(base_hash, dtype or own, stored_dtype=own, adapter=digest)
     if note is not None:
         warnings.warn(f"dejavu: {note}", stacklevel=2)
-    screen = adapter.screen if adapter is not None and CAPABILITIES[picked].screened_head else None
+    screen = None if adapter is None else adapter.screen
+    if screen is not None and not CAPABILITIES[picked].screened_head:
+        warnings.warn(f"dejavu: {CAPABILITIES[picked].full_head_note()}", stacklevel=2)
+        screen = None
     options = EngineOptions(backend=picked, dtype=dtype or "auto", screen=screen)
     setattr(net, NAME, Attached(model, adapter, options, set(), EngineCache()))
     net.generate = types.MethodType(_generate, net)

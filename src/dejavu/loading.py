@@ -140,7 +140,7 @@ def load(
     if lacking:
         lm.notes = (*lm.notes, f"backend {backend} on the CPU: {requested} does not compute {', '.join(lacking)}")
     if lm.adapter is not None and lm.adapter.screen is not None and screened_head is None and not capabilities.screened_head:
-        lm.notes = (*lm.notes, f"backend {backend} has no screened head: the full one runs in place of the adapter's")
+        lm.notes = (*lm.notes, capabilities.full_head_note())
     layers = lm.layers()
     running = lm.model if layers is None else adapted_model(lm.model, layers)
     others = sorted(set(running.sizes()) - set(lm.model.sizes()))

@@ -51,6 +51,10 @@ class Capabilities:
         )
         return name
 
+    def full_head_note(self) -> str:
+        """What is said where an adapter has a screened head and the engine has none."""
+        return f"backend {self.backend} has no screened head: the full one runs in place of the adapter's"
+
     def check_screened_head(self, threshold: float | None) -> None:
         """Raise ValueError for a value of --screened-head that the engine cannot have."""
         if not threshold:
