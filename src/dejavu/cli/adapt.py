@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dejavu.offline.adapt.training import StepReport
 
 DEFAULT_MINUTES = 20.0
-RATE, RATE_AFTER_START = 1.6e-3, 5e-4  # a trained adapter loses more to a rate of 1.5e-3 than 26 M tokens give back (docs/log.md)
+RATE_AFTER_START = 5e-4  # a trained adapter loses more to a rate of 1.5e-3 than 26 M tokens give back (docs/log.md)
 MEASURED_FILE = "adapt.json"
 
 
@@ -94,8 +94,8 @@ def adapt(
     device = _device(device)
     options: dict[str, Any] = {"density": density, "rank": rank, "lora_rank": lora_rank, "lookahead_cosine": lookahead_cosine}
     options |= {"steps": steps, "minutes": DEFAULT_MINUTES if steps is None and minutes is None else minutes, "batch": batch, "seed": seed}
-    usual_rate = RATE if start is None else RATE_AFTER_START
-    options |= {"learning_rate": usual_rate if learning_rate is None else learning_rate, "micro_batch": micro_batch}
+    rate = RATE_AFTER_START if learning_rate is None and start is not None else learning_rate
+    options |= {"micro_batch": micro_batch} | ({} if rate is None else {"learning_rate": rate})
     known = {"auto": None, "on": True, "off": False}
     require(checkpoint_layers in known, f"--checkpoint-layers takes auto, on or off, not {checkpoint_layers!r}")
     options |= {"checkpoint_layers": known[checkpoint_layers], "prompt_share": prompt_share, "chat_share": chat_share}
