@@ -153,7 +153,8 @@ class OfflineMethods:
         ids = [token for window in windows for token in window]
         for adapter, result in found:
             layers = adapter.attached(self.model, dtype=self.options.dtype)
-            result |= speeds(self.model, layers, ids, self.options, name=self.name, progress=progress) | result
+            timed = speeds(self.model, layers, ids, self.options, name=self.name, progress=progress)
+            result |= timed | result  # why a method was not tried is its note, not that it selects nothing
         if method in ("head", "auto"):
             with self._offline(lower):
                 found = with_screened_heads(self.checkpoint, windows, config, found, self.options, text_hash=hashed, progress=progress)

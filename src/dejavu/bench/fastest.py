@@ -58,14 +58,12 @@ def speeds(
     fits = room(model.config.max_positions, len(ids))
     if fits is None:
         return unknown | {"speed_note": "the text is too short to time a step on"}
-    variants, passes = (
-        [DENSE_VARIANT, Variant(mode="sparse" if selects else "screened", layers=layers if selects else None, screen=screen)],
-        [],
-    )
+    way = Variant(mode="sparse" if selects else "screened", layers=layers if selects else None, screen=screen)
+    passes: list[list[float]] = []
     try:
         started = time.monotonic()
         while len(passes) < PASSES and not (passes and time.monotonic() - started > LONG):
-            found = bench(model, variants, ids, options, name=name, context=fits[0], steps=fits[1], progress=progress)
+            found = bench(model, [DENSE_VARIANT, way], ids, options, name=name, context=fits[0], steps=fits[1], progress=progress)
             passes.append([row.speed for row in found.decodes])
     except (ValueError, MemoryError, torch.OutOfMemoryError) as error:  # an engine that does not compute this method, too little memory
         return unknown | {"speed_note": " ".join(str(error).split()) or type(error).__name__}
