@@ -18,13 +18,17 @@ struct bf16 { uint16_t bits; };
 struct half { uint16_t bits; };
 
 // A vector as int8 with a scale for each GROUP values, for products with grids: x[i] = scale[g] * q[...]. The bytes are in the order
-// of a pair's vectors (grids.h). sum[g] is q summed over g, halves[2 g] over its first 16 values and halves[2 g + 1] over the others.
-// scale and sum are zero from the last group up to the next multiple of 8 groups.
+// of a pair's vectors (grids.h). sum is q summed over a group; halves are two, over its first 16 values and over the others. Of each 8 groups
+// scale, sum and halves lie in split order: the first groups of the pairs, then the second ones, so that a pair's two lie at the same
+// place of two halves of a vector. scale and sum are zero from the last group up to the next multiple of 8 groups.
 struct Grouped {
   int8_t *q;
   float *scale, *sum;
   int16_t *halves;
 };
+
+// Where group g lies in split order.
+constexpr int64_t split(int64_t g) { return g / 8 * 8 + g % 2 * 4 + g % 8 / 2; }
 
 // A padded vector; where some matrix that it meets is of integers, also in the form that their products take.
 struct Vector {

@@ -106,14 +106,16 @@ struct N {
     _mm256_storeu_si256((__m256i *)p, w.low);
     _mm256_storeu_si256((__m256i *)(p + 32), w.high);
   }
-  // Of groups 2 pair and 2 pair + 1, four words each.
-  static __m256i lanes(int pair) {
-    const int a = 2 * pair, b = a + 1;
-    return _mm256_setr_epi32(a, a, a, a, b, b, b, b);
+  // The pair-th word of either half of a vector, which is in split order, four times.
+  static __m256 of_pair(__m256 eight, int pair) {  // vpermps takes three times as long on Zen 3
+    switch (pair) {
+      case 0: return _mm256_permute_ps(eight, 0x00);
+      case 1: return _mm256_permute_ps(eight, 0x55);
+      case 2: return _mm256_permute_ps(eight, 0xaa);
+      default: return _mm256_permute_ps(eight, 0xff);
+    }
   }
-  static F::T scaled(F::T acc, __m256i total, Scales s, int pair) {
-    return F::fma(_mm256_cvtepi32_ps(total), _mm256_permutevar8x32_ps(s, lanes(pair)), acc);
-  }
+  static F::T scaled(F::T acc, __m256i total, Scales s, int pair) { return F::fma(_mm256_cvtepi32_ps(total), of_pair(s, pair), acc); }
   // Pairs of products stay within int16: 4 * 63 * 127.
   static __m256i pairs(Bytes w, const int8_t *x) {
     return _mm256_add_epi16(_mm256_maddubs_epi16(w.low, _mm256_loadu_si256((const __m256i *)x)),
@@ -124,8 +126,8 @@ struct N {
   }
   // A pair of products is of one half of its group: even ones of the first.
   static F::T step(F::T acc, Bytes w, const int8_t *x, Scales s, int pair, const int8_t *sub) {
-    const __m256i halves = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)sub));
-    return scaled(acc, _mm256_madd_epi16(pairs(w, x), _mm256_permutevar8x32_epi32(halves, lanes(pair))), s, pair);
+    const __m256i halves = _mm256_castps_si256(of_pair(_mm256_castsi256_ps(_mm256_cvtepi8_epi16(split16(sub, 8))), pair));
+    return scaled(acc, _mm256_madd_epi16(pairs(w, x), halves), s, pair);
   }
   // |w| times x with the sign of w: pairs of products stay within int16, 2 * 128 * 127, but not two of them.
   static __m256i signed_words(const int8_t *w, const int8_t *x) {

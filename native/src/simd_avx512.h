@@ -100,9 +100,9 @@ struct N {
     return _mm512_or_si512(w, _mm512_and_si512(_mm512_rolv_epi32(four, turns), _mm512_set1_epi8(0x30)));
   }
   static void store(uint8_t *p, Bytes w) { _mm512_storeu_si512(p, w); }
-  // Of groups 2 pair and 2 pair + 1, four words each, twice.
+  // Of the groups of a pair, in split order, four words each, twice.
   static __m512i lanes(int pair) {
-    const int a = 2 * pair, b = a + 1;
+    const int a = pair, b = pair + 4;
     return _mm512_setr_epi32(a, a, a, a, b, b, b, b, a, a, a, a, b, b, b, b);
   }
   static F::T scaled(F::T acc, __m512i total, Scales s, int pair) {
@@ -118,7 +118,7 @@ struct N {
   static F::T step(F::T acc, Bytes w, const int8_t *x, Scales s, int pair) { return scaled(acc, products(w, _mm512_loadu_si512(x)), s, pair); }
   // A pair of products is of one half of its group: even ones of the first.
   static F::T step(F::T acc, Bytes w, const int8_t *x, Scales s, int pair, const int8_t *sub) {
-    const __m512i halves = _mm512_zextsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)sub)));
+    const __m512i halves = _mm512_zextsi256_si512(_mm256_cvtepi8_epi16(split16(sub, 8)));
     const __m512i pairs = _mm512_maddubs_epi16(w, _mm512_loadu_si512(x));
     return scaled(acc, _mm512_madd_epi16(pairs, _mm512_permutexvar_epi32(lanes(pair), halves)), s, pair);
   }

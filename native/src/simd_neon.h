@@ -68,17 +68,17 @@ struct I {
 
 struct N {
   struct Scales { float v[8]; };
+  static F::T in_split_order(F::T eight) { return {vuzp1q_f32(eight.a, eight.b), vuzp2q_f32(eight.a, eight.b)}; }
   template <class W> static Scales scales(const W *w, const float *x, int64_t count) {
     Scales s;
-    const F::T product = F::mul(F::load(w), F::load(x));
-    F::store(s.v, product);
-    for (int64_t g = count; g < 8; g++) s.v[g] = 0.0f;
+    F::store(s.v, F::mul(in_split_order(F::load(w)), F::load(x)));
+    for (int64_t g = count; g < 8; g++) s.v[split(g)] = 0.0f;
     return s;
   }
   static float32x4_t one(half h) { return vdupq_n_f32(vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h.bits))), 0)); }
   static Scales scales(half d, const uint8_t *sub, const float *x) {
     Scales s;
-    F::store(s.v, F::mul(F::mul({one(d), one(d)}, F::load(sub)), F::load(x)));
+    F::store(s.v, F::mul(F::mul({one(d), one(d)}, in_split_order(F::load(sub))), F::load(x)));
     return s;
   }
   static Scales scales(half d, const float *x) {
@@ -88,14 +88,16 @@ struct N {
   }
   static F::T bias(F::T acc, const Scales &s, const float *sum, float factor) { return F::fma(F::load(s.v), F::mul(F::load(sum), F::set(factor)), acc); }
   static F::T bias(F::T acc, const Scales &s, const int8_t *zero, const float *sum) {
-    return F::sub(acc, F::mul(F::load(s.v), F::mul(F::load(sum), F::load(zero))));
+    return F::sub(acc, F::mul(F::load(s.v), F::mul(F::load(sum), in_split_order(F::load(zero)))));
   }
   static int32x4_t halves4(int8x8_t sub, const int16_t *halves) {
     const int16x8_t wide = vmovl_s8(sub), sums = vld1q_s16(halves);
     return vpaddq_s32(vmull_s16(vget_low_s16(wide), vget_low_s16(sums)), vmull_s16(vget_high_s16(wide), vget_high_s16(sums)));
   }
   static F::T bias(F::T acc, const Scales &s, const int8_t *sub, const int16_t *halves, float factor) {
-    const F::T sums = {vcvtq_f32_s32(halves4(vld1_s8(sub), halves)), vcvtq_f32_s32(halves4(vld1_s8(sub + 8), halves + 8))};
+    const int16x8_t two = vreinterpretq_s16_s8(vld1q_s8(sub));  // the halves of a group side by side
+    const int8x16_t scales = vreinterpretq_s8_s16(vcombine_s16(vget_low_s16(vuzp1q_s16(two, two)), vget_low_s16(vuzp2q_s16(two, two))));
+    const F::T sums = {vcvtq_f32_s32(halves4(vget_low_s8(scales), halves)), vcvtq_f32_s32(halves4(vget_high_s8(scales), halves + 8))};
     return F::fma(F::load(s.v), F::mul(sums, F::set(factor)), acc);
   }
   struct Bytes { uint8x16_t v[4]; };  // of the first group and the second, low; then high
@@ -130,12 +132,12 @@ struct N {
   static float32x4_t scaled(float32x4_t acc, int32x4_t total, float scale) { return vfmaq_n_f32(acc, vcvtq_f32_s32(total), scale); }
   static int8x16_t as_signed(uint8x16_t v) { return vreinterpretq_s8_u8(v); }
   static F::T step(F::T acc, const Bytes &w, const int8_t *x, const Scales &s, int pair) {
-    return {scaled(acc.a, words(as_signed(w.v[0]), as_signed(w.v[2]), x), s.v[2 * pair]),
-            scaled(acc.b, words(as_signed(w.v[1]), as_signed(w.v[3]), x + 16), s.v[2 * pair + 1])};
+    return {scaled(acc.a, words(as_signed(w.v[0]), as_signed(w.v[2]), x), s.v[pair]),
+            scaled(acc.b, words(as_signed(w.v[1]), as_signed(w.v[3]), x + 16), s.v[pair + 4])};
   }
   static F::T step(F::T acc, const int8_t *w, const int8_t *x, const Scales &s, int pair) {
-    return {scaled(acc.a, words(vld1q_s8(w), vld1q_s8(w + 32), x), s.v[2 * pair]),
-            scaled(acc.b, words(vld1q_s8(w + 16), vld1q_s8(w + 48), x + 16), s.v[2 * pair + 1])};
+    return {scaled(acc.a, words(vld1q_s8(w), vld1q_s8(w + 32), x), s.v[pair]),
+            scaled(acc.b, words(vld1q_s8(w + 16), vld1q_s8(w + 48), x + 16), s.v[pair + 4])};
   }
   // Of each four bytes the first two are of the first half of the group.
   static int32x4_t words_of_halves(int8x16_t low, int8x16_t high, const int8_t *x, const int8_t *sub) {
@@ -146,8 +148,8 @@ struct N {
     return vmlal_s16(vmlal_s16(total, vget_low_s16(second), scale), vget_high_s16(second), scale);
   }
   static F::T step(F::T acc, const Bytes &w, const int8_t *x, const Scales &s, int pair, const int8_t *sub) {
-    return {scaled(acc.a, words_of_halves(as_signed(w.v[0]), as_signed(w.v[2]), x, sub + 4 * pair), s.v[2 * pair]),
-            scaled(acc.b, words_of_halves(as_signed(w.v[1]), as_signed(w.v[3]), x + 16, sub + 4 * pair + 2), s.v[2 * pair + 1])};
+    return {scaled(acc.a, words_of_halves(as_signed(w.v[0]), as_signed(w.v[2]), x, sub + 4 * pair), s.v[pair]),
+            scaled(acc.b, words_of_halves(as_signed(w.v[1]), as_signed(w.v[3]), x + 16, sub + 4 * pair + 2), s.v[pair + 4])};
   }
   struct Pairs { uint8x16_t a[4], b[4]; };  // two rows, as they are
   static Pairs pairs(const Bytes &a, const Bytes &b) { return {{a.v[0], a.v[1], a.v[2], a.v[3]}, {b.v[0], b.v[1], b.v[2], b.v[3]}}; }

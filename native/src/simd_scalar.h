@@ -78,22 +78,22 @@ struct I {
 };
 
 struct N {
-  // Weights' scales times x's, of 8 groups; zero from `count` on.
+  // Weights' scales times x's, of 8 groups in split order; zero from `count` on.
   struct Scales { float v[8]; };
   static Scales scales(const half *w, const float *x, int64_t count) {
     Scales s;
-    for (int g = 0; g < 8; g++) s.v[g] = g < count ? value_of(w[g]) * x[g] : 0.0f;
+    for (int g = 0; g < 8; g++) s.v[split(g)] = g < count ? value_of(w[g]) * x[split(g)] : 0.0f;
     return s;
   }
   static Scales scales(const bf16 *w, const float *x, int64_t count) {
     Scales s;
-    for (int g = 0; g < 8; g++) s.v[g] = g < count ? float_of((uint32_t)w[g].bits << 16) * x[g] : 0.0f;
+    for (int g = 0; g < 8; g++) s.v[split(g)] = g < count ? float_of((uint32_t)w[g].bits << 16) * x[split(g)] : 0.0f;
     return s;
   }
   // One scale times the sub-scales of 8 groups, or alone, times x's.
   static Scales scales(half d, const uint8_t *sub, const float *x) {
     Scales s;
-    for (int g = 0; g < 8; g++) s.v[g] = value_of(d) * (float)sub[g] * x[g];
+    for (int g = 0; g < 8; g++) s.v[split(g)] = value_of(d) * (float)sub[g] * x[split(g)];
     return s;
   }
   static Scales scales(half d, const float *x) {
@@ -108,12 +108,15 @@ struct N {
   }
   // The same of sums of halves of groups, each times its sub-scale.
   static F::T bias(F::T acc, const Scales &s, const int8_t *sub, const int16_t *halves, float factor) {
-    for (int g = 0; g < 8; g++) acc.v[g] += s.v[g] * ((float)(sub[2 * g] * halves[2 * g] + sub[2 * g + 1] * halves[2 * g + 1]) * factor);
+    for (int g = 0; g < 8; g++) {
+      const int64_t at = split(g);
+      acc.v[at] += s.v[at] * ((float)(sub[2 * g] * halves[2 * at] + sub[2 * g + 1] * halves[2 * at + 1]) * factor);
+    }
     return acc;
   }
   // acc - zero * scale * sum of 8 groups
   static F::T bias(F::T acc, const Scales &s, const int8_t *zero, const float *sum) {
-    for (int g = 0; g < 8; g++) acc.v[g] -= s.v[g] * (sum[g] * (float)zero[g]);
+    for (int g = 0; g < 8; g++) acc.v[split(g)] -= s.v[split(g)] * (sum[split(g)] * (float)zero[g]);
     return acc;
   }
   // The vectors of a pair of groups, 0 .. 63: low, then high.
@@ -139,7 +142,7 @@ struct N {
     for (int lane = 0; lane < 8; lane++) {
       int32_t total = 0;
       for (int b = 4 * lane; b < 4 * lane + 4; b++) total += (int32_t)w.v[b] * x[b] + (int32_t)w.v[b + 32] * x[b + 32];
-      acc.v[lane] += (float)total * s.v[2 * pair + lane / 4];
+      acc.v[lane] += (float)total * s.v[pair + lane / 4 * 4];
     }
     return acc;
   }
@@ -148,7 +151,7 @@ struct N {
       int32_t total = 0;
       for (int b = 4 * lane; b < 4 * lane + 4; b++)
         total += ((int32_t)w.v[b] * x[b] + (int32_t)w.v[b + 32] * x[b + 32]) * sub[4 * pair + lane / 4 * 2 + b % 4 / 2];
-      acc.v[lane] += (float)total * s.v[2 * pair + lane / 4];
+      acc.v[lane] += (float)total * s.v[pair + lane / 4 * 4];
     }
     return acc;
   }
@@ -156,7 +159,7 @@ struct N {
     for (int lane = 0; lane < 8; lane++) {
       int32_t total = 0;
       for (int b = 4 * lane; b < 4 * lane + 4; b++) total += (int32_t)w[b] * x[b] + (int32_t)w[b + 32] * x[b + 32];
-      acc.v[lane] += (float)total * s.v[2 * pair + lane / 4];
+      acc.v[lane] += (float)total * s.v[pair + lane / 4 * 4];
     }
     return acc;
   }

@@ -12,19 +12,28 @@ inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*(con
 
 inline __m256 eight(const half *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
-// All bits of the first `count` of eight halves.
-inline __m128i first16(int64_t count) {
-  static const int16_t keep[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
-  return _mm_loadu_si128((const __m128i *)(keep + 8 - count));
+// The first `count` of eight halves in split order (Grouped), the others zero.
+inline __m128i split16(const void *eight, int64_t count) {
+  static const int8_t order[5][16] = {{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1},
+                                      {0, 1, -1, -1, -1, -1, -1, -1, 2, 3, -1, -1, -1, -1, -1, -1},
+                                      {0, 1, 4, 5, -1, -1, -1, -1, 2, 3, 6, 7, -1, -1, -1, -1},
+                                      {0, 1, 4, 5, 8, 9, -1, -1, 2, 3, 6, 7, 10, 11, -1, -1},
+                                      {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15}};
+  return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)eight), _mm_loadu_si128((const __m128i *)order[count / 2]));
+}
+
+// Eight bytes in split order.
+inline __m128i split8(const void *eight) {
+  return _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)eight), _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, -1, -1, -1, -1, -1, -1, -1, -1));
 }
 
 // Eight scales of weights times x's; zero from `count` on, whatever lies there.
 inline __m256 scales8(const half *w, const float *x, int64_t count) {
-  return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(_mm_loadu_si128((const __m128i *)w), first16(count))), _mm256_loadu_ps(x));
+  return _mm256_mul_ps(_mm256_cvtph_ps(split16(w, count)), _mm256_loadu_ps(x));
 }
 
 inline __m256 scales8(const bf16 *w, const float *x, int64_t count) {
-  const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_and_si128(_mm_loadu_si128((const __m128i *)w), first16(count))), 16);
+  const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(split16(w, count)), 16);
   return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_loadu_ps(x));
 }
 
@@ -32,19 +41,19 @@ inline __m256 one(half h) { return _mm256_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(_mm
 
 // One scale times the sub-scales of eight groups, times x's.
 inline __m256 scales8(half d, const uint8_t *sub, const float *x) {
-  const __m256 eight = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)sub)));
+  const __m256 eight = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(split8(sub)));
   return _mm256_mul_ps(_mm256_mul_ps(one(d), eight), _mm256_loadu_ps(x));
 }
 
 // Of eight groups the sums of their halves, each times its sub-scale.
 inline __m256 halves8(const int8_t *sub, const int16_t *halves) {
-  const __m256i scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)sub));
+  const __m256i scales = _mm256_cvtepi8_epi16(split16(sub, 8));
   return _mm256_cvtepi32_ps(_mm256_madd_epi16(scales, _mm256_loadu_si256((const __m256i *)halves)));
 }
 
 // Of eight groups less their zero times the sum of x.
 inline __m256 zeros8(const int8_t *zero, const float *sum) {
-  const __m256 eight = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)zero)));
+  const __m256 eight = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(split8(zero)));
   return _mm256_mul_ps(_mm256_sub_ps(_mm256_setzero_ps(), eight), _mm256_loadu_ps(sum));
 }
 

@@ -14,7 +14,7 @@ void group(const float *x, int64_t n, const Grouped &out) {
   const int64_t groups = n / GROUP, padded = (groups + 7) / 8 * 8;
   const bool whole = finite(x, n);
   for (int64_t i = 0; !whole && i < n; i++) out.q[i] = 0;
-  for (int64_t g = 0; !whole && g < groups; g++) out.scale[g] = NAN, out.sum[g] = 0.0f, out.halves[2 * g] = out.halves[2 * g + 1] = 0;
+  for (int64_t g = 0; !whole && g < groups; g++) out.scale[split(g)] = NAN, out.sum[split(g)] = 0.0f, out.halves[2 * split(g)] = out.halves[2 * split(g) + 1] = 0;
   for (int64_t g = 0; whole && g < groups; g++) {
     const float *from = x + g * GROUP;
     int8_t *low = out.q + g / 2 * PAD + g % 2 * 16, *high = low + PAD / 2;
@@ -27,11 +27,12 @@ void group(const float *x, int64_t n, const Grouped &out) {
       first += (int32_t)low[i] + (int32_t)low[i + 1] + (int32_t)high[i] + (int32_t)high[i + 1];
       second += (int32_t)low[i + 2] + (int32_t)low[i + 3] + (int32_t)high[i + 2] + (int32_t)high[i + 3];
     }
-    out.scale[g] = scale;
-    out.sum[g] = (float)(first + second);
-    out.halves[2 * g] = (int16_t)first, out.halves[2 * g + 1] = (int16_t)second;
+    const int64_t at = split(g);
+    out.scale[at] = scale;
+    out.sum[at] = (float)(first + second);
+    out.halves[2 * at] = (int16_t)first, out.halves[2 * at + 1] = (int16_t)second;
   }
-  for (int64_t g = groups; g < padded; g++) out.scale[g] = out.sum[g] = 0.0f;
+  for (int64_t g = groups; g < padded; g++) out.scale[split(g)] = out.sum[split(g)] = 0.0f;
 }
 
 void narrow(const float *x, int64_t n, half *y) {
