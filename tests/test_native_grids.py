@@ -78,10 +78,10 @@ def test_products_are_those_of_the_vector_in_groups(tiny: Tiny, grid: str, isa: 
     assert (logits - plain).abs().mean() < 0.02 * (plain - truth).abs().mean()
 
 
-def sums_rounded(model: Transformer, part: str, limit: int) -> Transformer:
-    """What this part adds up is rounded as grids take it: int8, or for bytes int16, with a scale for each 16 values."""
+def sums_rounded(model: Transformer, part: str, size: int, limit: int) -> Transformer:
+    """What this part adds up is rounded as grids take it: int8, or for bytes int16, with a scale for each 32 values, 16 where sub-scales are of as many."""
     for layer in model.layers:
-        getattr(layer, part).register_forward_pre_hook(lambda _, inputs: (rounded_in_groups(inputs[0], 16, limit),))
+        getattr(layer, part).register_forward_pre_hook(lambda _, inputs: (rounded_in_groups(inputs[0], size, limit),))
     return model
 
 
@@ -96,7 +96,7 @@ def test_sums_of_rows_are_those_of_coefficients_in_groups(tiny: Tiny, grid: str,
         model, ids = in_grid(tiny("llama", activation=activation, **sizes_of(grid)), grid, [part]), ids_of(4, 8)
         layers = None if select is None else select(model)
         truth, _ = decode(TorchEngine(copy.deepcopy(model.widened()).double(), layers), ids)
-        rounded = sums_rounded(copy.deepcopy(model.widened()), part, limit)
+        rounded = sums_rounded(copy.deepcopy(model.widened()), part, 16 if grid == "q6_k" else 32, limit)
         plain, _ = masked_forward(rounded, layers or (LayerAdapter(),) * model.config.num_layers, ids)
         for isa in ISAS:
             logits, _ = decode(stored(model, layers, instruction_set=isa), ids)

@@ -144,11 +144,12 @@ void sums_rows_i4(const PanelList &list, const Tokens &tokens, int64_t n) {
 template <int GRID> void sums_panels(const PanelList &list, const Tokens &tokens, int64_t n) {
   constexpr Grid G = grid_of_rows<GRID>();
   constexpr int PARTS = PAD / F::W;
+  constexpr int64_t MOST = summed(G);
   const Rows<GRID> rows(list, n);
   float s[PAD], m[PAD];
-  uint8_t pairs[SUMMED / 2][(G.bytes() ? 4 : 2) * PAD];
+  uint8_t pairs[MOST / 2][(G.bytes() ? 4 : 2) * PAD];
   for (int64_t k = 0; k < list.count;) {
-    const int64_t input = list.first + k, end = input / SUMMED * SUMMED + SUMMED, left = list.first + list.count;
+    const int64_t input = list.first + k, end = input / MOST * MOST + MOST, left = list.first + list.count;
     const int64_t count = (end < left ? end : left) - input;
     const uint8_t *scales = rows.scales(input), *sub = rows.sub_scales(input);
     const int8_t *zeros = (const int8_t *)scales + 2 * n;
@@ -159,8 +160,8 @@ template <int GRID> void sums_panels(const PanelList &list, const Tokens &tokens
     };
     for (int64_t first = 0; first < tokens.count; first += MANY) {
       const int64_t last = first + MANY < tokens.count ? first + MANY : tokens.count;
-      Part part[MANY];
-      for (int64_t t = first; t < last; t++) part[t - first] = Part(tokens.coef[t] + k, count, G.bytes());
+      Part<GRID> part[MANY];
+      for (int64_t t = first; t < last; t++) part[t - first] = Part<GRID>(tokens.coef[t] + k, count);
       for (int64_t i = 0; i < n; i += PAD) {
         for (int64_t j = 0; j < count; j += 2) N::store(pairs[j / 2], pair_of<GRID>(row(j), row(j + 1), n, i));
         for (int p = 0; p < PARTS; p++) {

@@ -70,8 +70,11 @@ constexpr bool has_grid(int dtype) { return dtype == DEJAVU_INT4 || of_blocks(dt
 constexpr int grid_number(int dtype) { return (dtype == DEJAVU_INT4 ? (int)DEJAVU_Q4_0 : dtype) - DEJAVU_Q8_0; }
 constexpr const Grid &grid_of(int dtype) { return GRIDS[grid_number(dtype)]; }
 
-// Where the parts of panels of `width` outputs lie. Sums are taken over SUMMED inputs at a time: see Kernels::panels.
-constexpr int64_t SUMMED = 16;
+// Sums of panels are taken over SUMMED inputs at a time, over those of a sub-scale where these are fewer: see Kernels::panels.
+constexpr int64_t SUMMED = 32;
+constexpr int64_t summed(const Grid &grid) { return grid.shared < SUMMED ? grid.shared : SUMMED; }
+
+// Where the parts of panels of `width` outputs lie.
 struct Panel {
   int64_t block, shared;                 // inputs of a panel, and of what has scales of its own in it
   int64_t row, scales, sub_scales;       // bytes of a row of quants, of a panel's scales, minima and zeros, and of sub-scales and sub-minima

@@ -47,7 +47,7 @@ struct RowList {
 };
 
 // Rows of panels (grids.h), or of int8 and int4 `stride` bytes apart: those of inputs idx[0], idx[1], ... in ascending order, or first, first + 1, ...
-// `fetch` as in RowList, of listed rows those of the SUMMED inputs that come next.
+// `fetch` as in RowList, of listed rows those of the inputs that are summed next.
 struct PanelList {
   const uint8_t *base;
   int64_t stride;
@@ -96,7 +96,7 @@ struct Kernels {
   void (*axpys_i8)(const RowList &rows, const float *coef, int64_t n, float *y);
   // As those: for a few rows, slowly.
   void (*axpys_grid[NUM_GRIDS])(const RowList &rows, const float *coef, int64_t n, float *y);
-  // The same of rows of panels, whose sum is cut where the number of an input is a multiple of SUMMED:
+  // The same of rows of panels, whose sum is cut where the number of an input is a multiple of summed(grid):
   // y[i] = y[i] + scale[i] * (coef[0] (q_0[i] - zero[i]) + ...) + minimum[i] * (coef[0] + ...) of each part. A row of coefficient 0 changes no bit.
   // Coefficients are integers times a scale for each part: int8 where quants have few bits, int16 for bytes.
   void (*panels[NUM_GRIDS])(const PanelList &rows, const float *coef, int64_t n, float *y);

@@ -6,10 +6,10 @@
 
 namespace {
 
-// How many rows early a row is fetched: about 24 KB, in the groups of four that the kernels take.
+// How many rows early a row is fetched: about 24 KB, in the groups of four that the kernels take, and 16 at most.
 int64_t rows_ahead(const Matrix &matrix) {
   const int64_t rows = 24576 / matrix.row_bytes() / 4 * 4;
-  return rows < 4 ? 4 : rows > TILE ? TILE : rows;
+  return rows < 4 ? 4 : rows > 16 ? 16 : rows;
 }
 
 RowList list_of(const Matrix &m, const int32_t *idx, int64_t first, int64_t count, Fetch fetch) {

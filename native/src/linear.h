@@ -38,7 +38,7 @@ inline Fetch rows_after(const Matrix &matrix, int64_t first, int64_t count) {
 }
 
 // Rows of a matrix that are read for one token after another while they are in the first-level cache.
-constexpr int64_t TILE = 16;
+constexpr int64_t TILE = 32;
 static_assert(TILE == SUMMED, "a tile of neurons does not cut a sum of panels, and is summed up at once");
 
 // Rows in order come from memory about 1.5 times as fast as selected ones (docs/log.md): above this share all are read, and what the

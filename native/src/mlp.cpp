@@ -183,8 +183,8 @@ void Mlp::run(const Context &ctx, int64_t index, const Vectors &in, const Kept &
     }
     // Sparse rows walk their own lists side by side, a tile of neuron numbers at a time.
     int64_t done[64] = {0}, in_union = 0, in_order = 0;
-    const int64_t tile = sparse && rows > 1 ? 4 * TILE : TILE;
-    static_assert(4 * TILE <= 64, "a tile's neurons are the bits of a word");
+    const int64_t tile = sparse && rows > 1 ? 2 * TILE : TILE;
+    static_assert(2 * TILE <= 64, "a tile's neurons are the bits of a word");
     for (int64_t first = begin; first < end; first += tile) {
       const int64_t stop = std::min(first + tile, end);
       uint64_t some = 0;  // selected by some row, a bit for each neuron of the tile

@@ -296,19 +296,22 @@ class Pieces {
   int count_ = 0, now_ = 0;
 };
 
-// The coefficients of up to SUMMED rows: integers times a scale (NaN where one is not finite), two to a word. For quants of few bits they are
+// The coefficients of rows that are summed together: integers times a scale (NaN where one is not finite), two to a word. For quants of few bits they are
 // int8, for bytes int16.
-struct Part {
+template <int GRID> struct Part {
+  static constexpr Grid G = grid_of_rows<GRID>();
+  static constexpr int64_t MOST = summed(G);
   float scale = 0.0f, sum = 0.0f;  // sum: of the integers
-  int32_t words[SUMMED / 2];
+  int32_t words[MOST / 2];
 
   Part() = default;
-  Part(const float *coef, int64_t count, bool bytes) {
-    float padded[SUMMED];
-    int16_t q[SUMMED];
-    for (int64_t j = 0; j < SUMMED; j++) padded[j] = j < count ? coef[j] : 0.0f;
-    scale = quantize(padded, SUMMED, bytes ? 32767.0f : 127.0f, q);
-    for (int64_t j = 0; j < SUMMED / 2; j++) {
+  Part(const float *coef, int64_t count) {
+    constexpr bool bytes = G.bytes();
+    float padded[MOST];
+    int16_t q[MOST];
+    for (int64_t j = 0; j < MOST; j++) padded[j] = j < count ? coef[j] : 0.0f;
+    scale = quantize(padded, MOST, bytes ? 32767.0f : 127.0f, q);
+    for (int64_t j = 0; j < MOST / 2; j++) {
       const int32_t first = q[2 * j], second = q[2 * j + 1];
       sum += (float)(first + second);
       words[j] = bytes ? (first & 65535) | second * 65536 : (first & 255) | second * 256;
@@ -335,7 +338,7 @@ template <int GRID> inline F::T minima_of(const uint8_t *scales, const uint8_t *
 }
 
 // What W outputs of a panel become of v, a sum of quants times the integers of a part. y += s scale (v - zero sum) + m scale sum.
-template <int GRID> inline F::T scaled(F::T y, F::T v, const Part &part, F::T s, F::T m, const int8_t *zeros) {
+template <int GRID> inline F::T scaled(F::T y, F::T v, const Part<GRID> &part, F::T s, F::T m, const int8_t *zeros) {
   constexpr Grid G = grid_of_rows<GRID>();
   if constexpr (GRID == INT8_ROWS) return F::fma(F::set(part.scale), v, y);
   if constexpr (G.zero != 0) v = F::sub(v, F::set((float)G.zero * part.sum));
@@ -347,7 +350,7 @@ template <int GRID> inline F::T scaled(F::T y, F::T v, const Part &part, F::T s,
 }
 
 // Sums of PAD outputs of `count` rows, rounded up to pairs: load(j), a pair of rows, times the integers of a part.
-template <int GRID, class Load> inline N::Totals totals_of(const Part &part, int64_t count, const Load &load) {
+template <int GRID, class Load> inline N::Totals totals_of(const Part<GRID> &part, int64_t count, const Load &load) {
   N::Totals totals = N::no_totals();
   if constexpr (grid_of_rows<GRID>().bytes()) {
     for (int64_t j = 0; j < count; j += 2) N::add(totals, load(j), part.words[j / 2]);
@@ -428,10 +431,13 @@ struct GroupedPart {
 // y += the sums of two groups of PAD outputs, of groups g and g + 1 of the part: scale (v - 8 sum). load(j): a pair of rows.
 template <class Load> inline void add_groups(const GroupedPart &part, int64_t g, int64_t count, const Load &load, float *y) {
   constexpr int PARTS = PAD / F::W;
-  N::Sums sums = N::no_sums();
-  for (int64_t j = 0; j < count; j += 2) N::add(sums, load(j), part.words[j / 2][g], part.words[j / 2][g + 1]);
   N::Totals totals = N::no_totals();
-  N::widen(totals, sums);
+  for (int64_t j = 0; j < count;) {
+    N::Sums sums = N::no_sums();
+    for (const int64_t stop = j + WITHIN_INT16<INT4_ROWS>; j < stop && j < count; j += 2)
+      N::add(sums, load(j), part.words[j / 2][g], part.words[j / 2][g + 1]);
+    N::widen(totals, sums);
+  }
   for (int p = 0; p < PARTS; p++) {
     const int64_t own = g + p / (PARTS / 2);
     const F::T v = F::sub(N::floats(totals, p), F::set(8.0f * part.sum[own]));
@@ -439,14 +445,15 @@ template <class Load> inline void add_groups(const GroupedPart &part, int64_t g,
   }
 }
 
-// PAD outputs of up to SUMMED rows are summed up in registers.
+// PAD outputs of rows that are summed together are summed up in registers.
 template <int GRID> void panels(const PanelList &list, const float *coef, int64_t n, float *y) {
   constexpr Grid G = grid_of_rows<GRID>();
   constexpr int PARTS = PAD / F::W;
+  constexpr int64_t MOST = summed(G);
   const Rows<GRID> rows(list, n);
   const auto end_of = [&](int64_t k) {  // of the rows that are summed with row k
-    const int64_t part = rows.number(k) / SUMMED;
-    while (k < list.count && rows.number(k) / SUMMED == part) k++;
+    const int64_t part = rows.number(k) / MOST;
+    while (k < list.count && rows.number(k) / MOST == part) k++;
     return k;
   };
   const auto fetch_listed = [&](int64_t k, Pieces &next) {
@@ -462,7 +469,7 @@ template <int GRID> void panels(const PanelList &list, const float *coef, int64_
   Pieces next;
   if (list.idx == nullptr) {
     next.add(list.next, list.fetch);
-    next.start(steps * (rows.number(list.count - 1) / SUMMED - list.first / SUMMED + 1));
+    next.start(steps * (rows.number(list.count - 1) / MOST - list.first / MOST + 1));
   } else {
     fetch_listed(0, next);
     next.start(1), next.step();
@@ -470,7 +477,7 @@ template <int GRID> void panels(const PanelList &list, const float *coef, int64_
   for (int64_t k = 0; k < list.count;) {
     const int64_t input = rows.number(k), end = end_of(k), count = end - k;
     const float *c = coef + k;
-    const uint8_t *r[SUMMED] = {nullptr};
+    const uint8_t *r[MOST] = {nullptr};
     for (int64_t j = 0; j < count; j++, k++) r[j] = rows.row(rows.number(k));
     if (count % 2 != 0) r[count] = r[count - 1];  // its coefficient is 0
     if (list.idx != nullptr) next = Pieces(), fetch_listed(k, next), next.start(steps);
@@ -485,7 +492,7 @@ template <int GRID> void panels(const PanelList &list, const float *coef, int64_
       }
       continue;
     }
-    const Part part(c, count, G.bytes());
+    const Part<GRID> part(c, count);
     const uint8_t *scales = rows.scales(input), *sub = rows.sub_scales(input);
     const int8_t *zeros = (const int8_t *)scales + 2 * n;
     for (int64_t i = 0; i < n; i += PAD) {
