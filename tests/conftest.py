@@ -39,7 +39,7 @@ from dejavu.model.tokenizer import Tokenizer, build_tokenizer
 from dejavu.model.transformer import Transformer
 
 pytest.register_assert_rewrite("helpers")  # their asserts say what was compared, as those of test files do
-pytest_plugins = ["helpers.command_line", "helpers.standins"]  # fixtures that are long or of one subject
+pytest_plugins = ["helpers.command_line", "helpers.interpreter", "helpers.standins"]  # fixtures that are long or of one subject
 
 torch.set_num_threads(1)  # tiny tensors, and one core for each xdist worker
 settings.register_profile("default", deadline=None, derandomize=True)
