@@ -72,7 +72,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of a shape the first ones alone")
     parser.add_argument("--method", help="of `dejavu train` (default: predicted where activations are zero, else auto)")
     parser.add_argument("--budget", type=float, default=0.005)
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=int, help="of the predictors (default: of `dejavu train`)")
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--work-memory", type=float, help="GB of a layer's activations that the GPU holds at most")
     parser.add_argument("--profile-tokens", type=int, default=60_000)

@@ -121,6 +121,13 @@ def test_oracle_keeps_the_fewest_and_all_is_dense(tiny: Tiny) -> None:
     assert density is not None and natural is not None and 0 < density < natural < 1
 
 
+def test_a_rank_that_nobody_gives_follows_the_width() -> None:
+    assert [TrainConfig().rank_of(size) for size in (384, 2048, 5120)] == [64, 256, 640]
+    assert TrainConfig(rank=5).rank_of(5120) == 5
+    with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
+        TrainConfig(rank=0)
+
+
 def test_closed_form_start_at_full_rank_is_the_layer_itself(tiny: Tiny) -> None:
     """With rank D and its own input, the regression is exact up to the scale of each score: it ranks neurons perfectly."""
     model = skewed(tiny)

@@ -34,7 +34,9 @@ def train(
     loss: Annotated[
         str, typer.Option("--loss", metavar="NAME", help="contribution (weighs neurons by what they add) or bce.")
     ] = "contribution",
-    rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of the MLP predictors.")] = 64,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="N", help="Rank of the MLP predictors (default: D / 8, at least 64).")
+    ] = None,
     epochs: Annotated[float, typer.Option("--epochs", metavar="X", help="Passes over the training tokens.")] = 4.0,
     lookahead: Annotated[str, typer.Option("--lookahead", metavar="N", help="auto, 0 or 1.")] = "auto",
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens used, spread evenly over the text.")] = 200_000,

@@ -9,13 +9,14 @@ from dejavu.config import Config, require
 
 METHODS = ("predicted", "exact", "gate", "input")
 HEAD = "head"  # a screened head alone: layers run dense
+LEAST_RANK, WIDTH_SHARE = 64, 8  # D / 8 reads least at D 4096 (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Config):
     """How a model is made sparse. method: one of METHODS, or HEAD; auto trains each that the model can have, with and without a screened
     head, and takes the fastest. budget: allowed relative rise of perplexity, and of a screened head the probability that it may miss. What
-    follows is of predictors. epochs: passes over the training tokens.
+    follows is of predictors. rank: None follows the width (rank_of). epochs: passes over the training tokens.
 
     lookahead "auto" takes 1 (the predictor runs in parallel with attention) where that selects at most (1 + lookahead_tolerance) times the
     neurons that lookahead 0 selects for the same mass (for heads: loses at most that many times the mass at the same density).
@@ -25,7 +26,7 @@ class TrainConfig(Config):
 
     method: Literal["predicted", "exact", "gate", "input", "head", "auto"] = "predicted"
     budget: float = 0.005
-    rank: int = 64
+    rank: int | None = None
     loss: Literal["contribution", "bce"] = "contribution"
     epochs: float = 4.0
     learning_rate: float = 5e-3
@@ -41,7 +42,7 @@ class TrainConfig(Config):
         methods = (*METHODS, HEAD, "auto")
         require(self.method in methods, f"method {self.method!r} is not supported; supported: {', '.join(methods)}")
         require(0 <= self.budget < 1, f"budget must lie in [0, 1), e.g. 0.005 for +0.5 % perplexity, not {self.budget}")
-        require(self.rank >= 1, f"rank must be at least 1, not {self.rank}")
+        require(self.rank is None or self.rank >= 1, f"rank must be at least 1, not {self.rank}")
         require(self.loss in ("contribution", "bce"), f"loss {self.loss!r} is not supported; choose contribution or bce")
         require(self.epochs > 0, f"epochs must be positive, not {self.epochs}")
         require(
@@ -50,3 +51,7 @@ class TrainConfig(Config):
         )
         require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
         require(self.lookahead in ("auto", "0", "1"), f"lookahead {self.lookahead!r} is not supported; choose auto, 0 or 1")
+
+    def rank_of(self, hidden_size: int) -> int:
+        """The rank of a model's MLP predictors: as given, else an eighth of the width, at least LEAST_RANK."""
+        return max(LEAST_RANK, hidden_size // WIDTH_SHARE) if self.rank is None else self.rank

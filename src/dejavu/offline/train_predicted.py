@@ -64,13 +64,13 @@ def _options(scored: Scored, kind: str) -> list[tuple[float, SelectionQuality]]:
 
 def choose_lookahead(data: LayerData, model: Transformer, config: TrainConfig, train: int) -> Predictor:
     """The closed-form predictor of the lookahead that the budget prefers: the cheap test before full training."""
-    block = model.blocks[data.layer]
+    block, rank = model.blocks[data.layer], config.rank_of(model.config.hidden_size)
     if config.lookahead != "auto":
-        return start_mlp(data, block, config.rank, int(config.lookahead), train)
+        return start_mlp(data, block, rank, int(config.lookahead), train)
     held_out = slice(train, train + held_out_tokens(model.config) // 2)
     starts, density = [], []
     for lookahead in (0, 1):
-        start = start_mlp(data, block, config.rank, lookahead, train)
+        start = start_mlp(data, block, rank, lookahead, train)
         scored = score_mlp(start, data, block, held_out)
         starts.append(start)
         density.append(scored.quality(scored.threshold_for_mass(0.97)).density)
