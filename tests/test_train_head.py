@@ -117,6 +117,8 @@ def test_the_head_alone_is_an_adapter(lm: dejavu.LanguageModel, tmp_path: Path, 
         lm.checkpoint, dataclasses.replace(lm.options, backend="torch", dtype="auto", cache_dtype="auto"), adapter=loaded
     )
     assert torch_lm.screened_head == 0
+    with pytest.warns(UserWarning, match="backend torch has no screened head: the full one runs"):
+        torch_lm.generate("a", max_new_tokens=1, adapter=loaded)
     bare = dejavu.LanguageModel(lm.checkpoint, dataclasses.replace(lm.options, screened_head=0.1))
     with pytest.raises(ValueError, match="threshold of an adapter's screened head, and there is none here"):
         bare.generate("a", max_new_tokens=1)

@@ -8,6 +8,7 @@ Letters: T tokens  V vocabulary
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
@@ -258,6 +259,9 @@ class LanguageModel(OfflineMethods):
             options = {"chat_template_kwargs": chat_template_kwargs, "sanitize_control_tokens": sanitize_control_tokens}
             prompt_ids = chat_ids(self.tokenizer, prompt, **options)
         room = max(1, min(len(prompt_ids) + max(max_new_tokens, 0), self.config.max_positions))
+        given = None if dense or self.options.screened_head is not None or adapter is None else adapter.screen
+        if given is not None and not CAPABILITIES[self.backend].screened_head:
+            warnings.warn(f"dejavu: {CAPABILITIES[self.backend].full_head_note()}", stacklevel=2)
         own = self.sampling_of(adapter=adapter, dense=dense)
         sampling = own.overridden(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         engine, give_back = self._engines.take(
