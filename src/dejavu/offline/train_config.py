@@ -9,7 +9,7 @@ from dejavu.config import Config, require
 
 METHODS = ("predicted", "exact", "gate", "input")
 HEAD = "head"  # a screened head alone: layers run dense
-LEAST_RANK, WIDTH_SHARE = 64, 8  # D / 8 reads least at D 4096 (docs/log.md)
+LEAST_RANK, WIDTH_SHARE = 64, 8  # of the ranks tried on a planted opt-6.7b D / 8 read least (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
