@@ -79,7 +79,7 @@ def test_products_are_those_of_the_vector_in_groups(tiny: Tiny, grid: str, isa: 
 
 
 def sums_rounded(model: Transformer, part: str, size: int, limit: int) -> Transformer:
-    """What this part adds up is rounded as grids take it: int8, or for bytes int16, with a scale for each 32 values, 16 where sub-scales are of as many."""
+    """What this part adds up is rounded as grids take it: int8, or for bytes int16, with a scale for each `size` values."""
     for layer in model.layers:
         getattr(layer, part).register_forward_pre_hook(lambda _, inputs: (rounded_in_groups(inputs[0], size, limit),))
     return model

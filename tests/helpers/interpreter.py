@@ -13,9 +13,9 @@ import types
 
 def pytest_collection_finish() -> None:
     interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None or os.environ.get("TRITON_INTERPRET") != "1":
+    if interpreter is None or os.environ.get("TRITON_INTERPRET") != "1" or not hasattr(interpreter, "_LangPatchScope"):
         return
     language = sys.modules["triton.language"]
     sees_all = types.FunctionType((lambda: None).__code__, {"tl": language, "core": language.core})
     interpreter._patch_lang(sees_all)
-    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()  # nothing to restore
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()  # pyrefly: ignore[missing-attribute]
