@@ -11,6 +11,7 @@ what they return in place, except a model: `tiny` builds a new one on each call.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -41,9 +42,20 @@ from dejavu.model.transformer import Transformer
 pytest.register_assert_rewrite("helpers")  # their asserts say what was compared, as those of test files do
 pytest_plugins = ["helpers.command_line", "helpers.interpreter", "helpers.standins"]  # fixtures that are long or of one subject
 
+gc.disable()  # while modules are imported and tests collected: all of it stays
 torch.set_num_threads(1)  # tiny tensors, and one core for each xdist worker
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
 
 TINY_SIZES = {
     "vocab_size": 96,
