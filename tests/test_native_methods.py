@@ -167,6 +167,17 @@ def test_the_number_of_threads_changes_no_bit(tiny: Tiny, method: str, dtype: st
     assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 
+@pytest.mark.parametrize("size", [64, 127, 512])
+def test_columns_are_shared_among_many_threads(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Panels of columns are as many as there are threads, and none is empty, which fetching columns in order would not survive."""
+    runs = []
+    for threads in (1, 16):
+        monkeypatch.setattr("dejavu.engine.native.weights.default_threads", lambda threads=threads: threads)
+        model = tiny("llama", intermediate_size=size)  # engines of one model share its columns
+        runs.append(decode(engine_of(model, METHODS["input"](model, 0.95), threads=threads), ids_of(8))[0])
+    assert torch.equal(*runs)
+
+
 @pytest.mark.parametrize("batch", [5, 33])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_any_size(tiny: Tiny, method: str, batch: int) -> None:

@@ -180,7 +180,7 @@ int64_t panels_of(int64_t chunks, int64_t columns, int threads) {
 
 // Enough chunks to share among threads, few enough that adding them up stays cheap. A power of two.
 int64_t chunks_of_neurons(const dejavu_config &c) {
-  const int64_t target = std::max(c.intermediate_size * c.hidden_size >> 17, std::min<int64_t>(c.intermediate_size / 16, 8));
+  const int64_t target = std::min(c.intermediate_size / SUMMED, std::max<int64_t>(c.intermediate_size * c.hidden_size >> 17, 8));  // none is empty
   int64_t chunks = 1;
   while (chunks * 2 <= target && chunks < 32) chunks *= 2;
   return chunks;
