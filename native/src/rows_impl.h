@@ -296,8 +296,8 @@ class Pieces {
   int count_ = 0, now_ = 0;
 };
 
-// The coefficients of rows that are summed together: integers times a scale (NaN where one is not finite), two to a word. For quants of few bits they are
-// int8, for bytes int16.
+// The coefficients of rows that are summed together: integers times a scale (NaN where one is not finite), two to a word. For quants of few
+// bits they are int8, for bytes int16.
 template <int GRID> struct Part {
   static constexpr Grid G = grid_of_rows<GRID>();
   static constexpr int64_t MOST = summed(G);
