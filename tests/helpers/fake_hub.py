@@ -94,9 +94,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if path != "/api/agent-harnesses":  # which huggingface_hub asks for by itself, once a day, before its first request
-            seen = self.headers.get("Range")
-            self.hub.log.append(f"{self.command} {path}" + (f" {seen}" if seen else ""))
+        if path == "/api/agent-harnesses":  # asked for by huggingface_hub itself before its first request; a process keeps the answer
+            return self._send(404)
+        seen = self.headers.get("Range")
+        self.hub.log.append(f"{self.command} {path}" + (f" {seen}" if seen else ""))
         match path.strip("/").split("/"):
             case _ if self.hub.status is not None:
                 self._send(self.hub.status)
