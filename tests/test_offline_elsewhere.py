@@ -23,9 +23,10 @@ from dejavu.offline.curves import perplexity_curves, recall_curves
 from dejavu.offline.head import HeadFit
 from dejavu.offline.profile import profile
 from dejavu.offline.split import Split
-from dejavu.offline.train import train_adapters
+from dejavu.offline.train import train_adapter, train_adapters
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_predicted import TrainedLayer, train_layer
+from dejavu.offline.training_text import TrainingText
 from dejavu.quality.evaluate import evaluate
 from helpers.elsewhere import DEVICE, elsewhere
 from helpers.offline import random_ids, skewed
@@ -81,8 +82,9 @@ def test_adapters_of_every_method_and_their_curves_are_the_same_elsewhere(
             model=model, tokenizer=tokenizer, config=model.config, name="tiny", base_hash="x", stored_dtype="fp32", notes=(), path=tmp_path
         )  # fmt: skip
         config, folder = TrainConfig(method="auto", budget=budget, rank=4, epochs=1), tmp_path / str(model.device)
-        found = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=folder)
-        again = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=folder)
+        text = TrainingText.of(checkpoint, [random_ids(700)])
+        found = train_adapters(checkpoint, text, config, text_hash="x", work_folder=folder)
+        again = train_adapters(checkpoint, text, config, text_hash="x", work_folder=folder)
         layers = found[0][0].attached(model)
         texts = {"a": "the cat sat on the mat " * 20}
         tasks = {"t": [{"context": "the cat", "choices": [" sat on", " dog"], "label": 0}]}
@@ -107,7 +109,9 @@ def test_a_screened_head_is_fitted_to_a_model_elsewhere(tiny: Tiny, monkeypatch:
 
     def work(model: Transformer) -> tuple[int, float]:
         there_WT = ids_WT.to(model.device)
-        found = HeadFit(model, Split(there_WT[2:], there_WT[:1], there_WT[1:2]), seed=0).within(0.3)
+        split = Split(there_WT[2:], there_WT[:1], there_WT[1:2])
+        text = TrainingText(model=model, given=200, ids_WT=there_WT, split=split, measured=split)
+        found = HeadFit(text, seed=0).within(0.3)
         assert found is not None and {tensor.device.type for tensor in found[0].tensors} == {"cpu"}
         return found[1].clusters, found[1].missed + found[1].missed_stderr
 
@@ -157,12 +161,13 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_bits_wherever_activ
     checkpoint = Checkpoint(
         model=model, tokenizer=tokenizer, config=model.config, name="tiny", base_hash="x", stored_dtype="fp32", notes=(), path=tmp_path
     )  # fmt: skip
-    [(whole, _)] = train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=tmp_path / "whole")
+    ids = [random_ids(700)]
+    whole, _ = train_adapter(checkpoint, ids, config, text_hash="x", work_folder=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train_adapters(checkpoint, [random_ids(700)], config, text_hash="x", work_folder=tmp_path / "parts", progress=interrupt)
+        train_adapter(checkpoint, ids, config, text_hash="x", work_folder=tmp_path / "parts", progress=interrupt)
     assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["layer_0.safetensors"]
     beside = dataclasses.replace(config, work_memory=0)  # in files, on a GPU in page-locked memory
-    [(resumed, _)] = train_adapters(checkpoint, [random_ids(700)], beside, text_hash="x", work_folder=tmp_path / "parts")
+    resumed, _ = train_adapter(checkpoint, ids, beside, text_hash="x", work_folder=tmp_path / "parts")
     assert any(layer.sparse for layer in whole.layers) and whole.config == resumed.config
     assert all(torch.equal(one, other) for one, other in zip(whole.tensors(), resumed.tensors(), strict=True))
 

@@ -51,7 +51,7 @@ def test_what_is_trained_is_what_was_asked(lm: LanguageModel, monkeypatch: pytes
     }  # fmt: skip
     seen: list[TrainConfig] = []
 
-    def train_adapters(checkpoint: object, windows: object, config: TrainConfig, **options: object) -> list[tuple[Adapter, dict[str, Any]]]:
+    def train_adapters(checkpoint: object, text: object, config: TrainConfig, **options: object) -> list[tuple[Adapter, dict[str, Any]]]:
         seen.append(config)
         return [(make_adapter(lm.config, lm.base_hash), {})]
 

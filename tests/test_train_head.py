@@ -21,6 +21,7 @@ from dejavu.model.tokenizer import Tokenizer
 from dejavu.offline import head as head_module
 from dejavu.offline.head import HeadFit
 from dejavu.offline.split import Split
+from dejavu.offline.training_text import TrainingText
 from helpers.engines import ids_of
 from helpers.native import needs_library
 from helpers.texts import TEXT
@@ -36,14 +37,15 @@ def test_what_is_measured_is_what_the_definition_gives(tiny: Tiny, family: str, 
     """On the check window, of the threshold that was taken; the one before it is over the budget on some window."""
     monkeypatch.setattr("dejavu.kernels.screen.CLUSTER_TOKENS", 4)
     model, split, budget = tiny(family), split_of(5, 40), 0.2
-    fit = HeadFit(model, split, seed=0)
+    text = TrainingText(model=model, given=200, ids_WT=torch.cat((split.calibrate, split.check, split.train)), split=split, measured=split)
+    fit = HeadFit(text, seed=0)
     found = fit.within(budget)
     assert found is not None
     screen, config = found
 
     def measured(threshold: float, ids_WT: torch.Tensor) -> tuple[float, float, float]:
         with torch.inference_mode():
-            states_TE = model.head_inputs(model.hidden(ids_WT))[0]
+            states_TE = model.head_inputs(model.hidden(ids_WT))[0, :-1]
             full_TV = model.head_logits(states_TE)
             kept_TV = torch.stack([screened_logits(x_E, wide(model.head_matrix), screen.at(threshold)) for x_E in states_TE]).isfinite()
         same = kept_TV.gather(1, full_TV.argmax(1, keepdim=True)).float().mean()

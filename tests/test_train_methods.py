@@ -38,6 +38,7 @@ from dejavu.offline.split import LONGEST, split_windows, training_context
 from dejavu.offline.train import Trained, methods_of, train_adapter, train_adapters
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_plain import plain_parts
+from dejavu.offline.training_text import TrainingText
 from helpers.engines import decode
 from helpers.native import needs_library
 from helpers.offline import random_ids, skewed
@@ -162,7 +163,7 @@ def test_auto_trains_what_a_model_can_have(relu: Checkpoint, silu: Checkpoint) -
     for checkpoint, methods in ((relu, ["predicted", "exact", "gate", "input"]), (silu, ["gate", "input"])):
         assert list(methods_of(checkpoint.config)) == methods
         config = TrainConfig.from_dict({"method": "auto", "budget": 0.02, "rank": 8, "epochs": 1})
-        found = train_adapters(checkpoint, DOCUMENTS, config, text_hash="abc")
+        found = train_adapters(checkpoint, TrainingText.of(checkpoint, DOCUMENTS), config, text_hash="abc")
         assert [adapter.config.method for adapter, _ in found] == [result["method"] for _, result in found] == methods
         alone, reached = trained(checkpoint, methods[-1])
         assert alone.config == found[-1][0].config and reached["reads"] == found[-1][1]["reads"]
@@ -183,7 +184,7 @@ def test_a_large_model_is_measured_on_beginnings_of_windows(method: str, relu: C
 def test_auto_does_not_try_what_cannot_be_faster(silu: Checkpoint) -> None:
     config = TrainConfig.from_dict({"method": "auto", "budget": 1e-7})
     seen: list[str] = []
-    found = train_adapters(silu, DOCUMENTS, config, text_hash="abc", progress=lambda what, *_: seen.append(what))
+    found = train_adapters(silu, TrainingText.of(silu, DOCUMENTS), config, text_hash="abc", progress=lambda what, *_: seen.append(what))
     for adapter, result in found:
         assert "not tried" in result["speed_note"] and not any(layer.sparse for layer in adapter.layers)
         assert (result["rise"], result["mlp_density"], result["read_share"], result["within_budget"]) == (0.0, 1.0, 1.0, True)

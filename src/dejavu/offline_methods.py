@@ -127,6 +127,7 @@ class OfflineMethods:
         from dejavu.bench.fastest_head import with_screened_heads
         from dejavu.offline.train import train_adapters
         from dejavu.offline.train_config import TrainConfig
+        from dejavu.offline.training_text import TrainingText
 
         config = TrainConfig(
             method=method, budget=budget, rank=rank, loss=loss, epochs=epochs, learning_rate=learning_rate, max_tokens=max_tokens,
@@ -138,12 +139,13 @@ class OfflineMethods:
         hashed = corpus_hash(texts)
         lower = "lower --work-memory, --rank or --max-tokens (what is finished is kept), "
         with self._offline(lower):
+            words = TrainingText.of(self.checkpoint, windows)
             found = (
                 []
                 if method == "head"
                 else train_adapters(
                     self.checkpoint,
-                    windows,
+                    words,
                     config,
                     text_hash=hashed,
                     work_folder=None if work_folder is None else Path(work_folder),
@@ -157,7 +159,7 @@ class OfflineMethods:
             result |= timed | result  # why a method was not tried is its note, not that it selects nothing
         if method in ("head", "auto"):
             with self._offline(lower):
-                found = with_screened_heads(self.checkpoint, windows, config, found, self.options, text_hash=hashed, progress=progress)
+                found = with_screened_heads(self.checkpoint, words, config, found, ids, self.options, text_hash=hashed, progress=progress)
         taken, measured = chosen(found) if method == "auto" else (found[0], found[0][1])
         if taken is None:
             return None, cast(Training, measured)
@@ -169,19 +171,16 @@ class OfflineMethods:
 
         texts: those that the adapter was trained on. Raises ValueError where the adapter does not say how they were cut.
         """
-        from dejavu.offline.collect import pack_windows
         from dejavu.offline.fidelity import token_nll
-        from dejavu.offline.split import fitting_windows, split_windows, training_context
+        from dejavu.offline.training_text import TrainingText
 
         max_tokens = adapter.config.calibration_max_tokens
         if max_tokens is None:
             raise ValueError("the adapter's config.json has no calibration_max_tokens; train the adapter again")
         windows = self.training_windows(texts, max_tokens=max_tokens)
-        ids_WT = pack_windows(windows, context=training_context(self.config), bos=self.tokenizer.document_bos)
         with self._offline():
-            ids_WT = ids_WT.to(self.model.device)
-            split = split_windows(fitting_windows(ids_WT, self.config)).measured(self.model.num_parameters)
-            return math.exp(float(token_nll(self.model, split.check).double().mean()))
+            words = TrainingText.of(self.checkpoint, windows)
+            return math.exp(float(token_nll(self.model, words.measured.check).double().mean()))
 
     def training_windows(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
         """The windows of a text that training reads: as long as `training_context`, BOS included, but ids without BOS."""

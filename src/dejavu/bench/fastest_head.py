@@ -1,6 +1,6 @@
 """A screened head among the candidates of `dejavu train --method auto`, or alone: trained within the budget, timed, taken where it pays.
 
-In: a checkpoint, windows of a text, adapters with what training measured of each (`Trained`). Out: further candidates of the same kind: the
+In: a checkpoint, the TrainingText, adapters with what training measured of each (`Trained`). Out: further candidates of the same kind: the
 fastest method with a screened head, and the head alone, with `screened_head`, what was measured of it, and `speedup_without`, what the
 candidate is held against: the head is taken where it makes that at least MARGIN times as fast (bench/fastest.py).
 """
@@ -23,35 +23,33 @@ from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import token_reads
-from dejavu.offline.collect import pack_windows
-from dejavu.offline.fidelity import token_nll
 from dejavu.offline.head import HeadFit
-from dejavu.offline.split import Split, fitting_windows, split_windows, training_context
 from dejavu.offline.train import Trained
 from dejavu.offline.train_config import TrainConfig
+from dejavu.offline.training_text import TrainingText
 
 
 def with_screened_heads(
     checkpoint: Checkpoint,
-    windows: Sequence[Sequence[int]],
+    text: TrainingText,
     config: TrainConfig,
     found: Sequence[Trained],
+    ids: Sequence[int],
     options: EngineOptions,
     *,
     text_hash: str,
     progress: Progress | None = None,
 ) -> list[Trained]:
-    """The candidates, and those with a screened head; found: with their speeds. Method head has one, untimed where the backend has none.
+    """The candidates, and those with a screened head. found: with their speeds. ids: a text to time on. Method head has one, untimed where
+    the backend has none.
 
     Raises ValueError with method head where no screened head keeps the budget.
     """
     model = checkpoint.model
     if config.method != "head" and not _may_pay(model, options):
         return list(found)
-    packed = pack_windows(windows, context=training_context(model.config), bos=checkpoint.tokenizer.document_bos)
-    ids_WT = fitting_windows(packed, model.config).to(model.device)
-    split, ids, started = split_windows(ids_WT), [token for window in windows for token in window], time.perf_counter()
-    fit, base, candidates = HeadFit(model, split, seed=config.seed, progress=progress), fastest(found), list(found)
+    started = time.perf_counter()
+    fit, base, candidates = HeadFit(text, seed=config.seed, progress=progress), fastest(found), list(found)
     dense_layers = (LayerAdapter(),) * model.config.num_layers
     for adapter, result in [(None, None)] if base is None else [(None, None), base]:
         layers = None if adapter is None else adapter.attached(model, dtype=options.dtype)
@@ -60,8 +58,8 @@ def with_screened_heads(
             continue
         screen, measured = screened
         if adapter is None:
-            ppl = found[0][1]["ppl_dense"] if found else _dense_ppl(model, split)
-            own = _dense_result(model, config, ppl) | {"tokens": ids_WT.numel(), "tokens_given": packed.numel()}
+            ppl = math.exp(float(text.dense.nll.double().mean()))
+            own = _dense_result(model, config, ppl) | {"tokens": text.ids_WT.numel(), "tokens_given": text.given}
             one = Adapter(layers=dense_layers, screen=screen, config=_config(checkpoint, config, text_hash, ppl, measured))
         else:
             assert result is not None
@@ -78,11 +76,6 @@ def with_screened_heads(
         "allow more (--budget), or give a longer text",
     )
     return candidates
-
-
-def _dense_ppl(model: Transformer, split: Split) -> float:
-    """On what the other methods check, too: what `calibration_perplexity` compares an adapter's with."""
-    return math.exp(float(token_nll(model, split.measured(model.num_parameters).check).double().mean()))
 
 
 def _may_pay(model: Transformer, options: EngineOptions) -> bool:

@@ -107,8 +107,8 @@ def fit_screen(head: Matrix, second_moment_EE: Tensor, *, threshold: float, clus
     rows_SE = _rows(head, sample)
     centred_SE = (rows_SE - rows_SE.mean(0)) @ root_EE
     directions_ER = torch.linalg.eigh((centred_SE.T @ centred_SE).double()).eigenvectors[:, -min(DIRECTIONS, width) :].float()
-    parts = list(blocks(vocab, width))
-    points_VR = torch.cat([_rows(head, part) @ root_EE @ directions_ER for part in parts])
+    parts, root_ER = list(blocks(vocab, width)), root_EE @ directions_ER
+    points_VR = torch.cat([_rows(head, part) @ root_ER for part in parts])
     cluster_V = _clusters(points_VR, count, seed)
     present = cluster_V.unique()
     cluster_V = torch.searchsorted(present, cluster_V)

@@ -23,7 +23,7 @@ from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.calibrate import Part, ThresholdCandidate, Tried, choose, meet_goal
-from dejavu.offline.fidelity import Comparison, compare_runs, hidden_states, token_divergence, token_nll
+from dejavu.offline.fidelity import Comparison, compare_runs, hidden_states, states_nll, token_divergence, token_nll
 from dejavu.offline.split import Split
 
 CHECKS = 3  # an adapter still over budget says so
@@ -58,15 +58,17 @@ class SearchSpace(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DenseRuns:
-    """The dense model, once for all methods: hidden states [W, T - 1, D] of the windows that calibrate, negative log likelihood of those
-    that check."""
+    """The dense model, once for all methods: hidden states [W, T - 1, D] of the windows that calibrate and of those that check, and the
+    negative log likelihood [W, T - 1] of the latter."""
 
     calibrate: Tensor
     check: Tensor
+    nll: Tensor
 
     @classmethod
     def of(cls, model: Transformer, split: Split) -> DenseRuns:
-        return cls(hidden_states(model, split.calibrate), token_nll(model, split.check))
+        check_WTD = hidden_states(model, split.check)
+        return cls(hidden_states(model, split.calibrate), check_WTD, states_nll(model, check_WTD, split.check))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Fitted:
     @classmethod
     def nothing(cls, parts: int, num_layers: int, dense: DenseRuns) -> Fitted:
         """Every part dense, which costs nothing and needs no pass."""
-        counter, ppl = DensityCounter(num_layers), math.exp(float(dense.check.double().mean()))
+        counter, ppl = DensityCounter(num_layers), math.exp(float(dense.nll.double().mean()))
         counter.add([1.0] * num_layers, [1.0] * num_layers)
         return cls([None] * parts, (LayerAdapter(),) * num_layers, Comparison(ppl, ppl, 0.0, 0.0), counter)
 
@@ -120,7 +122,7 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, 
         return float(token_divergence(model, split.calibrate, dense.calibrate, selection).double().mean())
 
     tried, refused = list[Tried](), math.inf
-    goal = divergence_for(budget, USUAL_RATIO, CONFIDENCE * math.sqrt(2 / dense.check.numel()))
+    goal = divergence_for(budget, USUAL_RATIO, CONFIDENCE * math.sqrt(2 / dense.nll.numel()))
     kept: Fitted | None = None
     last: Fitted | None = None
     for check in range(1, CHECKS + 1):
@@ -130,7 +132,7 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, 
         layers = space.layers(choice)
         selection = MaskedSelection(layers)
         said("checking the budget")
-        checked = compare_runs(dense.check, token_nll(model, split.check, selection))
+        checked = compare_runs(dense.nll, token_nll(model, split.check, selection))
         last = Fitted(choice, layers, checked, selection.counter)
         cautious = checked.rise + CONFIDENCE * checked.stderr
         if cautious <= budget:

@@ -49,19 +49,28 @@ def _nll(model: Transformer, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(model.logits(hidden_ND[piece]), target_N[piece], reduction="none") for piece in pieces])
 
 
+def _finite_nll(model: Transformer, hidden_WTD: Tensor, ids_WT: Tensor, windows: slice, selection: Selection) -> Tensor:
+    """Of some of the windows, whose hidden states those are."""
+    ids = ids_WT[windows]
+    nll = _nll(model, hidden_WTD.flatten(0, 1), ids[:, 1:].flatten()).view(len(ids), -1)
+    require_finite(nll, model, ids, selection, window_names(windows.start, len(ids)))
+    return nll
+
+
 @torch.inference_mode()
 def token_nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE) -> Tensor:
     """Negative log likelihood [W, T - 1] of each token after the first of its window, natural units, fp32. The ids are where the model is.
 
     Raises ValueError, with the first layer and token, for values that are not finite.
     """
-    rows = []
-    for windows, hidden_WTD in _passes(model, ids_WT, selection, logits=True):
-        ids = ids_WT[windows]
-        nll = _nll(model, hidden_WTD.flatten(0, 1), ids[:, 1:].flatten()).view(len(ids), -1)
-        require_finite(nll, model, ids, selection, window_names(windows.start, len(ids)))
-        rows.append(nll)
-    return torch.cat(rows)
+    passes = _passes(model, ids_WT, selection, logits=True)
+    return torch.cat([_finite_nll(model, hidden_WTD, ids_WT, windows, selection) for windows, hidden_WTD in passes])
+
+
+@torch.inference_mode()
+def states_nll(model: Transformer, hidden_WTD: Tensor, ids_WT: Tensor) -> Tensor:
+    """The same from the hidden_states of the dense model."""
+    return _finite_nll(model, hidden_WTD, ids_WT, slice(0, len(ids_WT)), DENSE)
 
 
 @torch.inference_mode()

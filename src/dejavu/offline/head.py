@@ -1,6 +1,6 @@
 """A screened head within a loss budget: clusters fitted to a text, and the threshold that keeps tokens enough.
 
-In: a model, windows of token ids, perhaps what its layers select. Out: a Screen (kernels/screen.py) and what was measured of it:
+In: a TrainingText, perhaps what its layers select. Out: a Screen (kernels/screen.py) and what was measured of it:
 
     missed = the full head's probability, at temperature 1, of tokens that the screen leaves out, in the mean over a text
 
@@ -8,13 +8,13 @@ which is the total variation between what the two heads draw. Taken is the large
 is within the budget on the windows that calibrate and on those that check; measurements are of the latter. Perplexity keeps its own
 budget: what selection in the layers may raise it by, and what the head may miss, are each held against the whole budget.
 
-Letters: W windows  T tokens  E width of the head  V vocabulary  C clusters
+Letters: W windows  T tokens  N tokens of several windows  D model  E width of the head  V vocabulary  C clusters
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +25,16 @@ from dejavu.kernels.screen import Screen, fit_screen, ratios
 from dejavu.model.adapter_config import ScreenConfig
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import LayerAdapter
-from dejavu.model.transformer import DENSE, Selection, Transformer
 from dejavu.offline.budget import CONFIDENCE
+from dejavu.offline.fidelity import hidden_states
 from dejavu.offline.memory import CPU
-from dejavu.offline.split import Split
+from dejavu.offline.split import beginnings
+from dejavu.offline.training_text import TrainingText
 
-STATES = 4096  # hidden states that clusters are fitted to
+STATES = 2048  # hidden states that clusters are fitted to, of windows far apart
 MEASURED = 2048  # and that each threshold is measured on, at most, of either part
 THRESHOLDS = tuple(10 ** (-step / 8) for step in range(16, 81))  # 1e-2 to 1e-10
-BLOCK_TOKENS = 64
+BLOCK_VALUES = 1 << 25  # logits in memory at a time; of so many tokens that widening the head is little beside the products
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +53,18 @@ class _Missed:
 class HeadFit:
     """The clusters of a model's head, fitted once; and their threshold for what its layers select."""
 
-    def __init__(self, model: Transformer, split: Split, *, seed: int, progress: Progress | None = None) -> None:
-        """split: of windows where the model is."""
-        self.model, self.split, self.progress = model, split, progress
-        width = model.config.embed_width
-        moment_EE, count = torch.zeros(width, width, dtype=torch.float64), 0
-        for states_TE in _states(model, _spread(split.train, STATES), DENSE):
-            self._say("states of the head", count, STATES)
-            wide = states_TE.to(CPU).double()
-            moment_EE += wide.T @ wide
-            count += len(states_TE)
+    def __init__(self, text: TrainingText, *, seed: int, progress: Progress | None = None) -> None:
+        self.text, self.model, self.progress = text, text.model, progress
+        self._say("states of the head", 0, 1)
+        states_NE = self._states(hidden_states(self.model, beginnings(text.split.train, STATES))).to(CPU).double()
         self._say("clusters of the head", 0, 1)
-        self.screen = fit_screen(model.head_matrix, moment_EE / count, threshold=THRESHOLDS[0], seed=seed)
+        moment_EE = states_NE.T @ states_NE / len(states_NE)
+        self.screen = fit_screen(self.model.head_matrix, moment_EE, threshold=THRESHOLDS[0], seed=seed)
         self._say("clusters of the head", 1, 1)
 
     def within(self, budget: float, layers: Sequence[LayerAdapter] | None = None) -> tuple[Screen, ScreenConfig] | None:
         """The screen that reads least of those within the budget; None where none is. layers: what the model runs with."""
-        selection = DENSE if layers is None else MaskedSelection(layers)
-        calibrated, checked = (self._missed(ids_WT, selection) for ids_WT in (self.split.calibrate, self.split.check))
+        calibrated, checked = (self._missed(states_NE) for states_NE in self._measured(layers))
         kept = (calibrated.within(budget) & checked.within(budget)).nonzero()
         if len(kept) == 0:
             return None
@@ -85,8 +80,25 @@ class HeadFit:
         )
         return self.screen.at(THRESHOLDS[best], tokens), config
 
+    def _measured(self, layers: Sequence[LayerAdapter] | None) -> tuple[Tensor, Tensor]:
+        """States [N, E] that calibrate and that check, at most MEASURED of each, evenly spread."""
+        if layers is None:
+            calibrate_WTD, check_WTD = self.text.dense.calibrate, self.text.dense.check
+        else:
+            parts = (beginnings(ids_WT, MEASURED) for ids_WT in (self.text.measured.calibrate, self.text.measured.check))
+            calibrate_WTD, check_WTD = (hidden_states(self.model, ids_WT, MaskedSelection(layers)) for ids_WT in parts)
+        return self._states(calibrate_WTD, MEASURED), self._states(check_WTD, MEASURED)
+
     @torch.inference_mode()
-    def _missed(self, ids_WT: Tensor, selection: Selection) -> _Missed:
+    def _states(self, hidden_WTD: Tensor, most: int | None = None) -> Tensor:
+        """What meets the head's rows [N, E], of so many tokens at most."""
+        hidden_ND = hidden_WTD.flatten(0, 1)
+        if most is not None and len(hidden_ND) > most:
+            hidden_ND = hidden_ND[torch.linspace(0, len(hidden_ND) - 1, most).long()]
+        return self.model.head_inputs(hidden_ND)
+
+    @torch.inference_mode()
+    def _missed(self, states_NE: Tensor) -> _Missed:
         """Of all thresholds: a cluster is left out from some on, which its bucket says."""
         screen, model = self.screen, self.model
         cluster_V = torch.empty(len(screen.members_V), dtype=torch.long)
@@ -94,20 +106,18 @@ class HeadFit:
         edges = torch.tensor(THRESHOLDS).log().flip(0)
         counts, hits = torch.zeros(2, len(THRESHOLDS) + 1).unbind(0)
         masses, done = [], 0
-        ids_WT = _spread(ids_WT, MEASURED)
-        for states_TE in _states(model, ids_WT, selection):
-            for part_TE in states_TE.split(BLOCK_TOKENS):
-                probability_TV = model.head_logits(part_TE).softmax(-1).to(CPU)
-                ratio_TC = ratios(part_TE.to(CPU).float(), screen)
-                ratio_TC[torch.arange(len(part_TE)), ratio_TC.argmax(1)] = 0.0  # the likeliest is kept at any threshold
-                bucket_TC = len(THRESHOLDS) - torch.bucketize(ratio_TC, edges, right=True)
-                mass_TC = torch.zeros_like(ratio_TC.T).index_add_(0, cluster_V, probability_TV.T.contiguous()).T
-                masses.append(torch.zeros(len(part_TE), len(THRESHOLDS) + 1).scatter_add_(1, bucket_TC, mass_TC))
-                counts += torch.bincount(bucket_TC.flatten(), screen.sizes_C.float().repeat(len(part_TE)), minlength=len(counts))
-                chosen_T = cluster_V[probability_TV.argmax(1)]
-                hits += torch.bincount(bucket_TC.gather(1, chosen_T[:, None])[:, 0], minlength=len(hits))
-                done += len(part_TE)
-                self._say("what the head misses", done, ids_WT.numel())
+        for part_TE in states_NE.split(max(1, BLOCK_VALUES // len(cluster_V))):
+            probability_TV = model.head_logits(part_TE).softmax(-1).to(CPU)
+            ratio_TC = ratios(part_TE.to(CPU).float(), screen)
+            ratio_TC[torch.arange(len(part_TE)), ratio_TC.argmax(1)] = 0.0  # the likeliest is kept at any threshold
+            bucket_TC = len(THRESHOLDS) - torch.bucketize(ratio_TC, edges, right=True)
+            mass_TC = torch.zeros_like(ratio_TC.T).index_add_(0, cluster_V, probability_TV.T.contiguous()).T
+            masses.append(torch.zeros(len(part_TE), len(THRESHOLDS) + 1).scatter_add_(1, bucket_TC, mass_TC))
+            counts += torch.bincount(bucket_TC.flatten(), screen.sizes_C.float().repeat(len(part_TE)), minlength=len(counts))
+            chosen_T = cluster_V[probability_TV.argmax(1)]
+            hits += torch.bincount(bucket_TC.gather(1, chosen_T[:, None])[:, 0], minlength=len(hits))
+            done += len(part_TE)
+            self._say("what the head misses", done, len(states_NE))
         missed = (1 - torch.cat(masses).double().cumsum(1)[:, :-1]).clamp(min=0)
         stderr = missed.std(0) / math.sqrt(done)
         return _Missed((counts.cumsum(0) / done)[:-1], (hits.cumsum(0) / done)[:-1], missed.mean(0), stderr)
@@ -115,16 +125,3 @@ class HeadFit:
     def _say(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(what, min(done, total), total)
-
-
-def _spread(ids_WT: Tensor, tokens: int) -> Tensor:
-    """As many windows as hold so many tokens, at least one, evenly spread."""
-    count = max(1, min(len(ids_WT), tokens // ids_WT.shape[1]))
-    return ids_WT[torch.linspace(0, len(ids_WT) - 1, count).long()]
-
-
-@torch.inference_mode()
-def _states(model: Transformer, ids_WT: Tensor, selection: Selection) -> Iterator[Tensor]:
-    """What meets the head's rows [T, E], fp32, of one window after the other."""
-    for ids_1T in ids_WT.split(1):
-        yield model.head_inputs(model.hidden(ids_1T, selection))[0]

@@ -40,11 +40,11 @@ class Split:
         A divergence has far less noise than a loss: a fourth of the tokens that check are enough to calibrate.
         """
         tokens = max(LEAST_CHECKED, int(CHECKED / parameters))
-        calibrate = _beginnings(self.calibrate, min(MOST_CALIBRATED, tokens // 4))
-        return Split(self.train, calibrate, _beginnings(self.check, tokens))
+        calibrate = beginnings(self.calibrate, min(MOST_CALIBRATED, tokens // 4))
+        return Split(self.train, calibrate, beginnings(self.check, tokens))
 
 
-def _beginnings(ids_WT: Tensor, tokens: int) -> Tensor:
+def beginnings(ids_WT: Tensor, tokens: int) -> Tensor:
     """Of every window so much that it is about so many tokens, of fewer windows where less than SHORTEST would be left of each."""
     count = min(len(ids_WT), max(1, tokens // SHORTEST))
     return ids_WT[torch.linspace(0, len(ids_WT) - 1, count).long(), : tokens // count]

@@ -1,9 +1,8 @@
 """From a dense model and a text to an adapter: candidates of a method, thresholds to a loss budget, a check of the budget.
 
-In: a loaded checkpoint, token ids of documents, a TrainConfig. Out: an Adapter and what was measured on the way, of every method that was
-asked for: with method auto of each that the model can have. Which of those is fastest is for bench/fastest.py to find out.
-The text is cut into windows and split (split.py). Finished pieces are kept in `work_folder`, so that an interrupted run goes on where
-it was.
+In: a loaded checkpoint, a TrainingText, a TrainConfig. Out: an Adapter and what was measured on the way, of every method that was asked
+for: with method auto of each that the model can have. Which of those is fastest is for bench/fastest.py to find out.
+Finished pieces are kept in `work_folder`, so that an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
 from dejavu.offline.budget import DenseRuns, Fitted, SearchSpace, fit, least_reads
 from dejavu.offline.calibrate import Part, token_reads
-from dejavu.offline.collect import pack_windows
 from dejavu.offline.memory import CPU
-from dejavu.offline.split import Split, fitting_windows, split_windows, training_context
+from dejavu.offline.split import Split
 from dejavu.offline.train_config import METHODS, TrainConfig
 from dejavu.offline.train_plain import GateSearchSpace, InputSearchSpace, PlainPricing, exact_search_space
 from dejavu.offline.train_predicted import predicted_search_space
+from dejavu.offline.training_text import TrainingText
 
 
 def methods_of(config: ModelConfig) -> tuple[str, ...]:
@@ -59,7 +58,7 @@ Trained = tuple[Adapter, dict[str, Any]]
 
 def train_adapters(
     checkpoint: Checkpoint,
-    document_ids: Sequence[Sequence[int]],
+    text: TrainingText,
     config: TrainConfig,
     *,
     text_hash: str,
@@ -68,34 +67,30 @@ def train_adapters(
 ) -> list[Trained]:
     """Train, calibrate and check, each method on the same windows.
 
-    Raises ValueError for a method that the model cannot have and a text that is too short.
+    Raises ValueError for a method that the model cannot have.
     """
-    model = checkpoint.model
+    model, ids_WT = checkpoint.model, text.ids_WT
     methods = methods_of(model.config) if config.method == "auto" else (config.method,)
     check_method(model.config, config.method)
-    ids_WT = pack_windows(document_ids, context=training_context(model.config), bos=checkpoint.tokenizer.document_bos)
-    given = ids_WT.numel()
-    ids_WT = fitting_windows(ids_WT, model.config).to(model.device)
-    split = split_windows(ids_WT)
-    dense = DenseRuns.of(model, split.measured(model.num_parameters))
+    dense = text.dense  # before the clock of any method runs
     found: list[Trained] = []
     with nullcontext() if work_folder is None else working_in(work_folder):
         asked = _run_key(f"{checkpoint.base_hash} {model.dtype}", config, ids_WT)
-        pricing = PlainPricing(model=model, ids_WT=split.train, methods=methods, seed=config.seed, key=asked, work_folder=work_folder)
+        pricing = PlainPricing(model=model, ids_WT=text.split.train, methods=methods, seed=config.seed, key=asked, work_folder=work_folder)
         for method in methods:
             one = TrainConfig.from_dict(config.to_dict() | {"method": method})
             key = _run_key(f"{checkpoint.base_hash} {model.dtype}", one, ids_WT)
             said = _named(progress, method) if len(methods) > 1 else progress
             several = len(methods) > 1
-            adapter, result = _trained(checkpoint, split, dense, pricing, one, key, text_hash, work_folder, said, several=several)
-            found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": given}))
+            adapter, result = _trained(checkpoint, text, dense, pricing, one, key, text_hash, work_folder, said, several=several)
+            found.append((adapter, result | {"tokens": ids_WT.numel(), "tokens_given": text.given}))
     return found
 
 
 def train_adapter(checkpoint: Checkpoint, document_ids: Sequence[Sequence[int]], config: TrainConfig, **options: Any) -> Trained:
-    """As `train_adapters`, of one method."""
+    """As `train_adapters`, of one method and the token ids of documents. Raises ValueError for a text that is too short, too."""
     assert config.method != "auto", "auto has several"
-    return train_adapters(checkpoint, document_ids, config, **options)[0]
+    return train_adapters(checkpoint, TrainingText.of(checkpoint, document_ids), config, **options)[0]
 
 
 def check_method(config: ModelConfig, method: str) -> None:
@@ -136,7 +131,7 @@ def _search_space(
 
 def _trained(
     checkpoint: Checkpoint,
-    split: Split,
+    text: TrainingText,
     dense: DenseRuns,
     pricing: PlainPricing,
     config: TrainConfig,
@@ -149,13 +144,13 @@ def _trained(
 ) -> Trained:
     """One method, with what was measured on the check windows. several: one of them, which is not tried where it cannot be faster."""
     model, started = checkpoint.model, time.perf_counter()
-    space = _search_space(model, split, pricing, config, key, work_folder, progress)
+    space = _search_space(model, text.split, pricing, config, key, work_folder, progress)
     share = least_share(model.config, space.parts, config.budget)
     skipped = several and share > WORTH_TRYING
     if skipped:
         fitted = Fitted.nothing(len(space.parts), model.config.num_layers, dense)
     else:
-        fitted = fit(model, split.measured(model.num_parameters), dense, space, config.budget, progress)
+        fitted = fit(model, text.measured, dense, space, config.budget, progress)
     checked, counter = fitted.checked, fitted.counter
     mlp_density, head_density = counter.mlp_density(), counter.head_density()
     assert mlp_density is not None and head_density is not None
