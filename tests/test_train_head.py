@@ -157,3 +157,25 @@ def test_auto_takes_what_is_fastest(
     assert (adapter is None) == (taken is None)
     if adapter is not None and taken is not None:
         assert (adapter.screen is None) == (taken == "gate") and adapter.config.method == taken.split("+")[0]
+
+
+@needs_library
+def test_auto_says_why_no_candidate_has_a_screened_head(lm: dejavu.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, 1.5, 1.3)
+    monkeypatch.setattr("dejavu.offline.train.methods_of", lambda config: ("gate",))
+    options = dataclasses.replace(lm.options, backend="torch", dtype="auto", cache_dtype="auto")
+    elsewhere = dejavu.LanguageModel(lm.checkpoint, options)
+
+    def said(model: dejavu.LanguageModel, **more: Any) -> str:
+        return model.train_measured(TEXT, method="auto", **more)[1]["why"].partition("gate is fastest here: 1.30x dense, ")[2]
+
+    assert said(elsewhere, budget=0.3).endswith("; no screened head: the backend torch has none")
+    assert "head" not in said(lm, budget=0.3)
+    monkeypatch.setattr("dejavu.bench.fastest_head.MARGIN", 100.0)
+    share = lm.config.vocab_size * lm.config.embed_width / lm.model.num_parameters
+    assert said(lm, budget=0.3).endswith(f"; no screened head: the head is {share:.1%} of the model")
+    monkeypatch.setattr("dejavu.bench.fastest_head.MARGIN", MARGIN)
+    monkeypatch.setattr(HeadFit, "within", lambda self, budget, layers=None: None)
+    assert said(lm, budget=0.3).endswith("; no screened head: none misses at most 30.00% of the probability on this text")
+    with pytest.raises(ValueError, match=r"none misses at most 30.00% of the probability on this text; allow more \(--budget\)"):
+        lm.train(TEXT, method="head", budget=0.3)

@@ -157,10 +157,13 @@ class OfflineMethods:
             layers = adapter.attached(self.model, dtype=self.options.dtype)
             timed = speeds(self.model, layers, ids, self.options, name=self.name, progress=progress)
             result |= timed | result  # why a method was not tried is its note, not that it selects nothing
+        no_head = None
         if method in ("head", "auto"):
             with self._offline(lower):
-                found = with_screened_heads(self.checkpoint, words, config, found, ids, self.options, text_hash=hashed, progress=progress)
-        taken, measured = chosen(found) if method == "auto" else (found[0], found[0][1])
+                found, no_head = with_screened_heads(
+                    self.checkpoint, words, config, found, ids, self.options, text_hash=hashed, progress=progress
+                )
+        taken, measured = chosen(found, no_head) if method == "auto" else (found[0], found[0][1])
         if taken is None:
             return None, cast(Training, measured)
         described = dataclasses.replace(taken[0].config, calibration_max_tokens=config.max_tokens)

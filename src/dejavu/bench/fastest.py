@@ -77,8 +77,12 @@ def fastest(found: Sequence[Trained]) -> Trained | None:
     return max(worth, key=lambda each: each[1]["speedup"], default=None)
 
 
-def why(found: Sequence[Trained], taken: Trained | None) -> str:
-    """What was taken and why, in a sentence."""
+def why(found: Sequence[Trained], taken: Trained | None, no_head: str | None) -> str:
+    """What was taken and why, in a sentence; and why no candidate has a screened head, where none has."""
+    return _taken(found, taken) + ("" if no_head is None else f"; no screened head: {no_head}")
+
+
+def _taken(found: Sequence[Trained], taken: Trained | None) -> str:
     if taken is not None:
         result = taken[1]
         return f"{result['method']} is fastest here: {result['speedup']:.2f}x dense, perplexity {result['rise']:+.2%}"
@@ -107,9 +111,14 @@ def dense_result(found: Sequence[Trained]) -> dict[str, Any]:
     return {**none, **kept, "ppl_sparse": kept["ppl_dense"], "reads": reads, "read_share": 1.0, **dict.fromkeys(SPEEDS), "speedup": 1.0}
 
 
-def chosen(found: Sequence[Trained]) -> tuple[Trained | None, dict[str, Any]]:
-    """Of method auto: what is taken, and its measurements with all `candidates` (without their layers) and `why`."""
+def chosen(found: Sequence[Trained], no_head: str | None = None) -> tuple[Trained | None, dict[str, Any]]:
+    """Of method auto: what is taken, and its measurements with all `candidates` (without their layers) and `why`. no_head: why none has a
+    screened head."""
     taken = fastest(found)
     candidates = [{name: result.get(name) for name in (*SHOWN, *SPEEDS, "speed_note", "screened_head")} for _, result in found]
     result = dense_result(found) if taken is None else taken[1]
-    return taken, result | {"candidates": candidates, "why": why(found, taken), "seconds": sum(each["seconds"] for _, each in found)}
+    return taken, result | {
+        "candidates": candidates,
+        "why": why(found, taken, no_head),
+        "seconds": sum(each["seconds"] for _, each in found),
+    }

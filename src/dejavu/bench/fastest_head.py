@@ -39,15 +39,15 @@ def with_screened_heads(
     *,
     text_hash: str,
     progress: Progress | None = None,
-) -> list[Trained]:
-    """The candidates, and those with a screened head. found: with their speeds. ids: a text to time on. Method head has one, untimed where
-    the backend has none.
+) -> tuple[list[Trained], str | None]:
+    """The candidates, those with a screened head among them, and why there is none with one. found: with their speeds. ids: a text to time
+    on. Method head has one, untimed where the backend has none.
 
     Raises ValueError with method head where no screened head keeps the budget.
     """
     model = checkpoint.model
-    if config.method != "head" and not _may_pay(model, options):
-        return list(found)
+    if config.method != "head" and (reason := _cannot_pay(model, options)) is not None:
+        return list(found), reason
     started = time.perf_counter()
     fit, base, candidates = HeadFit(text, seed=config.seed, progress=progress), fastest(found), list(found)
     dense_layers = (LayerAdapter(),) * model.config.num_layers
@@ -70,18 +70,17 @@ def with_screened_heads(
         timed = speeds(model, layers or dense_layers, ids, options, name=checkpoint.name, screen=screen, progress=progress)
         candidates.append((one, {"speed_note": None} | own | {"seconds": time.perf_counter() - started} | timed))
         started = time.perf_counter()
-    require(
-        config.method != "head" or len(candidates) > 0,
-        f"no screened head misses at most {config.budget:.2%} of the probability on this text; "
-        "allow more (--budget), or give a longer text",
-    )
-    return candidates
+    reason = f"none misses at most {config.budget:.2%} of the probability on this text" if len(candidates) == len(found) else None
+    require(config.method != "head" or reason is None, f"no screened head: {reason}; allow more (--budget), or give a longer text")
+    return candidates, reason
 
 
-def _may_pay(model: Transformer, options: EngineOptions) -> bool:
-    """Whether the engine has a screened head, and the head is what a step would be MARGIN times as fast without."""
-    config = model.config
-    return CAPABILITIES[options.backend].screened_head and config.vocab_size * config.embed_width > (1 - 1 / MARGIN) * model.num_parameters
+def _cannot_pay(model: Transformer, options: EngineOptions) -> str | None:
+    """Why no head makes a step MARGIN times as fast: the engine has no screened one, or the whole head is less of the model than that."""
+    if not CAPABILITIES[options.backend].screened_head:
+        return f"the backend {options.backend} has none"
+    share = model.config.vocab_size * model.config.embed_width / model.num_parameters
+    return None if share > 1 - 1 / MARGIN else f"the head is {share:.1%} of the model"
 
 
 def _dense_result(model: Transformer, config: TrainConfig, ppl: float) -> dict[str, Any]:
