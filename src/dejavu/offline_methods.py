@@ -17,7 +17,7 @@ from dejavu.config import ModelConfig, Progress
 from dejavu.engine.options import EngineOptions
 from dejavu.figures import Evaluation, Profile, Training
 from dejavu.generation.engine_cache import EngineCache
-from dejavu.kernels.memory import within_gpu_memory
+from dejavu.kernels.memory import keeping_freed, within_gpu_memory
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.selectors import LayerAdapter
@@ -48,7 +48,7 @@ class OfflineMethods:
         """Work where the model is, whose memory is free of cached engines meanwhile. lower: what takes less of it."""
         self.model.require_weights()
         self._engines.clear()
-        with within_gpu_memory(lower + OUT_OF_MEMORY):
+        with within_gpu_memory(lower + OUT_OF_MEMORY), keeping_freed():
             yield
 
     def profile(self, text: str | Mapping[str, str], *, max_tokens: int = 60_000, progress: Progress | None = None) -> Profile:
@@ -209,7 +209,7 @@ class OfflineMethods:
 
         texts: name -> text; tasks: name -> records as `dejavu.quality.tasks.read_items` reads them from a JSONL file.
         """
-        with within_gpu_memory(OUT_OF_MEMORY):
+        with within_gpu_memory(OUT_OF_MEMORY), keeping_freed():
             return evaluate(
                 self.model,
                 self.tokenizer,

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 POPULATE_READ = 22  # of Linux 5.14, which Python has no name for
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of mallopt, in glibc
+USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}  # the last two are what glibc comes to by itself
 _mapped: dict[int, tuple[int, weakref.ref[mmap.mmap]]] = {}  # by its first address: how many bytes, and the mapping
 
 
@@ -27,6 +29,24 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+@contextlib.contextmanager
+def keeping_freed() -> Generator[None]:
+    """Meanwhile large blocks that are freed stay with the process, which takes them again (glibc): pages of new ones would each be mapped
+    and zeroed, an eighth of the time of a pass over a text."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_MAX, 0)
+    mallopt(TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        for name, value in USUAL.items():
+            mallopt(name, value)
+        give_back_freed()
 
 
 def mapped_file(path: Path) -> Tensor:
