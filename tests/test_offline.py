@@ -317,7 +317,7 @@ def test_a_rise_counts_with_its_standard_error(monkeypatch: pytest.MonkeyPatch, 
     space: Any = OneLayer()
 
     def nll(model: Transformer, ids_WT: Tensor, selection: Selection = DENSE) -> Tensor:
-        if selection is DENSE or space.chosen is None:
+        if space.chosen is None:
             return torch.zeros(1, 100)
         rise = torch.full((1, 100), math.log1p({20: 0.008, 60: 0.002}[space.chosen.reads]))
         return rise + noise * torch.tensor([1.0, -1.0]).repeat(50) if space.chosen.reads == 20 else rise
@@ -326,6 +326,7 @@ def test_a_rise_counts_with_its_standard_error(monkeypatch: pytest.MonkeyPatch, 
         return torch.tensor([0.0 if space.chosen is None else space.chosen.divergence])
 
     monkeypatch.setattr("dejavu.offline.budget.token_nll", nll)
+    monkeypatch.setattr("dejavu.offline.budget.states_nll", lambda *_: torch.zeros(1, 100))
     monkeypatch.setattr("dejavu.offline.budget.token_divergence", divergence)
     monkeypatch.setattr("dejavu.offline.budget.divergence_for", lambda *_: 0.0065)
     ids_WT = torch.ones(1, 8, dtype=torch.long)
