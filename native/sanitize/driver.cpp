@@ -199,7 +199,7 @@ std::vector<float> run(const dejavu_model *model, const dejavu_config &c, int th
     std::vector<int64_t> inputs((size_t)(rows * c.num_layers * DEJAVU_POINTS), -1), unions((size_t)c.num_layers, -1), in_order(unions);
     std::vector<uint8_t> input_mask((size_t)(rows * c.num_layers * widths), 7);
     const dejavu_block block = {rows, sparse ? 0 : rows - 1, pages, page_size, stride, token.data(), positions.data(), table.data(), k.data(), v.data(),
-                                scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, cache_dtype, sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data(), inputs.data(), input_mask.data(), unions.data(), in_order.data()};
+                                scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, cache_dtype, sparse, !sparse, logits.data(), neurons.data(), heads.data(), neuron_mask.data(), group_mask.data(), inputs.data(), input_mask.data(), unions.data(), in_order.data()};
     std::vector<int64_t> counts((size_t)((2 + DEJAVU_POINTS) * c.num_layers), -1);
     dejavu_profile profile = {{}, counts.data(), counts.data() + c.num_layers, counts.data() + 2 * c.num_layers};
     EXPECT((step % 2 ? dejavu_engine_profile(engine, &block, &profile) : dejavu_engine_run(engine, &block)) == DEJAVU_OK);
@@ -346,7 +346,7 @@ void bad_input(const dejavu_config &good, int dtype) {
       {0, 3, DEJAVU_FP32, nullptr}, {0, 0, DEJAVU_INT4, nullptr}, {0, 0, DEJAVU_INT8, nullptr}, {0, 0, DEJAVU_FP16, cache.data()}};
   for (const auto &bad : blocks) {
     const dejavu_block block = {1, 0, 1, 3, (good.head_dim + 15) / 16 * 16, &bad.token, &bad.position, &table, cache.data(), cache.data(), bad.scales, bad.scales,
-                                bad.cache_dtype, 1, logits.data(), counts.data(), counts.data(), nullptr, nullptr, nullptr, nullptr, counts.data(), counts.data()};
+                                bad.cache_dtype, 1, 0, logits.data(), counts.data(), counts.data(), nullptr, nullptr, nullptr, nullptr, counts.data(), counts.data()};
     EXPECT(dejavu_engine_run(engine, &block) == DEJAVU_BAD_VALUE);
   }
   dejavu_engine_free(engine);

@@ -1,9 +1,9 @@
 // The table of the functions of kernels.h, over the vectors F, I and N of one simd_*.h. Included once in each kernels_<set>.cpp. The functions:
-// vectors_impl.h of single vectors, rows_impl.h of rows of matrices for one token, batch_impl.h for several.
+// vectors_impl.h of single vectors, rows_impl.h of rows of matrices for one token, batch_impl.h for several, tiles_impl.h for a prompt's.
 //
 // Everything is static to its translation unit, and no C++ library template is used: code for one instruction set must
 // never be merged with that of another by the linker.
-#include "batch_impl.h"
+#include "tiles_impl.h"
 
 namespace {
 
@@ -12,7 +12,7 @@ static_assert(NUM_GRIDS == 12, "EACH_GRID names them");
 
 const Kernels TABLE = {
     DEJAVU_ISA_NAME, fetch,       dots<float>, dots<bf16>,    dots<half>, dots<int8_t>,          dots_i8_i16,       EACH_GRID(dots_grid),
-    products<float>, products<bf16>, products<half>, products<int8_t>, products_i8_i16, EACH_GRID(products_grid),
+    products<float>, products<bf16>, products<half>, products<int8_t>, products_i8_i16, EACH_GRID(products_grid), EACH_GRID(prompts_grid),
     axpys<float>,    axpys<bf16>, axpys<half>, axpys<int8_t>, EACH_GRID(axpys_grid), EACH_GRID(panels), panels<INT8_ROWS>, panels<INT4_ROWS>,
     sums<float>, sums<bf16>, sums<half>, sums<int8_t>, EACH_GRID(sums_panels), sums_panels<INT8_ROWS>, sums_rows_i4, add,
     softmax,         layer_norm,  rms_norm,    quantize,      group,      narrow,                activate,          cap,

@@ -57,14 +57,15 @@ void dots(const Kernels &kernels, const Matrix &m, const Vector &x, const int32_
 
 void products(const Kernels &kernels, const Matrix &m, const Batch &batch, int64_t first, int64_t count, Fetch alone) {
   if (count == 0 || batch.count == 0) return;
-  if (batch.count == 1) return dots(kernels, m, *batch.x[0], nullptr, first, count, batch.out[0], alone);
+  const bool tiles = batch.prompt && has_grid(m.dtype);
+  if (batch.count == 1 && !tiles) return dots(kernels, m, *batch.x[0], nullptr, first, count, batch.out[0], alone);
   const RowList list = list_of(m, nullptr, first, count, {});
   switch (m.dtype) {
     case DEJAVU_FP32: kernels.products_f32(list, batch, m.width); break;
     case DEJAVU_FP16: kernels.products_f16(list, batch, m.width); break;
     case DEJAVU_BF16: kernels.products_bf16(list, batch, m.width); break;
     case DEJAVU_INT8: batch.x[0]->q == nullptr ? kernels.products_i8(list, batch, m.width) : kernels.products_i8_i16(list, batch, m.width); break;
-    default: kernels.products_grid[grid_number(m.dtype)](list, batch, m.width);
+    default: (tiles ? kernels.prompts_grid : kernels.products_grid)[grid_number(m.dtype)](list, batch, m.width);
   }
   for (int64_t t = 0; t < batch.count; t++) finish(m, nullptr, first, count, batch.out[t]);
 }

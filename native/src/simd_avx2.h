@@ -199,4 +199,74 @@ struct N {
   static void pack(const float *x, float inverse, int8_t *low, int8_t *high) { pack_group(x, inverse, low, high); }
 };
 
+struct D {
+  static constexpr int TOKENS = 4, OFFSET = 0;
+  typedef __m256i T;
+  // Words 0 .. 7 of eight rows, each a vector of its row, become eight vectors of all rows.
+  static void transpose(const uint8_t *rows, __m256i *words) {
+    __m256i a[8], b[8];
+    for (int j = 0; j < 8; j++) a[j] = _mm256_loadu_si256((const __m256i *)(rows + PAD * j));
+    for (int j = 0; j < 8; j += 2) b[j] = _mm256_unpacklo_epi32(a[j], a[j + 1]), b[j + 1] = _mm256_unpackhi_epi32(a[j], a[j + 1]);
+    for (int j = 0; j < 8; j += 4)
+      for (int h = 0; h < 2; h++) {
+        a[j + 2 * h] = _mm256_unpacklo_epi64(b[j + h], b[j + h + 2]);
+        a[j + 2 * h + 1] = _mm256_unpackhi_epi64(b[j + h], b[j + h + 2]);
+      }
+    for (int i = 0; i < 4; i++) {
+      words[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+      words[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+    }
+  }
+  static void side_by_side(const uint8_t (*rows)[PAD], uint8_t *first, uint8_t *second) {
+    for (int high = 0; high < 2; high++) {
+      __m256i words[8];
+      transpose(rows[0] + 32 * high, words);
+      for (int i = 0; i < 4; i++) {
+        _mm256_storeu_si256((__m256i *)first + 4 * high + i, words[i]);
+        _mm256_storeu_si256((__m256i *)second + 4 * high + i, words[i + 4]);
+      }
+    }
+  }
+  static __m256i four(const int8_t *x, int i) { return _mm256_set1_epi32(word_at(x + place_of_word(i))); }
+  // Words within int16 are added up as pairs, which are then widened: times 1, or times what `with` has for each pair.
+  template <int PLANE> static void add(const uint8_t *w, __m256i with, const Grouped *const *x, int64_t at, T *sums) {
+    constexpr int WITHIN = words_within_int16(PLANE);
+    for (int first = 0; first < 8; first += WITHIN) {
+      __m256i pairs[TOKENS];
+      for (int i = first; i < first + WITHIN; i++) {
+        const __m256i row = _mm256_loadu_si256((const __m256i *)w + i);
+        for (int t = 0; t < TOKENS; t++) {
+          const __m256i two = _mm256_maddubs_epi16(row, four(x[t]->q + at, i));
+          pairs[t] = i == first ? two : _mm256_add_epi16(pairs[t], two);
+        }
+      }
+      for (int t = 0; t < TOKENS; t++) sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs[t], with));
+    }
+  }
+  template <int PLANE> static void words(const uint8_t *w, const Grouped *const *x, int64_t at, T *sums) {
+    for (int t = 0; t < TOKENS; t++) sums[t] = _mm256_setzero_si256();
+    const __m256i ones = _mm256_set1_epi16(1);
+    if constexpr (PLANE >= 0) {
+      add<PLANE>(w, ones, x, at, sums);
+    } else {
+      for (int i = 0; i < 8; i++) {  // |w| times x with the sign of w
+        const __m256i row = _mm256_loadu_si256((const __m256i *)w + i), size = _mm256_abs_epi8(row);
+        for (int t = 0; t < TOKENS; t++) {
+          const __m256i two = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four(x[t]->q + at, i), row));
+          sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(two, ones));
+        }
+      }
+    }
+  }
+  static void halves(const uint8_t *w, const int16_t *sub, const Grouped *const *x, int64_t at, int64_t group, T *sums) {
+    const __m256i scales = _mm256_loadu_si256((const __m256i *)sub);
+    for (int t = 0; t < TOKENS; t++) {
+      const __m256i both = _mm256_madd_epi16(scales, _mm256_set1_epi32(word_at(x[t]->halves + 2 * group)));
+      sums[t] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(both, 5));
+    }
+    add<2>(w, scales, x, at, sums);
+  }
+  static F::T floats(T sums) { return _mm256_cvtepi32_ps(sums); }
+};
+
 }  // namespace

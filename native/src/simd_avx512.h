@@ -184,4 +184,94 @@ struct N {
   static void pack(const float *x, float inverse, int8_t *low, int8_t *high) { pack_group(x, inverse, low, high); }
 };
 
+struct D {
+  static constexpr int TOKENS = 8;
+#ifdef DEJAVU_VNNI
+  static constexpr int OFFSET = 128;
+#else
+  static constexpr int OFFSET = 0;
+#endif
+  typedef __m512i T;
+  // Sixteen words of sixteen rows, each a vector of its row, become sixteen vectors of all rows.
+  static void transpose(const uint8_t (*rows)[PAD], __m512i *words) {
+    __m512i a[16], b[16];
+    for (int j = 0; j < 16; j++) a[j] = _mm512_loadu_si512(rows[j]);
+    for (int j = 0; j < 16; j += 2) b[j] = _mm512_unpacklo_epi32(a[j], a[j + 1]), b[j + 1] = _mm512_unpackhi_epi32(a[j], a[j + 1]);
+    for (int j = 0; j < 16; j += 4)
+      for (int h = 0; h < 2; h++) {
+        a[j + 2 * h] = _mm512_unpacklo_epi64(b[j + h], b[j + h + 2]);
+        a[j + 2 * h + 1] = _mm512_unpackhi_epi64(b[j + h], b[j + h + 2]);
+      }
+    for (int i = 0; i < 4; i++) {  // a[j + i]: words i, 4 + i, 8 + i, 12 + i of rows j .. j + 3
+      const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44), high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
+      const __m512i later_low = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44), later_high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
+      words[i] = _mm512_shuffle_i32x4(low, later_low, 0x88), words[4 + i] = _mm512_shuffle_i32x4(low, later_low, 0xdd);
+      words[8 + i] = _mm512_shuffle_i32x4(high, later_high, 0x88), words[12 + i] = _mm512_shuffle_i32x4(high, later_high, 0xdd);
+    }
+  }
+  static void side_by_side(const uint8_t (*rows)[PAD], uint8_t *first, uint8_t *second) {
+    __m512i words[16];
+    transpose(rows, words);
+    for (int i = 0; i < 8; i++) {
+      const int at = i < 4 ? i : i + 4;
+      _mm512_storeu_si512(first + 64 * i, words[at]), _mm512_storeu_si512(second + 64 * i, words[at + 4]);
+    }
+  }
+  static __m512i four(const int8_t *x, int i) { return _mm512_set1_epi32(word_at(x + place_of_word(i))); }
+  static __m512i widened(__m512i sums, __m512i pairs, __m512i with) {
+#ifdef DEJAVU_VNNI
+    return _mm512_dpwssd_epi32(sums, pairs, with);
+#else
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, with));
+#endif
+  }
+  // Words within int16 are added up as pairs, which are then widened: times 1, or times what `with` has for each pair.
+  template <int PLANE> static void add(const uint8_t *w, __m512i with, const Grouped *const *x, int64_t at, T *sums) {
+    constexpr int WITHIN = words_within_int16(PLANE);
+    for (int first = 0; first < 8; first += WITHIN) {
+      __m512i pairs[TOKENS];
+      for (int i = first; i < first + WITHIN; i++) {
+        const __m512i row = _mm512_loadu_si512(w + 64 * i);
+        for (int t = 0; t < TOKENS; t++) {
+          const __m512i two = _mm512_maddubs_epi16(row, four(x[t]->q + at, i));
+          pairs[t] = i == first ? two : _mm512_add_epi16(pairs[t], two);
+        }
+      }
+      for (int t = 0; t < TOKENS; t++) sums[t] = widened(sums[t], pairs[t], with);
+    }
+  }
+  template <int PLANE> static void words(const uint8_t *w, const Grouped *const *x, int64_t at, T *sums) {
+    for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_si512();
+#ifdef DEJAVU_VNNI
+    for (int i = 0; i < 8; i++) {
+      const __m512i row = _mm512_loadu_si512(w + 64 * i);
+      for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_dpbusd_epi32(sums[t], row, four(x[t]->q + at, i));
+    }
+#else
+    const __m512i ones = _mm512_set1_epi16(1);
+    if constexpr (PLANE >= 0) {
+      add<PLANE>(w, ones, x, at, sums);
+    } else {
+      for (int i = 0; i < 8; i++) {  // |w| times x with the sign of w
+        const __m512i row = _mm512_loadu_si512(w + 64 * i), size = _mm512_abs_epi8(row);
+        const __mmask64 negative = _mm512_movepi8_mask(row);
+        for (int t = 0; t < TOKENS; t++) {
+          const __m512i values = four(x[t]->q + at, i), signs = _mm512_mask_sub_epi8(values, negative, _mm512_setzero_si512(), values);
+          sums[t] = widened(sums[t], _mm512_maddubs_epi16(size, signs), ones);
+        }
+      }
+    }
+#endif
+  }
+  static void halves(const uint8_t *w, const int16_t *sub, const Grouped *const *x, int64_t at, int64_t group, T *sums) {
+    const __m512i scales = _mm512_loadu_si512(sub);
+    for (int t = 0; t < TOKENS; t++) {
+      const __m512i both = _mm512_madd_epi16(scales, _mm512_set1_epi32(word_at(x[t]->halves + 2 * group)));
+      sums[t] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(both, 5));
+    }
+    add<2>(w, scales, x, at, sums);
+  }
+  static F::T floats(T sums) { return _mm512_cvtepi32_ps(sums); }
+};
+
 }  // namespace

@@ -225,6 +225,53 @@ struct N {
   }
 };
 
+struct D {
+  static constexpr int TOKENS = 4, OFFSET = 0;
+  struct T { int32x4_t a, b; };
+  static void side_by_side(const uint8_t (*rows)[PAD], uint8_t *first, uint8_t *second) {
+    for (int i = 0; i < 8; i++)
+      for (int j = 0; j < F::W; j++) {
+        const uint8_t *from = rows[j] + place(i);
+        __builtin_memcpy(first + 4 * (i * F::W + j), from, 4), __builtin_memcpy(second + 4 * (i * F::W + j), from + 16, 4);
+      }
+  }
+  static int place(int i) { return i < 4 ? 4 * i : 32 + 4 * (i - 4); }
+  static int8x8_t word(const int8_t *x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, sizeof four);
+    return vreinterpret_s8_s32(vdup_n_s32(four));
+  }
+  // Of two rows each, bytes 0 and 1 of their words, then 2 and 3. A pair of words stays within int16: 2 * 128 * 127.
+  struct Rows { int32x4_t v[4]; };
+  static Rows rows_of(const uint8_t *w, const int8_t *x) {
+    Rows sums;
+    for (int k = 0; k < 4; k++) sums.v[k] = vdupq_n_s32(0);
+    for (int i = 0; i < 8; i += 2) {
+      const int8x8_t first = word(x + place(i)), second = word(x + place(i + 1));
+      for (int k = 0; k < 4; k++) {
+        const int8_t *from = (const int8_t *)w + 4 * i * F::W + 8 * k;
+        sums.v[k] = vpadalq_s16(sums.v[k], vmlal_s8(vmull_s8(vld1_s8(from), first), vld1_s8(from + 4 * F::W), second));
+      }
+    }
+    return sums;
+  }
+  template <int PLANE> static void words(const uint8_t *w, const Grouped *const *x, int64_t at, T *sums) {
+    for (int t = 0; t < TOKENS; t++) {
+      const Rows rows = rows_of(w, x[t]->q + at);
+      sums[t] = {vpaddq_s32(rows.v[0], rows.v[1]), vpaddq_s32(rows.v[2], rows.v[3])};
+    }
+  }
+  static void halves(const uint8_t *w, const int16_t *sub, const Grouped *const *x, int64_t at, int64_t group, T *sums) {
+    for (int t = 0; t < TOKENS; t++) {
+      Rows rows = rows_of(w, x[t]->q + at);
+      const int32_t zero[4] = {32 * x[t]->halves[2 * group], 32 * x[t]->halves[2 * group + 1], 32 * x[t]->halves[2 * group], 32 * x[t]->halves[2 * group + 1]};
+      for (int k = 0; k < 4; k++) rows.v[k] = vmulq_s32(vsubq_s32(rows.v[k], vld1q_s32(zero)), vmovl_s16(vld1_s16(sub + 4 * k)));
+      sums[t] = {vpaddq_s32(rows.v[0], rows.v[1]), vpaddq_s32(rows.v[2], rows.v[3])};
+    }
+  }
+  static F::T floats(T sums) { return {vcvtq_f32_s32(sums.a), vcvtq_f32_s32(sums.b)}; }
+};
+
 inline void prefetch(const void *p) { asm volatile("prfm pldl1keep, [%0]" : : "r"(p)); }
 
 }  // namespace

@@ -62,6 +62,7 @@ class BlockStruct(Structure):
         *((name, c_void_p) for name in ("token", "position", "table", "k_pool", "v_pool", "k_scale", "v_scale")),
         ("cache_dtype", c_int32),
         ("sparse", c_int32),
+        ("prompt", c_int32),
         *(
             (name, c_void_p)
             for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask", "inputs", "input_mask", "unions", "in_order")

@@ -103,7 +103,7 @@ class NativeEngine(PagedEngine):
             skipped = min(len(ids), max(0, count - returned - first))
             rows_TV = logits_TV[max(0, first - count + returned) :]
             counts = _Counted.room(len(ids), self.config.num_layers)
-            self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=skipped, sparse=False, record=False)
+            self._run(ids, [slot] * len(ids), positions, rows_TV, counts, first_logits=skipped, sparse=False, prompt=True, record=False)
         self._cache.advance(slot, count)
         return logits_TV if every else logits_TV[0]
 
@@ -177,6 +177,7 @@ class NativeEngine(PagedEngine):
         *,
         sparse: bool,
         record: bool,
+        prompt: bool = False,
         first_logits: int = 0,
         profile: native.ProfileStruct | None = None,
     ) -> list[tuple[LayerSelection, ...]]:
@@ -203,6 +204,7 @@ class NativeEngine(PagedEngine):
             v_scale=_address(self._cache.v_scale_LPGS),
             cache_dtype=native.DTYPE_CODES[self.info.cache_dtype],
             sparse=sparse,
+            prompt=prompt,
             logits=logits_BV.data_ptr(),
             neurons=counts.rows.neurons.data_ptr(),
             heads=counts.rows.heads.data_ptr(),
