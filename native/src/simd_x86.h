@@ -7,8 +7,9 @@
 
 namespace {
 
-// By hand: GCC takes a function that only prefetches for one without effect, and drops the calls.
-inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*(const char *)p)); }
+// Into the second-level cache: more requests may be under way than the first level has buffers for (docs/log.md). By hand: GCC takes a function
+// that only prefetches for one without effect, and drops the calls.
+inline void prefetch(const void *p) { asm volatile("prefetcht1 %0" : : "m"(*(const char *)p)); }
 
 inline __m256 eight(const half *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
