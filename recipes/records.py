@@ -97,6 +97,19 @@ class MethodResult(TypedDict):
     tok_s: dict[str, float]
 
 
+class AutomaticResult(TypedDict):
+    """automatic.py: what `auto` takes within a budget, and its ratio over the fastest program of no worse perplexity, by what is timed
+    (decode, or a request), in each process. Where it keeps the dense model there is nothing to compare."""
+
+    budget: float
+    takes: str
+    rival: str
+    ppl: float | None
+    ppl_rival: float | None
+    tok_s: float | None
+    ratios: dict[str, list[float]]
+
+
 class JudgedTexts(TypedDict):
     """Relative rises of perplexity: of all texts together, of the worst, of each."""
 
@@ -160,6 +173,7 @@ KINDS: dict[str, type[Any]] = {
     "curve": CurveResult,
     "method": MethodResult,
     "judge": JudgeResult,
+    "automatic": AutomaticResult,
 }
 # What `dejavu train` did not print yet when the first lines were written.
 LATER = {"train": ("method", "reads", "read_share", "tok_s", "tok_s_dense", "speedup", "tokens_given")}

@@ -28,9 +28,11 @@ from dejavu.model.rounding import ROUNDING_FILE
 from forms import RESULTS as FORMS
 from forms import newest_runs
 from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_ops, gpu_speed
-from records import QUALITY, CurveResult, EvalResult, MethodResult, ProfileResult, Record, Result, TrainResult, records
+from records import QUALITY, AutomaticResult, CurveResult, EvalResult, MethodResult, ProfileResult, Record, Result, TrainResult, records
 from speeds import EXACT, Refused, headline, markdown, origins, percent, programs, qualities, second
 
+NOT_COMPARED = "-"
+AUTOMATIC_OPS = ("decode", "128+128", "1024+128")
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src" / "dejavu" / "models" / "opt-mini" / "README.md")
 MARK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -110,6 +112,29 @@ def methods() -> str:
             ]
         )
     header = ["model", "method", "MLP density", "heads", "perplexity", "worst text", "accuracy, dense", "sparse"]
+    return markdown(header, table) + origins(found.values())
+
+
+def automatic() -> str:
+    """README: what `auto` takes of models as people have them, and the least that it gained over all processes."""
+    found = {(each.model, each.result["budget"]): each for each in records(AutomaticResult, QUALITY)}
+    if not found:
+        return NOT_MEASURED
+    table = []
+    for (model, budget), result in ((key, each.result) for key, each in sorted(found.items())):
+        least = {op: min(ratios) for op, ratios in result["ratios"].items()}
+        pays = least.get("decode", 0.0) >= 1
+        table.append(
+            [
+                model,
+                percent(budget, 0),
+                result["takes"] if pays else f"{result['takes']}: run it dense" if least else "nothing: run it dense",
+                NOT_COMPARED if result["ppl"] is None else f"{result['ppl']:.2f}",
+                NOT_COMPARED if result["ppl_rival"] is None else f"{result['rival']}, {result['ppl_rival']:.2f}",
+                *(f"{least[op]:.2f}x" if op in least else NOT_COMPARED for op in AUTOMATIC_OPS),
+            ]
+        )
+    header = ["model", "allowed loss", "`auto` takes", "perplexity", "beside", "decode", *(f"request {op}" for op in AUTOMATIC_OPS[1:])]
     return markdown(header, table) + origins(found.values())
 
 
@@ -249,6 +274,7 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "methods": methods,
+    "automatic": automatic,
     "smollm-texts": lambda: texts("smollm2-sparse"),
     "smollm-curve": curve,
     "headline": lambda: headline("opt-mini", "opt-mini, 21 M parameters"),
