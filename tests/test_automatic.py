@@ -46,7 +46,7 @@ def test_the_rival_is_the_fastest_of_no_worse_perplexity(automatic: ModuleType) 
 def test_the_table_shows_the_least_and_says_where_dense_is_better(automatic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = importlib.import_module("tables")
     records = importlib.import_module("records")
-    result = {"takes": "screened head", "rival": "dense", "ppl": 20.1, "ppl_rival": 20.0, "tok_s": 12.0, "budget": 0.01}
+    result: dict[str, Any] = {"takes": "screened head", "rival": "dense", "ppl": 20.1, "ppl_rival": 20.0, "tok_s": 12.0, "budget": 0.01}
     found = [result | {"ratios": {"decode": [1.3, 1.2]}}, result | {"ratios": {"decode": [1.3, 0.9]}, "budget": 0.03}]
     found.append(result | {"takes": "dense", "ppl": None, "ppl_rival": None, "tok_s": None, "ratios": {}, "budget": 0.05})
     monkeypatch.setattr(tables, "records", lambda kind, path: [records.Record(kind="automatic", model="M", result=each) for each in found])
