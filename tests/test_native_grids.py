@@ -152,8 +152,8 @@ def test_inputs_are_selected_in_every_grid(tiny: Tiny, grid: str) -> None:
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_a_prompt_has_the_same_bits_however_it_is_cut(tiny: Tiny, mixture: str, cache_dtype: str) -> None:
     """Tokens of a prompt share rows, keys and values of whole pages: 37 of them, of three pages and of blocks with a rest. Whole, in
-    pieces of any length, by any number of threads; and near to what steps give: another
-    order of sums moves some value to the next integer."""
+    pieces of any length, by any number of threads; and near to what steps give: another order of sums moves some value to the next
+    integer."""
     model, ids = mixed(tiny, mixture), ids_of(6, 37)
     for isa in ISAS:
         prompt = stored(model, instruction_set=isa, cache_dtype=cache_dtype).prefill_logits(0, ids)

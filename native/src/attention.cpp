@@ -100,7 +100,7 @@ void Attention::project(const Context &ctx, int64_t layer, const Vectors &in, co
       int64_t tokens = 0;
       for (int64_t r = 0; r < rows; r++)
         if (!is_query || selects(r, head)) own.x[(size_t)tokens] = &in[r], own.y[(size_t)tokens++] = own.head[r].f + tile;
-      products(ctx.kernels, matrix, {own.x.data(), own.y.data(), tokens, ctx.block.prompt != 0}, first, rows_here, ctx.after(matrix, first, rows_here));
+      products(ctx.kernels, matrix, {own.x.data(), own.y.data(), tokens, ctx.prompt()}, first, rows_here, ctx.after(matrix, first, rows_here));
     }
     place_head(ctx, layer, unit, selected, own);
   }

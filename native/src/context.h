@@ -25,6 +25,7 @@ struct Context {
   const int thread, threads;
   const int64_t rows, width;  // of the block; of a padded residual stream
 
+  bool prompt() const { return block.prompt != 0; }
   const LayerSelectors &selector(int64_t layer) const { return block.sparse ? selectors[(size_t)layer] : SELECTS_NOTHING; }
   // This thread's share of `total` chunks or rows.
   int64_t share(int64_t total, int64_t unit = 1) const { return total / unit * thread / threads * unit; }

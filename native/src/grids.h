@@ -63,6 +63,9 @@ template <int GRID> constexpr Grid grid_of_rows() {
   else return GRIDS[GRID];
 }
 
+// Where the i-th word of the first group of a pair lies in its vectors, the low words, then the high ones; of the second 16 bytes later.
+constexpr int place_of_word(int i) { return i < 4 ? 4 * i : (int)PAD / 2 + 4 * (i - 4); }
+
 // Whether it is given as blocks, each of which has its scales within.
 constexpr bool of_blocks(int dtype) { return dtype >= DEJAVU_Q8_0 && dtype <= DEJAVU_W8_BF16; }
 // Whether products with it take a Grouped vector.

@@ -90,7 +90,7 @@ struct Kernels {
   void (*products_i8)(const RowList &rows, const Batch &batch, int64_t n);
   void (*products_i8_i16)(const RowList &rows, const Batch &batch, int64_t n);
   void (*products_grid[NUM_GRIDS])(const RowList &rows, const Batch &batch, int64_t n);
-  // Nearly the same for tokens of a prompt, several times as fast: the sums are in another order, alike for however many tokens.
+  // The same for tokens of a prompt, in another order of sums, which is one for however many tokens.
   void (*prompts_grid[NUM_GRIDS])(const RowList &rows, const Batch &batch, int64_t n);
   // y[i] = y[i] + coef[0] row_0[i] + coef[1] row_1[i] + ..., added in this order
   void (*axpys_f32)(const RowList &rows, const float *coef, int64_t n, float *y);

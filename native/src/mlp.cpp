@@ -60,13 +60,13 @@ void Mlp::compute_tile(const Run &run, int64_t c, int64_t first, int64_t count) 
     own.coef[(size_t)r] = values + r * TILE, own.y[(size_t)r] = parts_.of(c, r);
   }
   if (run.known == Known::NOTHING) {
-    products(kernels, run.ctx.model.gate_of(run.layer), {own.x.data(), own.gate.data(), rows, run.ctx.block.prompt != 0}, first, count);
+    products(kernels, run.ctx.model.gate_of(run.layer), {own.x.data(), own.gate.data(), rows, run.ctx.prompt()}, first, count);
     kernels.activate(gates, rows * TILE, config.activation, config.activation_threshold);
   } else {
     for (int64_t r = 0; r < rows; r++) std::copy_n(run.selected.activated(r) + first, count, own.gate[(size_t)r]);
   }
   if (gates != values) {
-    products(kernels, run.layer.up, {own.x.data(), own.up.data(), rows, run.ctx.block.prompt != 0}, first, count);
+    products(kernels, run.layer.up, {own.x.data(), own.up.data(), rows, run.ctx.prompt()}, first, count);
     for (int64_t k = 0; k < rows * TILE; k++) values[k] = gates[k] * values[k];
   }
   for (int64_t r = 0; r < rows; r++) run.layer.down.scale_rows(nullptr, first, count, own.up[(size_t)r]);
@@ -188,7 +188,7 @@ void Mlp::run(const Context &ctx, int64_t index, const Vectors &in, const Kept &
     for (int64_t first = begin; first < end; first += tile) {
       const int64_t stop = std::min(first + tile, end);
       uint64_t some = 0;  // selected by some row, a bit for each neuron of the tile
-      if (!sparse && (rows > 1 || ctx.block.prompt)) {
+      if (!sparse && (rows > 1 || ctx.prompt())) {
         compute_tile(run, c, first, stop - first);
         continue;
       }

@@ -201,6 +201,7 @@ struct N {
 
 struct D {
   static constexpr int TOKENS = 4, OFFSET = 0;
+  static constexpr bool TRANSPOSES = true;
   typedef __m256i T;
   // Words 0 .. 7 of eight rows, each a vector of its row, become eight vectors of all rows.
   static void transpose(const uint8_t *rows, __m256i *words) {

@@ -186,6 +186,7 @@ struct N {
 
 struct D {
   static constexpr int TOKENS = 8;
+  static constexpr bool TRANSPOSES = true;
 #ifdef DEJAVU_VNNI
   static constexpr int OFFSET = 128;
 #else

@@ -227,15 +227,8 @@ struct N {
 
 struct D {
   static constexpr int TOKENS = 4, OFFSET = 0;
+  static constexpr bool TRANSPOSES = false;
   struct T { int32x4_t a, b; };
-  static void side_by_side(const uint8_t (*rows)[PAD], uint8_t *first, uint8_t *second) {
-    for (int i = 0; i < 8; i++)
-      for (int j = 0; j < F::W; j++) {
-        const uint8_t *from = rows[j] + place(i);
-        __builtin_memcpy(first + 4 * (i * F::W + j), from, 4), __builtin_memcpy(second + 4 * (i * F::W + j), from + 16, 4);
-      }
-  }
-  static int place(int i) { return i < 4 ? 4 * i : 32 + 4 * (i - 4); }
   static int8x8_t word(const int8_t *x) {
     int32_t four;
     __builtin_memcpy(&four, x, sizeof four);
@@ -247,7 +240,7 @@ struct D {
     Rows sums;
     for (int k = 0; k < 4; k++) sums.v[k] = vdupq_n_s32(0);
     for (int i = 0; i < 8; i += 2) {
-      const int8x8_t first = word(x + place(i)), second = word(x + place(i + 1));
+      const int8x8_t first = word(x + place_of_word(i)), second = word(x + place_of_word(i + 1));
       for (int k = 0; k < 4; k++) {
         const int8_t *from = (const int8_t *)w + 4 * i * F::W + 8 * k;
         sums.v[k] = vpadalq_s16(sums.v[k], vmlal_s8(vmull_s8(vld1_s8(from), first), vld1_s8(from + 4 * F::W), second));

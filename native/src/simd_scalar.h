@@ -226,17 +226,8 @@ struct N {
 struct D {
   static constexpr int TOKENS = 4;  // that share what is loaded of a tile
   static constexpr int OFFSET = 0;  // of signed bytes: what makes them unsigned where products take one of each
+  static constexpr bool TRANSPOSES = false;  // whether it has a side_by_side of its own (tiles_impl.h)
   struct T { int32_t v[F::W]; };
-  // Of rows that are vectors of a pair of groups (N::Bytes) the 8 words of the first group, then of the second: word after word, of all rows.
-  static void side_by_side(const uint8_t (*rows)[PAD], uint8_t *first, uint8_t *second) {
-    for (int i = 0; i < 8; i++)
-      for (int j = 0; j < F::W; j++) {
-        const uint8_t *from = rows[j] + place(i);
-        __builtin_memcpy(first + 4 * (i * F::W + j), from, 4), __builtin_memcpy(second + 4 * (i * F::W + j), from + 16, 4);
-      }
-  }
-  // Where the i-th word of a group lies: the low ones, then the high ones.
-  static int place(int i) { return i < 4 ? 4 * i : 32 + 4 * (i - 4); }
   static int32_t value(const uint8_t *w, int plane) { return plane < 0 ? (int32_t)(int8_t)*w : (int32_t)*w; }
   // Products of a group's words with those of each token's from byte `at` on.
   template <int PLANE> static void words(const uint8_t *w, const Grouped *const *x, int64_t at, T *sums) {
@@ -244,7 +235,7 @@ struct D {
       for (int j = 0; j < F::W; j++) {
         sums[t].v[j] = 0;
         for (int i = 0; i < 8; i++)
-          for (int b = 0; b < 4; b++) sums[t].v[j] += value(w + 4 * (i * F::W + j) + b, PLANE) * x[t]->q[at + place(i) + b];
+          for (int b = 0; b < 4; b++) sums[t].v[j] += value(w + 4 * (i * F::W + j) + b, PLANE) * x[t]->q[at + place_of_word(i) + b];
       }
   }
   // The same of Q6_K, less its zero: bytes 0 and 1 of a word are of the first half of a group, and each half has its sub-scale.
@@ -253,7 +244,7 @@ struct D {
       for (int j = 0; j < F::W; j++) {
         int32_t half[2] = {-32 * x[t]->halves[2 * group], -32 * x[t]->halves[2 * group + 1]};
         for (int i = 0; i < 8; i++)
-          for (int b = 0; b < 4; b++) half[b / 2] += (int32_t)w[4 * (i * F::W + j) + b] * x[t]->q[at + place(i) + b];
+          for (int b = 0; b < 4; b++) half[b / 2] += (int32_t)w[4 * (i * F::W + j) + b] * x[t]->q[at + place_of_word(i) + b];
         sums[t].v[j] = half[0] * sub[2 * j] + half[1] * sub[2 * j + 1];
       }
   }

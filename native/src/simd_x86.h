@@ -58,8 +58,6 @@ inline __m256 zeros8(const int8_t *zero, const float *sum) {
   return _mm256_mul_ps(_mm256_sub_ps(_mm256_setzero_ps(), eight), _mm256_loadu_ps(sum));
 }
 
-// Where the i-th word of a group lies in the vectors of a pair: the low ones, then the high ones.
-constexpr int place_of_word(int i) { return i < 4 ? 4 * i : 32 + 4 * (i - 4); }
 // How many words of quants times int8 stay within int16, pairs of products being added up: 2 * 127 * (15, 31 or 63) each.
 constexpr int words_within_int16(int plane) { return plane == 0 ? 8 : plane == 1 ? 4 : 2; }
 

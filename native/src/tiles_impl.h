@@ -61,6 +61,16 @@ template <int GRID> inline void put_scales(const uint8_t *row, int64_t n, int64_
   }
 }
 
+// Of rows that are vectors of a pair of groups (N::Bytes) the 8 words of the first group, then of the second: word after word, of all rows.
+template <class Set> inline void side_by_side(const uint8_t (*rows)[PAD], uint8_t *first, uint8_t *second) {
+  if constexpr (Set::TRANSPOSES) return Set::side_by_side(rows, first, second);
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < F::W; j++) {
+      const uint8_t *from = rows[j] + place_of_word(i);
+      __builtin_memcpy(first + 4 * (i * F::W + j), from, 4), __builtin_memcpy(second + 4 * (i * F::W + j), from + PAD / 4, 4);
+    }
+}
+
 // Groups g .. g + count - 1 of rows k .. k + F::W - 1, the last one repeated where there are no more.
 template <int GRID> inline void fill(const RowList &rows, int64_t k, int64_t n, int64_t g, int64_t count, Tile &tile) {
   constexpr Grid G = GRIDS[GRID];
@@ -77,7 +87,7 @@ template <int GRID> inline void fill(const RowList &rows, int64_t k, int64_t n, 
       else
         N::store(quant[j], quants<G.plane>(row[j], n, (g + i) / 2));
     }
-    D::side_by_side(quant, tile.words[i], tile.words[i + 1]);
+    side_by_side<D>(quant, tile.words[i], tile.words[i + 1]);
   }
 }
 
