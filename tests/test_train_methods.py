@@ -13,7 +13,7 @@ import torch
 
 import dejavu
 from conftest import Tiny
-from dejavu.bench import fastest, fastest_head
+from dejavu.bench import comparison, fastest, fastest_head
 from dejavu.bench.fastest import chosen, speeds
 from dejavu.cli.main import run
 from dejavu.engine.options import EngineOptions
@@ -39,6 +39,7 @@ from dejavu.offline.train import Trained, methods_of, train_adapter, train_adapt
 from dejavu.offline.train_config import TrainConfig
 from dejavu.offline.train_plain import plain_parts
 from dejavu.offline.training_text import TrainingText
+from dejavu.quality.perplexity import half_windows
 from helpers.engines import decode
 from helpers.native import needs_library
 from helpers.offline import random_ids, skewed
@@ -385,8 +386,13 @@ def test_auto_writes_a_screened_head_where_that_is_faster(
     more = ["model", "--adapter", "adapter", "--backend", "native"]
     assert run(["generate", *more, "--prompt", "the cat", "-n", "4"]) == 0
     assert "screened head at " in capsys.readouterr().out
-    assert run(["bench", *more, "--text", "text.txt", "--context", "8", "--steps", "6", "--json"]) == 0
-    modes = {row["mode"]: row["screened_head"] for row in json.loads(capsys.readouterr().out)["rows"] if row["op"] == "decode"}
+    monkeypatch.setattr(comparison, "HALF_CONTEXT", 16)
+    monkeypatch.setattr(comparison, "half_windows", lambda ids, *, bos: half_windows(ids, bos=bos, context=16))
+    assert run(["bench", *more, "--text", "text.txt", "--context", "8", "--steps", "6", "--perplexity", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    qualities = [row["mode"] for row in found["perplexity"]]
+    assert qualities == ["dense", *(["sparse"] if method == "gate+head" else [])], "a screened head alone is measured once, as dense"
+    modes = {row["mode"]: row["screened_head"] for row in found["rows"] if row["op"] == "decode"}
     assert modes.keys() == {"dense", "sparse" if method == "gate+head" else "screened"} and modes.pop("dense") == 0 < next(
         iter(modes.values())
     )

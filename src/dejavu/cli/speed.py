@@ -140,13 +140,15 @@ def _passage(subject: Subject, plan: Plan, notes: list[str]) -> Passage | None:
 def _qualities(
     passage: Passage, subject: Subject, variants: Sequence[Variant], peers: Sequence[Peer], adapter: str | None, notes: list[str]
 ) -> list[QualityRow]:
-    """Perplexity of every mode that was timed and of the peers, on the same windows."""
+    """Perplexity of every mode that was timed and of the peers, on the same windows. It is that of the full head, so that modes which
+    differ in a screened head alone are one: what that misses is `screen`."""
     from dejavu.bench.comparison import own_quality, peer_quality
 
     lm = subject.lm
     assert lm is not None, "a made-up model has no perplexity"
     named = {"name": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "adapter": adapter}
-    found = [own_quality(subject.model, variant.layers, passage, **named) for variant in variants]
+    layers = {id(variant.layers): variant.layers for variant in variants}
+    found = [own_quality(subject.model, each, passage, **named) for each in layers.values()]
     for peer in peers:
         row = peer_quality(peer, passage, vocab_size=lm.config.vocab_size)
         if row is None:
