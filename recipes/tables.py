@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from automatic import OPS as AUTOMATIC_OPS
 from dejavu.bench.rows import QualityRow, append_rows
 from dejavu.engine.backends import CAPABILITIES
 from dejavu.files import write_json
@@ -32,7 +33,6 @@ from records import QUALITY, AutomaticResult, CurveResult, EvalResult, MethodRes
 from speeds import EXACT, Refused, headline, markdown, origins, percent, programs, qualities, second
 
 NOT_COMPARED = "-"
-AUTOMATIC_OPS = ("decode", "128+128", "1024+128")
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src" / "dejavu" / "models" / "opt-mini" / "README.md")
 MARK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
