@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,17 @@ def checkpoint(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
 
 def data_of(model: Transformer, ids_WT: Tensor) -> list[LayerData]:
     return list(sweep_layers(model, ids_WT))
+
+
+def test_a_layer_that_is_done_with_is_gone_while_the_next_is_read(tiny: Tiny) -> None:
+    model, gone = tiny("opt"), list[bool]()
+    seen: list[weakref.ref[Tensor]] = []
+    sweep = sweep_layers(model, torch.tensor([random_ids(16)] * 6), progress=lambda *_: gone.extend(each() is None for each in seen))
+    for data in sweep:
+        seen = [weakref.ref(data.attention_ND), weakref.ref(data.active.runs[0][1])]
+        assert torch.is_grad_enabled(), "what a consumer trains has gradients"
+        del data
+    assert len(gone) == 4 * (model.config.num_layers - 1) and all(gone)
 
 
 def test_windows_hold_every_document_behind_one_bos() -> None:

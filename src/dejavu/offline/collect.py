@@ -154,7 +154,6 @@ class _Recorder(Selection):
         return act_BTF
 
 
-@torch.no_grad()
 def sweep_layers(
     model: Transformer, ids_WT: Tensor, *, batch: int = 4, work: WorkMemory = ALL_FREE, progress: Progress | None = None
 ) -> Iterator[LayerData]:
@@ -171,28 +170,30 @@ def sweep_layers(
     stream, one_input = 4 * tokens * size, 2 * tokens * size
     stream_at, inputs_at = room.places([stream], [one_input] * 3, tokens=tokens)  # of two layers three inputs are alive
     x_WTD = room.empty(stream_at, count, length, size, dtype=torch.float32)
-    for first in range(0, count, batch):
-        ids = ids_WT[first : first + batch]
-        x_WTD[first : first + batch] = model.embedded(ids, position_T).float()
-        require_finite_stream(x_WTD[first : first + batch], "the embedding", ids, window_names(first, len(ids)))
+    with torch.no_grad():  # not around the generator: torch's wrapper would hold each layer's data while the next is read
+        for first in range(0, count, batch):
+            ids = ids_WT[first : first + batch]
+            x_WTD[first : first + batch] = model.embedded(ids, position_T).float()
+            require_finite_stream(x_WTD[first : first + batch], "the embedding", ids, window_names(first, len(ids)))
     previous: Tensor | None = None
     for layer in range(num_layers):
-        attention_ND, mlp_ND = (room.empty(inputs_at, tokens, size, dtype=torch.float16) for _ in range(2))
-        norms, active, left = [], [], replace(room)
-        for first in range(0, count, batch):
-            recorder = _Recorder(model)
-            stop = first + batch
-            x, _ = model.layer(layer, x_WTD[first:stop].to(device).to(dtype), position_T, None, recorder)
-            x_WTD[first:stop] = x.float()
-            require_finite_stream(x, f"layer {layer}", ids_WT[first:stop], window_names(first, len(x)))
-            here = slice(first * length, stop * length)
-            for kept_ND, seen_BTD in ((attention_ND, recorder.attention), (mlp_ND, recorder.mlp)):
-                kept_ND[here] = seen_BTD.flatten(0, 1).clamp(-FP16_LIMIT, FP16_LIMIT)
-            norms.append(recorder.norms.flatten(0, 1))
-            assert recorder.active is not None
-            active.append(ActiveNeurons.joined([recorder.active], left))
-            if progress is not None:
-                progress(f"layer {layer}: reading activations", min(stop, count), count)
+        with torch.no_grad():
+            attention_ND, mlp_ND = (room.empty(inputs_at, tokens, size, dtype=torch.float16) for _ in range(2))
+            norms, active, left = [], [], replace(room)
+            for first in range(0, count, batch):
+                recorder = _Recorder(model)
+                stop = first + batch
+                x, _ = model.layer(layer, x_WTD[first:stop].to(device).to(dtype), position_T, None, recorder)
+                x_WTD[first:stop] = x.float()
+                require_finite_stream(x, f"layer {layer}", ids_WT[first:stop], window_names(first, len(x)))
+                here = slice(first * length, stop * length)
+                for kept_ND, seen_BTD in ((attention_ND, recorder.attention), (mlp_ND, recorder.mlp)):
+                    kept_ND[here] = seen_BTD.flatten(0, 1).clamp(-FP16_LIMIT, FP16_LIMIT)
+                norms.append(recorder.norms.flatten(0, 1))
+                assert recorder.active is not None
+                active.append(ActiveNeurons.joined([recorder.active], left))
+                if progress is not None:
+                    progress(f"layer {layer}: reading activations", min(stop, count), count)
         joined = ActiveNeurons.joined(active)
         active.clear()
         yield LayerData(layer, attention_ND, mlp_ND, previous, joined, torch.cat(norms), device)
