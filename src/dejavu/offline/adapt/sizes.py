@@ -19,7 +19,7 @@ from dejavu.offline.adapt.divergence import CHUNK
 
 MOST_WINDOWS_CPU = 16
 MOST_TOKENS, ENOUGH_TOKENS = 16384, 4096  # of a micro-batch: more is no faster; and fewer only where layers are checkpointed
-KEPT_NEURON, KEPT_MODEL = 12, 24
+KEPT_NEURON, KEPT_MODEL = 4, 8  # at 1.3 and 8B they are 4/3 and 1.15 times too large (docs/log.md)
 WORKING_NEURON, WORKING_MODEL = 8, 16
 LOGIT_BYTES = 24  # of a logit of a chunk, both models and the gradient
 USABLE = 0.9  # of what is free: the rest is lost between pieces
