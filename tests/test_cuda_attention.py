@@ -11,19 +11,21 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dejavu.kernels.attention import masked_output_heads, plain_attention
-from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token
+from dejavu.kernels.attention import PLAIN, ScoreConfig, masked_output_heads, plain_attention
+from dejavu.kernels.cuda.attention import Partials, Places, ScoreWeights, attend, output_token
+from dejavu.kernels.cuda.common import norm_definition
 from dejavu.kernels.cuda.rows import combine_rows
 from dejavu.kernels.cuda.select import select_definition
 from dejavu.model.layers import rotate
 from helpers.cuda import DEVICES, slow
 from helpers.kernel_memory import Memory, check_rule, poisoned_rows
-from helpers.kernels import BF16, FP16, FP32, check_list, neuron_scores, with_room
+from helpers.kernels import BF16, FP16, FP32, check_list, converted, neuron_scores, norm_of, placed, with_room
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase:
-    """A row for each position; counts: selected groups of each row, None without predictors. partial, select: for one row."""
+    """A row for each position; counts: selected groups of each row, None without predictors. partial, select: for one row.
+    rotated: values of a head that are, None: all."""
 
     groups: int
     per: int
@@ -37,6 +39,10 @@ class AttentionCase:
     partial: bool = False
     selected: int | None = None
     size: int = 33
+    rotated: int | None = None
+    scores: ScoreConfig = PLAIN
+    factor: float = 1.0
+    normed: bool = False
 
 
 ATTENTION_CASES = [
@@ -50,7 +56,13 @@ ATTENTION_CASES = [
     AttentionCase(groups=3, per=1, head_dim=8, page=4, splits=1, positions=(7, 40), dtype=BF16, counts=(1, 3)),
     AttentionCase(groups=2, per=2, head_dim=12, page=5, splits=2, positions=(0, 66, 5), dtype=FP16, rope=True),
     AttentionCase(groups=3, per=2, head_dim=4, page=3, splits=2, positions=(1, 0, 32, 8, 3), dtype=FP32, rope=True, counts=(0, 3, 1, 2, 1)),
-]
+    AttentionCase(groups=2, per=2, head_dim=12, page=4, splits=2, positions=(38,), dtype=FP32, rope=True, normed=True, counts=(1,),
+                  scores=ScoreConfig(scale=0.4, cap=2.0, window=17)),
+    AttentionCase(groups=2, per=1, head_dim=8, page=5, splits=4, positions=(0, 7, 66), dtype=FP16, rope=True, normed=True, rotated=4,
+                  factor=1.3, scores=ScoreConfig(window=1)),
+    AttentionCase(groups=3, per=1, head_dim=16, page=16, splits=1, positions=(30, 3), dtype=BF16, rope=True, rotated=6,
+                  scores=ScoreConfig(cap=1.5, window=9)),
+]  # fmt: skip
 
 
 def stored(k_GK: Tensor, v_GK: Tensor, pools: tuple[Tensor, Tensor], page: int, at: int) -> None:
@@ -58,20 +70,24 @@ def stored(k_GK: Tensor, v_GK: Tensor, pools: tuple[Tensor, Tensor], page: int, 
         pool_PGSK[page, :, at] = new_GK
 
 
-def rotated(x_HK: Tensor, position: int, inv_freq: Tensor | None) -> Tensor:
+def rotated(x_HK: Tensor, position: int, inv_freq: Tensor | None, factor: float = 1.0) -> Tensor:
     """In fp64 from the same frequencies; as the model does in other dtypes."""
     if inv_freq is None:
         return x_HK
     if x_HK.dtype != torch.float64:
-        return rotate(x_HK[None], torch.tensor([position]), inv_freq)[0]
-    angle_K = (position * inv_freq.double()).repeat(2)
-    first, second = x_HK.chunk(2, dim=-1)
-    return x_HK * angle_K.cos() + torch.cat([-second, first], dim=-1) * angle_K.sin()
+        return rotate(x_HK[None], torch.tensor([position]), inv_freq, factor)[0]
+    size = 2 * len(inv_freq)
+    angle_K, turned, rest = (position * inv_freq.double()).repeat(2), x_HK[:, :size], x_HK[:, size:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = factor * (turned * angle_K.cos() + torch.cat([-second, first], dim=-1) * angle_K.sin())
+    return torch.cat([turned, rest], dim=-1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "case", [slow(case) if max(case.positions) > 100 or case.splits > 4 else case for case in ATTENTION_CASES[:-1]], ids=str
+    "case",
+    [slow(case) if max(case.positions) > 100 or case.splits > 4 else case for case in ATTENTION_CASES if len(case.positions) < 5],
+    ids=str,
 )
 def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
     """attend, then output_token for one row and combine_rows for any number."""
@@ -89,7 +105,9 @@ def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
     pool_shape = (sum(lengths) + 3, groups, page, head_dim)
     clean = torch.zeros(pool_shape, dtype=dtype), torch.zeros(pool_shape, dtype=dtype)
     poisoned = torch.full(pool_shape, torch.nan, dtype=dtype), torch.full(pool_shape, torch.nan, dtype=dtype)
-    inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim) if case.rope else None
+    turned = case.rotated or head_dim
+    inv_freq = 1 / 10000 ** (torch.arange(0, turned, 2) / turned) if case.rope else None
+    norms = [norm_of(memory, head_dim, rms=True, affine=True) if case.normed else None for _ in range(2)]
     selected = [memory.choice(groups, groups if case.counts is None else max(1, case.counts[row])).sort().values for row in range(rows)]
     if case.counts is not None and 0 in case.counts:  # a group is always selected by the engine; the kernels do not need one
         selected = [chosen[: case.counts[row]] for row, chosen in enumerate(selected)]
@@ -98,6 +116,8 @@ def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
             k_GK, v_GK = memory.normal(groups, head_dim), memory.normal(groups, head_dim)
             stored(k_GK, v_GK, clean, int(pages[row][t // page]), t % page)
             where = (int(pages[row][t // page]), selected[row], t % page)
+            if t < case.scores.first(position + 1):
+                continue  # behind the window: nobody reads it
             poisoned[0][where], poisoned[1][where] = k_GK[selected[row]], v_GK[selected[row]]
     qkv_dtype = FP32 if rows == 1 else dtype  # as the engine's two kinds of steps give it
     qkv_BW = memory.normal(rows, (heads + 2 * groups) * head_dim, dtype=qkv_dtype)
@@ -106,10 +126,13 @@ def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
         """Mixed values [G, R, K] of all groups, and the new key and value, computed in that dtype."""
         position = case.positions[row]
         vectors = qkv_BW[row].to(kind).view(-1, head_dim)
-        q_HK, k_GK = (rotated(part, position, inv_freq) for part in (vectors[:heads], vectors[heads : heads + groups]))
+        parts = zip((vectors[:heads], vectors[heads : heads + groups]), norms, strict=True)
+        normed = (part if norm is None else norm_definition(part, converted(norm, kind)) for part, norm in parts)
+        q_HK, k_GK = (rotated(part, position, inv_freq, case.factor) for part in normed)
         pools = (clean[0].to(kind, copy=True), clean[1].to(kind, copy=True))
         stored(k_GK, vectors[heads + groups :], pools, int(pages[row][position // page]), position % page)
-        return plain_attention(q_HK.view(groups, per, head_dim), *pools, pages[row], position + 1, None), k_GK, vectors[heads + groups :]
+        mixed_GRK = plain_attention(q_HK.view(groups, per, head_dim), *pools, pages[row], position + 1, None, case.scores)
+        return mixed_GRK, k_GK, vectors[heads + groups :]
 
     k_pool, v_pool = (memory.room(*pool_shape, dtype=dtype, holds=pool) for pool in poisoned)
     mixed, stats = memory.room(rows, heads, case.splits, head_dim), memory.room(rows, heads, case.splits, 2)
@@ -127,10 +150,13 @@ def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
     cleared = memory.room(2500) if rows == 1 else None
     places = Places(
         slot_B=memory.given(slots), position_B=memory.given(torch.tensor(case.positions, dtype=torch.int32)), table=memory.given(table),
-        inv_freq=None if inv_freq is None else memory.given(inv_freq),
     )  # fmt: skip
+    q_norm, k_norm = (None if norm is None else placed(norm, memory) for norm in norms)
+    how = ScoreWeights(
+        scores=case.scores, inv_freq=None if inv_freq is None else memory.given(inv_freq), factor=case.factor, q_norm=q_norm, k_norm=k_norm
+    )
     attend(
-        memory.given(qkv_BW), k_pool, v_pool, places, partials, heads=heads, groups_BG=groups_BG, count_B=count_B, select=select,
+        memory.given(qkv_BW), k_pool, v_pool, places, partials, heads=heads, how=how, groups_BG=groups_BG, count_B=count_B, select=select,
         cleared=cleared,
     )  # fmt: skip
     memory.check()

@@ -8,17 +8,20 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import Tiny
+from dejavu.config import RopeConfig
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.transformer import Transformer
 from helpers.cuda import DEVICES, cuda_engine_of, on, slow
-from helpers.engines import decode, ids_of, masked_forward, random_layers
+from helpers.engines import GEMMA, decode, ids_of, masked_forward, random_layers
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {}),
     "llama": ("llama", {}),
     "llama-relu-wide-heads": ("llama", {"activation": "relu", "head_dim": 12, "num_heads": 6, "num_kv_heads": 2, "num_layers": 3}),
+    "gemma": ("llama", GEMMA),
+    "partial-yarn": ("llama", {"rope": RopeConfig(partial=0.5, attention_factor=1.3), "num_kv_heads": 1}),
     "opt-three-parts": ("opt", {"hidden_size": 112, "num_heads": 4, "num_kv_heads": 4, "head_dim": 28, "intermediate_size": 70}),
 }
 STEPS = 2
@@ -35,7 +38,9 @@ def made(tiny: Tiny, name: str) -> Transformer:
     [
         ("llama", 1, 1, {}),
         ("opt", 2, None, {}),
-        *(slow(name, 1, 1, {}) for name in MODELS if name != "llama"),
+        ("gemma", 1, 1, {}),
+        ("partial-yarn", 0, None, {}),
+        *(slow(name, 1, 1, {}) for name in MODELS if name not in ("llama", "gemma")),
         slow("opt", None, None, {}),
         slow("llama", 0, 0, {}),
         slow("opt", 1, None, {"ahead": "in-line"}),

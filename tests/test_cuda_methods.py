@@ -20,7 +20,7 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Selection, Transformer
 from helpers.cuda import DEVICES, Recorded, cuda_engine_of, on, slow
-from helpers.engines import decode, ids_of, random_layers, reselect
+from helpers.engines import GEMMA, decode, ids_of, random_layers, reselect
 from helpers.kernel_memory import check_rule
 from helpers.thresholds import gate_layers, input_layers
 
@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, relu, wide heads": ("llama", {"activation": "relu", "head_dim": 12, "num_heads": 6, "num_kv_heads": 2, "num_layers": 3}),
     "fatrelu, no biases": ("llama", {"activation": "fatrelu", "activation_threshold": 0.1, "num_layers": 1}),
     "opt, three parts": ("opt", {"hidden_size": 112, "num_heads": 4, "num_kv_heads": 4, "head_dim": 28, "intermediate_size": 70}),
+    "gemma": ("llama", GEMMA),
     "llama, biased": ("llama", {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu"}),
 }
 METHODS = {"gate": gate_layers, "input": input_layers}

@@ -192,7 +192,7 @@ def test_pages_of_the_cache(device: str) -> None:
     partials = Partials(mixed=torch.empty(1, groups, 2, head_dim, device=device), stats=torch.empty(1, groups, 2, 2, device=device))
     places = Places(
         slot_B=torch.zeros(1, dtype=torch.int32, device=device), position_B=torch.full((1,), 20, dtype=torch.int32, device=device),
-        table=torch.tensor([[3, pages - 1]], device=device), inv_freq=None,
+        table=torch.tensor([[3, pages - 1]], device=device),
     )  # fmt: skip
     attend(qkv_BW.to(device), pools[0], pools[1], places, partials, heads=groups)
     q_HK, k_GK, v_GK = qkv_BW.view(3, groups, head_dim)

@@ -3,6 +3,7 @@
 As test_cuda_kernels.py. `combine_rows` is in test_cuda_attention.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,10 +12,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dejavu.kernels.cuda.common import Side, norm_definition
+from dejavu.kernels.cuda.common import BlockOutput, Side, joined_definition, norm_definition
 from dejavu.kernels.cuda.embed import embed_rows
+from dejavu.kernels.cuda.gate import mlp_given_token
+from dejavu.kernels.cuda.inputs import KeptInputs, keep_normed
+from dejavu.kernels.cuda.logits import finish_logits, finish_logits_definition
+from dejavu.kernels.cuda.mlp import mlp_token
 from dejavu.kernels.cuda.mlp_rows import DownShape, UpShape, mlp_rows, mlp_rows_definition, padded_rows, shares_of
-from dejavu.kernels.cuda.project import GroupScores, selected_groups_definition, side_definition
+from dejavu.kernels.cuda.project import GroupScores, project_token, selected_groups_definition, side_definition
 from dejavu.kernels.cuda.rows import UnionScores, group_rows, norm_rows, project_rows, select_rows, select_rows_definition
 from dejavu.kernels.sparse_mlp import MlpWeights
 from helpers.cuda import DEVICES
@@ -48,6 +53,71 @@ def test_norm_rows(
     truth_BD = norm_definition(start_BD.double() + delta_BD.double(), converted(norm, torch.float64))
     check_rule(x_BD, norm_definition((start_BD + delta_BD).to(dtype), norm), truth_BD, dtype)
     assert not cleared_BD.any() if clears else cleared_BD.isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("size", "dtype", "normed", "scale"), [(17, FP16, True, 1.0), (250, FP32, True, 0.7), (96, BF16, False, 1.4)])
+def test_what_a_block_gave_is_normed_and_scaled_before_it_is_added(
+    size: int, dtype: torch.dtype, normed: bool, scale: float, device: str
+) -> None:
+    """By every kernel that reads the sum."""
+    memory = Memory(device, dtype)
+    norm, out_norm = norm_of(memory, size, rms=True, affine=True), norm_of(memory, size, rms=True, affine=True)
+    added = BlockOutput(weight=out_norm.weight if normed else None, eps=1e-5, scale=scale)
+    start_D, delta_D, weight_OD = memory.normal(size, dtype=FP32), memory.normal(size, dtype=FP32), memory.normal(8, size)
+    exact = BlockOutput(weight=None if added.weight is None else added.weight.double(), eps=1e-5, scale=scale)
+    truth_D = joined_definition(start_D.double(), delta_D.double(), exact)
+    here = BlockOutput(weight=None if added.weight is None else memory.given(added.weight), eps=1e-5, scale=scale)
+    weights = placed(MlpWeights(up_FD=weight_OD, down_FD=weight_OD, activation="relu"), memory)
+    listed, count = memory.given(torch.arange(8, dtype=INT)), memory.given(torch.tensor([8], dtype=INT))
+    kept = KeptInputs(
+        norm=memory.given(torch.ones(size)), threshold=memory.given(torch.tensor([-1.0])), x=memory.room(size, dtype=dtype),
+        inputs=memory.room(size, dtype=INT), count=memory.room(1, dtype=INT),
+    )  # fmt: skip
+    y, delta, own = memory.given(start_D), memory.given(delta_D), placed(norm, memory)
+
+    def by_rows(y_out: Tensor) -> None:
+        y_out.copy_(y)
+        norm_rows(y_out[None], delta[None], own, memory.room(1, size, dtype=dtype), added=here)
+
+    ways: list[Callable[[Tensor], None]] = [
+        by_rows,
+        lambda y_out: keep_normed(y, delta, y_out, own, kept, added=here),
+        lambda y_out: mlp_token(y, delta, y_out, memory.room(size, holds=start_D), own, weights, added=here),
+        lambda y_out: mlp_given_token(
+            y, delta, y_out, memory.room(size, holds=start_D), own, weights, memory.given(torch.ones(8)), listed, count, added=here
+        ),
+        lambda y_out: project_token(y, delta, own, weights.up_FD, None, memory.room(8), y_out_D=y_out, added=here),
+    ]
+    plain_D = joined_definition(start_D, delta_D, added)
+    for way in ways:
+        y_out = memory.room(size)
+        way(y_out)
+        memory.check()
+        check_rule(y_out, plain_D, truth_D, FP32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 3.0), (0.5, 0.0), (2.0, 1.5)])
+def test_logits_are_scaled_and_capped(scale: float, cap: float, device: str) -> None:
+    memory = Memory(device, FP32)
+    start_BV = 4 * memory.normal(2, 1030)
+    logits_BV = memory.room(2, 1030, holds=start_BV)
+    finish_logits(logits_BV, scale=scale, cap=cap)
+    memory.check()
+    truth_BV = finish_logits_definition(start_BV.double(), scale=scale, cap=cap)
+    check_rule(logits_BV, finish_logits_definition(start_BV, scale=scale, cap=cap), truth_BV, FP32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_a_scaled_embedding_is_rounded_as_the_models_own(dtype: torch.dtype, device: str) -> None:
+    memory = Memory(device, dtype)
+    table_VD, scale = memory.normal(11, 70), float(torch.tensor(11.3, dtype=dtype))
+    y_BD, token_B = memory.room(2, 70), torch.tensor([3, 10], dtype=INT)
+    embed_rows(memory.given(token_B), memory.given(token_B), memory.given(table_VD), None, 0, y_BD, memory.room(2, 70), scale=scale)
+    memory.check()
+    assert torch.equal(y_BD.cpu(), (table_VD[token_B] * torch.tensor(11.3, dtype=dtype)).float())
 
 
 @pytest.mark.parametrize("device", DEVICES)

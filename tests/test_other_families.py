@@ -22,7 +22,7 @@ from dejavu.model.bundle import export, write_bundle
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.families import config_from_hf, config_to_hf
 from dejavu.model.masked import MaskedSelection
-from helpers.cuda import slow
+from helpers.cuda import DEVICES, cuda_engine_of, on, slow
 from helpers.engines import random_layers
 from helpers.transformers_models import IDS, SIZES, reference_of, saved
 
@@ -199,6 +199,31 @@ def test_a_backend_computes_it_or_says_what_it_does_not(opened: dict[str, Any], 
         assert found.counts == want.counts
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [name if name in ("nemotron", "gemma3", "falcon") else slow(name) for name in NAMES])
+def test_the_gpu_computes_it_or_says_what_it_does_not(opened: dict[str, Any], name: str, device: str) -> None:
+    """Two rows together, then each alone."""
+    pytest.importorskip("triton")
+    model = opened[name][1].model
+    beyond = CAPABILITIES["cuda"].beyond(model.config)
+    if beyond:
+        with pytest.raises(ValueError, match=f"does not compute .*{beyond[0]}.*use --backend torch"):
+            cuda_engine_of(on(model, device), None)
+        return
+    layers = random_layers(model, mlp=1, heads=1)
+    engines = (
+        TorchEngine(model, layers, EngineOptions(num_slots=2)),
+        cuda_engine_of(on(model, device), layers, num_slots=2, crossover=False),
+    )
+    for slot in range(2):
+        for engine in engines:
+            engine.prefill(slot, IDS[slot, : 5 + slot].tolist())
+    for index, rows in enumerate(([0, 1], [0], [1]), start=6):
+        want, found = (engine.step([int(IDS[row, index]) for row in rows], rows) for engine in engines)
+        torch.testing.assert_close(found.logits_BV.cpu(), want.logits_BV, rtol=1e-5, atol=1e-4)
+        assert found.counts == want.counts
+
+
 @pytest.mark.parametrize("name", ["llama, drelu", "arcee"])
 def test_it_is_loaded_for_a_backend_that_computes_it(opened: dict[str, Any], name: str) -> None:
     """By name it is refused before a weight is read; auto goes to torch and says so."""
@@ -215,7 +240,7 @@ def test_it_is_loaded_for_a_backend_that_computes_it(opened: dict[str, Any], nam
         assert lm.backend != "torch" or pick_backend() == "torch"
 
 
-@pytest.mark.parametrize(("name", "backend"), [("qwen3", "native"), ("llama, drelu", "torch")])
+@pytest.mark.parametrize(("name", "backend"), [("falcon", "native"), ("llama, drelu", "torch")])
 def test_what_the_gpu_does_not_compute_runs_on_the_cpu(
     opened: dict[str, Any], name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dejavu.config import RopeConfig
 from dejavu.engine.interface import Engine, StepResult
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.masked import MaskedSelection
@@ -17,6 +18,12 @@ from dejavu.model.transformer import Transformer
 from helpers.adapters import predicted
 
 TOKENS = 20
+# Every part of an architecture that scales, norms, caps or narrows.
+GEMMA: dict[str, Any] = {
+    "activation": "gelu_tanh", "tied_head": True, "num_layers": 3, "head_dim": 12, "qk_norm": True, "block_norms": True, "window": 8,
+    "windowed": (0, 2), "rope": RopeConfig(theta=1e6, type="linear", factor=8.0), "local_rope": RopeConfig(), "attention_scale": 0.4,
+    "attention_cap": 2.0, "logit_cap": 3.0, "embed_scale": 5.0, "residual_scale": 0.7, "logit_scale": 1.3,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {}),
     "opt-post-norm": ("opt", {"pre_norm": False, "final_norm": False, "embed_size": 16}),

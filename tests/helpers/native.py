@@ -7,24 +7,18 @@ from typing import Any
 
 import pytest
 
-from dejavu.config import RopeConfig
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels import native
 from dejavu.model.selectors import LayerAdapter
 from dejavu.model.transformer import Transformer
-from helpers.engines import MODELS
+from helpers.engines import GEMMA, MODELS
 
 MISSING = native.missing_reason()
 DTYPES = ("fp32", "bf16", "int8", "int4")  # every kind of kernel; fp16, and what files store, have tests of their own
 ISAS = native.instruction_sets() if MISSING is None else []
 # How near an engine is to the same weights in fp32: what is left is how it rounds activations and cache.
 NEARNESS = {"fp16": 2e-3, "bf16": 2e-3, "int8": 2e-3, "int4": 3e-2}
-GEMMA: dict[str, Any] = {
-    "activation": "gelu_tanh", "tied_head": True, "num_layers": 3, "head_dim": 12, "qk_norm": True, "block_norms": True, "window": 8,
-    "windowed": (0, 2), "rope": RopeConfig(theta=1e6, type="linear", factor=8.0), "local_rope": RopeConfig(), "attention_scale": 0.4,
-    "attention_cap": 2.0, "logit_cap": 3.0, "embed_scale": 5.0, "residual_scale": 0.7, "logit_scale": 1.3,
-}  # fmt: skip
 # Sizes that are no multiple of any vector, and the rest of the architecture's values.
 NATIVE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **MODELS,

@@ -29,6 +29,7 @@ from dejavu.kernels.cuda.common import PredictorScores, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate_rows import GateRows, select_gate_rows, up_given_rows
 from dejavu.kernels.cuda.inputs import mask_rows
+from dejavu.kernels.cuda.logits import finish_logits
 from dejavu.kernels.cuda.mlp_rows import (
     DownShape,
     dense_down_rows,
@@ -79,7 +80,7 @@ class BatchStep:
             mixed=torch.zeros(rows, config.num_heads, splits, config.head_dim, device=device),
             stats=torch.zeros(rows, config.num_heads, splits, 2, device=device),
         )
-        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=model.inv_freq)
+        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table)
         self._act_FB = torch.zeros(neurons, padded_rows(rows), device=device, dtype=dtype)
         self._row_mask_F, self._union_F = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         shares = shares_of(size, DownShape(), device) if deterministic else 0
@@ -139,11 +140,15 @@ class BatchStep:
         self._row_counts.copy_(self._first_counts)
         self._union_counts.copy_(self._first_unions)
         delta: Tensor = self._delta_BD
-        embed_rows(self.inputs[0], self.inputs[2], model.embed, model.positions, config.position_offset, self._y_BD, self._delta_BD)
+        embed_rows(
+            self.inputs[0], self.inputs[2], model.embed, model.positions, config.position_offset, self._y_BD, self._delta_BD,
+            scale=model.embed_scale,
+        )  # fmt: skip
         for index in range(config.num_layers):
             delta = self._layer(index, delta)
-        norm_rows(self._y_BD, delta, model.final_norm, self._x_BD)
+        norm_rows(self._y_BD, delta, model.final_norm, self._x_BD, added=model.joined(config.num_layers))
         self.logits.copy_(F.linear(self._x_BD, model.head))
+        finish_logits(self.logits, scale=config.logit_scale, cap=config.logit_cap)
 
     def _rows_of(
         self, index: int, own: LayerPredictors, rows: int
@@ -198,7 +203,7 @@ class BatchStep:
             neurons_first = neurons = None
         if self.dense_heads:
             heads_first = groups = None
-        norm_rows(self._y_BD, delta, layer.norm1, x_BD)
+        norm_rows(self._y_BD, delta, layer.norm1, x_BD, added=self.model.joined(index))
         if groups is not None and heads_first is not None:
             if not own.heads_before:
                 project_rows(heads_first, x_BD)
@@ -208,8 +213,9 @@ class BatchStep:
         qkv_BW = F.linear(self._masked(index, "attention", x_BD), layer.qkv, layer.qkv_bias)
         self._attend(index, qkv_BW, groups)
         mixed_BQ = self._masked(index, "output", self._mixed_BHK.flatten(1))
-        added = mixed_BQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_BQ, layer.o)
-        norm_rows(self._y_BD, added, layer.norm2, x_BD, None if neurons is None and gate_rows is None else self._delta_BD)
+        out_BD = mixed_BQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_BQ, layer.o)
+        cleared = None if neurons is None and gate_rows is None else self._delta_BD
+        norm_rows(self._y_BD, out_BD, layer.norm2, x_BD, cleared, added=layer.attention_out)
         if neurons is not None and neurons_first is not None:
             if own.neurons_lookahead == 0:
                 project_rows(neurons_first, x_BD)
@@ -240,7 +246,7 @@ class BatchStep:
         chosen = (None, None) if scores is None else (scores.groups, scores.count)
         attend(
             qkv_BW, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=self.config.num_heads,
-            groups_BG=chosen[0], count_B=chosen[1],
+            how=self.weights[index].scores, groups_BG=chosen[0], count_B=chosen[1],
         )  # fmt: skip
         combine_rows(self._partials, *chosen, self._mixed_BHK)
 

@@ -26,10 +26,11 @@ from dejavu.engine.cache import PagedCache
 from dejavu.engine.cuda.capabilities import CUDA
 from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
-from dejavu.kernels.cuda.common import NormWeights, Side
+from dejavu.kernels.cuda.common import BlockOutput, NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate import GateNeurons, given_shape, mlp_given_token, select_gate
 from dejavu.kernels.cuda.inputs import KeptInputs, keep_activated, keep_heads, keep_normed, sum_inputs, sum_shares
+from dejavu.kernels.cuda.logits import finish_logits
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
 from dejavu.kernels.cuda.project import project_token
 from dejavu.kernels.cuda.select import NeuronScores, order_list, select_token
@@ -69,7 +70,7 @@ class TokenStep:
             mixed=torch.zeros(1, config.num_heads, splits, config.head_dim, device=device),
             stats=torch.zeros(1, config.num_heads, splits, 2, device=device),
         )
-        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table, inv_freq=model.inv_freq)
+        self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table)
         self._shape = default_shape(size, gated=config.gated)
         if any(layer is not None for layer in model.inputs):
             widths, up_width = (width, size), neurons * (2 if config.gated else 1)
@@ -115,25 +116,31 @@ class TokenStep:
         """Start every kernel on the current stream. Afterwards `logits` and the predictors' counts are the step's."""
         model = self.model
         first = self._y0[None], self._delta_mlp[None]
-        embed_rows(self.inputs[0], self.inputs[2], model.embed, model.positions, self.config.position_offset, *first)
+        embed_rows(
+            self.inputs[0], self.inputs[2], model.embed, model.positions, self.config.position_offset, *first, scale=model.embed_scale
+        )
         for index, by_inputs in enumerate(model.inputs):
             if by_inputs is None:
                 self._attention(index)
                 self._mlp(index)
             else:
                 self._layer_of_inputs(index, by_inputs)
-        project_token(self._y0, self._delta_mlp, model.final_norm, model.head, None, self.logits[0], programmatic=self._chained)
+        last = model.joined(self.config.num_layers)
+        project_token(
+            self._y0, self._delta_mlp, model.final_norm, model.head, None, self.logits[0], added=last, programmatic=self._chained
+        )  # fmt: skip
+        finish_logits(self.logits, scale=self.config.logit_scale, cap=self.config.logit_cap)
 
     def _attention(self, index: int) -> None:
         """A layer but for its MLP, with the selection of the neurons that can be selected in parallel with attention."""
         layer, own, config, chained = self.weights[index], self.predictors[index], self.config, self._chained
         groups, selector = own.group_scores, own.selector
         if own.own_heads is not None:
-            self._first_half(index, self._y0, self._delta_mlp, layer.norm1, own.own_heads)
+            self._first_half(index, self._y0, self._delta_mlp, layer.norm1, own.own_heads, self.model.joined(index))
         project_token(
             self._y0, self._delta_mlp, layer.norm1, layer.qkv, layer.qkv_bias, self._qkv[0],
-            queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=groups, side=own.with_qkv,
-            y_out_D=self._y1, cleared_D=self._delta_attention, counter=None if selector is None else selector.count,
+            added=self.model.joined(index), queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=groups,
+            side=own.with_qkv, y_out_D=self._y1, cleared_D=self._delta_attention, counter=None if selector is None else selector.count,
             programmatic=chained,
         )  # fmt: skip
         early = self._early(own)
@@ -143,7 +150,7 @@ class TokenStep:
                 select_token(early)
         attend(
             self._qkv, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
-            groups_BG=None if groups is None else groups.groups[None], count_B=None if groups is None else groups.count,
+            how=layer.scores, groups_BG=None if groups is None else groups.groups[None], count_B=None if groups is None else groups.count,
             select=early if self.ahead == "beside" else None, cleared=self._delta_mlp, programmatic=chained,
         )  # fmt: skip
         output_token(
@@ -170,7 +177,8 @@ class TokenStep:
             self._y1, self._delta_attention, self._y0, sums, layer.norm2, layer.mlp,
             None if neurons is None else self._ordered if self.deterministic else neurons.neurons,
             None if neurons is None else neurons.count,
-            side=side, shape=self._shape, partial=self.deterministic, programmatic=self._chained and listed_early,
+            added=layer.attention_out, side=side, shape=self._shape, partial=self.deterministic,
+            programmatic=self._chained and listed_early,
         )  # fmt: skip
         if self.deterministic:
             torch.sum(sums, 0, out=self._delta_mlp)
@@ -180,15 +188,19 @@ class TokenStep:
         layer = self.weights[index]
         mlp, norm = layer.mlp, layer.norm2
         matrix, bias = (mlp.up_FD, mlp.up_bias_F) if mlp.gate_FD is None else (mlp.gate_FD, mlp.gate_bias_F)
-        project_token(self._y1, self._delta_attention, norm, matrix, bias, gate.product, side=side, programmatic=self._chained)
+        project_token(
+            self._y1, self._delta_attention, norm, matrix, bias, gate.product, added=layer.attention_out, side=side,
+            programmatic=self._chained,
+        )  # fmt: skip
         select_gate(gate, mlp.activation, mlp.activation_threshold)
         listed, out = gate.neurons, self._delta_mlp
         if self.deterministic:
             order_list(gate.neurons, gate.count, self._marks, self._ordered)
             listed, out = self._ordered, self._mlp_sums[: programs_of(given_shape(self._y0.shape[0]), self._y0.device)]
         mlp_given_token(
-            self._y1, self._delta_attention, self._y0, out, norm, mlp, gate.value, listed, gate.count, partial=self.deterministic
-        )
+            self._y1, self._delta_attention, self._y0, out, norm, mlp, gate.value, listed, gate.count,
+            added=layer.attention_out, partial=self.deterministic,
+        )  # fmt: skip
         if self.deterministic:
             torch.sum(out, 0, out=self._delta_mlp)
 
@@ -196,20 +208,20 @@ class TokenStep:
         layer, points, config, sums = self.weights[index], inputs.points, self.config, self._sums
         mlp, last = layer.mlp, (points["output"], points["down"])
         keep_normed(
-            self._y0, self._delta_mlp, self._y1, layer.norm1, points["attention"], cleared=self._attention_sums,
-            counters=(last[0].count, last[1].count),
+            self._y0, self._delta_mlp, self._y1, layer.norm1, points["attention"], added=self.model.joined(index),
+            cleared=self._attention_sums, counters=(last[0].count, last[1].count),
         )  # fmt: skip
         sums.add(points["attention"], inputs.qkv, layer.qkv_bias, self._qkv[0], in_order=True)
         attend(
             self._qkv, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
-            cleared=self._delta_mlp, programmatic=self._chained,
+            how=layer.scores, cleared=self._delta_mlp, programmatic=self._chained,
         )  # fmt: skip
         keep_heads(self._partials, points["output"])
         sums.add(points["output"], layer.o, layer.o_bias, self._delta_attention)
         side = self._before(index + 1)
         if side is not None:
-            self._first_half(index, self._y1, self._delta_attention, layer.norm2, side)
-        keep_normed(self._y1, self._delta_attention, self._y0, layer.norm2, points["mlp"])
+            self._first_half(index, self._y1, self._delta_attention, layer.norm2, side, layer.attention_out)
+        keep_normed(self._y1, self._delta_attention, self._y0, layer.norm2, points["mlp"], added=layer.attention_out)
         sums.activated(inputs, mlp.activation, mlp.activation_threshold)
         sums.add(points["down"], mlp.down_FD, mlp.down_bias_D, self._delta_mlp)
 
@@ -221,9 +233,10 @@ class TokenStep:
         """What selects neurons by an h that is there before attention."""
         return own.neurons if own.own_mlp is None else None
 
-    def _first_half(self, index: int, y_D: Tensor, delta_D: Tensor, norm: NormWeights, side: Side) -> None:
+    def _first_half(self, index: int, y_D: Tensor, delta_D: Tensor, norm: NormWeights, side: Side, added: BlockOutput) -> None:
         """A predictor's A in a kernel of its own: side rows of a product of no rows."""
-        project_token(y_D, delta_D, norm, self.weights[index].qkv[:0], None, self._qkv[0], side=side, programmatic=self._chained)
+        nothing = self.weights[index].qkv[:0]
+        project_token(y_D, delta_D, norm, nothing, None, self._qkv[0], added=added, side=side, programmatic=self._chained)
 
     def _selected_late(self, index: int, early: NeuronScores | None) -> bool:
         """Select what was not selected together with attention; whether the MLP's list was there before the kernel before it."""
@@ -236,7 +249,7 @@ class TokenStep:
             torch.cuda.current_stream().wait_stream(self._branch)
             return False
         if own.own_mlp is not None:
-            self._first_half(index, self._y1, self._delta_attention, layer.norm2, own.own_mlp)
+            self._first_half(index, self._y1, self._delta_attention, layer.norm2, own.own_mlp, layer.attention_out)
         select_token(own.neurons, programmatic=self._chained)
         return False
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from dejavu.config import ModelConfig
-from dejavu.kernels.cuda.common import NormWeights, Side
+from dejavu.kernels.cuda.attention import ScoreWeights
+from dejavu.kernels.cuda.common import AS_IT_IS, BlockOutput, NormWeights, Side
 from dejavu.kernels.cuda.gate import GateNeurons
 from dejavu.kernels.cuda.inputs import KeptInputs
 from dejavu.kernels.cuda.project import GroupScores
@@ -39,7 +40,8 @@ KEEP_ALL = -1.0  # a threshold that every input exceeds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer: qkv [Q + N, D] and its bias, o [Q, D] and its bias, the MLP, both norms."""
+    """One layer: qkv [Q + N, D] and its bias, o [Q, D] and its bias, the MLP, both norms; how it makes scores, and how what attention and
+    the MLP give joins the residual stream."""
 
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -48,6 +50,9 @@ class LayerWeights:
     mlp: MlpWeights
     norm1: NormWeights
     norm2: NormWeights
+    scores: ScoreWeights
+    attention_out: BlockOutput
+    mlp_out: BlockOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +92,8 @@ class InputLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepModel:
-    """What the steps of an engine read: layers and how they select, embedding and position table, head, final norm, rotary frequencies.
-    counts: int32 [M, L], see `layer_predictors`: of a step of one row, in place."""
+    """What the steps of an engine read: layers and how they select, embedding and position table, head, final norm. embed_scale: of the
+    embedding, as its dtype holds it. counts: int32 [M, L], see `layer_predictors`: of a step of one row, in place."""
 
     config: ModelConfig
     weights: list[LayerWeights]
@@ -99,11 +104,15 @@ class StepModel:
     positions: Tensor | None
     head: Tensor
     final_norm: NormWeights
-    inv_freq: Tensor | None
+    embed_scale: float
+
+    def joined(self, index: int) -> BlockOutput:
+        """How what the layers before this one gave last joins the residual stream."""
+        return self.weights[index - 1].mlp_out if index > 0 else AS_IT_IS
 
 
-def layer_weights(block: Block) -> LayerWeights:
-    """The layer's weights in place."""
+def layer_weights(block: Block, inv_freq: Tensor | None) -> LayerWeights:
+    """The layer's weights in place. inv_freq: its rotary frequencies."""
     mlp = MlpWeights(
         up_FD=block.up.weight.detach(),
         down_FD=block.down.weight.detach(),
@@ -124,7 +133,24 @@ def layer_weights(block: Block) -> LayerWeights:
         mlp=mlp,
         norm1=norms[0],
         norm2=norms[1],
+        scores=ScoreWeights(
+            scores=block.scores,
+            inv_freq=None if inv_freq is None else inv_freq.float(),
+            factor=block.rotary_factor,
+            q_norm=None if block.q_norm is None else norm_weights(block.q_norm),
+            k_norm=None if block.k_norm is None else norm_weights(block.k_norm),
+        ),
+        attention_out=_block_output(block.norm1_out, block.config.residual_scale),
+        mlp_out=_block_output(block.norm2_out, block.config.residual_scale),
     )
+
+
+def _block_output(norm: Norm | None, scale: float) -> BlockOutput:
+    if norm is None:
+        return BlockOutput(scale=scale)
+    weights = norm_weights(norm)
+    assert weights.rms and weights.weight is not None, "norms of what blocks add are RMSNorms"
+    return BlockOutput(weight=weights.weight, eps=weights.eps, scale=scale)
 
 
 def norm_weights(norm: Norm | None) -> NormWeights:
@@ -157,7 +183,7 @@ def all_counts(config: ModelConfig, *, inputs: bool) -> list[int]:
 
 def step_model(model: Transformer, layers: Sequence[LayerAdapter], predictors: Sequence[LayerPredictors], counts_ML: Tensor) -> StepModel:
     """The model's weights in place, with these predictors and counts: what `layer_predictors` made of the same layers."""
-    weights = [layer_weights(block) for block in model.blocks]
+    weights = [layer_weights(block, model.frequencies(index)) for index, block in enumerate(model.blocks)]
     return StepModel(
         config=model.config,
         weights=weights,
@@ -168,7 +194,7 @@ def step_model(model: Transformer, layers: Sequence[LayerAdapter], predictors: S
         positions=None if model.position is None else model.position.weight.detach(),
         head=head_weight(model),
         final_norm=norm_weights(model.final_norm),
-        inv_freq=None if model.inv_freq is None else model.inv_freq.float(),
+        embed_scale=float(torch.tensor(model.config.embed_scale, dtype=model.dtype)),
     )
 
 

@@ -1,9 +1,9 @@
 """The attention of one token for each of several rows, over pages on the device: split over the sequence, then put together.
 
-    m_h = softmax(q_h k_g^T / sqrt(K)) v_g over the cached tokens and the new one, for the heads h of the selected groups g
+    m_h = softmax(cap(scale q_h k_g^T)) v_g over the cached tokens that it sees and the new one, for the heads h of the selected groups g
     out_D += sum over these h of m_h O_h, + bias
 
-`attend` rotates q and the new k where positions are rotary, stores the new k and v of *every* group, and writes for each split
+`attend` norms q and the new k where the model does, rotates them where positions are rotary, stores the new k and v of *every* group, and writes for each split
 of the sequence a partial sum, its maximum and its denominator. `output` combines them for its head while it multiplies with the
 head's rows of O: no kernel in between. `attend` may hold the selection of the MLP's neurons as further programs of its grid: the
 lookahead, computed in parallel with attention.
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.attention import masked_output_heads, plain_attention
-from dejavu.kernels.cuda.common import begin, launch, multiprocessors, or_any
+from dejavu.kernels.attention import PLAIN, ScoreConfig, masked_output_heads, plain_attention
+from dejavu.kernels.cuda.common import NormWeights, begin, launch, multiprocessors, or_any, soft_cap
 from dejavu.kernels.cuda.select import NeuronScores, select_arguments, select_block, select_blocks, select_constants
 
 WARPS = 2  # of a program: most of its time is sums, whose barriers cost the less the fewer take part
@@ -32,16 +32,29 @@ SPLIT_TOKENS = 32  # the least work of a split
 SHORT = 512  # tokens: of longer sequences there are twice as many splits, which keep more loads under way
 MAX_SPLITS = 32
 CLEARED = 256
+ALL_TOKENS = 1 << 30  # a window that no sequence fills
+NO_NORM = NormWeights(weight=None, bias=None, eps=0.0, rms=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where the rows of a step stand: slot_B and position_B int32 [B], table int64 [slots, pages], inv_freq fp32 [K/2] or None."""
+    """Where the rows of a step stand: slot_B and position_B int32 [B], table int64 [slots, pages]."""
 
     slot_B: Tensor
     position_B: Tensor
     table: Tensor
-    inv_freq: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreWeights:
+    """How one layer makes scores of queries and keys. scores: scale, cap and window. inv_freq fp32 [R/2]: of the first R values of a head,
+    which are rotated and then times `factor`; None: none are. q_norm and k_norm: RMSNorms, of weight [K], or None."""
+
+    scores: ScoreConfig = PLAIN
+    inv_freq: Tensor | None = None
+    factor: float = 1.0
+    q_norm: NormWeights | None = None
+    k_norm: NormWeights | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,15 +73,24 @@ def splits_for(rows: int, heads: int, device: torch.device, *, tokens: int) -> i
 
 
 @triton.jit
-def _rotated(pointer, k, position, inv_freq, K: tl.constexpr, ROTARY: tl.constexpr):
-    """Values k < K at the pointer in fp32, rotated to the position where positions are rotary (half-split layout)."""
+def _placed(pointer, k, position, inv_freq, factor, norm, eps, K: tl.constexpr, ROTATED: tl.constexpr, NORM: tl.constexpr):
+    """Values k < K at the pointer in fp32, normed, and the first ROTATED rotated to the position (half-split layout), times the factor."""
     v = tl.load(pointer + k, mask=k < K, other=0.0).to(tl.float32)
-    if ROTARY:
-        HALF: tl.constexpr = K // 2
+    size = 1.0
+    if NORM:
+        size = 1.0 / tl.sqrt(tl.sum(v * v, 0) / K + eps)
+        v = v * size * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+    if ROTATED > 0:
+        HALF: tl.constexpr = ROTATED // 2
         low = k < HALF
-        other = tl.load(pointer + tl.where(low, k + HALF, k - HALF), mask=k < K, other=0.0).to(tl.float32)
-        angle = position.to(tl.float32) * tl.load(inv_freq + tl.where(low, k, k - HALF), mask=k < K, other=0.0)
-        v = v * tl.cos(angle) + tl.where(low, -other, other) * tl.sin(angle)
+        turned = k < ROTATED
+        at = tl.where(low, k + HALF, k - HALF)
+        other = tl.load(pointer + at, mask=turned, other=0.0).to(tl.float32)
+        if NORM:
+            other = other * size * tl.load(norm + at, mask=turned, other=0.0).to(tl.float32)
+        angle = position.to(tl.float32) * tl.load(inv_freq + tl.where(low, k, k - HALF), mask=turned, other=0.0)
+        rotated = v * (tl.cos(angle) * factor) + tl.where(low, -other, other) * (tl.sin(angle) * factor)
+        v = tl.where(turned, rotated, v)
     return v
 
 
@@ -92,11 +114,11 @@ def _cached(k_pool, v_pool, page_T, first, last, group, k, G: tl.constexpr, K: t
 
 @triton.jit
 def _attend(
-    qkv, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, groups, group_count, count_stride, mixed, stats, scale, programs,
+    qkv, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, factor, q_norm, q_eps, k_norm, k_eps, cap, window, groups, group_count, count_stride, mixed, stats, scale, programs,
     matrix, row_scale, row_bias, threshold, h, neurons, count, F, cleared, cleared_size,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
-    ROTARY: tl.constexpr, HEADS: tl.constexpr, SELECT: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
-    CLEAR: tl.constexpr, CLEARED: tl.constexpr, programmatic: tl.constexpr,
+    ROTATED: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, HEADS: tl.constexpr, SELECT: tl.constexpr, P: tl.constexpr,
+    PP: tl.constexpr, BLOCK: tl.constexpr, CLEAR: tl.constexpr, CLEARED: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if SELECT:
@@ -113,8 +135,9 @@ def _attend(
     k = tl.arange(0, KP)
     row = qkv + b * W
     pages = table + slot.to(tl.int64) * table_stride
-    chunk = tl.cdiv(tl.cdiv(position, T), SPLITS) * T
-    start = split * chunk
+    seen = tl.maximum(position + 1 - window, 0)  # the first token that the new one sees
+    chunk = tl.cdiv(tl.cdiv(position - seen, T), SPLITS) * T
+    start = seen + split * chunk
     last = tl.minimum(position, start + chunk)
     page_T = _pages(pages, start, last, S, T)
     next_page_T = _pages(pages, start + T, last, S, T)
@@ -134,19 +157,20 @@ def _attend(
     is_last = split == SPLITS - 1
     if live:
         head = group * PER + at % PER
-        q = _rotated(row + head * K, k, position, inv_freq, K, ROTARY) * scale
+        q = _placed(row + head * K, k, position, inv_freq, factor, q_norm, q_eps, K, ROTATED, NORM) * scale
         # Rounded as they are in the cache, where another program writes them.
-        own_k = _rotated(row + H * K + group * K, k, position, inv_freq, K, ROTARY).to(k_pool.dtype.element_ty).to(tl.float32)
+        own_k = _placed(row + H * K + group * K, k, position, inv_freq, factor, k_norm, k_eps, K, ROTATED, NORM)
+        own_k = own_k.to(k_pool.dtype.element_ty).to(tl.float32)
         own_v = tl.load(row + (H + G) * K + group * K + k, mask=k < K, other=0.0).to(v_pool.dtype.element_ty).to(tl.float32)
         own_share = tl.where(is_last, 1.0, 0.0)
-        top = tl.where(is_last, tl.sum(q * own_k, 0), -1e30)
+        top = tl.where(is_last, soft_cap(tl.sum(q * own_k, 0), cap, CAPPED), -1e30)
         total = own_share
         acc = own_v * own_share
         for first in tl.range(start, last, T, num_stages=1):
             next_keys, next_values = _cached(k_pool, v_pool, next_page_T, first + T, last, group, k, G, K, S, T)
             next_page_T = _pages(pages, first + 2 * T, last, S, T)
             there = first + tl.arange(0, T) < last
-            s = tl.where(there, tl.sum(keys.to(tl.float32) * q[None, :], 1), -1e30)
+            s = tl.where(there, soft_cap(tl.sum(keys.to(tl.float32) * q[None, :], 1), cap, CAPPED), -1e30)
             new_top = tl.maximum(top, tl.max(s, 0))
             p = tl.where(there, tl.exp(s - new_top), 0.0)
             shrink = tl.exp(top - new_top)
@@ -163,7 +187,7 @@ def _attend(
         # Every group's new key and value, whatever is selected: the cache has no holes.
         own = at // PER
         place = ((own_page * G + own) * S + position % S) * K
-        new_k = _rotated(row + H * K + own * K, k, position, inv_freq, K, ROTARY)
+        new_k = _placed(row + H * K + own * K, k, position, inv_freq, factor, k_norm, k_eps, K, ROTATED, NORM)
         tl.store(k_pool + place + k, new_k.to(k_pool.dtype.element_ty), mask=k < K)
         new_v = tl.load(row + (H + G) * K + own * K + k, mask=k < K, other=0.0)
         tl.store(v_pool + place + k, new_v.to(v_pool.dtype.element_ty), mask=k < K)
@@ -232,6 +256,7 @@ def attend(
     partials: Partials,
     *,
     heads: int,
+    how: ScoreWeights = ScoreWeights(),
     groups_BG: Tensor | None = None,
     count_B: Tensor | None = None,
     select: NeuronScores | None = None,
@@ -240,12 +265,14 @@ def attend(
 ) -> None:
     """Store the rows' new keys and values, and fill `partials` for the heads of the selected groups (all when None).
 
-    qkv_BW: q, k, v of each row, in any float dtype. select: neurons selected in the same launch. cleared: fp32 memory that is set to zero.
+    qkv_BW: q, k, v of each row, in any float dtype. how: what the layer makes of them. select: neurons selected in the same launch. cleared: fp32 memory that is set to zero.
     """
     groups, page_size, head_dim = k_PGSK.shape[1:]
     rows, splits = qkv_BW.shape[0], partials.mixed.shape[2]
     assert qkv_BW.shape[1] == (heads + 2 * groups) * head_dim and (select is None or rows == 1)
     programs = rows * heads * splits
+    scores, norms = how.scores, tuple(NO_NORM if norm is None else norm for norm in (how.q_norm, how.k_norm))
+    scale = head_dim**-0.5 if scores.scale is None else scores.scale
     padded = max(16, triton.next_power_of_2(head_dim))
     tokens = max(2, WARPS * TILE_BYTES // (padded * k_PGSK.element_size()))
     extra = 0 if select is None else select_blocks(select, WARPS)
@@ -255,11 +282,13 @@ def attend(
         _attend,
         (programs + extra,),
         qkv_BW, k_PGSK, v_PGSK, places.slot_B, places.position_B, places.table, places.table.stride(0),
-        or_any(places.inv_freq, qkv_BW), or_any(groups_BG, qkv_BW), or_any(count_B, qkv_BW), 1 if count_B is None else count_B.stride(0),
+        or_any(how.inv_freq, qkv_BW), how.factor, or_any(norms[0].weight, qkv_BW), norms[0].eps, or_any(norms[1].weight, qkv_BW),
+        norms[1].eps, scores.cap, ALL_TOKENS if scores.window is None else scores.window,
+        or_any(groups_BG, qkv_BW), or_any(count_B, qkv_BW), 1 if count_B is None else count_B.stride(0),
         partials.mixed, partials.stats,
-        head_dim**-0.5, programs, *chosen, or_any(cleared, qkv_BW), 0 if cleared is None else cleared.numel(),
+        scale, programs, *chosen, or_any(cleared, qkv_BW), 0 if cleared is None else cleared.numel(),
         H=heads, G=groups, K=head_dim, KP=padded, S=page_size, T=tokens, SPLITS=splits,
-        ROTARY=places.inv_freq is not None, HEADS=groups_BG is not None, SELECT=select is not None, CLEAR=cleared is not None,
+        ROTATED=0 if how.inv_freq is None else 2 * how.inv_freq.shape[0], NORM=how.q_norm is not None, CAPPED=scores.cap > 0, HEADS=groups_BG is not None, SELECT=select is not None, CLEAR=cleared is not None,
         CLEARED=CLEARED, **sizes, num_warps=WARPS, programmatic=programmatic,
     )  # fmt: skip
 

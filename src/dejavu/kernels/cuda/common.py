@@ -5,7 +5,8 @@ D1 + D2 + D3 >= D, the last one masked: 7168 = 4096 + 2048 + 1024. A part that i
 compiler drops it.
 
 The residual stream is y_D + delta_D, both fp32: kernels add to delta atomically, and the next one that reads the sum writes
-it out as the new y. No kernel adds to what another program of it still reads.
+it out as the new y. No kernel adds to what another program of it still reads. Where a model norms or scales what a block adds, delta is
+the block's output before that, and who reads it does so: y + scale norm(delta).
 
 A kernel that is launched with `programmatic` starts while the one before it still runs. Before `gdc_wait` it may read weights,
 and whatever was written by the kernel before the previous one or earlier, because every kernel waits before it lets the next start. What it
@@ -48,6 +49,23 @@ class NormWeights:
     bias: Tensor | None
     eps: float
     rms: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockOutput:
+    """How what a block gave joins the residual stream: y + scale norm(delta), or y + scale delta where weight is None. The norm is an
+    RMSNorm, of weight [D]."""
+
+    weight: Tensor | None = None
+    eps: float = 0.0
+    scale: float = 1.0
+
+    def arguments(self, other: Tensor) -> tuple[Tensor, float, float]:
+        """What `residual` takes of it; any tensor in the place of one that is not read."""
+        return or_any(self.weight, other), self.eps, self.scale
+
+
+AS_IT_IS = BlockOutput()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +142,12 @@ def norm_definition(x_D: Tensor, norm: NormWeights) -> Tensor:
         return torch.nn.functional.layer_norm(x_D, x_D.shape[-1:], norm.weight, norm.bias, norm.eps)
     scaled = x_D * torch.rsqrt(x_D.square().mean(-1, keepdim=True) + norm.eps)
     return scaled if norm.weight is None else scaled * norm.weight
+
+
+def joined_definition(y: Tensor, delta: Tensor, added: BlockOutput) -> Tensor:
+    """The residual stream with what a block gave in it, in plain torch."""
+    norm = NormWeights(weight=added.weight, bias=None, eps=added.eps, rms=True)
+    return y + added.scale * (delta if added.weight is None else norm_definition(delta, norm))
 
 
 @triton.jit
@@ -216,11 +240,24 @@ def _centered(v, mean, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr)
 
 
 @triton.jit
-def residual(y, delta, y_out, writes, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, WRITE: tl.constexpr):
-    """y + delta in three parts; the program for which `writes` holds stores it."""
-    v1 = part(y, D, 0, D1) + part(delta, D, 0, D1)
-    v2 = part(y, D, D1, D2) + part(delta, D, D1, D2)
-    v3 = part(y, D, D1 + D2, D3) + part(delta, D, D1 + D2, D3)
+def residual(
+    y, delta, out_weight, out_eps, out_scale, y_out, writes,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, OUT_NORM: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """y + delta, this as of BlockOutput, in three parts; the program for which `writes` holds stores it."""
+    d1 = part(delta, D, 0, D1)
+    d2 = part(delta, D, D1, D2)
+    d3 = part(delta, D, D1 + D2, D3)
+    scale = out_scale
+    if OUT_NORM:
+        square = (tl.sum(d1 * d1, 0) + tl.sum(d2 * d2, 0) + tl.sum(d3 * d3, 0)) / D
+        scale = out_scale / tl.sqrt(square + out_eps)
+        d1 = d1 * part(out_weight, D, 0, D1)
+        d2 = d2 * part(out_weight, D, D1, D2)
+        d3 = d3 * part(out_weight, D, D1 + D2, D3)
+    v1 = part(y, D, 0, D1) + d1 * scale
+    v2 = part(y, D, D1, D2) + d2 * scale
+    v3 = part(y, D, D1 + D2, D3) + d3 * scale
     if WRITE:
         if writes:
             store_part(y_out, v1, D, 0, D1)
@@ -289,6 +326,20 @@ def exceeds(v, threshold):
 
 
 @triton.jit
+def tanh(u):
+    """NaN stays NaN; from 20 on it is 1 in fp32."""
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.where(u > 20.0, 20.0, u)))
+
+
+@triton.jit
+def soft_cap(s, cap, CAPPED: tl.constexpr):
+    """cap tanh(s / cap), or s."""
+    if CAPPED:
+        s = cap * tanh(s / cap)
+    return s
+
+
+@triton.jit
 def activate(v, CODE: tl.constexpr, threshold):
     """The activation of that code (ACTIVATION_CODES), of fp32 values."""
     if CODE == 0:
@@ -304,4 +355,4 @@ def activate(v, CODE: tl.constexpr, threshold):
         return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     else:
         u = 0.7978845608028654 * (v + 0.044715 * v * v * v)
-        return 0.5 * v * (1.0 + (1.0 - 2.0 / (1.0 + tl.exp(2.0 * u))))
+        return 0.5 * v * (1.0 + tanh(u))

@@ -23,6 +23,8 @@ from torch import Tensor
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
 from dejavu.kernels.cuda.common import (
+    AS_IT_IS,
+    BlockOutput,
     GridShape,
     NormWeights,
     activate,
@@ -92,9 +94,10 @@ def _given_rows(
 
 @triton.jit
 def _mlp_given(
-    y, delta, y_out, norm_weight, norm_bias, eps, up, up_bias, down, down_bias, value, idx, count, out,
+    y, delta, out_weight, out_eps, out_scale, y_out, norm_weight, norm_bias, eps, up, up_bias, down, down_bias, value, idx, count, out,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr, PARTIAL: tl.constexpr, OUT_NORM: tl.constexpr,
+    programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -103,7 +106,7 @@ def _mlp_given(
     hi = (total * (pid + 1)) // programs
     now = _given_rows(up, up_bias, down, value, idx, lo, hi, D, D1, D2, D3, R, GATED, UP_BIAS)
     w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
-    y1, y2, y3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, True)
+    y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, True)
     x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, down.dtype.element_ty)
     acc1 = tl.zeros([D1], tl.float32)
     acc2 = tl.zeros([D2], tl.float32)
@@ -157,10 +160,12 @@ def mlp_given_token(
     idx_F: Tensor,
     count: Tensor,
     *,
+    added: BlockOutput = AS_IT_IS,
     shape: GridShape | None = None,
     partial: bool = False,
 ) -> None:
-    """Write y + delta to y_out [D] and add to out [D] the MLP of its norm over the list, its gate (or activation) given; all fp32.
+    """Write y + delta, this as of `added`, to y_out [D] and add to out [D] the MLP of its norm over the list, its gate (or activation)
+    known; all fp32.
 
     value_F fp32 [F]; idx_F int32 [F], of which the first count int32 [1] are the neurons. partial: `out` is [programs, D] and gets
     each program's own sum, to be added up in a fixed order. y, y_out and out are different memory.
@@ -173,11 +178,11 @@ def mlp_given_token(
     launch(
         _mlp_given,
         (programs_of(shape, down_FD.device),),
-        y_D, delta_D, y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, weights.up_FD, or_any(weights.up_bias_F, y_D),
+        y_D, delta_D, *added.arguments(y_D), y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, weights.up_FD, or_any(weights.up_bias_F, y_D),
         down_FD, or_any(weights.down_bias_D, y_D), value_F, idx_F, count, out,
         D=size, D1=first, D2=second, D3=third, R=shape.rows, RMS=norm.rms, AFFINE=norm.weight is not None, GATED=gated,
         UP_BIAS=gated and weights.up_bias_F is not None, DOWN_BIAS=weights.down_bias_D is not None, PARTIAL=partial,
-        num_warps=shape.warps,
+        OUT_NORM=added.weight is not None, num_warps=shape.warps,
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
 from dejavu.kernels.cuda.attention import Partials, combined
 from dejavu.kernels.cuda.common import (
+    AS_IT_IS,
+    BlockOutput,
     NormWeights,
     activate,
     exceeds,
@@ -82,15 +84,15 @@ def _keep_part(x, norm, threshold, out, inputs, base, D: tl.constexpr, FIRST: tl
 
 @triton.jit
 def _keep_normed(
-    y, delta, y_out, norm_weight, norm_bias, eps, norm, threshold, out, inputs, count, cleared, cleared_size, counter, other_counter,
+    y, delta, out_weight, out_eps, out_scale, y_out, norm_weight, norm_bias, eps, norm, threshold, out, inputs, count, cleared, cleared_size, counter, other_counter,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr, CLEARED: tl.constexpr,
-    COUNTERS: tl.constexpr, programmatic: tl.constexpr,
+    COUNTERS: tl.constexpr, OUT_NORM: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     """Program 0 does all but clearing, which the others do."""
     pid = tl.program_id(0)
     if pid == 0:
         w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
-        y1, y2, y3 = residual(y, delta, y_out, True, D, D1, D2, D3, True)
+        y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, True, D, D1, D2, D3, OUT_NORM, True)
         x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, out.dtype.element_ty)
         least = tl.load(threshold)
         total = _keep_part(x1, norm, least, out, inputs, 0, D, 0, D1)
@@ -205,23 +207,23 @@ def keep_normed(
     norm: NormWeights,
     kept: KeptInputs,
     *,
+    added: BlockOutput = AS_IT_IS,
     cleared: Tensor | None = None,
     counters: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Write y + delta (fp32) to y_out; fill kept.x with its norm, and kept.inputs, in order, and kept.count.
+    """Write y + delta (fp32), this as of `added`, to y_out; fill kept.x with its norm, and kept.inputs, in order, and kept.count.
 
     cleared: contiguous fp32 memory that is set to zero, and counters int32 [1] likewise, for the kernels that follow.
     """
     size = y_D.shape[0]
     first, second, third = parts(size)
-    given = cleared is not None
     counter, other_counter = (kept.count, kept.count) if counters is None else counters
     launch(
         _keep_normed, (1 + (triton.cdiv(cleared.numel(), CLEARED) if cleared is not None else 0),),
-        y_D, delta_D, y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, kept.norm, kept.threshold, kept.x, kept.inputs,
-        kept.count, or_any(cleared, y_D), cleared.numel() if given else 0, counter, other_counter,
+        y_D, delta_D, *added.arguments(y_D), y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, kept.norm, kept.threshold, kept.x, kept.inputs,
+        kept.count, or_any(cleared, y_D), 0 if cleared is None else cleared.numel(), counter, other_counter,
         D=size, D1=first, D2=second, D3=third, RMS=norm.rms, AFFINE=norm.weight is not None, CLEARED=CLEARED,
-        COUNTERS=counters is not None, num_warps=8,
+        COUNTERS=counters is not None, OUT_NORM=added.weight is not None, num_warps=8,
     )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.cuda.common import (
+    AS_IT_IS,
+    BlockOutput,
     GridShape,
     NormWeights,
     Side,
@@ -73,11 +75,12 @@ def _rows(
 
 @triton.jit
 def _mlp(
-    y, delta, y_out, norm_weight, norm_bias, eps, up, gate, down, up_bias, gate_bias, down_bias, idx, count, out, threshold,
+    y, delta, out_weight, out_eps, out_scale, y_out, norm_weight, norm_bias, eps, up, gate, down, up_bias, gate_bias, down_bias, idx, count, out, threshold,
     side, side_scale, side_out, side_count, F,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr,
     AFFINE: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, LISTED: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
+    ACTIVATION: tl.constexpr, LISTED: tl.constexpr, SIDE: tl.constexpr, PARTIAL: tl.constexpr, OUT_NORM: tl.constexpr,
+    programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -90,7 +93,7 @@ def _mlp(
     now = _rows(up, gate, down, up_bias, gate_bias, idx, lo, hi, D, D1, D2, D3, R, GATED, UP_BIAS, GATE_BIAS, LISTED, True)
     w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
     begin(programmatic)
-    y1, y2, y3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, True)
+    y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, True)
     x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, up.dtype.element_ty)
     if SIDE:
         side_rows(side, side_scale, side_out, pid, programs, side_count, x1, x2, x3, D, D1, D2, D3)
@@ -146,12 +149,13 @@ def mlp_token(
     idx_F: Tensor | None = None,
     count: Tensor | None = None,
     *,
+    added: BlockOutput = AS_IT_IS,
     side: Side | None = None,
     shape: GridShape | None = None,
     partial: bool = False,
     programmatic: bool = False,
 ) -> None:
-    """Write y + delta to y_out [D] and add the MLP of its norm to out [D]; all fp32.
+    """Write y + delta, this as of `added`, to y_out [D] and add the MLP of its norm to out [D]; all fp32.
 
     idx_F int32 [F], of which the first count int32 [1] are the neurons (both on the device; None: all neurons). partial: `out`
     is [programs, D] and gets each program's own sum, to be added up in a fixed order. y, y_out and out are different memory.
@@ -165,7 +169,7 @@ def mlp_token(
     launch(
         _mlp,
         (programs_of(shape, up_FD.device),),
-        y_D, delta_D, y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps,
+        y_D, delta_D, *added.arguments(y_D), y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps,
         up_FD, or_any(weights.gate_FD, up_FD), weights.down_FD,
         or_any(weights.up_bias_F, y_D), or_any(weights.gate_bias_F, y_D), or_any(weights.down_bias_D, y_D),
         or_any(idx_F, y_D), or_any(count, y_D), out, weights.activation_threshold,
@@ -174,7 +178,7 @@ def mlp_token(
         D=size, D1=first, D2=second, D3=third, R=shape.rows, RMS=norm.rms, AFFINE=norm.weight is not None,
         GATED=weights.gate_FD is not None, UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
         DOWN_BIAS=weights.down_bias_D is not None, ACTIVATION=ACTIVATION_CODES[weights.activation], LISTED=idx_F is not None,
-        SIDE=side is not None, PARTIAL=partial, num_warps=shape.warps, programmatic=programmatic,
+        SIDE=side is not None, PARTIAL=partial, OUT_NORM=added.weight is not None, num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.cuda.common import (
+    AS_IT_IS,
+    BlockOutput,
     GridShape,
     NormWeights,
     PredictorScores,
@@ -74,11 +76,12 @@ def selected_groups(matrix, scale, bias, threshold, h, G: tl.constexpr, GP: tl.c
 
 @triton.jit
 def _project(
-    y, delta, y_out, cleared, counter, norm_weight, norm_bias, eps, matrix, bias, out, side, side_scale, side_out, side_count,
+    y, delta, out_weight, out_eps, out_scale, y_out, cleared, counter, norm_weight, norm_bias, eps, matrix, bias, out, side, side_scale, side_out, side_count,
     scorer, scorer_scale, scorer_bias, scorer_threshold, scorer_h, groups, group_count, N,
     Q: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    P: tl.constexpr, PP: tl.constexpr, WRITE: tl.constexpr, CLEAR: tl.constexpr, COUNTER: tl.constexpr, programmatic: tl.constexpr,
+    P: tl.constexpr, PP: tl.constexpr, OUT_NORM: tl.constexpr, WRITE: tl.constexpr, CLEAR: tl.constexpr, COUNTER: tl.constexpr,
+    programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     step = tl.num_programs(0) * R
@@ -93,7 +96,7 @@ def _project(
     added = row_bias(bias, row, live, BIAS)
     w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
     begin(programmatic)
-    y1, y2, y3 = residual(y, delta, y_out, pid == 0, D, D1, D2, D3, WRITE)
+    y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, WRITE)
     if CLEAR:
         if pid == tl.num_programs(0) - 1:
             zero(cleared, D, D1, D2, D3)
@@ -148,6 +151,7 @@ def project_token(
     bias: Tensor | None,
     out: Tensor,
     *,
+    added: BlockOutput = AS_IT_IS,
     queries: int = 0,
     num_groups: int = 1,
     scores: GroupScores | None = None,
@@ -158,7 +162,7 @@ def project_token(
     shape: GridShape | None = None,
     programmatic: bool = False,
 ) -> None:
-    """out fp32 [rows] = matrix [rows, D] @ norm(y + delta) + bias; of the first `queries` rows only the selected groups' where
+    """out fp32 [rows] = matrix [rows, D] @ norm(y + delta) + bias, delta as of `added`; of the first `queries` rows only the selected groups' where
     `scores` are given. y_out gets y + delta, cleared zeros [D], counter int32 [1] zero: for the kernels that follow."""
     rows, size = matrix.shape
     shape = default_shape(size) if shape is None else shape
@@ -175,13 +179,14 @@ def project_token(
     launch(
         _project,
         (programs,),
-        y_D, delta_D, or_any(y_out_D, y_D), or_any(cleared_D, y_D), or_any(counter, y_D),
+        y_D, delta_D, *added.arguments(y_D), or_any(y_out_D, y_D), or_any(cleared_D, y_D), or_any(counter, y_D),
         or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, matrix, or_any(bias, y_D), out,
         matrix if side is None else side.matrix, y_D if side is None else side.scale, y_D if side is None else side.out,
         0 if side is None else side.matrix.shape[0], *head, rows - queries,
         Q=queries, D=size, D1=first, D2=second, D3=third, R=at_once, RMS=norm.rms, AFFINE=norm.weight is not None,
         BIAS=bias is not None, SIDE=side is not None, HEADS=scores is not None, G=num_groups if scores is None else groups,
-        GP=max(16, triton.next_power_of_2(groups)), P=rank, PP=max(16, triton.next_power_of_2(rank)), WRITE=y_out_D is not None,
+        GP=max(16, triton.next_power_of_2(groups)), P=rank, PP=max(16, triton.next_power_of_2(rank)), OUT_NORM=added.weight is not None,
+        WRITE=y_out_D is not None,
         CLEAR=cleared_D is not None, COUNTER=counter is not None, num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from dejavu.kernels.cuda.attention import Partials, combined
 from dejavu.kernels.cuda.common import (
+    AS_IT_IS,
+    BlockOutput,
     NormWeights,
     PredictorScores,
     Side,
@@ -55,12 +57,13 @@ class UnionScores(PredictorScores):
 
 @triton.jit
 def _norm_rows(
-    y, delta, weight, bias, eps, x, cleared, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr,
-    AFFINE: tl.constexpr, CLEAR: tl.constexpr, programmatic: tl.constexpr,
+    y, delta, out_weight, out_eps, out_scale, weight, bias, eps, x, cleared,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr,
+    AFFINE: tl.constexpr, OUT_NORM: tl.constexpr, CLEAR: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * D
     w, b = norm_parts(weight, bias, D, D1, D2, D3, RMS, AFFINE)
-    v1, v2, v3 = residual(y + at, delta + at, y + at, True, D, D1, D2, D3, True)
+    v1, v2, v3 = residual(y + at, delta + at, out_weight, out_eps, out_scale, y + at, True, D, D1, D2, D3, OUT_NORM, True)
     x1, x2, x3 = normed(v1, v2, v3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, x.dtype.element_ty)
     store_part(x + at, x1, D, 0, D1)
     store_part(x + at, x2, D, D1, D2)
@@ -140,13 +143,16 @@ def _combine_rows(
     tl.store(out + where * K + k, m.to(out.dtype.element_ty), mask=k < K)
 
 
-def norm_rows(y_BD: Tensor, delta_BD: Tensor, norm: NormWeights, x_BD: Tensor, cleared_BD: Tensor | None = None) -> None:
-    """Add delta (any dtype) to y in place, and fill x with the norm of the sum, in x's dtype; set `cleared` to zero."""
+def norm_rows(
+    y_BD: Tensor, delta_BD: Tensor, norm: NormWeights, x_BD: Tensor, cleared_BD: Tensor | None = None, *, added: BlockOutput = AS_IT_IS
+) -> None:
+    """Add delta (any dtype), as of `added`, to y in place, and fill x with the norm of the sum, in x's dtype; set `cleared` to zero."""
     rows, size = y_BD.shape
     first, second, third = parts(size)
     launch(
-        _norm_rows, (rows,), y_BD, delta_BD, or_any(norm.weight, y_BD), or_any(norm.bias, y_BD), norm.eps, x_BD, or_any(cleared_BD, y_BD),
-        D=size, D1=first, D2=second, D3=third, RMS=norm.rms, AFFINE=norm.weight is not None, CLEAR=cleared_BD is not None, num_warps=8,
+        _norm_rows, (rows,), y_BD, delta_BD, *added.arguments(y_BD), or_any(norm.weight, y_BD), or_any(norm.bias, y_BD), norm.eps, x_BD,
+        or_any(cleared_BD, y_BD), D=size, D1=first, D2=second, D3=third, RMS=norm.rms, AFFINE=norm.weight is not None,
+        OUT_NORM=added.weight is not None, CLEAR=cleared_BD is not None, num_warps=8,
     )  # fmt: skip
 
 
