@@ -29,7 +29,7 @@ from dejavu.model.selectors.gate import gate_reads
 from dejavu.model.selectors.inputs import input_reads
 from dejavu.model.tokenizer import Tokenizer
 from dejavu.model.transformer import Transformer
-from dejavu.offline import train
+from dejavu.offline import curvature, train
 from dejavu.offline.budget import Fitted
 from dejavu.offline.calibrate import token_reads
 from dejavu.offline.collect import pack_windows
@@ -64,6 +64,20 @@ def relu(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
 @pytest.fixture
 def silu(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
     return checkpoint_of(tiny("llama", num_layers=3), tokenizer)
+
+
+def test_slopes_are_the_same_of_a_few_tokens_at_a_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the likeliest token in the place of a drawn one; the last piece is smaller."""
+    model, ids = tiny("llama"), torch.tensor([random_ids(14, seed) for seed in range(3)])
+    monkeypatch.setattr(torch, "multinomial", lambda probability_NV, _, generator: probability_NV.argmax(1, keepdim=True))
+    found = []
+    for tokens in (1000, 5):
+        monkeypatch.setattr(curvature, "LOGITS", tokens * model.config.vocab_size + 1)
+        found.append(list(curvature.layer_slopes(model, ids, seed=0)))
+    for one, other in zip(*found, strict=True):
+        assert one.slopes["down"].abs().max() > 0
+        for point, slope_NI in one.slopes.items():
+            torch.testing.assert_close(other.slopes[point], slope_NI)
 
 
 def trained(checkpoint: Checkpoint, method: str, budget: float = 0.02, **more: Any) -> tuple[Adapter, dict[str, Any]]:

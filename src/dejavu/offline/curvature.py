@@ -26,6 +26,8 @@ from dejavu.model.transformer import DENSE, LayerInputs, Selection, Transformer
 from dejavu.offline.collect import window_names
 from dejavu.offline.thresholds import SelectionQuality
 
+LOGITS = 1 << 26  # of tokens whose logits are computed together
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSlopes:
@@ -83,15 +85,15 @@ def layer_slopes(model: Transformer, ids_WT: Tensor, *, seed: int, progress: Pro
 
 
 def _head_slopes(model: Transformer, x_WTD: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of -log p(y) by the last residual stream, a window at a time, as logits are large."""
+    """Gradient of -log p(y) by the last residual stream, some tokens at a time: about six tensors of the size of their logits are alive."""
     found = []
-    for x_TD in x_WTD:
-        x = x_TD.detach().requires_grad_()
+    for x_ND in x_WTD.flatten(0, 1).split(max(1, LOGITS // model.config.vocab_size)):
+        x = x_ND.detach().requires_grad_()
         with torch.enable_grad():
-            log_probs_TV = model.logits(x if model.final_norm is None else model.final_norm(x)).log_softmax(-1)
-            drawn_T1 = torch.multinomial(log_probs_TV.detach().exp(), 1, generator=generator)
-            found += torch.autograd.grad(-log_probs_TV.gather(1, drawn_T1).sum(), x)
-    return torch.stack(found)
+            log_probs_NV = model.logits(x if model.final_norm is None else model.final_norm(x)).log_softmax(-1)
+            drawn_N1 = torch.multinomial(log_probs_NV.detach().exp(), 1, generator=generator)
+            found += torch.autograd.grad(-log_probs_NV.gather(1, drawn_N1).sum(), x)
+    return torch.cat(found).view_as(x_WTD)
 
 
 @dataclass(frozen=True, slots=True)
