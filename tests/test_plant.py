@@ -58,10 +58,11 @@ def test_the_folder_is_the_planted_model_in_shards(tmp_path: Path, monkeypatch: 
     assert loaded.config == same.config == dataclasses.replace(made.config, bos_token_id=0, eos_token_ids=(0,))
 
 
-@pytest.mark.parametrize("name", ["qwen3-tiny", "nemotron-tiny"])
-def test_where_nothing_can_be_planted_weights_are_random_and_keep_their_scale(tmp_path: Path, name: str) -> None:
-    about = write_planted(made_up(name, dtype="bf16"), tmp_path / "model")
-    assert about["density"] is None
+@pytest.mark.parametrize(("name", "density"), [("qwen3-tiny", None), ("nemotron-tiny", 0.05)])
+def test_without_biases_weights_keep_their_scale(tmp_path: Path, name: str, density: float | None) -> None:
+    """Random ones, where nothing can be planted; where the norm before an MLP can have a bias, it is planted."""
+    about = write_planted(made_up(name, dtype="bf16", rank=RANK), tmp_path / "model")
+    assert about["density"] == density
     model = load_checkpoint(tmp_path / "model", dtype=torch.float32).model
     logits = model(torch.arange(60)[None])
     assert 2 < float(logits.std()) < 8, "LOGIT_SPREAD is 4"

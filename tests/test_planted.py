@@ -38,7 +38,7 @@ from dejavu.offline.predictors import start_mlp, train_mlp
 from dejavu.offline.thresholds import score_mlp
 from helpers.adapters import heads_of, mlp_of, predicted, predictors_of
 
-KINDS = {"gated": "llama-2-7b-relu", "ungated": "opt-125m"}
+KINDS = {"gated": "llama-2-7b-relu", "ungated": "opt-125m", "squared": "minitron-4b"}
 SIZES = {"vocab_size": 500, "hidden_size": 96, "intermediate_size": 400, "num_heads": 6, "num_kv_heads": 6, "head_dim": 16}
 RANK = 16
 
@@ -321,5 +321,7 @@ def test_shapes_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (made.name, made.config.num_layers, made.layers_of_full) == ("opt-tiny", 1, 3)
     with pytest.raises(ValueError, match="no shape is called 'opt-1t'"):
         planted_model("opt-1t", device="cpu", dtype="fp32", density=0.1)
-    with pytest.raises(ValueError, match="smollm2-135m has activation silu, no biases of its MLPs: no sparsity can be planted"):
+    with pytest.raises(
+        ValueError, match="smollm2-135m has activation silu, no biases of its MLPs or of the norms before them: no sparsity can be planted"
+    ):
         planted_model("smollm2-135m", device="cpu", dtype="fp32", density=0.1)

@@ -9,14 +9,16 @@ An MLP's first matrix (up; gate where gated) is planted: with x the normed input
 
 each row of norm about 1, NOISE of its square being noise. The predictor has the first `rank` columns of U diag(s) and V, in int8:
 84 % of what moves W x, so it finds most of what fires, not all. The bias of neuron f is -z |w_f| with z the normal quantile of
-1 - density: each neuron fires on that share of the tokens, each token has its own neurons.
+1 - density: each neuron fires on that share of the tokens, each token has its own neurons. An MLP without biases has them all the same
+where its norm has one: the norm gives every token CONSTANT in the first place of x, and there W has -z |w_f| / CONSTANT.
 
-The residual stream starts at variance 1. All MLPs together add MLP_SHARE to it, which a wrong one cannot hide, and what they would
-add to every token alike is taken off by down's bias. All attention blocks together add at most ATTENTION_SHARE: little for each
-layer, as the predictor reads the input of attention (lookahead 1) and has to foretell what is fired after it. The final norm has
-weights of both signs, so that a tied head does not just find the token that was read, at a size that gives logits LOGIT_SPREAD.
-Which heads a token needs is not planted: their predictors are random, each token selecting its own, and what a head that was left
-out adds is lost. Weights are the same for one seed in every dtype (rounded), and a slice is the first layers of the whole.
+The residual stream starts at variance 1. All MLPs together add MLP_SHARE to it, which a wrong one cannot hide, and what they
+would add to every token alike is taken off by down's bias; without one rows of down come in pairs that add it up to nothing. All
+attention blocks together add at most ATTENTION_SHARE: little for each layer, as the predictor reads the input of attention
+(lookahead 1) and has to foretell what is fired after it. The final norm has weights of both signs, so that a tied head does not
+just find the token that was read, at a size that gives logits LOGIT_SPREAD. Which heads a token needs is not planted: their
+predictors are random, each token selecting its own, and what a head that was left out adds is lost. Weights are the same for one
+seed in every dtype (rounded), and a slice is the first layers of the whole.
 
 Letters: B batch  T tokens  D model  F neurons  P planted rank  R predictor rank  O outputs  V vocabulary
 """
@@ -46,12 +48,14 @@ from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
+PLANTABLE = {"relu": 1, "relu2": 2}  # activations, and the power of what is positive
 PLANTED_DTYPES = ("fp32", "fp16", "bf16")
 RANK, HEAD_RANK = 256, 32
 NOISE = 0.05  # share of the variance of W x that is of full rank
 MLP_SHARE, ATTENTION_SHARE = 1.0, 0.25  # of the embedding's variance
 SHARPNESS = 2.0  # standard deviation of q.k / sqrt(K): a head attends to some tokens, not to the mean of all
 LOGIT_SPREAD = 4.0
+CONSTANT = 4.0  # what the norm before an MLP without biases gives every token in one place
 MOMENT_SAMPLES = 2**16  # of an activation, whose mean square is measured
 CHUNK = 2**26  # values that are held in fp32 at a time
 
@@ -200,8 +204,8 @@ def not_plantable(config: ModelConfig) -> list[str]:
     return [
         what
         for what, found in (
-            (f"activation {config.activation}", config.activation != "relu"),
-            ("no biases of its MLPs", not config.mlp_bias),
+            (f"activation {config.activation}", config.activation not in PLANTABLE),
+            ("no biases of its MLPs or of the norms before them", not config.mlp_bias and config.norm != "layernorm"),
             ("norms after the blocks or none at the end", not (config.pre_norm and config.final_norm and config.norm_affine)),
             ("an embedding of another width", config.embed_width != config.hidden_size),
         )
@@ -211,7 +215,7 @@ def not_plantable(config: ModelConfig) -> list[str]:
 
 def _check_architecture(name: str, config: ModelConfig) -> None:
     wrong = not_plantable(config)
-    require(not wrong, f"{name} has {', '.join(wrong)}: no sparsity can be planted in it; choose an opt-* or *-relu shape")
+    require(not wrong, f"{name} has {', '.join(wrong)}: no sparsity can be planted in it; choose an opt-*, *-relu or minitron-* shape")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,12 +283,14 @@ def chunks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def relu_moments(density: float) -> tuple[float, float, float]:
-    """z, and mean and mean square of relu(a - z), for a normal of which that share exceeds z."""
+def relu_moments(density: float, power: int = 1) -> tuple[float, float, float]:
+    """z, and mean and mean square of relu(a - z) to that power, for a normal of which that share exceeds z."""
     normal = NormalDist()
     z = normal.inv_cdf(1 - density)
-    mean = normal.pdf(z) - z * density
-    return z, mean, (1 + z * z) * density - z * normal.pdf(z)
+    moments = [density, normal.pdf(z) - z * density]  # of relu(a - z) to the powers 0, 1, ...: by parts
+    for n in range(2, 2 * power + 1):
+        moments.append((n - 1) * moments[n - 2] - z * moments[n - 1])
+    return z, moments[power], moments[2 * power]
 
 
 def fill_layer(block: Block, maker: Maker, index: int, full: int, *, density: float, rank: int) -> LayerAdapter:
@@ -346,24 +352,43 @@ def _fill_attention(block: Block, maker: Maker, full: int) -> None:
 def _fill_mlp(block: Block, maker: Maker, full: int, *, density: float, rank: int) -> Predictor:
     """Parameters of the MLP; the predictor of what fires in it."""
     size, neurons = block.config.hidden_size, block.config.intermediate_size
-    z, mean, square = relu_moments(density)
-    activated, gated = block.activated, block.config.gated
+    power = PLANTABLE[block.config.activation]
+    z, mean, square = relu_moments(density, power)
+    activated, gated, biased = block.activated, block.config.gated, block.config.mlp_bias
     activated.weight, norm_F, A_RD, B_FR = maker.planted(activated.weight, rank)
     bias_F = -z * norm_F
-    activated.bias = maker.parameter(bias_F)
+    if biased:
+        activated.bias = maker.parameter(bias_F)
+    else:
+        _make_constant(block, activated.weight, bias_F)
+        A_RD[:, 0] = 0.0  # of attention's input, which is no constant there
     if gated:
-        assert block.up.bias is not None
         block.up.weight = maker.matrix(block.up.weight, size**-0.5)
-        block.up.bias = maker.constant(block.up.bias, 0.0)
-    # What varies: relu(a) less its mean; or relu(a) times a value of variance 1 and mean 0.
+        if block.up.bias is not None:
+            block.up.bias = maker.constant(block.up.bias, 0.0)
+    # What varies: an activation less its mean; or one times a value of variance 1 and mean 0.
     varies = square - (0.0 if gated else mean * mean)
     block.down.weight = maker.matrix(block.down.weight, math.sqrt(MLP_SHARE / full / neurons / varies))
-    always_D = torch.zeros(size, device=maker.device)
-    if not gated:
-        for part in chunks(neurons, size):
-            always_D -= (mean * norm_F[part]) @ block.down.weight[part].float()
-    block.down.bias = maker.parameter(always_D)
+    mean_F = mean * norm_F**power
+    if biased:
+        always_D = torch.zeros(size, device=maker.device)
+        for part in () if gated else chunks(neurons, size):
+            always_D -= mean_F[part] @ block.down.weight[part].float()
+        block.down.bias = maker.parameter(always_D)
+    elif not gated:
+        half = neurons // 2
+        first, second = block.down.weight[:half], block.down.weight[half : 2 * half]
+        for part in chunks(half, size):
+            second[part] = -first[part] * (mean_F[:half] / mean_F[half : 2 * half])[part, None].to(first.dtype)
     return quantized(Predictor(A_RD=A_RD, B_OR=B_FR, bias_O=bias_F, threshold=0.0, lookahead=1))
+
+
+def _make_constant(block: Block, weight_FD: Tensor, bias_F: Tensor) -> None:
+    """Give an MLP without biases these: its norm gives CONSTANT in the first place, whatever the token."""
+    norm = block.norm2
+    assert norm is not None and norm.weight is not None and norm.bias is not None, "see not_plantable"
+    norm.weight[0], norm.bias[0] = 0.0, CONSTANT
+    weight_FD[:, 0] = bias_F / CONSTANT
 
 
 def _head_predictor(config: ModelConfig, maker: Maker, *, lookahead: int) -> Predictor:
