@@ -15,7 +15,7 @@ import tokenizers
 
 from conftest import Tiny
 from dejavu.bench import comparison, ops
-from dejavu.bench.models import planted, random
+from dejavu.bench.models import made_up, planted, random
 from dejavu.bench.peers import cuda as cuda_peers
 from dejavu.bench.variants import Peer
 from dejavu.cli.main import run
@@ -254,6 +254,27 @@ def test_a_planted_model_shows_what_it_misses_before_its_speed(call, planted_her
     assert dense["planted"]["modes"] == [] and [row["mode"] for row in dense["rows"] if row["op"] == "decode"] == ["dense"]
 
 
+@pytest.mark.parametrize(("name", "method"), [("llama-small", "input"), ("llama-small", None), ("opt-small", "gate")])
+def test_gates_and_inputs_of_a_model_made_on_the_gpu(
+    call, cuda: type[CudaStandIn], monkeypatch: pytest.MonkeyPatch, name: str, method: str | None
+) -> None:
+    requested: list[tuple[float | None, Any]] = []
+
+    def made_on_cpu(asked: made_up.MadeUp, *, device: str, seed: int) -> Any:
+        requested.append((asked.density, device))
+        return make(asked, device="cpu", seed=seed)
+
+    make = made_up.made_up_model
+    monkeypatch.setattr(made_up, "made_up_model", made_on_cpu)
+    given = ("--method", method) if method else ()
+    result = obj(call("bench", "--synthetic", name, "--backend", "cuda", "--layers", "2", *given, "--density", "0.4", *SHORT, "--json"))
+    assert requested == [(0.4 if name == "opt-small" else None, "cuda")]
+    decodes = [row for row in result["rows"] if row["op"] == "decode"]
+    assert [(row["mode"], row["method"]) for row in decodes] == [("dense", None), ("sparse", method or "gate")]
+    assert decodes[1]["mlp_density"] == pytest.approx(0.4, rel=0.2) and decodes[1]["layers"] == 2
+    assert result["model"] == ("opt-small[2 of 3 layers]" if name == "opt-small" else name)
+
+
 def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     requested: list[Any] = []
 
@@ -300,7 +321,7 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
         (("--layers", "9"), "layers must lie between 1 and 3"),
         (("--dtype", "int8"), "dtype 'int8' is not available for a synthetic model on backend 'cuda'; choose one of fp32, fp16, bf16"),
         (("--selection", "uniform"), "--selection on the cuda backend is of --ops"),
-        (("--method", "gate"), "--method gate is of random weights, and backend 'cuda' has planted ones"),
+        (("--method", "gate", "--rank", "9"), "--method gate has no predictors: leave --rank and --selection out"),
     ],
 )
 def test_mistakes_on_the_gpu(

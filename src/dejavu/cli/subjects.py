@@ -106,7 +106,8 @@ def made_up(
     ops: bool,
     method: str | None,
 ) -> Subject:
-    """A model of a known shape: planted on the GPU for the cuda backend, else random. heads: with predictors of heads.
+    """A model of a known shape: made on the GPU for the cuda backend, planted where predictors select, else random. heads: with predictors
+    of heads.
 
     selections: for the cuda backend those of `ops` alone. method: of SELECTING_METHODS; None: the shape's usual one.
     """
@@ -135,10 +136,9 @@ def made_up(
     require(not options.screened_head, "a screened head is trained on a text, which a made-up model has not; leave --screened-head out")
     settled = replace(options, backend=picked, dtype=dtype, cache_dtype=cached)
     require(method is None or not dense, f"--dense leaves nothing to select; drop it or --method {method}")
-    selects = method or ("predicted" if picked == "cuda" else usual_method(shape_of(name)))
+    selects = method or usual_method(shape_of(name))
     require(selects in SELECTING_METHODS, f"--method {selects} cannot be made up; choose one of {', '.join(SELECTING_METHODS)}")
     if selects != "predicted":
-        require(picked != "cuda", f"--method {selects} is of random weights, and backend 'cuda' has planted ones; take another backend")
         require(rank is None and not selections, f"--method {selects} has no predictors: leave --rank and --selection out")
         require(
             not heads or selects == "input", f"--method {selects} selects no heads: leave --head-density out, or take --method predicted"
@@ -148,7 +148,10 @@ def made_up(
         require(
             not selections or ops, "--selection on the cuda backend is of --ops: a planted model selects what its tokens need; add --ops"
         )
-        subject = _planted(name, settled, rank=rank, num_layers=num_layers, densities=targets, heads=heads, seed=seed)
+        if selects == "predicted":
+            subject = _planted(name, settled, rank=rank, num_layers=num_layers, densities=targets, heads=heads, seed=seed)
+        else:
+            subject = _made_there(name, settled, method=selects, num_layers=num_layers, densities=targets, seed=seed)
     else:
         require(num_layers is None, f"--layers takes a slice of a model planted on the GPU; backend {picked!r} has none, leave it out")
         chosen = [] if dense or selects != "predicted" else selections or ["uniform"]
@@ -230,6 +233,30 @@ def _planted(
         densities=densities,
         planted=made,
         shape=Shape(name=name, layers=made.layers_of_full),
+        options=options,
+        notes=[],
+    )
+
+
+def _made_there(name: str, options: EngineOptions, *, method: str, num_layers: int | None, densities: list[float], seed: int) -> Subject:
+    """Gates or inputs that select by themselves, in weights made on the GPU: random ones, planted where the shape has ReLU."""
+    from dejavu.bench.models import made_up
+    from dejavu.bench.models.planted import not_plantable
+    from dejavu.bench.models.random import plain_layers, random_ids, shape_of
+    from dejavu.bench.rows import Shape
+
+    fired = None if not_plantable(shape_of(name)) else max(densities)  # a gate cannot keep more than fires
+    asked = made_up.made_up(name, dtype=options.dtype, density=fired, num_layers=num_layers)
+    model = made_up.made_up_model(asked, device="cuda", seed=seed)
+    layers = plain_layers(asked.config, method=method)
+    whole = asked.config.num_layers == asked.full
+    return Subject(
+        name=name if whole else f"{name}[{asked.config.num_layers} of {asked.full} layers]",
+        model=model,
+        layers_for=lambda selection, density: None if density is None else layers,
+        ids=random_ids(asked.config, 2 * asked.config.max_positions, seed=seed),
+        densities=densities,
+        shape=Shape(name=name, layers=asked.full),
         options=options,
         notes=[],
     )

@@ -1,7 +1,7 @@
 """A made-up model of any shape, loaded: what `dejavu.load` would give of the folder that `dejavu plant` writes, made on its device instead.
 
 In: a shape's name, a device, a dtype, the share of neurons that fire. Out: a Checkpoint with a tokenizer of made-up words (words.py). A
-shape in which no sparsity can be planted (SiLU, or no biases of the MLPs) gets random weights.
+shape in which no sparsity can be planted (SiLU, or no biases of the MLPs and their norms) gets random weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dejavu.kernels.dtypes import TORCH_DTYPES
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.families import empty_model
 from dejavu.model.fingerprint import model_hash
-from dejavu.model.transformer import Block
+from dejavu.model.transformer import Block, Transformer
 
 USUAL_DENSITY = 0.05  # what fires of a planted model where nobody says
 
@@ -81,7 +81,7 @@ def made_up(
     )
 
 
-def made_up_checkpoint(asked: MadeUp, *, device: str | torch.device, seed: int = 0) -> Checkpoint:
+def made_up_model(asked: MadeUp, *, device: str | torch.device, seed: int = 0) -> Transformer:
     """Raises ValueError where the device has no memory for it, before any is taken."""
     device, dtype = torch.device(device), TORCH_DTYPES[asked.dtype]
     check_planted_memory(asked.name, asked.config, device=str(device), dtype=asked.dtype, rank=asked.rank, available=free_bytes(device))
@@ -90,12 +90,18 @@ def made_up_checkpoint(asked: MadeUp, *, device: str | torch.device, seed: int =
     for index, block in enumerate(model.blocks):
         asked.fill(block, makers.layer(index), index)
     model.fill_frequencies(device)
+    return model.eval()
+
+
+def made_up_checkpoint(asked: MadeUp, *, device: str | torch.device, seed: int = 0) -> Checkpoint:
+    """made_up_model with a tokenizer."""
+    model = made_up_model(asked, device=device, seed=seed)
     return Checkpoint(
-        model=model.eval(),
+        model=model,
         tokenizer=word_tokenizer(asked.config.vocab_size),
         config=asked.config,
         name=asked.name,
-        base_hash=model_hash(model, stored_as=dtype),
+        base_hash=model_hash(model, stored_as=TORCH_DTYPES[asked.dtype]),
         stored_dtype=asked.dtype,
         notes=(),
         path=Path(asked.name),
