@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+LEAST_SHARED = 99 << 10  # of compute capability 8.6, 8.9 and 12.0: CUDA programming guide, technical specifications
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: it decides when a kernel is defined
 
 
@@ -110,6 +111,14 @@ def shape_up_to(size: int, shapes: Mapping[int, tuple[int, int, int]]) -> GridSh
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; 1 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have; off the GPU those of the cards that have least."""
+    if device.type != "cuda":
+        return LEAST_SHARED
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 @cache

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.cuda.common import activate, exceeds, launch, multiprocessors, or_any, row_bias
-from dejavu.kernels.cuda.mlp_rows import UpShape, padded_rows
+from dejavu.kernels.cuda.mlp_rows import UpShape, padded_rows, up_shape_for
 from dejavu.kernels.cuda.rows import MAX_ROWS
 from dejavu.kernels.sparse_mlp import MlpWeights
 
@@ -119,7 +119,7 @@ def up_given_rows(
 ) -> None:
     """Activations of the union, by place in the list, in act_FB [F, BP], of the dtype of x."""
     rows, size = x_BD.shape
-    shape, gated = shape or UpShape(), weights.gate_FD is not None
+    shape, gated = shape or up_shape_for(x_BD, 1), weights.gate_FD is not None
     assert product_BF.is_contiguous() and act_FB.shape[1] == padded_rows(rows)
     launch(
         _up_given_rows,

@@ -15,7 +15,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _finish(logits, scale, cap, size, CAPPED: tl.constexpr, BLOCK: tl.constexpr, programmatic: tl.constexpr):
+def _finish_logits(logits, scale, cap, size, CAPPED: tl.constexpr, BLOCK: tl.constexpr, programmatic: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + i, mask=i < size, other=0.0) * scale
     tl.store(logits + i, soft_cap(z, cap, CAPPED), mask=i < size)
@@ -27,7 +27,7 @@ def finish_logits(logits_BV: Tensor, *, scale: float, cap: float) -> None:
         return
     assert logits_BV.is_contiguous()
     size = logits_BV.numel()
-    launch(_finish, (triton.cdiv(size, BLOCK),), logits_BV, scale, cap, size, CAPPED=cap > 0, BLOCK=BLOCK, num_warps=4)
+    launch(_finish_logits, (triton.cdiv(size, BLOCK),), logits_BV, scale, cap, size, CAPPED=cap > 0, BLOCK=BLOCK, num_warps=4)
 
 
 def finish_logits_definition(logits_BV: Tensor, *, scale: float, cap: float) -> Tensor:

@@ -11,6 +11,7 @@ Letters: B rows, BP the next power of two from 16  D model  F neurons  A neurons
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
-from dejavu.kernels.cuda.common import activate, launch, multiprocessors, or_any, row_bias
+from dejavu.kernels.cuda.common import activate, launch, multiprocessors, or_any, row_bias, shared_memory
 from dejavu.kernels.sparse_mlp import MlpWeights
 
 
@@ -44,6 +45,13 @@ class DownShape:
     warps: int = 4
     stages: int = 4
     programs: int = 3
+
+
+def up_shape_for(x_BD: Tensor, matrices: int) -> UpShape:
+    """As many stages as the device's shared memory holds: each tile of x and of the matrices waits there while others are loaded."""
+    shape = UpShape()
+    stage = (padded_rows(x_BD.shape[0]) + matrices * shape.rows) * shape.columns * x_BD.element_size()
+    return dataclasses.replace(shape, stages=max(1, min(shape.stages, 1 + shared_memory(x_BD.device) // stage)))
 
 
 def padded_rows(rows: int) -> int:
@@ -134,7 +142,7 @@ def mlp_rows(
 ) -> None:
     """Add the MLP of each x to out fp32 [B, D]; partial: out is [shares, B, D]. act_FB [F, BP], in the dtype of x, is scratch."""
     rows, size = x_BD.shape
-    up_shape = up_shape or UpShape()
+    up_shape = up_shape or up_shape_for(x_BD, 1 if weights.gate_FD is None else 2)
     padded, device = padded_rows(rows), x_BD.device
     columns = min(up_shape.columns, max(16, triton.next_power_of_2(size)))
     launch(
