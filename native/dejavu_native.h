@@ -90,7 +90,7 @@ typedef struct {
   const int64_t *const *table;
   void *k_pool, *v_pool;
   float *k_scale, *v_scale;
-  int32_t cache_dtype, sparse, prompt; /* prompt: products with rows of few bits are summed in another order than those of steps */
+  int32_t cache_dtype, sparse, prompt, full_head; /* prompt: products with rows of few bits are summed in another order than those of steps; full_head: without the screen */
   float *logits;
   int64_t *neurons, *heads;
   uint8_t *neuron_mask, *group_mask; /* [rows, layers, neurons], [rows, layers, groups] */

@@ -134,6 +134,13 @@ def test_a_bias_changes_what_is_drawn_and_not_its_log_probability(temperature: f
     assert 1 not in {sampler.choose(found, {1: -100.0}) for _ in range(200)}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_all_is_forbidden_nothing_is_drawn(temperature: float) -> None:
+    logits_V = torch.tensor([1.0, -math.inf, 2.0])
+    with pytest.raises(ValueError, match="no token is left to draw"):
+        Sampler(SamplingConfig(temperature=temperature, seed=1)).choose(Distribution(logits_V), {0: -math.inf, 2: -math.inf})
+
+
 def test_a_bias_is_in_the_logits_before_temperature_and_cuts() -> None:
     biased = LOGITS.double()
     biased[5] += 3.0

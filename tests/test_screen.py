@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import Tiny
 from dejavu.bench.bytes_read import formats_of, weight_bytes
+from dejavu.config import SamplingConfig
 from dejavu.engine.backends import make_engine
+from dejavu.engine.native.engine import NativeEngine
 from dejavu.engine.options import EngineOptions
+from dejavu.engine.sampling import Sampler
+from dejavu.generation.pieces import Token
+from dejavu.generation.rows import Row, advance
 from dejavu.kernels.quantize import rounded as rounded_matrix
 from dejavu.kernels.quantized import QuantizedMatrix, wide
 from dejavu.kernels.screen import Screen, fit_screen, screened_logits
@@ -90,6 +96,32 @@ def test_kept_tokens_are_those_of_the_definition_with_the_logits_of_the_full_hea
         x_E = torch.linalg.lstsq(head_VE.double(), plain_V[:, None], driver="gelsd").solution[:, 0].float()
         sure = [screened_logits(x_E, head_VE, screen.at(screen.threshold * factor)).isfinite() for factor in (1.3, 1 / 1.3)]
         assert (kept_V | ~sure[0]).all() and (sure[1] | ~kept_V).all()
+
+
+@needs_library
+def test_a_text_that_adds_to_logits_has_the_full_head(tiny: Tiny) -> None:
+    """A bias raises a token that would be left out, and what is kept may be forbidden as a whole."""
+    model, ids = tiny("llama"), ids_of(3, 5)
+    screen = screen_of(model, threshold=0.3)
+
+    def prepared(screen: Screen | None) -> NativeEngine:
+        engine = engine_of(model, screen=screen)
+        engine.prefill(0, ids[:4])
+        return engine
+
+    kept_V = prepared(screen).step(ids[4:], [0]).logits_BV[0].isfinite()
+    full_V = prepared(None).step(ids[4:], [0]).logits_BV[0]
+    assert torch.equal(prepared(screen).step(ids[4:], [0], full_head=True).logits_BV[0], full_V)
+    cut = int((~kept_V).nonzero()[-1])
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({"bias": {cut: 100.0}}, cut),
+        ({"forbidden": frozenset(kept_V.nonzero().squeeze(1).tolist())}, int(full_V.masked_fill(kept_V, -torch.inf).argmax())),
+    ]
+    for added, expected in cases:
+        row = Row(slot=0, sampler=Sampler(SamplingConfig()), last=ids[4], **added)
+        (step,) = advance(prepared(screen), [row])
+        (token,) = step.tokens_B
+        assert isinstance(token, Token) and token.token_id == expected
 
 
 @needs_library

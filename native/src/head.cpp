@@ -46,7 +46,7 @@ void Head::run(const Context &ctx, const Vectors &x) {
     }
   }
   const Vectors &in = projects ? own.projected : own.normed;
-  if (screen.present() && ctx.block.sparse) {
+  if (screen.present() && ctx.block.sparse && !ctx.block.full_head) {
     for (int64_t r = first_row; r < ctx.rows; r++) screen.score(ctx, in[r], r);
     ctx.pool.barrier();
     for (int64_t r = first_row; r < ctx.rows; r++) screen.write_logits(ctx, in[r], r);

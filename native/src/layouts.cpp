@@ -40,7 +40,7 @@ std::string block() {
   using Struct = dejavu_block;
   return line("dejavu_block",
               FIELD(rows) + FIELD(first_logits) + FIELD(num_pages) + FIELD(page_size) + FIELD(head_stride) + FIELD(token) + FIELD(position) +
-                  FIELD(table) + FIELD(k_pool) + FIELD(v_pool) + FIELD(k_scale) + FIELD(v_scale) + FIELD(cache_dtype) + FIELD(sparse) + FIELD(prompt) +
+                  FIELD(table) + FIELD(k_pool) + FIELD(v_pool) + FIELD(k_scale) + FIELD(v_scale) + FIELD(cache_dtype) + FIELD(sparse) + FIELD(prompt) + FIELD(full_head) +
                   FIELD(logits) + FIELD(neurons) + FIELD(heads) + FIELD(neuron_mask) + FIELD(group_mask) + FIELD(inputs) + FIELD(input_mask) +
                   FIELD(unions) + FIELD(in_order),
               sizeof(Struct));

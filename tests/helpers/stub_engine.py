@@ -185,7 +185,15 @@ class StubEngine:
         self._prompts[slot] = self.length(slot)
         return torch.stack([self._logits(slot)] * len(token_ids))
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool = True, record: bool | None = None) -> StepResult:
+    def step(
+        self,
+        token_ids_B: Sequence[int],
+        slots_B: Sequence[int],
+        *,
+        sparse: bool = True,
+        record: bool | None = None,
+        full_head: bool = False,
+    ) -> StepResult:
         assert len(token_ids_B) == len(slots_B) == len(set(slots_B)) > 0
         permits = self._permits
         if permits is not None:

@@ -206,11 +206,19 @@ class Engine(Protocol):
         """As `prefill`; logits fp32 [T, V] after each of the T tokens, so give it few at a time."""
         ...
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool = True, record: bool | None = None) -> StepResult:
+    def step(
+        self,
+        token_ids_B: Sequence[int],
+        slots_B: Sequence[int],
+        *,
+        sparse: bool = True,
+        record: bool | None = None,
+        full_head: bool = False,
+    ) -> StepResult:
         """Append one token to each of B different slots. Raises ValueError as `prefill` does, before any row is computed.
 
         sparse: False computes as an engine without predictors does, with the weights that this one has. record: keep the selections;
-        None: as the engine was made.
+        None: as the engine was made. full_head: every token has its logit, though the engine has a screened head.
         """
         ...
 

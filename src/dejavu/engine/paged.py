@@ -126,10 +126,19 @@ class PagedEngine:
         self._admit(slot, token_ids)
         return self._prefill(slot, token_ids, every=True)
 
-    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool = True, record: bool | None = None) -> StepResult:
+    def step(
+        self,
+        token_ids_B: Sequence[int],
+        slots_B: Sequence[int],
+        *,
+        sparse: bool = True,
+        record: bool | None = None,
+        full_head: bool = False,
+    ) -> StepResult:
         """Append one token to each of B different slots."""
         self._admit_rows(token_ids_B, slots_B)
-        return self._step(token_ids_B, slots_B, sparse=sparse, record=self._record if record is None else record)
+        unscreened = {"full_head": True} if full_head and self.info.screen is not None else {}  # of engines that have a screen
+        return self._step(token_ids_B, slots_B, sparse=sparse, record=self._record if record is None else record, **unscreened)
 
     def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
         """Compute the tokens, for which there are pages, and count them: logits [V] after the last one, or [T, V] after every one."""

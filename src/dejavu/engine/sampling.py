@@ -113,6 +113,8 @@ class Sampler:
             below_V = below_V.copy()
             below_V[list(bias)] += list(bias.values())
             best = int(below_V.argmax())
+            if not np.isfinite(below_V[best]):
+                raise ValueError("no token is left to draw: what may come is forbidden or has no logit")
             below_V -= below_V[best]
         if self.config.temperature == 0:
             return best

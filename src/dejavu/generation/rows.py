@@ -50,8 +50,12 @@ class Row:
     @property
     def plain(self) -> bool:
         """Whether an engine may draw its tokens: it wants nothing but them, by what every engine does."""
-        adds = self.bias or self.forbidden or self.penalties.any or self.sampler.config.min_p is not None
-        return self.top is None and not self.trace and not adds
+        return self.top is None and not self.trace and not self.adds and self.sampler.config.min_p is None
+
+    @property
+    def adds(self) -> bool:
+        """Whether it adds to logits: a token that a screened head left out has none, and one that is forbidden may be all that it kept."""
+        return bool(self.bias or self.forbidden or self.penalties.any)
 
     def added(self, found: Distribution) -> Mapping[int, float]:
         """What is added to logits: the bias, then penalties on what comes of it, and minus infinity for what is forbidden."""
@@ -119,7 +123,8 @@ def _draw(row: Row, logits_V: Tensor) -> tuple[int, float | None, tuple[tuple[in
 def _stepped(engine: Engine, info: EngineInfo, rows: Sequence[Row]) -> DecodeStep:
     """A step of the engine, and a draw on the host for each row."""
     record = True if any(row.trace for row in rows) else None
-    step = engine.step([row.last for row in rows], [row.slot for row in rows], sparse=rows[0].sparse, record=record)
+    unscreened = {"full_head": True} if info.screen is not None and any(row.adds for row in rows) else {}
+    step = engine.step([row.last for row in rows], [row.slot for row in rows], sparse=rows[0].sparse, record=record, **unscreened)
     logits_BV, counts_BL, selections = step.logits_BV.cpu(), step.counts.cpu(), step.selections
     tokens: list[Token | ValueError] = []
     for at, (row, (mlp, heads)) in enumerate(zip(rows, counts_BL.mean_densities(info), strict=True)):

@@ -63,6 +63,7 @@ class BlockStruct(Structure):
         ("cache_dtype", c_int32),
         ("sparse", c_int32),
         ("prompt", c_int32),
+        ("full_head", c_int32),
         *(
             (name, c_void_p)
             for name in ("logits", "neurons", "heads", "neuron_mask", "group_mask", "inputs", "input_mask", "unions", "in_order")

@@ -129,8 +129,9 @@ class NativeEngine(PagedEngine):
         return total.value
 
     def _step(
-        self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool, profile: native.ProfileStruct | None = None
-    ) -> StepResult:
+        self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool, full_head: bool = False,
+        profile: native.ProfileStruct | None = None,
+    ) -> StepResult:  # fmt: skip
         """In one call of the library for each MAX_ROWS rows."""
         batch = len(token_ids_B)
         logits_BV = torch.empty(batch, self.config.vocab_size)
@@ -148,6 +149,7 @@ class NativeEngine(PagedEngine):
                 counts.block(first),
                 sparse=sparse,
                 record=record,
+                full_head=full_head,
                 profile=profile,
             )
         self._count_rows(slots_B)
@@ -178,6 +180,7 @@ class NativeEngine(PagedEngine):
         sparse: bool,
         record: bool,
         prompt: bool = False,
+        full_head: bool = False,
         first_logits: int = 0,
         profile: native.ProfileStruct | None = None,
     ) -> list[tuple[LayerSelection, ...]]:
@@ -205,6 +208,7 @@ class NativeEngine(PagedEngine):
             cache_dtype=native.DTYPE_CODES[self.info.cache_dtype],
             sparse=sparse,
             prompt=prompt,
+            full_head=full_head,
             logits=logits_BV.data_ptr(),
             neurons=counts.rows.neurons.data_ptr(),
             heads=counts.rows.heads.data_ptr(),
