@@ -33,7 +33,7 @@ from dejavu.offline import curvature, train
 from dejavu.offline.budget import Fitted
 from dejavu.offline.calibrate import token_reads
 from dejavu.offline.collect import pack_windows
-from dejavu.offline.fidelity import divergences, token_nll
+from dejavu.offline.fidelity import Comparison, divergences, token_nll
 from dejavu.offline.split import LONGEST, split_windows, training_context
 from dejavu.offline.train import Trained, methods_of, train_adapter, train_adapters
 from dejavu.offline.train_config import TrainConfig
@@ -64,6 +64,14 @@ def relu(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
 @pytest.fixture
 def silu(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
     return checkpoint_of(tiny("llama", num_layers=3), tokenizer)
+
+
+def test_a_rise_is_within_the_budget_with_its_standard_error(silu: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each check holds it against the budget: what none of them let pass is not said to keep it, and auto does not take it."""
+    for error, held in ((0.05, True), (0.3, False)):
+        found = Comparison(10.0, 10.2, 0.016, error * 0.02)
+        monkeypatch.setattr("dejavu.offline.budget.compare_runs", lambda *_, found=found: found)
+        assert trained(silu, "gate", budget=0.02)[1]["within_budget"] is held
 
 
 def test_slopes_are_the_same_of_a_few_tokens_at_a_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +257,8 @@ def test_auto_takes_no_method_that_went_over_the_budget(
     rises, speedups, fit = iter([0.0501, 0.05]), iter([1.9, 1.2]), train.fit
 
     def fitted(*arguments: Any) -> Fitted:
-        found = fit(*arguments)
-        return dataclasses.replace(found, checked=dataclasses.replace(found.checked, rise=next(rises)))
+        found, rise = fit(*arguments), next(rises)
+        return dataclasses.replace(found, checked=dataclasses.replace(found.checked, rise=rise), held=rise <= 0.05)
 
     monkeypatch.setattr(train, "fit", fitted)
     monkeypatch.setattr(fastest, "speeds", lambda *_, **__: {"tok_s": 9.0, "tok_s_dense": 9.0, "speedup": next(speedups)})

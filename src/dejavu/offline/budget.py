@@ -73,19 +73,21 @@ class DenseRuns:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A choice, the layers it makes, and perplexity and densities on the check windows."""
+    """A choice, the layers it makes, and perplexity and densities on the check windows. held: whether it kept the budget there, with its
+    standard error."""
 
     choice: Choice
     layers: tuple[LayerAdapter, ...]
     checked: Comparison
     counter: DensityCounter
+    held: bool
 
     @classmethod
     def nothing(cls, parts: int, num_layers: int, dense: DenseRuns) -> Fitted:
         """Every part dense, which costs nothing and needs no pass."""
         counter, ppl = DensityCounter(num_layers), math.exp(float(dense.nll.double().mean()))
         counter.add([1.0] * num_layers, [1.0] * num_layers)
-        return cls([None] * parts, (LayerAdapter(),) * num_layers, Comparison(ppl, ppl, 0.0, 0.0), counter)
+        return cls([None] * parts, (LayerAdapter(),) * num_layers, Comparison(ppl, ppl, 0.0, 0.0), counter, held=True)
 
 
 def divergence_for(budget: float, ratio: float, spread: float) -> float:
@@ -133,9 +135,9 @@ def fit(model: Transformer, split: Split, dense: DenseRuns, space: SearchSpace, 
         selection = MaskedSelection(layers)
         said("checking the budget")
         checked = compare_runs(dense.nll, token_nll(model, split.check, selection))
-        last = Fitted(choice, layers, checked, selection.counter)
         cautious = checked.rise + CONFIDENCE * checked.stderr
-        if cautious <= budget:
+        last = Fitted(choice, layers, checked, selection.counter, held=cautious <= budget)
+        if last.held:
             kept = last
         else:
             refused = goal

@@ -169,7 +169,7 @@ def _trained(
         "reads": reads,
         "read_share": reads / reads_dense,
         "budget": config.budget,
-        "within_budget": checked.rise <= config.budget,
+        "within_budget": fitted.held,
         "seconds": time.perf_counter() - started,
     }
     if skipped:
