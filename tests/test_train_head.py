@@ -167,14 +167,15 @@ def test_auto_says_why_no_candidate_has_a_screened_head(lm: dejavu.LanguageModel
     elsewhere = dejavu.LanguageModel(lm.checkpoint, options)
 
     def said(model: dejavu.LanguageModel, **more: Any) -> str:
-        return model.train_measured(TEXT, method="auto", **more)[1]["why"].partition("gate is fastest here: 1.30x dense, ")[2]
+        return model.train_measured(TEXT, method="auto", **more)[1]["why"]
 
     assert said(elsewhere, budget=0.3).endswith("; no screened head: the backend torch has none")
-    assert "head" not in said(lm, budget=0.3)
-    monkeypatch.setattr("dejavu.bench.fastest_head.MARGIN", 100.0)
+    both = said(lm, budget=0.3)
+    assert both.startswith("gate+head is fastest here: 1.95x dense, ") and both.endswith("of probability missed")
+    monkeypatch.setattr("dejavu.bench.fastest.MARGIN", 100.0)
     share = lm.config.vocab_size * lm.config.embed_width / lm.model.num_parameters
     assert said(lm, budget=0.3).endswith(f"; no screened head: the head is {share:.1%} of the model")
-    monkeypatch.setattr("dejavu.bench.fastest_head.MARGIN", MARGIN)
+    monkeypatch.setattr("dejavu.bench.fastest.MARGIN", MARGIN)
     monkeypatch.setattr(HeadFit, "within", lambda self, budget, layers=None: None)
     assert said(lm, budget=0.3).endswith("; no screened head: none misses at most 30.00% of the probability on this text")
     with pytest.raises(ValueError, match=r"none misses at most 30.00% of the probability on this text; allow more \(--budget\)"):

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,9 @@ from dejavu.loading import bundled_adapter_of, bundled_adapters
 from dejavu.model.bundle import MODELS_FOLDER, export
 from dejavu.model.selectors import GateThreshold, LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
+from helpers.native import needs_library
 from helpers.offline import random_ids
+from helpers.screens import screen_of
 from helpers.texts import TEXT
 
 ENGINE = {"name": "tiny", "called": "tiny", "chatted": "tiny", "options": EngineOptions(backend="torch", dtype="fp32"), "bos": None}
@@ -108,6 +111,23 @@ DENSE = row("dense", 1.0, 0.0)
 def test_advice_follows_from_the_numbers(rows: list[TrialRow], zeros: bool, advice: str, next_command: str) -> None:
     text, suggested = advise([DENSE, *rows], "m", "m", zeros=zeros)
     assert advice in text and next_command in suggested
+
+
+def test_a_large_vocabulary_may_pay_where_layers_do_not() -> None:
+    rows = [DENSE, row("gate", 1.0, 0.02, 0.7)]
+    text, suggested = advise(rows, "m", "m --adapter a", zeros=False, head=True)
+    assert "a screened head is trained" in text and suggested == "dejavu train m --text YOUR.txt -o my-adapter --method auto"
+    assert advise([*rows, row("its adapter", 0.9, 0.0)], "m", "m --adapter a", zeros=False)[1] == "dejavu chat m --dense"
+
+
+@needs_library
+def test_an_adapter_that_is_a_screened_head_has_a_row(tiny: Tiny) -> None:
+    model = tiny("llama", num_layers=1)
+    engine: dict[str, Any] = ENGINE | {"options": EngineOptions(backend="native", dtype="fp32")}
+    screen = screen_of(model, threshold=0.2)
+    found = trial(model, own=None, screen=screen, threshold_ids=random_ids(99), measured_ids=random_ids(300, 1), **engine)
+    own = found.rows[1]
+    assert own.way == "its adapter" and own.rise == 0.0 and own.tok_s and own.mlp_density == 1.0
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from dejavu.bench.decode import SKIPPED, TURN, bench
 from dejavu.bench.timing import MIN_REPEATS
 from dejavu.bench.variants import DENSE_VARIANT, Variant
 from dejavu.config import Progress
+from dejavu.engine.backends import CAPABILITIES
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels.screen import Screen
 from dejavu.model.selectors import LayerAdapter
@@ -29,6 +30,14 @@ PASSES = 3  # of which the middle one counts: what else the machine does may las
 LONG = 15.0  # seconds: a pass that takes so long counts alone
 SHOWN = ("method", "rise", "rise_stderr", "within_budget", "mlp_density", "head_density", "reads", "read_share", "seconds")
 SPEEDS = ("tok_s", "tok_s_dense", "speedup")
+
+
+def head_cannot_pay(model: Transformer, options: EngineOptions) -> str | None:
+    """Why no head makes a step MARGIN times as fast: the engine has no screened one, or the whole head is less of the model than that."""
+    if not CAPABILITIES[options.backend].screened_head:
+        return f"the backend {options.backend} has none"
+    share = model.config.vocab_size * model.config.embed_width / model.num_parameters
+    return None if share > 1 - 1 / MARGIN else f"the head is {share:.1%} of the model"
 
 
 def room(max_positions: int, tokens: int) -> tuple[int, int] | None:
@@ -85,7 +94,9 @@ def why(found: Sequence[Trained], taken: Trained | None, no_head: str | None) ->
 def _taken(found: Sequence[Trained], taken: Trained | None) -> str:
     if taken is not None:
         result = taken[1]
-        return f"{result['method']} is fastest here: {result['speedup']:.2f}x dense, perplexity {result['rise']:+.2%}"
+        head = result.get("screened_head")
+        missed = "" if head is None else f", {head['missed']:.2%} of probability missed"
+        return f"{result['method']} is fastest here: {result['speedup']:.2f}x dense, perplexity {result['rise']:+.2%}{missed}"
     kept = [result for _, result in found if result["within_budget"] and result["speedup"] is not None]
     if not kept:
         notes = [result["speed_note"] for _, result in found if result.get("speed_note")]

@@ -13,9 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dejavu.bench.fastest import MARGIN, fastest, speeds
+from dejavu.bench.fastest import fastest, head_cannot_pay, speeds
 from dejavu.config import Progress, require
-from dejavu.engine.backends import CAPABILITIES
 from dejavu.engine.options import EngineOptions
 from dejavu.model.adapter import Adapter
 from dejavu.model.adapter_config import AdapterConfig, LayerConfig, ScreenConfig
@@ -46,7 +45,7 @@ def with_screened_heads(
     Raises ValueError with method head where no screened head keeps the budget.
     """
     model = checkpoint.model
-    if config.method != "head" and (reason := _cannot_pay(model, options)) is not None:
+    if config.method != "head" and (reason := head_cannot_pay(model, options)) is not None:
         return list(found), reason
     started = time.perf_counter()
     fit, base, candidates = HeadFit(text, seed=config.seed, progress=progress), fastest(found), list(found)
@@ -73,14 +72,6 @@ def with_screened_heads(
     reason = f"none misses at most {config.budget:.2%} of the probability on this text" if len(candidates) == len(found) else None
     require(config.method != "head" or reason is None, f"no screened head: {reason}; allow more (--budget), or give a longer text")
     return candidates, reason
-
-
-def _cannot_pay(model: Transformer, options: EngineOptions) -> str | None:
-    """Why no head makes a step MARGIN times as fast: the engine has no screened one, or the whole head is less of the model than that."""
-    if not CAPABILITIES[options.backend].screened_head:
-        return f"the backend {options.backend} has none"
-    share = model.config.vocab_size * model.config.embed_width / model.num_parameters
-    return None if share > 1 - 1 / MARGIN else f"the head is {share:.1%} of the model"
 
 
 def _dense_result(model: Transformer, config: TrainConfig, ppl: float) -> dict[str, Any]:

@@ -9,16 +9,17 @@ Speeds come from the benchmark's own steps and checks, all ways in turns; perple
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dejavu.bench.decode import bench
-from dejavu.bench.fastest import room
+from dejavu.bench.fastest import head_cannot_pay, room
 from dejavu.bench.models.density import rethresholded
 from dejavu.bench.models.random import plain_layers
 from dejavu.bench.variants import DENSE_VARIANT, Layers, Variant, check_mode
 from dejavu.config import EXACT_ZERO_ACTIVATIONS, Config, ModelConfig, Progress, require
 from dejavu.engine.footprint import weight_bytes
 from dejavu.engine.options import EngineOptions
+from dejavu.kernels.screen import Screen
 from dejavu.model.transformer import Transformer
 from dejavu.quality.perplexity import MaskedSelections, PerplexityResult, dense_selection, paired_rise, perplexity
 
@@ -66,8 +67,9 @@ class Trial:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Way:
     way: str
-    layers: Layers
+    layers: Layers | None
     keeps: float | None = None
+    screen: Screen | None = None
 
 
 def memory_needed(sizes: Mapping[str, int], config: ModelConfig, *, backend: str, dtype: str) -> int:
@@ -82,9 +84,9 @@ def memory_needed(sizes: Mapping[str, int], config: ModelConfig, *, backend: str
     return (1 + layouts) * weights
 
 
-def ways(model: Transformer, ids: Sequence[int], own: Layers | None) -> list[_Way]:
+def ways(model: Transformer, ids: Sequence[int], own: Layers | None, screen: Screen | None = None) -> list[_Way]:
     """What can be tried; thresholds are set on the ids."""
-    found = [] if own is None else [_Way(way="its adapter", layers=own)]
+    found = [] if own is None and screen is None else [_Way(way="its adapter", layers=own, screen=screen)]
     if model.config.activation in EXACT_ZERO_ACTIVATIONS:
         return [*found, _Way(way="exact", layers=plain_layers(model.config, method="gate"))]
     gates, inputs = (plain_layers(model.config, method=method) for method in ("gate", "input"))
@@ -103,14 +105,15 @@ def trial(
     called: str,
     chatted: str,
     own: Layers | None,
+    screen: Screen | None = None,
     threshold_ids: Sequence[int],
     measured_ids: Sequence[int],
     bos: int | None,
     options: EngineOptions,
     progress: Progress | None = None,
 ) -> Trial:
-    """Try every way. called, chatted: the model and options for a command to run next, of training and of a chat. own: the layers of
-    the model's adapter. options: with a dtype by name.
+    """Try every way. called, chatted: the model and options for a command to run next, of training and of a chat, which has an adapter that
+    was named. own, screen: of the model's adapter. options: with a dtype by name.
 
     Raises ValueError for a text or a context too short to time a step on.
     """
@@ -118,13 +121,13 @@ def trial(
     require(fits is not None, f"{len(measured_ids)} tokens in a context of {model.config.max_positions} are too few to time a step on")
     assert fits is not None
     tried, notes = [], {}
-    for way in ways(model, threshold_ids, own):
+    for way in ways(model, threshold_ids, own, screen):
         try:
-            check_mode(model, way.layers, measured_ids, options)
+            check_mode(model, way.layers, measured_ids, replace(options, screen=way.screen))
             tried.append(way)
         except ValueError as error:  # an engine that does not compute this way, in this dtype
             notes[id(way)] = TrialRow(way=way.way, keeps=way.keeps, note=str(error))
-    variants = [DENSE_VARIANT, *(Variant(mode=way.way, layers=way.layers) for way in tried)]
+    variants = [DENSE_VARIANT, *(Variant(mode=way.way, layers=way.layers, screen=way.screen) for way in tried)]
     run = bench(model, variants, measured_ids, options, name=name, context=fits[0], steps=fits[1], progress=progress)
     timed_dense, *timed = run.decodes
     context = min(CONTEXT, model.config.max_positions)
@@ -149,12 +152,14 @@ def trial(
             )
         )  # fmt: skip
     rows += notes.values()
-    advice, command = advise(rows, called, chatted, zeros=model.config.activation in EXACT_ZERO_ACTIVATIONS)
+    zeros, head = model.config.activation in EXACT_ZERO_ACTIVATIONS, screen is None and head_cannot_pay(model, options) is None
+    advice, command = advise(rows, called, chatted, zeros=zeros, head=head)
     return Trial(rows=tuple(rows), advice=advice, command=command, weight_bytes=weight_bytes(model.sizes(), options.dtype))
 
 
-def advise(rows: Sequence[TrialRow], called: str, chatted: str, *, zeros: bool) -> tuple[str, str]:
-    """A sentence on what pays, and the command to run next. zeros: whether predictors can be trained."""
+def advise(rows: Sequence[TrialRow], called: str, chatted: str, *, zeros: bool, head: bool = False) -> tuple[str, str]:
+    """A sentence on what pays, and the command to run next. zeros: whether predictors can be trained; head: whether a screened head may
+    pay, which nobody can tell before it is trained."""
     paying = max((row for row in rows if row.pays), key=lambda row: row.times or 0, default=None)
     own = next((row for row in rows if row.way == "its adapter"), None)
     train = f"dejavu train {called} --text YOUR.txt -o my-adapter"
@@ -172,4 +177,9 @@ def advise(rows: Sequence[TrialRow], called: str, chatted: str, *, zeros: bool) 
     seen = "" if best is None else f"; the fastest, {best.label}, is {best.times:.2f}x dense for {best.rise:+.1%} of perplexity"
     if zeros:
         return f"Skipping true zeros alone does not pay here{seen}; predictors may.", f"{train} --method auto"
-    return f"Without training sparsity does not pay here{seen}. Run it dense.", f"dejavu chat {chatted} --dense"
+    if head:
+        return (
+            f"In the layers sparsity does not pay here{seen}. Its large vocabulary may: a screened head is trained.",
+            f"{train} --method auto",
+        )
+    return f"Without training sparsity does not pay here{seen}. Run it dense.", f"dejavu chat {called} --dense"

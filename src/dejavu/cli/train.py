@@ -27,7 +27,9 @@ def train(
     model: Model,
     text: Texts,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The adapter folder to write.")],
-    budget: Annotated[float, typer.Option("--budget", metavar="X", help="Allowed relative rise of perplexity.")] = 0.005,
+    budget: Annotated[
+        float, typer.Option("--budget", metavar="X", help="Allowed relative rise of perplexity; a screened head may miss as much.")
+    ] = 0.005,
     method: Annotated[
         str, typer.Option("--method", metavar="NAME", help="predicted, exact, gate, input, head, or auto: the fastest here.")
     ] = "predicted",
@@ -70,7 +72,12 @@ def train(
         model, out, EngineOptions(backend=backend, dtype=dtype, threads=threads), seed=seed, needs_adapter=False,
         download=download, offline=offline,
     )  # fmt: skip
-    with resumable(f"what is finished is kept in {work}; run the same command again to go on"), progress_bars() as progress:
+    kept = (
+        "run the same command again"
+        if method == "head"
+        else f"layers that are finished are kept in {work}; run the same command again to go on"
+    )
+    with resumable(kept), progress_bars() as progress:
         adapter, found = lm.train_measured(list(texts.values()), work_folder=work, progress=progress, **options)
     measured: dict[str, Any] = {**found}
     about = {"model": lm.name, "backend": lm.backend, "dtype": lm.dtype, "cache_dtype": lm.cache_dtype, "notes": list(lm.notes)}
@@ -105,7 +112,11 @@ def show(out: Output, adapter: Adapter, measured: dict[str, Any]) -> None:
         out.show(f"{speeds}: [bold]{measured['speedup']:.2f}×[/bold]{slower}")  # noqa: RUF001
     else:
         out.warn(f"not timed: {measured['speed_note']}")
-    kept = "" if measured["within_budget"] else " [yellow](over the budget on text that calibration did not see)[/yellow]"
+    kept = (
+        ""
+        if measured["within_budget"]
+        else " [yellow](over the budget, with its standard error, on text that calibration did not see)[/yellow]"
+    )
     rise = f"[bold]{measured['rise']:+.2%}[/bold] for a budget of {measured['budget']:+.2%}{kept}"
     out.show(f"perplexity {measured['ppl_dense']:.3f} dense, {measured['ppl_sparse']:.3f} sparse: {rise}")
     densities = f"MLP density [bold]{measured['mlp_density']:.3f}[/bold], head density [bold]{measured['head_density']:.3f}[/bold]"

@@ -69,6 +69,7 @@ def trial(
             called=called,
             chatted=" ".join([called, *_given({"--cache-dtype": cache_dtype, "--adapter": adapter})]),
             own=lm.layers(),
+            screen=lm.screen(),
             threshold_ids=lm.tokenizer.encode_plain(set_on[:20_000]),
             measured_ids=part.ids,
             bos=part.bos,
