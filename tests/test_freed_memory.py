@@ -46,3 +46,10 @@ def test_an_error_ends_it() -> None:
     with pytest.raises(KeyError), keeping_freed():
         raise KeyError
     assert faults() > BYTES // mmap.PAGESIZE // 2
+
+
+def test_an_allocator_that_somebody_has_set_up_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    with keeping_freed():
+        faults()
+        assert faults() > BYTES // mmap.PAGESIZE // 2, "a block of its own each time"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import re
 import sys
 import weakref
@@ -34,9 +35,9 @@ def give_back_freed() -> None:
 @contextlib.contextmanager
 def keeping_freed() -> Generator[None]:
     """Meanwhile large blocks that are freed stay with the process, which takes them again (glibc): pages of new ones would each be mapped
-    and zeroed, an eighth of the time of a pass over a text."""
+    and zeroed, an eighth of the time of a pass over a text. Who has set glibc's allocator up by its variables keeps that."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    if mallopt is None or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         yield
         return
     mallopt(MMAP_MAX, 0)
