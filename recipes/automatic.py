@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dejavu.bench.rows import append_rows
+from dejavu.config import require
 from dejavu.model.adapter_config import AdapterConfig
 from processes import repeated
 from records import QUALITY, AutomaticResult, Record
@@ -61,7 +62,7 @@ def rival_of(found: Mapping[str, Any], sparse: str) -> tuple[str, float, float]:
     """Of a process that measured perplexity: the mode that decodes fastest among those of no worse perplexity, and perplexities of it and
     of the sparse mode. What a screened head misses counts as so much more."""
     ppl = {row["mode"] + ("+heads" if row["sparse_heads"] else ""): row["ppl"] for row in found["perplexity"]}  # modes as of speeds
-    missed = 0.0 if found["screen"] is None else found["screen"]["missed"]
+    missed = found["screen"]["missed"] if "screen" in found else 0.0
     ours = (ppl[DENSE] if sparse == "screened" else ppl[sparse]) * (1 + missed)
     speed = {row["mode"]: row["tok_s"] for row in found["rows"] if row["op"] == "decode"}
     rivals = [mode for mode in ppl if mode != sparse and ppl[mode] <= ours]
@@ -105,6 +106,8 @@ def main() -> None:
     }
     if trained(options.model, options):
         adapter = AdapterConfig.from_dict(json.loads((options.output / "config.json").read_text()))
+        wrong = f"{options.output} has an adapter of budget {adapter.budget}, not {options.budget}; choose another folder"
+        require(adapter.budget == options.budget, wrong)
         requests = [each for request in REQUESTS for each in ("--request", request)]
         texts = [each for text in options.valid for each in ("--text", text)]
         arguments = [options.model, "--adapter", str(options.output), "--against", "llama.cpp", *texts, *requests]
