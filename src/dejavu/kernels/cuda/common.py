@@ -118,7 +118,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program can have; off the GPU those of the cards that have least."""
     if device.type != "cuda":
         return LEAST_SHARED
-    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)  # pyrefly: ignore[missing-attribute]
+    return properties["max_shared_mem"]
 
 
 @cache
