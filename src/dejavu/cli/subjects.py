@@ -139,7 +139,8 @@ def made_up(
     selects = method or usual_method(shape_of(name))
     require(selects in SELECTING_METHODS, f"--method {selects} cannot be made up; choose one of {', '.join(SELECTING_METHODS)}")
     if selects != "predicted":
-        require(rank is None and not selections, f"--method {selects} has no predictors: leave --rank and --selection out")
+        by = f"--method {selects}" if method else f"{name} selects by {selects}, and"
+        require(rank is None and not selections, f"{by} has no predictors: leave --rank and --selection out")
         require(
             not heads or selects == "input", f"--method {selects} selects no heads: leave --head-density out, or take --method predicted"
         )
