@@ -346,7 +346,10 @@ def test_mistakes_on_the_gpu(
         (("--synthetic", "opt-small", "--dtype", "fp12"), "dtype 'fp12' is not available for a synthetic model on backend 'torch'"),
         (("--synthetic", "llama-small", "--method", "exact"), "--method exact cannot be made up; choose one of predicted, gate, input"),
         (("--synthetic", "llama-small", "--method", "gate", "--head-density", "0.5"), "--method gate selects no heads"),
-        (("--synthetic", "llama-small", "--rank", "8"), "--method gate has no predictors: leave --rank and --selection out"),
+        (
+            ("--synthetic", "llama-small", "--rank", "8"),
+            "llama-small selects by gate, and has no predictors: leave --rank and --selection out",
+        ),
         (("--synthetic", "llama-small", "--method", "gate", "--dense"), "--dense leaves nothing to select; drop it or --method gate"),
         (("model", "--text", "text.txt", "--request", "9-9"), r"--request 9-9 is no PROMPT\+NEW"),
         (("model", "--text", "text.txt", "--prompt", "900"), "a request of 900 tokens needs 900 positions"),
