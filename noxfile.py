@@ -33,6 +33,13 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def kernels(session: nox.Session) -> None:
+    """Every kernel of the cuda engine compiled for every architecture, which takes no GPU; prints registers and shared memory."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]")
+    session.run("python", "recipes/cuda_compiles.py", *session.posargs)
+
+
+@nox.session(python="3.11")
 def page(session: nox.Session) -> None:
     """The server's page in a browser: a Chromium of the machine, or else the one that playwright fetches."""
     session.install("-c", "constraints.txt", "-e", ".[serve,dev]", "playwright>=1.50")
