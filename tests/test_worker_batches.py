@@ -13,6 +13,7 @@ from dejavu.config import SamplingConfig
 from dejavu.language_model import LanguageModel
 from dejavu.serve.api.trace import BINS, step_trace
 from dejavu.serve.core.interface import Event, SequenceRequest
+from helpers.screens import screen_of, with_screen
 from helpers.worker_requests import request, run, serving, summary_of, text_of, tokens_of
 
 
@@ -31,6 +32,22 @@ def facts(events: Sequence[Event]) -> list[tuple[Any, ...]]:
 
 PROMPT = "The old lighthouse keeper had a secret, and every night he went down to the sea to"
 HOSTILE = "zq!! 9# Qx"
+
+
+def test_a_neighbour_that_adds_to_logits_changes_no_text() -> None:
+    """It has the full head; who has the screened one goes on with that."""
+    lm = dejavu.load("opt-mini", backend="native", dtype="fp32")
+    assert lm.adapter is not None
+    lm.adapter = with_screen(lm.adapter, screen_of(lm.model, threshold=0.3))
+    plain, biased = sampled(lm, PROMPT, 24), sampled(lm, PROMPT, 24, logit_bias={5: 1e-6})
+
+    def ids(events: Sequence[Event]) -> list[int]:
+        return [info.token_id for info in tokens_of(events)]
+
+    with serving(lm, slots=2) as worker:
+        alone = [ids(run(worker, one)[0]) for one in (plain, biased)]
+        assert alone[0] != alone[1], "what is left out is drawn now and then"
+        assert list(map(ids, run(worker, plain, biased))) == alone
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -96,14 +96,20 @@ def draw(row: Row, logits_V: Tensor) -> Token:
     return Token(token_id=token_id, logprob=logprob, top=top)
 
 
+def runs_together(info: EngineInfo, row: Row) -> tuple[bool, bool]:
+    """What rows of one step have alike: whether it is sparse, and whether it needs the full head in the place of a screened one. A step has
+    one head for all of its rows, and no text may depend on who else runs."""
+    return row.sparse, row.sparse and info.screen is not None and row.adds
+
+
 def advance(engine: Engine, rows: Sequence[Row], count: int = 1) -> list[DecodeStep]:
-    """The next steps of all rows, which are all sparse or all dense: `count` where the engine draws and no row wants more than tokens,
-    else one.
+    """The next steps of all rows, which run together (see `runs_together`): `count` where the engine draws and no row wants more than
+    tokens, else one.
 
     Raises what the engine's step does; no row has changed then.
     """
-    assert len({row.sparse for row in rows}) == 1, f"{rows=}"
     info = engine.info
+    assert len({runs_together(info, row) for row in rows}) == 1, f"{rows=}"
     if draws(engine) and all(row.plain for row in rows):
         return _drawn(engine, info, rows, count)
     return [_stepped(engine, info, rows)]
@@ -123,8 +129,8 @@ def _draw(row: Row, logits_V: Tensor) -> tuple[int, float | None, tuple[tuple[in
 def _stepped(engine: Engine, info: EngineInfo, rows: Sequence[Row]) -> DecodeStep:
     """A step of the engine, and a draw on the host for each row."""
     record = True if any(row.trace for row in rows) else None
-    unscreened = {"full_head": True} if info.screen is not None and any(row.adds for row in rows) else {}
-    step = engine.step([row.last for row in rows], [row.slot for row in rows], sparse=rows[0].sparse, record=record, **unscreened)
+    sparse, full_head = runs_together(info, rows[0])
+    step = engine.step([row.last for row in rows], [row.slot for row in rows], sparse=sparse, record=record, full_head=full_head)
     logits_BV, counts_BL, selections = step.logits_BV.cpu(), step.counts.cpu(), step.selections
     tokens: list[Token | ValueError] = []
     for at, (row, (mlp, heads)) in enumerate(zip(rows, counts_BL.mean_densities(info), strict=True)):

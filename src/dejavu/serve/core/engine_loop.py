@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dejavu.engine.interface import Engine
 from dejavu.generation.pieces import Token
-from dejavu.generation.rows import advance, draw, draws, tokens_at_once
+from dejavu.generation.rows import advance, draw, draws, runs_together, tokens_at_once
 from dejavu.serve.core.interface import EngineFailed, EngineState
 from dejavu.serve.core.scheduler import PrefillChunk, Scheduler, SchedulerOutput
 from dejavu.serve.core.sequence import TextSequence
@@ -123,9 +123,9 @@ class EngineLoop:
             scheduled: SchedulerOutput[TextSequence] = self.scheduler.schedule()
         for part in scheduled.prefill:
             self._prefill(part)
-        drawing = draws(self._engine)
-        for sparse in (True, False):
-            rows = [sequence for sequence in scheduled.decode if sequence.row.sparse is sparse]
+        drawing, info = draws(self.engine), self.engine.info
+        for alike in sorted({runs_together(info, sequence.row) for sequence in scheduled.decode}, reverse=True):
+            rows = [sequence for sequence in scheduled.decode if runs_together(info, sequence.row) == alike]
             drawn = [sequence for sequence in rows if drawing and sequence.row.plain]
             stepped = [sequence for sequence in rows if not drawing or not sequence.row.plain]
             if drawn:
