@@ -24,7 +24,14 @@ from helpers.offline import random_ids
 from helpers.screens import screen_of
 from helpers.texts import TEXT
 
-ENGINE = {"name": "tiny", "called": "tiny", "chatted": "tiny", "options": EngineOptions(backend="torch", dtype="fp32"), "bos": None}
+ENGINE = {
+    "name": "tiny",
+    "called": "tiny",
+    "chatted": "tiny",
+    "chatted_dense": "tiny",
+    "options": EngineOptions(backend="torch", dtype="fp32"),
+    "bos": None,
+}
 
 
 def test_every_way_is_timed_and_measured(tiny: Tiny) -> None:
@@ -109,15 +116,16 @@ DENSE = row("dense", 1.0, 0.0)
     ],
 )
 def test_advice_follows_from_the_numbers(rows: list[TrialRow], zeros: bool, advice: str, next_command: str) -> None:
-    text, suggested = advise([DENSE, *rows], "m", "m", zeros=zeros)
+    text, suggested = advise([DENSE, *rows], "m", "m", "m", zeros=zeros)
     assert advice in text and next_command in suggested
 
 
 def test_a_large_vocabulary_may_pay_where_layers_do_not() -> None:
     rows = [DENSE, row("gate", 1.0, 0.02, 0.7)]
-    text, suggested = advise(rows, "m", "m --adapter a", zeros=False, head=True)
+    text, suggested = advise(rows, "m", "m --adapter a", "m", zeros=False, head=True)
     assert "a screened head is trained" in text and suggested == "dejavu train m --text YOUR.txt -o my-adapter --method auto"
-    assert advise([*rows, row("its adapter", 0.9, 0.0)], "m", "m --adapter a", zeros=False)[1] == "dejavu chat m --dense"
+    dense = advise([*rows, row("its adapter", 0.9, 0.0)], "m", "m --cache-dtype fp32 --adapter a", "m --cache-dtype fp32", zeros=False)
+    assert dense[1] == "dejavu chat m --cache-dtype fp32 --dense"
 
 
 @needs_library

@@ -104,6 +104,7 @@ def trial(
     name: str,
     called: str,
     chatted: str,
+    chatted_dense: str,
     own: Layers | None,
     screen: Screen | None = None,
     threshold_ids: Sequence[int],
@@ -113,7 +114,7 @@ def trial(
     progress: Progress | None = None,
 ) -> Trial:
     """Try every way. called, chatted: the model and options for a command to run next, of training and of a chat, which has an adapter that
-    was named. own, screen: of the model's adapter. options: with a dtype by name.
+    was named; chatted_dense: of a dense one, which takes none. own, screen: of the model's adapter. options: with a dtype by name.
 
     Raises ValueError for a text or a context too short to time a step on.
     """
@@ -153,11 +154,11 @@ def trial(
         )  # fmt: skip
     rows += notes.values()
     zeros, head = model.config.activation in EXACT_ZERO_ACTIVATIONS, screen is None and head_cannot_pay(model, options) is None
-    advice, command = advise(rows, called, chatted, zeros=zeros, head=head)
+    advice, command = advise(rows, called, chatted, chatted_dense, zeros=zeros, head=head)
     return Trial(rows=tuple(rows), advice=advice, command=command, weight_bytes=weight_bytes(model.sizes(), options.dtype))
 
 
-def advise(rows: Sequence[TrialRow], called: str, chatted: str, *, zeros: bool, head: bool = False) -> tuple[str, str]:
+def advise(rows: Sequence[TrialRow], called: str, chatted: str, chatted_dense: str, *, zeros: bool, head: bool = False) -> tuple[str, str]:
     """A sentence on what pays, and the command to run next. zeros: whether predictors can be trained; head: whether a screened head may
     pay, which nobody can tell before it is trained."""
     paying = max((row for row in rows if row.pays), key=lambda row: row.times or 0, default=None)
@@ -182,4 +183,4 @@ def advise(rows: Sequence[TrialRow], called: str, chatted: str, *, zeros: bool, 
             f"In the layers sparsity does not pay here{seen}. Its large vocabulary may: a screened head is trained.",
             f"{train} --method auto",
         )
-    return f"Without training sparsity does not pay here{seen}. Run it dense.", f"dejavu chat {called} --dense"
+    return f"Without training sparsity does not pay here{seen}. Run it dense.", f"dejavu chat {chatted_dense} --dense"

@@ -68,6 +68,7 @@ def trial(
             name=lm.name,
             called=called,
             chatted=" ".join([called, *_given({"--cache-dtype": cache_dtype, "--adapter": adapter})]),
+            chatted_dense=" ".join([called, *_given({"--cache-dtype": cache_dtype})]),
             own=lm.layers(),
             screen=lm.screen(),
             threshold_ids=lm.tokenizer.encode_plain(set_on[:20_000]),
