@@ -1,6 +1,6 @@
 """Compile every kernel of the cuda engine's steps without a GPU: registers, spills and shared memory, by shape and architecture.
 
-    python recipes/cuda_compiles.py                          # every architecture and shape, a few minutes
+    python recipes/cuda_compiles.py                          # every architecture, the shapes that kernels differ in
     python recipes/cuda_compiles.py --arch 86 --shape opt-6.7b
 
 In: shapes of `bench --synthetic`. A step of each method is made of tensors without memory, so what it starts has the arguments that it
