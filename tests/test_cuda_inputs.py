@@ -29,6 +29,7 @@ from dejavu.kernels.cuda.inputs import (
     sum_inputs,
     sum_inputs_bytes,
     sum_inputs_definition,
+    sum_shape,
     sum_shares,
 )
 from helpers.cuda import DEVICES
@@ -110,25 +111,25 @@ def test_keep_heads(heads: int, head_dim: int, splits: int, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("neurons", "shares", "dtype", "gated", "activation", "count"),
+    ("neurons", "dtype", "gated", "activation", "count"),
     [
-        (7, 1, FP32, True, "silu", 0),
-        (256, 2, FP16, False, "gelu", 255),
-        (300, 3, BF16, True, "relu", 100),
-        (515, 4, FP32, True, "gelu_tanh", 200),
-        (64, 1, FP16, False, "fatrelu", 20),
+        (7, FP32, True, "silu", 0),
+        (256, FP16, False, "gelu", 255),
+        (300, BF16, True, "relu", 100),
+        (515, FP32, True, "gelu_tanh", 200),
+        (64, FP16, False, "fatrelu", 20),
     ],
 )
-def test_keep_activated(neurons: int, shares: int, dtype: torch.dtype, gated: bool, activation: str, count: int, device: str) -> None:
+def test_keep_activated(neurons: int, dtype: torch.dtype, gated: bool, activation: str, count: int, device: str) -> None:
     memory = Memory(device, dtype, seed=neurons)
-    sums_SO, norm_I = memory.normal(shares, neurons * (2 if gated else 1), dtype=FP32), memory.positive(neurons).float() + 0.1
+    sums_O, norm_I = memory.normal(neurons * (2 if gated else 1), dtype=FP32), memory.positive(neurons).float() + 0.1
     if activation in ("relu", "fatrelu"):
-        sums_SO = sums_SO.abs()
-    truth_F = activated_definition(sums_SO.double(), activation, 0.2, gated=gated)
-    plain_F = activated_definition(sums_SO, activation, 0.2, gated=gated).to(dtype)
+        sums_O = sums_O.abs()
+    truth_F = activated_definition(sums_O.double(), activation, 0.2, gated=gated)
+    plain_F = activated_definition(sums_O, activation, 0.2, gated=gated).to(dtype)
     threshold = midway(plain_F.float().abs() * norm_I, count)
     kept = room_for(memory, norm_I, threshold, counted=True)
-    keep_activated(memory.given(sums_SO), kept, activation, 0.2, gated=gated)
+    keep_activated(memory.given(sums_O), kept, activation, 0.2, gated=gated)
     memory.check()
     check_rule(kept.x, plain_F, truth_F, dtype)
     assert abs(check_kept(kept, threshold, in_order=False) - count) <= 1
@@ -139,11 +140,12 @@ def test_keep_activated(neurons: int, shares: int, dtype: torch.dtype, gated: bo
 @pytest.mark.parametrize(
     ("inputs", "outputs", "count", "dtype", "biased", "shape"),
     [
-        (7, 16, 0, FP32, True, SumShape()),
+        (7, 16, 0, FP32, True, sum_shape(7, 16)),
         (64, 17, 1, FP16, False, SumShape(rows=4, columns=16)),
-        (127, 300, 126, BF16, True, SumShape(columns=128, programs=9)),
+        (127, 300, 126, BF16, True, SumShape(rows=16, columns=128, programs=9)),
         (300, 129, 300, FP32, True, SumShape(rows=8, columns=64, programs=7)),
-        (250, 1030, 61, FP16, False, SumShape()),
+        (250, 1030, 61, FP16, False, sum_shape(250, 1030)),
+        (250, 1030, 61, FP16, False, sum_shape(8192, 8192)),
     ],
 )
 def test_sum_inputs(

@@ -147,7 +147,7 @@ def test_rows_of_inputs(device: str) -> None:
     weight_IO[idx_A], x_I[idx_A], listed = rows.to(device), x_A.to(device), idx_A.int().to(device)
     count = torch.tensor([2], dtype=torch.int32, device=device)
     kept = KeptInputs(norm=x_I, threshold=x_I, x=x_I, inputs=listed, count=count)
-    sum_inputs(kept, listed, weight_IO, None, out_O, shape=SumShape(columns=1024))
+    sum_inputs(kept, listed, weight_IO, None, out_O, shape=SumShape(rows=4, columns=1024))
     both = torch.ones(2, dtype=torch.bool)
     truth_O = sum_inputs_definition(x_A.double(), both, rows.double(), None)
     check_rule(out_O, sum_inputs_definition(x_A, both, rows, None), truth_O, FP16)

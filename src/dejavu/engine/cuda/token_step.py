@@ -29,7 +29,7 @@ from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token
 from dejavu.kernels.cuda.common import BlockOutput, NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate import GateNeurons, given_shape, mlp_given_token, select_gate
-from dejavu.kernels.cuda.inputs import KeptInputs, keep_activated, keep_heads, keep_normed, sum_inputs, sum_shares
+from dejavu.kernels.cuda.inputs import KeptInputs, keep_activated, keep_heads, keep_normed, sum_inputs, sum_shape, sum_shares
 from dejavu.kernels.cuda.logits import finish_logits
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
 from dejavu.kernels.cuda.project import project_token
@@ -73,9 +73,10 @@ class TokenStep:
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table)
         self._shape = default_shape(size, gated=config.gated)
         if any(layer is not None for layer in model.inputs):
-            widths, up_width = (width, size), neurons * (2 if config.gated else 1)
-            largest = max(size, neurons, config.num_heads * config.head_dim)
-            self._sums = InputSums(widths, up_width, largest, device, deterministic=deterministic)
+            queries, up_width = config.num_heads * config.head_dim, neurons * (2 if config.gated else 1)
+            matrices = ((size, width), (queries, size), (size, up_width), (neurons, size))
+            self._sums = InputSums(matrices, device, deterministic=deterministic, chained=self._chained)
+            self._up_sums = torch.zeros(up_width, device=device)
         if deterministic:
             programs = max(programs_of(shape, device) for shape in (self._shape, given_shape(size)))
             self._mlp_sums = torch.zeros(programs, size, device=device)
@@ -205,24 +206,30 @@ class TokenStep:
             torch.sum(out, 0, out=self._delta_mlp)
 
     def _layer_of_inputs(self, index: int, inputs: InputLayer) -> None:
-        layer, points, config, sums = self.weights[index], inputs.points, self.config, self._sums
+        layer, points, config, sums, chained = self.weights[index], inputs.points, self.config, self._sums, self._chained
         mlp, last = layer.mlp, (points["output"], points["down"])
         keep_normed(
             self._y0, self._delta_mlp, self._y1, layer.norm1, points["attention"], added=self.model.joined(index),
-            cleared=self._attention_sums, counters=(last[0].count, last[1].count),
+            cleared=self._attention_sums, counters=(last[0].count, last[1].count), programmatic=chained,
         )  # fmt: skip
         sums.add(points["attention"], inputs.qkv, layer.qkv_bias, self._qkv[0], in_order=True)
         attend(
             self._qkv, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
-            how=layer.scores, cleared=self._delta_mlp, programmatic=self._chained,
+            how=layer.scores, cleared=self._delta_mlp, programmatic=chained,
         )  # fmt: skip
-        keep_heads(self._partials, points["output"])
+        keep_heads(self._partials, points["output"], programmatic=chained)
         sums.add(points["output"], layer.o, layer.o_bias, self._delta_attention)
         side = self._before(index + 1)
         if side is not None:
             self._first_half(index, self._y1, self._delta_attention, layer.norm2, side, layer.attention_out)
-        keep_normed(self._y1, self._delta_attention, self._y0, layer.norm2, points["mlp"], added=layer.attention_out)
-        sums.activated(inputs, mlp.activation, mlp.activation_threshold)
+        keep_normed(
+            self._y1, self._delta_attention, self._y0, layer.norm2, points["mlp"], added=layer.attention_out, cleared=self._up_sums,
+            programmatic=chained,
+        )  # fmt: skip
+        sums.add(points["mlp"], inputs.up, inputs.up_bias, self._up_sums, in_order=True)
+        keep_activated(
+            self._up_sums, points["down"], mlp.activation, mlp.activation_threshold, gated=config.gated, programmatic=chained
+        )  # fmt: skip
         sums.add(points["down"], mlp.down_FD, mlp.down_bias_D, self._delta_mlp)
 
     def _before(self, index: int) -> Side | None:
@@ -257,24 +264,23 @@ class TokenStep:
 class InputSums:
     """Layers that select inputs: products of what their points keep, with the memory that they take.
 
-    deterministic: their sums in a fixed order, for more kernels.
+    deterministic: their sums in a fixed order, for more kernels. chained: kernels may start before the one before has ended.
     """
 
-    def __init__(self, widths: Sequence[int], up_width: int, largest: int, device: torch.device, *, deterministic: bool) -> None:
-        """widths: outputs of the maps; up_width: those of gate and up together; largest: inputs of a point."""
-        self._deterministic = deterministic
-        self._up = torch.zeros(sum_shares(up_width, device), up_width, device=device)
-        room = max(sum_shares(width, device) * width for width in widths) if deterministic else 0
-        self._parts = torch.zeros(room, device=device)
+    def __init__(self, matrices: Sequence[tuple[int, int]], device: torch.device, *, deterministic: bool, chained: bool) -> None:
+        """matrices: inputs and outputs of each map."""
+        self._deterministic, self._chained = deterministic, chained
+        self._parts = torch.zeros(max(_shares(size, device) * size[1] for size in matrices) if deterministic else 0, device=device)
+        largest = max(inputs for inputs, _ in matrices)
         self._marks, self._ordered = torch.zeros(2, largest if deterministic else 0, dtype=torch.int32, device=device).unbind(0)
 
     def add(self, kept: KeptInputs, weight_IO: Tensor, bias_O: Tensor | None, out_O: Tensor, *, in_order: bool = False) -> None:
         """out_O, which holds zeros, becomes the product. in_order: the list is."""
         if not self._deterministic:
-            sum_inputs(kept, kept.inputs, weight_IO, bias_O, out_O)
+            sum_inputs(kept, kept.inputs, weight_IO, bias_O, out_O, programmatic=self._chained)
             return
-        size = weight_IO.shape[1]
-        shares = sum_shares(size, weight_IO.device)
+        inputs, size = weight_IO.shape
+        shares = _shares((inputs, size), weight_IO.device)
         parts_SO = self._parts[: shares * size].view(shares, size)
         listed = kept.inputs
         if not in_order:
@@ -283,12 +289,9 @@ class InputSums:
         sum_inputs(kept, listed, weight_IO, bias_O, parts_SO, partial=True)
         torch.sum(parts_SO, 0, out=out_O)
 
-    def activated(self, layer: InputLayer, activation: str, activation_threshold: float) -> None:
-        """From the inputs kept at the MLP to those kept at down: products, by share so that nothing needs to be zero before, then the
-        activation of their sums."""
-        sum_inputs(layer.points["mlp"], layer.points["mlp"].inputs, layer.up, layer.up_bias, self._up, partial=True)
-        gated = layer.up.shape[1] == 2 * layer.points["down"].x.shape[0]
-        keep_activated(self._up, layer.points["down"], activation, activation_threshold, gated=gated)
+
+def _shares(size: tuple[int, int], device: torch.device) -> int:
+    return sum_shares(size[1], device, sum_shape(*size))
 
 
 def _listed(listed: Tensor, count: Tensor) -> Tensor:

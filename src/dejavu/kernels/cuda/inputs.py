@@ -2,12 +2,15 @@
 
     keep_normed      x = norm(y + delta);  the list of kept inputs, in order, and its length
     keep_heads       x = the heads' outputs, put together from the splits of attention;  list and length, in no order
-    keep_activated   x = act(gate) * up (or act(up)), of sums by share;  list and length, in no order
+    keep_activated   x = act(gate) * up (or act(up));  list and length, in no order
     sum_inputs       out_O += sum over the list of x_i W[i, :], + bias
     mask_rows        x of several rows with the inputs left out set to zero, and how many are kept
 
 x is rounded to the dtype of the weights before it is looked at. A NaN is kept: a mask leaves it what it is. A list in no order is made
 by atomic additions to its length, which an earlier kernel has set to zero (`keep_normed` does, for the points behind it).
+
+A program of `sum_inputs` has a share of the list and some columns. It keeps a sum for each of R places, adds them up once, at its end, and
+loads the places two steps ahead of the rows' use and the rows one step ahead.
 
 Bytes that any implementation moves: rows of the matrix of the kept inputs; x, its norms and the list.
 
@@ -31,6 +34,7 @@ from dejavu.kernels.cuda.common import (
     BlockOutput,
     NormWeights,
     activate,
+    begin,
     exceeds,
     launch,
     multiprocessors,
@@ -43,6 +47,7 @@ from dejavu.kernels.cuda.common import (
 
 BLOCK = 256
 CLEARED = 1024
+FEW = 1 << 24  # weights of a matrix that gives no more programs work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +66,10 @@ class KeptInputs:
 class SumShape:
     """Inputs at a time, columns of a program, warps, programs of a multiprocessor."""
 
-    rows: int = 16
-    columns: int = 256
+    rows: int
+    columns: int
     warps: int = 4
-    programs: int = 4
+    programs: int = 6
 
 
 @triton.jit
@@ -92,6 +97,7 @@ def _keep_normed(
     pid = tl.program_id(0)
     if pid == 0:
         w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
+        begin(programmatic)
         y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, True, D, D1, D2, D3, OUT_NORM, True)
         x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, out.dtype.element_ty)
         least = tl.load(threshold)
@@ -103,6 +109,7 @@ def _keep_normed(
             tl.store(counter, 0)
             tl.store(other_counter, 0)
     else:
+        begin(programmatic)
         c = (pid - 1) * CLEARED + tl.arange(0, CLEARED)
         tl.store(cleared + c, tl.zeros([CLEARED], tl.float32), mask=c < cleared_size)
 
@@ -125,40 +132,40 @@ def _keep_heads(
 ):
     head = tl.program_id(0)
     k = tl.arange(0, KP)
+    begin(programmatic)
     _listed(combined(mixed, stats, head, k, K, SPLITS), head * K + k, k < K, norm, threshold, out, inputs, count)
 
 
 @triton.jit
 def _keep_activated(
-    sums, norm, threshold, out, inputs, count, F, activation_threshold, SHARES: tl.constexpr, GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, programmatic: tl.constexpr,
+    sums, norm, threshold, out, inputs, count, F, activation_threshold, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    programmatic: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = f < F
-    row = F * (2 if GATED else 1)
-    v = tl.zeros([BLOCK], tl.float32)
-    up = tl.zeros([BLOCK], tl.float32)
-    for share in range(0, SHARES):
-        v += tl.load(sums + share * row + f, mask=live, other=0.0)
-        if GATED:
-            up += tl.load(sums + share * row + F + f, mask=live, other=0.0)
-    v = activate(v, ACTIVATION, activation_threshold)
+    begin(programmatic)
+    v = activate(tl.load(sums + f, mask=live, other=0.0), ACTIVATION, activation_threshold)
     if GATED:
-        v = v * up
+        v = v * tl.load(sums + F + f, mask=live, other=0.0)
     _listed(v, f, live, norm, threshold, out, inputs, count)
 
 
 @triton.jit
-def _inputs(x, weight, inputs, first, hi, column, WIDTH: tl.constexpr, R: tl.constexpr):
-    """Values and rows of R places of the list from `first` on; zeros beyond its end."""
+def _places(x, inputs, first, hi, R: tl.constexpr):
+    """R places of the list from `first` on: inputs, their values (0 beyond its end), and which are in it."""
     r = first + tl.arange(0, R)
     live = r < hi
     row = tl.load(inputs + r, mask=live, other=0)
-    w = tl.load(
+    return row, tl.load(x + row, mask=live, other=0.0), live
+
+
+@triton.jit
+def _weights(weight, places, column, WIDTH: tl.constexpr):
+    row, _, live = places
+    return tl.load(
         weight + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=live[:, None] & (column < WIDTH)[None, :], other=0.0,
         eviction_policy="evict_first",
     )  # fmt: skip
-    return tl.load(x + row, mask=live, other=0.0), w
 
 
 @triton.jit
@@ -168,17 +175,23 @@ def _sum_inputs(
 ):  # fmt: skip
     share = tl.program_id(1)
     shares = tl.num_programs(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    begin(programmatic)
     total = tl.load(count)
     lo = (total * share) // shares
     hi = (total * (share + 1)) // shares
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros([COLUMNS], tl.float32)
-    now = _inputs(x, weight, inputs, lo, hi, column, WIDTH, R)
+    sums = tl.zeros([R, COLUMNS], tl.float32)
+    now = _places(x, inputs, lo, hi, R)
+    new = _places(x, inputs, lo + R, hi, R)
+    w = _weights(weight, now, column, WIDTH)
     for first in tl.range(lo, hi, R, num_stages=1):
-        new = _inputs(x, weight, inputs, first + R, hi, column, WIDTH, R)
-        xv, w = now
-        acc += tl.sum(w.to(tl.float32) * xv.to(tl.float32)[:, None], 0)
+        next_w = _weights(weight, new, column, WIDTH)
+        after = _places(x, inputs, first + 2 * R, hi, R)
+        sums += w.to(tl.float32) * now[1].to(tl.float32)[:, None]
+        w = next_w
         now = new
+        new = after
+    acc = tl.sum(sums, 0)
     if BIAS:
         if share == 0:
             acc += tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -210,6 +223,7 @@ def keep_normed(
     added: BlockOutput = AS_IT_IS,
     cleared: Tensor | None = None,
     counters: tuple[Tensor, Tensor] | None = None,
+    programmatic: bool = False,
 ) -> None:
     """Write y + delta (fp32), this as of `added`, to y_out; fill kept.x with its norm, and kept.inputs, in order, and kept.count.
 
@@ -223,35 +237,42 @@ def keep_normed(
         y_D, delta_D, *added.arguments(y_D), y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, kept.norm, kept.threshold, kept.x, kept.inputs,
         kept.count, or_any(cleared, y_D), 0 if cleared is None else cleared.numel(), counter, other_counter,
         D=size, D1=first, D2=second, D3=third, RMS=norm.rms, AFFINE=norm.weight is not None, CLEARED=CLEARED,
-        COUNTERS=counters is not None, OUT_NORM=added.weight is not None, num_warps=8,
+        COUNTERS=counters is not None, OUT_NORM=added.weight is not None, num_warps=8, programmatic=programmatic,
     )  # fmt: skip
 
 
-def keep_heads(partials: Partials, kept: KeptInputs) -> None:
+def keep_heads(partials: Partials, kept: KeptInputs, *, programmatic: bool = False) -> None:
     """One row's heads put together: fill kept.x [H K], kept.inputs and kept.count, which must hold 0."""
     rows, heads, splits, head_dim = partials.mixed.shape
     assert rows == 1
     launch(
         _keep_heads, (heads,), partials.mixed, partials.stats, kept.norm, kept.threshold, kept.x, kept.inputs, kept.count, K=head_dim,
-        KP=max(16, triton.next_power_of_2(head_dim)), SPLITS=splits, num_warps=1,
+        KP=max(16, triton.next_power_of_2(head_dim)), SPLITS=splits, num_warps=1, programmatic=programmatic,
     )  # fmt: skip
 
 
-def keep_activated(sums_SO: Tensor, kept: KeptInputs, activation: str, activation_threshold: float, *, gated: bool) -> None:
-    """The activations of products with gate and up, O = 2F, or with up alone, given by share: fill kept.x [F], kept.inputs and
-    kept.count, which must hold 0."""
+def keep_activated(
+    sums_O: Tensor, kept: KeptInputs, activation: str, activation_threshold: float, *, gated: bool, programmatic: bool = False
+) -> None:
+    """The activations of fp32 products with gate and up, O = 2F, or with up alone: fill kept.x [F], kept.inputs and kept.count, which must
+    hold 0."""
     neurons = kept.x.shape[0]
-    assert sums_SO.is_contiguous() and sums_SO.shape[1] == neurons * (2 if gated else 1)
+    assert sums_O.is_contiguous() and sums_O.shape == (neurons * (2 if gated else 1),)
     launch(
-        _keep_activated, (triton.cdiv(neurons, BLOCK),), sums_SO, kept.norm, kept.threshold, kept.x, kept.inputs, kept.count, neurons,
-        activation_threshold, SHARES=sums_SO.shape[0], GATED=gated, ACTIVATION=ACTIVATION_CODES[activation], BLOCK=BLOCK, num_warps=4,
+        _keep_activated, (triton.cdiv(neurons, BLOCK),), sums_O, kept.norm, kept.threshold, kept.x, kept.inputs, kept.count, neurons,
+        activation_threshold, GATED=gated, ACTIVATION=ACTIVATION_CODES[activation], BLOCK=BLOCK, num_warps=4, programmatic=programmatic,
     )  # fmt: skip
 
 
-def sum_shares(size: int, device: torch.device, shape: SumShape | None = None) -> int:
+def sum_shape(inputs: int, outputs: int) -> SumShape:
+    """What was fastest on an H200 (docs/log.md): columns of 16 bytes for each thread of a warp, rows as many as fill the registers."""
+    columns = min(1024, max(256, triton.next_power_of_2(outputs)))
+    return SumShape(rows=4096 // columns, columns=columns, programs=6 if inputs * outputs > FEW else 4)
+
+
+def sum_shares(outputs: int, device: torch.device, shape: SumShape) -> int:
     """Parts that the list is cut into for a matrix with so many outputs."""
-    shape = shape or SumShape()
-    return max(1, multiprocessors(device) * shape.programs // triton.cdiv(size, shape.columns))
+    return max(1, multiprocessors(device) * shape.programs // triton.cdiv(outputs, shape.columns))
 
 
 def sum_inputs(
@@ -263,18 +284,20 @@ def sum_inputs(
     *,
     shape: SumShape | None = None,
     partial: bool = False,
+    programmatic: bool = False,
 ) -> None:
     """Add the product of the kept inputs with the matrix to out fp32 [O]; partial: out is [shares, O], to be added up in order.
 
     inputs_I: the list, in what order its sums are to be made.
     """
-    shape = shape or SumShape()
-    size = weight_IO.shape[1]
-    assert weight_IO.is_contiguous() and weight_IO.shape[0] == kept.x.shape[0]
+    inputs, size = weight_IO.shape
+    shape = shape or sum_shape(inputs, size)
+    assert weight_IO.is_contiguous() and inputs == kept.x.shape[0]
     launch(
         _sum_inputs, (triton.cdiv(size, shape.columns), sum_shares(size, weight_IO.device, shape)),
         kept.x, weight_IO, or_any(bias_O, kept.x), inputs_I, kept.count, out,
         WIDTH=size, R=shape.rows, COLUMNS=shape.columns, BIAS=bias_O is not None, PARTIAL=partial, num_warps=shape.warps,
+        programmatic=programmatic,
     )  # fmt: skip
 
 
@@ -293,9 +316,9 @@ def kept_definition(x: Tensor, norm_I: Tensor, threshold: float) -> Tensor:
     return ~(x.float().abs() * norm_I <= threshold)
 
 
-def activated_definition(sums_SO: Tensor, activation: str, activation_threshold: float, *, gated: bool) -> Tensor:
+def activated_definition(sums_O: Tensor, activation: str, activation_threshold: float, *, gated: bool) -> Tensor:
     """The activations [F] that `keep_activated` looks at, in the dtype of the sums."""
-    first, *rest = sums_SO.sum(0).chunk(2 if gated else 1)
+    first, *rest = sums_O.chunk(2 if gated else 1)
     act_F = activate_definition(first, activation, activation_threshold)
     return act_F * rest[0] if gated else act_F
 
