@@ -20,13 +20,12 @@ from dejavu.kernels.cuda.gate import (
     mlp_given_definition,
     mlp_given_token,
     mlp_given_token_definition,
-    select_gate,
-    select_gate_bytes,
     select_gate_definition,
 )
 from dejavu.kernels.cuda.gate_rows import GateRows, gate_rows_bytes, select_gate_rows, up_given_rows
 from dejavu.kernels.cuda.mlp import programs_of
 from dejavu.kernels.cuda.mlp_rows import DownShape, UpShape, down_rows, padded_rows, shares_of
+from dejavu.kernels.cuda.project import project_token, project_token_definition
 from dejavu.kernels.sparse_mlp import MlpWeights
 from helpers.cuda import DEVICES
 from helpers.kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons
@@ -37,29 +36,33 @@ INT = torch.int32
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ["relu", "fatrelu", "silu", "gelu_tanh"])
-@pytest.mark.parametrize(("neurons", "count"), [(7, 0), (7, 7), (256, 1), (300, 150), (515, 100)])
-def test_select_gate(neurons: int, count: int, activation: str, device: str) -> None:
+@pytest.mark.parametrize(("neurons", "count", "rows"), [(7, 0, 2), (7, 7, 1), (256, 1, 4), (300, 150, 8), (515, 100, 4)])
+def test_the_list_of_a_gate(neurons: int, count: int, rows: int, activation: str, device: str) -> None:
     """Negative values exceed a threshold by their size, where an activation has them. A product that is NaN is selected."""
-    memory = Memory(device, seed=neurons + count)
-    product_F = memory.normal(neurons)
+    memory, size = Memory(device, seed=neurons + count), 24
+    norm, matrix, bias = norm_of(memory, size, rms=True, affine=True), memory.normal(neurons, size, scale=0.2), memory.normal(neurons)
     if activation in ("relu", "fatrelu"):
-        product_F = product_F.abs() + 0.5
-    size_F = select_gate_definition(product_F, 0.0, activation, 0.4)[0].abs()
-    threshold = midway(size_F, count)
-    product_F[3] = torch.nan
+        bias = bias.abs() + 3
+    y_D, delta_D = memory.normal(size), memory.normal(size)
+    product_F = project_token_definition(y_D, delta_D, norm, matrix, bias)
+    threshold = midway(select_gate_definition(product_F, 0.0, activation, 0.4)[0].abs(), count)
+    product_F[3] = bias[3] = torch.nan
     value_F, keep_F = select_gate_definition(product_F, threshold, activation, 0.4)
     expected = keep_F.nonzero().squeeze(1).tolist()
     assert 3 in expected and count <= len(expected) <= count + 1
     gate = GateNeurons(
-        threshold=memory.given(torch.tensor([threshold])), product=memory.given(product_F), value=memory.room(neurons),
+        activation=activation, activation_threshold=0.4, threshold=memory.given(torch.tensor([threshold])), value=memory.room(neurons),
         neurons=memory.room(neurons, dtype=INT), count=memory.room(1, dtype=INT, holds=0.0),
     )  # fmt: skip
-    select_gate(gate, activation, 0.4)
+    project_token(
+        memory.given(y_D), memory.given(delta_D), placed(norm, memory), memory.given(matrix), memory.given(bias), gate.value, gate=gate,
+        shape=GridShape(rows=rows, warps=4, programs=3),
+    )  # fmt: skip
     memory.check()
     found = gate.neurons.tolist()
     assert gate.count.item() == len(expected) and sorted(found[: len(expected)]) == expected and set(found[len(expected) :]) <= {CANARY}
-    torch.testing.assert_close(gate.value.cpu()[expected], value_F[expected], rtol=1e-6, atol=1e-6, equal_nan=True)
-    assert gate.value.cpu()[~keep_F].isnan().all(), "a value was written that was not selected"
+    torch.testing.assert_close(gate.value.cpu()[expected], value_F[expected], rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(gate.value.cpu()[~keep_F], product_F[~keep_F], rtol=1e-5, atol=1e-5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,4 +246,3 @@ def test_bytes_are_those_of_the_tensors(gated: bool, biased: bool) -> None:
     value_F, index_F, product_BF = torch.empty(40), torch.empty(40, dtype=INT), torch.empty(3, 40, dtype=FP16)
     assert mlp_given_bytes(weights, 40) == matrices + value_F.nbytes + index_F.nbytes
     assert gate_rows_bytes(weights, 3, 40) == matrices + product_BF.nbytes + index_F.nbytes
-    assert select_gate_bytes(40, 40) == 2 * value_F.nbytes + index_F.nbytes

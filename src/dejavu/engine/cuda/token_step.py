@@ -8,7 +8,7 @@ Four kernels a layer. The residual stream is y + delta: q, k, v read y0 + delta_
 delta_attention; the MLP reads y1 + delta_attention, writes the sum to y0 and adds its own to delta_mlp. Deltas are set to zero
 by a kernel that runs while nobody reads or adds to them.
 
-Where the gate selects neurons, the MLP is three kernels: products with the gate (with the norm), the selection, rows of up and down.
+Where the gate selects neurons, the MLP is two kernels: products with the gate (with the norm and the selection), rows of up and down.
 Where inputs are selected, each of q, k, v, of O, of gate and up, and of down is two: keep its inputs, and sum their rows.
 
 Letters: B rows (1)  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  W = (H + 2G) K
@@ -28,7 +28,7 @@ from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
 from dejavu.kernels.cuda.common import BlockOutput, NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
-from dejavu.kernels.cuda.gate import GateNeurons, given_shape, mlp_given_token, select_gate
+from dejavu.kernels.cuda.gate import GateNeurons, given_shape, mlp_given_token
 from dejavu.kernels.cuda.inputs import KeptInputs, keep_activated, keep_heads, keep_normed, sum_inputs, sum_shape, sum_shares
 from dejavu.kernels.cuda.logits import finish_logits
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
@@ -190,17 +190,16 @@ class TokenStep:
         mlp, norm = layer.mlp, layer.norm2
         matrix, bias = (mlp.up_FD, mlp.up_bias_F) if mlp.gate_FD is None else (mlp.gate_FD, mlp.gate_bias_F)
         project_token(
-            self._y1, self._delta_attention, norm, matrix, bias, gate.product, added=layer.attention_out, side=side,
+            self._y1, self._delta_attention, norm, matrix, bias, gate.value, added=layer.attention_out, side=side, gate=gate,
             programmatic=self._chained,
         )  # fmt: skip
-        select_gate(gate, mlp.activation, mlp.activation_threshold)
         listed, out = gate.neurons, self._delta_mlp
         if self.deterministic:
             order_list(gate.neurons, gate.count, self._marks, self._ordered)
             listed, out = self._ordered, self._mlp_sums[: programs_of(given_shape(self._y0.shape[0]), self._y0.device)]
         mlp_given_token(
             self._y1, self._delta_attention, self._y0, out, norm, mlp, gate.value, listed, gate.count,
-            added=layer.attention_out, partial=self.deterministic,
+            added=layer.attention_out, partial=self.deterministic, programmatic=self._chained,
         )  # fmt: skip
         if self.deterministic:
             torch.sum(out, 0, out=self._delta_mlp)

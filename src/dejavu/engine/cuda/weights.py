@@ -168,11 +168,11 @@ def layer_predictors(layers: Sequence[LayerAdapter], config: ModelConfig, device
     that selects nothing counts all it has."""
     every = all_counts(config, inputs=any(layer.inputs.selects for layer in layers))
     counts_ML = torch.tensor(every, dtype=torch.int32, device=device)[:, None].repeat(1, len(layers))
-    # Of one layer at a time: products with a gate and their activations.
-    products_2F = torch.zeros(
-        2, config.intermediate_size if any(isinstance(layer.neurons, GateThreshold) for layer in layers) else 0, device=device
+    # Of one layer at a time: products with a gate, or their activations.
+    value_F = torch.zeros(
+        config.intermediate_size if any(isinstance(layer.neurons, GateThreshold) for layer in layers) else 0, device=device
     )
-    found = [_layer(layer, config, device, counts_ML[:, index : index + 1], products_2F) for index, layer in enumerate(layers)]
+    found = [_layer(layer, config, device, counts_ML[:, index : index + 1], value_F) for index, layer in enumerate(layers)]
     return found, counts_ML
 
 
@@ -274,7 +274,7 @@ class _Selectors:
         return found
 
 
-def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_M1: Tensor, products_2F: Tensor) -> LayerPredictors:
+def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_M1: Tensor, value_F: Tensor) -> LayerPredictors:
     selectors = _Selectors.of(layer)
     of_groups, of_neurons = selectors.group_predictor, selectors.neuron_predictor
     both = (of_groups, of_neurons)
@@ -300,7 +300,10 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
     gate_neurons = None
     if selectors.gate_threshold is not None:
         threshold, neurons = torch.tensor([selectors.gate_threshold], device=device), _room(config.intermediate_size, device)
-        gate_neurons = GateNeurons(threshold=threshold, product=products_2F[0], value=products_2F[1], neurons=neurons, count=count_M1[0])
+        gate_neurons = GateNeurons(
+            activation=config.activation, activation_threshold=config.activation_threshold, threshold=threshold, value=value_F,
+            neurons=neurons, count=count_M1[0],
+        )  # fmt: skip
     return LayerPredictors(
         before=side,
         with_qkv=with_qkv,

@@ -1,10 +1,10 @@
-"""The MLP of one token whose neurons its own gate selects, behind the products with the gate (`project_token`), in two kernels.
+"""The MLP of one token whose neurons its own gate selects, in two kernels, of which this is the second.
 
-    select_gate      v_f = act(p_f);  the list of f with |v_f| > threshold, in no order, its length, and v
+    project_token    p = products of x with the rows of the gate, or of up where the MLP has no gate: neither is read again
+                     v_f = act(p_f);  the list of f with |v_f| > threshold, in no order, its length, and v (`list_activated`)
     mlp_given_token  out += sum over the list of v_f (up_f . x + b_f) down_f (gated)  or  v_f down_f, + down_bias;  x = norm(y + delta)
 
-p [F] are products of x with the rows of the gate, or of up where the MLP has no gate: neither is read again. A NaN is kept, as a
-mask leaves it what it is.
+A NaN is kept, as a mask leaves it what it is.
 
 Bytes that any implementation moves: the gate for every neuron, the other one or two matrices' rows for those kept, and the list.
 
@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
 from dejavu.kernels.cuda.common import (
     AS_IT_IS,
@@ -29,6 +28,7 @@ from dejavu.kernels.cuda.common import (
     NormWeights,
     activate,
     add_part,
+    begin,
     exceeds,
     launch,
     norm_definition,
@@ -46,29 +46,24 @@ from dejavu.kernels.cuda.common import (
 from dejavu.kernels.cuda.mlp import default_shape, programs_of
 from dejavu.kernels.sparse_mlp import MlpWeights
 
-BLOCK = 256
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateNeurons:
-    """What a gate selects: threshold fp32 [1]; product and value fp32 [F], before and after the activation (the value of what is
-    selected alone); neurons int32 [F] and count int32 [1], which holds 0."""
+    """What a gate selects: by the activation of its code and its threshold; threshold fp32 [1]; value fp32 [F], activations of what is
+    selected and products of the rest; neurons int32 [F] and count int32 [1], which holds 0."""
 
+    activation: str
+    activation_threshold: float
     threshold: Tensor
-    product: Tensor
     value: Tensor
     neurons: Tensor
     count: Tensor
 
 
 @triton.jit
-def _select_gate(
-    product, value, threshold, neurons, count, F, activation_threshold, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
-    programmatic: tl.constexpr,
-):  # fmt: skip
-    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = f < F
-    v = activate(tl.load(product + f, mask=live, other=0.0), ACTIVATION, activation_threshold)
+def list_activated(value, f, live, threshold, neurons, count, activation_threshold, ACTIVATION: tl.constexpr):
+    """Of a program's own products value[f]: activate those that are selected, and append them to the list."""
+    v = activate(tl.load(value + f, mask=live, other=0.0), ACTIVATION, activation_threshold)
     chosen = (exceeds(tl.abs(v), tl.load(threshold)) & live).to(tl.int32)
     place = tl.cumsum(chosen, 0) - 1
     first = tl.atomic_add(count, tl.sum(chosen, 0), sem="relaxed")
@@ -101,11 +96,12 @@ def _mlp_given(
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
+    w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
+    begin(programmatic)
     total = tl.load(count)
     lo = (total * pid) // programs
     hi = (total * (pid + 1)) // programs
     now = _given_rows(up, up_bias, down, value, idx, lo, hi, D, D1, D2, D3, R, GATED, UP_BIAS)
-    w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
     y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, True)
     x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, down.dtype.element_ty)
     acc1 = tl.zeros([D1], tl.float32)
@@ -135,15 +131,6 @@ def _mlp_given(
         add_part(out, acc3, D, D1 + D2, D3)
 
 
-def select_gate(gate: GateNeurons, activation: str, activation_threshold: float) -> None:
-    """Fill gate.neurons, gate.count, which must hold 0, and the selected neurons' gate.value, from gate.product."""
-    neurons = gate.product.shape[0]
-    launch(
-        _select_gate, (triton.cdiv(neurons, BLOCK),), gate.product, gate.value, gate.threshold, gate.neurons, gate.count, neurons,
-        activation_threshold, ACTIVATION=ACTIVATION_CODES[activation], BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
-
-
 def given_shape(size: int) -> GridShape:
     """A neuron has at most two rows to read, as one of an MLP without a gate has."""
     return default_shape(size, gated=False)
@@ -163,6 +150,7 @@ def mlp_given_token(
     added: BlockOutput = AS_IT_IS,
     shape: GridShape | None = None,
     partial: bool = False,
+    programmatic: bool = False,
 ) -> None:
     """Write y + delta, this as of `added`, to y_out [D] and add to out [D] the MLP of its norm over the list, its gate (or activation)
     known; all fp32.
@@ -182,7 +170,7 @@ def mlp_given_token(
         down_FD, or_any(weights.down_bias_D, y_D), value_F, idx_F, count, out,
         D=size, D1=first, D2=second, D3=third, R=shape.rows, RMS=norm.rms, AFFINE=norm.weight is not None, GATED=gated,
         UP_BIAS=gated and weights.up_bias_F is not None, DOWN_BIAS=weights.down_bias_D is not None, PARTIAL=partial,
-        OUT_NORM=added.weight is not None, num_warps=shape.warps,
+        OUT_NORM=added.weight is not None, num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 
@@ -207,11 +195,6 @@ def mlp_given_token_definition(
     """What `mlp_given_token` adds to out, in the dtype of the weights."""
     x_D = norm_definition((y_D + delta_D).to(weights.down_FD.dtype), norm)
     return mlp_given_definition(x_D, weights, value_F, keep_F)
-
-
-def select_gate_bytes(neurons: int, kept: int) -> int:
-    """Products in; values and indices of what is kept out."""
-    return 4 * neurons + 8 * kept
 
 
 def mlp_given_bytes(weights: MlpWeights, kept: int) -> int:
