@@ -19,6 +19,7 @@ from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter
 from dejavu.model.transformer import Selection, Transformer
+from dejavu.model.versions import weights_version
 from helpers.cuda import DEVICES, Recorded, cuda_engine_of, on, slow
 from helpers.engines import GEMMA, decode, ids_of, random_layers, reselect
 from helpers.kernel_memory import check_rule
@@ -167,6 +168,33 @@ def test_what_a_threshold_of_zero_leaves_out_is_nothing(tiny: Tiny, name: str, r
     torch.testing.assert_close(exact.logits_BV, dense.logits_BV, rtol=0, atol=1e-5)
     share = exact.counts.neurons.double().mean() / model.config.intermediate_size
     assert 0.1 < share < 0.9, "the test must leave some out"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["llama, biased", slow("opt")])
+def test_weights_by_input_are_held_once(tiny: Tiny, name: str, device: str) -> None:
+    """The model's own lie where the engine reads them, with the values and the version that they had; a dense engine has rows again."""
+    model, ids = on(made(tiny, name), device), ids_of(9, 6)
+    tokens_BT = torch.tensor([ids], device=model.device)
+    layers, before = input_layers(model, 0.4), {name: weight.clone() for name, weight in model.state_dict().items()}
+    number, logits = weights_version(model), model(tokens_BT)
+    assert number is not None
+    engine = CudaEngine(model, layers, EngineOptions(num_slots=2))
+    assert weights_version(model) == number
+    for block, layer in zip(model.blocks, engine._model.inputs, strict=True):
+        assert layer is not None and block.qkv.weight.data_ptr() == layer.qkv.data_ptr()
+        activated = block.up if block.gate is None else block.gate
+        assert activated.weight.data_ptr() == layer.up.data_ptr()
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, before[key]), key
+    torch.testing.assert_close(model(tokens_BT), logits, rtol=0, atol=2e-5)
+    dense = CudaEngine(model, None, EngineOptions(num_slots=2))
+    for rows in (1, 2):
+        tokens, slots = ids[:rows], list(range(rows))
+        (one, other) = (engine.step(tokens, slots, sparse=False), dense.step(tokens, slots))
+        torch.testing.assert_close(one.logits_BV, other.logits_BV, rtol=0, atol=2e-5)
+        kept = one.counts.kept_inputs
+        assert kept is not None and kept.tolist() == [[list(InputPoints.of(model.config).sizes)] * model.config.num_layers] * rows
 
 
 THRESHOLDS = (1e9, 0.3, -1.0, 0.1)  # nothing, some, everything, more

@@ -37,7 +37,7 @@ def cuda_ops(model: Transformer, *, batch: int, seed: int) -> tuple[OpsAt, OpRun
     device = model.device
     require(batch <= MAX_ROWS, f"--ops times kernels of at most {MAX_ROWS} rows, not {batch}")
     require(device.type == "cuda", f"--ops times kernels of the cuda backend, and the model is on {device}")
-    weights = [layer_weights(block, model.frequencies(index)) for index, block in enumerate(model.blocks)]
+    weights = [layer_weights(block, model.frequencies(index), in_rows=True) for index, block in enumerate(model.blocks)]
     matrices = 3 if model.config.gated else 2
     dense_bytes = matrices * weights[0].mlp.up_FD.nbytes
     bench = _Mlp(weights, batch, seed)

@@ -6,10 +6,11 @@ behind PyTorch's back (`parameter.data`) is not seen.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -35,6 +36,16 @@ def weights_version(*owners: Weighted | None) -> tuple[int, ...] | None:
     return None if None in found else tuple(number for number in found if number is not None)
 
 
+@contextlib.contextmanager
+def same_weights(owner: Weighted) -> Iterator[None]:
+    """What is done within moves the owner's tensors to other memory, and changes no value: its number stays."""
+    with _lock:
+        number = _version(owner)
+        yield
+        if number is not None:
+            _known[owner] = _state(owner.tensors()), number
+
+
 def _version(owner: Weighted) -> int | None:
     with _lock:
         known = _known.get(owner)
@@ -43,7 +54,11 @@ def _version(owner: Weighted) -> int | None:
         tensors = list(owner.tensors())
         if any(tensor.is_inference() for tensor in tensors):
             return None
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        state = _state(tensors)
         if known is None or known[0] != state:
             known = _known[owner] = state, next(_numbers)
         return known[1]
+
+
+def _state(tensors: Iterable[Tensor]) -> Hashable:
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)

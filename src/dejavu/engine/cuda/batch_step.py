@@ -190,9 +190,9 @@ class BatchStep:
             if own.group_scores is None or self.dense_heads:
                 self._first_counts[1, :, index] = config.num_kv_heads
         for index, layer in enumerate(self.model.inputs):
-            if layer is None:
-                for at, size in enumerate(all_counts(config, inputs=True)[2 : len(self._first_counts)], start=2):
-                    self._first_counts[at, :, index] = size
+            for at, size in enumerate(all_counts(config, inputs=True)[2 : len(self._first_counts)]):
+                if layer is None or not layer.selects[at]:
+                    self._first_counts[2 + at, :, index] = size
 
     def _layer(self, index: int, delta: Tensor) -> Tensor:
         """One layer; what it adds to the residual stream last, which the next norm takes in."""
@@ -232,13 +232,13 @@ class BatchStep:
         return self._union_mlp(index, product_BF)
 
     def _masked(self, index: int, point: str, x_BI: Tensor) -> Tensor:
-        """What each row keeps at a point, the rest set to zero; x itself in a layer that does not select inputs."""
-        layer = self.model.inputs[index]
-        if layer is None:
+        """What each row keeps at a point, the rest set to zero; x itself where a layer keeps all."""
+        layer, at = self.model.inputs[index], POINTS.index(point)
+        if layer is None or not layer.selects[at]:
             return x_BI
         kept, out_BI = layer.points[point], self._kept.get((index, point))
         out_BI = torch.empty_like(x_BI) if out_BI is None else out_BI
-        mask_rows(x_BI, kept.norm, kept.threshold, out_BI, self._row_counts[2 + POINTS.index(point), :, index : index + 1])
+        mask_rows(x_BI, kept.norm, kept.threshold, out_BI, self._row_counts[2 + at, :, index : index + 1])
         return out_BI
 
     def _attend(self, index: int, qkv_BW: Tensor, scores: GroupScores | None) -> None:

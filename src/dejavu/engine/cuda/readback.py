@@ -30,7 +30,7 @@ def _heads(step: Step, index: int, row: int) -> Tensor | None:
 
 def _inputs(step: Step, index: int, row: int) -> tuple[Tensor | None, ...] | None:
     layer = step.model.inputs[index]
-    if layer is None:
+    if layer is None or not any(layer.selects):
         return None
     points = zip(POINTS, layer.selects, strict=True)
     return tuple(step.inputs_of(index, point, row) if selects else None for point, selects in points)

@@ -2,8 +2,8 @@
 
 In: a Transformer on the device and its LayerAdapters. Out: the model's own tensors, read in place, and predictors int8 or
 fp32, as they are. For a layer that selects inputs, an input left out is a row not read of a matrix with a row per
-input, as O and down are: q, k, v and gate, up are copied into that order, which doubles their memory: prefill and steps of several
-rows read the model's own.
+input, as O and down are: q, k, v and gate, up are brought into that order once, and the model's own become views of it, which products
+of several tokens read as well. A dense step of such a layer keeps every input. A dense engine of the same model has copies in rows.
 
 A predictor's A runs with a product of the same input: `before` in the MLP of the layer before, `with_qkv` in q, k and v of its
 own. One that reads what only its own block's norm gives has a kernel of its own: `own_heads`, `own_mlp`. For several
@@ -30,10 +30,11 @@ from dejavu.kernels.cuda.project import GroupScores
 from dejavu.kernels.cuda.select import NeuronScores
 from dejavu.kernels.quantized import Matrix, QuantizedMatrix, stacked
 from dejavu.kernels.sparse_mlp import MlpWeights
-from dejavu.model.layers import Norm
+from dejavu.model.layers import Held, Norm
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import POINTS, GateThreshold, InputPoints, InputThresholds, LayerAdapter, PredictedHeads, PredictedNeurons
 from dejavu.model.transformer import Block, Transformer
+from dejavu.model.versions import same_weights
 
 KEEP_ALL = -1.0  # a threshold that every input exceeds
 
@@ -111,12 +112,17 @@ class StepModel:
         return self.weights[index - 1].mlp_out if index > 0 else AS_IT_IS
 
 
-def layer_weights(block: Block, inv_freq: Tensor | None) -> LayerWeights:
-    """The layer's weights in place. inv_freq: its rotary frequencies."""
+def layer_weights(block: Block, inv_freq: Tensor | None, *, in_rows: bool) -> LayerWeights:
+    """The layer's weights in place. inv_freq: its rotary frequencies. in_rows: q, k, v, gate and up with a row per output, copied
+    where they lie otherwise; else as they lie."""
+    qkv, up, gate = (_detached(getattr(held, "weight", None)) for held in (block.qkv, block.up, block.gate))
+    if in_rows:
+        qkv, up, gate = (None if matrix is None else matrix.contiguous() for matrix in (qkv, up, gate))
+    assert qkv is not None and up is not None
     mlp = MlpWeights(
-        up_FD=block.up.weight.detach(),
+        up_FD=up,
         down_FD=block.down.weight.detach(),
-        gate_FD=_detached(getattr(block.gate, "weight", None)),
+        gate_FD=gate,
         up_bias_F=_detached(block.up.bias),
         gate_bias_F=_detached(getattr(block.gate, "bias", None)),
         down_bias_D=_detached(block.down.bias),
@@ -126,7 +132,7 @@ def layer_weights(block: Block, inv_freq: Tensor | None) -> LayerWeights:
     assert block.norm2 is not None, "see Capabilities.check_architecture"
     norms = [norm_weights(norm) for norm in (block.norm1, block.norm2)]
     return LayerWeights(
-        qkv=block.qkv.weight.detach(),
+        qkv=qkv,
         qkv_bias=_detached(block.qkv.bias),
         o=block.o.weight.detach(),
         o_bias=_detached(block.o.bias),
@@ -183,13 +189,15 @@ def all_counts(config: ModelConfig, *, inputs: bool) -> list[int]:
 
 def step_model(model: Transformer, layers: Sequence[LayerAdapter], predictors: Sequence[LayerPredictors], counts_ML: Tensor) -> StepModel:
     """The model's weights in place, with these predictors and counts: what `layer_predictors` made of the same layers."""
-    weights = [layer_weights(block, model.frequencies(index)) for index, block in enumerate(model.blocks)]
+    with same_weights(model):
+        inputs = _input_layers(model, layers, counts_ML[2:])
+    weights = [layer_weights(block, model.frequencies(index), in_rows=inputs[index] is None) for index, block in enumerate(model.blocks)]
     return StepModel(
         config=model.config,
         weights=weights,
         predictors=predictors,
         counts=counts_ML,
-        inputs=_input_layers(model, weights, layers, counts_ML[2:]),
+        inputs=inputs,
         embed=model.embed.weight.detach(),
         positions=None if model.position is None else model.position.weight.detach(),
         head=head_weight(model),
@@ -199,26 +207,37 @@ def step_model(model: Transformer, layers: Sequence[LayerAdapter], predictors: S
 
 
 def dense_model(model: StepModel) -> StepModel:
-    """The same weights without predictors, with counts of its own: of all that there is."""
-    config, (rows, layers) = model.config, model.counts.shape
+    """The same weights without predictors, every input kept, with counts of its own: of all that there is."""
+    config, (rows, layers), device = model.config, model.counts.shape, model.counts.device
     every = all_counts(config, inputs=rows > 2)
+    counts_ML = torch.tensor(every, dtype=torch.int32, device=device)[:, None].repeat(1, layers)
+    keep_all = torch.tensor([KEEP_ALL], device=device)
+
+    def dense(index: int, layer: InputLayer) -> InputLayer:
+        points = {
+            point: dataclasses.replace(
+                kept, threshold=keep_all, inputs=torch.zeros_like(kept.inputs), count=counts_ML[2 + at, index : index + 1]
+            )
+            for at, (point, kept) in enumerate(layer.points.items())
+        }
+        return dataclasses.replace(layer, points=points, selects=(False,) * len(points))
+
     return dataclasses.replace(
         model,
         predictors=[LayerPredictors()] * layers,
-        inputs=[None] * layers,
-        counts=torch.tensor(every, dtype=torch.int32, device=model.counts.device)[:, None].repeat(1, layers),
+        inputs=[None if layer is None else dense(index, layer) for index, layer in enumerate(model.inputs)],
+        counts=counts_ML,
     )
 
 
-def _input_layers(
-    model: Transformer, weights: Sequence[LayerWeights], layers: Sequence[LayerAdapter], counts_PL: Tensor
-) -> list[InputLayer | None]:
-    """Matrices with a row per input are copies, of these layers alone. counts_PL: by point; a layer's count is an element of it."""
+def _input_layers(model: Transformer, layers: Sequence[LayerAdapter], counts_PL: Tensor) -> list[InputLayer | None]:
+    """Of the layers that select inputs; their matrices now lie with a row per input. counts_PL: by point; a layer's count is an element
+    of it."""
     device, dtype = model.device, model.dtype
     sizes = InputPoints.of(model.config).sizes
     values = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]  # of one layer at a time
     found: list[InputLayer | None] = []
-    for index, (block, layer, own) in enumerate(zip(model.blocks, layers, weights, strict=True)):
+    for index, (block, layer) in enumerate(zip(model.blocks, layers, strict=True)):
         selector = layer.inputs
         if not isinstance(selector, InputThresholds):
             found.append(None)
@@ -233,19 +252,26 @@ def _input_layers(
                 inputs=torch.zeros(sizes[at], dtype=torch.int32, device=device),
                 count=counts_PL[at, index : index + 1],
             )
-        mlp = own.mlp
-        matrices = [matrix for matrix in (mlp.gate_FD, mlp.up_FD) if matrix is not None]
-        biases = [bias for bias in (mlp.gate_bias_F, mlp.up_bias_F) if bias is not None]
+        activated = [part for part in (block.gate, block.up) if part is not None]
+        biases = [part.bias.detach() for part in activated if part.bias is not None]
         found.append(
             InputLayer(
                 points=points,
                 selects=tuple(selector.of(point) is not None for point in POINTS),
-                qkv=own.qkv.t().contiguous(),
-                up=torch.cat(matrices).t().contiguous(),
+                qkv=_laid_by_input(block.qkv),
+                up=_laid_by_input(*activated),
                 up_bias=torch.cat(biases) if biases else None,
             )
         )
     return found
+
+
+def _laid_by_input(*maps: Held) -> Tensor:
+    """The matrix [I, outputs of all] of maps of the same input, with a row per input; theirs are views of it from now on."""
+    together_IO = torch.cat([each.weight.detach().t() for each in maps], 1).contiguous()
+    for each, part_IO in zip(maps, together_IO.split([each.weight.shape[0] for each in maps], 1), strict=True):
+        each.weight.data = part_IO.t()
+    return together_IO
 
 
 @dataclass(slots=True)
