@@ -34,6 +34,7 @@ from dejavu.bench.models.random import SHAPES, plain_layers, planted_layers, sha
 from dejavu.config import ModelConfig
 from dejavu.engine.cache import PagedCache
 from dejavu.engine.cuda.batch_step import BatchStep
+from dejavu.engine.cuda.prompts import Prompts
 from dejavu.engine.cuda.token_step import TokenStep
 from dejavu.engine.cuda.weights import layer_predictors, step_model
 from dejavu.kernels.cuda import common
@@ -141,7 +142,7 @@ def methods_of(config: ModelConfig) -> Iterator[tuple[str, tuple[LayerAdapter, .
 
 
 def record_steps(recorder: Recorder, shape: str, dtype: torch.dtype) -> None:
-    """Every kernel that steps of one row, sums in any order and in a fixed one, and of several rows start."""
+    """Every kernel that steps of one row, sums in any order and in a fixed one, of several rows, and passes over prompts start."""
     config = dataclasses.replace(shape_of(shape), num_layers=LAYERS)
     model = empty_model(config).to(dtype)
     for method, layers in methods_of(config):
@@ -159,6 +160,8 @@ def record_steps(recorder: Recorder, shape: str, dtype: torch.dtype) -> None:
                 for rows in ROWS:
                     inputs = torch.zeros(3, rows, dtype=torch.int32, device=META)
                     BatchStep(made, cache, tokens=tokens, deterministic=deterministic, inputs=inputs, padding=ROWS[-1]).run()
+        recorder.step = f"{shape}, {method}, prompts"
+        Prompts(made, cache, padding=ROWS[-1]).layers(torch.zeros(7 * TOKENS, dtype=I32, device=META), TOKENS)
         recorder.step = f"{shape}, sampling"
         record_sampling(config.vocab_size, counts_ML)
 

@@ -107,7 +107,7 @@ class PagedEngine:
         return self._prefill(slot, token_ids, every=False)
 
     def prefill_batch(self, slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]]) -> Tensor:
-        """As `prefill` for each of B different slots, one after the other; logits fp32 [B, V]."""
+        """As `prefill` for each of B different slots; logits fp32 [B, V]."""
         assert len(slots_B) == len(token_ids_B) == len(set(slots_B)) > 0, f"{slots_B=}"
         before = [self._cache.lengths[slot] for slot in slots_B]
         for slot, token_ids in zip(slots_B, token_ids_B, strict=True):
@@ -115,7 +115,7 @@ class PagedEngine:
             self._check(slot, token_ids, len(token_ids))
         self._cache.reserve_all(slots_B, [len(token_ids) for token_ids in token_ids_B])
         try:
-            return torch.stack([self._prefill(slot, token_ids, every=False) for slot, token_ids in zip(slots_B, token_ids_B, strict=True)])
+            return self._prefill_batch(slots_B, token_ids_B)
         except ValueError:  # of one of them: what the others have stored does not count
             for slot, length in zip(slots_B, before, strict=True):
                 self._cache.lengths[slot] = length
@@ -143,6 +143,10 @@ class PagedEngine:
     def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
         """Compute the tokens, for which there are pages, and count them: logits [V] after the last one, or [T, V] after every one."""
         raise NotImplementedError
+
+    def _prefill_batch(self, slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]]) -> Tensor:
+        """`_prefill` of each slot, one after the other; logits [B, V]."""
+        return torch.stack([self._prefill(slot, token_ids, every=False) for slot, token_ids in zip(slots_B, token_ids_B, strict=True)])
 
     def _step(self, token_ids_B: Sequence[int], slots_B: Sequence[int], *, sparse: bool, record: bool) -> StepResult:
         """Compute a token of each slot, for which there is a page, and count it."""

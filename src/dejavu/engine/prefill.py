@@ -1,6 +1,6 @@
 """Dense prefill in plain torch: whole chunks of a prompt through the model, keys and values into the cache.
 
-In: a slot's cache and token ids. Out: the residual stream after the last layer. The torch and the cuda engine share it.
+In: a slot's cache and token ids. Out: logits.
 
 Letters: T tokens  D model  H query heads  G key/value heads  K head_dim  N pages of the slot
 """

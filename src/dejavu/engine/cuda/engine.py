@@ -19,12 +19,12 @@ from dejavu.config import SamplingConfig, require
 from dejavu.engine.cuda.bucket import Bucket
 from dejavu.engine.cuda.capabilities import CUDA
 from dejavu.engine.cuda.decode_loop import SETTING_ROWS, joined, packed_settings
+from dejavu.engine.cuda.prompts import Prompts
 from dejavu.engine.cuda.readback import selections
 from dejavu.engine.cuda.weights import dense_model, layer_predictors, step_model
 from dejavu.engine.interface import Decoded, StepProfile, StepResult
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.paged import PagedEngine
-from dejavu.engine.prefill import prefill, prefill_logits
 from dejavu.kernels.cuda.common import INTERPRETED
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.dtypes import TORCH_DTYPES
@@ -72,6 +72,7 @@ class CudaEngine(PagedEngine):
         predictors, counts_ML = layer_predictors(self.layers, config, device)
         self._model = step_model(model, self.layers, predictors, counts_ML)
         self._dense_model = dense_model(self._model) if self.info.sparse else self._model
+        self._prompts = Prompts(self._model, self._cache, padding=self.info.num_slots)
         self._ahead, self._deterministic = ahead, deterministic
         self._crossover = crossover and not deterministic
         self._buckets: dict[tuple[int, bool, bool], Bucket] = {}  # by rows, whether sparse, and whether it records
@@ -95,7 +96,13 @@ class CudaEngine(PagedEngine):
 
     @torch.inference_mode()
     def _prefill(self, slot: int, token_ids: Sequence[int], *, every: bool) -> Tensor:
-        return (prefill_logits if every else prefill)(self.model, self._cache, slot, token_ids)
+        logits_TV = self._prompts.run([slot], [token_ids], every=every)
+        return logits_TV if every else logits_TV[0]
+
+    @torch.inference_mode()
+    def _prefill_batch(self, slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]]) -> Tensor:
+        """The tokens of all slots in the same passes."""
+        return self._prompts.run(slots_B, token_ids_B, every=False)
 
     @torch.inference_mode()
     def decode(
