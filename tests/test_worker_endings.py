@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import weakref
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dejavu.engine.interface import StepResult
 from dejavu.engine.sampling import NOT_NUMBERS
@@ -89,6 +91,50 @@ def test_who_leaves_during_a_turn_is_left_out_of_the_rest_of_it(at: str) -> None
         until(lambda: is_idle(model))
         others = [what for what, slots, _ in engine.calls if 1 in slots]
         assert others == {"prefill": [], "step": ["prefill"]}[at]
+
+
+def reading_together(model: StubModel) -> Any:
+    """The sparse engine of a model, which now reads the prompts of a turn by one call."""
+    engine = model.engines[1]
+    engine.info = dataclasses.replace(engine.info, prompts_together=True)
+    return engine
+
+
+def test_prompts_of_a_turn_are_read_together() -> None:
+    """One that is refused is told so alone; one that left meanwhile is not decoded."""
+    model = StubModel("abcdef", engine=DrawingEngine)
+    with serving(model, slots=3) as worker:
+        engine = reading_together(model)
+        batches: list[list[int]] = []
+
+        def together(slots_B: Sequence[int], token_ids_B: Sequence[Sequence[int]], one: Any = engine.prefill) -> Tensor:
+            batches.append(list(slots_B))
+            if len(batches) == 1:
+                raise ValueError("one of them is refused")
+            return torch.stack([one(slot, token_ids) for slot, token_ids in zip(slots_B, token_ids_B, strict=True)])
+
+        engine.prefill_batch = together
+        engine.before = failing(ValueError("refused"), "prefill", when=lambda slots: 0 in slots)
+        assert outcomes(worker.submit_all([request("One"), request("Two")])) == ["failed: refused", "abcdef"]
+        engine.before = lambda what, slots: None
+        engine.hold()
+        streams = worker.submit_all([request("One"), request("Two"), request("Three", new=1)])
+        streams[1].cancel()
+        engine.release()
+        assert outcomes([streams[0], streams[2]]) == ["abcdef", "a"]
+        assert [len(batch) for batch in batches] == [2, 2] or [len(batch) for batch in batches] == [2, 3]
+        until(lambda: is_idle(model))
+
+
+def test_an_error_of_prompts_read_together_ends_all_of_them() -> None:
+    model = StubModel("abcdef", engine=DrawingEngine)
+    with serving(model, slots=2) as worker:
+        engine = reading_together(model)
+        engine.before = failing(RuntimeError("at /srv/secret.py"), "prefill", when=lambda slots: 0 in slots)
+        failed = "failed: the engine failed (RuntimeError)"
+        assert outcomes(worker.submit_all([request("One"), request("Two")])) == [failed, failed]
+        engine.before = lambda what, slots: None
+        assert outcomes([worker.submit(request())]) == ["abcdef"] and is_idle(model)
 
 
 def test_who_leaves_in_the_step_of_its_last_token_has_left() -> None:

@@ -17,6 +17,7 @@ class Capabilities:
     dtypes: of weights. packs: it makes its own of a model in fp32 on the CPU, in any of these; else it computes in the dtype that the model
     is loaded in. cache_dtypes: of keys and values, where there is a choice; else they have the weights' dtype. parts: of those that
     `ModelConfig.special` names, the ones that it computes; None: all. ahead: ways of looking ahead.
+    prompts_together: those of one call share its passes. prefill_chunk: tokens of prompts that a server reads in a step.
     """
 
     backend: str
@@ -26,6 +27,8 @@ class Capabilities:
     parts: frozenset[str] | None = frozenset()
     screened_head: bool = False
     ahead: tuple[str, ...] = ()
+    prompts_together: bool = False
+    prefill_chunk: int = 128
 
     def beyond(self, config: ModelConfig) -> tuple[str, ...]:
         """What the architecture has that the engine does not compute, in words."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dejavu.config import ModelConfig, SamplingConfig
+from dejavu.engine.capabilities import Capabilities
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels.screen import Screen
 from dejavu.model.counts import Counts
@@ -109,7 +110,8 @@ class EngineInfo:
     cache_dtype is of keys and values. screen: of the vocabulary, whose unlikely tokens have -inf; None: all get
     logits. max_positions is the model's context, cache_tokens what the key/value pool holds over all slots, both in tokens.
     input_points: of the model, where some layer selects inputs; else None. grids: of its matrices, where the engine computes with them as
-    they are stored and `dtype` is but a word for them; else None.
+    they are stored and `dtype` is but a word for them; else None. prompts_together, prefill_chunk: see
+    Capabilities.
     """
 
     backend: str
@@ -129,6 +131,8 @@ class EngineInfo:
     screen: Screen | None = None
     input_points: InputPoints | None = None
     grids: Grids | None = None
+    prompts_together: bool = False
+    prefill_chunk: int = 128
 
     @classmethod
     def of(
@@ -137,17 +141,17 @@ class EngineInfo:
         layers: Sequence[LayerAdapter],
         options: EngineOptions,
         *,
-        backend: str,
         dtype: str,
         cache_dtype: str,
         device: str,
         threads: int,
+        capabilities: Capabilities,
     ) -> Self:
         """What an engine of this model is, with the formats that it settled on and the pages that the options ask for."""
         size = options.page_size
         pages_per_slot = -(-config.max_positions // size)
         return cls(
-            backend=backend,
+            backend=capabilities.backend,
             dtype=dtype,
             cache_dtype=cache_dtype,
             device=device,
@@ -162,6 +166,8 @@ class EngineInfo:
             page_size=size,
             num_pages=options.num_slots * pages_per_slot if options.cache_tokens is None else -(-options.cache_tokens // size),
             screen=options.screen,
+            prompts_together=capabilities.prompts_together,
+            prefill_chunk=capabilities.prefill_chunk,
             input_points=InputPoints.of(config) if any(layer.inputs.selects for layer in layers) else None,
         )
 

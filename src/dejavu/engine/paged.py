@@ -57,11 +57,11 @@ class PagedEngine:
             config,
             self.layers,
             options,
-            backend=self.capabilities.backend,
             dtype=dtype,
             cache_dtype=self.capabilities.cache_dtype(options.cache_dtype, dtype=dtype),
             device=str(model.device),
             threads=torch.get_num_threads() if threads is None else threads,
+            capabilities=self.capabilities,
         )
         if model.device.type == "cpu":  # where memory that is not there is promised all the same
             per_token = cache_bytes(config, backend=self.capabilities.backend, cache_dtype=self._info.cache_dtype)

@@ -15,7 +15,8 @@ class ServeConfig(Config):
 
     slots: sequences at a time. cache_tokens: that the keys and values of all of them together hold; None: slots times the longest sequence,
     of at most 2048 tokens. max_model_len: tokens of the longest sequence, prompt and answer; None: the model's context. queue: sequences
-    that wait at most, beyond those for which a slot is free. prefill_chunk: tokens of prompts in a step, in addition to its decoding rows.
+    that wait at most, beyond those for which a slot is free. prefill_chunk: tokens of prompts in a step, in addition to its decoding rows;
+    None: what suits the engine (Capabilities).
     prefix_reuse: a prompt that begins like an earlier one takes over what is cached of it.
     """
 
@@ -23,12 +24,13 @@ class ServeConfig(Config):
     cache_tokens: int | None = None
     max_model_len: int | None = None
     queue: int = 64
-    prefill_chunk: int = 128
+    prefill_chunk: int | None = None
     prefix_reuse: bool = True
 
     def __post_init__(self) -> None:
         for name in ("slots", "prefill_chunk"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         for name in ("cache_tokens", "max_model_len"):
             value = getattr(self, name)
             require(value is None or value >= 2, f"{name} must be at least 2, a token of a prompt and a new one, not {value}")

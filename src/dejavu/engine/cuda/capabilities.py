@@ -11,4 +11,6 @@ CUDA = Capabilities(
         ("partial_rotary", "rotary_scale", "local_rope", "qk_norm", "block_norms", "window", "attention_scale", "caps", "scales")
     ),
     ahead=("beside", "branch", "in-line"),
+    prompts_together=True,
+    prefill_chunk=1024,
 )

@@ -121,8 +121,7 @@ class EngineLoop:
             return 0
         with self._lock:
             scheduled: SchedulerOutput[TextSequence] = self.scheduler.schedule()
-        for part in scheduled.prefill:
-            self._prefill(part)
+        self._prefill(scheduled.prefill)
         drawing, info = draws(self.engine), self.engine.info
         for alike in sorted({runs_together(info, sequence.row) for sequence in scheduled.decode}, reverse=True):
             rows = [sequence for sequence in scheduled.decode if runs_together(info, sequence.row) == alike]
@@ -177,12 +176,29 @@ class EngineLoop:
         self.broken = False
         return True
 
-    def _prefill(self, part: PrefillChunk[TextSequence]) -> None:
+    def _prefill(self, parts: Sequence[PrefillChunk[TextSequence]]) -> None:
+        """Ranges of prompts; those whose logits nobody asked for by one call, where the engine reads them together."""
+        parts = [part for part in parts if not part.sequence.over and not part.sequence.cancelled]
+        together = [part for part in parts if not part.sequence.request.prompt_logprobs]
+        read: dict[int, Tensor] = {}
+        if len(together) > 1 and self.engine.info.prompts_together:
+            sequences = [part.sequence for part in together]
+            try:
+                logits_BV = self.engine.prefill_batch([each.row.slot for each in sequences], [part.ids for part in together])
+                read = {id(part): logits_V for part, logits_V in zip(together, logits_BV, strict=True)}
+            except ValueError:  # nothing counts then, and each alone is told what is wrong with it
+                pass
+            except Exception as error:
+                self._fail(sequences, error, "prefill")
+        for part in parts:
+            if not part.sequence.over and not part.sequence.cancelled:
+                self._prefill_part(part, read.get(id(part)))
+
+    def _prefill_part(self, part: PrefillChunk[TextSequence], logits_V: Tensor | None) -> None:
+        """A range of a prompt. logits_V: behind it, where it was read."""
         sequence = part.sequence
-        if sequence.over or sequence.cancelled:
-            return
         try:
-            token = self._read(part)
+            token = self._read(part, logits_V)
         except Exception as error:
             self._fail([sequence], error, "prefill")
             return
@@ -196,15 +212,15 @@ class EngineLoop:
         if sequence.unread == 0:
             self._deliver(sequence, token)
 
-    def _read(self, part: PrefillChunk[TextSequence]) -> Token | None:
-        """Prefill a range of a prompt; behind its end the first new token, where one was requested."""
+    def _read(self, part: PrefillChunk[TextSequence], logits_V: Tensor | None) -> Token | None:
+        """Prefill a range of a prompt, if it is not yet; behind its end the first new token, where one was requested."""
         sequence, engine = part.sequence, self.engine
-        slot, ids = sequence.row.slot, sequence.prompt_ids[part.start : part.stop]
+        slot, ids = sequence.row.slot, part.ids
         if sequence.request.prompt_logprobs:
             logits_TV = engine.prefill_logits(slot, ids).cpu()
             sequence.score_prompt(part.start, logits_TV)
             logits_V = logits_TV[-1]
-        else:
+        elif logits_V is None:
             logits_V = engine.prefill(slot, ids)
         if part.stop < len(sequence.prompt_ids):
             return None

@@ -76,6 +76,10 @@ class PrefillChunk(Generic[S]):
     start: int
     stop: int
 
+    @property
+    def ids(self) -> Sequence[int]:
+        return self.sequence.prompt_ids[self.start : self.stop]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerOutput(Generic[S]):

@@ -91,7 +91,7 @@ class Worker:
                 pages=pages,
                 page_size=engine.info.page_size,
                 max_tokens=limit,
-                prefill_chunk=config.prefill_chunk,
+                prefill_chunk=config.prefill_chunk or engine.info.prefill_chunk,
                 queue=config.queue,
             )
 
