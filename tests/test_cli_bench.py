@@ -229,7 +229,16 @@ def test_a_planted_model_on_the_gpu(call, planted_here: list[dict[str, Any]], cu
     arguments = (*arguments, "--head-density", "0.5", "--ahead", "in-line", "--dtype", "fp32", *SHORT)
     result = obj(call(*arguments, "--against", "transformers,llama.cpp", "--json"))
     assert planted_here == [
-        {"name": "opt-small", "device": "cuda", "dtype": "fp32", "density": 0.1, "rank": 128, "num_layers": 2, "seed": 0}
+        {
+            "name": "opt-small",
+            "device": "cuda",
+            "dtype": "fp32",
+            "density": 0.1,
+            "rank": 128,
+            "num_layers": 2,
+            "selection": "uniform",
+            "seed": 0,
+        }
     ]
     decodes = [row for row in result["rows"] if row["op"] == "decode"]
     assert [row["mode"] for row in decodes] == ["dense", *("sparse in-line", "sparse+heads in-line") * 2, "transformers"]
@@ -320,7 +329,8 @@ def test_single_ops(call, planted_here: list[dict[str, Any]], monkeypatch: pytes
     [
         (("--layers", "9"), "layers must lie between 1 and 3"),
         (("--dtype", "int8"), "dtype 'int8' is not available for a synthetic model on backend 'cuda'; choose one of fp32, fp16, bf16"),
-        (("--selection", "uniform"), "--selection on the cuda backend is of --ops"),
+        (("--selection", "uniform", "--selection", "published"), "a planted model has one selection on the cuda backend: name one"),
+        (("--selection", "clustered"), "selection 'clustered' cannot be planted; choose one of uniform, hot-set, published"),
         (("--method", "gate", "--rank", "9"), "--method gate has no predictors: leave --rank and --selection out"),
     ],
 )

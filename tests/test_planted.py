@@ -20,6 +20,7 @@ from dejavu.bench.models.planted import (
     MLP_SHARE,
     PlantedModel,
     check_planted_memory,
+    firing_rates,
     plant,
     planted_model,
     planted_quality,
@@ -262,6 +263,44 @@ def test_matrices_made_in_chunks_keep_their_statistics(monkeypatch: pytest.Monke
     for block in made.model.blocks:
         assert float(block.q.weight.std()) == pytest.approx((2 / 96) ** 0.5, rel=0.05)
         assert int(block.up.weight.isfinite().sum()) == 400 * 96 and float(block.down.weight.abs().amin(1).min()) > 0
+
+
+@pytest.mark.parametrize("neurons", [16384, 9215])
+@pytest.mark.parametrize("selection", ["uniform", "hot-set", "published"])
+def test_rates_of_firing(selection: str, neurons: int) -> None:
+    """Of the density on average; what comes in pairs fires alike; the same for one seed."""
+    rates = firing_rates(selection, 0.05, neurons, seed=3)
+    assert len(rates) == neurons and rates.mean() == pytest.approx(0.05, rel=0.05) and 0 < rates.min() <= rates.max() < 1
+    half = -(-neurons // 2)
+    assert (rates[: neurons - half] == rates[half:]).all() and (rates == firing_rates(selection, 0.05, neurons, seed=3)).all()
+    hot = (rates == 0.5).sum() * 0.5 / rates.sum()
+    assert hot == pytest.approx(0.8 if selection == "hot-set" else 0.0, abs=0.01)
+
+
+UNIONS = {"uniform": (0.19, 0.344, 0.57), "hot-set": (0.146, 0.214, 0.325), "published": (0.15, 0.21, 0.29)}
+
+
+@pytest.mark.parametrize("selection", UNIONS)
+@pytest.mark.parametrize("kind", ["ungated", "squared"])
+def test_what_several_tokens_select_together(kind: str, selection: str) -> None:
+    """Of what predictors set to a tenth select: by 2, 4 and 8 tokens; the published ones are Polar Sparsity's for OPT-6.7B."""
+    made = make(kind, density=0.05, selection=selection, config=tiny_config(kind, intermediate_size=4000))
+    layers = rethresholded(
+        made.model, [LayerAdapter(neurons=layer.neurons) for layer in made.layers], random_ids(made.config, 256), mlp_density=0.1,
+        head_density=None,
+    )  # fmt: skip
+    act = seen(made).act
+    for act_TF in act:
+        assert float((act_TF != 0).float().mean()) == pytest.approx(0.05, rel=0.25)
+    engine_in, unions = seen(made), {2: [], 4: [], 8: []}
+    for index, layer in enumerate(layers[1:], start=1):
+        (predictor,) = predictors_of(layer)
+        h_TR = engine_in.attention_in[index] @ dense(predictor.A_RD).T
+        chosen_TF = h_TR @ dense(predictor.B_OR).T + predictor.bias_O > predictor.threshold
+        for rows, found in unions.items():
+            found.append(float(chosen_TF[: 256 // rows * rows].view(-1, rows, chosen_TF.shape[1]).any(1).float().mean()))
+    means = [sum(found) / len(found) for found in unions.values()]
+    assert means == pytest.approx(UNIONS[selection], rel=0.12)
 
 
 @pytest.mark.parametrize("density", [0.02, 0.3, 0.7])

@@ -109,7 +109,8 @@ def made_up(
     """A model of a known shape: made on the GPU for the cuda backend, planted where predictors select, else random. heads: with predictors
     of heads.
 
-    selections: for the cuda backend those of `ops` alone. method: of SELECTING_METHODS; None: the shape's usual one.
+    selections: on the cuda backend one at most that is planted, or those of `ops`. method: of SELECTING_METHODS; None: the shape's usual
+    one.
     """
     from dejavu.bench.models.random import shape_of, usual_method
     from dejavu.config import require
@@ -146,11 +147,12 @@ def made_up(
         )
     targets = [] if dense else list(densities) or [DEFAULT_DENSITY if selects == "predicted" else PLAIN_DENSITY]
     if picked == "cuda":
-        require(
-            not selections or ops, "--selection on the cuda backend is of --ops: a planted model selects what its tokens need; add --ops"
-        )
+        planted = [] if ops else list(selections)
+        require(len(planted) <= 1, "a planted model has one selection on the cuda backend: name one, or add --ops, which times several")
         if selects == "predicted":
-            subject = _planted(name, settled, rank=rank, num_layers=num_layers, densities=targets, heads=heads, seed=seed)
+            subject = _planted(
+                name, settled, rank=rank, num_layers=num_layers, densities=targets, heads=heads, selections=planted, seed=seed
+            )  # fmt: skip
         else:
             subject = _made_there(name, settled, method=selects, num_layers=num_layers, densities=targets, seed=seed)
     else:
@@ -213,7 +215,15 @@ def _random(
 
 
 def _planted(
-    name: str, options: EngineOptions, *, rank: int | None, num_layers: int | None, densities: list[float], heads: bool, seed: int
+    name: str,
+    options: EngineOptions,
+    *,
+    rank: int | None,
+    num_layers: int | None,
+    densities: list[float],
+    heads: bool,
+    selections: Sequence[str],
+    seed: int,
 ) -> Subject:
     """Sparsity that predictors predict, made on the GPU. A slice of the shape says so in its name."""
     from dejavu.bench.models.planted import planted_model
@@ -223,7 +233,7 @@ def _planted(
 
     made = planted_model(
         name, device="cuda", dtype=options.dtype, density=PLANTED_SHARE * min(densities or [DEFAULT_DENSITY]),
-        rank=PLANTED_RANK if rank is None else rank, num_layers=num_layers, seed=seed,
+        rank=PLANTED_RANK if rank is None else rank, num_layers=num_layers, selection=next(iter(selections), "uniform"), seed=seed,
     )  # fmt: skip
     layers = made.layers if heads else tuple(LayerAdapter(neurons=layer.neurons) for layer in made.layers)
     return Subject(
@@ -232,6 +242,7 @@ def _planted(
         layers_for=lambda selection, density: layers if densities else None,
         ids=random_ids(made.config, 2 * made.config.max_positions, seed=seed),
         densities=densities,
+        selections=selections,
         planted=made,
         shape=Shape(name=name, layers=made.layers_of_full),
         options=options,

@@ -10,7 +10,13 @@ An MLP's first matrix (up; gate where gated) is planted: with x the normed input
 each row of norm about 1, NOISE of its square being noise. The predictor has the first `rank` columns of U diag(s) and V, in int8:
 84 % of what moves W x, so it finds most of what fires, not all. The bias of neuron f is -z |w_f| with z the normal quantile of
 1 - density: each neuron fires on that share of the tokens, each token has its own neurons. An MLP without biases has them all the same
-where its norm has one: the norm gives every token CONSTANT in the first place of x, and there W has -z |w_f| / CONSTANT.
+where its norm has one: the norm gives every token CONSTANT in the first place of x, and there W has -z |w_f| / CONSTANT. Selections,
+by the share r_f of the tokens on which neuron f fires, of mean `density` (which decides what several tokens fire together):
+
+    uniform      all the same
+    hot-set      1/2 for HOT_SHARE of what fires, the rest the same
+    published    a Beta distribution of PUBLISHED: where a tenth is selected, 2, 4 and 8 tokens select the 15, 21 and 29 % of Polar
+                 Sparsity (arXiv 2505.14884), as measured for OPT-6.7B
 
 The residual stream starts at variance 1. All MLPs together add MLP_SHARE to it, which a wrong one cannot hide, and what they
 would add to every token alike is taken off by down's bias; without one rows of down come in pairs that add it up to nothing. All
@@ -32,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +57,10 @@ from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 
 PLANTABLE = {"relu": 1, "relu2": 2}  # activations, and the power of what is positive
 PLANTED_DTYPES = ("fp32", "fp16", "bf16")
+PLANTED_SELECTIONS = ("uniform", "hot-set", "published")
+HOT_SHARE = 0.8  # of what fires, that of the hot set
+PUBLISHED = 2.5  # the sum of the Beta distribution's parameters
+RATES = (1e-4, 0.98)  # a neuron that never fires has no moments, and one that always does no bias
 RANK, HEAD_RANK = 256, 32
 NOISE = 0.05  # share of the variance of W x that is of full rank
 MLP_SHARE, ATTENTION_SHARE = 1.0, 0.25  # of the embedding's variance
@@ -76,6 +87,7 @@ class PlantedModel:
     layers_of_full: int
     density: float
     rank: int
+    selection: str
 
     @property
     def is_slice(self) -> bool:
@@ -117,13 +129,24 @@ class PlantedQuality:
 
 
 def planted_model(
-    name: str, *, device: str | torch.device, dtype: str, density: float, rank: int = RANK, num_layers: int | None = None, seed: int = 0
+    name: str,
+    *,
+    device: str | torch.device,
+    dtype: str,
+    density: float,
+    rank: int = RANK,
+    num_layers: int | None = None,
+    selection: str = "uniform",
+    seed: int = 0,
 ) -> PlantedModel:
     """A model of that shape (see synthetic.SHAPES), or of its first num_layers layers. The same for one seed and kind of device.
 
     Raises ValueError for an unknown name, a shape without ReLU, and where the memory is not there, before any is taken.
     """
-    return plant(shape_of(name), name=name, device=device, dtype=dtype, density=density, rank=rank, num_layers=num_layers, seed=seed)
+    return plant(
+        shape_of(name), name=name, device=device, dtype=dtype, density=density, rank=rank, num_layers=num_layers, selection=selection,
+        seed=seed,
+    )  # fmt: skip
 
 
 def plant(
@@ -135,11 +158,16 @@ def plant(
     density: float,
     rank: int = RANK,
     num_layers: int | None = None,
+    selection: str = "uniform",
     seed: int = 0,
 ) -> PlantedModel:
     """planted_model for any architecture: `config` is that of the whole model."""
     require(dtype in PLANTED_DTYPES, f"dtype {dtype!r} is not available for a planted model; choose one of {', '.join(PLANTED_DTYPES)}")
     require(0 < density < 1, f"density must lie between 0 and 1, not {density:g}")
+    require(
+        selection in PLANTED_SELECTIONS,
+        f"selection {selection!r} cannot be planted; choose one of {', '.join(PLANTED_SELECTIONS)}",
+    )
     size, full = config.hidden_size, config.num_layers
     require(1 <= rank <= size, f"rank must lie between 1 and {size} (the hidden size), not {rank}")
     require(num_layers is None or 1 <= num_layers <= full, f"layers must lie between 1 and {full} (those of {name}), not {num_layers}")
@@ -151,7 +179,10 @@ def plant(
 
     model, makers = empty_model(config), Makers(device=device, dtype=TORCH_DTYPES[dtype], seed=seed)
     fill_ends(model, makers.ends())
-    layers = [fill_layer(block, makers.layer(index), index, full, density=density, rank=rank) for index, block in enumerate(model.blocks)]
+    layers = [
+        fill_layer(block, makers.layer(index), index, full, density=density, rank=rank, selection=selection)
+        for index, block in enumerate(model.blocks)
+    ]
     model.fill_frequencies(device)
     return PlantedModel(
         name=name,
@@ -163,6 +194,7 @@ def plant(
         layers_of_full=full,
         density=density,
         rank=rank,
+        selection=selection,
     )
 
 
@@ -238,7 +270,8 @@ class Maker:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, stream: int) -> None:
         self.device, self.dtype = device, dtype
-        self.generator = torch.Generator(device).manual_seed(1000 * seed + stream)
+        self.seed = 1000 * seed + stream
+        self.generator = torch.Generator(device).manual_seed(self.seed)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, generator=self.generator)
@@ -293,10 +326,26 @@ def relu_moments(density: float, power: int = 1) -> tuple[float, float, float]:
     return z, moments[power], moments[2 * power]
 
 
-def fill_layer(block: Block, maker: Maker, index: int, full: int, *, density: float, rank: int) -> LayerAdapter:
+def firing_rates(selection: str, density: float, neurons: int, *, seed: int) -> np.ndarray:
+    """The share of the tokens on which each neuron fires, float64 [neurons]; in any order, the second half in that of the first."""
+    half = -(-neurons // 2)  # of an MLP without biases rows of down come in pairs, which must fire alike
+    random = np.random.default_rng(seed)
+    if selection == "uniform":
+        rates = np.full(half, density)
+    elif selection == "hot-set":
+        hot = min(half - 1, round(2 * HOT_SHARE * density * half))
+        rates = np.full(half, (density * half - hot / 2) / (half - hot))
+        rates[random.permutation(half)[:hot]] = 0.5
+    else:
+        rates = random.beta(density * PUBLISHED, (1 - density) * PUBLISHED, half)
+    return np.tile(rates.clip(*RATES) if selection != "uniform" else rates, 2)[:neurons]
+
+
+def fill_layer(block: Block, maker: Maker, index: int, full: int, *, density: float, rank: int, selection: str = "uniform") -> LayerAdapter:
     """Weights of layer `index` of `full`, in which that share of the neurons fires; its predictors."""
     _fill_attention(block, maker, full)
-    mlp = _fill_mlp(block, maker, full, density=density, rank=rank)
+    rates_F = firing_rates(selection, density, block.config.intermediate_size, seed=maker.seed)
+    mlp = _fill_mlp(block, maker, full, rates_F=rates_F, rank=rank)
     heads = _head_predictor(block.config, maker, lookahead=min(index, 1))
     return LayerAdapter(neurons=PredictedNeurons(mlp), heads=PredictedHeads(heads))
 
@@ -349,14 +398,16 @@ def _fill_attention(block: Block, maker: Maker, full: int) -> None:
             part.bias = maker.constant(part.bias, 0.0)
 
 
-def _fill_mlp(block: Block, maker: Maker, full: int, *, density: float, rank: int) -> Predictor:
+def _fill_mlp(block: Block, maker: Maker, full: int, *, rates_F: np.ndarray, rank: int) -> Predictor:
     """Parameters of the MLP; the predictor of what fires in it."""
     size, neurons = block.config.hidden_size, block.config.intermediate_size
     power = PLANTABLE[block.config.activation]
-    z, mean, square = relu_moments(density, power)
+    rates, which_F = np.unique(rates_F, return_inverse=True)
+    found = torch.tensor([relu_moments(float(rate), power) for rate in rates], dtype=torch.float32)
+    z_F, mean_F, square_F = found[torch.from_numpy(which_F)].to(maker.device).unbind(1)
     activated, gated, biased = block.activated, block.config.gated, block.config.mlp_bias
     activated.weight, norm_F, A_RD, B_FR = maker.planted(activated.weight, rank)
-    bias_F = -z * norm_F
+    bias_F = -z_F * norm_F
     if biased:
         activated.bias = maker.parameter(bias_F)
     else:
@@ -367,9 +418,9 @@ def _fill_mlp(block: Block, maker: Maker, full: int, *, density: float, rank: in
         if block.up.bias is not None:
             block.up.bias = maker.constant(block.up.bias, 0.0)
     # What varies: an activation less its mean; or one times a value of variance 1 and mean 0.
-    varies = square - (0.0 if gated else mean * mean)
+    varies = float((square_F - (0.0 if gated else mean_F * mean_F)).mean())
     block.down.weight = maker.matrix(block.down.weight, math.sqrt(MLP_SHARE / full / neurons / varies))
-    mean_F = mean * norm_F**power
+    mean_F = mean_F * norm_F**power
     if biased:
         always_D = torch.zeros(size, device=maker.device)
         for part in () if gated else chunks(neurons, size):
