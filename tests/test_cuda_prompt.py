@@ -22,10 +22,9 @@ from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels.attention import PLAIN, ScoreConfig
 from dejavu.kernels.cuda.attention import Places, ScoreWeights
 from dejavu.kernels.cuda.common import norm_definition
+from dejavu.kernels.cuda.mlp_rows import activate_rows, activate_rows_definition
 from dejavu.kernels.cuda.prompt import (
     BlockShape,
-    activate_rows,
-    activate_rows_definition,
     attend_blocks,
     attend_blocks_definition,
     block_shape,

@@ -25,8 +25,8 @@ from dejavu.engine.cuda.weights import StepModel
 from dejavu.kernels.cuda.attention import Places
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.logits import finish_logits
-from dejavu.kernels.cuda.mlp_rows import dense_down_rows
-from dejavu.kernels.cuda.prompt import activate_rows, attend_blocks, block_shape, place_heads
+from dejavu.kernels.cuda.mlp_rows import dense_mlp_rows
+from dejavu.kernels.cuda.prompt import attend_blocks, block_shape, place_heads
 from dejavu.kernels.cuda.rows import norm_rows
 
 PASS = 2048  # tokens of a pass at most
@@ -135,16 +135,14 @@ class Prompts:
         embed_rows(token_T, position_T, model.embed, model.positions, config.position_offset, y_TD, first_TD, scale=model.embed_scale)
         delta_TD = first_TD
         for index, layer in enumerate(model.weights):
-            k_PGSK, v_PGSK, mlp = cache.k_LPGSK[index], cache.v_LPGSK[index], layer.mlp
+            k_PGSK, v_PGSK = cache.k_LPGSK[index], cache.v_LPGSK[index]
             norm_rows(y_TD, delta_TD, layer.norm1, x_TD, added=model.joined(index))
             place_heads(F.linear(x_TD, layer.qkv, layer.qkv_bias), q_THK, k_PGSK, v_PGSK, places, layer.scores)
             attend_blocks(q_THK, k_PGSK, v_PGSK, blocks, cache.table, mixed_THK, layer.scores, shape=self._shape)
             mixed_TQ = mixed_THK.flatten(1)
             out_TD = mixed_TQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_TQ, layer.o)
             norm_rows(y_TD, out_TD, layer.norm2, x_TD, added=layer.attention_out)
-            up_TF = F.linear(x_TD, mlp.up_FD, mlp.up_bias_F)
-            first_TF, second_TF = (up_TF, None) if mlp.gate_FD is None else (F.linear(x_TD, mlp.gate_FD, mlp.gate_bias_F), up_TF)
-            delta_TD = dense_down_rows(activate_rows(first_TF, second_TF, mlp.activation, mlp.activation_threshold), mlp)
+            delta_TD = dense_mlp_rows(x_TD, layer.mlp)
         return y_TD, delta_TD
 
     def _logits(self, y_TD: Tensor, delta_TD: Tensor, rows: Sequence[int]) -> Tensor:

@@ -1,15 +1,14 @@
-"""What a pass over tokens of prompts does besides products of matrices: tokens of one or several sequences, packed row after row.
+"""Attention of a pass over tokens of prompts: those of one or several sequences, packed row after row.
 
     place_heads     q = rotated(norm(q));  k, v into the cache, k likewise
     attend_blocks   m_t = softmax(cap(scale q_t . k_s)) v_s        over the s <= t of its sequence that it sees, keys in pages
-    activate_rows   a = act(gate) * up, or act(up)
 
 Queries are attended in blocks of rows of one sequence, whose keys, the pass's own too, are in the cache by then. Sums are fp32; what is
 stored is rounded to the dtype of the weights or of the cache.
 
 Bytes that any implementation moves: q, k, v in; keys and values of the sequence for a block; the mixed heads out.
 
-Letters: T rows (tokens of the pass)  H query heads  G key/value heads  K head_dim  W = (H + 2G) K  F neurons  M rows of a block
+Letters: T rows (tokens of the pass)  H query heads  G key/value heads  K head_dim  W = (H + 2G) K  M rows of a block
 N keys at a time  S tokens of a page
 """
 
@@ -22,13 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.activation import ACTIVATION_CODES
-from dejavu.kernels.activation import activate as activate_definition
 from dejavu.kernels.cuda.attention import ALL_TOKENS, NO_NORM, Places, ScoreWeights
-from dejavu.kernels.cuda.common import activate, launch, or_any, soft_cap
+from dejavu.kernels.cuda.common import launch, or_any, soft_cap
 
 PLACED = 8  # tokens of a program of `place_heads`
-BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,18 +145,6 @@ def _attend_blocks(
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
-def _activate_rows(
-    gate, up, out, size, threshold, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, programmatic: tl.constexpr
-):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = i < size
-    v = activate(tl.load(gate + i, mask=live, other=0.0).to(tl.float32), ACTIVATION, threshold)
-    if GATED:
-        v = v * tl.load(up + i, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + i, v.to(out.dtype.element_ty), mask=live)
-
-
 def place_heads(qkv_TW: Tensor, q_THK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, places: Places, how: ScoreWeights) -> None:
     """Fill q_THK and store keys and values of rows, of which `places` has as many as there are of qkv."""
     rows, heads, head_dim = q_THK.shape
@@ -191,16 +175,6 @@ def attend_blocks(
     )  # fmt: skip
 
 
-def activate_rows(first: Tensor, up: Tensor | None, activation: str, threshold: float) -> Tensor:
-    """act(first) * up, or act(first): products of any one shape, contiguous; in the place of `first`."""
-    assert first.is_contiguous() and (up is None or (up.is_contiguous() and up.shape == first.shape))
-    launch(
-        _activate_rows, (triton.cdiv(first.numel(), BLOCK),), first, or_any(up, first), first, first.numel(), threshold,
-        GATED=up is not None, ACTIVATION=ACTIVATION_CODES[activation], BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
-    return first
-
-
 def attend_blocks_definition(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, position: int, how: ScoreWeights) -> Tensor:
     """Mixed values [T, H, K] of one sequence's rows from `position` on, over its S keys and values."""
     scores = how.scores
@@ -214,8 +188,3 @@ def attend_blocks_definition(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, positi
     token_S = torch.arange(k_SGK.shape[0], device=q_THK.device)[None]
     sees_TS = (token_S <= own_T) & (token_S > own_T - (ALL_TOKENS if scores.window is None else scores.window))
     return (s_HTS.masked_fill(~sees_TS, -torch.inf).softmax(-1) @ v_HSK).transpose(0, 1)
-
-
-def activate_rows_definition(first: Tensor, up: Tensor | None, activation: str, threshold: float) -> Tensor:
-    act = activate_definition(first, activation, threshold)
-    return act if up is None else act * up
