@@ -47,7 +47,7 @@ from dejavu.kernels.cuda.common import (
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
 
 # By the largest hidden size that each is for: rows, warps, programs.
-SHAPES = {2048: (8, 8, 1), 3072: (2, 8, 2), 4096: (4, 8, 1), 6144: (1, 8, 2), 8192: (1, 4, 2), 1 << 31: (1, 16, 1)}
+SHAPES = {2048: (8, 8, 1), 3072: (2, 4, 2), 4096: (4, 8, 1), 6144: (1, 8, 2), 8192: (1, 4, 2), 1 << 31: (1, 16, 1)}
 GATED_SHAPES = {2048: (4, 8, 1), 4096: (2, 8, 1), 8192: (1, 4, 2), 1 << 31: (1, 16, 1)}
 
 
@@ -131,7 +131,7 @@ def _mlp(
 
 
 def default_shape(size: int, *, gated: bool) -> GridShape:
-    """What was fastest on an H100, by hidden size (docs/log.md)."""
+    """What was fastest on an H100 (3072: on an H200), by hidden size (docs/log.md)."""
     return shape_up_to(size, GATED_SHAPES if gated else SHAPES)
 
 
