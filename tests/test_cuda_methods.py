@@ -174,9 +174,10 @@ def test_what_a_threshold_of_zero_leaves_out_is_nothing(tiny: Tiny, name: str, r
 @pytest.mark.parametrize("name", ["llama, biased", slow("opt")])
 def test_weights_by_input_are_held_once(tiny: Tiny, name: str, device: str) -> None:
     """The model's own lie where the engine reads them, with the values and the version that they had; a dense engine has rows again."""
-    model, ids = on(made(tiny, name), device), ids_of(9, 6)
+    plain, ids = made(tiny, name), ids_of(9, 6)
+    layers, model = input_layers(plain, 0.4), on(plain, device)
     tokens_BT = torch.tensor([ids], device=model.device)
-    layers, before = input_layers(model, 0.4), {name: weight.clone() for name, weight in model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     number, logits = weights_version(model), model(tokens_BT)
     assert number is not None
     engine = CudaEngine(model, layers, EngineOptions(num_slots=2))
