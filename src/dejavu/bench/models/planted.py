@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from dejavu.bench.models.density import MAX_TOKENS
-from dejavu.bench.models.random import shape_of
+from dejavu.bench.models.random import HOT_SHARE, shape_of
 from dejavu.config import ModelConfig, require
 from dejavu.kernels.activation import activate
 from dejavu.kernels.dtypes import TORCH_DTYPES
@@ -58,7 +58,6 @@ from dejavu.model.transformer import Block, LayerInputs, Selection, Transformer
 PLANTABLE = {"relu": 1, "relu2": 2}  # activations, and the power of what is positive
 PLANTED_DTYPES = ("fp32", "fp16", "bf16")
 PLANTED_SELECTIONS = ("uniform", "hot-set", "published")
-HOT_SHARE = 0.8  # of what fires, that of the hot set
 PUBLISHED = 2.5  # the sum of the Beta distribution's parameters
 RATES = (1e-4, 0.98)  # a neuron that never fires has no moments, and one that always does no bias
 RANK, HEAD_RANK = 256, 32

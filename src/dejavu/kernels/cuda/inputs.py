@@ -47,7 +47,7 @@ from dejavu.kernels.cuda.common import (
 
 BLOCK = 256
 CLEARED = 1024
-FEW = 1 << 24  # weights of a matrix that gives no more programs work
+FEW = 1 << 24  # weights of a matrix with too little work for six programs of a multiprocessor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
