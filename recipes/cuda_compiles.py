@@ -61,9 +61,19 @@ class Launch:
     divisible: tuple[int, ...]  # places of arguments that are multiples of 16
     num_warps: int
     programmatic: bool
+    max_registers: int | None
 
     @classmethod
-    def of(cls, kernel: Any, arguments: Sequence[Any], constants: dict[str, Any], num_warps: int, programmatic: bool) -> Launch:
+    def of(
+        cls,
+        kernel: Any,
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        *,
+        num_warps: int,
+        programmatic: bool,
+        max_registers: int | None,
+    ) -> Launch:
         """As triton specialises a call: an integer 1 is a constant, pointers and multiples of 16 are told."""
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         signature, fixed, divisible = [], [], []
@@ -79,14 +89,14 @@ class Launch:
                 assert isinstance(value, int | float), f"{kernel.__name__}: {name} is {value!r}"
                 signature.append((name, "fp32" if isinstance(value, float) else "i32"))
                 divisible += [place] if isinstance(value, int) and value % 16 == 0 else []
-        return cls(kernel, tuple(signature), tuple(fixed), tuple(divisible), num_warps, programmatic)
+        return cls(kernel, tuple(signature), tuple(fixed), tuple(divisible), num_warps, programmatic, max_registers)
 
     def compiled(self, arch: int) -> Any:
         programmatic = self.programmatic and arch >= 90  # see common.overlaps
         constants = dict(self.constants) | {"programmatic": programmatic}
         attributes = {(place,): [["tt.divisibility", 16]] for place in self.divisible}
         source = ASTSource(self.kernel, dict(self.signature), constants, attributes)
-        options = {"num_warps": self.num_warps, "enable_fp_fusion": False} | ({"launch_pdl": True} if programmatic else {})
+        options = {"num_warps": self.num_warps} | common.compile_options(programmatic=programmatic, max_registers=self.max_registers)
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -116,8 +126,20 @@ class Recorder:
         self.launches: dict[Launch, str] = {}
         self.step = ""
 
-    def launch(self, kernel: Any, grid: Any, *arguments: Any, num_warps: int, programmatic: bool = False, **constants: Any) -> None:
-        self.launches.setdefault(Launch.of(kernel, arguments, constants, num_warps, programmatic), self.step)
+    def launch(
+        self,
+        kernel: Any,
+        grid: Any,
+        *arguments: Any,
+        num_warps: int,
+        programmatic: bool = False,
+        max_registers: int | None = None,
+        **constants: Any,
+    ) -> None:
+        found = Launch.of(
+            kernel, arguments, constants, num_warps=num_warps, programmatic=programmatic, max_registers=max_registers
+        )  # fmt: skip
+        self.launches.setdefault(found, self.step)
 
     def install(self, arch: int) -> None:
         """From now on steps are those of that architecture."""

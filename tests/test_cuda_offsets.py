@@ -19,9 +19,9 @@ from dejavu.kernels.cuda import attention
 from dejavu.kernels.cuda.attention import Partials, Places, attend, attention_definition, output_token
 from dejavu.kernels.cuda.common import GridShape, NormWeights, launch, tile
 from dejavu.kernels.cuda.embed import embed_rows
-from dejavu.kernels.cuda.gate import mlp_given_definition, mlp_given_token, mlp_given_token_definition
+from dejavu.kernels.cuda.gate import mlp_given_definition
 from dejavu.kernels.cuda.gate_rows import up_given_rows
-from dejavu.kernels.cuda.inputs import KeptInputs, SumShape, sum_inputs, sum_inputs_definition
+from dejavu.kernels.cuda.inputs import ActivatedInputs, KeptInputs, SumShape, sum_inputs, sum_inputs_definition, sum_scratch
 from dejavu.kernels.cuda.mlp import mlp_token, mlp_token_definition
 from dejavu.kernels.cuda.mlp_rows import down_rows, mlp_rows, mlp_rows_definition, padded_rows
 from dejavu.kernels.cuda.project import GroupScores, project_token, project_token_definition
@@ -112,20 +112,6 @@ def test_neurons_of_several_rows(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_neurons_of_one_token_whose_gate_is_given(device: str) -> None:
-    far, near, idx_A = far_mlp(device)
-    y_D, delta_D, value_A = normal(4096, seed=1), normal(4096, seed=2), normal(2, seed=3)
-    value_F, out_D = torch.zeros(far.up_FD.shape[0], device=device), torch.zeros(4096, device=device)
-    value_F[idx_A], both = value_A.to(device), torch.ones(2, dtype=torch.bool)
-    mlp_given_token(
-        y_D.to(device), delta_D.to(device), torch.empty(4096, device=device), out_D, NORM, far, value_F, idx_A.int().to(device),
-        torch.tensor([2], dtype=torch.int32, device=device), shape=GridShape(rows=2, warps=8, programs=1),
-    )  # fmt: skip
-    truth_D = mlp_given_token_definition(y_D.double(), delta_D.double(), NORM, wide(near), value_A.double(), both)
-    check_rule(out_D, mlp_given_token_definition(y_D, delta_D, NORM, near, value_A, both), truth_D, FP16)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_neurons_of_several_rows_whose_gates_are_given(device: str) -> None:
     far, near, idx_A = far_mlp(device)
     x_BD, product_BA, neurons = normal(2, 4096, seed=1, dtype=FP16), normal(2, 2, seed=2, dtype=FP16).abs(), far.up_FD.shape[0]
@@ -142,12 +128,17 @@ def test_neurons_of_several_rows_whose_gates_are_given(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_of_inputs(device: str) -> None:
     inputs, outputs = 2**31 // 4096 + 3, 4096
-    weight_IO, rows, x_A = far_memory(device, inputs, outputs), normal(2, outputs, dtype=FP16), normal(2, seed=1, dtype=FP16)
-    idx_A, x_I, out_O = torch.tensor([2, inputs - 1]), torch.zeros(inputs, dtype=FP16, device=device), torch.zeros(outputs, device=device)
-    weight_IO[idx_A], x_I[idx_A], listed = rows.to(device), x_A.to(device), idx_A.int().to(device)
-    count = torch.tensor([2], dtype=torch.int32, device=device)
-    kept = KeptInputs(norm=x_I, threshold=x_I, x=x_I, inputs=listed, count=count)
-    sum_inputs(kept, listed, weight_IO, None, out_O, shape=SumShape(rows=4, columns=1024))
+    weight_IO, rows, x_A = far_memory(device, inputs, outputs), normal(2, outputs, dtype=FP16), normal(2, seed=1, dtype=FP16).abs()
+    idx_A, sums_I, out_O = torch.tensor([2, inputs - 1]), torch.zeros(inputs, device=device), torch.zeros(outputs, device=device)
+    weight_IO[idx_A], sums_I[idx_A], shape = rows.to(device), x_A.float().to(device), SumShape(rows=4, columns=1024, warps=4, programs=512)
+    listed, room = torch.zeros(2, inputs, dtype=torch.int32, device=device), sum_scratch(inputs, outputs, torch.device(device), shape)
+    kept = KeptInputs(
+        norm=torch.ones(inputs, device=device), threshold=torch.zeros(1, device=device), inputs=listed[0], count=listed[1, :1]
+    )
+    scratch = torch.zeros(room, dtype=torch.int32, device=device), torch.zeros(room, device=device)
+    x = ActivatedInputs(sums=sums_I, activation="relu", activation_threshold=0.0, gated=False)
+    sum_inputs(x, kept, scratch, weight_IO, None, out_O, shape=shape)
+    assert kept.count.item() == 2
     both = torch.ones(2, dtype=torch.bool)
     truth_O = sum_inputs_definition(x_A.double(), both, rows.double(), None)
     check_rule(out_O, sum_inputs_definition(x_A, both, rows, None), truth_O, FP16)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from dejavu.kernels.cuda.common import BlockOutput, Side, joined_definition, norm_definition
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate import mlp_given_token
-from dejavu.kernels.cuda.inputs import KeptInputs, keep_normed
+from dejavu.kernels.cuda.inputs import KeptInputs, NormedInputs, sum_inputs, sum_scratch
 from dejavu.kernels.cuda.logits import finish_logits, finish_logits_definition
 from dejavu.kernels.cuda.mlp import mlp_token
 from dejavu.kernels.cuda.mlp_rows import DownShape, UpShape, mlp_rows, mlp_rows_definition, padded_rows, shares_of
@@ -71,9 +71,11 @@ def test_what_a_block_gave_is_normed_and_scaled_before_it_is_added(
     weights = placed(MlpWeights(up_FD=weight_OD, down_FD=weight_OD, activation="relu"), memory)
     listed, count = memory.given(torch.arange(8, dtype=INT)), memory.given(torch.tensor([8], dtype=INT))
     kept = KeptInputs(
-        norm=memory.given(torch.ones(size)), threshold=memory.given(torch.tensor([-1.0])), x=memory.room(size, dtype=dtype),
-        inputs=memory.room(size, dtype=INT), count=memory.room(1, dtype=INT),
+        norm=memory.given(torch.ones(size)), threshold=memory.given(torch.tensor([-1.0])), inputs=memory.room(size, dtype=INT),
+        count=memory.room(1, dtype=INT, holds=0.0),
     )  # fmt: skip
+    room = sum_scratch(size, 8, torch.device(device))
+    scratch, weight_DO = (memory.room(room, dtype=INT), memory.room(room)), memory.given(weight_OD.T.contiguous())
     y, delta, own = memory.given(start_D), memory.given(delta_D), placed(norm, memory)
 
     def by_rows(y_out: Tensor) -> None:
@@ -82,7 +84,9 @@ def test_what_a_block_gave_is_normed_and_scaled_before_it_is_added(
 
     ways: list[Callable[[Tensor], None]] = [
         by_rows,
-        lambda y_out: keep_normed(y, delta, y_out, own, kept, added=here),
+        lambda y_out: sum_inputs(
+            NormedInputs(y=y, delta=delta, y_out=y_out, norm=own, added=here), kept, scratch, weight_DO, None, memory.room(8)
+        ),
         lambda y_out: mlp_token(y, delta, y_out, memory.room(size, holds=start_D), own, weights, added=here),
         lambda y_out: mlp_given_token(
             y, delta, y_out, memory.room(size, holds=start_D), own, weights, memory.given(torch.ones(8)), listed, count, added=here

@@ -89,7 +89,7 @@ class BatchStep:
         self._union_counts = torch.zeros(layers, dtype=torch.int32, device=device)
         self._groups_LBG = torch.zeros(layers, rows, config.num_kv_heads, dtype=torch.int32, device=device)
         self._kept = {
-            (index, point): torch.zeros(rows, kept.x.shape[0], device=device, dtype=dtype)
+            (index, point): torch.zeros(rows, kept.norm.shape[0], device=device, dtype=dtype)
             for index, layer in enumerate(model.inputs if record else ())
             for point, kept in ({} if layer is None else layer.points).items()
         }

@@ -9,10 +9,10 @@ delta_attention; the MLP reads y1 + delta_attention, writes the sum to y0 and ad
 by a kernel that runs while nobody reads or adds to them.
 
 Where the gate selects neurons, the MLP is two kernels: products with the gate (with the norm and the selection), rows of up and down.
-Where inputs are selected, each of q, k, v, of O, of gate and up, and of down is two: keep its inputs, and sum their rows.
+Where inputs are selected, q, k, v, O, gate and up, and down are a kernel each, which makes its input, keeps some of it and sums their rows.
 
 Letters: B rows (1)  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  W = (H + 2G) K
-I inputs of a map  O outputs of a map  S shares of a list
+I inputs of a map  O outputs of a map  S slices of inputs
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
 from dejavu.engine.cuda.capabilities import CUDA
-from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel
+from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel, all_counts
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
 from dejavu.kernels.cuda.common import BlockOutput, NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate import GateNeurons, given_shape, mlp_given_token
-from dejavu.kernels.cuda.inputs import KeptInputs, keep_activated, keep_heads, keep_normed, sum_inputs, sum_shape, sum_shares
+from dejavu.kernels.cuda.inputs import ActivatedInputs, HeadInputs, KeptInputs, NormedInputs, sum_inputs, sum_scratch, sum_slices
 from dejavu.kernels.cuda.logits import finish_logits
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
 from dejavu.kernels.cuda.project import project_token
@@ -61,10 +61,13 @@ class TokenStep:
         self.inputs = inputs  # int32 [3, 1]: token, slot, position
         size, neurons = config.hidden_size, config.intermediate_size
         self._chained = not deterministic and ahead != "branch"  # kernels may start before the one before has ended
-        self._y0, self._y1, self._delta_mlp = torch.zeros(3, size, device=device).unbind(0)
+        self._y0, self._y1 = torch.zeros(2, size, device=device).unbind(0)
+        by_inputs = [index for index, layer in enumerate(model.inputs) if layer is not None]
+        up_width = neurons * (2 if config.gated else 1) if by_inputs else 0
+        self._mlp_sums = torch.zeros(size + up_width, device=device)  # side by side, for attention to clear
+        self._delta_mlp, self._up = self._mlp_sums.split([size, up_width])
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self._attention_sums = torch.zeros(size + width, device=device)  # what a layer's attention adds to, side by side to be cleared
-        self._delta_attention, self._qkv = self._attention_sums[:size], self._attention_sums[size:][None]
+        self._delta_attention, self._qkv = torch.zeros(size, device=device), torch.zeros(1, width, device=device)
         splits = splits_for(1, config.num_heads, device, tokens=tokens)
         self._partials = Partials(
             mixed=torch.zeros(1, config.num_heads, splits, config.head_dim, device=device),
@@ -72,14 +75,17 @@ class TokenStep:
         )
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table)
         self._shape = default_shape(size, gated=config.gated)
-        if any(layer is not None for layer in model.inputs):
-            queries, up_width = config.num_heads * config.head_dim, neurons * (2 if config.gated else 1)
+        self._first_counts: Tensor | None = None
+        if by_inputs:
+            queries = config.num_heads * config.head_dim
             matrices = ((size, width), (queries, size), (size, up_width), (neurons, size))
             self._sums = InputSums(matrices, device, deterministic=deterministic, chained=self._chained)
-            self._up_sums = torch.zeros(up_width, device=device)
+            every = torch.tensor(all_counts(config, inputs=len(model.counts) > 2), dtype=torch.int32, device=device)
+            self._first_counts = every[:, None].repeat(1, config.num_layers)
+            self._first_counts[2:, by_inputs] = 0
         if deterministic:
             programs = max(programs_of(shape, device) for shape in (self._shape, given_shape(size)))
-            self._mlp_sums = torch.zeros(programs, size, device=device)
+            self._program_sums = torch.zeros(programs, size, device=device)
             self._head_sums = torch.zeros(config.num_heads, size, device=device)
             self._marks, self._ordered = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         self.logits = torch.zeros(1, config.vocab_size, device=device)
@@ -117,6 +123,8 @@ class TokenStep:
         """Start every kernel on the current stream. Afterwards `logits` and the predictors' counts are the step's."""
         model = self.model
         first = self._y0[None], self._delta_mlp[None]
+        if self._first_counts is not None:
+            model.counts.copy_(self._first_counts)
         embed_rows(
             self.inputs[0], self.inputs[2], model.embed, model.positions, self.config.position_offset, *first, scale=model.embed_scale
         )
@@ -152,7 +160,7 @@ class TokenStep:
         attend(
             self._qkv, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
             how=layer.scores, groups_BG=None if groups is None else groups.groups[None], count_B=None if groups is None else groups.count,
-            select=early if self.ahead == "beside" else None, cleared=self._delta_mlp, programmatic=chained,
+            select=early if self.ahead == "beside" else None, cleared=self._mlp_sums, programmatic=chained,
         )  # fmt: skip
         output_token(
             self._partials, layer.o, layer.o_bias, self._head_sums if self.deterministic else self._delta_attention,
@@ -173,7 +181,7 @@ class TokenStep:
         neurons = own.neurons
         if neurons is not None and self.deterministic:
             order_list(neurons.neurons, neurons.count, self._marks, self._ordered)
-        sums = self._mlp_sums[: programs_of(self._shape, self._y0.device)] if self.deterministic else self._delta_mlp
+        sums = self._program_sums[: programs_of(self._shape, self._y0.device)] if self.deterministic else self._delta_mlp
         mlp_token(
             self._y1, self._delta_attention, self._y0, sums, layer.norm2, layer.mlp,
             None if neurons is None else self._ordered if self.deterministic else neurons.neurons,
@@ -196,7 +204,7 @@ class TokenStep:
         listed, out = gate.neurons, self._delta_mlp
         if self.deterministic:
             order_list(gate.neurons, gate.count, self._marks, self._ordered)
-            listed, out = self._ordered, self._mlp_sums[: programs_of(given_shape(self._y0.shape[0]), self._y0.device)]
+            listed, out = self._ordered, self._program_sums[: programs_of(given_shape(self._y0.shape[0]), self._y0.device)]
         mlp_given_token(
             self._y1, self._delta_attention, self._y0, out, norm, mlp, gate.value, listed, gate.count,
             added=layer.attention_out, partial=self.deterministic, programmatic=self._chained,
@@ -206,30 +214,25 @@ class TokenStep:
 
     def _layer_of_inputs(self, index: int, inputs: InputLayer) -> None:
         layer, points, config, sums, chained = self.weights[index], inputs.points, self.config, self._sums, self._chained
-        mlp, last = layer.mlp, (points["output"], points["down"])
-        keep_normed(
-            self._y0, self._delta_mlp, self._y1, layer.norm1, points["attention"], added=self.model.joined(index),
-            cleared=self._attention_sums, counters=(last[0].count, last[1].count), programmatic=chained,
+        mlp = layer.mlp
+        normed = NormedInputs(
+            y=self._y0, delta=self._delta_mlp, y_out=self._y1, norm=layer.norm1, added=self.model.joined(index)
         )  # fmt: skip
-        sums.add(points["attention"], inputs.qkv, layer.qkv_bias, self._qkv[0], in_order=True)
+        sums.add(normed, points["attention"], inputs.qkv, layer.qkv_bias, sums.qkv)
         attend(
-            self._qkv, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
-            how=layer.scores, cleared=self._delta_mlp, programmatic=chained,
+            sums.qkv[None], self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=config.num_heads,
+            how=layer.scores, cleared=self._mlp_sums, programmatic=chained,
         )  # fmt: skip
-        keep_heads(self._partials, points["output"], programmatic=chained)
-        sums.add(points["output"], layer.o, layer.o_bias, self._delta_attention)
+        sums.add(HeadInputs(partials=self._partials), points["output"], layer.o, layer.o_bias, sums.attention, cleared=sums.qkv)
         side = self._before(index + 1)
         if side is not None:
-            self._first_half(index, self._y1, self._delta_attention, layer.norm2, side, layer.attention_out)
-        keep_normed(
-            self._y1, self._delta_attention, self._y0, layer.norm2, points["mlp"], added=layer.attention_out, cleared=self._up_sums,
-            programmatic=chained,
+            self._first_half(index, self._y1, sums.attention, layer.norm2, side, layer.attention_out)
+        normed = NormedInputs(y=self._y1, delta=sums.attention, y_out=self._y0, norm=layer.norm2, added=layer.attention_out)
+        sums.add(normed, points["mlp"], inputs.up, inputs.up_bias, self._up)
+        activated = ActivatedInputs(
+            sums=self._up, activation=mlp.activation, activation_threshold=mlp.activation_threshold, gated=config.gated
         )  # fmt: skip
-        sums.add(points["mlp"], inputs.up, inputs.up_bias, self._up_sums, in_order=True)
-        keep_activated(
-            self._up_sums, points["down"], mlp.activation, mlp.activation_threshold, gated=config.gated, programmatic=chained
-        )  # fmt: skip
-        sums.add(points["down"], mlp.down_FD, mlp.down_bias_D, self._delta_mlp)
+        sums.add(activated, points["down"], mlp.down_FD, mlp.down_bias_D, self._delta_mlp, cleared=sums.attention)
 
     def _before(self, index: int) -> Side | None:
         """What the predictors of a layer read, computed with the MLP of the one before."""
@@ -261,36 +264,40 @@ class TokenStep:
 
 
 class InputSums:
-    """Layers that select inputs: products of what their points keep, with the memory that they take.
+    """Layers that select inputs: products of what their points keep, and the memory that they take.
 
-    deterministic: their sums in a fixed order, for more kernels. chained: kernels may start before the one before has ended.
+    qkv and attention: sums of q, k, v, [W], and of O, [D]; zero before a layer and after it. deterministic: sums in a fixed order, for more
+    kernels. chained: kernels may start before the one before has ended.
     """
 
     def __init__(self, matrices: Sequence[tuple[int, int]], device: torch.device, *, deterministic: bool, chained: bool) -> None:
-        """matrices: inputs and outputs of each map."""
+        """matrices: inputs and outputs of each map, q, k, v first, then O."""
         self._deterministic, self._chained = deterministic, chained
-        self._parts = torch.zeros(max(_shares(size, device) * size[1] for size in matrices) if deterministic else 0, device=device)
-        largest = max(inputs for inputs, _ in matrices)
-        self._marks, self._ordered = torch.zeros(2, largest if deterministic else 0, dtype=torch.int32, device=device).unbind(0)
+        self.qkv, self.attention = (torch.zeros(outputs, device=device) for _, outputs in matrices[:2])
+        listed = max(sum_scratch(*size, device) for size in matrices)
+        self._scratch = torch.zeros(listed, dtype=torch.int32, device=device), torch.zeros(listed, device=device)
+        parts = max(sum_slices(*size, device) * size[1] for size in matrices) if deterministic else 0
+        self._parts = torch.zeros(parts, device=device)
 
-    def add(self, kept: KeptInputs, weight_IO: Tensor, bias_O: Tensor | None, out_O: Tensor, *, in_order: bool = False) -> None:
-        """out_O, which holds zeros, becomes the product. in_order: the list is."""
+    def add(
+        self,
+        x: NormedInputs | HeadInputs | ActivatedInputs,
+        kept: KeptInputs,
+        weight_IO: Tensor,
+        bias_O: Tensor | None,
+        out_O: Tensor,
+        *,
+        cleared: Tensor | None = None,
+    ) -> None:
+        """out_O, which holds zeros, becomes the product. cleared: sums that nobody reads any more."""
         if not self._deterministic:
-            sum_inputs(kept, kept.inputs, weight_IO, bias_O, out_O, programmatic=self._chained)
+            sum_inputs(x, kept, self._scratch, weight_IO, bias_O, out_O, cleared=cleared, programmatic=self._chained)
             return
         inputs, size = weight_IO.shape
-        shares = _shares((inputs, size), weight_IO.device)
-        parts_SO = self._parts[: shares * size].view(shares, size)
-        listed = kept.inputs
-        if not in_order:
-            order_list(kept.inputs, kept.count, self._marks[: kept.inputs.shape[0]], self._ordered)
-            listed = self._ordered
-        sum_inputs(kept, listed, weight_IO, bias_O, parts_SO, partial=True)
+        slices = sum_slices(inputs, size, weight_IO.device)
+        parts_SO = self._parts[: slices * size].view(slices, size)
+        sum_inputs(x, kept, self._scratch, weight_IO, bias_O, parts_SO, cleared=cleared, partial=True)
         torch.sum(parts_SO, 0, out=out_O)
-
-
-def _shares(size: tuple[int, int], device: torch.device) -> int:
-    return sum_shares(size[1], device, sum_shape(*size))
 
 
 def _listed(listed: Tensor, count: Tensor) -> Tensor:

@@ -233,9 +233,7 @@ def dense_model(model: StepModel) -> StepModel:
 def _input_layers(model: Transformer, layers: Sequence[LayerAdapter], counts_PL: Tensor) -> list[InputLayer | None]:
     """Of the layers that select inputs; their matrices now lie with a row per input. counts_PL: by point; a layer's count is an element
     of it."""
-    device, dtype = model.device, model.dtype
-    sizes = InputPoints.of(model.config).sizes
-    values = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]  # of one layer at a time
+    device, sizes = model.device, InputPoints.of(model.config).sizes
     found: list[InputLayer | None] = []
     for index, (block, layer) in enumerate(zip(model.blocks, layers, strict=True)):
         selector = layer.inputs
@@ -248,7 +246,6 @@ def _input_layers(model: Transformer, layers: Sequence[LayerAdapter], counts_PL:
             points[point] = KeptInputs(
                 norm=norms[point],
                 threshold=torch.tensor([KEEP_ALL if threshold is None else threshold], device=device),
-                x=values[at],
                 inputs=torch.zeros(sizes[at], dtype=torch.int32, device=device),
                 count=counts_PL[at, index : index + 1],
             )

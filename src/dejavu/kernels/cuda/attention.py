@@ -209,6 +209,18 @@ def combined(mixed, stats, where, k, K: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def combined_at(mixed, stats, head_N, k_N, live_N, K: tl.constexpr, SPLITS: tl.constexpr):
+    """Single values [N] of one row's heads, likewise."""
+    where = head_N[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    live = live_N[:, None]
+    top = tl.load(stats + where * 2, mask=live, other=0.0)
+    total = tl.load(stats + where * 2 + 1, mask=live, other=1.0)
+    weight = tl.exp(top - tl.max(top, 1, keep_dims=True))
+    part = tl.load(mixed + where * K + k_N[:, None], mask=live, other=0.0)
+    return tl.sum(part * weight, 1) / tl.sum(total * weight, 1)
+
+
+@triton.jit
 def _output(
     mixed, stats, weight, bias, groups, group_count, out, D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr,

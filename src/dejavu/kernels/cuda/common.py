@@ -30,6 +30,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LEAST_SHARED = 99 << 10  # of compute capability 8.6, 8.9 and 12.0: CUDA programming guide, technical specifications
+REGISTERS = 1 << 16  # of a multiprocessor from compute capability 8.0 on
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: it decides when a kernel is defined
 
 
@@ -128,8 +129,16 @@ def overlaps(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, programmatic: bool = False, **constants: Any) -> None:
-    """Start a kernel. programmatic: it may begin before the one before it has ended (see above).
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int,
+    programmatic: bool = False,
+    max_registers: int | None = None,
+    **constants: Any,
+) -> None:
+    """Start a kernel. programmatic: it may begin before the one before it has ended (see above). max_registers: of a thread.
 
     Products are not fused into sums: lanes that hold the same value then compute the same one, and what they write is no race."""
     assert min(grid) > 0, f"an empty grid {grid}"
@@ -137,8 +146,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, 
         kernel[grid](*arguments, programmatic=False, **constants)
     else:
         programmatic = programmatic and overlaps(torch.cuda.current_device())
-        extra = {"launch_pdl": True} if programmatic else {}
-        kernel[grid](*arguments, programmatic=programmatic, num_warps=num_warps, enable_fp_fusion=False, **extra, **constants)
+        extra = compile_options(programmatic=programmatic, max_registers=max_registers)
+        kernel[grid](*arguments, programmatic=programmatic, num_warps=num_warps, **extra, **constants)
+
+
+def compile_options(*, programmatic: bool, max_registers: int | None) -> dict[str, Any]:
+    """How Triton compiles a kernel, but for its constants and warps."""
+    options: dict[str, Any] = {"enable_fp_fusion": False}
+    if programmatic:
+        options["launch_pdl"] = True
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
+    return options
+
+
+def registers_for(warps: int, programs: int) -> int:
+    """Of a thread, where a multiprocessor is to hold so many programs, if it can."""
+    return min(255, max(32, REGISTERS // (32 * warps * programs) // 8 * 8))
 
 
 def or_any(value: Tensor | None, other: Tensor) -> Tensor:
@@ -250,6 +274,16 @@ def _centered(v, mean, D: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr)
 
 
 @triton.jit
+def join_scale(d1, d2, d3, out_eps, out_scale, D: tl.constexpr, OUT_NORM: tl.constexpr):
+    """What delta, in three parts, is multiplied by where it joins the residual stream."""
+    scale = out_scale
+    if OUT_NORM:
+        square = (tl.sum(d1 * d1, 0) + tl.sum(d2 * d2, 0) + tl.sum(d3 * d3, 0)) / D
+        scale = out_scale / tl.sqrt(square + out_eps)
+    return scale
+
+
+@triton.jit
 def residual(
     y, delta, out_weight, out_eps, out_scale, y_out, writes,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, OUT_NORM: tl.constexpr, WRITE: tl.constexpr,
@@ -258,10 +292,8 @@ def residual(
     d1 = part(delta, D, 0, D1)
     d2 = part(delta, D, D1, D2)
     d3 = part(delta, D, D1 + D2, D3)
-    scale = out_scale
+    scale = join_scale(d1, d2, d3, out_eps, out_scale, D, OUT_NORM)
     if OUT_NORM:
-        square = (tl.sum(d1 * d1, 0) + tl.sum(d2 * d2, 0) + tl.sum(d3 * d3, 0)) / D
-        scale = out_scale / tl.sqrt(square + out_eps)
         d1 = d1 * part(out_weight, D, 0, D1)
         d2 = d2 * part(out_weight, D, D1, D2)
         d3 = d3 * part(out_weight, D, D1 + D2, D3)
@@ -284,18 +316,29 @@ def zero(vector, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.con
 
 
 @triton.jit
-def normed(
-    v1, v2, v3, w, b, eps, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
-    RMS: tl.constexpr, AFFINE: tl.constexpr, TO: tl.constexpr,
-):  # fmt: skip
-    """LayerNorm or RMSNorm of a row in three parts, by w and b of `norm_parts`, rounded to the dtype that the products read."""
+def moments(v1, v2, v3, eps, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr):
+    """What a norm takes from the values of a row in three parts (0 for RMSNorm), and what it multiplies them by."""
+    mean = 0.0
     if not RMS:
         mean = (tl.sum(v1, 0) + tl.sum(v2, 0) + tl.sum(v3, 0)) / D
         v1 = _centered(v1, mean, D, 0, D1)
         v2 = _centered(v2, mean, D, D1, D2)
         v3 = _centered(v3, mean, D, D1 + D2, D3)
     square = (tl.sum(v1 * v1, 0) + tl.sum(v2 * v2, 0) + tl.sum(v3 * v3, 0)) / D
-    scale = 1.0 / tl.sqrt(square + eps)
+    return mean, 1.0 / tl.sqrt(square + eps)
+
+
+@triton.jit
+def normed(
+    v1, v2, v3, w, b, eps, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
+    RMS: tl.constexpr, AFFINE: tl.constexpr, TO: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm or RMSNorm of a row in three parts, by w and b of `norm_parts`, rounded to the dtype that the products read."""
+    mean, scale = moments(v1, v2, v3, eps, D, D1, D2, D3, RMS)
+    if not RMS:
+        v1 = _centered(v1, mean, D, 0, D1)
+        v2 = _centered(v2, mean, D, D1, D2)
+        v3 = _centered(v3, mean, D, D1 + D2, D3)
     v1 = v1 * scale
     v2 = v2 * scale
     v3 = v3 * scale
