@@ -27,6 +27,8 @@ from dejavu.kernels.cuda.prompt import (
     BlockShape,
     attend_blocks,
     attend_blocks_definition,
+    attend_whole,
+    attends_whole,
     block_shape,
     place_heads,
 )
@@ -106,10 +108,12 @@ def test_place_heads(case: PromptCase, device: str) -> None:
         inv_freq=None if inv_freq is None else memory.given(inv_freq), factor=case.factor,
         q_norm=None if norms[0] is None else placed(norms[0], memory), k_norm=None if norms[1] is None else placed(norms[1], memory),
     )  # fmt: skip
-    place_heads(memory.given(qkv_TW), q_THK, pools[0], pools[1], places, how)
+    k_TGK = memory.room(rows, groups, head_dim, dtype=dtype)
+    place_heads(memory.given(qkv_TW), q_THK, pools[0], pools[1], places, how, k_TGK=k_TGK)
     memory.check()
     page_T, at_T = table[slot_T, position_T // case.page], position_T % case.page
     stored = [pool_PGSK.cpu()[page_T, :, at_T] for pool_PGSK in pools]
+    assert torch.equal(k_TGK.cpu(), stored[0])
     for found, plain, truth in zip((q_THK, *stored), made(dtype), made(torch.float64), strict=True):
         check_rule(found, plain, truth, dtype)
     for pool_PGSK in pools:
@@ -150,6 +154,27 @@ def test_attend_blocks(case: PromptCase, device: str) -> None:
     )  # fmt: skip
     memory.check()
     check_rule(out_THK, torch.cat(plain), torch.cat(truth), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("groups", "per", "head_dim", "scale", "dtype"), [(2, 1, 64, None, FP16), (2, 3, 128, 0.2, BF16)])
+def test_attend_whole(groups: int, per: int, head_dim: int, scale: float | None, dtype: torch.dtype, device: str) -> None:
+    memory, how = Memory(device, dtype), ScoreWeights(scores=ScoreConfig(scale=scale))
+    assert attends_whole(how, head_dim, dtype) and not attends_whole(how, head_dim, FP32)
+    assert not any(attends_whole(ScoreWeights(scores=scores), head_dim, dtype) for scores in (ScoreConfig(cap=2.0), ScoreConfig(window=5)))
+    q_THK, qkv_TW = memory.normal(70, groups * per, head_dim), memory.normal(70, (per + 2) * groups * head_dim)
+    k_TGK, v_TGK = memory.normal(70, groups, head_dim), qkv_TW[:, -groups * head_dim :].unflatten(1, (groups, head_dim))
+    sequences, out_THK = [(0, 33), (33, 1), (34, 36)], memory.room(70, groups * per, head_dim, dtype=dtype)
+    given_v = memory.given(qkv_TW)[:, -groups * head_dim :].unflatten(1, (groups, head_dim))
+    attend_whole(memory.given(q_THK), memory.given(k_TGK), given_v, sequences, out_THK, how)
+    memory.check()
+
+    def made(wide: torch.dtype) -> Tensor:
+        q, k, v = q_THK.to(wide), k_TGK.to(wide), v_TGK.to(wide)
+        own = [slice(first, first + count) for first, count in sequences]
+        return torch.cat([attend_blocks_definition(q[at], k[at], v[at], 0, how) for at in own])
+
+    check_rule(out_THK, made(dtype), made(torch.float64), dtype)
 
 
 def test_blocks_fit_every_device() -> None:
@@ -195,6 +220,20 @@ def test_sequences_in_the_same_passes(tiny: Tiny, name: str, tokens: int, device
     every_TV = engine.prefill_logits(0, ids_of(4, 9))
     torch.testing.assert_close(every_TV.cpu(), alone.prefill_logits(0, ids_of(4, 9)), rtol=0, atol=2e-5)
     torch.testing.assert_close(engine.step([3, 4, 5], slots).logits_BV.cpu(), alone.step([3, 4, 5], slots).logits_BV, rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+def test_long_prompts_from_their_start_are_as_in_pieces(tiny: Tiny) -> None:
+    """By torch's attention where they are longer than a graph, by that over pages where a slot held a token before."""
+    model = on(tiny("llama", max_positions=2048), "cuda", torch.float16)
+    engine = CudaEngine(model, None, EngineOptions(num_slots=4, cache_tokens=4096))
+    given = [ids_of(1, 700), ids_of(2, 900)]
+    together_BV = engine.prefill_batch([0, 1], given)
+    for row, ids in enumerate(given):
+        engine.prefill(2 + row, ids[:1])
+        torch.testing.assert_close(engine.prefill(2 + row, ids[1:]), together_BV[row], rtol=0, atol=2e-3)
+    found_BV = engine.step([3, 3, 4, 4], [0, 2, 1, 3]).logits_BV
+    torch.testing.assert_close(found_BV[::2], found_BV[1::2], rtol=0, atol=2e-3)
 
 
 @pytest.mark.gpu

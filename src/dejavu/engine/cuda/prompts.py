@@ -1,8 +1,8 @@
 """Prompts on the GPU, dense: tokens of one or several sequences go through the layers together, in passes.
 
 In: slots with pages for their tokens, and the tokens. Out: logits after the last token of each, or after every one. Keys and values are
-in the cache afterwards. Products are those of cuBLAS, attention reads the cache in its pages, whatever the lengths are; the
-residual stream is fp32.
+in the cache afterwards. Products are those of cuBLAS; attention reads the cache in its pages, whatever the lengths are, and is torch's
+where long sequences begin in the pass. The residual stream is fp32.
 
 A short pass is one graph: its rows are filled up to a size of PADDED, with rows that write where no sequence is, and captured the second
 time that size is asked for. In a long one a product takes longer than its launch.
@@ -26,11 +26,12 @@ from dejavu.kernels.cuda.attention import Places
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.logits import finish_logits
 from dejavu.kernels.cuda.mlp_rows import dense_mlp_rows
-from dejavu.kernels.cuda.prompt import attend_blocks, block_shape, place_heads
+from dejavu.kernels.cuda.prompt import attend_blocks, attend_whole, attends_whole, block_shape, place_heads
 from dejavu.kernels.cuda.rows import norm_rows
 
 PASS = 2048  # tokens of a pass at most
 PADDED = (16, 32, 64, 128, 256, 512)
+WHOLE = 256  # tokens of a sequence, on average, from which on torch's attention, a call for each, is worth while
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class Prompts:
         rows = next((size for size in PADDED if count <= size), count)
         numbers = torch.from_numpy(self._numbers(pieces, rows)).to(self._cache.table.device)
         if rows not in self._uses or not numbers.is_cuda:
-            return self.layers(numbers, rows)
+            return self.layers(numbers, rows, whole=() if rows in self._uses else _whole(pieces))
         captured = self._captured.get(rows)
         if captured is None:
             self._uses[rows] += 1
@@ -121,8 +122,9 @@ class Prompts:
             blocks += [(0, 0, 0, 0)] * (rows - len(blocks))
         return np.concatenate([given.ravel(), np.array(blocks, np.int32).ravel()])
 
-    def layers(self, numbers: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Start the kernels of a pass over so many rows, which `numbers` describe (see `_numbers`): its residual stream as of `_pass`."""
+    def layers(self, numbers: Tensor, rows: int, *, whole: Sequence[tuple[int, int]] = ()) -> tuple[Tensor, Tensor]:
+        """Start the kernels of a pass over so many rows, which `numbers` describe (see `_numbers`): its residual stream as of `_pass`.
+        whole: its sequences, where they can be attended one after another (see `attend_whole`)."""
         model, cache, config = self._model, self._cache, self._model.config
         token_T, slot_T, position_T = numbers[: 3 * rows].view(3, rows).unbind(0)
         blocks = numbers[3 * rows :].view(-1, 4)
@@ -131,14 +133,21 @@ class Prompts:
         y_TD = torch.empty(rows, config.hidden_size, device=device)
         first_TD, x_TD = torch.empty_like(y_TD), torch.empty(y_TD.shape, device=device, dtype=dtype)
         q_THK = torch.empty(rows, config.num_heads, config.head_dim, device=device, dtype=dtype)
+        k_TGK = q_THK.new_empty(rows if whole else 0, config.num_kv_heads, config.head_dim)
         mixed_THK = torch.zeros_like(q_THK)  # of rows without a token nothing is mixed
         embed_rows(token_T, position_T, model.embed, model.positions, config.position_offset, y_TD, first_TD, scale=model.embed_scale)
         delta_TD = first_TD
         for index, layer in enumerate(model.weights):
             k_PGSK, v_PGSK = cache.k_LPGSK[index], cache.v_LPGSK[index]
             norm_rows(y_TD, delta_TD, layer.norm1, x_TD, added=model.joined(index))
-            place_heads(F.linear(x_TD, layer.qkv, layer.qkv_bias), q_THK, k_PGSK, v_PGSK, places, layer.scores)
-            attend_blocks(q_THK, k_PGSK, v_PGSK, blocks, cache.table, mixed_THK, layer.scores, shape=self._shape)
+            qkv_TW = F.linear(x_TD, layer.qkv, layer.qkv_bias)
+            if whole and attends_whole(layer.scores, config.head_dim, dtype) and k_PGSK.dtype == dtype:
+                place_heads(qkv_TW, q_THK, k_PGSK, v_PGSK, places, layer.scores, k_TGK=k_TGK)
+                v_TGK = qkv_TW[:, -config.num_kv_heads * config.head_dim :].unflatten(1, (config.num_kv_heads, config.head_dim))
+                attend_whole(q_THK, k_TGK, v_TGK, whole, mixed_THK, layer.scores)
+            else:
+                place_heads(qkv_TW, q_THK, k_PGSK, v_PGSK, places, layer.scores)
+                attend_blocks(q_THK, k_PGSK, v_PGSK, blocks, cache.table, mixed_THK, layer.scores, shape=self._shape)
             mixed_TQ = mixed_THK.flatten(1)
             out_TD = mixed_TQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_TQ, layer.o)
             norm_rows(y_TD, out_TD, layer.norm2, x_TD, added=layer.attention_out)
@@ -156,6 +165,14 @@ class Prompts:
         logits_TV = F.linear(x_TD, model.head).float()
         finish_logits(logits_TV, scale=config.logit_scale, cap=config.logit_cap)
         return logits_TV
+
+
+def _whole(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """First row and rows of each piece, where all begin their sequences and are long; nothing otherwise."""
+    counts = [len(piece.token_ids) for piece in pieces]
+    if any(piece.position for piece in pieces) or sum(counts) < WHOLE * len(counts):
+        return []
+    return list(zip(np.cumsum([0, *counts[:-1]]).tolist(), counts, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

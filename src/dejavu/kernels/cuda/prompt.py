@@ -2,6 +2,7 @@
 
     place_heads     q = rotated(norm(q));  k, v into the cache, k likewise
     attend_blocks   m_t = softmax(cap(scale q_t . k_s)) v_s        over the s <= t of its sequence that it sees, keys in pages
+    attend_whole    the same by torch's own kernel, of sequences that begin in the pass, whose keys then lie side by side
 
 Queries are attended in blocks of rows of one sequence, whose keys, the pass's own too, are in the cache by then. Sums are fp32; what is
 stored is rounded to the dtype of the weights or of the cache.
@@ -14,6 +15,7 @@ N keys at a time  S tokens of a page
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +74,9 @@ def _placed_rows(pointer_T, k, live, position_T, inv_freq, factor, norm, eps, K:
 
 @triton.jit
 def _place_heads(
-    qkv, q_out, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, factor, q_norm, q_eps, k_norm, k_eps, rows,
+    qkv, q_out, k_out, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, factor, q_norm, q_eps, k_norm, k_eps, rows,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, ROTATED: tl.constexpr, NORM: tl.constexpr,
-    PLACED: tl.constexpr, programmatic: tl.constexpr,
+    OWN: tl.constexpr, PLACED: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = (H + 2 * G) * K
     t = tl.program_id(0) * PLACED + tl.arange(0, PLACED)
@@ -94,6 +96,9 @@ def _place_heads(
         if head < H + G:
             keys = _placed_rows(given, k, live, position, inv_freq, factor, k_norm, k_eps, K, ROTATED, NORM)
             tl.store(k_pool + place, keys.to(k_pool.dtype.element_ty), mask=mask)
+            if OWN:
+                own = (t.to(tl.int64) * (G * K) + group * K)[:, None] + k[None, :]
+                tl.store(k_out + own, keys.to(k_out.dtype.element_ty), mask=mask)
         else:
             values = tl.load(given[:, None] + k[None, :], mask=mask, other=0.0)
             tl.store(v_pool + place, values.to(v_pool.dtype.element_ty), mask=mask)
@@ -145,17 +150,20 @@ def _attend_blocks(
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 
 
-def place_heads(qkv_TW: Tensor, q_THK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, places: Places, how: ScoreWeights) -> None:
-    """Fill q_THK and store keys and values of rows, of which `places` has as many as there are of qkv."""
+def place_heads(
+    qkv_TW: Tensor, q_THK: Tensor, k_PGSK: Tensor, v_PGSK: Tensor, places: Places, how: ScoreWeights, *, k_TGK: Tensor | None = None
+) -> None:
+    """Fill q_THK and store keys and values of rows, of which `places` has as many as there are of qkv; k_TGK gets the keys, too."""
     rows, heads, head_dim = q_THK.shape
     groups, page_size = k_PGSK.shape[1:3]
     assert qkv_TW.is_contiguous() and qkv_TW.shape == (rows, (heads + 2 * groups) * head_dim)
     norms = tuple(NO_NORM if norm is None else norm for norm in (how.q_norm, how.k_norm))
     launch(
-        _place_heads, (triton.cdiv(rows, PLACED), heads + 2 * groups), qkv_TW, q_THK, k_PGSK, v_PGSK, places.slot_B, places.position_B,
+        _place_heads, (triton.cdiv(rows, PLACED), heads + 2 * groups), qkv_TW, q_THK, or_any(k_TGK, q_THK), k_PGSK, v_PGSK, places.slot_B, places.position_B,
         places.table, places.table.stride(0), or_any(how.inv_freq, qkv_TW), how.factor, or_any(norms[0].weight, qkv_TW), norms[0].eps,
         or_any(norms[1].weight, qkv_TW), norms[1].eps, rows, H=heads, G=groups, K=head_dim, KP=padded_head(head_dim), S=page_size,
-        ROTATED=0 if how.inv_freq is None else 2 * how.inv_freq.shape[0], NORM=how.q_norm is not None, PLACED=PLACED, num_warps=4,
+        ROTATED=0 if how.inv_freq is None else 2 * how.inv_freq.shape[0], NORM=how.q_norm is not None,
+        OWN=k_TGK is not None, PLACED=PLACED, num_warps=4,
     )  # fmt: skip
 
 
@@ -173,6 +181,23 @@ def attend_blocks(
         ALL_TOKENS if scores.window is None else scores.window, out_THK, H=heads, G=groups, K=head_dim, KP=padded_head(head_dim),
         S=page_size, M=shape.queries, N=shape.keys, STAGES=shape.stages, CAPPED=scores.cap > 0, num_warps=shape.warps,
     )  # fmt: skip
+
+
+def attends_whole(how: ScoreWeights, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether torch has a fused kernel for such scores."""
+    return how.scores.cap == 0 and how.scores.window is None and head_dim <= 256 and dtype != torch.float32
+
+
+def attend_whole(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, sequences: Sequence[tuple[int, int]], out_THK: Tensor, how: ScoreWeights
+) -> None:
+    """out_THK gets the mixed values of sequences whose tokens are all here: the first row of each, and how many it has."""
+    for first, count in sequences:
+        q, k, v = (x[first : first + count].transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=how.scores.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out_THK[first : first + count] = mixed[0].transpose(0, 1)
 
 
 def attend_blocks_definition(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, position: int, how: ScoreWeights) -> Tensor:
