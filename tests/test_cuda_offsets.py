@@ -130,7 +130,7 @@ def test_rows_of_inputs(device: str) -> None:
     inputs, outputs = 2**31 // 4096 + 3, 4096
     weight_IO, rows, x_A = far_memory(device, inputs, outputs), normal(2, outputs, dtype=FP16), normal(2, seed=1, dtype=FP16).abs()
     idx_A, sums_I, out_O = torch.tensor([2, inputs - 1]), torch.zeros(inputs, device=device), torch.zeros(outputs, device=device)
-    weight_IO[idx_A], sums_I[idx_A], shape = rows.to(device), x_A.float().to(device), SumShape(rows=4, columns=1024, warps=4, programs=512)
+    weight_IO[idx_A], sums_I[idx_A], shape = rows.to(device), x_A.float().to(device), SumShape(rows=4, columns=1024, warps=4, programs=8)
     listed, room = torch.zeros(2, inputs, dtype=torch.int32, device=device), sum_scratch(inputs, outputs, torch.device(device), shape)
     kept = KeptInputs(
         norm=torch.ones(inputs, device=device), threshold=torch.zeros(1, device=device), inputs=listed[0], count=listed[1, :1]

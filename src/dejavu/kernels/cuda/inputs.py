@@ -272,6 +272,7 @@ def sum_inputs(
     assert weight_IO.is_contiguous() and inputs == kept.norm.shape[0]
     device, source = weight_IO.device, _source(x, inputs, weight_IO)
     slices = sum_slices(inputs, size, device, shape)
+    assert inputs * slices < 1 << 31  # the kernel multiplies them
     assert len(scratch[0]) >= sum_scratch(inputs, size, device, shape) <= len(scratch[1])
     launch(
         _sum_inputs, (triton.cdiv(size, shape.columns), slices), *source.arguments, kept.norm, kept.threshold, kept.inputs, kept.count,
