@@ -231,9 +231,9 @@ def test_long_prompts_from_their_start_are_as_in_pieces(tiny: Tiny) -> None:
     together_BV = engine.prefill_batch([0, 1], given)
     for row, ids in enumerate(given):
         engine.prefill(2 + row, ids[:1])
-        torch.testing.assert_close(engine.prefill(2 + row, ids[1:]), together_BV[row], rtol=0, atol=2e-3)
+        torch.testing.assert_close(engine.prefill(2 + row, ids[1:]), together_BV[row], rtol=0, atol=1e-2)
     found_BV = engine.step([3, 3, 4, 4], [0, 2, 1, 3]).logits_BV
-    torch.testing.assert_close(found_BV[::2], found_BV[1::2], rtol=0, atol=2e-3)
+    torch.testing.assert_close(found_BV[::2], found_BV[1::2], rtol=0, atol=1e-2)
 
 
 @pytest.mark.gpu
