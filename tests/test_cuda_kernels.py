@@ -21,19 +21,13 @@ from dejavu.kernels.cuda.project import (
     project_token,
     project_token_definition,
     selected_groups_definition,
-    side_definition,
 )
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.cuda.select import order_list, select_definition, select_token
 from dejavu.kernels.sparse_mlp import MlpWeights
 from helpers.cuda import DEVICES
 from helpers.kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons, poisoned_rows
-from helpers.kernels import BF16, FP16, FP32, check_list, converted, neuron_scores, norm_of, placed, side_of, with_room
-
-
-def check_side(side: Side, plain_x_D: Tensor, x_D: Tensor, dtype: torch.dtype, memory_side: Side) -> None:
-    truth_R = side.scale.double() * (side.matrix.double() @ x_D)
-    check_rule(memory_side.out, side_definition(plain_x_D, side), truth_R, dtype)
+from helpers.kernels import BF16, FP16, FP32, check_list, check_side, converted, neuron_scores, norm_of, placed, side_of, with_room
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from dejavu.kernels.cuda.common import BlockOutput, Side, joined_definition, norm_definition
 from dejavu.kernels.cuda.embed import embed_rows
-from dejavu.kernels.cuda.gate import mlp_given_token
+from dejavu.kernels.cuda.gate import GateNeurons, mlp_by_gate
 from dejavu.kernels.cuda.inputs import KeptInputs, NormedInputs, sum_inputs, sum_scratch
 from dejavu.kernels.cuda.logits import finish_logits, finish_logits_definition
 from dejavu.kernels.cuda.mlp import mlp_token
@@ -69,12 +69,9 @@ def test_what_a_block_gave_is_normed_and_scaled_before_it_is_added(
     truth_D = joined_definition(start_D.double(), delta_D.double(), exact)
     here = BlockOutput(weight=None if added.weight is None else memory.given(added.weight), eps=1e-5, scale=scale)
     weights = placed(MlpWeights(up_FD=weight_OD, down_FD=weight_OD, activation="relu"), memory)
-    listed, count = memory.given(torch.arange(8, dtype=INT)), memory.given(torch.tensor([8], dtype=INT))
-    kept = KeptInputs(
-        norm=memory.given(torch.ones(size)), threshold=memory.given(torch.tensor([-1.0])), inputs=memory.room(size, dtype=INT),
-        count=memory.room(1, dtype=INT, holds=0.0),
-    )  # fmt: skip
-    room = sum_scratch(size, 8, torch.device(device))
+    least, counted = memory.given(torch.tensor([-1.0])), [memory.room(1, dtype=INT, holds=0.0) for _ in range(2)]
+    kept = KeptInputs(norm=memory.given(torch.ones(size)), threshold=least, inputs=memory.room(size, dtype=INT), count=counted[0])
+    gate, room = GateNeurons(threshold=least, marks=memory.room(8, dtype=INT), count=counted[1]), sum_scratch(size, 8, torch.device(device))
     scratch, weight_DO = (memory.room(room, dtype=INT), memory.room(room)), memory.given(weight_OD.T.contiguous())
     y, delta, own = memory.given(start_D), memory.given(delta_D), placed(norm, memory)
 
@@ -88,9 +85,7 @@ def test_what_a_block_gave_is_normed_and_scaled_before_it_is_added(
             NormedInputs(y=y, delta=delta, y_out=y_out, norm=own, added=here), kept, scratch, weight_DO, None, memory.room(8)
         ),
         lambda y_out: mlp_token(y, delta, y_out, memory.room(size, holds=start_D), own, weights, added=here),
-        lambda y_out: mlp_given_token(
-            y, delta, y_out, memory.room(size, holds=start_D), own, weights, memory.given(torch.ones(8)), listed, count, added=here
-        ),
+        lambda y_out: mlp_by_gate(y, delta, y_out, memory.room(size, holds=start_D), own, weights, gate, added=here),
         lambda y_out: project_token(y, delta, own, weights.up_FD, None, memory.room(8), y_out_D=y_out, added=here),
     ]
     plain_D = joined_definition(start_D, delta_D, added)

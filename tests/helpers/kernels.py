@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dejavu.kernels.cuda.common import NormWeights, Side
+from dejavu.kernels.cuda.project import side_definition
 from dejavu.kernels.cuda.select import NeuronScores
-from helpers.kernel_memory import CANARY, Memory, midway
+from helpers.kernel_memory import CANARY, Memory, check_rule, midway
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -36,6 +37,11 @@ def norm_of(memory: Memory, size: int, *, rms: bool, affine: bool) -> NormWeight
 
 def side_of(memory: Memory, rows: int, size: int) -> Side:
     return Side(matrix=memory.int8(rows, size), scale=memory.positive(rows).float() / 127 + 0.01, out=torch.empty(0))
+
+
+def check_side(side: Side, plain_x_D: Tensor, x_D: Tensor, dtype: torch.dtype, memory_side: Side) -> None:
+    truth_R = side.scale.double() * (side.matrix.double() @ x_D)
+    check_rule(memory_side.out, side_definition(plain_x_D, side), truth_R, dtype)
 
 
 def neuron_scores(memory: Memory, neurons: int, rank: int, count: int, *, int8: bool) -> NeuronScores:

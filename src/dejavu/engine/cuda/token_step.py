@@ -8,7 +8,7 @@ Four kernels a layer. The residual stream is y + delta: q, k, v read y0 + delta_
 delta_attention; the MLP reads y1 + delta_attention, writes the sum to y0 and adds its own to delta_mlp. Deltas are set to zero
 by a kernel that runs while nobody reads or adds to them.
 
-Where the gate selects neurons, the MLP is two kernels: products with the gate (with the norm and the selection), rows of up and down.
+Where the gate selects neurons, the MLP is one kernel too, which selects as it goes.
 Where inputs are selected, q, k, v, O, gate and up, and down are a kernel each, which makes its input, keeps some of it and sums their rows.
 
 Letters: B rows (1)  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  W = (H + 2G) K
@@ -28,7 +28,7 @@ from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel, a
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
 from dejavu.kernels.cuda.common import BlockOutput, NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
-from dejavu.kernels.cuda.gate import GateNeurons, given_shape, mlp_given_token
+from dejavu.kernels.cuda.gate import GateNeurons, gate_shape, mlp_by_gate
 from dejavu.kernels.cuda.inputs import ActivatedInputs, HeadInputs, KeptInputs, NormedInputs, sum_inputs, sum_scratch, sum_slices
 from dejavu.kernels.cuda.logits import finish_logits
 from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
@@ -84,7 +84,7 @@ class TokenStep:
             self._first_counts = every[:, None].repeat(1, config.num_layers)
             self._first_counts[2:, by_inputs] = 0
         if deterministic:
-            programs = max(programs_of(shape, device) for shape in (self._shape, given_shape(size)))
+            programs = max(programs_of(shape, device) for shape in (self._shape, gate_shape(size)))
             self._program_sums = torch.zeros(programs, size, device=device)
             self._head_sums = torch.zeros(config.num_heads, size, device=device)
             self._marks, self._ordered = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
@@ -107,8 +107,10 @@ class TokenStep:
         """Nothing is chosen by measurement."""
 
     def neurons_of(self, index: int, row: int) -> Tensor | None:
-        selector = self.predictors[index].selector
-        return None if selector is None else _listed(selector.neurons, selector.count)
+        own = self.predictors[index]
+        if own.gate_neurons is not None:
+            return own.gate_neurons.marks.nonzero().squeeze(1)
+        return None if own.neurons is None else _listed(own.neurons.neurons, own.neurons.count)
 
     def groups_of(self, index: int, row: int) -> Tensor | None:
         scores = self.predictors[index].group_scores
@@ -194,20 +196,11 @@ class TokenStep:
 
     def _gate_mlp(self, index: int, gate: GateNeurons, side: Side | None) -> None:
         """The MLP whose neurons its gate (an ungated one's activation) selects; the counter was set to zero with q, k and v."""
-        layer = self.weights[index]
-        mlp, norm = layer.mlp, layer.norm2
-        matrix, bias = (mlp.up_FD, mlp.up_bias_F) if mlp.gate_FD is None else (mlp.gate_FD, mlp.gate_bias_F)
-        project_token(
-            self._y1, self._delta_attention, norm, matrix, bias, gate.value, added=layer.attention_out, side=side, gate=gate,
-            programmatic=self._chained,
-        )  # fmt: skip
-        listed, out = gate.neurons, self._delta_mlp
-        if self.deterministic:
-            order_list(gate.neurons, gate.count, self._marks, self._ordered)
-            listed, out = self._ordered, self._program_sums[: programs_of(given_shape(self._y0.shape[0]), self._y0.device)]
-        mlp_given_token(
-            self._y1, self._delta_attention, self._y0, out, norm, mlp, gate.value, listed, gate.count,
-            added=layer.attention_out, partial=self.deterministic, programmatic=self._chained,
+        layer, size = self.weights[index], len(self._y0)
+        out = self._program_sums[: programs_of(gate_shape(size), self._y0.device)] if self.deterministic else self._delta_mlp
+        mlp_by_gate(
+            self._y1, self._delta_attention, self._y0, out, layer.norm2, layer.mlp, gate, added=layer.attention_out,
+            side=side, partial=self.deterministic, programmatic=self._chained,
         )  # fmt: skip
         if self.deterministic:
             torch.sum(out, 0, out=self._delta_mlp)

@@ -174,11 +174,7 @@ def layer_predictors(layers: Sequence[LayerAdapter], config: ModelConfig, device
     that selects nothing counts all it has."""
     every = all_counts(config, inputs=any(layer.inputs.selects for layer in layers))
     counts_ML = torch.tensor(every, dtype=torch.int32, device=device)[:, None].repeat(1, len(layers))
-    # Of one layer at a time: products with a gate, or their activations.
-    value_F = torch.zeros(
-        config.intermediate_size if any(isinstance(layer.neurons, GateThreshold) for layer in layers) else 0, device=device
-    )
-    found = [_layer(layer, config, device, counts_ML[:, index : index + 1], value_F) for index, layer in enumerate(layers)]
+    found = [_layer(layer, config, device, counts_ML[:, index : index + 1]) for index, layer in enumerate(layers)]
     return found, counts_ML
 
 
@@ -297,7 +293,7 @@ class _Selectors:
         return found
 
 
-def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_M1: Tensor, value_F: Tensor) -> LayerPredictors:
+def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count_M1: Tensor) -> LayerPredictors:
     selectors = _Selectors.of(layer)
     of_groups, of_neurons = selectors.group_predictor, selectors.neuron_predictor
     both = (of_groups, of_neurons)
@@ -322,11 +318,8 @@ def _layer(layer: LayerAdapter, config: ModelConfig, device: torch.device, count
         places[id(of_neurons)] = made
     gate_neurons = None
     if selectors.gate_threshold is not None:
-        threshold, neurons = torch.tensor([selectors.gate_threshold], device=device), _room(config.intermediate_size, device)
-        gate_neurons = GateNeurons(
-            activation=config.activation, activation_threshold=config.activation_threshold, threshold=threshold, value=value_F,
-            neurons=neurons, count=count_M1[0],
-        )  # fmt: skip
+        threshold, marks = torch.tensor([selectors.gate_threshold], device=device), _room(config.intermediate_size, device)
+        gate_neurons = GateNeurons(threshold=threshold, marks=marks, count=count_M1[0])
     return LayerPredictors(
         before=side,
         with_qkv=with_qkv,
@@ -376,7 +369,7 @@ def _scores(predictor: Predictor, h: Tensor) -> dict[str, Tensor]:
 
 
 def _room(count: int, device: torch.device) -> Tensor:
-    """For a list of so many."""
+    """For a list of so many, or their marks."""
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 

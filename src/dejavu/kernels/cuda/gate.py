@@ -1,14 +1,17 @@
-"""The MLP of one token whose neurons its own gate selects, in two kernels, of which this is the second.
+"""The MLP of one token whose neurons its own gate selects, in one kernel: each program reads some rows of the gate, and at once the rows
+of up and down that they select.
 
-    project_token    p = products of x with the rows of the gate, or of up where the MLP has no gate: neither is read again
-                     v_f = act(p_f);  the list of f with |v_f| > threshold, in no order, its length, and v (`list_activated`)
-    mlp_given_token  out += sum over the list of v_f (up_f . x + b_f) down_f (gated)  or  v_f down_f, + down_bias;  x = norm(y + delta)
+    x = norm(y + delta);  v_f = act(gate_f . x + c_f);  kept: |v_f| > threshold
+    out += sum over the kept f of v_f (up_f . x + b_f) down_f, + down_bias
 
-A NaN is kept, as a mask leaves it what it is.
+An MLP without a gate has up in its place, and v_f down_f is added up. A NaN is kept, as a mask leaves it what it is.
 
-Bytes that any implementation moves: the gate for every neuron, the other one or two matrices' rows for those kept, and the list.
+A program takes R rows at a time. While it computes with those of the gate, the next ones are loaded, and the rows of up and down that the
+last ones selected arrive.
 
-Letters: D model  F neurons  A selected  R neurons at a time
+Bytes that any implementation moves: the gate for every neuron, the other one or two matrices' rows for those kept.
+
+Letters: D model  F neurons  R neurons at a time
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
 from dejavu.kernels.cuda.common import (
     AS_IT_IS,
     BlockOutput,
     GridShape,
     NormWeights,
+    Side,
     activate,
     add_part,
     begin,
@@ -40,82 +45,91 @@ from dejavu.kernels.cuda.common import (
     products,
     residual,
     row_bias,
+    shape_up_to,
+    side_rows,
     store_part,
     tiles,
 )
-from dejavu.kernels.cuda.mlp import default_shape, programs_of
+from dejavu.kernels.cuda.mlp import programs_of
 from dejavu.kernels.sparse_mlp import MlpWeights
+
+# By the largest hidden size that each is for: rows, warps, programs.
+SHAPES = {1024: (8, 4, 2), 2048: (4, 8, 2), 4096: (2, 8, 2), 8192: (1, 8, 2), 1 << 31: (1, 16, 1)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateNeurons:
-    """What a gate selects: by the activation of its code and its threshold; threshold fp32 [1]; value fp32 [F], activations of what is
-    selected and products of the rest; neurons int32 [F] and count int32 [1], which holds 0."""
+    """What a gate selects: threshold fp32 [1]; marks int32 [F], 1 where a neuron is; count int32 [1], which holds 0."""
 
-    activation: str
-    activation_threshold: float
     threshold: Tensor
-    value: Tensor
-    neurons: Tensor
+    marks: Tensor
     count: Tensor
 
 
 @triton.jit
-def list_activated(value, f, live, threshold, neurons, count, activation_threshold, ACTIVATION: tl.constexpr):
-    """Of a program's own products value[f]: activate those that are selected, and append them to the list."""
-    v = activate(tl.load(value + f, mask=live, other=0.0), ACTIVATION, activation_threshold)
-    chosen = (exceeds(tl.abs(v), tl.load(threshold)) & live).to(tl.int32)
-    place = tl.cumsum(chosen, 0) - 1
-    first = tl.atomic_add(count, tl.sum(chosen, 0), sem="relaxed")
-    tl.store(value + f, v, mask=chosen == 1)
-    tl.store(neurons + first + place, f, mask=chosen == 1)
+def _rows_of(chunk, F, R: tl.constexpr):
+    row = chunk * R + tl.arange(0, R)
+    return row, row < F
 
 
 @triton.jit
-def _given_rows(
-    up, up_bias, down, value, idx, first, hi, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr,
-):  # fmt: skip
-    """What R places of the list from `first` on need: values (0 beyond its end), rows of up (or of down) and of down, biases."""
-    r = first + tl.arange(0, R)
-    live = r < hi
-    row = tl.load(idx + r, mask=live, other=0)
-    d = tiles(down, row, live, D, D1, D2, D3)
-    u = d
-    if GATED:
-        u = tiles(up, row, live, D, D1, D2, D3)
-    return tl.load(value + row, mask=live, other=0.0), u, d, row_bias(up_bias, row, live, UP_BIAS)
-
-
-@triton.jit
-def _mlp_given(
-    y, delta, out_weight, out_eps, out_scale, y_out, norm_weight, norm_bias, eps, up, up_bias, down, down_bias, value, idx, count, out,
+def _mlp_by_gate(
+    y, delta, out_weight, out_eps, out_scale, y_out, norm_weight, norm_bias, eps, gate, gate_bias, up, up_bias, down, down_bias, threshold,
+    activation_threshold, marks, count, out, side, side_scale, side_out, side_count, F,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr,
-    GATED: tl.constexpr, UP_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr, PARTIAL: tl.constexpr, OUT_NORM: tl.constexpr,
-    programmatic: tl.constexpr,
+    GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, DOWN_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    SIDE: tl.constexpr, PARTIAL: tl.constexpr, OUT_NORM: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
+    chunks = tl.cdiv(F, R)
+    row, live = _rows_of(pid, F, R)
+    g1, g2, g3 = tiles(gate, row, live, D, D1, D2, D3)
+    g_b = row_bias(gate_bias, row, live, GATE_BIAS)
     w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
+    least = tl.load(threshold)
     begin(programmatic)
-    total = tl.load(count)
-    lo = (total * pid) // programs
-    hi = (total * (pid + 1)) // programs
-    now = _given_rows(up, up_bias, down, value, idx, lo, hi, D, D1, D2, D3, R, GATED, UP_BIAS)
     y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, True)
     x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, down.dtype.element_ty)
+    if SIDE:
+        side_rows(side, side_scale, side_out, pid, programs, side_count, x1, x2, x3, D, D1, D2, D3)
     acc1 = tl.zeros([D1], tl.float32)
     acc2 = tl.zeros([D2], tl.float32)
     acc3 = tl.zeros([D3], tl.float32)
-    for first in tl.range(lo, hi, R, num_stages=1):
-        new = _given_rows(up, up_bias, down, value, idx, first + R, hi, D, D1, D2, D3, R, GATED, UP_BIAS)
-        act, u, d, up_b = now
+    selected = 0
+    # What the last chunk selected, on its way: nothing yet.
+    act = tl.zeros([R], tl.float32)
+    nothing = row < 0
+    d1, d2, d3 = tiles(down, row, nothing, D, D1, D2, D3)
+    u1, u2, u3 = d1, d2, d3
+    if GATED:
+        u1, u2, u3 = tiles(up, row, nothing, D, D1, D2, D3)
+    u_b = row_bias(up_bias, row, nothing, UP_BIAS)
+    for chunk in tl.range(pid, chunks, programs, num_stages=1):
+        row, live = _rows_of(chunk, F, R)
+        v = activate(products(g1, g2, g3, x1, x2, x3) + g_b.to(tl.float32), ACTIVATION, activation_threshold)
+        next_row, next_live = _rows_of(chunk + programs, F, R)
+        g1, g2, g3 = tiles(gate, next_row, next_live, D, D1, D2, D3)
+        g_b = row_bias(gate_bias, next_row, next_live, GATE_BIAS)
+        chosen = exceeds(tl.abs(v), least) & live
+        tl.store(marks + row, chosen.to(tl.int32), mask=live)
+        selected += tl.sum(chosen.to(tl.int32), 0)
         if GATED:
-            act = act * (products(u[0], u[1], u[2], x1, x2, x3) + up_b.to(tl.float32))
-        acc1 += tl.sum(d[0].to(tl.float32) * act[:, None], 0)
-        acc2 += tl.sum(d[1].to(tl.float32) * act[:, None], 0)
-        acc3 += tl.sum(d[2].to(tl.float32) * act[:, None], 0)
-        now = new
+            act = act * (products(u1, u2, u3, x1, x2, x3) + u_b.to(tl.float32))
+        acc1 += tl.sum(d1.to(tl.float32) * act[:, None], 0)
+        acc2 += tl.sum(d2.to(tl.float32) * act[:, None], 0)
+        acc3 += tl.sum(d3.to(tl.float32) * act[:, None], 0)
+        act = tl.where(chosen, v, 0.0)
+        d1, d2, d3 = tiles(down, row, chosen, D, D1, D2, D3)
+        if GATED:
+            u1, u2, u3 = tiles(up, row, chosen, D, D1, D2, D3)
+            u_b = row_bias(up_bias, row, chosen, UP_BIAS)
+    if GATED:
+        act = act * (products(u1, u2, u3, x1, x2, x3) + u_b.to(tl.float32))
+    acc1 += tl.sum(d1.to(tl.float32) * act[:, None], 0)
+    acc2 += tl.sum(d2.to(tl.float32) * act[:, None], 0)
+    acc3 += tl.sum(d3.to(tl.float32) * act[:, None], 0)
+    tl.atomic_add(count, selected, sem="relaxed")
     if DOWN_BIAS:
         if pid == 0:
             acc1 += part(down_bias, D, 0, D1)
@@ -125,52 +139,56 @@ def _mlp_given(
         store_part(out + pid * D, acc1, D, 0, D1)
         store_part(out + pid * D, acc2, D, D1, D2)
         store_part(out + pid * D, acc3, D, D1 + D2, D3)
-    elif (lo < hi) | (pid == 0):
+    elif (selected > 0) | (pid == 0):
         add_part(out, acc1, D, 0, D1)
         add_part(out, acc2, D, D1, D2)
         add_part(out, acc3, D, D1 + D2, D3)
 
 
-def given_shape(size: int) -> GridShape:
-    """A neuron has at most two rows to read, as one of an MLP without a gate has."""
-    return default_shape(size, gated=False)
+def gate_shape(size: int) -> GridShape:
+    """By hidden size: what leaves registers for rows of three matrices."""
+    return shape_up_to(size, SHAPES)
 
 
-def mlp_given_token(
+def mlp_by_gate(
     y_D: Tensor,
     delta_D: Tensor,
     y_out_D: Tensor,
     out: Tensor,
     norm: NormWeights,
     weights: MlpWeights,
-    value_F: Tensor,
-    idx_F: Tensor,
-    count: Tensor,
+    gate: GateNeurons,
     *,
     added: BlockOutput = AS_IT_IS,
+    side: Side | None = None,
     shape: GridShape | None = None,
     partial: bool = False,
     programmatic: bool = False,
 ) -> None:
-    """Write y + delta, this as of `added`, to y_out [D] and add to out [D] the MLP of its norm over the list, its gate (or activation)
-    known; all fp32.
+    """Write y + delta, this as of `added`, to y_out [D], add the MLP of its norm over what its gate selects to out [D], all fp32, and say
+    in `gate` what that was.
 
-    value_F fp32 [F]; idx_F int32 [F], of which the first count int32 [1] are the neurons. partial: `out` is [programs, D] and gets
-    each program's own sum, to be added up in a fixed order. y, y_out and out are different memory.
+    partial: `out` is [programs, D] and gets each program's own sum, to be added up in a fixed order. y, y_out and out are different memory.
     """
     down_FD, gated = weights.down_FD, weights.gate_FD is not None
-    size = down_FD.shape[1]
-    shape = given_shape(size) if shape is None else shape
+    first_FD = weights.up_FD if weights.gate_FD is None else weights.gate_FD
+    first_bias_F = weights.gate_bias_F if gated else weights.up_bias_F
+    neurons, size = down_FD.shape
+    shape = gate_shape(size) if shape is None else shape
     first, second, third = parts(size)
-    assert weights.up_FD.is_contiguous() and down_FD.is_contiguous()
+    assert all(matrix.is_contiguous() for matrix in (first_FD, weights.up_FD, down_FD))
     launch(
-        _mlp_given,
+        _mlp_by_gate,
         (programs_of(shape, down_FD.device),),
-        y_D, delta_D, *added.arguments(y_D), y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, weights.up_FD, or_any(weights.up_bias_F, y_D),
-        down_FD, or_any(weights.down_bias_D, y_D), value_F, idx_F, count, out,
+        y_D, delta_D, *added.arguments(y_D), y_out_D, or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, first_FD,
+        or_any(first_bias_F, y_D), weights.up_FD, or_any(weights.up_bias_F, y_D), down_FD, or_any(weights.down_bias_D, y_D),
+        gate.threshold, weights.activation_threshold, gate.marks, gate.count, out,
+        down_FD if side is None else side.matrix, y_D if side is None else side.scale, y_D if side is None else side.out,
+        0 if side is None else side.matrix.shape[0], neurons,
         D=size, D1=first, D2=second, D3=third, R=shape.rows, RMS=norm.rms, AFFINE=norm.weight is not None, GATED=gated,
-        UP_BIAS=gated and weights.up_bias_F is not None, DOWN_BIAS=weights.down_bias_D is not None, PARTIAL=partial,
-        OUT_NORM=added.weight is not None, num_warps=shape.warps, programmatic=programmatic,
+        UP_BIAS=gated and weights.up_bias_F is not None, GATE_BIAS=first_bias_F is not None, DOWN_BIAS=weights.down_bias_D is not None,
+        ACTIVATION=ACTIVATION_CODES[weights.activation], SIDE=side is not None, PARTIAL=partial, OUT_NORM=added.weight is not None,
+        num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 
@@ -189,17 +207,20 @@ def mlp_given_definition(x: Tensor, weights: MlpWeights, value: Tensor, keep: Te
     return y if weights.down_bias_D is None else y + weights.down_bias_D
 
 
-def mlp_given_token_definition(
-    y_D: Tensor, delta_D: Tensor, norm: NormWeights, weights: MlpWeights, value_F: Tensor, keep_F: Tensor
-) -> Tensor:
-    """What `mlp_given_token` adds to out, in the dtype of the weights."""
+def mlp_by_gate_definition(y_D: Tensor, delta_D: Tensor, norm: NormWeights, weights: MlpWeights, threshold: float) -> tuple[Tensor, Tensor]:
+    """What `mlp_by_gate` adds to out, in the dtype of the weights, and what is kept, bool [F]."""
     x_D = norm_definition((y_D + delta_D).to(weights.down_FD.dtype), norm)
-    return mlp_given_definition(x_D, weights, value_F, keep_F)
+    matrix, bias = (weights.up_FD, weights.up_bias_F) if weights.gate_FD is None else (weights.gate_FD, weights.gate_bias_F)
+    product_F = torch.nn.functional.linear(x_D, matrix, bias)
+    value_F, keep_F = select_gate_definition(product_F, threshold, weights.activation, weights.activation_threshold)
+    return mlp_given_definition(x_D, weights, value_F, keep_F), keep_F
 
 
-def mlp_given_bytes(weights: MlpWeights, kept: int) -> int:
-    """Rows of up (where gated) and down of so many neurons, their values and indices, and the down bias."""
-    size, matrices = weights.down_FD.shape[1], 1 if weights.gate_FD is None else 2
-    bias = matrices == 2 and weights.up_bias_F is not None
+def mlp_by_gate_bytes(weights: MlpWeights, kept: int) -> int:
+    """All of the gate (of up, where there is none) and its bias; rows of up (where gated) and down of so many neurons, the biases."""
+    gated = weights.gate_FD is not None
+    first = [weights.gate_FD, weights.gate_bias_F] if gated else [weights.up_FD, weights.up_bias_F]
+    width, (neurons, size) = weights.down_FD.element_size(), weights.down_FD.shape
+    rest = size + gated * (size + (weights.up_bias_F is not None))
     down_bias = 0 if weights.down_bias_D is None else weights.down_bias_D.nbytes
-    return kept * ((matrices * size + bias) * weights.down_FD.element_size() + 8) + down_bias
+    return sum(each.nbytes for each in first if each is not None) + kept * rest * width + down_bias + 4 * neurons

@@ -8,8 +8,7 @@ writes. Of the Q rows of queries only those of selected head groups are: every p
 
     s_g = scale_g (B_g . h) + c_g;   selected: s_g > threshold, or the best one
 
-from the h that the A of their predictor gave, and program 0 writes list and count. `side` rows are products of the same x. Where the rows are neurons that their activations
-select, each program lists at its end those of its own rows (gate.py).
+from the h that the A of their predictor gave, and program 0 writes list and count. `side` rows are products of the same x.
 
 Bytes that any implementation moves: the needed rows.
 
@@ -24,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.cuda.common import (
     AS_IT_IS,
     BlockOutput,
@@ -49,7 +47,6 @@ from dejavu.kernels.cuda.common import (
     tiles,
     zero,
 )
-from dejavu.kernels.cuda.gate import GateNeurons, list_activated
 
 # By the largest hidden size that each is for: rows, warps, programs.
 SHAPES = {2048: (8, 8, 2), 3072: (2, 4, 4), 4096: (4, 4, 2), 8192: (2, 4, 2), 1 << 31: (1, 4, 2)}
@@ -80,12 +77,11 @@ def selected_groups(matrix, scale, bias, threshold, h, G: tl.constexpr, GP: tl.c
 @triton.jit
 def _project(
     y, delta, out_weight, out_eps, out_scale, y_out, cleared, counter, norm_weight, norm_bias, eps, matrix, bias, out, side, side_scale, side_out, side_count,
-    scorer, scorer_scale, scorer_bias, scorer_threshold, scorer_h, groups, group_count, gate_threshold, neurons, neuron_count,
-    activation_threshold, N,
+    scorer, scorer_scale, scorer_bias, scorer_threshold, scorer_h, groups, group_count, N,
     Q: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, R: tl.constexpr, RMS: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, SIDE: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, OUT_NORM: tl.constexpr, WRITE: tl.constexpr, CLEAR: tl.constexpr, COUNTER: tl.constexpr,
-    ACTIVATION: tl.constexpr, OWN: tl.constexpr, programmatic: tl.constexpr,
+    programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     step = tl.num_programs(0) * R
@@ -140,11 +136,6 @@ def _project(
         live = next_live
         added = next_added
         a1, a2, a3 = b1, b2, b3
-    if OWN > 0:
-        tl.debug_barrier()  # what other threads of the program wrote
-        n = tl.arange(0, OWN)
-        f = first + n // R * step + n % R
-        list_activated(out, f, f < N, gate_threshold, neurons, neuron_count, activation_threshold, ACTIVATION)
 
 
 def default_shape(size: int) -> GridShape:
@@ -168,13 +159,11 @@ def project_token(
     y_out_D: Tensor | None = None,
     cleared_D: Tensor | None = None,
     counter: Tensor | None = None,
-    gate: GateNeurons | None = None,
     shape: GridShape | None = None,
     programmatic: bool = False,
 ) -> None:
     """out fp32 [rows] = matrix [rows, D] @ norm(y + delta) + bias, delta as of `added`; of the first `queries` rows only the selected groups' where
-    `scores` are given. y_out gets y + delta, cleared zeros [D], counter int32 [1] zero: for the kernels that follow.
-    gate: what of the rows, neurons, is selected; `out` is its value."""
+    `scores` are given. y_out gets y + delta, cleared zeros [D], counter int32 [1] zero: for the kernels that follow."""
     rows, size = matrix.shape
     shape = default_shape(size) if shape is None else shape
     assert matrix.is_contiguous()
@@ -187,22 +176,18 @@ def project_token(
     head = (y_D,) * 7 if scores is None else (
         scores.matrix, scores.scale, scores.bias, scores.threshold, scores.h, scores.groups, scores.count,
     )  # fmt: skip
-    assert gate is None or (gate.value is out and queries == 0)
-    listed = (y_D,) * 3 + (0.0,) if gate is None else (gate.threshold, gate.neurons, gate.count, gate.activation_threshold)
-    own = 0 if gate is None else triton.next_power_of_2(triton.cdiv(rows, programs * at_once) * at_once)
     launch(
         _project,
         (programs,),
         y_D, delta_D, *added.arguments(y_D), or_any(y_out_D, y_D), or_any(cleared_D, y_D), or_any(counter, y_D),
         or_any(norm.weight, y_D), or_any(norm.bias, y_D), norm.eps, matrix, or_any(bias, y_D), out,
         matrix if side is None else side.matrix, y_D if side is None else side.scale, y_D if side is None else side.out,
-        0 if side is None else side.matrix.shape[0], *head, *listed, rows - queries,
+        0 if side is None else side.matrix.shape[0], *head, rows - queries,
         Q=queries, D=size, D1=first, D2=second, D3=third, R=at_once, RMS=norm.rms, AFFINE=norm.weight is not None,
         BIAS=bias is not None, SIDE=side is not None, HEADS=scores is not None, G=num_groups if scores is None else groups,
         GP=max(16, triton.next_power_of_2(groups)), P=rank, PP=max(16, triton.next_power_of_2(rank)), OUT_NORM=added.weight is not None,
         WRITE=y_out_D is not None,
-        CLEAR=cleared_D is not None, COUNTER=counter is not None, ACTIVATION=0 if gate is None else ACTIVATION_CODES[gate.activation], OWN=own,
-        num_warps=shape.warps, programmatic=programmatic,
+        CLEAR=cleared_D is not None, COUNTER=counter is not None, num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 
