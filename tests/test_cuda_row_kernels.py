@@ -56,6 +56,24 @@ def test_norm_rows(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("slices", "size"), [(1, 17), (3, 250)])
+def test_norm_rows_adds_the_parts_of_a_product_in_order(slices: int, size: int, device: str) -> None:
+    memory = Memory(device, FP32)
+    norm, start_BD, delta_SBD = norm_of(memory, size, rms=True, affine=True), memory.normal(3, size), memory.normal(slices, 3, size)
+    delta_BD = delta_SBD[0].clone()
+    for part_BD in delta_SBD[1:]:
+        delta_BD += part_BD
+    found = []
+    for delta in (delta_SBD, delta_BD):
+        y_BD, x_BD = memory.room(3, size, holds=start_BD), memory.room(3, size)
+        norm_rows(y_BD, memory.given(delta), placed(norm, memory), x_BD)
+        memory.check()
+        found.append((y_BD, x_BD))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0].cpu(), start_BD + delta_BD)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("size", "dtype", "normed", "scale"), [(17, FP16, True, 1.0), (250, FP32, True, 0.7), (96, BF16, False, 1.4)])
 def test_what_a_block_gave_is_normed_and_scaled_before_it_is_added(
     size: int, dtype: torch.dtype, normed: bool, scale: float, device: str

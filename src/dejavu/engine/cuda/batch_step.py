@@ -1,15 +1,17 @@
 """One token of each of several sequences on the GPU: weights are read once for all rows, and each row keeps its own selection.
 
-For each layer: norm, q, k, v (cuBLAS), attention and O by row with its own heads, norm, and the MLP over the union
-of what the rows select, each row masked to its own, or dense where that is measured to be faster. Predictors run row by row in
-fp32. The residual stream y_BD is fp32. A layer that runs dense selects nothing: its rows count as dense, as they do in any dense layer.
+For each layer: norm, q, k, v, attention and O by row with its own heads, norm, and the MLP over the union of what the rows select, each
+row masked to its own, or dense where that is measured to be faster. Predictors run row by row in fp32. The residual stream y_BD is fp32;
+products with O and down are left in parts, which the next norm adds up. A layer that runs dense selects nothing: its rows count as dense,
+as they do in any dense layer.
 
 Whether a layer's MLP runs over the union depends on the union's size and on the device: crossover.py times both ways, for heads too.
 
-Where each row's own gate selects, the products with the gate are those of cuBLAS, and up and down are read over the union. Where inputs are
+Where each row's own gate selects, the gate is read whole, and up and down are read over the union. Where inputs are
 selected, each row's are masked and the matrices read whole: the union of a few rows would be nearly all of them. Neither is timed.
 
 Letters: B rows  D model  L layers  H query heads  G key/value heads  K head_dim  V vocabulary  F neurons
+S slices of a product's inputs  W = (H + 2G) K
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dejavu.engine.cache import PagedCache
@@ -29,20 +30,12 @@ from dejavu.kernels.cuda.common import PredictorScores, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate_rows import GateRows, select_gate_rows, up_given_rows
 from dejavu.kernels.cuda.inputs import mask_rows
+from dejavu.kernels.cuda.linear_rows import activated_rows, linear_rows, linear_slices, padded_rows
 from dejavu.kernels.cuda.logits import finish_logits
-from dejavu.kernels.cuda.mlp_rows import (
-    DownShape,
-    dense_down_rows,
-    dense_mlp_rows,
-    dense_up_rows,
-    down_rows,
-    gate_products,
-    mlp_rows,
-    padded_rows,
-    shares_of,
-)
+from dejavu.kernels.cuda.mlp_rows import DownShape, down_rows, mlp_rows, shares_of
 from dejavu.kernels.cuda.project import GroupScores
 from dejavu.kernels.cuda.rows import UnionScores, combine_rows, group_rows, norm_rows, project_rows, select_rows
+from dejavu.kernels.sparse_mlp import MlpWeights
 from dejavu.model.selectors import POINTS
 
 
@@ -50,7 +43,8 @@ class BatchStep:
     """The kernels of a step of several rows, over memory that stays where it is: a graph of them can be replayed.
 
     inputs: int32 [3, B]: token, slot, position; rows of the slot `padding` only fill the bucket. counts: int32 [M, B, L] of each row, in
-    place, as `layer_predictors` has them of one, and unions int32 [L], the neurons that were read; valid after `run`. record: keep what
+    place, as `layer_predictors` has them of one, and unions int32 [L], the neurons that were read; valid after `run`. deterministic: sums
+    in a fixed order, and of a dense step the same ones whatever other rows there are, up to 16, and however long. record: keep what
     the rows select. crossover: what its bucket's steps were measured to run faster dense; None: nothing does.
     """
 
@@ -72,7 +66,9 @@ class BatchStep:
         self.inputs, self.padding, self.deterministic = inputs, padding, deterministic
         self.tokens, self.crossover = tokens, crossover
         size, neurons, layers = config.hidden_size, config.intermediate_size, config.num_layers
-        splits = splits_for(rows, config.num_heads, device, tokens=tokens)
+        # Where a row's sums are to be the same whatever rows and tokens there are, so are its splits.
+        alike = (1, config.max_positions) if deterministic else (rows, tokens)
+        splits = splits_for(alike[0], config.num_heads, device, tokens=alike[1])
         self._y_BD, self._delta_BD = torch.zeros(2, rows, size, device=device).unbind(0)
         self._x_BD = torch.zeros(rows, size, device=device, dtype=dtype)
         self._mixed_BHK = torch.zeros(rows, config.num_heads, config.head_dim, device=device, dtype=dtype)
@@ -81,6 +77,13 @@ class BatchStep:
             stats=torch.zeros(rows, config.num_heads, splits, 2, device=device),
         )
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table)
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self._qkv_BW = torch.zeros(rows, width, device=device, dtype=dtype)
+        self._act_BF = torch.zeros(rows, neurons, device=device, dtype=dtype)
+        first = self.weights[0]
+        self._out_SBD, self._down_SBD = (
+            torch.zeros(linear_slices(weight.T), rows, size, device=device) for weight in (first.o, first.mlp.down_FD)
+        )  # fmt: skip
         self._act_FB = torch.zeros(neurons, padded_rows(rows), device=device, dtype=dtype)
         self._row_mask_F, self._union_F = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
         shares = shares_of(size, DownShape(), device) if deterministic else 0
@@ -146,8 +149,8 @@ class BatchStep:
         )  # fmt: skip
         for index in range(config.num_layers):
             delta = self._layer(index, delta)
-        norm_rows(self._y_BD, delta, model.final_norm, self._x_BD, added=model.joined(config.num_layers))
-        self.logits.copy_(F.linear(self._x_BD, model.head))
+        norm_rows(self._y_BD, delta, model.final_norm, self._x_BD, added=model.joined(config.num_layers), programmatic=True)
+        linear_rows(self._x_BD, model.head, None, self.logits, programmatic=True)
         finish_logits(self.logits, scale=config.logit_scale, cap=config.logit_cap)
 
     def _rows_of(
@@ -195,7 +198,7 @@ class BatchStep:
                     self._first_counts[2 + at, :, index] = size
 
     def _layer(self, index: int, delta: Tensor) -> Tensor:
-        """One layer; what it adds to the residual stream last, which the next norm takes in."""
+        """One layer; what it adds to the residual stream last, or the parts of it, which the next norm takes in."""
         layer, own, x_BD = self.weights[index], self.predictors[index], self._x_BD
         heads_first, groups, neurons_first, neurons = self._halves[index]
         gate_rows, product_BF = self._gates[index], None
@@ -203,33 +206,48 @@ class BatchStep:
             neurons_first = neurons = None
         if self.dense_heads:
             heads_first = groups = None
-        norm_rows(self._y_BD, delta, layer.norm1, x_BD, added=self.model.joined(index))
+        norm_rows(self._y_BD, delta, layer.norm1, x_BD, added=self.model.joined(index), programmatic=True)
         if groups is not None and heads_first is not None:
             if not own.heads_before:
-                project_rows(heads_first, x_BD)
-            group_rows(groups)
+                project_rows(heads_first, x_BD, programmatic=True)
+            group_rows(groups, programmatic=True)
         if neurons_first is not None and own.neurons_lookahead == 1:
-            project_rows(neurons_first, x_BD)
-        qkv_BW = F.linear(self._masked(index, "attention", x_BD), layer.qkv, layer.qkv_bias)
-        self._attend(index, qkv_BW, groups)
+            project_rows(neurons_first, x_BD, programmatic=True)
+        linear_rows(self._masked(index, "attention", x_BD), layer.qkv, layer.qkv_bias, self._qkv_BW, programmatic=True)
+        self._attend(index, self._qkv_BW, groups)
         mixed_BQ = self._masked(index, "output", self._mixed_BHK.flatten(1))
-        out_BD = mixed_BQ @ layer.o if layer.o_bias is None else torch.addmm(layer.o_bias, mixed_BQ, layer.o)
+        linear_rows(mixed_BQ, layer.o.T, layer.o_bias, self._out_SBD, programmatic=True)
         cleared = None if neurons is None and gate_rows is None else self._delta_BD
-        norm_rows(self._y_BD, out_BD, layer.norm2, x_BD, cleared, added=layer.attention_out)
+        norm_rows(self._y_BD, self._out_SBD, layer.norm2, x_BD, cleared, added=layer.attention_out, programmatic=True)
         if neurons is not None and neurons_first is not None:
             if own.neurons_lookahead == 0:
-                project_rows(neurons_first, x_BD)
-            select_rows(neurons, self.inputs[1], self.padding)
+                project_rows(neurons_first, x_BD, programmatic=True)
+            select_rows(neurons, self.inputs[1], self.padding, programmatic=True)
         elif gate_rows is not None:
-            product_BF = gate_products(x_BD, layer.mlp)
-            select_gate_rows(product_BF, gate_rows, layer.mlp.activation, layer.mlp.activation_threshold, self.inputs[1], self.padding)
+            product_BF = self._gate_products(layer.mlp)
+            select_gate_rows(
+                product_BF, gate_rows, layer.mlp.activation, layer.mlp.activation_threshold, self.inputs[1], self.padding, programmatic=True
+            )
         if self._row_masks_LF is not None and index not in self.dense_layers:
             self._row_masks_LF[index].copy_(self._row_mask_F)
         self._run_before(index + 1)
         if index in self.dense_layers:
-            act_BF = dense_up_rows(self._masked(index, "mlp", x_BD), layer.mlp)
-            return dense_down_rows(self._masked(index, "down", act_BF), layer.mlp)
+            return self._dense_mlp(index)
         return self._union_mlp(index, product_BF)
+
+    def _dense_mlp(self, index: int) -> Tensor:
+        """Parts [slices, B, D] of the MLP with every neuron."""
+        mlp = self.weights[index].mlp
+        activated_rows(self._masked(index, "mlp", self._x_BD), mlp, self._act_BF, programmatic=True)
+        act_BF = self._masked(index, "down", self._act_BF)
+        linear_rows(act_BF, mlp.down_FD.T, mlp.down_bias_D, self._down_SBD, programmatic=True)
+        return self._down_SBD
+
+    def _gate_products(self, mlp: MlpWeights) -> Tensor:
+        """What the activation is of, [B, F]: products with the gate, or with up where there is none."""
+        weight_FD, bias_F = (mlp.up_FD, mlp.up_bias_F) if mlp.gate_FD is None else (mlp.gate_FD, mlp.gate_bias_F)
+        linear_rows(self._x_BD, weight_FD, bias_F, self._act_BF, programmatic=True)
+        return self._act_BF
 
     def _masked(self, index: int, point: str, x_BI: Tensor) -> Tensor:
         """What each row keeps at a point, the rest set to zero; x itself where a layer keeps all."""
@@ -238,7 +256,7 @@ class BatchStep:
             return x_BI
         kept, out_BI = layer.points[point], self._kept.get((index, point))
         out_BI = torch.empty_like(x_BI) if out_BI is None else out_BI
-        mask_rows(x_BI, kept.norm, kept.threshold, out_BI, self._row_counts[2 + at, :, index : index + 1])
+        mask_rows(x_BI, kept.norm, kept.threshold, out_BI, self._row_counts[2 + at, :, index : index + 1], programmatic=True)
         return out_BI
 
     def _attend(self, index: int, qkv_BW: Tensor, scores: GroupScores | None) -> None:
@@ -246,9 +264,9 @@ class BatchStep:
         chosen = (None, None) if scores is None else (scores.groups, scores.count)
         attend(
             qkv_BW, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=self.config.num_heads,
-            how=self.weights[index].scores, groups_BG=chosen[0], count_B=chosen[1],
+            how=self.weights[index].scores, groups_BG=chosen[0], count_B=chosen[1], programmatic=True,
         )  # fmt: skip
-        combine_rows(self._partials, *chosen, self._mixed_BHK)
+        combine_rows(self._partials, *chosen, self._mixed_BHK, programmatic=True)
 
     def _run_before(self, index: int) -> None:
         """The first halves of the next layer's predictors that read this layer's MLP input."""
@@ -257,9 +275,9 @@ class BatchStep:
         own = self.predictors[index]
         heads_first, _, neurons_first, _ = self._halves[index]
         if heads_first is not None and own.heads_before and not self.dense_heads:
-            project_rows(heads_first, self._x_BD)
+            project_rows(heads_first, self._x_BD, programmatic=True)
         if neurons_first is not None and own.neurons_lookahead == 2 and index not in self.dense_layers:
-            project_rows(neurons_first, self._x_BD)
+            project_rows(neurons_first, self._x_BD, programmatic=True)
 
     def _union_mlp(self, index: int, product_BF: Tensor | None = None) -> Tensor:
         """product_BF: products with the gate, where it selected."""
@@ -273,10 +291,10 @@ class BatchStep:
             ordered.scatter_(0, place_F, torch.arange(chosen_F.shape[0], dtype=torch.int32, device=chosen_F.device))
             union = ordered
         if product_BF is None:
-            mlp_rows(self._x_BD, mlp, self._row_mask_F, union, count, self._act_FB, out, partial=self.deterministic)
+            mlp_rows(self._x_BD, mlp, self._row_mask_F, union, count, self._act_FB, out, partial=self.deterministic, programmatic=True)
         else:
-            up_given_rows(self._x_BD, product_BF, mlp, self._row_mask_F, union, count, self._act_FB)
-            down_rows(self._act_FB, mlp, union, count, out, partial=self.deterministic)
+            up_given_rows(self._x_BD, product_BF, mlp, self._row_mask_F, union, count, self._act_FB, programmatic=True)
+            down_rows(self._act_FB, mlp, union, count, out, partial=self.deterministic, programmatic=True)
         return self._sums.sum(0) if self.deterministic else self._delta_BD
 
     def run_dense(self, layers: frozenset[int], *, heads: bool = False) -> None:
@@ -292,14 +310,14 @@ class BatchStep:
         """Attention at the positions of the last run, over selected heads, with their selection, and over all."""
         first, scores, _, _ = self._halves[index]
         assert first is not None and scores is not None
-        qkv_BW = F.linear(self._x_BD, self.weights[index].qkv, self.weights[index].qkv_bias)
+        linear_rows(self._x_BD, self.weights[index].qkv, self.weights[index].qkv_bias, self._qkv_BW)
 
         def selected() -> None:
             project_rows(first, self._x_BD)
             group_rows(scores)
-            self._attend(index, qkv_BW, scores)
+            self._attend(index, self._qkv_BW, scores)
 
-        return selected, lambda: self._attend(index, qkv_BW, None)
+        return selected, lambda: self._attend(index, self._qkv_BW, None)
 
     def union_mlp(self, index: int, count: int) -> Callable[[], None]:
         """The MLP over a union of so many neurons, anywhere, with its selection. Counts of the step are lost."""
@@ -317,7 +335,7 @@ class BatchStep:
         return work
 
     def dense_mlp(self, index: int) -> Callable[[], object]:
-        return lambda: dense_mlp_rows(self._x_BD, self.weights[index].mlp)
+        return lambda: self._dense_mlp(index)
 
 
 def _for_rows(side: Side, rows: int) -> Side:

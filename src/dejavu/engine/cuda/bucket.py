@@ -160,7 +160,8 @@ class Bucket:
         return self._steps[length]
 
     def _new_step(self, length: int) -> Step:
-        if self.rows == 1:
+        selects = any(own.selector is not None or own.group_scores is not None for own in self._model.predictors)
+        if self.rows == 1 and (selects or any(self._model.inputs) or not self._deterministic):
             return TokenStep(
                 self._model, self._cache, tokens=length, ahead=self._ahead, deterministic=self._deterministic, inputs=self.inputs
             )

@@ -287,11 +287,19 @@ def join_scale(d1, d2, d3, out_eps, out_scale, D: tl.constexpr, OUT_NORM: tl.con
 def residual(
     y, delta, out_weight, out_eps, out_scale, y_out, writes,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, OUT_NORM: tl.constexpr, WRITE: tl.constexpr,
+    ADDENDS: tl.constexpr, stride,
 ):  # fmt: skip
-    """y + delta, this as of BlockOutput, in three parts; the program for which `writes` holds stores it."""
+    """y + delta, this as of BlockOutput, in three parts; the program for which `writes` holds stores it.
+
+    ADDENDS: delta is the sum of so many vectors, `stride` values apart, in order."""
     d1 = part(delta, D, 0, D1)
     d2 = part(delta, D, D1, D2)
     d3 = part(delta, D, D1 + D2, D3)
+    for _ in tl.static_range(1, ADDENDS):
+        delta += stride
+        d1 += part(delta, D, 0, D1)
+        d2 += part(delta, D, D1, D2)
+        d3 += part(delta, D, D1 + D2, D3)
     scale = join_scale(d1, d2, d3, out_eps, out_scale, D, OUT_NORM)
     if OUT_NORM:
         d1 = d1 * part(out_weight, D, 0, D1)

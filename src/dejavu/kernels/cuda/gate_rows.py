@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dejavu.kernels.activation import ACTIVATION_CODES
-from dejavu.kernels.cuda.common import activate, exceeds, launch, multiprocessors, or_any, row_bias
+from dejavu.kernels.cuda.common import activate, begin, exceeds, launch, multiprocessors, or_any, row_bias
 from dejavu.kernels.cuda.mlp_rows import UpShape, padded_rows, up_shape_for
 from dejavu.kernels.cuda.rows import MAX_ROWS
 from dejavu.kernels.sparse_mlp import MlpWeights
@@ -49,6 +49,7 @@ def _select_gate_rows(
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = f < F
     least = tl.load(threshold)
+    begin(programmatic)
     mask_bits = tl.zeros([BLOCK], tl.int32)
     for b in range(0, B):
         p = tl.load(product + b * F + f, mask=live, other=0.0).to(tl.float32)
@@ -70,6 +71,7 @@ def _up_given_rows(
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     programmatic: tl.constexpr,
 ):  # fmt: skip
+    begin(programmatic)
     total = tl.load(count)
     b = tl.arange(0, BP)
     for block in range(tl.program_id(0), tl.cdiv(total, R), tl.num_programs(0)):
@@ -94,7 +96,14 @@ def _up_given_rows(
 
 
 def select_gate_rows(
-    product_BF: Tensor, gate: GateRows, activation: str, activation_threshold: float, slot_B: Tensor, padding: int
+    product_BF: Tensor,
+    gate: GateRows,
+    activation: str,
+    activation_threshold: float,
+    slot_B: Tensor,
+    padding: int,
+    *,
+    programmatic: bool = False,
 ) -> None:
     """Fill the row masks, the union with its count, and add each row's count; rows of the slot `padding` select nothing."""
     rows, neurons = product_BF.shape
@@ -102,7 +111,7 @@ def select_gate_rows(
     launch(
         _select_gate_rows, (triton.cdiv(neurons, BLOCK),), product_BF, gate.threshold, slot_B, padding, gate.row_mask_F, gate.union, gate.count,
         gate.row_count, gate.row_count.stride(0), rows, neurons, activation_threshold, ACTIVATION=ACTIVATION_CODES[activation], BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=4, programmatic=programmatic,
     )  # fmt: skip
 
 
@@ -116,6 +125,7 @@ def up_given_rows(
     act_FB: Tensor,
     *,
     shape: UpShape | None = None,
+    programmatic: bool = False,
 ) -> None:
     """Activations of the union, by place in the list, in act_FB [F, BP], of the dtype of x."""
     rows, size = x_BD.shape
@@ -128,7 +138,7 @@ def up_given_rows(
         product_BF.shape[1],
         D=size, BP=padded_rows(rows), R=shape.rows, COLUMNS=min(shape.columns, max(16, triton.next_power_of_2(size))), STAGES=shape.stages,
         GATED=gated, UP_BIAS=gated and weights.up_bias_F is not None, ACTIVATION=ACTIVATION_CODES[weights.activation],
-        num_warps=shape.warps,
+        num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def _normed_inputs(
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr, AFFINE: tl.constexpr, OUT_NORM: tl.constexpr,
 ):  # fmt: skip
     """The norm's values at i: its moments are of the whole row, which every program reads."""
-    v1, v2, v3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, writes, D, D1, D2, D3, OUT_NORM, True)
+    v1, v2, v3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, writes, D, D1, D2, D3, OUT_NORM, True, 1, 0)
     mean, scale = moments(v1, v2, v3, eps, D, D1, D2, D3, RMS)
     d = tl.load(delta + i, mask=live, other=0.0)
     if OUT_NORM:
@@ -221,8 +221,10 @@ def _mask_rows(x, norm, threshold, out, row_count, row_stride, size, BLOCK: tl.c
     b = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < size
+    norms = tl.load(norm + i, mask=live, other=0.0)
+    begin(programmatic)
     v = tl.load(x + b * size + i, mask=live, other=0.0)
-    weighed = tl.abs(v.to(tl.float32)) * tl.load(norm + i, mask=live, other=0.0)
+    weighed = tl.abs(v.to(tl.float32)) * norms
     chosen = exceeds(weighed, tl.load(threshold)) & live
     tl.store(out + b * size + i, tl.where(chosen, v, 0.0), mask=live)
     tl.atomic_add(row_count + b * row_stride, tl.sum(chosen.to(tl.int32), 0), sem="relaxed")
@@ -321,13 +323,13 @@ def _source(x: NormedInputs | HeadInputs | ActivatedInputs, inputs: int, other: 
             return _Source(arguments=(*row, other, other, sums, threshold), constants=constants | changed)
 
 
-def mask_rows(x_BI: Tensor, norm_I: Tensor, threshold: Tensor, out_BI: Tensor, row_count: Tensor) -> None:
+def mask_rows(x_BI: Tensor, norm_I: Tensor, threshold: Tensor, out_BI: Tensor, row_count: Tensor, *, programmatic: bool = False) -> None:
     """out gets x with what each row does not keep set to zero; what it keeps is added to row_count int32 [B, stride]."""
     rows, size = x_BI.shape
     assert x_BI.is_contiguous() and out_BI.is_contiguous()
     launch(
         _mask_rows, (triton.cdiv(size, BLOCK), rows), x_BI, norm_I, threshold, out_BI, row_count, row_count.stride(0), size, BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=4, programmatic=programmatic,
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def _mlp(
     now = _rows(up, gate, down, up_bias, gate_bias, idx, lo, hi, D, D1, D2, D3, R, GATED, UP_BIAS, GATE_BIAS, LISTED, True)
     w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
     begin(programmatic)
-    y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, True)
+    y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, True, 1, 0)
     x1, x2, x3 = normed(y1, y2, y3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, up.dtype.element_ty)
     if SIDE:
         side_rows(side, side_scale, side_out, pid, programs, side_count, x1, x2, x3, D, D1, D2, D3)

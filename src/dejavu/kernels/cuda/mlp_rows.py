@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
-from dejavu.kernels.cuda.common import activate, launch, multiprocessors, or_any, row_bias, shared_memory
+from dejavu.kernels.cuda.common import activate, begin, launch, multiprocessors, or_any, row_bias, shared_memory
+from dejavu.kernels.cuda.linear_rows import padded_rows
 from dejavu.kernels.sparse_mlp import MlpWeights
 
 BLOCK = 1024
@@ -57,17 +58,13 @@ def up_shape_for(x_BD: Tensor, matrices: int) -> UpShape:
     return dataclasses.replace(shape, stages=max(1, min(shape.stages, 1 + shared_memory(x_BD.device) // stage)))
 
 
-def padded_rows(rows: int) -> int:
-    """Rows as the tensor cores take them."""
-    return max(16, triton.next_power_of_2(rows))
-
-
 @triton.jit
 def _up_rows(
     x, up, gate, up_bias, gate_bias, row_mask_F, union, count, act, threshold, B, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
+    begin(programmatic)
     total = tl.load(count)
     b = tl.arange(0, BP)
     for block in range(tl.program_id(0), tl.cdiv(total, R), tl.num_programs(0)):
@@ -101,6 +98,7 @@ def _down_rows(
     act, down, bias, union, count, out, B, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
+    begin(programmatic)
     total = tl.load(count)
     share = tl.program_id(1)
     lo = (total * share) // tl.num_programs(1)
@@ -154,6 +152,7 @@ def mlp_rows(
     up_shape: UpShape | None = None,
     down_shape: DownShape | None = None,
     partial: bool = False,
+    programmatic: bool = False,
 ) -> None:
     """Add the MLP of each x to out fp32 [B, D]; partial: out is [shares, B, D]. act_FB [F, BP], in the dtype of x, is scratch."""
     rows, size = x_BD.shape
@@ -167,9 +166,9 @@ def mlp_rows(
         union_F, count, act_FB, weights.activation_threshold, rows,
         D=size, BP=padded, R=up_shape.rows, COLUMNS=columns, STAGES=up_shape.stages, GATED=weights.gate_FD is not None,
         UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
-        ACTIVATION=ACTIVATION_CODES[weights.activation], num_warps=up_shape.warps,
+        ACTIVATION=ACTIVATION_CODES[weights.activation], num_warps=up_shape.warps, programmatic=programmatic,
     )  # fmt: skip
-    down_rows(act_FB, weights, union_F, count, out, shape=down_shape, partial=partial)
+    down_rows(act_FB, weights, union_F, count, out, shape=down_shape, partial=partial, programmatic=programmatic)
 
 
 def down_rows(
@@ -181,6 +180,7 @@ def down_rows(
     *,
     shape: DownShape | None = None,
     partial: bool = False,
+    programmatic: bool = False,
 ) -> None:
     """Add to out fp32 [B, D] the rows of down of the union, times the activations act_FB [F, BP] by place in the list, and the bias;
     partial: out is [shares, B, D]."""
@@ -192,7 +192,7 @@ def down_rows(
         (triton.cdiv(size, columns), shares_of(size, shape, out.device)),
         act_FB, weights.down_FD, or_any(weights.down_bias_D, out), union_F, count, out, rows,
         D=size, BP=act_FB.shape[1], R=shape.rows, COLUMNS=columns, STAGES=shape.stages, BIAS=weights.down_bias_D is not None,
-        PARTIAL=partial, num_warps=shape.warps,
+        PARTIAL=partial, num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 

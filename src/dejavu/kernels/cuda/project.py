@@ -96,7 +96,7 @@ def _project(
     added = row_bias(bias, row, live, BIAS)
     w, b = norm_parts(norm_weight, norm_bias, D, D1, D2, D3, RMS, AFFINE)
     begin(programmatic)
-    y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, WRITE)
+    y1, y2, y3 = residual(y, delta, out_weight, out_eps, out_scale, y_out, pid == 0, D, D1, D2, D3, OUT_NORM, WRITE, 1, 0)
     if CLEAR:
         if pid == tl.num_programs(0) - 1:
             zero(cleared, D, D1, D2, D3)

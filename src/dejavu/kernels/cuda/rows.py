@@ -1,6 +1,6 @@
 """What a step of several rows does row by row: norms, the two halves of predictors, and the heads put together.
 
-    norm_rows      y = y + delta;  x = norm(y);  cleared = 0
+    norm_rows      y = y + delta, or its parts;  x = norm(y);  cleared = 0
     project_rows   h[b, r] = scale[r] (A[r] . x[b])
     group_rows     the head groups that each row selects, as in project.py
     select_rows    for each neuron a row mask, bit b set where row b selects it; the list of neurons that some row selects
@@ -26,6 +26,7 @@ from dejavu.kernels.cuda.common import (
     NormWeights,
     PredictorScores,
     Side,
+    begin,
     exceeds,
     launch,
     norm_parts,
@@ -57,13 +58,16 @@ class UnionScores(PredictorScores):
 
 @triton.jit
 def _norm_rows(
-    y, delta, out_weight, out_eps, out_scale, weight, bias, eps, x, cleared,
+    y, delta, stride, out_weight, out_eps, out_scale, weight, bias, eps, x, cleared,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, RMS: tl.constexpr,
-    AFFINE: tl.constexpr, OUT_NORM: tl.constexpr, CLEAR: tl.constexpr, programmatic: tl.constexpr,
+    AFFINE: tl.constexpr, OUT_NORM: tl.constexpr, ADDENDS: tl.constexpr, CLEAR: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * D
     w, b = norm_parts(weight, bias, D, D1, D2, D3, RMS, AFFINE)
-    v1, v2, v3 = residual(y + at, delta + at, out_weight, out_eps, out_scale, y + at, True, D, D1, D2, D3, OUT_NORM, True)
+    begin(programmatic)
+    v1, v2, v3 = residual(
+        y + at, delta + at, out_weight, out_eps, out_scale, y + at, True, D, D1, D2, D3, OUT_NORM, True, ADDENDS, stride
+    )  # fmt: skip
     x1, x2, x3 = normed(v1, v2, v3, w, b, eps, D, D1, D2, D3, RMS, AFFINE, x.dtype.element_ty)
     store_part(x + at, x1, D, 0, D1)
     store_part(x + at, x2, D, D1, D2)
@@ -80,6 +84,7 @@ def _project_rows(
     live = r < R
     a1, a2, a3 = tiles(matrix, r, live, D, D1, D2, D3)
     factor = tl.load(scale + r)
+    begin(programmatic)
     for b in range(0, B):
         x1, x2, x3 = tiles(x, b + tl.arange(0, 1), live, D, D1, D2, D3)
         s = products(a1, a2, a3, tl.reshape(x1, [D1]), tl.reshape(x2, [D2]), tl.reshape(x3, [D3]))
@@ -92,6 +97,7 @@ def _group_rows(
     PP: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
+    begin(programmatic)
     chosen, place = selected_groups(matrix, scale, bias, threshold, h + b * h_stride, G, GP, P, PP)
     tl.store(groups + b * G + place, tl.arange(0, GP), mask=chosen == 1)
     tl.store(count + b * count_stride, tl.sum(chosen, 0))
@@ -109,6 +115,7 @@ def _select_rows(
     row_scale = tl.load(scale + f, mask=live, other=0.0)
     row_bias = tl.load(bias + f, mask=live, other=0.0)
     least = tl.load(threshold)
+    begin(programmatic)
     mask_bits = tl.zeros([BLOCK], tl.int32)
     for b in range(0, B):
         s = tl.sum(m * tl.load(h + b * h_stride + p, mask=p < P, other=0.0)[None, :], 1) * row_scale + row_bias
@@ -128,6 +135,7 @@ def _combine_rows(
     mixed, stats, groups, count, count_stride, out, H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
+    begin(programmatic)
     head = tl.program_id(0)
     b = tl.program_id(1)
     k = tl.arange(0, KP)
@@ -144,39 +152,51 @@ def _combine_rows(
 
 
 def norm_rows(
-    y_BD: Tensor, delta_BD: Tensor, norm: NormWeights, x_BD: Tensor, cleared_BD: Tensor | None = None, *, added: BlockOutput = AS_IT_IS
+    y_BD: Tensor,
+    delta: Tensor,
+    norm: NormWeights,
+    x_BD: Tensor,
+    cleared_BD: Tensor | None = None,
+    *,
+    added: BlockOutput = AS_IT_IS,
+    programmatic: bool = False,
 ) -> None:
-    """Add delta (any dtype), as of `added`, to y in place, and fill x with the norm of the sum, in x's dtype; set `cleared` to zero."""
+    """Add delta (any dtype), as of `added`, to y in place, and fill x with the norm of the sum, in x's dtype; set `cleared` to zero.
+
+    delta: [B, D], or the parts [slices, B, D] that add up to it."""
     rows, size = y_BD.shape
     first, second, third = parts(size)
+    assert delta.shape[-2:] == y_BD.shape and delta.is_contiguous()
+    addends = delta.shape[0] if delta.dim() == 3 else 1
     launch(
-        _norm_rows, (rows,), y_BD, delta_BD, *added.arguments(y_BD), or_any(norm.weight, y_BD), or_any(norm.bias, y_BD), norm.eps, x_BD,
+        _norm_rows, (rows,), y_BD, delta, rows * size, *added.arguments(y_BD), or_any(norm.weight, y_BD), or_any(norm.bias, y_BD), norm.eps, x_BD,
         or_any(cleared_BD, y_BD), D=size, D1=first, D2=second, D3=third, RMS=norm.rms, AFFINE=norm.weight is not None,
-        OUT_NORM=added.weight is not None, CLEAR=cleared_BD is not None, num_warps=8,
+        OUT_NORM=added.weight is not None, ADDENDS=addends, CLEAR=cleared_BD is not None, num_warps=8, programmatic=programmatic,
     )  # fmt: skip
 
 
-def project_rows(side: Side, x_BD: Tensor) -> None:
+def project_rows(side: Side, x_BD: Tensor, *, programmatic: bool = False) -> None:
     """side.out [B, R] = products of the side's rows with each x."""
     rows, size = x_BD.shape
     first, second, third = parts(size)
     count = side.matrix.shape[0]
     launch(
-        _project_rows, (count,), side.matrix, side.scale, x_BD, side.out, rows, count, D=size, D1=first, D2=second, D3=third, num_warps=4
-    )
+        _project_rows, (count,), side.matrix, side.scale, x_BD, side.out, rows, count, D=size, D1=first, D2=second, D3=third, num_warps=4,
+        programmatic=programmatic,
+    )  # fmt: skip
 
 
-def group_rows(scores: GroupScores) -> None:
+def group_rows(scores: GroupScores, *, programmatic: bool = False) -> None:
     """scores.groups [B, G] and scores.count [B, stride] from scores.h [B, P]."""
     groups, rank = scores.matrix.shape
     launch(
         _group_rows, (scores.groups.shape[0],), scores.matrix, scores.scale, scores.bias, scores.threshold, scores.h, scores.groups,
         scores.count, scores.count.stride(0), scores.h.stride(0), G=groups, GP=max(16, triton.next_power_of_2(groups)), P=rank,
-        PP=max(16, triton.next_power_of_2(rank)), num_warps=4,
+        PP=max(16, triton.next_power_of_2(rank)), num_warps=4, programmatic=programmatic,
     )  # fmt: skip
 
 
-def select_rows(scores: UnionScores, slot_B: Tensor, padding: int) -> None:
+def select_rows(scores: UnionScores, slot_B: Tensor, padding: int, *, programmatic: bool = False) -> None:
     """Fill the row masks, the union with its count, and add each row's count; rows of the slot `padding` select nothing."""
     neurons, rank = scores.matrix.shape
     rows = scores.h.shape[0]
@@ -184,11 +204,13 @@ def select_rows(scores: UnionScores, slot_B: Tensor, padding: int) -> None:
     launch(
         _select_rows, (triton.cdiv(neurons, BLOCK),), scores.matrix, scores.scale, scores.bias, scores.threshold, scores.h,
         scores.h.stride(0), slot_B, padding, scores.row_mask_F, scores.union, scores.count, scores.row_count, scores.row_count.stride(0), rows, neurons,
-        P=rank, PP=max(16, triton.next_power_of_2(rank)), BLOCK=BLOCK, num_warps=4,
+        P=rank, PP=max(16, triton.next_power_of_2(rank)), BLOCK=BLOCK, num_warps=4, programmatic=programmatic,
     )  # fmt: skip
 
 
-def combine_rows(partials: Partials, groups_BG: Tensor | None, count_B: Tensor | None, out_BHK: Tensor) -> None:
+def combine_rows(
+    partials: Partials, groups_BG: Tensor | None, count_B: Tensor | None, out_BHK: Tensor, *, programmatic: bool = False
+) -> None:
     """The mixed values of each row's heads; zero for heads of groups that it did not select."""
     rows, heads, splits, head_dim = partials.mixed.shape
     groups = heads if groups_BG is None else groups_BG.shape[1]
@@ -196,6 +218,7 @@ def combine_rows(partials: Partials, groups_BG: Tensor | None, count_B: Tensor |
         _combine_rows, (heads, rows), partials.mixed, partials.stats, or_any(groups_BG, out_BHK), or_any(count_B, out_BHK),
         1 if count_B is None else count_B.stride(0), out_BHK, H=heads, G=groups, GP=max(16, triton.next_power_of_2(groups)), K=head_dim,
         KP=max(16, triton.next_power_of_2(head_dim)), SPLITS=splits, HEADS=groups_BG is not None, num_warps=1,
+        programmatic=programmatic,
     )  # fmt: skip
 
 
