@@ -21,6 +21,7 @@ from dejavu.engine.cuda.capabilities import CUDA
 from dejavu.engine.cuda.decode_loop import SETTING_ROWS, joined, packed_settings
 from dejavu.engine.cuda.prompts import Prompts
 from dejavu.engine.cuda.readback import selections
+from dejavu.engine.cuda.tuning import tune
 from dejavu.engine.cuda.weights import dense_model, layer_predictors, step_model
 from dejavu.engine.interface import Decoded, StepProfile, StepResult
 from dejavu.engine.options import EngineOptions
@@ -79,6 +80,7 @@ class CudaEngine(PagedEngine):
         self._sums: Tensor | None = None
         self._staging = torch.zeros(STAGING_ROWS, (3 + SETTING_ROWS) * BUCKETS[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staging_numbers, self._staging_row = self._staging.numpy(), 0
+        tune(self._model)
         if device.type == "cuda":
             self._prepare()
 

@@ -74,7 +74,7 @@ class TokenStep:
             stats=torch.zeros(1, config.num_heads, splits, 2, device=device),
         )
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table)
-        self._shape = default_shape(size, gated=config.gated)
+        self._shape = default_shape(size, device, gated=config.gated)
         self._first_counts: Tensor | None = None
         if by_inputs:
             queries = config.num_heads * config.head_dim
@@ -84,7 +84,7 @@ class TokenStep:
             self._first_counts = every[:, None].repeat(1, config.num_layers)
             self._first_counts[2:, by_inputs] = 0
         if deterministic:
-            programs = max(programs_of(shape, device) for shape in (self._shape, gate_shape(size)))
+            programs = max(programs_of(shape, device) for shape in (self._shape, gate_shape(size, device)))
             self._program_sums = torch.zeros(programs, size, device=device)
             self._head_sums = torch.zeros(config.num_heads, size, device=device)
             self._marks, self._ordered = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
@@ -196,8 +196,9 @@ class TokenStep:
 
     def _gate_mlp(self, index: int, gate: GateNeurons, side: Side | None) -> None:
         """The MLP whose neurons its gate (an ungated one's activation) selects; the counter was set to zero with q, k and v."""
-        layer, size = self.weights[index], len(self._y0)
-        out = self._program_sums[: programs_of(gate_shape(size), self._y0.device)] if self.deterministic else self._delta_mlp
+        layer, device = self.weights[index], self._y0.device
+        programs = programs_of(gate_shape(len(self._y0), device), device)
+        out = self._program_sums[:programs] if self.deterministic else self._delta_mlp
         mlp_by_gate(
             self._y1, self._delta_attention, self._y0, out, layer.norm2, layer.mlp, gate, added=layer.attention_out,
             side=side, partial=self.deterministic, programmatic=self._chained,

@@ -18,7 +18,6 @@ Letters: D model  R rows at a time
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -100,12 +99,6 @@ def parts(size: int) -> tuple[int, int, int]:
     if left > 0:
         found.append(max(16, triton.next_power_of_2(left)))
     return tuple([*found, 1, 1][:3])  # pyrefly: ignore[bad-return]
-
-
-def shape_up_to(size: int, shapes: Mapping[int, tuple[int, int, int]]) -> GridShape:
-    """The shape of the smallest size that is not below this one."""
-    rows, warps, programs = shapes[min(limit for limit in shapes if size <= limit)]
-    return GridShape(rows=rows, warps=warps, programs=programs)
 
 
 @cache

@@ -45,16 +45,13 @@ from dejavu.kernels.cuda.common import (
     products,
     residual,
     row_bias,
-    shape_up_to,
     side_rows,
     store_part,
     tiles,
 )
 from dejavu.kernels.cuda.mlp import programs_of
+from dejavu.kernels.cuda.shapes import grid_shape
 from dejavu.kernels.sparse_mlp import MlpWeights
-
-# By the largest hidden size that each is for: rows, warps, programs.
-SHAPES = {1024: (8, 4, 2), 2048: (4, 8, 2), 4096: (2, 8, 2), 8192: (1, 8, 2), 1 << 31: (1, 16, 1)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +142,8 @@ def _mlp_by_gate(
         add_part(out, acc3, D, D1 + D2, D3)
 
 
-def gate_shape(size: int) -> GridShape:
-    """By hidden size: what leaves registers for rows of three matrices."""
-    return shape_up_to(size, SHAPES)
+def gate_shape(size: int, device: torch.device) -> GridShape:
+    return grid_shape("mlp by gate", size, device)
 
 
 def mlp_by_gate(
@@ -174,7 +170,7 @@ def mlp_by_gate(
     first_FD = weights.up_FD if weights.gate_FD is None else weights.gate_FD
     first_bias_F = weights.gate_bias_F if gated else weights.up_bias_F
     neurons, size = down_FD.shape
-    shape = gate_shape(size) if shape is None else shape
+    shape = gate_shape(size, down_FD.device) if shape is None else shape
     first, second, third = parts(size)
     assert all(matrix.is_contiguous() for matrix in (first_FD, weights.up_FD, down_FD))
     launch(

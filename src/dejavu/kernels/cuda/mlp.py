@@ -39,16 +39,12 @@ from dejavu.kernels.cuda.common import (
     products,
     residual,
     row_bias,
-    shape_up_to,
     side_rows,
     store_part,
     tiles,
 )
+from dejavu.kernels.cuda.shapes import grid_shape
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
-
-# By the largest hidden size that each is for: rows, warps, programs.
-SHAPES = {2048: (8, 8, 1), 3072: (2, 4, 2), 4096: (4, 8, 1), 6144: (1, 8, 2), 8192: (1, 4, 2), 1 << 31: (1, 16, 1)}
-GATED_SHAPES = {2048: (4, 8, 1), 4096: (2, 8, 1), 8192: (1, 4, 2), 1 << 31: (1, 16, 1)}
 
 
 @triton.jit
@@ -130,9 +126,8 @@ def _mlp(
         add_part(out, acc3, D, D1 + D2, D3)
 
 
-def default_shape(size: int, *, gated: bool) -> GridShape:
-    """What was fastest on an H100 (3072: on an H200), by hidden size (docs/log.md)."""
-    return shape_up_to(size, GATED_SHAPES if gated else SHAPES)
+def default_shape(size: int, device: torch.device, *, gated: bool) -> GridShape:
+    return grid_shape("gated mlp" if gated else "mlp", size, device)
 
 
 def programs_of(shape: GridShape, device: torch.device) -> int:
@@ -162,7 +157,7 @@ def mlp_token(
     """
     up_FD = weights.up_FD
     neurons, size = up_FD.shape
-    shape = default_shape(size, gated=weights.gate_FD is not None) if shape is None else shape
+    shape = default_shape(size, up_FD.device, gated=weights.gate_FD is not None) if shape is None else shape
     first, second, third = parts(size)
     assert (idx_F is None) == (count is None)
     assert all(matrix is None or matrix.is_contiguous() for matrix in (up_FD, weights.gate_FD, weights.down_FD))

@@ -42,14 +42,11 @@ from dejavu.kernels.cuda.common import (
     products,
     residual,
     row_bias,
-    shape_up_to,
     side_rows,
     tiles,
     zero,
 )
-
-# By the largest hidden size that each is for: rows, warps, programs.
-SHAPES = {2048: (8, 8, 2), 3072: (2, 4, 4), 4096: (4, 4, 2), 8192: (2, 4, 2), 1 << 31: (1, 4, 2)}
+from dejavu.kernels.cuda.shapes import grid_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,11 +135,6 @@ def _project(
         a1, a2, a3 = b1, b2, b3
 
 
-def default_shape(size: int) -> GridShape:
-    """What was fastest on an H100, by hidden size (docs/log.md)."""
-    return shape_up_to(size, SHAPES)
-
-
 def project_token(
     y_D: Tensor,
     delta_D: Tensor,
@@ -165,7 +157,7 @@ def project_token(
     """out fp32 [rows] = matrix [rows, D] @ norm(y + delta) + bias, delta as of `added`; of the first `queries` rows only the selected groups' where
     `scores` are given. y_out gets y + delta, cleared zeros [D], counter int32 [1] zero: for the kernels that follow."""
     rows, size = matrix.shape
-    shape = default_shape(size) if shape is None else shape
+    shape = grid_shape("project", size, matrix.device) if shape is None else shape
     assert matrix.is_contiguous()
     at_once = shape.rows
     while scores is not None and (queries // num_groups % at_once or (rows - queries) % at_once):

@@ -1,0 +1,132 @@
+"""Shapes of kernels on a device that no table has: timed at the first use of a hidden size, and kept in Triton's cache folder.
+
+In: a model's weights on the device. Out: shapes in use (kernels/cuda/shapes.py) for its kernels; a line of the log where something was
+timed. A shape that the device has no room for is left out. Times are medians over the layers' weights, one after another, so that they
+come from memory where the model is larger than the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.errors import OutOfResources
+
+from dejavu.engine.cuda.weights import StepModel
+from dejavu.kernels.cuda.common import GridShape
+from dejavu.kernels.cuda.gate import GateNeurons, mlp_by_gate
+from dejavu.kernels.cuda.mlp import mlp_token
+from dejavu.kernels.cuda.project import project_token
+from dejavu.kernels.cuda.shapes import CANDIDATES, device_name, is_known, measured_shape, shape_of, use_shape
+
+FILE = "shapes.json"
+ROUNDS = 5
+log = logging.getLogger(__name__)
+
+
+def tune(model: StepModel) -> None:
+    """Have the fastest shapes in use for this model; nothing to do on a known device."""
+    device = model.head.device
+    name = device_name(device)
+    if device.type != "cuda" or is_known(name):
+        return
+    cache = get_cache_manager(hashlib.sha256(f"{name} {triton.__version__} {CANDIDATES}".encode()).hexdigest())
+    kept = read(cache.get_file(FILE))
+    size, work = model.config.hidden_size, works(model)
+    missing = [kernel for kernel in work if place(kernel, size) not in kept]
+    if missing:
+        log.warning("%s: timing the shapes of %d kernels at hidden size %d, which is done once", name, len(missing), size)
+        started = time.perf_counter()
+        for kernel in missing:
+            kept[place(kernel, size)] = fastest(kernel, size, lambda shape, kernel=kernel: milliseconds(work[kernel], shape))
+        log.warning("done in %.0f s, kept in %s", time.perf_counter() - started, cache.put(json.dumps(kept), FILE, binary=False))
+    for kernel in work:
+        use_shape(kernel, size, device, shape_of(kept[place(kernel, size)]))
+
+
+def place(kernel: str, size: int) -> str:
+    return f"{kernel}, {size}"
+
+
+def read(path: str | None) -> dict[str, tuple[int, int, int]]:
+    """Kept shapes; none where there is no file, or one that is cut off."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return {key: (rows, warps, programs) for key, (rows, warps, programs) in found.items()}
+
+
+def fastest(kernel: str, size: int, timed: Callable[[GridShape], float]) -> tuple[int, int, int]:
+    """The measured shape of the known devices, or a candidate that is faster by more than 1 %; timed raises OutOfResources."""
+    known = measured_shape(kernel, size)
+    first = known.rows, known.warps, known.programs
+    best, least = first, _time(timed, known)
+    for numbers in CANDIDATES:
+        if numbers != first:
+            found = _time(timed, shape_of(numbers))
+            if found < 0.99 * least:
+                best, least = numbers, found
+    return best
+
+
+def _time(timed: Callable[[GridShape], float], shape: GridShape) -> float:
+    try:
+        return timed(shape)
+    except OutOfResources:
+        return float("inf")
+
+
+def works(model: StepModel) -> Mapping[str, Callable[[GridShape], None]]:
+    """What starts each kernel of the model's steps once for every layer, in a shape."""
+    config, device = model.config, model.head.device
+    size, neurons = config.hidden_size, config.intermediate_size
+    y_D, delta_D, y_out_D, out_D = torch.zeros(4, size, device=device).unbind(0)
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    qkv = torch.zeros(width, device=device)
+    layers = [layer for layer in model.weights if layer.qkv.is_contiguous()]  # by inputs there is no such kernel
+
+    def project(shape: GridShape) -> None:
+        for layer in layers:
+            project_token(y_D, delta_D, layer.norm1, layer.qkv, layer.qkv_bias, qkv, shape=shape)
+
+    def mlp(shape: GridShape) -> None:
+        for layer in layers:
+            mlp_token(y_D, delta_D, y_out_D, out_D, layer.norm2, layer.mlp, shape=shape)
+
+    marks, count = torch.zeros(neurons, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    gate = GateNeurons(threshold=torch.full((1,), -1.0, device=device), marks=marks, count=count)
+
+    def by_gate(shape: GridShape) -> None:
+        for layer in layers:
+            mlp_by_gate(y_D, delta_D, y_out_D, out_D, layer.norm2, layer.mlp, gate, shape=shape)
+
+    found: dict[str, Callable[[GridShape], None]] = {}
+    if layers:
+        found |= {"project": project, "gated mlp" if config.gated else "mlp": mlp}
+    if any(own.gate_neurons is not None for own in model.predictors):
+        found["mlp by gate"] = by_gate
+    return found
+
+
+def milliseconds(work: Callable[[GridShape], None], shape: GridShape) -> float:
+    """The median time of the work, on the current stream."""
+    work(shape)  # compiles
+    times = []
+    for _ in range(ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work(shape)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[ROUNDS // 2]
