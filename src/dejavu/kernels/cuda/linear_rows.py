@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
-from dejavu.kernels.cuda.common import activate, begin, launch, multiprocessors, or_any, row_bias, shared_memory
+from dejavu.kernels.cuda.common import LEAST_SHARED, activate, begin, launch, multiprocessors, or_any, row_bias
 from dejavu.kernels.sparse_mlp import MlpWeights
 
 
@@ -88,13 +88,14 @@ def _linear_rows(
 
 
 def linear_shape(inputs: int, outputs: int, rows: int, matrices: int, element: int, device: torch.device) -> LinearShape:
-    """Enough programs to fill the device, and as many tiles ahead as its shared memory holds."""
-    width = 32
-    columns = min(128, max(16, triton.next_power_of_2(inputs)))
+    """What was fastest on an H200 (docs/log.md): 8 KiB or more of a matrix in a tile, so many of them ahead as the least shared memory
+    holds, and slices enough for two programs of a multiprocessor."""
+    width, columns = 64, 64 if matrices > 1 or element > 2 else 128
+    columns = min(columns, max(16, triton.next_power_of_2(inputs)))
     stage = (padded_rows(rows) + matrices * width) * columns * element
-    stages = max(1, min(4, shared_memory(device) // stage))
+    stages = max(1, min(4, LEAST_SHARED // stage))
     slices = 1
-    while triton.cdiv(outputs, width) * slices < multiprocessors(device) * 3 // 4 and inputs // (2 * slices) >= 1024:
+    while triton.cdiv(outputs, width) * slices < multiprocessors(device) * 3 // 2 and inputs // (2 * slices) >= 1024:
         slices *= 2
     return LinearShape(outputs=width, inputs=columns, warps=4, stages=stages, slices=slices)
 
