@@ -13,8 +13,15 @@ import torch
 
 pytest.importorskip("triton")
 
+from conftest import Tiny
+from dejavu.engine.cuda.engine import CudaEngine
+from dejavu.engine.options import EngineOptions
+from dejavu.kernels.cuda import mlp_rows
 from dejavu.kernels.cuda.common import LEAST_SHARED
-from dejavu.kernels.cuda.mlp_rows import UpShape, padded_rows, up_shape_for
+from dejavu.kernels.cuda.linear_rows import padded_rows
+from dejavu.kernels.cuda.mlp_rows import UpShape, up_shape_for
+from helpers.cuda import on
+from helpers.engines import ids_of, random_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,8 +36,28 @@ def test_stages_are_as_many_as_shared_memory_holds(rows: int, dtype: torch.dtype
     assert shape.stages == UpShape().stages or shape.stages * tile > LEAST_SHARED, "one more would not fit"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_shapes_for_the_least_shared_memory_give_the_same_tokens(tiny: Tiny, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 rows, whose tiles are the largest, over the union of what they select."""
+    model = on(tiny("llama"), "cuda", dtype)
+    layers = random_layers(model, mlp=1, heads=None)
+    found, used = [], set()
+    for least in (False, True):
+        if least:
+            monkeypatch.setattr(mlp_rows, "shared_memory", lambda device: LEAST_SHARED)
+        used.add(up_shape_for(torch.zeros(32, 64, dtype=dtype, device="cuda"), 1 + model.config.gated))
+        engine = CudaEngine(model, layers, EngineOptions(num_slots=32, page_size=4, cache_tokens=32 * 16), crossover=False)
+        for slot in range(32):
+            engine.prefill(slot, ids_of(slot, 5))
+        found.append([engine.step([3 + slot for slot in range(32)], list(range(32))).logits_BV.clone() for _ in range(3)])
+    assert len(used) == 2, "the same shapes"
+    for plain_BV, least_BV in zip(*found, strict=True):
+        torch.testing.assert_close(least_BV, plain_BV, rtol=0, atol=2e-5 if dtype == torch.float32 else 5e-3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [86, 90])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_every_kernel_compiles(arch: int) -> None:
     """In a process of its own: here kernels are made for the interpreter."""
     command = [sys.executable, str(ROOT / "recipes" / "cuda_compiles.py"), "--arch", str(arch), "--shape", "opt-mini"]
