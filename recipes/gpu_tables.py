@@ -21,12 +21,12 @@ def rows_of_gpu() -> list[SpeedRow]:
     return [row for row in read_rows(speeds.BENCH) if row.device_kind == "gpu" and row.synthetic and row.repeatable]
 
 
-def label(row: SpeedRow) -> str:
-    """`planted, OPT-6.7B's shape`; a slice says how much of it ran."""
+def label(row: SpeedRow, method: str = "predicted") -> str:
+    """`planted, OPT-6.7B's shape`; a slice says how much of it ran. Nothing is planted where gates or inputs select."""
     assert row.shape is not None, "a made-up model has a shape"
     name = row.shape.upper().replace("LLAMA", "Llama").replace("-RELU", ", ReLU")
     part = "" if row.layers == row.shape_layers else f" ({row.layers} of {row.shape_layers} layers)"
-    return f"planted, {name}'s shape{part}"
+    return f"{'planted' if method == 'predicted' else 'random'}, {name}'s shape{part}"
 
 
 def decodes(rows: list[SpeedRow]) -> tuple[list[SpeedRow], list[SpeedRow]]:
@@ -63,6 +63,18 @@ def gpu_points() -> list[list[SpeedRow]]:
 def _ahead(rows: list[SpeedRow]) -> str:
     """How a point's sparse modes looked ahead."""
     return next((row.ahead for row in rows if row.ahead is not None), USUAL_AHEAD)
+
+
+def _method(rows: list[SpeedRow]) -> str:
+    """What selects in a point's sparse modes."""
+    return next((row.method for row in rows if row.method is not None), "predicted")
+
+
+def _way(row: SpeedRow, method: str) -> str:
+    """What is not usual about a sparse row."""
+    if method != "predicted":
+        return f", {method}"
+    return "" if row.selection in (None, "uniform") else f", {row.selection}"
 
 
 def _gpu_cells(row: SpeedRow, dense: SpeedRow) -> list[str]:
@@ -102,19 +114,22 @@ def gpu_speed() -> str:
 
 
 def gpu_batches() -> str:
-    """Our decode on a GPU at every context and batch, the newest of each mode; times dense are of one run."""
+    """Our decode on a GPU at every context and batch, the newest of each mode, of gates and inputs at each density; times dense are of one
+    run."""
     newest: dict[tuple[Any, ...], tuple[SpeedRow, SpeedRow]] = {}
     for rows in gpu_points():
-        dense = next(row for row in rows if row.dense)
+        dense, method = next(row for row in rows if row.dense), _method(rows)
         for row in decodes(rows)[0] if _ahead(rows) == USUAL_AHEAD else ():
-            newest[row.model, row.dtype, row.device, row.context, row.batch, row.mode] = row, dense
+            kept = 0.0 if row.dense or method == "predicted" else -round(row.mlp_density or 0.0, 2)
+            own = "dejavu dense" if row.dense else f"dejavu {row.mode}{_way(row, method)}"
+            newest[label(row, method), row.dtype, row.device, row.context, row.batch, own, kept] = row, dense
     lines, dense_rows = [], []
     order = list(dict.fromkeys(key[:3] for key in newest))
     for key in sorted(newest, key=lambda key: (order.index(key[:3]), key[3:])):
         row, dense = newest[key]
-        about = [label(row), row.device or "", row.dtype]
+        about = [key[0], row.device or "", row.dtype]
         about += [str(row.context), str(row.batch)]
-        lines.append([f"dejavu {row.mode}", *about, percent(row.union_density), *_gpu_cells(row, dense)])
+        lines.append([key[5], *about, percent(row.union_density), *_gpu_cells(row, dense)])
         dense_rows.append(dense)
     header = [
         "program",

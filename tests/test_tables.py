@@ -243,6 +243,27 @@ def test_batches_on_a_gpu(tables: ModuleType, measured: Any) -> None:
     assert lines(tables, "gpu-batches")[1][6:] == ["30.0 %", "10.0 %", "100.0 %", "", "10.00", "100.0", "1.25"]
 
 
+def test_batches_tell_methods_and_selections_apart(tables: ModuleType, measured: Any) -> None:
+    """Of gates and inputs every density is a row, of predictors the newest; nothing is planted where no predictor selects."""
+    later, shape = "2031-01-01T00:00:00+00:00", {"model": "llama-2-7b"}
+    measured(
+        row("dense", 10.0, **shape), row("sparse", 12.0, method="input", mlp_density=0.7499, **shape),
+        row("sparse", 15.0, method="input", mlp_density=0.501, **shape), row("dense", 10.0, time=later, **shape),
+        row("sparse", 11.0, method="gate", mlp_density=0.5, time=later, **shape), row("dense", 10.0, batch=2),
+        row("sparse", 13.0, batch=2, method="predicted", selection="published"),
+        row("sparse", 12.0, batch=2, method="predicted", mlp_density=0.1),
+    )  # fmt: skip
+    assert [(cells[0], cells[1], cells[12]) for cells in lines(tables, "gpu-batches")] == [
+        ("dejavu dense", "random, Llama-2-7B's shape", "1.00"),
+        ("dejavu sparse, gate", "random, Llama-2-7B's shape", "1.10"),
+        ("dejavu sparse, input", "random, Llama-2-7B's shape", "1.20"),
+        ("dejavu sparse, input", "random, Llama-2-7B's shape", "1.50"),
+        ("dejavu dense", "planted, OPT-6.7B's shape", "1.00"),
+        ("dejavu sparse", "planted, OPT-6.7B's shape", "1.20"),
+        ("dejavu sparse, published", "planted, OPT-6.7B's shape", "1.30"),
+    ]
+
+
 def test_single_ops_on_a_gpu(tables: ModuleType, measured: Any) -> None:
     op = {"op": "mlp", "p20_us": 9.0, "p80_us": 11.0, "gbs": 1234.0, "pct_ceiling": 61.0}
     measured(
