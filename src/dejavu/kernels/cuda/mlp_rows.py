@@ -2,8 +2,8 @@
 
     a[f, b] = act(up_f . x_b + c_f) (or gated), 0 where row b did not select f;   out_b += sum_f a[f, b] down_f + down_bias
 
-Weights of the union's neurons are read once for all rows; each row computes with its own. With every neuron the products are those of
-cuBLAS, and what is between them one kernel.
+Weights of the union's neurons are read once for all rows; each row computes with its own. `dense_mlp_rows` is of prompts: products of
+cuBLAS, and one kernel between them.
 
 Bytes that any implementation moves: 2 (3 where gated) rows of D for each neuron of the union, and the list.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
 from dejavu.kernels.cuda.common import activate, begin, launch, multiprocessors, or_any, row_bias, shared_memory
-from dejavu.kernels.cuda.linear_rows import padded_rows
+from dejavu.kernels.cuda.linear_rows import activated_rows_definition, padded_rows
 from dejavu.kernels.sparse_mlp import MlpWeights
 
 BLOCK = 1024
@@ -206,34 +206,21 @@ def activate_rows(first: Tensor, up: Tensor | None, activation: str, threshold: 
     return first
 
 
-def gate_products(x_BD: Tensor, weights: MlpWeights) -> Tensor:
-    """What the activation is of, [B, F]: products with the gate, or with up where there is none; by cuBLAS, in the dtype of x."""
-    if weights.gate_FD is None:
-        return torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
-    return torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
-
-
-def dense_up_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
-    """Activations [B, F] of every neuron, in the dtype of x."""
-    up_BF = None if weights.gate_FD is None else torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
-    return activate_rows(gate_products(x_BD, weights), up_BF, weights.activation, weights.activation_threshold)
-
-
-def dense_down_rows(act_BF: Tensor, weights: MlpWeights) -> Tensor:
-    """Products [B, D] of activations with down, likewise."""
+def dense_mlp_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
+    """The MLP of each x with every neuron, in the dtype of x; products are those of cuBLAS."""
+    first_BF = up_BF = torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
+    if weights.gate_FD is not None:
+        first_BF = torch.nn.functional.linear(x_BD, weights.gate_FD, weights.gate_bias_F)
+    act_BF = activate_rows(
+        first_BF, None if weights.gate_FD is None else up_BF, weights.activation, weights.activation_threshold
+    )  # fmt: skip
     bias_D = weights.down_bias_D
     return act_BF @ weights.down_FD if bias_D is None else torch.addmm(bias_D, act_BF, weights.down_FD)
 
 
-def dense_mlp_rows(x_BD: Tensor, weights: MlpWeights) -> Tensor:
-    """The MLP of each x with every neuron, in the dtype of x."""
-    return dense_down_rows(dense_up_rows(x_BD, weights), weights)
-
-
 def mlp_rows_definition(x_BD: Tensor, weights: MlpWeights, keep_BF: Tensor) -> Tensor:
     """What `mlp_rows` adds to out, in the dtype of x; keep_BF: what each row selects."""
-    up_BF = None if weights.gate_FD is None else torch.nn.functional.linear(x_BD, weights.up_FD, weights.up_bias_F)
-    act_BF = activate_rows_definition(gate_products(x_BD, weights), up_BF, weights.activation, weights.activation_threshold)
+    act_BF = activated_rows_definition(x_BD, weights)
     y_BD = (act_BF * keep_BF.to(x_BD.dtype)) @ weights.down_FD
     return y_BD if weights.down_bias_D is None else y_BD + weights.down_bias_D
 
