@@ -18,8 +18,9 @@ from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels.cuda import shapes
 from dejavu.kernels.cuda.common import GridShape
-from helpers.cuda import on
+from helpers.cuda import DEVICES, on
 from helpers.engines import ids_of
+from helpers.thresholds import gate_layers, input_layers
 
 
 def test_the_fastest_shape_is_taken_and_one_without_room_is_not() -> None:
@@ -47,6 +48,22 @@ def test_a_file_that_is_cut_off_is_none(tmp_path: Path) -> None:
 def test_devices_of_the_table_are_known_by_their_names() -> None:
     assert shapes.is_known("NVIDIA H100 80GB HBM3") and shapes.is_known("NVIDIA H200")
     assert not shapes.is_known("NVIDIA GeForce RTX 4090")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("method", "kernels"), [("gate", {"project", "gated mlp", "mlp by gate"}), ("input", set()), (None, {"project", "gated mlp"})]
+)
+def test_what_is_timed_runs(tiny: Tiny, method: str | None, kernels: set[str], device: str) -> None:
+    """In every shape that is tried, of a model that selects by gates, by inputs, which has no such kernel, and not at all."""
+    model = on(tiny("llama"), device)
+    layers = None if method is None else {"gate": gate_layers, "input": input_layers}[method](model, 0.5)
+    engine = CudaEngine(model, layers, EngineOptions(num_slots=1))
+    works = tuning.works(engine._model)
+    assert works.keys() == kernels
+    for numbers in shapes.CANDIDATES if device == "cuda" else shapes.CANDIDATES[:2]:
+        for work in works.values():
+            work(shapes.shape_of(numbers))
 
 
 @pytest.mark.gpu

@@ -93,7 +93,8 @@ def works(model: StepModel) -> Mapping[str, Callable[[GridShape], None]]:
     y_D, delta_D, y_out_D, out_D = torch.zeros(4, size, device=device).unbind(0)
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     qkv = torch.zeros(width, device=device)
-    layers = [layer for layer in model.weights if layer.qkv.is_contiguous()]  # by inputs there is no such kernel
+    # By inputs there is no such kernel.
+    layers = [layer for layer in model.weights if layer.qkv.is_contiguous() and layer.mlp.up_FD.is_contiguous()]
 
     def project(shape: GridShape) -> None:
         for layer in layers:
