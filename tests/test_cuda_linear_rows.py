@@ -29,6 +29,7 @@ from helpers.cuda import DEVICES, on, slow
 from helpers.engines import ids_of
 from helpers.kernel_memory import Memory, check_rule
 from helpers.kernels import BF16, FP16, FP32, converted, placed
+from helpers.thresholds import gate_layers, input_layers
 
 SHAPES = [LinearShape(outputs=32, inputs=32, warps=4, stages=2), LinearShape(outputs=16, inputs=64, warps=4, stages=3, slices=3)]
 
@@ -113,6 +114,22 @@ def test_shapes_fit_every_device() -> None:
 def test_bytes_are_those_of_the_tensors() -> None:
     x, weight, bias, out = torch.zeros(2, 8, dtype=FP16), torch.zeros(5, 8, dtype=FP16), torch.zeros(5, dtype=FP16), torch.zeros(2, 5)
     assert linear_rows_bytes(x, weight, bias, out) == sum(part.nbytes for part in (x, weight, bias, out))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["gate", "input"])
+def test_a_dense_step_of_a_sparse_engine_has_the_same_bits_alone(tiny: Tiny, method: str, device: str) -> None:
+    """And a deterministic dense step of one row can be recorded: nothing is selected."""
+    model = on(tiny("llama"), device)
+    layers = {"gate": gate_layers, "input": input_layers}[method](model, 0.4)
+    engine = CudaEngine(model, layers, EngineOptions(num_slots=2, record=True), deterministic=True)
+    engine.prefill(0, ids_of(1, 5))
+    alone = engine.step([3], [0], sparse=False)
+    assert alone.selections is not None and all(layer.neurons_A is None for layer in alone.selections[0])
+    engine.free(0)
+    engine.prefill(0, ids_of(1, 5))
+    engine.prefill(1, ids_of(2, 9))
+    assert torch.equal(engine.step([3, 4], [0, 1], sparse=False).logits_BV[0], alone.logits_BV[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)

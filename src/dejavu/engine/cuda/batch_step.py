@@ -119,8 +119,10 @@ class BatchStep:
 
     def neurons_of(self, index: int, row: int) -> Tensor | None:
         """See Step; where they are recorded."""
+        if index in self.dense_layers:
+            return None
         assert self._row_masks_LF is not None
-        return None if index in self.dense_layers else ((self._row_masks_LF[index] >> row) & 1).nonzero().squeeze(1)
+        return ((self._row_masks_LF[index] >> row) & 1).nonzero().squeeze(1)
 
     def groups_of(self, index: int, row: int) -> Tensor | None:
         if self.predictors[index].group_scores is None:

@@ -67,7 +67,8 @@ class Step(Protocol):
 
 class Bucket:
     """rows: B. padding: the slot of rows that only fill the bucket. record: keep what `neurons_of` and the like tell. ahead, deterministic:
-    see TokenStep. crossover: let what is measured to be slower sparse run dense."""
+    see TokenStep; a deterministic dense step of one row is a BatchStep, which gives the bits that it gives with others. crossover: let what
+    is measured to be slower sparse run dense."""
 
     def __init__(
         self,
@@ -161,7 +162,8 @@ class Bucket:
 
     def _new_step(self, length: int) -> Step:
         selects = any(own.selector is not None or own.group_scores is not None for own in self._model.predictors)
-        if self.rows == 1 and (selects or any(self._model.inputs) or not self._deterministic):
+        selects |= any(layer is not None and any(layer.selects) for layer in self._model.inputs)
+        if self.rows == 1 and (selects or not self._deterministic):
             return TokenStep(
                 self._model, self._cache, tokens=length, ahead=self._ahead, deterministic=self._deterministic, inputs=self.inputs
             )

@@ -42,9 +42,9 @@ class CudaEngine(PagedEngine):
     """See `dejavu.engine.interface.Engine`; arguments as of TorchEngine. Reads the model's weights in place; of a quantised
     model it has fp32 ones of its own.
 
-    deterministic: see TokenStep. crossover: for several rows let those layers run dense whose union, at the first step of a bucket, is
-    measured to be slower, and heads likewise; what runs dense selects nothing and counts as dense. Raises ValueError for a model that is
-    not on a GPU, or has a dtype or an architecture that the kernels do not compute.
+    deterministic: see TokenStep and BatchStep. crossover: for several rows let those layers run dense whose union, at the first step of a
+    bucket, is measured to be slower, and heads likewise; what runs dense selects nothing and counts as dense. Raises ValueError for
+    a model that is not on a GPU, or has a dtype or an architecture that the kernels do not compute.
     """
 
     capabilities = CUDA
