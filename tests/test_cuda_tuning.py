@@ -37,12 +37,22 @@ def test_what_is_hardly_faster_changes_nothing() -> None:
     assert tuning.fastest("project", 4096, lambda shape: 1.0 if shape == known else 0.995) == (known.rows, known.warps, known.programs)
 
 
-def test_a_file_that_is_cut_off_is_none(tmp_path: Path) -> None:
+def test_a_damaged_file_is_none(tmp_path: Path) -> None:
     path = tmp_path / "shapes.json"
     path.write_text(json.dumps({"mlp, 64": [1, 4, 2]}))
     assert tuning.read(str(path)) == {"mlp, 64": (1, 4, 2)}
-    path.write_text(path.read_text()[:-4])
-    assert tuning.read(str(path)) == tuning.read(None) == {}
+    for damaged in (
+        path.read_text()[:-4],
+        "[]",
+        "null",
+        '{"k": 3}',
+        '{"k": null}',
+        '{"k": [1, 4]}',
+        '{"k": [3, 4, 2]}',
+        '{"k": [[1], 4, 2]}',
+    ):
+        path.write_text(damaged)
+        assert tuning.read(str(path)) == tuning.read(None) == {}, damaged
 
 
 def test_devices_of_the_table_are_known_by_their_names() -> None:
@@ -75,6 +85,7 @@ def test_an_unknown_device_is_timed_once(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(shapes, "_used", {})
     model, options = on(tiny("llama" if gated else "opt"), "cuda"), EngineOptions(num_slots=1)
+    monkeypatch.setattr(tuning, "is_known", lambda name: True)
     plain_V = CudaEngine(model, None, options).prefill(0, ids_of(1, 9))
     assert not caplog.records
     monkeypatch.setattr(tuning, "is_known", lambda name: False)

@@ -28,12 +28,13 @@ from dejavu.engine.cuda.weights import InputLayer, LayerPredictors, StepModel, a
 from dejavu.kernels.cuda.attention import Partials, Places, attend, output_token, splits_for
 from dejavu.kernels.cuda.common import BlockOutput, NormWeights, Side
 from dejavu.kernels.cuda.embed import embed_rows
-from dejavu.kernels.cuda.gate import GateNeurons, gate_shape, mlp_by_gate
+from dejavu.kernels.cuda.gate import GateNeurons, mlp_by_gate
 from dejavu.kernels.cuda.inputs import ActivatedInputs, HeadInputs, KeptInputs, NormedInputs, sum_inputs, sum_scratch, sum_slices
 from dejavu.kernels.cuda.logits import finish_logits
-from dejavu.kernels.cuda.mlp import default_shape, mlp_token, programs_of
+from dejavu.kernels.cuda.mlp import mlp_token, programs_of
 from dejavu.kernels.cuda.project import project_token
 from dejavu.kernels.cuda.select import NeuronScores, order_list, select_token
+from dejavu.kernels.cuda.shapes import grid_shape, measured_shape
 
 
 class TokenStep:
@@ -74,7 +75,10 @@ class TokenStep:
             stats=torch.zeros(1, config.num_heads, splits, 2, device=device),
         )
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table)
-        self._shape = default_shape(size, device, gated=config.gated)
+        # Sums in a fixed order are those of shapes that no timing chose.
+        chosen = (lambda kernel: measured_shape(kernel, size)) if deterministic else (lambda kernel: grid_shape(kernel, size, device))
+        self._shape, self._gate_shape = chosen("gated mlp" if config.gated else "mlp"), chosen("mlp by gate")
+        self._product_shape = chosen("project")
         self._first_counts: Tensor | None = None
         if by_inputs:
             queries = config.num_heads * config.head_dim
@@ -84,7 +88,7 @@ class TokenStep:
             self._first_counts = every[:, None].repeat(1, config.num_layers)
             self._first_counts[2:, by_inputs] = 0
         if deterministic:
-            programs = max(programs_of(shape, device) for shape in (self._shape, gate_shape(size, device)))
+            programs = max(programs_of(shape, device) for shape in (self._shape, self._gate_shape))
             self._program_sums = torch.zeros(programs, size, device=device)
             self._head_sums = torch.zeros(config.num_heads, size, device=device)
             self._marks, self._ordered = torch.zeros(2, neurons, dtype=torch.int32, device=device).unbind(0)
@@ -138,7 +142,8 @@ class TokenStep:
                 self._layer_of_inputs(index, by_inputs)
         last = model.joined(self.config.num_layers)
         project_token(
-            self._y0, self._delta_mlp, model.final_norm, model.head, None, self.logits[0], added=last, programmatic=self._chained
+            self._y0, self._delta_mlp, model.final_norm, model.head, None, self.logits[0], added=last, shape=self._product_shape,
+            programmatic=self._chained,
         )  # fmt: skip
         finish_logits(self.logits, scale=self.config.logit_scale, cap=self.config.logit_cap)
 
@@ -152,7 +157,7 @@ class TokenStep:
             self._y0, self._delta_mlp, layer.norm1, layer.qkv, layer.qkv_bias, self._qkv[0],
             added=self.model.joined(index), queries=config.num_heads * config.head_dim, num_groups=config.num_kv_heads, scores=groups,
             side=own.with_qkv, y_out_D=self._y1, cleared_D=self._delta_attention, counter=None if selector is None else selector.count,
-            programmatic=chained,
+            shape=self._product_shape, programmatic=chained,
         )  # fmt: skip
         early = self._early(own)
         if self._branch is not None and early is not None:
@@ -197,11 +202,11 @@ class TokenStep:
     def _gate_mlp(self, index: int, gate: GateNeurons, side: Side | None) -> None:
         """The MLP whose neurons its gate (an ungated one's activation) selects; the counter was set to zero with q, k and v."""
         layer, device = self.weights[index], self._y0.device
-        programs = programs_of(gate_shape(len(self._y0), device), device)
+        programs = programs_of(self._gate_shape, device)
         out = self._program_sums[:programs] if self.deterministic else self._delta_mlp
         mlp_by_gate(
             self._y1, self._delta_attention, self._y0, out, layer.norm2, layer.mlp, gate, added=layer.attention_out,
-            side=side, partial=self.deterministic, programmatic=self._chained,
+            side=side, shape=self._gate_shape, partial=self.deterministic, programmatic=self._chained,
         )  # fmt: skip
         if self.deterministic:
             torch.sum(out, 0, out=self._delta_mlp)
@@ -239,7 +244,9 @@ class TokenStep:
     def _first_half(self, index: int, y_D: Tensor, delta_D: Tensor, norm: NormWeights, side: Side, added: BlockOutput) -> None:
         """A predictor's A in a kernel of its own: side rows of a product of no rows."""
         nothing = self.weights[index].qkv[:0]
-        project_token(y_D, delta_D, norm, nothing, None, self._qkv[0], added=added, side=side, programmatic=self._chained)
+        project_token(
+            y_D, delta_D, norm, nothing, None, self._qkv[0], added=added, side=side, shape=self._product_shape, programmatic=self._chained
+        )
 
     def _selected_late(self, index: int, early: NeuronScores | None) -> bool:
         """Select what was not selected together with attention; whether the MLP's list was there before the kernel before it."""

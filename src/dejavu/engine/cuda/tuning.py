@@ -24,10 +24,12 @@ from dejavu.kernels.cuda.common import GridShape
 from dejavu.kernels.cuda.gate import GateNeurons, mlp_by_gate
 from dejavu.kernels.cuda.mlp import mlp_token
 from dejavu.kernels.cuda.project import project_token
-from dejavu.kernels.cuda.shapes import CANDIDATES, device_name, is_known, measured_shape, shape_of, use_shape
+from dejavu.kernels.cuda.shapes import CANDIDATES, MEASURED, device_name, is_known, measured_shape, shape_of, use_shape
+from dejavu.version import __version__
 
 FILE = "shapes.json"
 ROUNDS = 5
+SHAPES = {*CANDIDATES, *(numbers for sizes in MEASURED.values() for numbers in sizes.values())}  # that a file may name
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,8 @@ def tune(model: StepModel) -> None:
     name = device_name(device)
     if device.type != "cuda" or is_known(name):
         return
-    cache = get_cache_manager(hashlib.sha256(f"{name} {triton.__version__} {CANDIDATES}".encode()).hexdigest())
+    about = f"{name} {triton.__version__} {__version__} {model.head.dtype} {CANDIDATES}"
+    cache = get_cache_manager(hashlib.sha256(about.encode()).hexdigest())
     kept = read(cache.get_file(FILE))
     size, work = model.config.hidden_size, works(model)
     missing = [kernel for kernel in work if place(kernel, size) not in kept]
@@ -56,14 +59,17 @@ def place(kernel: str, size: int) -> str:
 
 
 def read(path: str | None) -> dict[str, tuple[int, int, int]]:
-    """Kept shapes; none where there is no file, or one that is cut off."""
+    """Kept shapes; none where there is no file, or one that is damaged."""
     if path is None:
         return {}
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return {key: (rows, warps, programs) for key, (rows, warps, programs) in found.items()}
+    if not isinstance(found, dict):
+        return {}
+    by_list = {str(list(numbers)): numbers for numbers in SHAPES}
+    return {key: by_list[str(value)] for key, value in found.items() if str(value) in by_list}
 
 
 def fastest(kernel: str, size: int, timed: Callable[[GridShape], float]) -> tuple[int, int, int]:
