@@ -1,4 +1,4 @@
-"""The MLP of several rows whose neurons each row's own gate selects, behind the products with the gate (cuBLAS'), in three kernels.
+"""The MLP of several rows whose neurons each row's own gate selects, behind the products with the gate (linear_rows.py), in three kernels.
 
     select_gate_rows  for each neuron a row mask, bit b set where |act(p_bf)| > threshold; the list of neurons that some row selects
     up_given_rows     a[f, b] = act(p_bf) (up_f . x_b + c_f) (gated)  or  act(p_bf); 0 where row b did not select f

@@ -89,7 +89,7 @@ def _linear_rows(
 
 def linear_shape(inputs: int, outputs: int, rows: int, matrices: int, element: int, device: torch.device) -> LinearShape:
     """What was fastest on an H200 (docs/log.md): 8 KiB or more of a matrix in a tile, so many of them ahead as the least shared memory
-    holds, and slices enough for two programs of a multiprocessor."""
+    holds, and slices enough for three programs of two multiprocessors."""
     width, columns = 64, 64 if matrices > 1 or element > 2 else 128
     columns = min(columns, max(16, triton.next_power_of_2(inputs)))
     stage = (padded_rows(rows) + matrices * width) * columns * element
@@ -119,6 +119,7 @@ def linear_rows(
         if out.dim() == 2:
             shape = LinearShape(outputs=shape.outputs, inputs=shape.inputs, warps=shape.warps, stages=shape.stages)
     assert out.shape == (x_BI.shape[0], outputs) if out.dim() == 2 else out.shape == (shape.slices, x_BI.shape[0], outputs)
+    assert shape.slices == 1 or out.dim() == 3
     _launch(x_BI, weight_OI, bias_O, None, None, out, shape, activation=None, threshold=0.0, programmatic=programmatic)
 
 
@@ -133,6 +134,7 @@ def activated_rows(
     if shape is None:
         given = linear_shape(size, neurons, x_BD.shape[0], 1 + gated, first_FD.element_size(), x_BD.device)
         shape = LinearShape(outputs=given.outputs, inputs=given.inputs, warps=given.warps, stages=given.stages)
+    assert shape.slices == 1, "an activation is of the whole sum"
     _launch(
         x_BD, first_FD, first_bias_F, weights.up_FD if gated else None, weights.up_bias_F if gated else None, out_BF, shape,
         activation=weights.activation, threshold=weights.activation_threshold, programmatic=programmatic,
