@@ -95,7 +95,8 @@ def gpu_speed() -> str:
     """Decode of one sequence on a GPU: transformers on the same weights, ours dense and sparse, from one run for each model."""
     lines, dense_rows = [], []
     for model in GPU_MODELS:
-        points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch, _ahead(rows)) == (model, 1, USUAL_AHEAD)]
+        usual = (model, 1, USUAL_AHEAD, "predicted")
+        points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch, _ahead(rows), _method(rows)) == usual]
         if not points:
             continue
         with_peers = [rows for rows in points if decodes(rows)[1]]
@@ -153,7 +154,7 @@ def gpu_ahead() -> str:
     ways: dict[tuple[object, ...], dict[str, list[SpeedRow]]] = {}
     for rows in gpu_points():
         first = rows[0]
-        ways.setdefault((label(first), first.dtype, first.device, first.context, first.batch), {})[_ahead(rows)] = rows
+        ways.setdefault((label(first, _method(rows)), first.dtype, first.device, first.context, first.batch), {})[_ahead(rows)] = rows
     lines, dense_rows = [], []
     for found in ways.values():
         for ahead, rows in found.items() if len(found) > 1 else ():
@@ -161,7 +162,7 @@ def gpu_ahead() -> str:
             dense = next(row for row in own if row.dense)
             for row in own:
                 if row is not dense:
-                    about = [label(row), row.dtype, str(row.context), "sparse+heads" if row.sparse_heads else "sparse"]
+                    about = [label(row, _method(rows)), row.dtype, str(row.context), "sparse+heads" if row.sparse_heads else "sparse"]
                     lines.append([ahead, *about, *_gpu_cells(row, dense), "" if row.nodes is None else str(row.nodes)])
             dense_rows.append(dense)
     header = ["selected", "model", "dtype", "context", "mode", "MLP density", "heads", "reads", "ms a token", "tokens/s", "times our dense"]

@@ -264,6 +264,12 @@ def test_batches_tell_methods_and_selections_apart(tables: ModuleType, measured:
     ]
 
 
+def test_a_later_run_by_gates_is_not_the_planted_headline(tables: ModuleType, measured: Any) -> None:
+    later = "2031-01-01T00:00:00+00:00"
+    measured(row("dense", 100.0), row("sparse", 200.0), row("dense", 90.0, time=later), row("sparse", 99.0, method="gate", time=later))
+    assert [(cells[0], cells[8]) for cells in lines(tables, "gpu-speed")] == [("dejavu dense", "100.0"), ("dejavu sparse", "200.0")]
+
+
 def test_single_ops_on_a_gpu(tables: ModuleType, measured: Any) -> None:
     op = {"op": "mlp", "p20_us": 9.0, "p80_us": 11.0, "gbs": 1234.0, "pct_ceiling": 61.0}
     measured(
