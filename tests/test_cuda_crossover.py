@@ -58,14 +58,14 @@ def test_heads_are_timed_both_ways(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, 
         work()
         return next(times)
 
-    monkeypatch.setattr(crossover, "_milliseconds", timed)
+    monkeypatch.setattr(crossover, "milliseconds", timed)
     assert crossover.slower_heads(step) is slower and list(times) == []
 
 
 def test_without_predictors_there_is_nothing_to_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = on(tiny("opt"), "cpu")
     engine = CudaEngine(model, random_layers(model, mlp=None, heads=1), EngineOptions(num_slots=2))
-    monkeypatch.setattr(crossover, "_milliseconds", lambda _: pytest.fail("timed"))
+    monkeypatch.setattr(crossover, "milliseconds", lambda _: pytest.fail("timed"))
     assert crossover.slower_layers(batch_step(engine)) == frozenset()
     dense = batch_step(CudaEngine(model, None, EngineOptions(num_slots=2)))
     assert crossover.slower_layers(dense) == frozenset() and not crossover.slower_heads(dense)

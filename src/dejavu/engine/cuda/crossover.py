@@ -53,7 +53,7 @@ def slower_heads(step: BatchStep) -> bool:
     if index is None or step.dense_heads:
         return False
     selected, whole = step.attention_ways(index)
-    return _milliseconds(selected) > _milliseconds(whole)
+    return milliseconds(selected) > milliseconds(whole)
 
 
 def mlp_times(step: BatchStep) -> list[tuple[float, float]]:
@@ -61,9 +61,9 @@ def mlp_times(step: BatchStep) -> list[tuple[float, float]]:
     index = next((at for at, own in enumerate(step.predictors) if own.neurons is not None), None)
     assert index is not None, "a model without predictors of neurons is dense"
     kept = step.unions.clone(), step.counts.clone()
-    found = [(0.0, _milliseconds(step.dense_mlp(index)))]
+    found = [(0.0, milliseconds(step.dense_mlp(index)))]
     for fraction in FRACTIONS:
-        found.append((fraction, _milliseconds(step.union_mlp(index, round(fraction * step.config.intermediate_size)))))
+        found.append((fraction, milliseconds(step.union_mlp(index, round(fraction * step.config.intermediate_size)))))
     step.unions.copy_(kept[0])
     step.counts.copy_(kept[1])
     return found
@@ -81,7 +81,7 @@ def _between(table: list[tuple[float, float]], share: float) -> float:
     return left_time
 
 
-def _milliseconds(work: Callable[[], object]) -> float:
+def milliseconds(work: Callable[[], object]) -> float:
     """Median time on the device, without launches: of a graph's replays."""
     work()
     torch.cuda.synchronize()

@@ -1,8 +1,8 @@
 """Shapes of kernels on a device that no table has: timed at the first use of a hidden size, and kept in Triton's cache folder.
 
 In: a model's weights on the device. Out: shapes in use (kernels/cuda/shapes.py) for its kernels; a line of the log where something was
-timed. A shape that the device has no room for is left out. Times are medians over the layers' weights, one after another, so that they
-come from memory where the model is larger than the cache.
+timed. A shape that the device has no room for is left out. Times are of the layers' weights, one after another, so that they come from
+memory where the model is larger than the cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
+from dejavu.engine.cuda.crossover import milliseconds
 from dejavu.engine.cuda.weights import StepModel
 from dejavu.kernels.cuda.common import GridShape
 from dejavu.kernels.cuda.gate import GateNeurons, mlp_by_gate
@@ -28,7 +29,6 @@ from dejavu.kernels.cuda.shapes import CANDIDATES, MEASURED, device_name, is_kno
 from dejavu.version import __version__
 
 FILE = "shapes.json"
-ROUNDS = 5
 SHAPES = {*CANDIDATES, *(numbers for sizes in MEASURED.values() for numbers in sizes.values())}  # that a file may name
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def tune(model: StepModel) -> None:
         log.warning("%s: timing the shapes of %d kernels at hidden size %d, which is done once", name, len(missing), size)
         started = time.perf_counter()
         for kernel in missing:
-            kept[place(kernel, size)] = fastest(kernel, size, lambda shape, kernel=kernel: milliseconds(work[kernel], shape))
+            kept[place(kernel, size)] = fastest(kernel, size, lambda shape, kernel=kernel: milliseconds(lambda: work[kernel](shape)))
         log.warning("done in %.0f s, kept in %s", time.perf_counter() - started, cache.put(json.dumps(kept), FILE, binary=False))
     for kernel in work:
         use_shape(kernel, size, device, shape_of(kept[place(kernel, size)]))
@@ -99,7 +99,7 @@ def works(model: StepModel) -> Mapping[str, Callable[[GridShape], None]]:
     y_D, delta_D, y_out_D, out_D = torch.zeros(4, size, device=device).unbind(0)
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     qkv = torch.zeros(width, device=device)
-    # By inputs there is no such kernel.
+    # By inputs these matrices have kernels of their own; the head, which has not, keeps the table's shape.
     layers = [layer for layer in model.weights if layer.qkv.is_contiguous() and layer.mlp.up_FD.is_contiguous()]
 
     def project(shape: GridShape) -> None:
@@ -123,17 +123,3 @@ def works(model: StepModel) -> Mapping[str, Callable[[GridShape], None]]:
     if any(own.gate_neurons is not None for own in model.predictors):
         found["mlp by gate"] = by_gate
     return found
-
-
-def milliseconds(work: Callable[[GridShape], None], shape: GridShape) -> float:
-    """The median time of the work, on the current stream."""
-    work(shape)  # compiles
-    times = []
-    for _ in range(ROUNDS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work(shape)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[ROUNDS // 2]
