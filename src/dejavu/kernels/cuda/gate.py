@@ -142,10 +142,6 @@ def _mlp_by_gate(
         add_part(out, acc3, D, D1 + D2, D3)
 
 
-def gate_shape(size: int, device: torch.device) -> GridShape:
-    return grid_shape("mlp by gate", size, device)
-
-
 def mlp_by_gate(
     y_D: Tensor,
     delta_D: Tensor,
@@ -170,7 +166,7 @@ def mlp_by_gate(
     first_FD = weights.up_FD if weights.gate_FD is None else weights.gate_FD
     first_bias_F = weights.gate_bias_F if gated else weights.up_bias_F
     neurons, size = down_FD.shape
-    shape = gate_shape(size, down_FD.device) if shape is None else shape
+    shape = shape or grid_shape("mlp by gate", size, down_FD.device)
     first, second, third = parts(size)
     assert all(matrix.is_contiguous() for matrix in (first_FD, weights.up_FD, down_FD))
     launch(

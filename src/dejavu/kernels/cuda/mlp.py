@@ -126,10 +126,6 @@ def _mlp(
         add_part(out, acc3, D, D1 + D2, D3)
 
 
-def default_shape(size: int, device: torch.device, *, gated: bool) -> GridShape:
-    return grid_shape("gated mlp" if gated else "mlp", size, device)
-
-
 def programs_of(shape: GridShape, device: torch.device) -> int:
     return multiprocessors(device) * shape.programs
 
@@ -157,7 +153,7 @@ def mlp_token(
     """
     up_FD = weights.up_FD
     neurons, size = up_FD.shape
-    shape = default_shape(size, up_FD.device, gated=weights.gate_FD is not None) if shape is None else shape
+    shape = shape or grid_shape("mlp" if weights.gate_FD is None else "gated mlp", size, up_FD.device)
     first, second, third = parts(size)
     assert (idx_F is None) == (count is None)
     assert all(matrix is None or matrix.is_contiguous() for matrix in (up_FD, weights.gate_FD, weights.down_FD))
