@@ -173,7 +173,7 @@ def gpu_ops() -> str:
     """Single kernels on a GPU, of the newest run of each model, batch and context: densities in rows, selections side by side."""
     runs: dict[tuple[object, ...], list[SpeedRow]] = {}
     for row in rows_of_gpu():
-        if row.op not in ("decode", "prefill", "read"):
+        if row.op in ("mlp", "head"):
             runs.setdefault((row.time, row.model, row.dtype, row.device, row.batch, row.context), []).append(row)
     newest = {key[1:]: rows for key, rows in runs.items()}
     lines, dense_rows = [], []
