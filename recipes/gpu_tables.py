@@ -1,8 +1,7 @@
 """Tables of docs/performance.md: speeds on a GPU, of planted models.
 
 In: results/bench.jsonl. Out: Markdown. A planted model is called by whose shape it has, never by that model's name: its weights are random.
-Rows of models that exist, and of a commit with
-changed files, are left out.
+Rows of models that exist, and of a commit with changed files, are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def rows_of_gpu() -> list[SpeedRow]:
 def label(row: SpeedRow, method: str = "predicted") -> str:
     """`planted, OPT-6.7B's shape`; a slice says how much of it ran. Nothing is planted where gates or inputs select."""
     assert row.shape is not None, "a made-up model has a shape"
-    name = row.shape.upper().replace("LLAMA", "Llama").replace("-RELU", ", ReLU")
+    name = row.shape.upper().replace("LLAMA", "Llama").replace("MINITRON", "Minitron").replace("-RELU", ", ReLU")
     part = "" if row.layers == row.shape_layers else f" ({row.layers} of {row.shape_layers} layers)"
     return f"{'planted' if method == 'predicted' else 'random'}, {name}'s shape{part}"
 
@@ -114,39 +113,72 @@ def gpu_speed() -> str:
     return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED
 
 
-def gpu_batches() -> str:
-    """Our decode on a GPU at every context and batch, the newest of each mode, of gates and inputs at each density; times dense are of one
-    run."""
+def newest_decodes(gpu: str) -> dict[tuple[Any, ...], tuple[SpeedRow, SpeedRow]]:
+    """Our decode rows on GPUs of that name, each with the dense row of its run: by model, dtype, context, batch, mode and what is kept.
+
+    The newest of each; of gates and inputs every density is one of its own. Runs that look ahead in another way are not among them.
+    """
     newest: dict[tuple[Any, ...], tuple[SpeedRow, SpeedRow]] = {}
     for rows in gpu_points():
         dense, method = next(row for row in rows if row.dense), _method(rows)
-        for row in decodes(rows)[0] if _ahead(rows) == USUAL_AHEAD else ():
+        if gpu not in (dense.device or "") or _ahead(rows) != USUAL_AHEAD:
+            continue
+        for row in decodes(rows)[0]:
             kept = 0.0 if row.dense or method == "predicted" else -round(row.mlp_density or 0.0, 2)
             own = "dejavu dense" if row.dense else f"dejavu {row.mode}{_way(row, method)}"
-            newest[label(row, method), row.dtype, row.device, row.context, row.batch, own, kept] = row, dense
+            newest[label(row, method), row.dtype, row.context, row.batch, own, kept] = row, dense
+    order = list(dict.fromkeys(key[:2] for key in newest))
+    return {key: newest[key] for key in sorted(newest, key=lambda key: (order.index(key[:2]), key[2:]))}
+
+
+def gpu_batches(gpu: str) -> str:
+    """Decode of planted models on a GPU at every context and batch; times dense are of one run."""
     lines, dense_rows = [], []
-    order = list(dict.fromkeys(key[:3] for key in newest))
-    for key in sorted(newest, key=lambda key: (order.index(key[:3]), key[3:])):
-        row, dense = newest[key]
-        about = [key[0], row.device or "", row.dtype]
-        about += [str(row.context), str(row.batch)]
-        lines.append([key[5], *about, percent(row.union_density), *_gpu_cells(row, dense)])
-        dense_rows.append(dense)
-    header = [
-        "program",
-        "model",
-        "GPU",
-        "dtype",
-        "context",
-        "batch",
-        "union density",
-        "MLP density",
-        "heads",
-        "reads",
-        "ms a step",
-        "tokens/s",
-    ]
+    for (model, dtype, context, batch, own, _), (row, dense) in newest_decodes(gpu).items():
+        if model.startswith("planted"):
+            lines.append([own, model, dtype, str(context), str(batch), percent(row.union_density), *_gpu_cells(row, dense)])
+            dense_rows.append(dense)
+    header = ["program", "model", "dtype", "context", "batch", "union density", "MLP density", "heads", "reads", "ms a step", "tokens/s"]
     return markdown([*header, "times our dense"], lines) + origins(dense_rows) if lines else NOT_MEASURED
+
+
+def gpu_kept(gpu: str) -> str:
+    """Decode on a GPU where gates or inputs select, which needs no predictors, at each density; times dense are of one run."""
+    lines, dense_rows = [], []
+    for (model, dtype, context, batch, own, _), (row, dense) in newest_decodes(gpu).items():
+        if model.startswith("random") and batch == 1:
+            ceiling = "" if row.pct_ceiling is None else f"{row.pct_ceiling:.0f} %"
+            kept = percent(row.mlp_density, 0)
+            assert row.p50_us is not None
+            speed = [f"{row.p50_us / 1e3:.2f}", f"{row.tok_s:.1f}", ratio(row, dense), ceiling]
+            lines.append([own, model.removeprefix("random, "), dtype, str(context), kept, share(row, dense), *speed])
+            dense_rows.append(dense)
+    header = ["program", "shape", "dtype", "context", "keeps", "reads", "ms a token", "tokens/s", "times our dense", "of the read ceiling"]
+    return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED
+
+
+def gpu_prompts() -> str:
+    """Prompts and whole requests on a GPU beside transformers, from the newest run of each model that has both."""
+    runs: dict[tuple[str, str], dict[tuple[str, int, int | None], dict[str, SpeedRow]]] = {}
+    for row in rows_of_gpu():
+        if row.op in ("prefill", "request") and row.batch == 1:
+            runs.setdefault((row.model, row.time or ""), {}).setdefault((row.op, row.context, row.new_tokens), {})[row.mode] = row
+    newest = {model: points for (model, _), points in sorted(runs.items()) if all("transformers" in modes for modes in points.values())}
+    lines, dense_rows = [], []
+    for points in newest.values():
+        for (op, context, new_tokens), modes in points.items():
+            what = f"prompt of {context}" if op == "prefill" else f"prompt of {context}, answer of {new_tokens}"
+            for mode in ("transformers", "dense", *(("sparse", "sparse+heads") if op == "request" else ())):
+                row = modes.get(mode)
+                if row is None:
+                    continue
+                assert row.p50_us is not None
+                name = PROGRAMS[mode] if row.peer else f"dejavu {mode}"
+                speed = [f"{row.p50_us / 1e3:.1f}", f"{row.tok_s:.0f}", ratio(row, modes["transformers"])]
+                lines.append([name, label(row), row.dtype, what, *speed])
+                dense_rows.append(modes["dense"])
+    header = ["program", "model", "dtype", "tokens", "ms", "tokens/s", "times transformers"]
+    return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED
 
 
 def gpu_ahead() -> str:
@@ -184,7 +216,7 @@ def gpu_ops() -> str:
         for (op, mode, density), found in points.items():
             first = next(iter(found.values()))
             cells = [_op_cell(found.get(None) or found.get("uniform")), *(_op_cell(found.get(name)) for name in ("clustered", "hot-set"))]
-            lines.append([f"{op}, {mode}", label(first), first.dtype, str(first.batch), percent(density, 0), *cells])
+            lines.append([f"{op}, {mode}", label(first, _method(rows)), first.dtype, str(first.batch), percent(density, 0), *cells])
         dense_rows.append(rows[0])
     header = ["op", "model", "dtype", "batch", "density", "µs, GB/s, of the read ceiling", "clustered", "hot-set"]
     return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED

@@ -21,6 +21,7 @@ from pathlib import Path
 from dejavu.bench.rows import WayToRun, read_rows
 from forms import RESULTS as FORMS
 from forms import newest_runs
+from gpu_tables import newest_decodes
 from records import ProfileResult, TrainResult
 from speeds import BENCH, Refused, speeds
 from tables import SMOLLM2, newest
@@ -373,6 +374,45 @@ def decode() -> Picture:
     return p
 
 
+def contexts() -> Picture:
+    """How the ratio falls as the cache grows, which every step reads: what was measured at two contexts or more on an H200."""
+    found: dict[str, dict[int, float]] = {}
+    devices = set()
+    for (model, _, context, batch, mode, kept), (row, dense) in newest_decodes("H200").items():
+        way = {"dejavu sparse+heads": "MLP at 10 %, half of the heads", "dejavu sparse, input": "half of the inputs"}.get(mode)
+        if batch == 1 and way is not None and kept in (0.0, -0.5):
+            shape = model.split(", ", 1)[1].removesuffix("'s shape")
+            words = f"{shape}: {way}"
+            found.setdefault(words, {})[context] = row.speed / dense.speed
+            devices.add(str(row.device))
+    found = {words: ratios for words, ratios in found.items() if len(ratios) > 1}
+    ticks = sorted({context for ratios in found.values() for context in ratios})
+    p = Picture("How many times as fast as dense a sparse step is, by context", 340)
+    p.text(24, 30, f"A sparse step beside a dense one, by context (shapes, fp16, one {' and '.join(sorted(devices))})", "head")
+    top = 3.0
+
+    def at(context: float, value: float) -> tuple[float, float]:
+        return 90 + 540 * math.log(context / ticks[0]) / math.log(ticks[-1] / ticks[0]), 280 - 210 * value / top
+
+    for value in range(int(top) + 1):
+        y = at(ticks[0], value)[1]
+        p.path([(60, y), (690, y)], "line-edge dash" if value == 1 else "line-off thin")
+        p.text(54, y + 5, f"{value}x", "soft small", "end")
+    p.text(688, at(ticks[0], 1)[1] + 17, "dense", "soft small", "end")
+    for context in ticks:
+        p.text(at(context, 0)[0], 300, f"{context:,}", "soft small", "middle")
+    p.text(690, 324, "context: tokens in the cache", "soft small", "end")
+    for kind, (words, ratios) in zip(("back", "ink", "read"), sorted(found.items(), key=lambda item: -max(item[1].values())), strict=False):
+        points = [at(context, ratio) for context, ratio in sorted(ratios.items())]
+        p.path(points, "line-edge" if kind == "ink" else f"line-{kind}")
+        for (x, y), ratio in zip(points, (ratio for _, ratio in sorted(ratios.items())), strict=True):
+            p.dot(x, y, kind, 4)
+            p.text(x, y - 9, f"{ratio:.2f}", f"{kind} small", "middle")
+        x, y = points[1]
+        p.text(x + 16, y + (4 if len(points) == 2 else 26), words, f"{kind} small")
+    return p
+
+
 def sectors() -> Picture:
     rows, groups, each, share = 10, 4, 16, 0.1
     generator = random.Random(0)
@@ -598,6 +638,7 @@ PICTURES = (
     mass,
     budget,
     decode,
+    contexts,
     sectors,
     layouts,
     union,

@@ -120,8 +120,8 @@ def test_a_stale_number_is_replaced(tables: ModuleType) -> None:
     assert tables.rendered(stale).endswith("<!-- end -->\n")
 
 
-GPU = "NVIDIA Test 80GB"
-GPU_TABLES = ("gpu-speed", "gpu-batches", "gpu-ops")
+GPU = "NVIDIA H200"
+GPU_TABLES = ("gpu-speed", "gpu-batches", "gpu-batches-h100", "gpu-kept", "gpu-prompts", "gpu-ahead", "gpu-ops")
 
 
 def row(mode: str, tok_s: float, **changes: Any) -> SpeedRow:
@@ -169,7 +169,7 @@ def lines(tables: ModuleType, name: str) -> list[list[str]]:
 
 def test_nothing_was_measured_on_a_gpu_yet(tables: ModuleType, measured: Any) -> None:
     measured()
-    assert [tables.TABLES[name]() for name in GPU_TABLES] == ["Not measured yet.\n"] * 3
+    assert [tables.TABLES[name]() for name in GPU_TABLES] == ["Not measured yet.\n"] * len(GPU_TABLES)
 
 
 def test_rows_of_a_gpu_are_not_among_those_of_a_cpu(speeds: ModuleType, measured: Any) -> None:
@@ -226,21 +226,23 @@ def test_speed_on_a_gpu(tables: ModuleType, measured: Any) -> None:
 
 
 def test_batches_on_a_gpu(tables: ModuleType, measured: Any) -> None:
-    """Of each mode the newest, with the dense of its own run."""
+    """Of each mode the newest, with the dense of its own run; each GPU has a table."""
     later = "2031-01-01T00:00:00+00:00"
     measured(
         row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1),
         row("dense", 20.0, context=1024), row("dense", 25.0), row("dense", 40.0, batch=4, time=later),
+        row("dense", 9.0, device="NVIDIA H100 80GB HBM3"),
     )  # fmt: skip
     found = lines(tables, "gpu-batches")
-    assert [(cells[0], cells[2], cells[4], cells[5], cells[11], cells[12]) for cells in found] == [
-        ("dejavu dense", GPU, "128", "1", "25.0", "1.00"),
-        ("dejavu dense", GPU, "128", "4", "40.0", "1.00"),
-        ("dejavu sparse", GPU, "128", "4", "100.0", "1.25"),
-        ("dejavu dense", GPU, "1024", "1", "20.0", "1.00"),
+    assert [(cells[0], cells[3], cells[4], cells[10], cells[11]) for cells in found] == [
+        ("dejavu dense", "128", "1", "25.0", "1.00"),
+        ("dejavu dense", "128", "4", "40.0", "1.00"),
+        ("dejavu sparse", "128", "4", "100.0", "1.25"),
+        ("dejavu dense", "1024", "1", "20.0", "1.00"),
     ]
+    assert [cells[10] for cells in lines(tables, "gpu-batches-h100")] == ["9.0"]
     measured(row("dense", 80.0, batch=4), row("sparse", 100.0, batch=4, union_density=0.3, mlp_density=0.1))
-    assert lines(tables, "gpu-batches")[1][6:] == ["30.0 %", "10.0 %", "100.0 %", "", "10.00", "100.0", "1.25"]
+    assert lines(tables, "gpu-batches")[1][5:] == ["30.0 %", "10.0 %", "100.0 %", "", "10.00", "100.0", "1.25"]
 
 
 def test_batches_tell_methods_and_selections_apart(tables: ModuleType, measured: Any) -> None:
@@ -253,14 +255,34 @@ def test_batches_tell_methods_and_selections_apart(tables: ModuleType, measured:
         row("sparse", 13.0, batch=2, method="predicted", selection="published"),
         row("sparse", 12.0, batch=2, method="predicted", mlp_density=0.1),
     )  # fmt: skip
-    assert [(cells[0], cells[1], cells[12]) for cells in lines(tables, "gpu-batches")] == [
-        ("dejavu dense", "random, Llama-2-7B's shape", "1.00"),
-        ("dejavu sparse, gate", "random, Llama-2-7B's shape", "1.10"),
-        ("dejavu sparse, input", "random, Llama-2-7B's shape", "1.20"),
-        ("dejavu sparse, input", "random, Llama-2-7B's shape", "1.50"),
+    assert [(cells[0], cells[1], cells[8]) for cells in lines(tables, "gpu-kept")] == [
+        ("dejavu dense", "Llama-2-7B's shape", "1.00"),
+        ("dejavu sparse, gate", "Llama-2-7B's shape", "1.10"),
+        ("dejavu sparse, input", "Llama-2-7B's shape", "1.20"),
+        ("dejavu sparse, input", "Llama-2-7B's shape", "1.50"),
+    ]
+    assert [(cells[0], cells[1], cells[11]) for cells in lines(tables, "gpu-batches")] == [
         ("dejavu dense", "planted, OPT-6.7B's shape", "1.00"),
         ("dejavu sparse", "planted, OPT-6.7B's shape", "1.20"),
         ("dejavu sparse, published", "planted, OPT-6.7B's shape", "1.30"),
+    ]
+
+
+def test_prompts_and_requests_beside_transformers(tables: ModuleType, measured: Any) -> None:
+    """Of the newest run that timed both; a prompt is read densely, so its sparse rows say nothing."""
+    peer, later = {"backend": "transformers"}, "2031-01-01T00:00:00+00:00"
+    prompt, request = {"op": "prefill", "context": 256}, {"op": "request", "context": 256, "new_tokens": 64}
+    measured(
+        row("dense", 300.0, **prompt), row("sparse", 301.0, **prompt), row("transformers", 100.0, **prompt, **peer),
+        row("dense", 30.0, **request), row("sparse", 60.0, **request), row("transformers", 10.0, **request, **peer),
+        row("dense", 999.0, **prompt, time=later),
+    )  # fmt: skip
+    assert [(cells[0], cells[3], cells[6]) for cells in lines(tables, "gpu-prompts")] == [
+        ("transformers, eager", "prompt of 256", "1.00"),
+        ("dejavu dense", "prompt of 256", "3.00"),
+        ("transformers, eager", "prompt of 256, answer of 64", "1.00"),
+        ("dejavu dense", "prompt of 256, answer of 64", "3.00"),
+        ("dejavu sparse", "prompt of 256, answer of 64", "6.00"),
     ]
 
 
@@ -276,6 +298,7 @@ def test_single_ops_on_a_gpu(tables: ModuleType, measured: Any) -> None:
         row("sparse", 1e5, **(op | {"gbs": 1.0})),
         row("sparse", 1e5, **op, mlp_density=0.05, selection="hot-set", time="2031-01-01T00:00:00+00:00"),
         row("dense", 50.0),
+        row("dense", 50.0, op="request", new_tokens=64),
     )
     assert lines(tables, "gpu-ops") == [["mlp, sparse", "planted, OPT-6.7B's shape", "fp16", "1", "5 %", "", "", "10.0, 1234, 61 %"]]
 
@@ -292,7 +315,7 @@ def test_ways_of_looking_ahead_stay_apart(tables: ModuleType, measured: Any) -> 
         ("beside", "sparse", "2.00", "130"),
         ("in-line", "sparse", "1.67", "162"),
     ]
-    for table, column in (("gpu-speed", 8), ("gpu-batches", 11)):
+    for table, column in (("gpu-speed", 8), ("gpu-batches", 10)):
         assert [cells[column] for cells in lines(tables, table)][:2] == ["100.0", "200.0"]
 
 
