@@ -11,9 +11,11 @@ from typing import Any
 import speeds
 from dejavu.bench.decode import USUAL_AHEAD
 from dejavu.bench.rows import SpeedRow, read_rows
+from dejavu.loadtest.rows import ServeRow
 from speeds import markdown, origins, percent
 
 NOT_MEASURED = "Not measured yet.\n"
+SERVE = speeds.BENCH.with_name("serve.jsonl")
 
 
 def rows_of_gpu() -> list[SpeedRow]:
@@ -91,23 +93,28 @@ def _gpu_cells(row: SpeedRow, dense: SpeedRow) -> list[str]:
 
 
 def gpu_speed() -> str:
-    """Decode of one sequence on a GPU: transformers on the same weights, ours dense and sparse, from one run for each model."""
+    """Decode of one sequence on a GPU: ours dense and sparse, from the newest run of each model with peers, and each peer from its newest.
+
+    Times our dense are of one run each, at the context of that run's shortest.
+    """
     lines, dense_rows = [], []
     for model in GPU_MODELS:
         usual = (model, 1, USUAL_AHEAD, "predicted")
         points = [rows for rows in gpu_points() if (rows[0].model, rows[0].batch, _ahead(rows), _method(rows)) == usual]
         if not points:
             continue
-        with_peers = [rows for rows in points if decodes(rows)[1]]
-        own, others = decodes(max(with_peers or points, key=lambda rows: (rows[0].time, -rows[0].context)))
+        points.sort(key=lambda rows: (rows[0].time, -rows[0].context))
+        own, _ = decodes(max([rows for rows in points if decodes(rows)[1]] or points, key=lambda rows: (rows[0].time, -rows[0].context)))
         dense = next(row for row in own if row.dense)
-        for row in (*sorted(others, key=lambda row: row.mode), *own):
+        others = {row.mode: (row, next(each for each in rows if each.dense)) for rows in points for row in decodes(rows)[1]}
+        of_device = {mode: pair for mode, pair in others.items() if (pair[1].device, pair[1].context) == (dense.device, dense.context)}
+        for row, beside in (*(of_device[mode] for mode in sorted(of_device)), *((row, dense) for row in own)):
             name = PROGRAMS.get(row.mode, row.mode) if row.peer else f"dejavu {row.mode}"
             speed = ["" if row.nodes is None else str(row.nodes), "" if row.gbs is None else f"{row.gbs:.0f}"]
             ceiling = "" if row.pct_ceiling is None else f"{row.pct_ceiling:.0f} %"
             about = [label(row), row.dtype, str(row.context)]
-            lines.append([name, *about, *_gpu_cells(row, dense), *speed, ceiling])
-        dense_rows.append(dense)
+            lines.append([name, *about, *_gpu_cells(row, beside), *speed, ceiling])
+            dense_rows.append(beside)
     header = ["program", "model", "dtype", "context", "MLP density", "heads", "reads", "ms a token", "tokens/s", "times our dense"]
     header += ["graph nodes", "useful GB/s", "of the read ceiling"]
     return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED
@@ -158,27 +165,47 @@ def gpu_kept(gpu: str) -> str:
 
 
 def gpu_prompts() -> str:
-    """Prompts and whole requests on a GPU beside transformers, from the newest run of each model that has both."""
+    """Prompts and whole requests on a GPU beside transformers, from the newest run of each model and way that transformers ran."""
     runs: dict[tuple[str, str], dict[tuple[str, int, int | None], dict[str, SpeedRow]]] = {}
     for row in rows_of_gpu():
         if row.op in ("prefill", "request") and row.batch == 1:
             runs.setdefault((row.model, row.time or ""), {}).setdefault((row.op, row.context, row.new_tokens), {})[row.mode] = row
-    newest = {model: points for (model, _), points in sorted(runs.items()) if all("transformers" in modes for modes in points.values())}
+    newest = {
+        (model, peer): points
+        for (model, _), points in sorted(runs.items())
+        for peer in PROGRAMS
+        if all(peer in modes for modes in points.values())
+    }
     lines, dense_rows = [], []
-    for points in newest.values():
+    for (_, peer), points in newest.items():
         for (op, context, new_tokens), modes in points.items():
             what = f"prompt of {context}" if op == "prefill" else f"prompt of {context}, answer of {new_tokens}"
-            for mode in ("transformers", "dense", *(("sparse", "sparse+heads") if op == "request" else ())):
+            for mode in (peer, "dense", *(("sparse", "sparse+heads") if op == "request" else ())):
                 row = modes.get(mode)
                 if row is None:
                     continue
                 assert row.p50_us is not None
                 name = PROGRAMS[mode] if row.peer else f"dejavu {mode}"
-                speed = [f"{row.p50_us / 1e3:.1f}", f"{row.tok_s:.0f}", ratio(row, modes["transformers"])]
+                speed = [f"{row.p50_us / 1e3:.1f}", f"{row.tok_s:.0f}", ratio(row, modes[peer])]
                 lines.append([name, label(row), row.dtype, what, *speed])
                 dense_rows.append(modes["dense"])
     header = ["program", "model", "dtype", "tokens", "ms", "tokens/s", "times transformers"]
     return markdown(header, lines) + origins(dense_rows) if lines else NOT_MEASURED
+
+
+def gpu_serving() -> str:
+    """What clients of `dejavu serve` on a GPU wait for, the newest run of each number of clients: results/serve.jsonl."""
+    newest = {(row.model, row.concurrency or 0, row.mode): row for row in read_rows(SERVE, ServeRow) if row.device_kind == "gpu"}
+    lines, shown = [], []
+    for model, clients, mode in sorted(newest, key=lambda key: (key[0], key[1], key[2] != "dense")):
+        row = newest[model, clients, mode]
+        waits = [f"{value:.0f}" for value in (row.ttft_p50_ms, row.ttft_p99_ms) if value is not None]
+        about = [f"dejavu {mode}", model, row.dtype, str(clients), f"{row.prompt_mix}, {row.output_mix}".replace(":1", "")]
+        lines.append([*about, percent(row.union_density, 0), f"{row.tok_s:.0f}", *waits, f"{row.tpot_p50_ms:.1f}"])
+        shown.append(row)
+    header = ["program", "model", "dtype", "clients", "tokens of prompt, answer", "union density", "tokens/s"]
+    header += ["first token, ms, median", "99th percentile", "ms a further token"]
+    return markdown(header, lines) + origins(shown) if lines else NOT_MEASURED
 
 
 def gpu_ahead() -> str:

@@ -28,7 +28,7 @@ from dejavu.model.gguf.families import GGUF_FAMILIES
 from dejavu.model.rounding import ROUNDING_FILE
 from forms import RESULTS as FORMS
 from forms import newest_runs
-from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_kept, gpu_ops, gpu_prompts, gpu_speed
+from gpu_tables import NOT_MEASURED, gpu_ahead, gpu_batches, gpu_kept, gpu_ops, gpu_prompts, gpu_serving, gpu_speed
 from records import QUALITY, AutomaticResult, CurveResult, EvalResult, MethodResult, ProfileResult, Record, Result, TrainResult, records
 from speeds import EXACT, Refused, headline, markdown, origins, percent, programs, qualities, second
 
@@ -291,6 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-batches-h100": lambda: gpu_batches("H100"),
     "gpu-kept": lambda: gpu_kept("H200"),
     "gpu-prompts": gpu_prompts,
+    "gpu-serving": gpu_serving,
     "gpu-ahead": gpu_ahead,
     "gpu-ops": gpu_ops,
 }

@@ -17,6 +17,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 SHARED = "Shared options"
 OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*|-[a-zA-Z])(?![\w-])")
+QUOTED = re.compile(r'"[^"]*"')  # options of another command, as of bench-serve's server
 ROW = re.compile(r"^\| (`-.*?`) \| (.*?) \|", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 EXTERNAL = ("http://", "https://", "mailto:")
@@ -124,7 +125,7 @@ def test_options_named_on_other_pages_exist() -> None:
             name, _, rest = line.partition(" ")
             if name in commands():
                 known = {opt for param in commands()[name].params for opt in param.opts} | {"--help", "-h"}
-                given = OPTION.findall(rest.partition("#")[0])
+                given = OPTION.findall(QUOTED.sub("", rest.partition("#")[0]))
                 wrong += [f"{page.name}: dejavu {name} {option}" for option in given if option not in known]
     assert wrong == []
 

@@ -15,6 +15,7 @@ import pytest
 
 from dejavu.bench import rows
 from dejavu.bench.rows import Measured, QualityRow, SpeedRow, read_rows
+from dejavu.loadtest.rows import ServeRow
 from dejavu.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def test_the_table_of_families_has_them_all_and_a_reason_for_every_no(tables: Mo
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.jsonl")), ids=lambda path: path.name)
 def test_every_line_of_results_is_a_row_of_its_class(tables: ModuleType, path: Path) -> None:
     kinds: dict[str, type[Measured]] = {"bench.jsonl": SpeedRow, "perplexity.jsonl": QualityRow, "quality.jsonl": tables.Record}
-    kinds["forms.jsonl"] = sys.modules["forms"].FormRow
+    kinds |= {"forms.jsonl": sys.modules["forms"].FormRow, "serve.jsonl": ServeRow}
     assert len(read_rows(path, kinds[path.name])) == len(path.read_text().splitlines()) > 0
 
 
