@@ -315,8 +315,8 @@ class BatchStep:
         linear_rows(self._x_BD, self.weights[index].qkv, self.weights[index].qkv_bias, self._qkv_BW)
 
         def selected() -> None:
-            project_rows(first, self._x_BD)
-            group_rows(scores)
+            project_rows(first, self._x_BD, programmatic=True)
+            group_rows(scores, programmatic=True)
             self._attend(index, self._qkv_BW, scores)
 
         return selected, lambda: self._attend(index, self._qkv_BW, None)
@@ -328,9 +328,9 @@ class BatchStep:
         self._union_F.copy_(torch.randperm(self.config.intermediate_size, device=self._union_F.device))
 
         def work() -> None:
-            project_rows(first, self._x_BD)
             self._union_counts[index].zero_()
-            select_rows(scores, self.inputs[1], self.padding)
+            project_rows(first, self._x_BD, programmatic=True)
+            select_rows(scores, self.inputs[1], self.padding, programmatic=True)
             self._union_counts[index].fill_(count)
             self._union_mlp(index)
 
