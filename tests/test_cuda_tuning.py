@@ -18,6 +18,7 @@ from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels.cuda import shapes
 from dejavu.kernels.cuda.common import GridShape
+from dejavu.kernels.cuda.gate import mlp_by_gate_definition
 from helpers.cuda import DEVICES, on
 from helpers.engines import ids_of
 from helpers.thresholds import gate_layers, input_layers
@@ -74,6 +75,14 @@ def test_what_is_timed_runs(tiny: Tiny, method: str | None, kernels: set[str], d
     for numbers in shapes.CANDIDATES if device == "cuda" else shapes.CANDIDATES[:2]:
         for work in works.values():
             work(shapes.shape_of(numbers))
+
+
+def test_a_gate_is_timed_with_half_of_its_neurons(tiny: Tiny) -> None:
+    model = tiny("llama")
+    engine = CudaEngine(model, gate_layers(model, 0.5), EngineOptions(num_slots=1))
+    layer, y_D = engine._model.weights[0], torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    _, keep_F = mlp_by_gate_definition(y_D, torch.zeros_like(y_D), layer.norm2, layer.mlp, float(tuning._half(y_D, layer)))
+    assert keep_F.float().mean() == pytest.approx(0.5, abs=2 / len(keep_F))
 
 
 @pytest.mark.gpu

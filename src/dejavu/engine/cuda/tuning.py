@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
 from dejavu.engine.cuda.crossover import milliseconds
-from dejavu.engine.cuda.weights import StepModel
-from dejavu.kernels.cuda.common import GridShape
+from dejavu.engine.cuda.weights import LayerWeights, StepModel
+from dejavu.kernels.activation import activate
+from dejavu.kernels.cuda.common import GridShape, norm_definition
 from dejavu.kernels.cuda.gate import GateNeurons, mlp_by_gate
 from dejavu.kernels.cuda.mlp import mlp_token
 from dejavu.kernels.cuda.project import project_token
@@ -96,7 +98,8 @@ def works(model: StepModel) -> Mapping[str, Callable[[GridShape], None]]:
     """What starts each kernel of the model's steps once for every layer, in a shape."""
     config, device = model.config, model.head.device
     size, neurons = config.hidden_size, config.intermediate_size
-    y_D, delta_D, y_out_D, out_D = torch.zeros(4, size, device=device).unbind(0)
+    delta_D, y_out_D, out_D = torch.zeros(3, size, device=device).unbind(0)
+    y_D = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     qkv = torch.zeros(width, device=device)
     # By inputs these matrices have kernels of their own; the head, which has not, keeps the table's shape.
@@ -111,15 +114,23 @@ def works(model: StepModel) -> Mapping[str, Callable[[GridShape], None]]:
             mlp_token(y_D, delta_D, y_out_D, out_D, layer.norm2, layer.mlp, shape=shape)
 
     marks, count = torch.zeros(neurons, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    gate = GateNeurons(threshold=torch.full((1,), -1.0, device=device), marks=marks, count=count)
 
     def by_gate(shape: GridShape) -> None:
-        for layer in layers:
+        for layer, gate in zip(layers, gates, strict=True):
             mlp_by_gate(y_D, delta_D, y_out_D, out_D, layer.norm2, layer.mlp, gate, shape=shape)
 
     found: dict[str, Callable[[GridShape], None]] = {}
     if layers:
         found |= {"project": project, "gated mlp" if config.gated else "mlp": mlp}
     if any(own.gate_neurons is not None for own in model.predictors):
+        gates = [GateNeurons(threshold=_half(y_D, layer), marks=marks, count=count) for layer in layers]
         found["mlp by gate"] = by_gate
     return found
+
+
+def _half(y_D: Tensor, layer: LayerWeights) -> Tensor:
+    """The threshold fp32 [1] that half of the layer's gates exceed."""
+    mlp = layer.mlp
+    matrix, bias = (mlp.up_FD, mlp.up_bias_F) if mlp.gate_FD is None else (mlp.gate_FD, mlp.gate_bias_F)
+    product_F = torch.nn.functional.linear(norm_definition(y_D.to(matrix.dtype), layer.norm2), matrix, bias)
+    return activate(product_F, mlp.activation, mlp.activation_threshold).abs().float().median().view(1)
