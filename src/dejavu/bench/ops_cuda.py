@@ -3,7 +3,8 @@
 In: a model on a GPU with predictors. Out: ops by density and selection, and the read that they are compared with. A copy is a
 layer of the model, so that weights are shared with it; indices are drawn, not predicted, so that every density is exact.
 
-    mlp         batch 1: the fused kernel, norm included; larger batches: the two kernels over a union that every row shares
+    mlp         batch 1: the fused kernel, norm included; larger batches: two kernels, of sparse ones over a union that every row shares,
+                dense as a step runs it, which leaves parts of the sums
     head        the head's product with the norm
 
 Letters: B rows  D model  F neurons  A selected
@@ -22,8 +23,9 @@ from dejavu.bench.ops import OpRun, OpsAt, copies_for, index_lists
 from dejavu.config import require
 from dejavu.engine.cuda.weights import LayerWeights, head_weight, layer_weights, norm_weights
 from dejavu.kernels.cuda.common import NormWeights, norm_definition
+from dejavu.kernels.cuda.linear_rows import activated_rows, linear_rows, linear_slices
 from dejavu.kernels.cuda.mlp import mlp_token
-from dejavu.kernels.cuda.mlp_rows import dense_mlp_rows, mlp_rows, mlp_rows_definition, padded_rows
+from dejavu.kernels.cuda.mlp_rows import mlp_rows, mlp_rows_definition, padded_rows
 from dejavu.kernels.cuda.project import project_token, project_token_definition
 from dejavu.kernels.cuda.read import read_buffer
 from dejavu.kernels.cuda.rows import MAX_ROWS
@@ -78,6 +80,8 @@ class _Mlp:
         self.delta_BD, self.y_out_BD, self.out_BD = torch.zeros(3, batch, self.size, device=self.device).unbind(0)
         self.x_BD = norm_definition(self.y_BD.to(up_FD.dtype), weights[0].norm2)
         self.act_FB = torch.zeros(self.neurons, padded_rows(batch), dtype=up_FD.dtype, device=self.device)
+        self.act_BF = torch.zeros(batch, self.neurons, dtype=up_FD.dtype, device=self.device)
+        self.parts_SBD = torch.zeros(linear_slices(weights[0].mlp.down_FD.T), batch, self.size, device=self.device)
         self.every_word_F = torch.full((self.neurons,), -1, dtype=torch.int32, device=self.device)
 
     def sparse(self, density: float, selection: str, dense_bytes: int) -> OpRun:
@@ -97,7 +101,7 @@ class _Mlp:
                     programmatic=True,
                 )  # fmt: skip
             else:
-                mlp_rows(self.x_BD, layer.mlp, self.every_word_F, lists[index], counts[index], self.act_FB, self.out_BD)
+                mlp_rows(self.x_BD, layer.mlp, self.every_word_F, lists[index], counts[index], self.act_FB, self.out_BD, programmatic=True)
 
         used = drawn[0].numel() / self.neurons * dense_bytes
         return OpRun(run=run, bytes=used, check=lambda: self._error(run, drawn[0].long()), copies=count)
@@ -110,7 +114,8 @@ class _Mlp:
                     self.y_BD[0], self.delta_BD[0], self.y_out_BD[0], self.out_BD[0], layer.norm2, layer.mlp, programmatic=True
                 )  # fmt: skip
             else:
-                self.out_BD.copy_(dense_mlp_rows(self.x_BD, layer.mlp))
+                activated_rows(self.x_BD, layer.mlp, self.act_BF, programmatic=True)
+                linear_rows(self.act_BF, layer.mlp.down_FD.T, layer.mlp.down_bias_D, self.parts_SBD, programmatic=True)
 
         every = torch.arange(self.neurons, device=self.device)
         copies = min(len(self.weights), copies_for(dense_bytes))
@@ -121,6 +126,7 @@ class _Mlp:
         """Error of a call on layer 0 over twice that of the plain version in the same dtype, both against fp64."""
         layer = self.weights[0]
         self.out_BD.zero_()
+        self.parts_SBD.zero_()
         run(0)
         if self.batch == 1:
             x_D = norm_definition(self.y_BD[0].to(self.x_BD.dtype), layer.norm2)
@@ -130,7 +136,7 @@ class _Mlp:
             keep_BF = torch.zeros(self.batch, self.neurons, device=self.device).index_fill(1, idx_A, 1)
             plain = mlp_rows_definition(self.x_BD, layer.mlp, keep_BF)
             exact = mlp_rows_definition(self.x_BD.double(), _wide(layer.mlp), keep_BF)
-            found = self.out_BD
+            found = self.out_BD + self.parts_SBD.sum(0)
         return _over(found, plain, exact, self.x_BD.dtype)
 
 
