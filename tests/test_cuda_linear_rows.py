@@ -6,6 +6,8 @@ As test_cuda_kernels.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +15,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from conftest import Tiny
+from dejavu.engine.cuda import batch_step
 from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.options import EngineOptions
+from dejavu.engine.torch_engine import TorchEngine
+from dejavu.kernels.cuda import linear_rows as linear_rows_module
 from dejavu.kernels.cuda.linear_rows import (
     LinearShape,
     activated_rows,
@@ -24,8 +29,9 @@ from dejavu.kernels.cuda.linear_rows import (
     linear_rows_definition,
     linear_shape,
 )
+from dejavu.kernels.cuda.rows import norm_rows
 from dejavu.kernels.sparse_mlp import MlpWeights
-from helpers.cuda import DEVICES, on, slow
+from helpers.cuda import DEVICES, on, prefilled, slow
 from helpers.engines import ids_of
 from helpers.kernel_memory import Memory, check_rule
 from helpers.kernels import BF16, FP16, FP32, converted, placed
@@ -130,6 +136,31 @@ def test_a_dense_step_of_a_sparse_engine_has_the_same_bits_alone(tiny: Tiny, met
     engine.prefill(0, ids_of(1, 5))
     engine.prefill(1, ids_of(2, 9))
     assert torch.equal(engine.step([3, 4], [0, 1], sparse=False).logits_BV[0], alone.logits_BV[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_whose_products_are_left_in_slices(tiny: Tiny, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """O and down in three parts, which the next norm adds up, as a wide model has them: the torch engine's logits."""
+
+    def sliced(inputs: int, outputs: int, count: int, matrices: int, element: int, device: torch.device) -> LinearShape:
+        return LinearShape(outputs=16, inputs=16, warps=4, stages=2, slices=3)
+
+    def seen(y_BD: Tensor, delta: Tensor, *rest: Any, **named: Any) -> None:
+        if delta.dim() == 3:
+            added.append(delta)
+        norm_rows(y_BD, delta, *rest, **named)
+
+    added: list[Tensor] = []
+    monkeypatch.setattr(linear_rows_module, "linear_shape", sliced)
+    monkeypatch.setattr(batch_step, "norm_rows", seen)
+    model = tiny("llama")
+    cuda, plain = CudaEngine(on(model, device), None, EngineOptions(num_slots=3)), TorchEngine(model, None, EngineOptions(num_slots=3))
+    for engine in (cuda, plain):
+        prefilled(engine)
+    for tokens in ([3, 4, 5], [6, 7, 8]):
+        found, expected = cuda.step(tokens, [0, 1, 2]).logits_BV, plain.step(tokens, [0, 1, 2]).logits_BV
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert {len(parts) for parts in added} == {3}
 
 
 @pytest.mark.parametrize("device", DEVICES)

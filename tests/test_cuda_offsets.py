@@ -19,9 +19,16 @@ from dejavu.kernels.cuda import attention
 from dejavu.kernels.cuda.attention import Partials, Places, attend, attention_definition, output_token
 from dejavu.kernels.cuda.common import GridShape, NormWeights, launch, tile
 from dejavu.kernels.cuda.embed import embed_rows
-from dejavu.kernels.cuda.gate import mlp_given_definition
+from dejavu.kernels.cuda.gate import GateNeurons, mlp_by_gate, mlp_by_gate_definition, mlp_given_definition
 from dejavu.kernels.cuda.gate_rows import up_given_rows
 from dejavu.kernels.cuda.inputs import ActivatedInputs, KeptInputs, SumShape, sum_inputs, sum_inputs_definition, sum_scratch
+from dejavu.kernels.cuda.linear_rows import (
+    activated_rows,
+    activated_rows_definition,
+    linear_rows,
+    linear_rows_definition,
+    linear_slices,
+)
 from dejavu.kernels.cuda.mlp import mlp_token, mlp_token_definition
 from dejavu.kernels.cuda.mlp_rows import down_rows, mlp_rows, mlp_rows_definition, padded_rows
 from dejavu.kernels.cuda.project import GroupScores, project_token, project_token_definition
@@ -123,6 +130,61 @@ def test_neurons_of_several_rows_whose_gates_are_given(device: str) -> None:
     down_rows(act_FB, far, listed.to(device), count, out_BD)
     truth_BD = mlp_given_definition(x_BD.double(), wide(near), product_BA.double(), keep_BA)
     check_rule(out_BD, mlp_given_definition(x_BD, near, product_BA, keep_BA), truth_BD, FP16)
+
+
+def last_neurons(device: str) -> tuple[MlpWeights, MlpWeights, Tensor]:
+    """As far_mlp where all neurons are read, which takes a GPU; few on the CPU, so that what is tested there runs."""
+    if device != "cpu":
+        return far_mlp(device)
+    rows, idx_A = normal(2, 64, dtype=FP16).abs() / 8, torch.tensor([2, 37])
+    matrix_FD = torch.zeros(38, 64, dtype=FP16)
+    matrix_FD[idx_A] = rows
+    return MlpWeights(up_FD=matrix_FD, down_FD=matrix_FD, gate_FD=matrix_FD), MlpWeights(up_FD=rows, down_FD=rows, gate_FD=rows), idx_A
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_neurons_that_their_own_gate_selects(device: str) -> None:
+    far, near, idx_A = last_neurons(device)
+    neurons, size = far.up_FD.shape
+    y_D, delta_D = normal(size, seed=1).abs(), normal(size, seed=2).abs()
+    out_D, marks_F = torch.zeros(size, device=device), torch.zeros(neurons, dtype=torch.int32, device=device)
+    gate = GateNeurons(threshold=torch.zeros(1, device=device), marks=marks_F, count=torch.zeros(1, dtype=torch.int32, device=device))
+    mlp_by_gate(
+        y_D.to(device), delta_D.to(device), torch.empty(size, device=device), out_D, NORM, far, gate,
+        shape=GridShape(rows=2, warps=8, programs=1),
+    )  # fmt: skip
+    assert gate.count.item() == 2 and torch.equal(marks_F.nonzero().squeeze(1).cpu(), idx_A)
+    truth_D, keep_A = mlp_by_gate_definition(y_D.double(), delta_D.double(), NORM, wide(near), 0.0)
+    assert keep_A.all()
+    check_rule(out_D, mlp_by_gate_definition(y_D, delta_D, NORM, near, 0.0)[0], truth_D, FP16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_outputs_of_several_rows(device: str) -> None:
+    """Of a matrix with a row per output, alone and as a gate and up."""
+    far, near, idx_A = last_neurons(device)
+    neurons, size = far.up_FD.shape
+    x_BD = normal(2, size, seed=1, dtype=FP16).abs()
+    out_BF = torch.empty(2, neurons, device=device)
+    linear_rows(x_BD.to(device), far.up_FD, None, out_BF)
+    check_rule(out_BF[:, idx_A], linear_rows_definition(x_BD, near.up_FD, None), x_BD.double() @ near.up_FD.double().T, FP16)
+    assert out_BF.count_nonzero() == 4
+    act_BF = torch.empty(2, neurons, dtype=FP16, device=device)
+    activated_rows(x_BD.to(device), far, act_BF)
+    check_rule(act_BF[:, idx_A], activated_rows_definition(x_BD, near), activated_rows_definition(x_BD.double(), wide(near)), FP16)
+    assert act_BF.count_nonzero() == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_of_several_rows(device: str) -> None:
+    """Of a matrix with a row per input, whose sums are left in parts."""
+    far, near, idx_A = last_neurons(device)
+    neurons, size = far.down_FD.shape
+    act_BF, act_BA = torch.zeros(2, neurons, dtype=FP16, device=device), normal(2, 2, seed=1, dtype=FP16)
+    act_BF[:, idx_A] = act_BA.to(device)
+    out_SBD = torch.empty(linear_slices(far.down_FD.T), 2, size, device=device)
+    linear_rows(act_BF, far.down_FD.T, None, out_SBD)
+    check_rule(out_SBD.sum(0), act_BA @ near.down_FD, act_BA.double() @ near.down_FD.double(), FP16)
 
 
 @pytest.mark.parametrize("device", DEVICES)
