@@ -20,6 +20,7 @@ from dejavu.engine.cuda.engine import CudaEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.kernels.cuda import linear_rows as linear_rows_module
+from dejavu.kernels.cuda.common import Side
 from dejavu.kernels.cuda.linear_rows import (
     LinearShape,
     activated_rows,
@@ -29,12 +30,13 @@ from dejavu.kernels.cuda.linear_rows import (
     linear_rows_definition,
     linear_shape,
 )
+from dejavu.kernels.cuda.project import side_definition
 from dejavu.kernels.cuda.rows import norm_rows
 from dejavu.kernels.sparse_mlp import MlpWeights
 from helpers.cuda import DEVICES, on, prefilled, slow
 from helpers.engines import ids_of
 from helpers.kernel_memory import Memory, check_rule
-from helpers.kernels import BF16, FP16, FP32, converted, placed
+from helpers.kernels import BF16, FP16, FP32, converted, placed, side_of
 from helpers.thresholds import gate_layers, input_layers
 
 SHAPES = [LinearShape(outputs=32, inputs=32, warps=4, stages=2), LinearShape(outputs=16, inputs=64, warps=4, stages=3, slices=3)]
@@ -71,10 +73,13 @@ def test_linear_rows(
     linear_rows(memory.given(x_BI), given, bias, parts_SBO, shape=shape)
     memory.check()
     check_rule(parts_SBO.double().sum(0), plain, truth, dtype)
-    out_BO = memory.room(rows, outputs, dtype=dtype)
-    linear_rows(memory.given(x_BI), given, bias, out_BO)
+    out_BO, side = memory.room(rows, outputs, dtype=dtype), side_of(memory, 3, inputs)
+    given_side = Side(matrix=memory.given(side.matrix), scale=memory.given(side.scale), out=memory.room(rows, 3))
+    linear_rows(memory.given(x_BI), given, bias, out_BO, side=given_side)
     memory.check()
     check_rule(out_BO, plain, truth, dtype)
+    truth_BR = torch.stack([side.scale.double() * (side.matrix.double() @ x_I.double()) for x_I in x_BI])
+    check_rule(given_side.out, torch.stack([side_definition(x_I, side) for x_I in x_BI]), truth_BR, FP32)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dejavu.kernels.cuda.attention import Partials, Places, attend
 from dejavu.kernels.cuda.common import BlockOutput, Side, joined_definition, norm_definition
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate import GateNeurons, mlp_by_gate
@@ -20,7 +21,8 @@ from dejavu.kernels.cuda.logits import finish_logits, finish_logits_definition
 from dejavu.kernels.cuda.mlp import mlp_token
 from dejavu.kernels.cuda.mlp_rows import DownShape, UpShape, mlp_rows, mlp_rows_definition, padded_rows, shares_of
 from dejavu.kernels.cuda.project import GroupScores, project_token, selected_groups_definition, side_definition
-from dejavu.kernels.cuda.rows import UnionScores, group_rows, norm_rows, project_rows, select_rows, select_rows_definition
+from dejavu.kernels.cuda.rows import group_rows, norm_rows
+from dejavu.kernels.cuda.select_rows import UnionScores, project_rows, select_rows, select_rows_definition
 from dejavu.kernels.sparse_mlp import MlpWeights
 from helpers.cuda import DEVICES
 from helpers.kernel_memory import CANARY, Memory, check_rule, midway, poisoned_neurons, poisoned_rows
@@ -179,6 +181,17 @@ def test_group_rows(rows: int, groups: int, rank: int, int8: bool, device: str) 
     assert counts[0, 1].item() == 1, "the first row selects its best alone"
 
 
+def attend_first_tokens(memory: Memory, rows: int, select: UnionScores) -> None:
+    """Attention of rows without a past, each in a page of its own, with the selection beside it: each row's head gives its own value."""
+    numbers, qkv_BW = torch.arange(rows, dtype=INT), memory.normal(rows, 24, dtype=FP32)
+    k_pool, v_pool = (memory.room(rows, 1, 4, 8, holds=torch.zeros(rows, 1, 4, 8)) for _ in range(2))
+    places = Places(slot_B=memory.given(numbers), position_B=memory.given(0 * numbers), table=memory.given(numbers.long()[:, None]))
+    partials = Partials(mixed=memory.room(rows, 1, 1, 8), stats=memory.room(rows, 1, 1, 2))
+    attend(memory.given(qkv_BW), k_pool, v_pool, places, partials, heads=1, select=select)
+    found_BK = (partials.mixed / partials.stats[..., 1:])[:, 0, 0]
+    torch.testing.assert_close(found_BK.cpu(), qkv_BW[:, 16:])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("rows", "neurons", "rank", "int8", "count", "padded"),
@@ -192,8 +205,10 @@ def test_group_rows(rows: int, groups: int, rank: int, int8: bool, device: str) 
         (1, 64, 5, True, 64, 1),
     ],
 )
-def test_select_rows(rows: int, neurons: int, rank: int, int8: bool, count: int, padded: int, device: str) -> None:
-    """count: neurons that the first row selects. The last `padded` rows only fill the bucket: what they would select is not counted."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_select_rows(rows: int, neurons: int, rank: int, int8: bool, count: int, padded: int, beside: bool, device: str) -> None:
+    """count: neurons that the first row selects. The last `padded` rows only fill the bucket: what they would select is not counted.
+    beside: as further programs of attention."""
     memory = Memory(device, seed=rows)
     matrix = memory.int8(neurons, rank) if int8 else memory.normal(neurons, rank)
     scale, bias, h_BP = memory.positive(neurons) / (127 if int8 else 1), memory.normal(neurons), memory.normal(rows, rank)
@@ -203,11 +218,17 @@ def test_select_rows(rows: int, neurons: int, rank: int, int8: bool, count: int,
     counts, row_mask_F = memory.room(rows, 3, dtype=INT, holds=0.0), memory.room(neurons, dtype=INT)
     union_F, union = memory.room(neurons, dtype=INT), memory.room(1, dtype=INT, holds=0.0)
     plain = UnionScores(
-        matrix=matrix, scale=scale, bias=bias, threshold=threshold, h=h_BP, row_mask_F=row_mask_F, union=union_F, count=union,
-        row_count=counts[:, 1:2],
+        matrix=matrix, scale=scale, bias=bias, threshold=threshold, h=h_BP, slot_B=slots, padding=99, row_mask_F=row_mask_F, union=union_F,
+        count=union, row_count=counts[:, 1:2],
     )  # fmt: skip
-    names = ("matrix", "scale", "bias", "threshold", "h")
-    select_rows(replace(plain, **{name: memory.given(getattr(plain, name)) for name in names}), memory.given(slots), 99)
+    given = replace(
+        plain, matrix=memory.given(matrix), scale=memory.given(scale), bias=memory.given(bias), threshold=memory.given(threshold),
+        h=memory.given(h_BP), slot_B=memory.given(slots),
+    )  # fmt: skip
+    if beside:
+        attend_first_tokens(memory, rows, given)
+    else:
+        select_rows(given)
     memory.check()
     keep_BF = select_rows_definition(plain) & (slots != 99)[:, None]
     assert padded == rows or int(keep_BF[0].sum()) == count
@@ -233,6 +254,7 @@ class RowsCase:
     partial: bool = False
     activation: str = "relu"
     programs: int = 3
+    early: bool = False
 
 
 ROWS_CASES = [
@@ -241,12 +263,12 @@ ROWS_CASES = [
     RowsCase(rows=3, size=96, neurons=127, union=126, dtype=FP16, partial=True),
     RowsCase(rows=3, size=129, neurons=127, union=126, dtype=BF16, partial=True),
     RowsCase(rows=5, size=129, neurons=300, union=300, dtype=FP32, gated=True),
-    RowsCase(rows=5, size=250, neurons=64, union=31, dtype=FP16, partial=True),
-    RowsCase(rows=17, size=300, neurons=127, union=60, dtype=FP16, gated=True),
+    RowsCase(rows=5, size=250, neurons=64, union=31, dtype=FP16, partial=True, early=True),
+    RowsCase(rows=17, size=300, neurons=127, union=60, dtype=FP16, gated=True, early=True),
     RowsCase(rows=16, size=300, neurons=127, union=60, dtype=BF16, gated=True),
     RowsCase(rows=32, size=17, neurons=64, union=64, dtype=FP32, biased=False),
     RowsCase(rows=2, size=250, neurons=7, union=0, dtype=BF16, partial=True),
-    RowsCase(rows=3, size=129, neurons=64, union=33, dtype=FP32, gated=True, activation="silu"),
+    RowsCase(rows=3, size=129, neurons=64, union=33, dtype=FP32, gated=True, activation="silu", early=True),
     RowsCase(rows=2, size=96, neurons=64, union=17, dtype=FP16, activation="relu2", programs=1),
 ]
 
@@ -288,7 +310,7 @@ def test_mlp_rows(case: RowsCase, device: str) -> None:
     mlp_rows(
         memory.given(x_BD), placed(poisoned_neurons(weights, union_A), memory), memory.given(row_mask_F), memory.given(listed),
         memory.given(torch.tensor([case.union], dtype=INT)), act_FB, out, up_shape=UpShape(columns=64, programs=2),
-        down_shape=down_shape, partial=case.partial,
+        down_shape=down_shape, partial=case.partial, early=case.early,
     )  # fmt: skip
     memory.check()
     truth_BD = mlp_rows_definition(x_BD.double(), converted(weights, torch.float64), keep_BF)

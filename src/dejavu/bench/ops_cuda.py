@@ -28,7 +28,7 @@ from dejavu.kernels.cuda.mlp import mlp_token
 from dejavu.kernels.cuda.mlp_rows import mlp_rows, mlp_rows_definition, padded_rows
 from dejavu.kernels.cuda.project import project_token, project_token_definition
 from dejavu.kernels.cuda.read import read_buffer
-from dejavu.kernels.cuda.rows import MAX_ROWS
+from dejavu.kernels.cuda.select_rows import MAX_ROWS
 from dejavu.kernels.memory import free_gpu_bytes
 from dejavu.kernels.sparse_mlp import MlpWeights, masked_mlp
 from dejavu.model.transformer import Transformer

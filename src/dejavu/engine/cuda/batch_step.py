@@ -1,7 +1,8 @@
 """One token of each of several sequences on the GPU: weights are read once for all rows, and each row keeps its own selection.
 
 For each layer: norm, q, k, v, attention and O by row with its own heads, norm, and the MLP over the union of what the rows select, each
-row masked to its own, or dense where that is measured to be faster. Predictors run row by row in fp32. The residual stream y_BD is fp32;
+row masked to its own, or dense where that is measured to be faster. Predictors run row by row in fp32, with a lookahead of 1 or 2 as
+further programs of other kernels: their first half of q, k, v's, the second of attention's. The residual stream y_BD is fp32;
 products with O and down are left in parts, which the next norm adds up. A layer that runs dense selects nothing: its rows count as dense,
 as they do in any dense layer.
 
@@ -34,7 +35,8 @@ from dejavu.kernels.cuda.linear_rows import activated_rows, linear_rows, linear_
 from dejavu.kernels.cuda.logits import finish_logits
 from dejavu.kernels.cuda.mlp_rows import DownShape, down_rows, mlp_rows, shares_of
 from dejavu.kernels.cuda.project import GroupScores
-from dejavu.kernels.cuda.rows import UnionScores, combine_rows, group_rows, norm_rows, project_rows, select_rows
+from dejavu.kernels.cuda.rows import combine_rows, group_rows, norm_rows
+from dejavu.kernels.cuda.select_rows import UnionScores, project_rows, select_rows
 from dejavu.kernels.sparse_mlp import MlpWeights
 from dejavu.model.selectors import POINTS
 
@@ -170,6 +172,8 @@ class BatchStep:
             own_scores = {field.name: getattr(own.neurons, field.name) for field in dataclasses.fields(PredictorScores)}
             neurons = UnionScores(
                 **own_scores | {"h": neurons_first.out},
+                slot_B=self.inputs[1],
+                padding=self.padding,
                 row_mask_F=self._row_mask_F,
                 union=self._union_F,
                 count=self._union_counts[index : index + 1],
@@ -208,23 +212,23 @@ class BatchStep:
             neurons_first = neurons = None
         if self.dense_heads:
             heads_first = groups = None
+        early = neurons if own.neurons_lookahead > 0 else None  # selected beside attention
         norm_rows(self._y_BD, delta, layer.norm1, x_BD, added=self.model.joined(index), programmatic=True)
         if groups is not None and heads_first is not None:
             if not own.heads_before:
                 project_rows(heads_first, x_BD, programmatic=True)
             group_rows(groups, programmatic=True)
-        if neurons_first is not None and own.neurons_lookahead == 1:
-            project_rows(neurons_first, x_BD, programmatic=True)
-        linear_rows(self._masked(index, "attention", x_BD), layer.qkv, layer.qkv_bias, self._qkv_BW, programmatic=True)
-        self._attend(index, self._qkv_BW, groups)
-        mixed_BQ = self._masked(index, "output", self._mixed_BHK.flatten(1))
-        linear_rows(mixed_BQ, layer.o.T, layer.o_bias, self._out_SBD, programmatic=True)
+        read_BD, side = self._masked(index, "attention", x_BD), neurons_first if own.neurons_lookahead == 1 else None
+        assert side is None or read_BD is x_BD, "a layer selects neurons or inputs"
+        linear_rows(read_BD, layer.qkv, layer.qkv_bias, self._qkv_BW, side=side, programmatic=True)
+        self._attend(index, self._qkv_BW, groups, early)
+        self._output(index)
         cleared = None if neurons is None and gate_rows is None else self._delta_BD
         norm_rows(self._y_BD, self._out_SBD, layer.norm2, x_BD, cleared, added=layer.attention_out, programmatic=True)
         if neurons is not None and neurons_first is not None:
-            if own.neurons_lookahead == 0:
+            if early is None:
                 project_rows(neurons_first, x_BD, programmatic=True)
-            select_rows(neurons, self.inputs[1], self.padding, programmatic=True)
+                select_rows(neurons, programmatic=True)
         elif gate_rows is not None:
             product_BF = self._gate_products(layer.mlp)
             select_gate_rows(
@@ -261,14 +265,20 @@ class BatchStep:
         mask_rows(x_BI, kept.norm, kept.threshold, out_BI, self._row_counts[2 + at, :, index : index + 1], programmatic=True)
         return out_BI
 
-    def _attend(self, index: int, qkv_BW: Tensor, scores: GroupScores | None) -> None:
-        """Store the rows' keys and values and put their heads together in `_mixed_BHK`."""
+    def _attend(self, index: int, qkv_BW: Tensor, scores: GroupScores | None, select: UnionScores | None = None) -> None:
+        """Store the rows' keys and values and put their heads together in `_mixed_BHK`; select: neurons that are selected beside that."""
         chosen = (None, None) if scores is None else (scores.groups, scores.count)
         attend(
             qkv_BW, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=self.config.num_heads,
-            how=self.weights[index].scores, groups_BG=chosen[0], count_B=chosen[1], programmatic=True,
+            how=self.weights[index].scores, groups_BG=chosen[0], count_B=chosen[1], select=select, programmatic=True,
         )  # fmt: skip
         combine_rows(self._partials, *chosen, self._mixed_BHK, programmatic=True)
+
+    def _output(self, index: int) -> None:
+        """Parts [slices, B, D] of what attention gives, in `_out_SBD`."""
+        layer = self.weights[index]
+        mixed_BQ = self._masked(index, "output", self._mixed_BHK.flatten(1))
+        linear_rows(mixed_BQ, layer.o.T, layer.o_bias, self._out_SBD, programmatic=True)
 
     def _run_before(self, index: int) -> None:
         """The first halves of the next layer's predictors that read this layer's MLP input."""
@@ -286,6 +296,7 @@ class BatchStep:
         mlp = self.weights[index].mlp
         out = self._sums if self.deterministic else self._delta_BD
         union, count = self._union_F, self._union_counts[index : index + 1]
+        early = self.predictors[index].neurons_lookahead > 0 and not self.deterministic
         if self.deterministic:  # a union in order, so that sums are too
             chosen_F = (self._row_mask_F != 0).int()
             place_F = torch.where(chosen_F == 1, chosen_F.cumsum(0) - 1, chosen_F.shape[0]).long()
@@ -293,7 +304,18 @@ class BatchStep:
             ordered.scatter_(0, place_F, torch.arange(chosen_F.shape[0], dtype=torch.int32, device=chosen_F.device))
             union = ordered
         if product_BF is None:
-            mlp_rows(self._x_BD, mlp, self._row_mask_F, union, count, self._act_FB, out, partial=self.deterministic, programmatic=True)
+            mlp_rows(
+                self._x_BD,
+                mlp,
+                self._row_mask_F,
+                union,
+                count,
+                self._act_FB,
+                out,
+                partial=self.deterministic,
+                early=early,
+                programmatic=True,
+            )
         else:
             up_given_rows(self._x_BD, product_BF, mlp, self._row_mask_F, union, count, self._act_FB, programmatic=True)
             down_rows(self._act_FB, mlp, union, count, out, partial=self.deterministic, programmatic=True)
@@ -306,7 +328,7 @@ class BatchStep:
             self.dense_heads |= heads
             self._start()
 
-    # For timing (crossover.py): work of one layer, whose selection and results are then not those of the rows.
+    # For timing (crossover.py): work of one layer, whose selection, keys, values and results are then not those of the rows.
 
     def attention_ways(self, index: int) -> tuple[Callable[[], None], Callable[[], None]]:
         """Attention at the positions of the last run, over selected heads, with their selection, and over all."""
@@ -322,22 +344,36 @@ class BatchStep:
         return selected, lambda: self._attend(index, self._qkv_BW, None)
 
     def union_mlp(self, index: int, count: int) -> Callable[[], None]:
-        """The MLP over a union of so many neurons, anywhere, with its selection. Counts of the step are lost."""
+        """A layer without norms: its MLP over a union of so many neurons, anywhere, and its selection. Counts of the step are lost."""
         _, _, first, scores = self._halves[index]
+        layer, early = self.weights[index], self.predictors[index].neurons_lookahead > 0
         assert first is not None and scores is not None
         self._union_F.copy_(torch.randperm(self.config.intermediate_size, device=self._union_F.device))
 
         def work() -> None:
             self._union_counts[index].zero_()
-            project_rows(first, self._x_BD, programmatic=True)
-            select_rows(scores, self.inputs[1], self.padding, programmatic=True)
+            linear_rows(self._x_BD, layer.qkv, layer.qkv_bias, self._qkv_BW, side=first if early else None, programmatic=True)
+            self._attend(index, self._qkv_BW, None, scores if early else None)
+            if not early:
+                project_rows(first, self._x_BD, programmatic=True)
+                select_rows(scores, programmatic=True)
             self._union_counts[index].fill_(count)
+            self._output(index)
             self._union_mlp(index)
 
         return work
 
     def dense_mlp(self, index: int) -> Callable[[], object]:
-        return lambda: self._dense_mlp(index)
+        """The same layer with a dense MLP."""
+        layer = self.weights[index]
+
+        def work() -> None:
+            linear_rows(self._x_BD, layer.qkv, layer.qkv_bias, self._qkv_BW, programmatic=True)
+            self._attend(index, self._qkv_BW, None)
+            self._output(index)
+            self._dense_mlp(index)
+
+        return work
 
 
 def _for_rows(side: Side, rows: int) -> Side:

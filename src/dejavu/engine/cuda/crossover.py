@@ -1,9 +1,9 @@
 """What of a step of several rows runs dense since it is measured to be slower sparse on this device.
 
 In: a BatchStep that has run, so that its memory holds the unions and positions of real rows. Out: the layers whose MLP runs dense, and
-whether all heads do. Whether a union pays depends on its size: one layer is timed at several sizes, and the union of every layer is
-compared with that table. q, k, v and O are read whole whatever heads the rows select, so selecting them saves reading the cache alone:
-attention of one layer is timed both ways.
+whether all heads do. Whether a union pays depends on its size: one layer is timed at several sizes, as its selection runs beside
+attention, and the union of every layer is compared with that table. q, k, v and O are read whole whatever heads the rows select, so
+selecting them saves reading the cache alone: attention of one layer is timed both ways.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def slower_heads(step: BatchStep) -> bool:
 
 
 def mlp_times(step: BatchStep) -> list[tuple[float, float]]:
-    """(share of the neurons, milliseconds) of a layer's MLP over a union of that size with its selection; first (0, dense)."""
+    """(share of the neurons, milliseconds) of a layer whose MLP runs over a union of that size, with its selection; first (0, dense)."""
     index = next((at for at, own in enumerate(step.predictors) if own.neurons is not None), None)
     assert index is not None, "a model without predictors of neurons is dense"
     kept = step.unions.clone(), step.counts.clone()

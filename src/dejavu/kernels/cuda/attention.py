@@ -25,6 +25,7 @@ from torch import Tensor
 from dejavu.kernels.attention import PLAIN, ScoreConfig, masked_output_heads, plain_attention
 from dejavu.kernels.cuda.common import NormWeights, begin, launch, multiprocessors, or_any, soft_cap
 from dejavu.kernels.cuda.select import NeuronScores, select_arguments, select_block, select_blocks, select_constants
+from dejavu.kernels.cuda.select_rows import UnionScores, select_rows_arguments, select_rows_block
 
 WARPS = 2  # of a program: most of its time is sums, whose barriers cost the less the fewer take part
 TILE_BYTES = 4096  # of keys, and as many of values, that a warp holds at a time
@@ -115,15 +116,22 @@ def _cached(k_pool, v_pool, page_T, first, last, group, k, G: tl.constexpr, K: t
 @triton.jit
 def _attend(
     qkv, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, factor, q_norm, q_eps, k_norm, k_eps, cap, window, groups, group_count, count_stride, mixed, stats, scale, programs,
-    matrix, row_scale, row_bias, threshold, h, neurons, count, F, cleared, cleared_size,
+    matrix, row_scale, row_bias, threshold, h, h_stride, select_slots, padding, row_mask_F, neurons, count, row_count, row_stride, B, F,
+    cleared, cleared_size,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
-    ROTATED: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, HEADS: tl.constexpr, SELECT: tl.constexpr, P: tl.constexpr,
+    ROTATED: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, HEADS: tl.constexpr, SELECT: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     PP: tl.constexpr, BLOCK: tl.constexpr, CLEAR: tl.constexpr, CLEARED: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if SELECT:
         if pid >= programs:
-            select_block(pid - programs, matrix, row_scale, row_bias, threshold, h, neurons, count, F, P, PP, BLOCK, programmatic)
+            if ROWS:
+                select_rows_block(
+                    pid - programs, matrix, row_scale, row_bias, threshold, h, h_stride, select_slots, padding, row_mask_F, neurons, count,
+                    row_count, row_stride, B, F, P, PP, BLOCK, programmatic,
+                )  # fmt: skip
+            else:
+                select_block(pid - programs, matrix, row_scale, row_bias, threshold, h, neurons, count, F, P, PP, BLOCK, programmatic)
             return
     W: tl.constexpr = (H + 2 * G) * K
     PER: tl.constexpr = H // G
@@ -271,7 +279,7 @@ def attend(
     how: ScoreWeights = ScoreWeights(),
     groups_BG: Tensor | None = None,
     count_B: Tensor | None = None,
-    select: NeuronScores | None = None,
+    select: NeuronScores | UnionScores | None = None,
     cleared: Tensor | None = None,
     programmatic: bool = False,
 ) -> None:
@@ -281,14 +289,14 @@ def attend(
     """
     groups, page_size, head_dim = k_PGSK.shape[1:]
     rows, splits = qkv_BW.shape[0], partials.mixed.shape[2]
-    assert qkv_BW.shape[1] == (heads + 2 * groups) * head_dim and (select is None or rows == 1)
+    assert qkv_BW.shape[1] == (heads + 2 * groups) * head_dim
     programs = rows * heads * splits
     scores, norms = how.scores, tuple(NO_NORM if norm is None else norm for norm in (how.q_norm, how.k_norm))
     scale = head_dim**-0.5 if scores.scale is None else scores.scale
     padded = max(16, triton.next_power_of_2(head_dim))
     tokens = max(2, WARPS * TILE_BYTES // (padded * k_PGSK.element_size()))
     extra = 0 if select is None else select_blocks(select, WARPS)
-    chosen = (qkv_BW,) * 7 + (0,) if select is None else select_arguments(select)
+    chosen = _selection(select, qkv_BW)
     sizes = {"P": 16, "PP": 16, "BLOCK": 16} if select is None else select_constants(select, WARPS)
     launch(
         _attend,
@@ -300,9 +308,19 @@ def attend(
         partials.mixed, partials.stats,
         scale, programs, *chosen, or_any(cleared, qkv_BW), 0 if cleared is None else cleared.numel(),
         H=heads, G=groups, K=head_dim, KP=padded, S=page_size, T=tokens, SPLITS=splits,
-        ROTATED=0 if how.inv_freq is None else 2 * how.inv_freq.shape[0], NORM=how.q_norm is not None, CAPPED=scores.cap > 0, HEADS=groups_BG is not None, SELECT=select is not None, CLEAR=cleared is not None,
+        ROTATED=0 if how.inv_freq is None else 2 * how.inv_freq.shape[0], NORM=how.q_norm is not None, CAPPED=scores.cap > 0, HEADS=groups_BG is not None, SELECT=select is not None, ROWS=isinstance(select, UnionScores), CLEAR=cleared is not None,
         CLEARED=CLEARED, **sizes, num_warps=WARPS, programmatic=programmatic,
     )  # fmt: skip
+
+
+def _selection(select: NeuronScores | UnionScores | None, other: Tensor) -> tuple[Tensor | int, ...]:
+    """What `_attend` takes of it, of one row or of several; any tensor in the place of one that is not read."""
+    if isinstance(select, UnionScores):
+        return select_rows_arguments(select)
+    if select is None:
+        return (other,) * 5 + (0, other, 0) + (other,) * 4 + (0, 0, 0)
+    matrix, scale, bias, threshold, h, neurons, count, size = select_arguments(select)
+    return matrix, scale, bias, threshold, h, 0, other, 0, other, neurons, count, other, 0, 1, size
 
 
 def output_token(

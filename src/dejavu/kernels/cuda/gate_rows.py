@@ -23,7 +23,7 @@ from torch import Tensor
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.cuda.common import activate, begin, exceeds, launch, multiprocessors, or_any, row_bias
 from dejavu.kernels.cuda.mlp_rows import UpShape, padded_rows, up_shape_for
-from dejavu.kernels.cuda.rows import MAX_ROWS
+from dejavu.kernels.cuda.select_rows import MAX_ROWS
 from dejavu.kernels.sparse_mlp import MlpWeights
 
 BLOCK = 256

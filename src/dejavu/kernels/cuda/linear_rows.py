@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dejavu.kernels.activation import ACTIVATION_CODES
 from dejavu.kernels.activation import activate as activate_definition
-from dejavu.kernels.cuda.common import LEAST_SHARED, activate, begin, launch, multiprocessors, or_any, row_bias
+from dejavu.kernels.cuda.common import LEAST_SHARED, Side, activate, begin, launch, multiprocessors, or_any, parts, row_bias
+from dejavu.kernels.cuda.select_rows import project_block
 from dejavu.kernels.sparse_mlp import MlpWeights
 
 
@@ -54,12 +55,18 @@ def _tile(weight, stride, o, i, live_o, live_i, BY_INPUT: tl.constexpr):
 
 @triton.jit
 def _linear_rows(
-    x, weight, stride, bias, second, second_stride, second_bias, out, B, threshold,
+    x, weight, stride, bias, second, second_stride, second_bias, out, B, threshold, blocks, side, side_scale, side_out, side_count,
     IN: tl.constexpr, OUT: tl.constexpr, BP: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, SLICE: tl.constexpr,
     STAGES: tl.constexpr, BY_INPUT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    SECOND_BIAS: tl.constexpr, programmatic: tl.constexpr,
+    SECOND_BIAS: tl.constexpr, SIDE: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
-    """The matrix is the gate where there is one, and `second` then is up."""
+    """The matrix is the gate where there is one, and `second` then is up. Programs from `blocks` on have a row of the side each."""
+    if SIDE:
+        if tl.program_id(0) >= blocks:
+            project_block(
+                tl.program_id(0) - blocks, side, side_scale, x, side_out, B, side_count, IN, D1, D2, D3, programmatic
+            )  # fmt: skip
+            return
     o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     part = tl.program_id(1)
     b = tl.arange(0, BP)
@@ -107,11 +114,19 @@ def linear_slices(weight_OI: Tensor) -> int:
 
 
 def linear_rows(
-    x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor, *, shape: LinearShape | None = None, programmatic: bool = False
+    x_BI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    out: Tensor,
+    *,
+    side: Side | None = None,
+    shape: LinearShape | None = None,
+    programmatic: bool = False,
 ) -> None:
     """Fill out [B, O] (any float dtype), or the parts [slices, B, O] fp32 that add up to it in order, the first with the bias.
 
-    weight_OI has a row per output, or is the transposed view of a matrix with a row per input.
+    weight_OI has a row per output, or is the transposed view of a matrix with a row per input. side: further rows [R, I], whose products
+    go to side.out [B, R].
     """
     outputs, inputs = weight_OI.shape
     if shape is None:
@@ -119,8 +134,8 @@ def linear_rows(
         if out.dim() == 2:
             shape = LinearShape(outputs=shape.outputs, inputs=shape.inputs, warps=shape.warps, stages=shape.stages)
     assert out.shape == (x_BI.shape[0], outputs) if out.dim() == 2 else out.shape == (shape.slices, x_BI.shape[0], outputs)
-    assert shape.slices == 1 or out.dim() == 3
-    _launch(x_BI, weight_OI, bias_O, None, None, out, shape, activation=None, threshold=0.0, programmatic=programmatic)
+    assert shape.slices == 1 or (out.dim() == 3 and side is None)
+    _launch(x_BI, weight_OI, bias_O, None, None, out, shape, side=side, activation=None, threshold=0.0, programmatic=programmatic)
 
 
 def activated_rows(
@@ -143,20 +158,23 @@ def activated_rows(
 
 def _launch(
     x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, second_OI: Tensor | None, second_bias_O: Tensor | None, out: Tensor,
-    shape: LinearShape, *, activation: str | None, threshold: float, programmatic: bool,
+    shape: LinearShape, *, side: Side | None = None, activation: str | None, threshold: float, programmatic: bool,
 ) -> None:  # fmt: skip
     outputs, inputs = weight_OI.shape
     by_input = weight_OI.stride(1) != 1
     rows, other = x_BI.shape[0], weight_OI if second_OI is None else second_OI
     assert x_BI.is_contiguous() and out.is_contiguous() and x_BI.shape[1] == inputs
     assert all(matrix.stride(0 if by_input else 1) == 1 for matrix in (weight_OI, other))
+    blocks, extra = triton.cdiv(outputs, shape.outputs), 0 if side is None else side.matrix.shape[0]
+    first, second, third = (1, 1, 1) if side is None else parts(inputs)
     launch(
-        _linear_rows, (triton.cdiv(outputs, shape.outputs), shape.slices), x_BI, weight_OI, weight_OI.stride(1 if by_input else 0),
+        _linear_rows, (blocks + extra, shape.slices), x_BI, weight_OI, weight_OI.stride(1 if by_input else 0),
         or_any(bias_O, weight_OI), other, other.stride(1 if by_input else 0), or_any(second_bias_O, weight_OI), out, rows, threshold,
+        blocks, weight_OI if side is None else side.matrix, out if side is None else side.scale, out if side is None else side.out, extra,
         IN=inputs, OUT=outputs, BP=padded_rows(rows), OUTPUTS=shape.outputs, INPUTS=shape.inputs,
         SLICE=triton.cdiv(triton.cdiv(inputs, shape.slices), shape.inputs) * shape.inputs, STAGES=shape.stages, BY_INPUT=by_input,
         BIAS=bias_O is not None, ACTIVATION=-1 if activation is None else ACTIVATION_CODES[activation], GATED=second_OI is not None,
-        SECOND_BIAS=second_bias_O is not None, num_warps=shape.warps, programmatic=programmatic,
+        SECOND_BIAS=second_bias_O is not None, SIDE=side is not None, D1=first, D2=second, D3=third, num_warps=shape.warps, programmatic=programmatic,
     )  # fmt: skip
 
 

@@ -62,15 +62,24 @@ def up_shape_for(x_BD: Tensor, matrices: int) -> UpShape:
 def _up_rows(
     x, up, gate, up_bias, gate_bias, row_mask_F, union, count, act, threshold, B, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, programmatic: tl.constexpr,
+    ACTIVATION: tl.constexpr, EARLY: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
-    begin(programmatic)
-    total = tl.load(count)
+    if EARLY:  # the list was there before the kernel before this one (see common.py)
+        total = tl.load(count, cache_modifier=".cg")
+        r = tl.program_id(0) * R + tl.arange(0, R)
+        row = tl.load(union + r, mask=r < total, other=0, cache_modifier=".cg")
+        begin(programmatic)
+    else:
+        begin(programmatic)
+        total = tl.load(count)
+        r = tl.program_id(0) * R + tl.arange(0, R)
+        row = tl.load(union + r, mask=r < total, other=0)
     b = tl.arange(0, BP)
     for block in range(tl.program_id(0), tl.cdiv(total, R), tl.num_programs(0)):
         r = block * R + tl.arange(0, R)
         live = r < total
-        row = tl.load(union + r, mask=live, other=0)
+        next_r = r + tl.num_programs(0) * R
+        next_row = tl.load(union + next_r, mask=next_r < total, other=0)
         at = row.to(tl.int64)[:, None] * D
         acc = tl.zeros([R, BP], tl.float32)
         gated = tl.zeros([R, BP], tl.float32)
@@ -91,6 +100,7 @@ def _up_rows(
         mask_bits = tl.load(row_mask_F + row, mask=live, other=0)
         v = tl.where(((mask_bits[:, None] >> b[None, :]) & 1) == 1, v, 0.0)
         tl.store(act + r[:, None] * BP + b[None, :], v.to(act.dtype.element_ty), mask=live[:, None])
+        row = next_row
 
 
 @triton.jit
@@ -98,8 +108,8 @@ def _down_rows(
     act, down, bias, union, count, out, B, D: tl.constexpr, BP: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
+    total = tl.load(count, cache_modifier=".cg")  # of a kernel before the one before this one
     begin(programmatic)
-    total = tl.load(count)
     share = tl.program_id(1)
     lo = (total * share) // tl.num_programs(1)
     hi = (total * (share + 1)) // tl.num_programs(1)
@@ -152,9 +162,11 @@ def mlp_rows(
     up_shape: UpShape | None = None,
     down_shape: DownShape | None = None,
     partial: bool = False,
+    early: bool = False,
     programmatic: bool = False,
 ) -> None:
-    """Add the MLP of each x to out fp32 [B, D]; partial: out is [shares, B, D]. act_FB [F, BP], in the dtype of x, is scratch."""
+    """Add the MLP of each x to out fp32 [B, D]; partial: out is [shares, B, D]. act_FB [F, BP], in the dtype of x, is scratch. early: the
+    list was there before the kernel before this one."""
     rows, size = x_BD.shape
     up_shape = up_shape or up_shape_for(x_BD, 1 if weights.gate_FD is None else 2)
     padded, device = padded_rows(rows), x_BD.device
@@ -166,7 +178,7 @@ def mlp_rows(
         union_F, count, act_FB, weights.activation_threshold, rows,
         D=size, BP=padded, R=up_shape.rows, COLUMNS=columns, STAGES=up_shape.stages, GATED=weights.gate_FD is not None,
         UP_BIAS=weights.up_bias_F is not None, GATE_BIAS=weights.gate_bias_F is not None,
-        ACTIVATION=ACTIVATION_CODES[weights.activation], num_warps=up_shape.warps, programmatic=programmatic,
+        ACTIVATION=ACTIVATION_CODES[weights.activation], EARLY=early, num_warps=up_shape.warps, programmatic=programmatic,
     )  # fmt: skip
     down_rows(act_FB, weights, union_F, count, out, shape=down_shape, partial=partial, programmatic=programmatic)
 

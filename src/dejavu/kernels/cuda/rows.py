@@ -1,19 +1,13 @@
-"""What a step of several rows does row by row: norms, the two halves of predictors, and the heads put together.
+"""What a step of several rows does row by row: norms, the selection of heads, and the heads put together.
 
     norm_rows      y = y + delta, or its parts;  x = norm(y);  cleared = 0
-    project_rows   h[b, r] = scale[r] (A[r] . x[b])
     group_rows     the head groups that each row selects, as in project.py
-    select_rows    for each neuron a row mask, bit b set where row b selects it; the list of neurons that some row selects
     combine_rows   m[b, h] from the splits of attention; zero for heads that the row did not select
 
-A row's selection depends on that row alone; the list is how weights are fetched.
-
-Letters: B rows, BP the next power of two  D model  R rows of A  G groups  H heads  K head_dim  F neurons  P predictor rank
+Letters: B rows  D model  G groups  H heads  K head_dim  P predictor rank
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -24,36 +18,17 @@ from dejavu.kernels.cuda.common import (
     AS_IT_IS,
     BlockOutput,
     NormWeights,
-    PredictorScores,
-    Side,
     begin,
-    exceeds,
     launch,
     norm_parts,
     normed,
     or_any,
     parts,
-    products,
     residual,
     store_part,
-    tiles,
     zero,
 )
 from dejavu.kernels.cuda.project import GroupScores, selected_groups
-
-MAX_ROWS = 32  # bits of a row mask
-BLOCK = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnionScores(PredictorScores):
-    """Of a neuron predictor for several rows, O = F; and where the selection goes: row_mask_F int32 [F], union int32 [F] and count int32 [1]
-    (zero), row_count int32 [B, stride] (zero), of which the first column is used."""
-
-    row_mask_F: Tensor
-    union: Tensor
-    count: Tensor
-    row_count: Tensor
 
 
 @triton.jit
@@ -77,21 +52,6 @@ def _norm_rows(
 
 
 @triton.jit
-def _project_rows(
-    matrix, scale, x, out, B, R, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, programmatic: tl.constexpr
-):
-    r = tl.program_id(0) + tl.arange(0, 1)
-    live = r < R
-    a1, a2, a3 = tiles(matrix, r, live, D, D1, D2, D3)
-    factor = tl.load(scale + r)
-    begin(programmatic)
-    for b in range(0, B):
-        x1, x2, x3 = tiles(x, b + tl.arange(0, 1), live, D, D1, D2, D3)
-        s = products(a1, a2, a3, tl.reshape(x1, [D1]), tl.reshape(x2, [D2]), tl.reshape(x3, [D3]))
-        tl.store(out + b * R + r, s * factor)
-
-
-@triton.jit
 def _group_rows(
     matrix, scale, bias, threshold, h, groups, count, count_stride, h_stride, G: tl.constexpr, GP: tl.constexpr, P: tl.constexpr,
     PP: tl.constexpr, programmatic: tl.constexpr,
@@ -101,33 +61,6 @@ def _group_rows(
     chosen, place = selected_groups(matrix, scale, bias, threshold, h + b * h_stride, G, GP, P, PP)
     tl.store(groups + b * G + place, tl.arange(0, GP), mask=chosen == 1)
     tl.store(count + b * count_stride, tl.sum(chosen, 0))
-
-
-@triton.jit
-def _select_rows(
-    matrix, scale, bias, threshold, h, h_stride, slots, padding, row_mask_F, union, count, row_count, row_stride, B, F, P: tl.constexpr, PP: tl.constexpr,
-    BLOCK: tl.constexpr, programmatic: tl.constexpr,
-):  # fmt: skip
-    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    p = tl.arange(0, PP)
-    live = f < F
-    m = tl.load(matrix + f.to(tl.int64)[:, None] * P + p[None, :], mask=live[:, None] & (p < P)[None, :], other=0).to(tl.float32)
-    row_scale = tl.load(scale + f, mask=live, other=0.0)
-    row_bias = tl.load(bias + f, mask=live, other=0.0)
-    least = tl.load(threshold)
-    begin(programmatic)
-    mask_bits = tl.zeros([BLOCK], tl.int32)
-    for b in range(0, B):
-        s = tl.sum(m * tl.load(h + b * h_stride + p, mask=p < P, other=0.0)[None, :], 1) * row_scale + row_bias
-        # A row that only fills the bucket selects nothing: it would widen the union.
-        chosen = (exceeds(s, least) & live & (tl.load(slots + b) != padding)).to(tl.int32)
-        mask_bits = mask_bits | (chosen << b)
-        tl.atomic_add(row_count + b * row_stride, tl.sum(chosen, 0), sem="relaxed")
-    tl.store(row_mask_F + f, mask_bits, mask=live)
-    some = (mask_bits != 0).to(tl.int32)
-    place = tl.cumsum(some, 0) - 1
-    first = tl.atomic_add(count, tl.sum(some, 0), sem="relaxed")
-    tl.store(union + first + place, f, mask=some == 1)
 
 
 @triton.jit
@@ -175,17 +108,6 @@ def norm_rows(
     )  # fmt: skip
 
 
-def project_rows(side: Side, x_BD: Tensor, *, programmatic: bool = False) -> None:
-    """side.out [B, R] = products of the side's rows with each x."""
-    rows, size = x_BD.shape
-    first, second, third = parts(size)
-    count = side.matrix.shape[0]
-    launch(
-        _project_rows, (count,), side.matrix, side.scale, x_BD, side.out, rows, count, D=size, D1=first, D2=second, D3=third, num_warps=4,
-        programmatic=programmatic,
-    )  # fmt: skip
-
-
 def group_rows(scores: GroupScores, *, programmatic: bool = False) -> None:
     """scores.groups [B, G] and scores.count [B, stride] from scores.h [B, P]."""
     groups, rank = scores.matrix.shape
@@ -193,18 +115,6 @@ def group_rows(scores: GroupScores, *, programmatic: bool = False) -> None:
         _group_rows, (scores.groups.shape[0],), scores.matrix, scores.scale, scores.bias, scores.threshold, scores.h, scores.groups,
         scores.count, scores.count.stride(0), scores.h.stride(0), G=groups, GP=max(16, triton.next_power_of_2(groups)), P=rank,
         PP=max(16, triton.next_power_of_2(rank)), num_warps=4, programmatic=programmatic,
-    )  # fmt: skip
-
-
-def select_rows(scores: UnionScores, slot_B: Tensor, padding: int, *, programmatic: bool = False) -> None:
-    """Fill the row masks, the union with its count, and add each row's count; rows of the slot `padding` select nothing."""
-    neurons, rank = scores.matrix.shape
-    rows = scores.h.shape[0]
-    assert rows <= MAX_ROWS
-    launch(
-        _select_rows, (triton.cdiv(neurons, BLOCK),), scores.matrix, scores.scale, scores.bias, scores.threshold, scores.h,
-        scores.h.stride(0), slot_B, padding, scores.row_mask_F, scores.union, scores.count, scores.row_count, scores.row_count.stride(0), rows, neurons,
-        P=rank, PP=max(16, triton.next_power_of_2(rank)), BLOCK=BLOCK, num_warps=4, programmatic=programmatic,
     )  # fmt: skip
 
 
@@ -220,9 +130,3 @@ def combine_rows(
         KP=max(16, triton.next_power_of_2(head_dim)), SPLITS=splits, HEADS=groups_BG is not None, num_warps=1,
         programmatic=programmatic,
     )  # fmt: skip
-
-
-def select_rows_definition(scores: UnionScores) -> Tensor:
-    """Which neuron each row selects, bool [B, F]."""
-    score_BF = (scores.h @ scores.matrix.float().T) * scores.scale + scores.bias
-    return ~(score_BF <= scores.threshold)

@@ -80,12 +80,12 @@ def _ordered(neurons, count, marks, out, F, BLOCK: tl.constexpr, programmatic: t
         base += tl.sum(mark, 0)
 
 
-def select_blocks(scores: NeuronScores, warps: int) -> int:
+def select_blocks(scores: PredictorScores, warps: int) -> int:
     """Programs of so many warps that score all neurons."""
     return triton.cdiv(scores.matrix.shape[0], select_constants(scores, warps)["BLOCK"])
 
 
-def select_constants(scores: NeuronScores, warps: int) -> dict[str, int]:
+def select_constants(scores: PredictorScores, warps: int) -> dict[str, int]:
     """The compile-time sizes of a selection by programs of so many warps, for the kernels that contain one."""
     rank = scores.matrix.shape[1]
     padded = max(16, triton.next_power_of_2(rank))
