@@ -19,7 +19,7 @@ from dejavu.engine.options import EngineOptions
 from dejavu.kernels.cuda import mlp_rows
 from dejavu.kernels.cuda.common import LEAST_SHARED
 from dejavu.kernels.cuda.linear_rows import padded_rows
-from dejavu.kernels.cuda.mlp_rows import UpShape, up_shape_for
+from dejavu.kernels.cuda.mlp_rows import DownShape, UpShape, down_shape_for, up_shape_for
 from helpers.cuda import on
 from helpers.engines import ids_of, random_layers
 
@@ -34,6 +34,10 @@ def test_stages_are_as_many_as_shared_memory_holds(rows: int, dtype: torch.dtype
     tile = (padded_rows(rows) + matrices * shape.rows) * shape.columns * dtype.itemsize
     assert (shape.stages - 1) * tile <= LEAST_SHARED and 1 < shape.stages <= UpShape().stages
     assert shape.stages == UpShape().stages or shape.stages * tile > LEAST_SHARED, "one more would not fit"
+    down = down_shape_for(torch.zeros(7, padded_rows(rows), dtype=dtype, device="meta"))
+    tile = down.rows * (padded_rows(rows) + down.columns) * dtype.itemsize
+    assert down.stages * tile <= LEAST_SHARED and 1 < down.stages <= DownShape().stages
+    assert down.stages == DownShape().stages or (down.stages + 1) * tile > LEAST_SHARED, "one more would not fit"
 
 
 @pytest.mark.gpu

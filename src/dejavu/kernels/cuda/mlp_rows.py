@@ -47,7 +47,7 @@ class DownShape:
     rows: int = 32
     columns: int = 128
     warps: int = 4
-    stages: int = 4
+    stages: int = 6
     programs: int = 3
 
 
@@ -56,6 +56,13 @@ def up_shape_for(x_BD: Tensor, matrices: int) -> UpShape:
     shape = UpShape()
     stage = (padded_rows(x_BD.shape[0]) + matrices * shape.rows) * shape.columns * x_BD.element_size()
     return dataclasses.replace(shape, stages=max(1, min(shape.stages, 1 + shared_memory(x_BD.device) // stage)))
+
+
+def down_shape_for(act_FB: Tensor) -> DownShape:
+    """Likewise, of tiles of the activations and of down."""
+    shape = DownShape()
+    stage = shape.rows * (act_FB.shape[1] + shape.columns) * act_FB.element_size()
+    return dataclasses.replace(shape, stages=max(1, min(shape.stages, shared_memory(act_FB.device) // stage)))
 
 
 @triton.jit
@@ -197,7 +204,7 @@ def down_rows(
     """Add to out fp32 [B, D] the rows of down of the union, times the activations act_FB [F, BP] by place in the list, and the bias;
     partial: out is [shares, B, D]."""
     rows, size = out.shape[-2:]
-    shape = shape or DownShape()
+    shape = shape or down_shape_for(act_FB)
     columns = min(shape.columns, max(16, triton.next_power_of_2(size)))
     launch(
         _down_rows,
