@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import dejavu.bench.variants as variants_module
 from conftest import Tiny
 from dejavu.bench.bytes_read import Reads, formats_of, step_bytes, weight_bytes
 from dejavu.bench.decode import TURN, bench, ratios_of
 from dejavu.bench.memory import buffer_bytes
 from dejavu.bench.rows import SpeedRow
-from dejavu.bench.variants import DENSE_VARIANT, Peer, Variant, export_name
+from dejavu.bench.variants import DENSE_VARIANT, Peer, Variant, check_mode, export_name
+from dejavu.engine.backends import make_engine
+from dejavu.engine.interface import Engine, StepResult
 from dejavu.engine.native.engine import NativeEngine
 from dejavu.engine.options import EngineOptions
 from dejavu.model.counts import Counts
+from dejavu.model.selectors.dense import ALL_HEADS, ALL_NEURONS
 from dejavu.model.transformer import Transformer
+from helpers.cuda import cuda_engine_of
 from helpers.engines import ids_of, random_layers
 from helpers.native import needs_library
 from helpers.peers import FakeClock, FakePeer
@@ -119,6 +126,50 @@ def test_an_engine_that_is_wrong_is_not_timed(tiny: Tiny, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="backend 'torch' decodes other logits than the forward pass .*not timed"):
         bench(model, variants(model), IDS, **SIZES, peers=[peer])
     assert peer.requested == []
+
+
+class WrongInRow:
+    """An engine one of whose rows has other logits."""
+
+    def __init__(self, engine: Engine, row: int) -> None:
+        self.engine, self.row, self.info, self.prefill = engine, row, engine.info, engine.prefill
+
+    def step(self, token_ids_B: Sequence[int], slots_B: Sequence[int]) -> StepResult:
+        found = self.engine.step(token_ids_B, slots_B)
+        logits_BV = found.logits_BV.clone()
+        logits_BV[self.row] += 10 * torch.arange(logits_BV.shape[1]).sin()
+        return replace(found, logits_BV=logits_BV)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_library), pytest.param("cuda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wrong", [0, 1, 3])
+def test_a_step_of_several_rows_is_checked(tiny: Tiny, backend: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first rows and the last."""
+    if backend == "cuda":
+        pytest.importorskip("triton")
+    model = tiny("llama", activation="relu")
+    layers, options = random_layers(model, mlp=1, heads=1), EngineOptions(backend=backend)
+
+    def made(model: Transformer, layers: Any, options: EngineOptions) -> Engine:
+        if backend != "cuda":
+            return make_engine(model, layers, options)
+        return cuda_engine_of(model, layers, num_slots=options.num_slots, cache_tokens=options.cache_tokens)
+
+    monkeypatch.setattr("dejavu.bench.variants.make_engine", made)
+    check_mode(model, layers, IDS, options, 4)
+    monkeypatch.setattr("dejavu.bench.variants.make_engine", lambda *given: WrongInRow(made(*given), wrong))
+    with pytest.raises(ValueError, match=f"decodes other logits in row {wrong} of 4 than the forward pass .*not timed"):
+        check_mode(model, layers, IDS, options, 4)
+
+
+def test_layers_that_an_engine_runs_dense_are_checked_as_dense(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama", activation="relu")
+    layers = random_layers(model, mlp=1, heads=1)
+    ran = (replace(layers[0], neurons=ALL_NEURONS), replace(layers[1], heads=ALL_HEADS))
+    forward = [variants_module._forward(model, each, IDS) for each in (layers, ran)]
+    assert variants_module._error(*forward) > 0.02, "nothing to tell apart"
+    monkeypatch.setattr("dejavu.bench.variants.make_engine", lambda model, layers, options: make_engine(model, ran, options))
+    check_mode(model, layers, IDS, EngineOptions(backend="torch"), 3)
 
 
 @needs_library

@@ -200,7 +200,7 @@ def bench(
     peers = peers if batch == 1 else ()
     variants = named_ahead(variants, options.ahead)
     for variant in variants:
-        check_mode(model, variant.layers, ids, variant.options(options))
+        check_mode(model, variant.layers, ids, variant.options(options), batch)
     notes += _check_peers(peers, model, ids, name)
     rows_BT = [[ids[(row * context + t) % len(ids)] for t in range(needed)] for row in range(batch)]
 

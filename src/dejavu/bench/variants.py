@@ -21,8 +21,10 @@ from dejavu.config import require
 from dejavu.engine.backends import make_engine
 from dejavu.engine.options import EngineOptions
 from dejavu.kernels.screen import Screen
+from dejavu.model.counts import Counts
 from dejavu.model.masked import MaskedSelection
 from dejavu.model.selectors import AllHeads, LayerAdapter
+from dejavu.model.selectors.dense import ALL_HEADS, ALL_NEURONS
 from dejavu.model.transformer import DENSE, Transformer
 
 Layers = tuple[LayerAdapter, ...]
@@ -186,19 +188,38 @@ def _by_value(layers: Layers | None) -> bool:
     return any(selector.by_value for layer in layers or () for selector in layer.selectors)
 
 
-def check_mode(model: Transformer, layers: Layers | None, ids: Sequence[int], options: EngineOptions) -> None:
-    """Decode a few tokens and compare with the (masked) forward pass. Raises ValueError where they are not the same model."""
+def check_mode(model: Transformer, layers: Layers | None, ids: Sequence[int], options: EngineOptions, batch: int = 1) -> None:
+    """Decode a few tokens of so many rows, each of another stretch of the ids, and compare with (masked) forward passes: of the first rows
+    and the last. Raises ValueError where they are not the same model."""
     count, prompt = _count(model)
-    engine = make_engine(model, layers, replace(options, cache_tokens=count))
-    engine.prefill(0, ids[:prompt])
-    found = torch.stack([engine.step([token], [0]).logits_BV[0] for token in ids[prompt:count]]).cpu()
-    assert options.screen is not None or (found != -torch.inf).all(), "a full head has every logit"
-    error = _error(found, _forward(model, layers, ids))
-    limit = VALUE_LIMIT if _by_value(layers) else FP32_LIMIT if engine.info.dtype == "fp32" else LIMIT
-    require(
-        error < limit,
-        f"backend {options.backend!r} decodes other logits than the forward pass (error {error:.3g}, limit {limit}): not timed",
-    )
+    texts = [[ids[(row * count + t) % len(ids)] for t in range(count)] for row in range(batch)]
+    engine = make_engine(model, layers, replace(options, num_slots=batch, cache_tokens=batch * (count + options.page_size)))
+    for row, text in enumerate(texts):
+        engine.prefill(row, text[:prompt])
+    steps = [engine.step([text[t] for text in texts], list(range(batch))) for t in range(prompt, count)]
+    ran = None if layers is None else _as_run(model, layers, [step.counts for step in steps])
+    for row in sorted({0, min(1, batch - 1), batch - 1}):
+        found = torch.stack([step.logits_BV[row] for step in steps]).cpu()
+        assert options.screen is not None or (found != -torch.inf).all(), "a full head has every logit"
+        error = _error(found, _forward(model, ran, texts[row]))
+        limit = VALUE_LIMIT if _by_value(layers) else FP32_LIMIT if engine.info.dtype == "fp32" else LIMIT
+        of_rows = "" if batch == 1 else f" in row {row} of {batch}"
+        require(
+            error < limit,
+            f"backend {options.backend!r} decodes other logits{of_rows} than the forward pass"
+            f" (error {error:.3g}, limit {limit}): not timed",
+        )
+
+
+def _as_run(model: Transformer, layers: Layers, counts: Sequence[Counts]) -> Layers:
+    """The layers without the selection of those that an engine ran dense in every step and row, as it may where that is faster."""
+    least_L = [torch.cat(parts).amin(0).tolist() for parts in zip(*((each.neurons, each.heads) for each in counts), strict=True)]
+    found = []
+    for layer, neurons, heads in zip(layers, *least_L, strict=True):
+        if neurons == model.config.intermediate_size:
+            layer = replace(layer, neurons=ALL_NEURONS)
+        found.append(replace(layer, heads=ALL_HEADS) if heads == model.config.num_heads else layer)
+    return tuple(found)
 
 
 def check_peer(peer: Peer, model: Transformer, ids: Sequence[int], name: str) -> str:
