@@ -32,7 +32,7 @@ class Seen(Selection):
 def seen(model: Transformer) -> Seen:
     found = Seen()
     with torch.inference_mode():
-        model(torch.tensor([ids_of(1)], device=model.embed.weight.device), found)
+        model(torch.tensor([ids_of(1)], device=model.device), found)
     return found
 
 
