@@ -35,7 +35,7 @@ from dejavu.offline.adapt.corpus import Mixture, Windows, pieces, read_ids, toke
 from dejavu.offline.adapt.density_controller import DensityController
 from dejavu.offline.adapt.divergence import KINDS, mean_divergence, pair_of
 from dejavu.offline.adapt.finish import moved, shift_to
-from dejavu.offline.adapt.on_policy import OwnWindows, ends
+from dejavu.offline.adapt.on_policy import OwnWindows, cut_at, ends
 from dejavu.offline.adapt.own_text import Prompts, continued, cut, frame
 from dejavu.offline.adapt.ranks import average_, world
 from dejavu.offline.adapt.run import adapt
@@ -241,9 +241,9 @@ def test_a_layer_out_of_bounds_is_pushed_back() -> None:
     assert controller.bounds(0.015) == (0.015, 0.045) and DensityController(1).bounds(0.5)[1] == 1.0
 
 
-@pytest.mark.parametrize("own_share", [0.0, 0.5])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(checkpoint: Checkpoint, tmp_path: Path, own_share: float) -> None:
-    config = dataclasses.replace(CONFIG, own_share=own_share, **OWN)
+@pytest.mark.parametrize("change", [{}, {"own_share": 0.5}, {"own_share": 0.5, "short_length": 8, "short_share": 0.5}], ids=str)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(checkpoint: Checkpoint, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, **change, **OWN)
     whole = trainer_of(checkpoint, config)
     assert whole.run(tmp_path)
     (tmp_path / "part").mkdir()
@@ -305,6 +305,44 @@ def test_windows_of_its_own_are_prompts_and_answers_end_to_end(tiny: Tiny, token
         again.restore(own.state() | {"own.ids": ids[:, :3].int()})
     rows = np.array([[5, 2, 7, 7, 2, 9], [5, 6, 7, 8, 9, 9]])
     assert ends(rows, 2, (2,)).tolist() == [5, 6]
+
+
+def test_windows_of_its_own_can_each_begin_with_a_prompt(tiny: Tiny, tokenizer: Tokenizer) -> None:
+    student = shaken(tiny("llama", num_layers=2), (0, 1))
+    settings: dict[str, Any] = {"rows": 12, "new_tokens": 6, "temperatures": (0.7, 1.0), "eos": (2,), "seed": 0}
+    own, again = (OwnWindows(student, Prompts(tokenizer, [LONG_TEXT], seed=0), length=40, anew=True, **settings) for _ in range(2))
+    ids, dense = own.take(3)
+    starts = {tuple(row) for number in range(2 * own.round) for row in own.prompts.batch(number, 12).tolist()}
+    for row, flags in zip(ids.tolist(), dense.tolist(), strict=True):
+        assert tuple(row[: flags.index(False)]) in starts
+    assert torch.equal(again.take(3)[0], ids)
+    again.restore(own.state())
+    assert torch.equal(again.take(2)[0], own.take(2)[0])
+
+
+def test_windows_that_begin_anew() -> None:
+    """Each holds rows as far as there is room; what is left begins with a row, too."""
+    rows = [np.array(row, dtype=np.int32) for row in ([1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11], [12], [13, 14])]
+    windows, rest = cut_at(rows, 4)
+    assert windows.tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]] and rest.tolist() == [12, 13, 14]
+    windows, rest = cut_at(rows[3:], 4)
+    assert windows.shape == (0, 4) and rest.tolist() == [12, 13, 14] and windows.dtype == rest.dtype == np.int32
+
+
+def test_short_windows_are_read_on_their_own(checkpoint: Checkpoint) -> None:
+    """The same tokens in all, a share of the text's windows in pieces, the student's own in pieces that begin with a prompt."""
+    config = dataclasses.replace(CONFIG, batch=8, own_share=0.25, short_length=4, short_share=0.5, prompt_share=0.9, **OWN)
+    trainer = trainer_of(checkpoint, config)
+    text = trainer.windows.batch(range(6))
+    (long, long_dense, long_own), (short, short_dense, short_own) = trainer.windows_read()
+    assert long.shape == (3, 16) and short.shape == (3 * 4 + 2 * 4, 4)
+    assert torch.equal(long, text[:3]) and torch.equal(short[:12].reshape(3, 16), text[3:])
+    assert not long_own.any() and not short_own[:12].any() and torch.equal(short_own[12:], ~short_dense[12:])
+    assert short_dense[12:, 0].all(), "a window of the student's begins with a prompt"
+    assert 0 < int(long_dense.sum()) < long_dense.numel() and int(short_dense[:12].sum()) > 0
+    whole = trainer_of(checkpoint, dataclasses.replace(config, short_length=None, short_share=0.0))
+    assert [ids.shape for ids, _, _ in whole.windows_read()] == [(8, 16)]
+    assert trainer.train_step().density > 0
 
 
 def test_a_run_starts_from_an_adapter(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -522,6 +560,8 @@ def test_micro_batches_follow_free_memory(tiny: Tiny) -> None:
         ({"dtype": "fp16"}, "dtype 'fp16'"),
         ({"chat_share": 1.0}, "chat_share"),
         ({"own_share": 0.1}, "own_share 0.1 of the 4 windows of a step is 0"),
+        ({"short_length": 5}, "short_length 5 does not divide length 16"),
+        ({"short_share": 0.5}, "short_share needs a short_length"),
         ({"coldest": 1.5}, "temperatures must be positive and in order"),
         ({"divergence": "kl"}, "divergence 'kl' is not known; choose one of forward"),
     ],

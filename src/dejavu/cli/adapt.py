@@ -70,6 +70,12 @@ def adapt(
     ] = 0.0,
     own_rows: Annotated[int, typer.Option("--own-rows", metavar="N", help="Answers that it writes at a time.")] = 1024,
     own_tokens: Annotated[int, typer.Option("--own-tokens", metavar="N", help="Tokens of an answer at most.")] = 256,
+    short_length: Annotated[
+        int | None, typer.Option("--short-length", metavar="N", help="Tokens of the windows that it writes, each from a prompt on.")
+    ] = None,
+    short_share: Annotated[
+        float, typer.Option("--short-share", metavar="X", help="Share of the other windows that are cut into such short ones.")
+    ] = 0.0,
     divergence: Annotated[
         str, typer.Option("--divergence", metavar="NAME", help="What is minimised on its own text: js, forward or reverse.")
     ] = "js",
@@ -100,6 +106,7 @@ def adapt(
     require(checkpoint_layers in known, f"--checkpoint-layers takes auto, on or off, not {checkpoint_layers!r}")
     options |= {"checkpoint_layers": known[checkpoint_layers], "prompt_share": prompt_share, "chat_share": chat_share}
     options |= {"own_share": own_share, "own_rows": own_rows, "own_tokens": own_tokens, "divergence": divergence}
+    options |= {"short_length": short_length, "short_share": short_share}
     options["activation"] = activation
     if start is not None:
         options["first_density"] = density

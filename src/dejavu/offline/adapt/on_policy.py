@@ -2,8 +2,8 @@
 
 In: a Student, prompts. Out: windows of ids [W, T] with the positions that ran dense, which are the prompts. A round writes an answer to
 each of many prompts at once, messages and texts in turns, with the weights of now and as it would decode: the prompt dense, then by its
-own selection, at a temperature drawn for each row. Rows end with their end of text and are laid end to end. Each window is used once;
-when too few are left, another round is written. Source: on-policy distillation, arXiv 2306.13649.
+own selection, at a temperature drawn for each row. Rows end with their end of text and are laid end to end, through all windows or in
+each anew. Each window is used once; when too few are left, another round is written. Source: on-policy distillation, arXiv 2306.13649.
 
 Letters: B rows  T tokens of a window  W windows
 """
@@ -29,11 +29,25 @@ def ends(rows_BT: np.ndarray, prompt_tokens: int, eos: Sequence[int]) -> np.ndar
     return prompt_tokens + answer_B
 
 
+def cut_at(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows [W, length] that each begin with a row and hold the next ones as far as there is room, whose ends are dropped; and what is
+    left, less than a window."""
+    windows, now, size = [], [], 0
+    for row in rows:
+        now.append(row)
+        size += len(row)
+        if size >= length:
+            windows.append(np.concatenate(now)[:length])
+            now, size = [], 0
+    return np.stack(windows) if windows else rows[0][:0].reshape(0, length), np.concatenate([rows[0][:0], *now])
+
+
 class OwnWindows:
     """What the student has written and nobody has read yet.
 
-    rows: answers of a round for each of two kinds of prompts. temperatures: the least and the largest. seconds: spent on writing so far.
-    Raises ValueError where prompts leave no room for an answer.
+    length: tokens of a window. anew: every window begins with a prompt, so that answers are read as they were written; not: rows go
+    through them. rows: answers of a round for each of two kinds of prompts. temperatures: the least and the largest. seconds: spent on
+    writing so far. Raises ValueError where prompts leave no room for an answer.
     """
 
     def __init__(
@@ -42,6 +56,7 @@ class OwnWindows:
         prompts: Prompts,
         *,
         length: int,
+        anew: bool = False,
         rows: int,
         new_tokens: int,
         temperatures: tuple[float, float],
@@ -51,7 +66,7 @@ class OwnWindows:
     ) -> None:
         room = student.config.max_positions - prompts.longest
         require(room > 0, f"a prompt of {prompts.longest} tokens fills the model's context; leave --own-share out")
-        self.student, self.prompts, self.length, self.rows, self.eos = student, prompts, length, rows, tuple(eos)
+        self.student, self.prompts, self.length, self.anew, self.rows, self.eos = student, prompts, length, anew, rows, tuple(eos)
         self.new_tokens, self.temperatures = min(new_tokens, room), temperatures
         self.seed, self.rank, self.round, self.seconds, self.written = seed, rank, 0, 0.0, 0
         self.ids_WT = torch.empty(0, length, dtype=torch.int32)
@@ -73,7 +88,7 @@ class OwnWindows:
         scorers = self.student.trained or None
         drawn = np.random.default_rng((self.seed, 4, self.rank, self.round))
         generator = torch.Generator(self.student.device).manual_seed(int(drawn.integers(2**62)))
-        ids, dense = [self.rest_T.numpy()], [self.rest_dense_T.numpy()]
+        ids, dense = [self.rest_T.numpy()], [self.rest_dense_T.numpy()]  # of rows
         for number in (2 * self.round, 2 * self.round + 1):
             prompt_BP = self.prompts.batch(number + (self.rank << 32), self.rows)
             heat_B = torch.from_numpy(drawn.uniform(least, largest, self.rows)).float()
@@ -86,18 +101,25 @@ class OwnWindows:
             ]
             rows_BT = torch.cat(rows).numpy().astype(np.int32)
             place_T = np.arange(rows_BT.shape[1])
-            kept_BT = place_T < ends(rows_BT, prompt, self.eos)[:, None]
-            ids.append(rows_BT[kept_BT])
-            dense.append(np.broadcast_to(place_T < prompt, kept_BT.shape)[kept_BT])
-            self.written += int((kept_BT & (place_T >= prompt)).sum())
+            end_B = ends(rows_BT, prompt, self.eos)
+            ids += [row[:end] for row, end in zip(rows_BT, end_B, strict=True)]
+            dense += [place_T[:end] < prompt for end in end_B]
+            self.written += int((end_B - prompt).sum())
         self.round += 1
-        stream, flags = np.concatenate(ids), np.concatenate(dense)
-        count = len(stream) // self.length
-        order = drawn.permutation(count)  # both kinds then come in every step
-        fresh = (torch.from_numpy(part[: count * self.length].reshape(count, self.length)[order]) for part in (stream, flags))
-        self.rest_T, self.rest_dense_T = (torch.from_numpy(part[count * self.length :].copy()) for part in (stream, flags))
+        (ids_WT, rest), (flags_WT, rest_flags) = (self._cut(part) for part in (ids, dense))
+        order = drawn.permutation(len(ids_WT))  # both kinds then come in every step
+        fresh = torch.from_numpy(ids_WT[order]), torch.from_numpy(flags_WT[order])
+        self.rest_T, self.rest_dense_T = torch.from_numpy(rest.copy()), torch.from_numpy(rest_flags.copy())
         self.ids_WT, self.dense_WT = (torch.cat(parts) for parts in zip((self.ids_WT, self.dense_WT), fresh, strict=True))
         self.seconds += time.perf_counter() - started
+
+    def _cut(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Windows [W, T] of rows, and what is left over."""
+        if self.anew:
+            return cut_at(rows, self.length)
+        stream = np.concatenate(rows)
+        count = len(stream) // self.length
+        return stream[: count * self.length].reshape(count, self.length), stream[count * self.length :]
 
     def state(self) -> dict[str, Tensor]:
         """What a run that goes on needs: windows not read yet, what is left over for the next, and the number of the next round."""

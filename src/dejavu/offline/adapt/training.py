@@ -61,7 +61,9 @@ class AdaptConfig(Config):
     predictor reads the attention's input where attention keeps at least this cosine of the residual stream. prompt_share: of the windows,
     those whose first part runs dense, as a prompt does. chat_share: of the windows, those that the dense model wrote. own_share: those that
     the student writes while it trains, own_rows answers of own_tokens at a time to each of two kinds of prompts, at temperatures from
-    coldest to hottest; divergence: what is minimised on them. floor, ceiling: bounds of a layer's density, in multiples of the target.
+    coldest to hottest; divergence: what is minimised on them. short_length: their windows are so long, which divides `length`, and begin
+    with a prompt; as many as have its tokens make one of the batch (None: as long as the others, answers going through them). short_share:
+    of the other windows, those that are cut into short ones. floor, ceiling: bounds of a layer's density, in multiples of the target.
     activation: one with exact zeros that the model gets in the place of its own: neurons are then selected by those zeros, and nothing is
     predicted.
     """
@@ -87,6 +89,8 @@ class AdaptConfig(Config):
     coldest: float = 0.7
     hottest: float = 1.0
     divergence: str = "js"
+    short_length: int | None = None
+    short_share: float = 0.0
     floor: float = 1 / 3
     ceiling: float = 4.0
     activation: str | None = None
@@ -107,9 +111,12 @@ class AdaptConfig(Config):
         require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         require(self.minutes is None or self.minutes > 0, f"minutes must be positive, not {self.minutes}")
         require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}")
-        for name in ("prompt_share", "chat_share", "own_share"):
+        for name in ("prompt_share", "chat_share", "own_share", "short_share"):
             require(0 <= getattr(self, name) <= 0.9, f"{name} must lie in [0, 0.9], not {getattr(self, name)}")
         self.windows_of(1)
+        short = self.length if self.short_length is None else self.short_length
+        require(2 <= short <= self.length and self.length % short == 0, f"short_length {short} does not divide length {self.length}")
+        require(self.short_share == 0 or self.short_length is not None, "short_share needs a short_length")
         require(0 < self.coldest <= self.hottest, f"temperatures must be positive and in order, not {self.coldest} to {self.hottest}")
         require(self.divergence in KINDS, f"divergence {self.divergence!r} is not known; choose one of {', '.join(KINDS)}")
         require(0 <= self.floor < 1, f"floor must lie in [0, 1), not {self.floor}")
@@ -128,6 +135,18 @@ class AdaptConfig(Config):
             f"{windows - 1}/{windows}, or 0",
         )
         return windows, own
+
+
+Read = tuple[Tensor, Tensor, Tensor]  # windows [B, T]: ids, where they run dense, where the student wrote
+
+
+def _of_text(ids_BT: Tensor, dense_BT: Tensor) -> Read:
+    return ids_BT, dense_BT, torch.zeros_like(dense_BT)
+
+
+def _joined(group: Sequence[Read]) -> Read:
+    ids, dense, own = (torch.cat(parts) for parts in zip(*(each for each in group if len(each[0])), strict=True))
+    return ids, dense, own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +233,8 @@ class Trainer:
         if self.own_windows:
             assert prompts is not None, "who writes needs prompts"
             self.own = OwnWindows(
-                self.student, prompts, length=config.length, rows=config.own_rows, new_tokens=config.own_tokens,
+                self.student, prompts, length=config.short_length or config.length, anew=config.short_length is not None,
+                rows=config.own_rows, new_tokens=config.own_tokens,
                 temperatures=(config.coldest, config.hottest), eos=eos, seed=config.seed, rank=self.rank,
             )  # fmt: skip
             self.student.merged()  # takes its memory before the rest is shared out
@@ -282,32 +302,46 @@ class Trainer:
             ends.append(int(share * length) if chance < self.config.prompt_share else 0)
         return torch.arange(length)[None, :] < torch.tensor(ends)[:, None]
 
+    def windows_read(self) -> list[Read]:
+        """What the step reads, long windows and short ones [B, T]: ids, where they run dense, and where the student wrote."""
+        config, samples = self.config, self.samples()
+        short = config.short_length or config.length
+        first_short = len(samples) - round(config.short_share * len(samples))
+        ids = self.windows.batch(samples)
+        pieces = range(samples[0] * (config.length // short), (samples[-1] + 1) * (config.length // short))
+        cut = ids[first_short:].reshape(-1, short)
+        long, shorter = [_of_text(ids[:first_short], self.prompts(samples[:first_short], config.length))], []
+        shorter.append(_of_text(cut, self.prompts(pieces[len(pieces) - len(cut) :], short)))
+        if self.own is not None:
+            own_ids, own_dense = self.own.take(self.own_windows * config.length // short)
+            (long if short == config.length else shorter).append((own_ids, own_dense, ~own_dense))
+        return [_joined(group) for group in (long, shorter) if any(len(ids) for ids, _, _ in group)]
+
     def train_step(self) -> StepReport:
         """One step of the optimiser; raises RuntimeError where the loss is no number any more."""
         started, target, rate = time.perf_counter(), self.target(), self.learning_rate()
         config, device, micro = self.config, self.device, self.sizes.micro_batch
-        parts = self.step_windows // micro
         price_L = (self.controller.prices() / target / self.controller.push_L.numel()).float().to(device)
         self.gradient_P.zero_()
         seen = torch.zeros(len(price_L) + 5, device=device)  # densities, sums of both divergences, their tokens, seconds
         written = 0.0 if self.own is None else self.own.seconds
-        ids = self.windows.batch(self.samples())
-        dense = self.prompts(self.samples(), ids.shape[-1])
-        own = torch.zeros_like(dense)
-        if self.own is not None:
-            own_ids, own_dense = self.own.take(self.own_windows)
-            ids, dense, own = torch.cat([ids, own_ids]), torch.cat([dense, own_dense]), torch.cat([own, ~own_dense])
-            written = self.own.seconds - written
         # At once: a copy waits for all that runs.
-        ids, dense, own = ids.to(device), dense.to(device), own.to(device, torch.float32)
-        for ids_BT, dense_BT, own_BT in zip(ids.split(micro), dense.split(micro), own.split(micro), strict=True):
-            hidden_ND, soft_L, hard_L = self.student(ids_BT, dense_BT)
-            divergence, sums_2 = mean_divergence(hidden_ND, self.student.taught(ids_BT), self.student.head(), own_BT.flatten(), self.pair)
-            ((divergence + (price_L * soft_L).sum()) / parts).backward()
-            seen[:-5] += hard_L / parts
-            seen[-5:-3] += sums_2
-            seen[-3] += own_BT.numel() - own_BT.sum()
-            seen[-2] += own_BT.sum()
+        read = [(ids.to(device), dense.to(device), own.to(device, torch.float32)) for ids, dense, own in self.windows_read()]
+        written = 0.0 if self.own is None else self.own.seconds - written
+        total = sum(ids.numel() for ids, _, _ in read)
+        for group in read:
+            rows = micro * config.length // group[0].shape[1]
+            for ids_BT, dense_BT, own_BT in zip(*(part.split(rows) for part in group), strict=True):
+                hidden_ND, soft_L, hard_L = self.student(ids_BT, dense_BT)
+                divergence, sums_2 = mean_divergence(
+                    hidden_ND, self.student.taught(ids_BT), self.student.head(), own_BT.flatten(), self.pair
+                )  # fmt: skip
+                share = ids_BT.numel() / total
+                ((divergence + (price_L * soft_L).sum()) * share).backward()
+                seen[:-5] += hard_L * share
+                seen[-5:-3] += sums_2
+                seen[-3] += own_BT.numel() - own_BT.sum()
+                seen[-2] += own_BT.sum()
         seen[-1] = self.last_seconds
         average_(self.gradient_P)
         *density_L, text_sum, own_sum, text_tokens, own_tokens, last_seconds = average_(seen).tolist()
