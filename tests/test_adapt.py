@@ -238,6 +238,7 @@ def test_a_layer_out_of_bounds_is_pushed_back() -> None:
     for _ in range(200):
         controller.update(torch.tensor([0.15, 0.15, 0.15]), 0.15)
     assert controller.prices().tolist() == pytest.approx([controller.price] * 3)
+    assert DensityController(2, price=0.07).prices().tolist() == [0.07, 0.07]
     assert controller.bounds(0.015) == (0.015, 0.045) and DensityController(1).bounds(0.5)[1] == 1.0
 
 
@@ -562,6 +563,7 @@ def test_micro_batches_follow_free_memory(tiny: Tiny) -> None:
         ({"own_share": 0.1}, "own_share 0.1 of the 4 windows of a step is 0"),
         ({"short_length": 5}, "short_length 5 does not divide length 16"),
         ({"short_share": 0.5}, "short_share needs a short_length"),
+        ({"price": 0.0}, "price must lie in"),
         ({"coldest": 1.5}, "temperatures must be positive and in order"),
         ({"divergence": "kl"}, "divergence 'kl' is not known; choose one of forward"),
     ],

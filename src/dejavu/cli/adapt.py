@@ -76,6 +76,9 @@ def adapt(
     short_share: Annotated[
         float, typer.Option("--short-share", metavar="X", help="Share of the other windows that are cut into such short ones.")
     ] = 0.0,
+    price: Annotated[
+        float, typer.Option("--price", metavar="X", help="Of density, in nats, to begin with; a run that goes on had settled at more.")
+    ] = 0.02,
     divergence: Annotated[
         str, typer.Option("--divergence", metavar="NAME", help="What is minimised on its own text: js, forward or reverse.")
     ] = "js",
@@ -106,7 +109,7 @@ def adapt(
     require(checkpoint_layers in known, f"--checkpoint-layers takes auto, on or off, not {checkpoint_layers!r}")
     options |= {"checkpoint_layers": known[checkpoint_layers], "prompt_share": prompt_share, "chat_share": chat_share}
     options |= {"own_share": own_share, "own_rows": own_rows, "own_tokens": own_tokens, "divergence": divergence}
-    options |= {"short_length": short_length, "short_share": short_share}
+    options |= {"short_length": short_length, "short_share": short_share, "price": price}
     options["activation"] = activation
     if start is not None:
         options["first_density"] = density

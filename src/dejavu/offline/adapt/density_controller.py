@@ -23,11 +23,13 @@ RELEASE = 0.9  # what is left, after each step within the bounds, of a layer's o
 
 
 class DensityController:
-    """floor and ceiling are multiples of the target of the moment; least_density is a floor whatever the target."""
+    """floor and ceiling are multiples of the target of the moment; least_density is a floor whatever the target. price: the first one."""
 
-    def __init__(self, num_layers: int, *, floor: float = 1 / 3, ceiling: float = 4.0, least_density: float = 0.02) -> None:
+    def __init__(
+        self, num_layers: int, *, floor: float = 1 / 3, ceiling: float = 4.0, least_density: float = 0.02, price: float = FIRST_PRICE
+    ) -> None:
         self.floor, self.ceiling, self.least_density = floor, ceiling, least_density
-        self.price = FIRST_PRICE
+        self.price = price
         self.push_L = torch.zeros(num_layers, dtype=torch.float64)
 
     def bounds(self, target: float) -> tuple[float, float]:

@@ -35,7 +35,7 @@ from dejavu.model.adapter import Adapter
 from dejavu.model.lora import check_activation
 from dejavu.model.transformer import Transformer
 from dejavu.offline.adapt.corpus import Mixture
-from dejavu.offline.adapt.density_controller import DensityController
+from dejavu.offline.adapt.density_controller import FIRST_PRICE, LARGEST_PRICE, LEAST_PRICE, DensityController
 from dejavu.offline.adapt.divergence import KINDS, mean_divergence, pair_of
 from dejavu.offline.adapt.on_policy import OwnWindows
 from dejavu.offline.adapt.own_text import Prompts
@@ -63,7 +63,8 @@ class AdaptConfig(Config):
     the student writes while it trains, own_rows answers of own_tokens at a time to each of two kinds of prompts, at temperatures from
     coldest to hottest; divergence: what is minimised on them. short_length: their windows are so long, which divides `length`, and begin
     with a prompt; as many as have its tokens make one of the batch (None: as long as the others, answers going through them). short_share:
-    of the other windows, those that are cut into short ones. floor, ceiling: bounds of a layer's density, in multiples of the target.
+    of the other windows, those that are cut into short ones. price: of a step's density over its target, in nats, to begin with. floor,
+    ceiling: bounds of a layer's density, in multiples of the target.
     activation: one with exact zeros that the model gets in the place of its own: neurons are then selected by those zeros, and nothing is
     predicted.
     """
@@ -91,6 +92,7 @@ class AdaptConfig(Config):
     divergence: str = "js"
     short_length: int | None = None
     short_share: float = 0.0
+    price: float = FIRST_PRICE
     floor: float = 1 / 3
     ceiling: float = 4.0
     activation: str | None = None
@@ -119,6 +121,7 @@ class AdaptConfig(Config):
         require(self.short_share == 0 or self.short_length is not None, "short_share needs a short_length")
         require(0 < self.coldest <= self.hottest, f"temperatures must be positive and in order, not {self.coldest} to {self.hottest}")
         require(self.divergence in KINDS, f"divergence {self.divergence!r} is not known; choose one of {', '.join(KINDS)}")
+        require(LEAST_PRICE <= self.price <= LARGEST_PRICE, f"price must lie in [{LEAST_PRICE:g}, {LARGEST_PRICE:g}], not {self.price}")
         require(0 <= self.floor < 1, f"floor must lie in [0, 1), not {self.floor}")
         require(self.ceiling > 1, f"ceiling must exceed 1, not {self.ceiling}")
         require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
@@ -250,7 +253,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
         )
-        self.controller = DensityController(model.config.num_layers, floor=config.floor, ceiling=config.ceiling)
+        self.controller = DensityController(model.config.num_layers, floor=config.floor, ceiling=config.ceiling, price=config.price)
         pair = pair_of(config.divergence if self.own else "forward")
         self.pair = torch.compile(pair, **COMPILED) if fused else pair
         free = free_gpu_bytes(str(self.device))
