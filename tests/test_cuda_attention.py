@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dejavu.kernels.attention import PLAIN, ScoreConfig, masked_output_heads, plain_attention
-from dejavu.kernels.cuda.attention import Partials, Places, ScoreWeights, attend, output_token
+from dejavu.kernels.cuda.attention import Partials, Places, ScoreWeights, WholeHeads, attend, output_token
 from dejavu.kernels.cuda.common import norm_definition
 from dejavu.kernels.cuda.rows import combine_rows
 from dejavu.kernels.cuda.select import select_definition
@@ -155,9 +155,13 @@ def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
     how = ScoreWeights(
         scores=case.scores, inv_freq=None if inv_freq is None else memory.given(inv_freq), factor=case.factor, q_norm=q_norm, k_norm=k_norm
     )
+    whole = None
+    if case.counts is None:
+        tickets = memory.room(rows, heads, dtype=torch.int32, holds=0.0)
+        whole = WholeHeads(out=memory.room(rows, heads, head_dim, dtype=dtype), tickets=tickets)
     attend(
         memory.given(qkv_BW), k_pool, v_pool, places, partials, heads=heads, how=how, groups_BG=groups_BG, count_B=count_B, select=select,
-        cleared=cleared,
+        whole=whole, cleared=cleared,
     )  # fmt: skip
     memory.check()
     assert cleared is None or not cleared.any()
@@ -181,6 +185,7 @@ def test_attend_and_what_follows(case: AttentionCase, device: str) -> None:
     out_BHK = memory.room(rows, heads, head_dim, dtype=dtype)
     combine_rows(partials, groups_BG, count_B, out_BHK)
     memory.check()
+    assert whole is None or (torch.equal(whole.out, out_BHK) and not whole.tickets.any())
     for row, chosen in enumerate(selected):
         truth_GRK, plain_GRK = definition(row, torch.float64)[0], definition(row, dtype)[0]
         found_GRK = out_BHK[row].cpu().view(groups, per, head_dim)

@@ -26,7 +26,7 @@ from torch import Tensor
 from dejavu.engine.cache import PagedCache
 from dejavu.engine.cuda.crossover import Crossover
 from dejavu.engine.cuda.weights import LayerPredictors, StepModel, all_counts
-from dejavu.kernels.cuda.attention import Partials, Places, attend, splits_for
+from dejavu.kernels.cuda.attention import Partials, Places, WholeHeads, attend, splits_for
 from dejavu.kernels.cuda.common import PredictorScores, Side
 from dejavu.kernels.cuda.embed import embed_rows
 from dejavu.kernels.cuda.gate_rows import GateRows, select_gate_rows, up_given_rows
@@ -78,6 +78,9 @@ class BatchStep:
             mixed=torch.zeros(rows, config.num_heads, splits, config.head_dim, device=device),
             stats=torch.zeros(rows, config.num_heads, splits, 2, device=device),
         )
+        self._whole = WholeHeads(
+            out=self._mixed_BHK, tickets=torch.zeros(rows, config.num_heads, dtype=torch.int32, device=device)
+        )  # fmt: skip
         self._places = Places(slot_B=inputs[1], position_B=inputs[2], table=cache.table)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._qkv_BW = torch.zeros(rows, width, device=device, dtype=dtype)
@@ -268,11 +271,14 @@ class BatchStep:
     def _attend(self, index: int, qkv_BW: Tensor, scores: GroupScores | None, select: UnionScores | None = None) -> None:
         """Store the rows' keys and values and put their heads together in `_mixed_BHK`; select: neurons that are selected beside that."""
         chosen = (None, None) if scores is None else (scores.groups, scores.count)
+        whole = self._whole if scores is None else None
         attend(
             qkv_BW, self.cache.k_LPGSK[index], self.cache.v_LPGSK[index], self._places, self._partials, heads=self.config.num_heads,
-            how=self.weights[index].scores, groups_BG=chosen[0], count_B=chosen[1], select=select, programmatic=True,
+            how=self.weights[index].scores, groups_BG=chosen[0], count_B=chosen[1], select=select, whole=whole,
+            programmatic=True,
         )  # fmt: skip
-        combine_rows(self._partials, *chosen, self._mixed_BHK, programmatic=True)
+        if whole is None:
+            combine_rows(self._partials, *chosen, self._mixed_BHK, programmatic=True)
 
     def _output(self, index: int) -> None:
         """Parts [slices, B, D] of what attention gives, in `_out_SBD`."""

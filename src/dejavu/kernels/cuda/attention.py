@@ -5,7 +5,7 @@
 
 `attend` norms q and the new k where the model does, rotates them where positions are rotary, stores the new k and v of *every* group, and writes for each split
 of the sequence a partial sum, its maximum and its denominator. `output` combines them for its head while it multiplies with the
-head's rows of O: no kernel in between. `attend` may hold the selection of the MLP's neurons as further programs of its grid: the
+head's rows of O: no kernel in between. Of several rows the split of a head that ends last puts the head together. `attend` may hold the selection of the MLP's neurons as further programs of its grid: the
 lookahead, computed in parallel with attention.
 
 Bytes that any implementation moves: keys and values of the selected groups; rows of O of the selected heads.
@@ -66,6 +66,14 @@ class Partials:
     stats: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeHeads:
+    """Where `attend` puts heads together: out [B, H, K] of any float dtype; tickets int32 [B, H], zero before and after."""
+
+    out: Tensor
+    tickets: Tensor
+
+
 def splits_for(rows: int, heads: int, device: torch.device, *, tokens: int) -> int:
     """Parts that a sequence of at most so many tokens is cut into: enough programs to fill the device, and work for each of them."""
     programs = multiprocessors(device) * (4 if tokens <= SHORT else 8)
@@ -114,13 +122,24 @@ def _cached(k_pool, v_pool, page_T, first, last, group, k, G: tl.constexpr, K: t
 
 
 @triton.jit
+def combined(mixed, stats, where, k, K: tl.constexpr, SPLITS: tl.constexpr):
+    """m_h [KP] of one row and head from its splits."""
+    s = tl.arange(0, SPLITS)
+    top = tl.load(stats + (where * SPLITS + s) * 2)
+    total = tl.load(stats + (where * SPLITS + s) * 2 + 1)
+    weight = tl.exp(top - tl.max(top, 0))
+    part = tl.load(mixed + (where * SPLITS + s)[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+    return tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
+
+
+@triton.jit
 def _attend(
     qkv, k_pool, v_pool, slots, positions, table, table_stride, inv_freq, factor, q_norm, q_eps, k_norm, k_eps, cap, window, groups, group_count, count_stride, mixed, stats, scale, programs,
     matrix, row_scale, row_bias, threshold, h, h_stride, select_slots, padding, row_mask_F, neurons, count, row_count, row_stride, B, F,
-    cleared, cleared_size,
+    cleared, cleared_size, whole, tickets,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
     ROTATED: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, HEADS: tl.constexpr, SELECT: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
-    PP: tl.constexpr, BLOCK: tl.constexpr, CLEAR: tl.constexpr, CLEARED: tl.constexpr, programmatic: tl.constexpr,
+    PP: tl.constexpr, BLOCK: tl.constexpr, CLEAR: tl.constexpr, CLEARED: tl.constexpr, WHOLE: tl.constexpr, programmatic: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if SELECT:
@@ -191,6 +210,13 @@ def _attend(
         tl.store(mixed + where * K + k, acc, mask=k < K)
         tl.store(stats + where * 2, top)
         tl.store(stats + where * 2 + 1, total)
+        if WHOLE:
+            own_head = b * H + head
+            tl.debug_barrier()  # what other threads of the program wrote
+            if tl.atomic_add(tickets + own_head, 1, sem="acq_rel") == SPLITS - 1:
+                m = combined(mixed, stats, own_head, k, K, SPLITS)
+                tl.store(whole + own_head * K + k, m.to(whole.dtype.element_ty), mask=k < K)
+                tl.store(tickets + own_head, 0)
     if is_last & (at % PER == 0):
         # Every group's new key and value, whatever is selected: the cache has no holes.
         own = at // PER
@@ -203,17 +229,6 @@ def _attend(
         for first in range(pid * CLEARED, cleared_size, programs * CLEARED):
             c = first + tl.arange(0, CLEARED)
             tl.store(cleared + c, 0.0, mask=c < cleared_size)
-
-
-@triton.jit
-def combined(mixed, stats, where, k, K: tl.constexpr, SPLITS: tl.constexpr):
-    """m_h [KP] of one row and head from its splits."""
-    s = tl.arange(0, SPLITS)
-    top = tl.load(stats + (where * SPLITS + s) * 2)
-    total = tl.load(stats + (where * SPLITS + s) * 2 + 1)
-    weight = tl.exp(top - tl.max(top, 0))
-    part = tl.load(mixed + (where * SPLITS + s)[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-    return tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
 
 
 @triton.jit
@@ -280,16 +295,18 @@ def attend(
     groups_BG: Tensor | None = None,
     count_B: Tensor | None = None,
     select: NeuronScores | UnionScores | None = None,
+    whole: WholeHeads | None = None,
     cleared: Tensor | None = None,
     programmatic: bool = False,
 ) -> None:
     """Store the rows' new keys and values, and fill `partials` for the heads of the selected groups (all when None).
 
-    qkv_BW: q, k, v of each row, in any float dtype. how: what the layer makes of them. select: neurons selected in the same launch. cleared: fp32 memory that is set to zero.
+    qkv_BW: q, k, v of each row, in any float dtype. how: what the layer makes of them. select: neurons selected in the same
+    launch. whole: where all heads are put together, too. cleared: fp32 memory that is set to zero.
     """
     groups, page_size, head_dim = k_PGSK.shape[1:]
     rows, splits = qkv_BW.shape[0], partials.mixed.shape[2]
-    assert qkv_BW.shape[1] == (heads + 2 * groups) * head_dim
+    assert qkv_BW.shape[1] == (heads + 2 * groups) * head_dim and (whole is None or groups_BG is None)
     programs = rows * heads * splits
     scores, norms = how.scores, tuple(NO_NORM if norm is None else norm for norm in (how.q_norm, how.k_norm))
     scale = head_dim**-0.5 if scores.scale is None else scores.scale
@@ -307,9 +324,10 @@ def attend(
         or_any(groups_BG, qkv_BW), or_any(count_B, qkv_BW), 1 if count_B is None else count_B.stride(0),
         partials.mixed, partials.stats,
         scale, programs, *chosen, or_any(cleared, qkv_BW), 0 if cleared is None else cleared.numel(),
+        qkv_BW if whole is None else whole.out, qkv_BW if whole is None else whole.tickets,
         H=heads, G=groups, K=head_dim, KP=padded, S=page_size, T=tokens, SPLITS=splits,
         ROTATED=0 if how.inv_freq is None else 2 * how.inv_freq.shape[0], NORM=how.q_norm is not None, CAPPED=scores.cap > 0, HEADS=groups_BG is not None, SELECT=select is not None, ROWS=isinstance(select, UnionScores), CLEAR=cleared is not None,
-        CLEARED=CLEARED, **sizes, num_warps=WARPS, programmatic=programmatic,
+        CLEARED=CLEARED, WHOLE=whole is not None, **sizes, num_warps=WARPS, programmatic=programmatic,
     )  # fmt: skip
 
 
