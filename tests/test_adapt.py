@@ -20,7 +20,7 @@ from dejavu.engine.options import EngineOptions
 from dejavu.engine.torch_engine import TorchEngine
 from dejavu.files import read_metadata, read_safetensors, write_safetensors
 from dejavu.kernels.dtypes import TORCH_DTYPES
-from dejavu.kernels.quantized import wide
+from dejavu.kernels.quantized import Matrix, wide
 from dejavu.model.adapter import Adapter
 from dejavu.model.checkpoint import Checkpoint
 from dejavu.model.fingerprint import model_hash
@@ -29,7 +29,7 @@ from dejavu.model.masked import MaskedSelection
 from dejavu.model.peft import write_peft
 from dejavu.model.selectors import GateThreshold, LayerAdapter
 from dejavu.model.tokenizer import Tokenizer
-from dejavu.model.transformer import Transformer
+from dejavu.model.transformer import Block, Transformer
 from dejavu.offline.adapt.base import shared_base
 from dejavu.offline.adapt.corpus import Mixture, Windows, pieces, read_ids, tokenized
 from dejavu.offline.adapt.density_controller import DensityController
@@ -63,9 +63,9 @@ def checkpoint(tiny: Tiny, tokenizer: Tokenizer) -> Checkpoint:
     return checkpoint_of(tiny("llama", num_layers=3), tokenizer)
 
 
-def shaken(model: Transformer, lookahead_L: tuple[int, ...], activation: str | None = None) -> Student:
+def shaken(model: Transformer, lookahead_L: tuple[int, ...], activation: str | None = None, rounded: str | None = None) -> Student:
     """A student whose B is not zero and whose norms and biases are not the base's, as after training."""
-    student = Student(model, rank=6, lora_rank=3, scale=2.0, lookahead_L=lookahead_L, seed=0, activation=activation)
+    student = Student(model, rank=6, lora_rank=3, scale=2.0, lookahead_L=lookahead_L, seed=0, activation=activation, rounded=rounded)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in student.trainable().items():
@@ -121,6 +121,37 @@ def test_the_student_is_the_masked_model_of_its_adapter(tiny: Tiny, family: str)
     assert float(hard_L.min()) > 0.1 and float(hard_L.max()) < 0.9 and not torch.equal(soft_L, hard_L)
     torch.testing.assert_close(student.taught(ids), model.hidden(ids).flatten(0, 1))
     assert (hidden - student.taught(ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_student_that_is_rounded_is_what_an_engine_of_the_dtype_holds(tiny: Tiny, family: str, dtype: str) -> None:
+    """And what writes; gradients are those of the changes. Rounded again once they have moved."""
+    model, ids = tiny(family, num_layers=2), ids_of()
+    plain, student = (shaken(model, (0, 1), rounded=each) for each in (None, dtype))
+    dense_BT = torch.zeros(ids.shape, dtype=torch.bool)
+    for _ in range(2):
+        student.round_weights()
+        changes = list(zip(model.blocks, student.lora(), strict=True))
+        held = [merged_block(block, lora, 2.0, dtype=dtype) for block, lora in changes]
+        layers = [predicted(mlp=p.predictor(), block=block) for p, block in zip(student.trained, held, strict=True)]
+        expected = adapted_model(model, layers).hidden(ids, MaskedSelection(tuple(layers))).flatten(0, 1)
+        found = student(ids, dense_BT)[0]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        assert not torch.allclose(found, plain(ids, dense_BT)[0], atol=1e-3)
+        found.square().sum().backward()
+        for block, own in zip(student.merged().blocks, held, strict=True):
+            assert all(torch.equal(wide(one), wide(other)) for one, other in zip(weights_of(block), weights_of(own), strict=True))
+        gradients = {name: parameter.grad for name, parameter in student.trainable().items()}
+        assert all(gradients[name] is not None for name in gradients if "down" in name)
+        with torch.no_grad():
+            for each in (plain, student):
+                for parameter in each.trainable().values():
+                    parameter.mul_(1.1)
+
+
+def weights_of(block: Block) -> list[Matrix]:
+    return [getattr(block, name).matrix for name in linear_shapes(block.config)]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -563,6 +594,7 @@ def test_micro_batches_follow_free_memory(tiny: Tiny) -> None:
         ({"own_share": 0.1}, "own_share 0.1 of the 4 windows of a step is 0"),
         ({"short_length": 5}, "short_length 5 does not divide length 16"),
         ({"short_share": 0.5}, "short_share needs a short_length"),
+        ({"rounded": "fp16"}, "rounded to int8 or int4, not 'fp16'"),
         ({"price": 0.0}, "price must lie in"),
         ({"coldest": 1.5}, "temperatures must be positive and in order"),
         ({"divergence": "kl"}, "divergence 'kl' is not known; choose one of forward"),

@@ -79,6 +79,9 @@ def adapt(
     price: Annotated[
         float, typer.Option("--price", metavar="X", help="Of density, in nats, to begin with; a run that goes on had settled at more.")
     ] = 0.02,
+    rounded: Annotated[
+        str | None, typer.Option("--rounded", metavar="NAME", help="Train with weights rounded as an engine's of int8 or int4 are.")
+    ] = None,
     divergence: Annotated[
         str, typer.Option("--divergence", metavar="NAME", help="What is minimised on its own text: js, forward or reverse.")
     ] = "js",
@@ -109,7 +112,7 @@ def adapt(
     require(checkpoint_layers in known, f"--checkpoint-layers takes auto, on or off, not {checkpoint_layers!r}")
     options |= {"checkpoint_layers": known[checkpoint_layers], "prompt_share": prompt_share, "chat_share": chat_share}
     options |= {"own_share": own_share, "own_rows": own_rows, "own_tokens": own_tokens, "divergence": divergence}
-    options |= {"short_length": short_length, "short_share": short_share, "price": price}
+    options |= {"short_length": short_length, "short_share": short_share, "price": price, "rounded": rounded}
     options["activation"] = activation
     if start is not None:
         options["first_density"] = density

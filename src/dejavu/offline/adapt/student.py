@@ -31,10 +31,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dejavu.config import require
 from dejavu.kernels.activation import activate
+from dejavu.kernels.quantize import rounded
 from dejavu.kernels.quantized import wide
 from dejavu.model.adapter import Adapter
 from dejavu.model.layers import InputMajorLinear, Rows, SeparateQueryKeyValue
-from dejavu.model.lora import LayerLora, changed_norms, linear_shapes, merged_block, with_activation
+from dejavu.model.lora import LayerLora, changed_norms, linear_shapes, merged_block, merged_weight, with_activation
 from dejavu.model.predictor import Predictor
 from dejavu.model.selectors import PredictedNeurons
 from dejavu.model.transformer import DENSE, Block, Transformer, sharing
@@ -47,7 +48,10 @@ COMPILED: dict[str, Any] = {"dynamic": False}
 
 
 class LowRankLinear(nn.Module):
-    """y = x W^T + bias + scale * (x A^T) B^T. W and bias are the base's own, frozen; A and B are fp32, and used in the dtype of x."""
+    """y = x W^T + bias + scale * (x A^T) B^T. W and bias are the base's own, frozen; A and B are fp32, and used in the dtype of x.
+
+    After `round_to` the sum W + scale B A is what an engine of that dtype holds; gradients pass through as if it were not rounded.
+    """
 
     def __init__(
         self, base: nn.Linear | InputMajorLinear | Rows, outputs: int, inputs: int, rank: int, scale: float, generator: torch.Generator
@@ -59,10 +63,24 @@ class LowRankLinear(nn.Module):
         self.register_buffer("bias", None if base.bias is None else base.bias.detach())
         self.A_RI = nn.Parameter(torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs))
         self.B_OR = nn.Parameter(torch.zeros(outputs, rank))
+        self.register_buffer("rest", None, persistent=False)  # of the rounded sum without the change, in the place of W
+
+    @torch.no_grad()
+    def round_to(self, dtype: str) -> None:
+        """For the weights of now; again once they have changed."""
+        assert isinstance(self.weight, Tensor)
+        change_OI = self.scale * (self.B_OR @ self.A_RI)
+        change = change_OI.T if self.input_major else change_OI
+        rest = rounded(self.weight.float() + change, dtype) - change
+        if isinstance(self.rest, Tensor):
+            self.rest.copy_(rest)
+        else:
+            self.rest = rest.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(self.weight, Tensor)
-        y = x @ self.weight if self.input_major else F.linear(x, self.weight)
+        weight = self.weight if self.rest is None else self.rest
+        assert isinstance(weight, Tensor)
+        y = x @ weight if self.input_major else F.linear(x, weight)
         if isinstance(self.bias, Tensor):
             y = y + self.bias
         return y + F.linear(F.linear(x, self.A_RI.to(x.dtype)), (self.scale * self.B_OR).to(x.dtype))
@@ -137,7 +155,8 @@ class Student(nn.Module):
 
     model: the teacher, on the device and in the dtype that both compute in; it is not changed. lookahead_L: 0 or 1 of each layer's
     predictor. activation: what the MLPs get in the place of their own; then there are no predictors. checkpoint_layers: whether backward
-    computes layers again; may be set at any time.
+    computes layers again; may be set at any time. rounded: the dtype of an engine, int8 or int4, whose rounding the student is trained to
+    bear (None: none); `round_weights` has to come before each step.
     """
 
     def __init__(
@@ -151,8 +170,10 @@ class Student(nn.Module):
         seed: int,
         activation: str | None = None,
         checkpoint_layers: bool = False,
+        rounded: str | None = None,
     ) -> None:
         super().__init__()
+        self.rounded = rounded
         config, generator = with_activation(model.config, activation), torch.Generator().manual_seed(seed)
         self.config, self.activation, self.scale, self.checkpoint_layers = config, activation, scale, checkpoint_layers
         self.predictors = nn.ModuleList(
@@ -194,6 +215,12 @@ class Student(nn.Module):
     @property
     def trained(self) -> list[TrainedPredictor]:
         return list(self.predictors)  # pyrefly: ignore[bad-return]
+
+    def round_weights(self) -> None:
+        """Compute with the weights of now as they are rounded; nothing where none are."""
+        for block in self.blocks if self.rounded is not None else ():
+            for name in linear_shapes(self.config):
+                getattr(block, name).round_to(self.rounded)
 
     def head(self) -> Tensor:
         """The head of both [V, D], in the computing dtype."""
@@ -266,7 +293,7 @@ class Student(nn.Module):
         """
         teacher = self.teacher[0]
         pairs = zip(teacher.blocks, self._changes(), strict=True)
-        fresh = (merged_block(block, changes, self.scale, activation=self.activation) for block, changes in pairs)  # one at a time
+        fresh = (self._merged(block, changes) for block, changes in pairs)  # one at a time
         if not self.writer:
             model = sharing(teacher, lambda module: module.held)
             model.config, model.layers = self.config, nn.ModuleList(fresh)
@@ -276,6 +303,13 @@ class Student(nn.Module):
             for parameter, value in zip(block.parameters(), made.parameters(), strict=True):
                 parameter.copy_(value)
         return self.writer[0]
+
+    def _merged(self, block: Block, changes: LayerLora) -> Block:
+        merged = merged_block(block, changes, self.scale, activation=self.activation)
+        for name in linear_shapes(self.config) if self.rounded is not None else ():
+            matrix = getattr(merged, name).weight
+            matrix.copy_(rounded(merged_weight(getattr(block, name), *changes.factors[name], self.scale), self.rounded or ""))
+        return merged
 
     @torch.no_grad()
     def start_from(self, adapter: Adapter) -> None:

@@ -64,7 +64,8 @@ class AdaptConfig(Config):
     coldest to hottest; divergence: what is minimised on them. short_length: their windows are so long, which divides `length`, and begin
     with a prompt; as many as have its tokens make one of the batch (None: as long as the others, answers going through them). short_share:
     of the other windows, those that are cut into short ones. price: of a step's density over its target, in nats, to begin with. floor,
-    ceiling: bounds of a layer's density, in multiples of the target.
+    ceiling: bounds of a layer's density, in multiples of the target. rounded: the student computes with the weights of its layers as an
+    engine of that dtype holds them, int8 or int4 (None: unrounded).
     activation: one with exact zeros that the model gets in the place of its own: neurons are then selected by those zeros, and nothing is
     predicted.
     """
@@ -93,6 +94,7 @@ class AdaptConfig(Config):
     short_length: int | None = None
     short_share: float = 0.0
     price: float = FIRST_PRICE
+    rounded: str | None = None
     floor: float = 1 / 3
     ceiling: float = 4.0
     activation: str | None = None
@@ -122,6 +124,7 @@ class AdaptConfig(Config):
         require(0 < self.coldest <= self.hottest, f"temperatures must be positive and in order, not {self.coldest} to {self.hottest}")
         require(self.divergence in KINDS, f"divergence {self.divergence!r} is not known; choose one of {', '.join(KINDS)}")
         require(LEAST_PRICE <= self.price <= LARGEST_PRICE, f"price must lie in [{LEAST_PRICE:g}, {LARGEST_PRICE:g}], not {self.price}")
+        require(self.rounded in (None, "int8", "int4"), f"weights are rounded to int8 or int4, not {self.rounded!r}")
         require(0 <= self.floor < 1, f"floor must lie in [0, 1), not {self.floor}")
         require(self.ceiling > 1, f"ceiling must exceed 1, not {self.ceiling}")
         require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
@@ -228,7 +231,7 @@ class Trainer:
         self.step_windows, self.own_windows = config.windows_of(self.world)
         self.student = Student(
             model, rank=config.rank, lora_rank=config.lora_rank, scale=LORA_SCALE, lookahead_L=lookahead_L, seed=config.seed,
-            activation=config.activation,
+            activation=config.activation, rounded=config.rounded,
         )  # fmt: skip
         if start is not None:
             self.student.start_from(start)
@@ -241,6 +244,7 @@ class Trainer:
                 temperatures=(config.coldest, config.hottest), eos=eos, seed=config.seed, rank=self.rank,
             )  # fmt: skip
             self.student.merged()  # takes its memory before the rest is shared out
+        self.student.round_weights()  # likewise
         self.parameters = self.student.trainable()
         for parameter in self.parameters.values():
             same_(parameter.detach())
@@ -326,6 +330,7 @@ class Trainer:
         config, device, micro = self.config, self.device, self.sizes.micro_batch
         price_L = (self.controller.prices() / target / self.controller.push_L.numel()).float().to(device)
         self.gradient_P.zero_()
+        self.student.round_weights()
         seen = torch.zeros(len(price_L) + 5, device=device)  # densities, sums of both divergences, their tokens, seconds
         written = 0.0 if self.own is None else self.own.seconds
         # At once: a copy waits for all that runs.
